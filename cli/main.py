@@ -1,0 +1,69 @@
+"""The `surgery` command and its groups; one table turns every error into a line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from cli import console, lab, models, vector
+from surgery.errors import FAILED, SurgeryError
+
+app = typer.Typer(
+    name="surgery",
+    help="Takes language-model checkpoints apart and puts them together better, on the weights themselves.\n\n"
+    "MODEL is a local folder, a single .safetensors file, org/name[@revision] on the Hub, a PEFT LoRA adapter "
+    "folder, BASE+ADAPTER, or lab:NAME.\n\n"
+    "Example: surgery vector transfer lab:grpo lab:sft lab:instruct -o reasoning-instruct",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+models.register(app)
+app.add_typer(vector.app, name="vector")
+app.add_typer(lab.app, name="lab")
+
+
+@app.callback()
+def main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=console.version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """What all commands share."""
+    if debug:
+        os.environ[console.DEBUG] = "1"
+
+
+def run() -> None:
+    """The console script: runs the command line and leaves with its exit code."""
+    try:
+        app()
+    except SurgeryError as error:
+        _leave(error, str(error), error.exit_code)
+    except KeyboardInterrupt as error:
+        _leave(error, "stopped. The same command goes on where it was.", 130)
+    except OSError as error:
+        _leave(error, f"{error.filename or 'the system'}: {error.strerror or error}", FAILED)
+    except MemoryError as error:
+        _leave(error, "out of memory. Use fewer --threads.", FAILED)
+    except Exception as error:  # a bug of ours: say so in one line, and how to see where
+        _leave(
+            error,
+            f"internal error: {type(error).__name__}: {error}. Run `surgery --debug …` and report the traceback.",
+            FAILED,
+        )
+
+
+def _leave(error: BaseException, line: str, code: int) -> None:
+    if os.environ.get(console.DEBUG):
+        raise error
+    console.error(line)
+    sys.exit(code)

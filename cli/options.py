@@ -1,0 +1,66 @@
+"""The options that several commands share, declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from surgery.execute import Options
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Folder, .safetensors file, org/name[@revision], adapter or lab:NAME."
+    ),
+]
+Out = Annotated[
+    Path,
+    typer.Option("-o", "--out", metavar="OUT", help="The folder to write; it appears whole or not at all."),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="Edit only tensors whose name matches; may be repeated."),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="Leave tensors whose name matches as they are; may be repeated."),
+]
+Scale = Annotated[float, typer.Option(help="α; negative subtracts.")]
+ScaleFor = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="GLOB=α", help="α for the tensors that match; the last match counts; may be repeated."
+    ),
+]
+Vocab = Annotated[
+    str,
+    typer.Option(help="Where tokenizers differ: strict (refuse), by-token (align rows), skip-embeddings."),
+]
+Unrelated = Annotated[
+    bool, typer.Option("--allow-unrelated", help="Go on where the models share no ancestor.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Stop after the checks; write nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads; by default one per processor.")]
+Device = Annotated[str, typer.Option(help="Where the arithmetic runs: cpu or cuda[:N].")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an OUT that surgery wrote.")]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Write NaN and infinite values instead of stopping.")
+]
+OutputDtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="Store float tensors as float32, bfloat16, …; by default as in TARGET."),
+]
+
+
+def options(
+    threads: int | None = None, device: str = "cpu", *, overwrite: bool = False, allow_nonfinite: bool = False
+) -> Options:
+    """The library's `Options`, with a progress bar on stderr."""
+    from surgery.execute import Options
+    from surgery.progress import terminal
+
+    return Options(threads, device, overwrite, allow_nonfinite, terminal)

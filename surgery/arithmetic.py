@@ -1,0 +1,72 @@
+"""The kernels of task vectors, each under its formula (arXiv 2509.01363, equations 1 and 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from surgery.plan import Kernel
+
+MEASURES = ("updates", "delivered", "update_squares", "target_squares")
+
+
+def difference(tensors: Sequence[Tensor]) -> Tensor:
+    """v = θ_tuned − θ_base.   tuned, base: (…) → (…)"""
+    tuned, base = tensors
+    return tuned - base
+
+
+def add_vector(tensors: Sequence[Tensor], *, scale: float) -> Tensor:
+    """θ_target + α·v.   target, v: (…) → (…)"""
+    target, vector = tensors
+    # Product and sum are rounded apart, never fused: every device then gives the same bits.
+    return (vector * scale).add_(target)
+
+
+def add_difference(tensors: Sequence[Tensor], *, scale: float) -> Tensor:
+    """θ_target + α·(θ_tuned − θ_base), v never stored.   target, tuned, base: (…) → (…)"""
+    target, tuned, base = tensors
+    return (tuned - base).mul_(scale).add_(target)
+
+
+def measure_vector(tensors: Sequence[Tensor], stored: Tensor, *, scale: float) -> Sequence[Tensor]:
+    """`MEASURES` of an edit by a stored vector: how many updates α·v are not zero, how many of those changed the
+    stored value, Σ(α·v)², Σθ_target²."""
+    target, vector = tensors
+    return _measure(target, vector, stored, scale)
+
+
+def measure_difference(tensors: Sequence[Tensor], stored: Tensor, *, scale: float) -> Sequence[Tensor]:
+    """`measure_vector` for an edit whose vector is θ_tuned − θ_base."""
+    target, tuned, base = tensors
+    return _measure(target, tuned - base, stored, scale)
+
+
+def measure_restored(tensors: Sequence[Tensor], stored: Tensor) -> Sequence[Tensor]:
+    """How many elements θ_base + v, in the dtype v is stored in, misses θ_tuned before it is rounded; Σθ_base²."""
+    tuned, base = tensors
+    missed = (base + stored - tuned).bool()
+    return _count(missed), torch.dot(base, base)
+
+
+def _measure(target: Tensor, vector: Tensor, stored: Tensor, scale: float) -> Sequence[Tensor]:
+    # `bool()` of a difference is several times as fast as `!=`, and true for NaN as well.
+    updates = vector.bool()
+    delivered = (stored - target).bool().logical_and_(updates)
+    return (
+        _count(updates),
+        _count(delivered),
+        torch.dot(vector, vector).double() * scale**2,
+        torch.dot(target, target),
+    )
+
+
+def _count(flags: Tensor) -> Tensor:
+    return flags.view(torch.int8).sum(dtype=torch.int32)
+
+
+DIFFERENCE = Kernel("difference", difference, measures=("missed", "base_squares"), measure=measure_restored)
+ADD_VECTOR = Kernel("add_vector", add_vector, measures=MEASURES, measure=measure_vector)
+ADD_DIFFERENCE = Kernel("add_difference", add_difference, measures=MEASURES, measure=measure_difference)

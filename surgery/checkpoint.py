@@ -1,0 +1,316 @@
+"""A reference to a model → `Checkpoint`: its tensor table, config and side files, with no tensor loaded.
+
+A reference is a local folder, a single `.safetensors` file, `org/name[@revision]` on the Hub, a PEFT LoRA adapter
+folder, `BASE+ADAPTER` (the adapter on a base of your choice), or `lab:NAME`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from surgery import hub
+from surgery.dtypes import is_float, n_elements
+from surgery.errors import SurgeryError, listing, usage_error
+from surgery.header import Header, read_header
+
+ADAPTER_CONFIG = "adapter_config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MANIFEST = "surgery.json"
+
+# What makes a folder of weights a model, besides the weights: carried along unchanged. The model card and the
+# manifest describe the weights they came with, and so are written anew.
+SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
+SIDE_PREFIXES = ("LICENSE", "NOTICE", "USE_POLICY")
+NOT_CARRIED = (MANIFEST, "trainer_state.json")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A LoRA update of a stored tensor: ΔW = scale · B·A, transposed where the stored weight is (in, out).
+
+    a: (r, in), b: (out, r), both 2-D in the adapter's file.
+    """
+
+    a: StoredTensor
+    b: StoredTensor
+    scale: float
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor's bytes lie. `start` and `n_bytes` are in bytes of `file`; `update` is added when it is read."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    n_bytes: int
+    update: LowRank | None = None
+
+    @property
+    def n_elements(self) -> int:
+        return n_elements(self.shape)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that reading this tensor touches."""
+        return (self.file,) if self.update is None else (self.file, self.update.a.file, self.update.b.file)
+
+    @property
+    def is_float(self) -> bool:
+        return is_float(self.dtype)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file of a checkpoint: its path inside the folder, where it lies, and its header."""
+
+    name: str
+    path: Path
+    header: Header
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk, seen through its headers.
+
+    `ref` is what the user typed (display only), `folder` is where side files lie (None for a single file),
+    `revision` is the Hub's commit hash or None, `tensors` are sorted by name.
+    """
+
+    ref: str
+    folder: Path | None
+    shards: tuple[Shard, ...]
+    tensors: Mapping[str, StoredTensor]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    revision: str | None = None
+    repo_id: str | None = None
+    adapter: Path | None = None
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of stored values, buffers included; tied tensors are stored, and counted, once."""
+        return sum(tensor.n_elements for tensor in self.tensors.values())
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.n_bytes for tensor in self.tensors.values())
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The `__metadata__` of the first shard."""
+        return self.shards[0].header.metadata
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that tensors are read from, an adapter's among them; sorted."""
+        return tuple(sorted({path for tensor in self.tensors.values() for path in tensor.files}))
+
+    @cached_property
+    def side_files(self) -> tuple[Path, ...]:
+        """Config, tokenizer, chat template, licence: what OUT carries along; paths in `folder`, sorted."""
+        if self.folder is None:
+            return ()
+        return tuple(path for path in sorted(self.folder.iterdir()) if path.is_file() and _is_side_file(path))
+
+    def float_names(self) -> list[str]:
+        """Names of the tensors that arithmetic may touch, sorted. Raises SurgeryError where there is none."""
+        names = [name for name, tensor in self.tensors.items() if tensor.is_float]
+        if not names:
+            raise SurgeryError("holds no float tensor", where=self.ref)
+        return names
+
+
+def open_checkpoint(ref: str | Path, *, progress: Callable[[str], None] | None = None) -> Checkpoint:
+    """Opens `ref` by its headers alone; nothing is loaded.
+
+    Args:
+        progress: told in a few words what takes long (downloads, a lab model being trained).
+
+    Raises:
+        SurgeryError: the reference leads nowhere, or what it leads to is damaged or not safetensors.
+    """
+    text = str(ref)
+    if text.startswith("lab:"):
+        from surgery import lab
+
+        return replace(_open_folder(lab.resolve(text.removeprefix("lab:"))), ref=text)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return replace(_open_folder(path, progress), ref=text)
+    if path.is_file():
+        return replace(_open_file(path), ref=text)
+    if "+" in text:
+        base, _, adapter = text.rpartition("+")
+        return replace(_open_adapter(_folder_of(adapter, progress), base, progress), ref=text)
+    if hub.is_repo_id(text):
+        snapshot = hub.fetch(*hub.parse_repo_ref(text))
+        opened = _open_folder(snapshot.folder, progress)
+        return replace(opened, ref=text, revision=snapshot.revision, repo_id=snapshot.repo_id)
+    raise usage_error(
+        "no such folder or file, and not a Hub id (org/name[@revision]) or lab:NAME",
+        where=text,
+        hint="Check the spelling; `surgery lab list` names the lab models.",
+    )
+
+
+def _folder_of(ref: str, progress: Callable[[str], None] | None) -> Path:
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        return path
+    if hub.is_repo_id(ref):
+        return hub.fetch(*hub.parse_repo_ref(ref)).folder
+    raise usage_error("no such adapter folder, and not a Hub id", where=ref)
+
+
+def _open_folder(folder: Path, progress: Callable[[str], None] | None = None) -> Checkpoint:
+    index = _index_of(folder)
+    if index is None and (folder / ADAPTER_CONFIG).is_file() and not (folder / SINGLE).is_file():
+        return _open_adapter(folder, None, progress)
+    named = _read_index(index, folder) if index else {}
+    shard_names = sorted(set(named.values())) if index else _shards_without_index(folder)
+    shards = tuple(Shard(name, folder / name, read_header(folder / name)) for name in shard_names)
+    tensors = _table(shards, named, index)
+    return Checkpoint(str(folder), folder, shards, tensors, read_json(folder / "config.json", missing={}))
+
+
+def _open_file(path: Path) -> Checkpoint:
+    if path.suffix in hub.PICKLES:
+        raise _pickle_only(path, path.name)
+    shard = Shard(path.name, path, read_header(path))
+    return Checkpoint(str(path), None, (shard,), _table((shard,), {}, None))
+
+
+def _open_adapter(folder: Path, base: str | None, progress: Callable[[str], None] | None) -> Checkpoint:
+    from surgery.adapters import add_adapter, base_of
+
+    base_checkpoint = open_checkpoint(base or base_of(folder), progress=progress)
+    return add_adapter(base_checkpoint, folder)
+
+
+def _index_of(folder: Path) -> Path | None:
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indexes) > 1 and folder / INDEX in indexes:
+        return folder / INDEX
+    if len(indexes) > 1:
+        raise SurgeryError(
+            f"{len(indexes)} indexes: {listing(path.name for path in indexes)}",
+            where=folder,
+            hint="Keep the one that describes the weights.",
+        )
+    return indexes[0] if indexes else None
+
+
+def _read_index(index: Path, folder: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SurgeryError('has no "weight_map" from tensor names to files', where=index)
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise SurgeryError(f'"{name}" is mapped to {file!r}, expected a file name', where=index)
+        relative = PurePosixPath(file)
+        if relative.is_absolute() or ".." in relative.parts or "\\" in file:
+            raise SurgeryError(
+                f'"{name}" is mapped to {file!r}, a path outside the folder',
+                where=index,
+                hint="Such an index is never followed: get the checkpoint from its author again.",
+            )
+    missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
+    if missing:
+        raise SurgeryError(
+            f"names {len(missing)} shard(s) that are not there: {listing(missing)}",
+            where=index,
+            hint="The download is incomplete: fetch the missing files.",
+        )
+    return weight_map
+
+
+def _shards_without_index(folder: Path) -> list[str]:
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if names:
+        return names
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in hub.PICKLES)
+    if pickles:
+        raise _pickle_only(folder, listing(pickles, 3))
+    raise SurgeryError(
+        "has no .safetensors file", where=folder, hint="Give the folder that holds model.safetensors."
+    )
+
+
+def _pickle_only(where: Path, names: str) -> SurgeryError:
+    return SurgeryError(
+        f"holds weights only as Python pickles ({names}), which can run code when they are opened",
+        where=where,
+        hint="Convert them where you trust them: "
+        "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW) writes safetensors.",
+    )
+
+
+def _table(
+    shards: tuple[Shard, ...], named: Mapping[str, str], index: Path | None
+) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    holder: dict[str, str] = {}
+    for shard in shards:
+        for entry in shard.header.entries:
+            if named.get(entry.name, shard.name) != shard.name:
+                continue  # the index says which of two copies counts
+            if entry.name in tensors:
+                raise SurgeryError(
+                    f'"{entry.name}" is in {holder[entry.name]} and in {shard.name}',
+                    where=shard.path.parent,
+                    hint="Remove the stale shards, or add the index that says which one counts.",
+                )
+            holder[entry.name] = shard.name
+            tensors[entry.name] = StoredTensor(
+                entry.name,
+                entry.dtype,
+                entry.shape,
+                shard.path,
+                shard.header.data_start + entry.begin,
+                entry.end - entry.begin,
+            )
+    lost = sorted(set(named) - set(tensors))
+    if lost:
+        raise SurgeryError(
+            f"names {len(lost)} tensor(s) that their shards do not hold: {listing(lost)}",
+            where=index,
+            hint="Index and shards are of different saves: fetch them again together.",
+        )
+    if not tensors:
+        raise SurgeryError("holds no tensor", where=shards[0].path)
+    return {name: tensors[name] for name in sorted(tensors)}
+
+
+def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON object in `path`, or `missing` where there is no such file. Raises SurgeryError."""
+    if missing is not None and not path.is_file():
+        return missing
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise SurgeryError(
+            f"is not valid JSON ({error})", where=path, hint="Fetch the file again."
+        ) from error
+    if not isinstance(value, dict):
+        raise SurgeryError("is not a JSON object", where=path, hint="Fetch the file again.")
+    return value
+
+
+def _is_side_file(path: Path) -> bool:
+    if path.name in NOT_CARRIED or path.name.endswith(".safetensors.index.json"):
+        return False
+    return path.suffix in SIDE_SUFFIXES or path.name.startswith(SIDE_PREFIXES)

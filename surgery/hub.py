@@ -1,0 +1,388 @@
+"""Everything that talks to the Hub: `org/name[@revision]` → a folder in the cache, pinned to one commit.
+
+Only what the weights need to be read and used is fetched: safetensors, JSON, tokenizer and chat-template
+files at the top of the repository. `huggingface_hub` is imported inside the functions, or every command,
+`--help` too, would wait for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surgery.errors import SurgeryError, listing, usage_error
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.hf_api import RepoSibling
+
+# *.safetensors.index.json is among *.json; *.txt is for merges.txt and vocab.txt, *.model for sentencepiece.
+ALLOWED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
+# The one folder that tokenizers read from. All others hold copies: original/, onnx/, training checkpoints.
+TEMPLATES = "additional_chat_templates"
+# Mistral's own format, beside the same weights as model-0000k-of-n.safetensors.
+DUPLICATES = "consolidated*"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+WEIGHTS = ".safetensors"
+
+DEFAULT_ENDPOINT = "https://huggingface.co"
+MAX_ID_LENGTH = 96  # the Hub's own limit
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NOT_A_HUB = "the answer is not a Hub's"
+TOKEN_HINT = "log in with `hf auth login`, or set HF_TOKEN"
+
+_REPO_ID = re.compile(r"\w[\w.-]*/[\w.-]*\w", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_REVISION = re.compile(r"[^\s/~^:?*\[\\@\x00-\x1f][^\s~^:?*\[\\\x00-\x1f]*")
+
+
+@dataclass(frozen=True)
+class HubSnapshot:
+    """A repository at one commit, on disk. `revision` is the commit's hash, 40 hex digits."""
+
+    folder: Path
+    repo_id: str
+    revision: str
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether `text` has the shape `org/name[@revision]`; the Hub is not asked."""
+    repo_id, _, _ = text.partition("@")
+    if text.endswith("@") or len(repo_id) > MAX_ID_LENGTH or not _REPO_ID.fullmatch(repo_id):
+        return False
+    return not any(wrong in repo_id for wrong in ("--", "..")) and not repo_id.endswith(".git")
+
+
+def parse_repo_ref(text: str) -> tuple[str, str | None]:
+    """`org/name[@revision]` → (repository, revision or None for its default branch).
+
+    Raises:
+        SurgeryError: the shape is another, or no branch, tag or commit can have that name.
+    """
+    if not is_repo_id(text):
+        raise usage_error(f"got {text!r}, expected org/name or org/name@revision", where="Hub id")
+    repo_id, _, revision = text.partition("@")
+    _check_revision(repo_id, revision or None)
+    return repo_id, revision or None
+
+
+def fetch(repo_id: str, revision: str | None = None, *, progress: bool = True) -> HubSnapshot:
+    """Downloads what is missing of `repo_id` at `revision` into the Hub's cache, and says where it lies.
+
+    Under HF_HUB_OFFLINE=1 nothing is asked of the Hub and the cached copy is returned. A commit that is
+    already cached is returned too when the Hub cannot be reached; for a branch or tag that would hide newer
+    weights, and is an error. HF_ENDPOINT, HF_HUB_CACHE and HF_HOME are read at each call.
+
+    Args:
+        revision: a branch, tag or commit; None for the default branch.
+        progress: whether huggingface_hub draws its bars on stderr.
+
+    Raises:
+        SurgeryError: no such repository or revision, no access, no connection, no safetensors, no space.
+    """
+    if not is_repo_id(repo_id) or "@" in repo_id:
+        raise usage_error(f"got {repo_id!r}, expected org/name", where="Hub id")
+    _check_revision(repo_id, revision)
+    ref = _Ref(repo_id, revision)
+    if _is_offline():
+        return _cached(ref)
+    try:
+        return _download(ref, progress)
+    except _UnreachableError:
+        if ref.is_pinned and (snapshot := _find_cached(ref)):
+            return snapshot
+        raise
+
+
+@dataclass(frozen=True)
+class _Ref:
+    repo_id: str
+    revision: str | None
+
+    @property
+    def is_pinned(self) -> bool:
+        return bool(self.revision and _COMMIT.fullmatch(self.revision))
+
+    def __str__(self) -> str:
+        return f"{self.repo_id}@{self.revision}" if self.revision else self.repo_id
+
+
+class _UnreachableError(SurgeryError):
+    """The Hub did not answer, or not as a Hub does."""
+
+
+def _check_revision(repo_id: str, revision: str | None) -> None:
+    # The cache keeps refs/<revision> as a path: a revision with ".." would be read outside it.
+    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise usage_error(
+            f"revision {revision!r} cannot be a branch, tag or commit",
+            where=repo_id,
+            hint="Give the name as the model's page shows it, e.g. main.",
+        )
+
+
+def _download(ref: _Ref, progress: bool) -> HubSnapshot:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Silent(tqdm):
+        def __init__(self, *args: object, **options: object) -> None:
+            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+
+    with _hub_errors(ref):
+        info = HfApi(endpoint=_endpoint()).model_info(
+            ref.repo_id, revision=ref.revision, files_metadata=True, timeout=_timeout()
+        )
+        files = info.siblings or []
+        names = _wanted([file.rfilename for file in files], ref)
+        _check_space(ref, info.sha or "", [file for file in files if file.rfilename in names])
+        folder = Path(
+            snapshot_download(
+                ref.repo_id,
+                revision=ref.revision,
+                cache_dir=_cache(),
+                endpoint=_endpoint(),
+                allow_patterns=[glob.escape(name) for name in names],
+                tqdm_class=None if progress else Silent,
+            )
+        )
+    if folder.name != info.sha:
+        raise SurgeryError(
+            f"the Hub named commit {info.sha}, but {folder.name} arrived: the branch moved in between",
+            where=ref,
+            hint="Run the command again.",
+        )
+    return HubSnapshot(folder, ref.repo_id, folder.name)
+
+
+def _wanted(names: Sequence[str], ref: _Ref) -> list[str]:
+    """The files of a repository to fetch, sorted. Raises SurgeryError where no safetensors are among them."""
+    wanted = sorted(name for name in names if _is_allowed(name))
+    weights = [name for name in wanted if name.endswith(WEIGHTS)]
+    if not weights:
+        raise _no_weights(names, ref)
+    if all(fnmatchcase(name, DUPLICATES) for name in weights):
+        return wanted
+    return [name for name in wanted if not fnmatchcase(name, DUPLICATES)]
+
+
+def _is_allowed(name: str) -> bool:
+    folder, _, file = name.rpartition("/")
+    if folder == TEMPLATES:
+        return file.endswith(".jinja")
+    return not folder and any(fnmatchcase(file, pattern) for pattern in ALLOWED)
+
+
+def _no_weights(names: Sequence[str], ref: _Ref) -> SurgeryError:
+    pickles = sorted(name for name in names if "/" not in name and name.endswith(PICKLES))
+    if pickles:
+        return SurgeryError(
+            f"holds weights only as Python pickles ({listing(pickles, 3)}), which can run code when opened",
+            where=ref,
+            hint="Look on its page for a pull request that adds safetensors, and give "
+            f"{ref.repo_id}@refs/pr/N; or convert it in a throw-away environment, "
+            f'AutoModelForCausalLM.from_pretrained("{ref.repo_id}").save_pretrained("DIR"), and give DIR.',
+        )
+    nested = sorted(name for name in names if name.endswith(WEIGHTS))
+    if nested:
+        return SurgeryError(
+            f"has its .safetensors files only in subfolders ({listing(nested, 3)})",
+            where=ref,
+            hint="Download the subfolder with `hf download`, and give its path.",
+        )
+    return SurgeryError(
+        f"has no .safetensors file among its {len(names)} files ({listing(sorted(names), 5)})",
+        where=ref,
+        hint="Give a repository that holds a model's weights.",
+    )
+
+
+def _check_space(ref: _Ref, commit: str, files: Sequence[RepoSibling]) -> None:
+    from huggingface_hub import try_to_load_from_cache
+
+    cache = _cache()
+    needed = sum(
+        file.size or 0
+        for file in files
+        if try_to_load_from_cache(ref.repo_id, file.rfilename, cache_dir=cache, revision=commit) is None
+    )
+    existing = next(path for path in (cache, *cache.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise _no_space(f"needs {needed:,} bytes in the cache at {cache}, where {free:,} are free", ref)
+
+
+def _no_space(what: str, ref: _Ref) -> SurgeryError:
+    return SurgeryError(
+        what, where=ref, hint="Free some space, or set HF_HUB_CACHE to a folder on a larger disk."
+    )
+
+
+def _cached(ref: _Ref) -> HubSnapshot:
+    snapshot = _find_cached(ref)
+    if snapshot is None:
+        raise SurgeryError(
+            f"no complete copy in the cache at {_cache()}, and offline mode is on",
+            where=ref,
+            hint="Unset HF_HUB_OFFLINE once, so that it can be downloaded.",
+        )
+    return snapshot
+
+
+def _find_cached(ref: _Ref) -> HubSnapshot | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(
+            snapshot_download(
+                ref.repo_id,
+                revision=ref.revision,
+                cache_dir=_cache(),
+                local_files_only=True,
+                # With these, huggingface_hub tells from its listing of the commit whether a file is missing.
+                allow_patterns=list(ALLOWED),
+                ignore_patterns=["*/*", DUPLICATES],
+            )
+        )
+    except LocalEntryNotFoundError:
+        return None
+    # Without that listing (a cache filled by other programs) the folder may hold as little as a config.
+    return HubSnapshot(folder, ref.repo_id, folder.name) if any(folder.glob(f"*{WEIGHTS}")) else None
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    # The constant is what the variable said when huggingface_hub was imported.
+    return constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in (
+        "1",
+        "ON",
+        "YES",
+        "TRUE",
+    )
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or DEFAULT_ENDPOINT
+
+
+def _cache() -> Path:
+    from huggingface_hub import constants
+
+    named = os.environ.get("HF_HUB_CACHE")
+    if not named and (home := os.environ.get("HF_HOME")):
+        named = f"{home}/hub"
+    return Path(os.path.expandvars(named or constants.HF_HUB_CACHE)).expanduser().absolute()
+
+
+def _timeout() -> float:
+    from huggingface_hub import constants
+
+    return float(constants.HF_HUB_ETAG_TIMEOUT)
+
+
+@contextmanager
+def _hub_errors(ref: _Ref) -> Iterator[None]:
+    """Turns what huggingface_hub raises into one line, never repeating its text: it may quote a token."""
+    from huggingface_hub import errors
+
+    # The base of all that httpx raises; it is httpx2 from some version of huggingface_hub on.
+    transport_error: type[Exception] = vars(errors)["HTTPError"]
+    try:
+        yield
+    except (errors.LocalEntryNotFoundError, OSError, transport_error) as error:
+        raise _explain(error, ref) from error
+    except ValueError as error:  # not JSON: a login page of the network, or a wrong HF_ENDPOINT
+        raise _unreachable(ref, NOT_A_HUB) from error
+    except (
+        RuntimeError
+    ) as error:  # hf_xet, which moves large files, has no class of its own for a failed transfer
+        raise SurgeryError(
+            "the download broke off", where=ref, hint="Run the command again; finished files are kept."
+        ) from error
+
+
+def _explain(error: BaseException, ref: _Ref) -> SurgeryError:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError):  # "could not ask, and nothing is cached": why not?
+        return _explain(error.__cause__, ref) if error.__cause__ else _unreachable(ref, "no answer")
+    if isinstance(error, errors.HfHubHTTPError):
+        return _explain_status(error, ref)
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        return _no_space(f"the disk filled up while downloading to {_cache()}", ref)
+    if isinstance(error, PermissionError):
+        return SurgeryError(
+            f"the cache at {_cache()} cannot be written",
+            where=ref,
+            hint="Set HF_HUB_CACHE to a folder of yours.",
+        )
+    if isinstance(error, OSError) and "Consistency check failed" in str(error):
+        return SurgeryError(
+            "a file arrived with the wrong size", where=ref, hint="Run the command again to fetch it anew."
+        )
+    if isinstance(error, errors.FileMetadataError):
+        return _unreachable(ref, NOT_A_HUB)
+    return _unreachable(ref, _failure(error))
+
+
+def _failure(error: BaseException) -> str:
+    """What kept us from the Hub, by kind: the innermost system error's words, else the exception's name."""
+    name = type(error).__name__
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, OSError) and inner.strerror:
+            return inner.strerror
+        inner = inner.__cause__ or inner.__context__
+    return name
+
+
+def _explain_status(error: HfHubHTTPError, ref: _Ref) -> SurgeryError:
+    status = error.response.status_code
+    if status >= 500:
+        return _unreachable(ref, f"HTTP {status}")
+    what, hint = _refusal(error, ref)
+    return SurgeryError(what, where=ref, hint=hint)
+
+
+def _refusal(error: HfHubHTTPError, ref: _Ref) -> tuple[str, str]:
+    """What is wrong, and what to do."""
+    from huggingface_hub import errors, get_token
+
+    status = error.response.status_code
+    page = f"{_endpoint()}/{ref.repo_id}"
+    if isinstance(error, errors.GatedRepoError):
+        then = "then ask again" if get_token() else f"then {TOKEN_HINT}"
+        return "is gated: its authors ask you to accept terms first", f"Accept them at {page}, {then}."
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "has no such revision", f"Its branches and tags are listed at {page}/tree/main."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        what = f"no such model at {_endpoint()}, or it is private and"
+        if get_token():
+            return f"{what} your token may not read it", "Check the spelling, and what the token may read."
+        return f"{what} needs a token", f"Check the spelling; for a private model {TOKEN_HINT}."
+    if status == 401:
+        return "the Hub does not accept your token", f"To replace it {TOKEN_HINT}; or unset it."
+    if status == 404:
+        return "a file of its listing is not there (HTTP 404)", "Run the command again."
+    if status == 429:
+        hint = f"Wait some minutes; with a token the limit is higher: {TOKEN_HINT}."
+        return "the Hub limits how often you may ask (HTTP 429)", hint
+    return f"the Hub refuses (HTTP {status})", f"See {page} for the reason."
+
+
+def _unreachable(ref: _Ref, reason: str) -> _UnreachableError:
+    hint = "Check the connection (and HF_ENDPOINT, if set), or give a local folder."
+    if copy := _find_cached(ref):
+        hint = f"Set HF_HUB_OFFLINE=1 to use the copy in your cache, of commit {copy.revision}."
+    return _UnreachableError(f"cannot reach the Hub at {_endpoint()} ({reason})", where=ref, hint=hint)

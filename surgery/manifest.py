@@ -1,0 +1,174 @@
+"""surgery.json: what an output was made of, by which command, with the hash of every tensor; and its model card."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from surgery.checkpoint import MANIFEST, Checkpoint, read_json
+from surgery.errors import SurgeryError
+from surgery.execute import Outcome
+from surgery.plan import Plan
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the model card says beyond the manifest: a title, a sentence on the method, tags, tables in Markdown."""
+
+    title: str
+    method: str
+    tags: tuple[str, ...] = ()
+    body: str = ""
+
+
+def build_manifest(plan: Plan, outcome: Outcome, *, kind: str, report: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of an output, as JSON-able data without time or place: the same job gives the same bytes.
+
+    Hashes are BLAKE3. A tensor's is taken over the digests of its segments of 2²⁰ elements; a checkpoint's over the
+    sorted (name, hash) of the tensors that were read from it, so that it does not depend on how they are sharded.
+    """
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "command": plan.command,
+        "versions": {name: _version(name) for name in ("model-surgery", "torch", "safetensors")}
+        | {"python": platform.python_version()},
+        "inputs": {
+            role: _input_entry(checkpoint, outcome.source_hashes.get(role, {}))
+            for role, checkpoint in plan.sources.items()
+        },
+        "report": report,
+        "files": {file.name: file.size for file in plan.files},
+        "tensors": {
+            tensor.name: {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "blake3": outcome.hashes[tensor.name],
+                "edited": tensor.kernel is not None,
+            }
+            for tensor in sorted(plan.tensors, key=lambda t: t.name)
+        },
+    }
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes surgery.json into `folder`."""
+    (folder / MANIFEST).write_text(
+        json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest in `folder`. Raises SurgeryError where there is none, or one of another schema."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise SurgeryError(
+            f"has no {MANIFEST}", where=folder, hint="Only folders that this tool wrote have a manifest."
+        )
+    manifest = read_json(path)
+    if manifest.get("schema") != SCHEMA:
+        raise SurgeryError(
+            f"has schema {manifest.get('schema')!r}, this version reads {SCHEMA}",
+            where=path,
+            hint="Use the version of model-surgery that wrote it.",
+        )
+    return manifest
+
+
+def write_card(
+    folder: Path, manifest: Mapping[str, Any], sources: Mapping[str, Checkpoint], card: Card
+) -> None:
+    """Writes README.md, a model card as the Hub reads it: metadata, what was done, how to do it again."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    hub_ids = list(dict.fromkeys(c.repo_id for c in sources.values() if c.repo_id))
+    data = ModelCardData(
+        base_model=hub_ids or None,
+        library_name="transformers" if manifest["kind"] == "model" else None,
+        tags=["model-surgery", *card.tags],
+    )
+    inputs = "\n".join(_input_line(role, entry) for role, entry in manifest["inputs"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in manifest["versions"].items())
+    text = f"""---
+{data.to_yaml()}
+---
+
+# {card.title}
+
+{card.method}
+
+## Made from
+
+| role | model | revision | hash of what was read |
+|---|---|---|---|
+{inputs}
+
+{card.body}
+
+## How to make it again
+
+```
+{manifest["command"]["line"]}
+```
+
+With {versions}. `{MANIFEST}` in this folder has every option and the hash of every tensor; `surgery verify` checks
+them.
+"""
+    ModelCard(text).save(folder / "README.md")
+
+
+def checkpoint_hash(hashes: Mapping[str, str]) -> str:
+    """The hash of a set of tensors: BLAKE3 over "name hash" lines sorted by name, as hex."""
+    return blake3("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
+
+
+def command_record(name: str, arguments: Sequence[str], **options: Any) -> dict[str, Any]:
+    """How the manifest records a command: its name, its options, and the line that types it again."""
+    words = ["surgery", *name.split(), *map(str, arguments), "-o", "OUT"]
+    for option, value in options.items():
+        flag = "--" + option.replace("_", "-")
+        if isinstance(value, Mapping):
+            words += [word for glob, number in value.items() for word in (flag, f"{glob}={number!r}")]
+        elif isinstance(value, (list, tuple)):
+            words += [word for item in value for word in (flag, str(item))]
+        elif value is not None:
+            words += [flag, str(value)]
+    return {
+        "name": name,
+        "arguments": list(map(str, arguments)),
+        "options": options,
+        "line": shlex.join(words),
+    }
+
+
+def _input_entry(checkpoint: Checkpoint, hashes: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "ref": checkpoint.ref,
+        "repo_id": checkpoint.repo_id,
+        "revision": checkpoint.revision,
+        "tensors_read": len(hashes),
+        "tensors": len(checkpoint.tensors),
+        "blake3": checkpoint_hash(hashes),
+    }
+
+
+def _input_line(role: str, entry: Mapping[str, Any]) -> str:
+    name = entry["repo_id"] or entry["ref"]
+    return f"| {role} | {name} | {entry['revision'] or '–'} | `{entry['blake3'][:16]}` |"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:  # run from a source tree that was not installed
+        return "source tree"

@@ -1,0 +1,302 @@
+"""Reading slices of stored tensors, many at once: the one loop under every job that touches weights.
+
+Tensors are cut into segments of `SEGMENT` elements, whatever their dtype, so that the inputs and the output of an
+elementwise kernel are cut at the same places; a segment is the unit of reading, hashing, writing and resuming. Its
+bounds depend on the tensor alone, never on threads, which is what makes results independent of them.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from surgery.checkpoint import StoredTensor
+from surgery.dtypes import n_bytes
+from surgery.errors import SurgeryError
+
+SEGMENT = 1 << 20  # elements: 2 MiB of bf16, so that a segment's inputs are still in cache when they are used
+BLOCK = (
+    1 << 16
+)  # elements that a kernel sees at once on a CPU: its temporaries stay in the second-level cache
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+Work = TypeVar("Work")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, eq=False)
+class Input:
+    """A stored tensor as a kernel's input.
+
+    rows: int64, one entry per row of the output: which row of `tensor` stands there, −1 for a row of zeros.
+        None means that the tensor is read as it lies.
+    """
+
+    tensor: StoredTensor
+    rows: np.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that the kernel sees."""
+        return self.tensor.shape if self.rows is None else (len(self.rows), *self.tensor.shape[1:])
+
+
+def segments(count: int) -> Iterator[tuple[int, int]]:
+    """The bounds [begin, end), in elements, of the segments of a tensor of `count` elements."""
+    for begin in range(0, count, SEGMENT):
+        yield begin, min(begin + SEGMENT, count)
+
+
+def compute_dtype(dtypes: Iterable[str]) -> torch.dtype:
+    """fp64 where any of `dtypes` is F64, else fp32."""
+    return torch.float64 if "F64" in set(dtypes) else torch.float32
+
+
+class SourceFiles:
+    """The files that a job reads, opened read-only once; it notices when one of them changes meanwhile."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._descriptors: dict[Path, int] = {}
+        self._stamps: dict[Path, tuple[int, int]] = {}
+        try:
+            for path in sorted(set(paths)):
+                descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                self._descriptors[path] = descriptor
+                self._stamps[path] = _stamp(os.fstat(descriptor))
+        except OSError as error:
+            self.close()
+            raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
+
+    def __enter__(self) -> SourceFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes every file; safe to call twice."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def descriptor(self, path: Path) -> int:
+        """The open file descriptor of `path`."""
+        return self._descriptors[path]
+
+    def check_unchanged(self) -> None:
+        """Raises SurgeryError if a source was written or replaced since it was opened."""
+        for path, stamp in self._stamps.items():
+            try:
+                now = _stamp(path.stat())
+            except OSError:
+                now = None
+            if now != stamp:
+                raise SurgeryError(
+                    "changed while it was being read, so the result would mix two versions",
+                    where=path,
+                    hint="Run the command again when nothing writes to it.",
+                )
+
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """(path, size in bytes, modification time in ns) of every file, sorted by path."""
+        return [(str(path), *stamp) for path, stamp in sorted(self._stamps.items())]
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+class Reader:
+    """Reads segments into buffers of its own, which it uses again for the next one. One per thread.
+
+    What a method returns is valid until the next call with the same `slot`. With `pinned`, buffers are page-locked,
+    so that a GPU copies from them asynchronously.
+    """
+
+    def __init__(self, files: SourceFiles, *, pinned: bool = False) -> None:
+        self._files = files
+        self._pinned = pinned
+        self._buffers: dict[object, Tensor] = {}
+
+    def buffer(self, slot: object, size: int) -> Tensor:
+        """`size` bytes, uint8 (size,), of the buffer called `slot`."""
+        held = self._buffers.get(slot)
+        if held is None or held.numel() < size:
+            held = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+            self._buffers[slot] = held
+        return held[:size]
+
+    def raw(self, tensor: StoredTensor, begin: int, end: int, slot: object) -> Tensor:
+        """The stored bytes of elements [begin, end) of `tensor`, uint8."""
+        first = n_bytes(tensor.dtype, (begin,))
+        size = n_bytes(tensor.dtype, (end,)) - first
+        target = self.buffer(slot, size)
+        read_into(self._files.descriptor(tensor.file), target.numpy(), tensor.start + first, tensor)
+        return target
+
+    def values(self, source: Input, begin: int, end: int, slot: object) -> Tensor:
+        """Elements [begin, end) of `source`, 1-D: in the stored dtype, or in fp32/fp64 where an update was added."""
+        tensor = source.tensor
+        if source.rows is not None:
+            return self._gathered(tensor, source.rows, begin, end, slot)
+        stored = self.raw(tensor, begin, end, slot).view(TORCH_DTYPES[tensor.dtype])
+        return stored if tensor.update is None else self._updated(tensor, stored, begin, end, slot)
+
+    def whole(self, source: Input, slot: object) -> Tensor:
+        """All of `source` in its shape; dtype as in `values`."""
+        return self.values(source, 0, source.tensor.n_elements, slot).view(source.tensor.shape)
+
+    def _updated(self, tensor: StoredTensor, stored: Tensor, begin: int, end: int, slot: object) -> Tensor:
+        update = tensor.update
+        assert update is not None
+        compute = compute_dtype((tensor.dtype, update.a.dtype, update.b.dtype))
+        width = tensor.shape[1]
+        first, last = begin // width, -(-end // width)
+        a = self.whole(Input(update.a), (slot, "a")).to(compute)
+        if update.transposed:
+            b = self.whole(Input(update.b), (slot, "b")).to(compute)
+            rows = a[:, first:last].T @ b.T
+        else:
+            rank = update.b.shape[1]
+            b = self.values(Input(update.b), first * rank, last * rank, (slot, "b")).to(compute)
+            rows = b.view(last - first, rank) @ a
+        delta = rows.reshape(-1)[begin - first * width : end - first * width]
+        return stored.to(compute) + update.scale * delta
+
+    def _gathered(self, tensor: StoredTensor, rows: np.ndarray, begin: int, end: int, slot: object) -> Tensor:
+        width = tensor.n_elements // tensor.shape[0]
+        first, last = begin // width, -(-end // width)
+        wanted = rows[first:last]
+        gathered: Tensor | None = None
+        # Neighbouring rows are read in one go: two tokenizers of one family differ in a few places only.
+        breaks = np.flatnonzero(np.diff(wanted) != 1) + 1
+        for run_begin, run_end in zip([0, *breaks], [*breaks, len(wanted)], strict=True):
+            row = int(wanted[run_begin])
+            if row < 0:
+                continue
+            size = int(run_end - run_begin)
+            run = self.values(Input(tensor), row * width, (row + size) * width, (slot, "run"))
+            if gathered is None:
+                gathered = torch.zeros((len(wanted), width), dtype=run.dtype)
+            gathered[run_begin:run_end] = run.view(size, width)
+        if gathered is None:
+            gathered = torch.zeros((len(wanted), width), dtype=TORCH_DTYPES[tensor.dtype])
+        return gathered.view(-1)[begin - first * width : end - first * width]
+
+
+def read_into(descriptor: int, target: np.ndarray, position: int, tensor: StoredTensor) -> None:
+    """Fills `target` (uint8) from `position` of an open file. Raises SurgeryError if the file ends before that."""
+    view = memoryview(target)
+    done = 0
+    while done < len(view):
+        try:
+            count = os.preadv(descriptor, [view[done:]], position + done)
+        except OSError as error:
+            raise SurgeryError(
+                f'"{tensor.name}" cannot be read ({error.strerror})', where=tensor.file
+            ) from error
+        if count == 0:
+            raise SurgeryError(
+                f'the file ends at byte {position + done:,}, inside "{tensor.name}"',
+                where=tensor.file,
+                hint="It was cut while it was being read: restore it and run the command again.",
+            )
+        done += count
+
+
+def digest(data: Tensor) -> bytes:
+    """BLAKE3 of a segment's bytes, 32 bytes long."""
+    return blake3(memoryview(data.view(torch.uint8).numpy())).digest()
+
+
+def tensor_digest(parts: Iterable[bytes]) -> str:
+    """The hash of a tensor: BLAKE3 over the digests of its segments, in order, as hex."""
+    return blake3(b"".join(parts)).hexdigest()
+
+
+def hash_tensor(reader: Reader, tensor: StoredTensor) -> str:
+    """`tensor_digest` of what is stored on disk (an adapter's update not included)."""
+    return tensor_digest(
+        digest(reader.raw(tensor, begin, end, "hash")) for begin, end in segments(tensor.n_elements)
+    )
+
+
+def default_threads() -> int:
+    """Threads for a job when the user names none: the processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def run(
+    units: Sequence[Work],
+    work: Callable[[Work, Reader], Result],
+    files: SourceFiles,
+    *,
+    threads: int,
+    pinned: bool = False,
+) -> Iterator[Result]:
+    """Does `work` on every unit on `threads` threads, each with a reader of its own; yields as units finish.
+
+    The first error stops the rest and is raised here.
+    """
+    local = threading.local()
+    stop = threading.Event()
+
+    def task(unit: Work) -> Result | None:
+        if stop.is_set():
+            return None
+        if not hasattr(local, "reader"):
+            # OpenMP's team is per calling thread: without this each of our threads would start a team of its own.
+            torch.set_num_threads(1)
+            local.reader = Reader(files, pinned=pinned)
+        return work(unit, local.reader)
+
+    with one_thread_per_operation(), ThreadPoolExecutor(threads, thread_name_prefix="surgery") as pool:
+        pending: set[Future[Result | None]] = set()
+        queue = iter(units)
+        try:
+            for unit in queue:
+                pending.add(pool.submit(task, unit))
+                if len(pending) >= 2 * threads:
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    yield from _results(done)
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                yield from _results(done)
+        finally:
+            stop.set()
+
+
+def _results(done: Iterable[Future[Result | None]]) -> Iterator[Result]:
+    for future in done:
+        result = future.result()
+        assert result is not None
+        yield result
+
+
+@contextmanager
+def one_thread_per_operation() -> Iterator[None]:
+    """Keeps torch from splitting single operations over threads while segments already fill the processors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,96 @@
+"""Reads an output back: every tensor readable, finite, and hashed as its manifest says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from surgery.checkpoint import MANIFEST, StoredTensor, open_checkpoint
+from surgery.execute import Options
+from surgery.manifest import read_manifest
+from surgery.stream import (
+    TORCH_DTYPES,
+    Reader,
+    SourceFiles,
+    default_threads,
+    digest,
+    run,
+    segments,
+    tensor_digest,
+)
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What reading `model` back found; `ok` when nothing is amiss.
+
+    hashes_compared: whether there was a manifest to compare with. nonfinite: name → NaN and infinite values. changed,
+    missing, unlisted: names whose bytes, or whose presence, are not as the manifest says.
+    """
+
+    model: str
+    tensors: int
+    n_bytes: int
+    hashes_compared: bool
+    nonfinite: Mapping[str, int]
+    changed: Sequence[str]
+    missing: Sequence[str]
+    unlisted: Sequence[str]
+
+    @property
+    def ok(self) -> bool:
+        return not (self.nonfinite or self.changed or self.missing or self.unlisted)
+
+
+def verify(model: str, *, options: Options = Options()) -> VerifyReport:
+    """Reads every byte of `model`'s tensors; compares with surgery.json where the folder has one.
+
+    Raises:
+        SurgeryError: the checkpoint is damaged so that it cannot be opened or read.
+    """
+    checkpoint = open_checkpoint(model)
+    folder = checkpoint.folder
+    has_manifest = folder is not None and (folder / MANIFEST).is_file() and checkpoint.adapter is None
+    expected: Mapping[str, Mapping[str, object]] = (
+        read_manifest(folder)["tensors"] if has_manifest and folder is not None else {}
+    )
+
+    def check(tensor: StoredTensor, reader: Reader) -> tuple[StoredTensor, str, int]:
+        digests, nonfinite = [], 0
+        for begin, end in segments(tensor.n_elements):
+            data = reader.raw(tensor, begin, end, "verify")
+            digests.append(digest(data))
+            if tensor.is_float:
+                values = data.view(TORCH_DTYPES[tensor.dtype])
+                wide = values if tensor.dtype == "F64" else values.float()
+                nonfinite += wide.numel() - int(torch.isfinite(wide).sum())
+        return tensor, tensor_digest(digests), nonfinite
+
+    changed, bad = [], {}
+    tensors = checkpoint.tensors
+    with SourceFiles(checkpoint.files) as files, options.progress("Verifying", checkpoint.n_bytes) as advance:
+        for tensor, found, nonfinite in run(
+            list(tensors.values()), check, files, threads=options.threads or default_threads()
+        ):
+            advance(tensor.n_bytes)
+            if nonfinite:
+                bad[tensor.name] = nonfinite
+            entry = expected.get(tensor.name)
+            if entry and (entry["blake3"], entry["dtype"], entry["shape"]) != (
+                found,
+                tensor.dtype,
+                list(tensor.shape),
+            ):
+                changed.append(tensor.name)
+    return VerifyReport(
+        model,
+        len(tensors),
+        checkpoint.n_bytes,
+        bool(has_manifest),
+        dict(sorted(bad.items())),
+        sorted(changed),
+        sorted(set(expected) - set(tensors)),
+        sorted(set(tensors) - set(expected)) if has_manifest else [],
+    )

@@ -1,0 +1,322 @@
+"""Which row of an embedding belongs to which token, and how the rows of two tokenizers correspond.
+
+Read straight from the files of a tokenizer (tokenizer.json, vocab.json, vocab.txt, sentencepiece's
+.model, and what tokenizer_config.json adds); no tokenizer is run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from surgery.errors import SurgeryError, listing
+
+TOKENIZER = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
+SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+OTHER_FORMATS = ("tekken.json", "*.tiktoken")
+
+MISSING = -1
+MAX_ID = 2**31 - 1  # a larger one is no row of any matrix
+EXAMPLES = 3
+FETCH_AGAIN = "Fetch the tokenizer's files again."
+CONVERT = 'Convert it: AutoTokenizer.from_pretrained("DIR").save_pretrained("DIR") writes tokenizer.json.'
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Token → id (the row of the embedding). `source` is the file that most of it was read from."""
+
+    ids: Mapping[str, int]
+    source: Path
+
+    @property
+    def size(self) -> int:
+        """Rows that the ids need: the largest id + 1, 0 when there is no token."""
+        return max(self.ids.values(), default=-1) + 1
+
+
+@dataclass(frozen=True)
+class VocabularyDifference:
+    """Where two vocabularies a and b disagree; tokens in the order of their ids.
+
+    `moved`: token → (id in a, id in b) where both have it under different ids.
+    """
+
+    only_in_a: Sequence[str]
+    only_in_b: Sequence[str]
+    moved: Mapping[str, tuple[int, int]]
+
+    @property
+    def same(self) -> bool:
+        return not (self.only_in_a or self.only_in_b or self.moved)
+
+    def describe(self, a: str = "the first", b: str = "the second") -> str:
+        """One paragraph: counts, and a few examples of each kind. `a` and `b` are what to call the two."""
+        if self.same:
+            return f"{a} and {b} give every token the same id."
+        parts = []
+        if self.moved:
+            some = [f"{token!r} {old} → {new}" for token, (old, new) in self.moved.items()]
+            parts.append(
+                f"{len(some):,} tokens have another id in {b} than in {a} ({listing(some, EXAMPLES)})"
+            )
+        for name, tokens in ((a, self.only_in_a), (b, self.only_in_b)):
+            if tokens:
+                some = [repr(token) for token in tokens]
+                parts.append(f"{len(some):,} tokens are only in {name} ({listing(some, EXAMPLES)})")
+        return "; ".join(parts) + "."
+
+
+def read_vocabulary(folder: Path) -> Vocabulary | None:
+    """The vocabulary of the tokenizer in `folder`, or None where there is no tokenizer file.
+
+    Raises:
+        SurgeryError: a file is damaged or of a format not read here; an id is negative or has two tokens; two
+            files give one token different ids.
+    """
+    for name, read in _READERS:
+        if (folder / name).is_file():
+            ids, source = read(folder / name), folder / name
+            break
+    else:
+        unread = sorted(path for pattern in OTHER_FORMATS for path in folder.glob(pattern))
+        if unread:
+            raise SurgeryError(
+                "is a tokenizer of a format that is not read here", where=unread[0], hint=CONVERT
+            )
+        return None
+    if source.name != TOKENIZER:  # which lists its added tokens itself
+        _add(ids, _read_mapping(folder / "added_tokens.json"), source, folder / "added_tokens.json")
+    _add(ids, _read_config(folder / CONFIG), source, folder / CONFIG)
+    _check_unique(ids, source)
+    return Vocabulary(ids, source)
+
+
+def differences(a: Vocabulary, b: Vocabulary) -> VocabularyDifference:
+    """Tokens that only one of the two has, and tokens with different ids."""
+    return VocabularyDifference(
+        only_in_a=sorted((token for token in a.ids if token not in b.ids), key=a.ids.__getitem__),
+        only_in_b=sorted((token for token in b.ids if token not in a.ids), key=b.ids.__getitem__),
+        moved={
+            token: (row, b.ids[token])
+            for token, row in sorted(a.ids.items(), key=lambda item: item[1])
+            if b.ids.get(token, row) != row
+        },
+    )
+
+
+def align_rows(
+    target: Vocabulary, donor: Vocabulary, target_rows: int, donor_rows: int
+) -> npt.NDArray[np.int64]:
+    """For each row of the target's embedding, the row of the donor's that holds the same token.
+
+    Matrices often have more rows than the tokenizer has tokens, and sometimes fewer; tokens beyond either
+    matrix have no row.
+
+    Args:
+        target_rows: rows of the target's matrix.
+        donor_rows: rows of the donor's matrix.
+
+    Returns:
+        (target_rows,) int64: the donor's row, or −1 where the row is padding or the donor lacks the token.
+    """
+    n_tokens = len(target.ids)
+    rows = np.fromiter(target.ids.values(), np.int64, n_tokens)
+    sources = np.fromiter((donor.ids.get(token, MISSING) for token in target.ids), np.int64, n_tokens)
+    sources[sources >= donor_rows] = MISSING
+    inside = rows < target_rows
+    aligned = np.full(target_rows, MISSING, np.int64)
+    aligned[rows[inside]] = sources[inside]
+    return aligned
+
+
+def _read_tokenizer(path: Path) -> dict[str, int]:
+    tokenizer = _read_object(path)
+    model = tokenizer.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, list):  # Unigram: [piece, score] in the order of ids; the last of two alike counts
+        ids = {piece: row for row, piece in enumerate(_pieces(vocab, path))}
+    elif isinstance(vocab, dict):
+        ids = _checked(vocab, path)
+    else:
+        raise SurgeryError('has no "model.vocab" from tokens to ids', where=path, hint=FETCH_AGAIN)
+    added = tokenizer.get("added_tokens") or []
+    if not isinstance(added, list):
+        raise SurgeryError('"added_tokens" is not a list', where=path, hint=FETCH_AGAIN)
+    for token, row in _checked(_added_tokens(added, path), path).items():
+        ids.setdefault(token, row)  # as the tokenizers library: a token of the model keeps the model's id
+    return ids
+
+
+def _pieces(vocab: Iterable[Any], path: Path) -> Iterator[str]:
+    for entry in vocab:
+        if not (isinstance(entry, list) and entry and isinstance(entry[0], str)):
+            raise SurgeryError(
+                f'"model.vocab" holds {entry!r}, expected [piece, score]', where=path, hint=FETCH_AGAIN
+            )
+        yield entry[0]
+
+
+def _added_tokens(added: Iterable[Any], path: Path) -> dict[str, Any]:
+    found = {}
+    for entry in added:
+        if not (isinstance(entry, dict) and isinstance(entry.get("content"), str)):
+            raise SurgeryError(
+                f'"added_tokens" holds {entry!r}, expected {{"id", "content"}}', where=path, hint=FETCH_AGAIN
+            )
+        found[entry["content"]] = entry.get("id")
+    return found
+
+
+def _read_mapping(path: Path) -> dict[str, int]:
+    return _checked(_read_object(path), path) if path.is_file() else {}
+
+
+def _read_config(path: Path) -> dict[str, int]:
+    """`added_tokens_decoder` of tokenizer_config.json: {"id": {"content": token}}."""
+    decoder = (_read_object(path) if path.is_file() else {}).get("added_tokens_decoder") or {}
+    entries = decoder.items() if isinstance(decoder, dict) else [("", None)]
+    found = {}
+    for row, entry in entries:
+        content = entry.get("content") if isinstance(entry, dict) else entry
+        if not (isinstance(content, str) and row.isascii() and row.removeprefix("-").isdigit()):
+            raise SurgeryError(
+                f'"added_tokens_decoder" holds {row!r}: {entry!r}, expected an id and {{"content"}}',
+                where=path,
+                hint=FETCH_AGAIN,
+            )
+        found[content] = int(row[: len(str(MAX_ID)) + 2])  # enough digits to be refused as too large
+    return _checked(found, path)
+
+
+def _read_lines(path: Path) -> dict[str, int]:
+    lines = _read_text(path).replace("\r\n", "\n").split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    if not lines:
+        raise SurgeryError("holds no token", where=path, hint=FETCH_AGAIN)
+    return {token: row for row, token in enumerate(lines)}
+
+
+def _read_sentencepiece(path: Path) -> dict[str, int]:
+    try:
+        data = path.read_bytes()
+        # ModelProto { repeated SentencePiece pieces = 1 }, SentencePiece { string piece = 1 }
+        pieces = [
+            next((text.decode() for number, text in _fields(piece) if number == 1), "")
+            for field, piece in _fields(data)
+            if field == 1
+        ]
+        if not pieces:
+            raise ValueError("no piece in it")
+    except OSError as error:
+        raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
+    except ValueError as error:
+        raise SurgeryError(
+            f"is no whole sentencepiece model ({error})",
+            where=path,
+            hint=f"{FETCH_AGAIN} If it is of another format: {CONVERT}",
+        ) from error
+    return {piece: row for row, piece in enumerate(pieces)}
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
+    """The fields of a protobuf message: number, and the bytes of those that have a length (else b"")."""
+    at = 0
+    while at < len(message):
+        key, at = _varint(message, at)
+        wire_type = key & 7
+        start = at
+        if wire_type == 0:
+            _, at = _varint(message, at)
+        elif wire_type == 2:
+            length, start = _varint(message, at)
+            at = start + length
+        elif wire_type in (1, 5):
+            at += 8 if wire_type == 1 else 4
+        else:
+            raise ValueError(f"wire type {wire_type} at byte {start}")
+        if at > len(message):
+            raise ValueError(f"a field ends at byte {at} of {len(message)}")
+        yield key >> 3, message[start:at] if wire_type == 2 else b""
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """The number at byte `at`, and the byte after it."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(message):
+            raise ValueError(f"it breaks off at byte {at}")
+        byte = message[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise ValueError(f"a number of more than 10 bytes before byte {at}")
+
+
+_READERS = (
+    (TOKENIZER, _read_tokenizer),
+    ("vocab.json", _read_mapping),
+    ("vocab.txt", _read_lines),
+    *((name, _read_sentencepiece) for name in SENTENCEPIECE),
+)
+
+
+def _add(ids: dict[str, int], more: Mapping[str, int], source: Path, path: Path) -> None:
+    for token, row in more.items():
+        if ids.setdefault(token, row) != row:
+            raise SurgeryError(
+                f"gives {token!r} id {row}, and {source.name} gives it {ids[token]}",
+                where=path,
+                hint="Keep the files of one and the same tokenizer.",
+            )
+
+
+def _check_unique(ids: Mapping[str, int], source: Path) -> None:
+    if len(set(ids.values())) == len(ids):
+        return
+    holder: dict[int, str] = {}
+    for token, row in ids.items():
+        if row in holder:
+            raise SurgeryError(
+                f"id {row} has two tokens, {holder[row]!r} and {token!r}",
+                where=source,
+                hint="Keep the files of one and the same tokenizer.",
+            )
+        holder[row] = token
+
+
+def _checked(ids: Mapping[str, Any], path: Path) -> dict[str, int]:
+    for token, row in ids.items():
+        if type(row) is not int or not 0 <= row <= MAX_ID:
+            raise SurgeryError(
+                f"{token!r} has id {row!r}, expected a whole number from 0", where=path, hint=FETCH_AGAIN
+            )
+    return dict(ids)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise SurgeryError(f"is not valid JSON ({error})", where=path, hint=FETCH_AGAIN) from error
+    if not isinstance(value, dict):
+        raise SurgeryError("is not a JSON object", where=path, hint=FETCH_AGAIN)
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except OSError as error:
+        raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
+    except UnicodeDecodeError as error:
+        raise SurgeryError(f"is not UTF-8 text ({error.reason})", where=path, hint=FETCH_AGAIN) from error

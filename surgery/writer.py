@@ -1,0 +1,148 @@
+"""Safetensors files whose size is known beforehand, written at any offset in any order, by any number of threads."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from surgery.errors import SurgeryError
+from surgery.plan import PlannedFile
+
+_SYNC_FILE_RANGE_WRITE = 2
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class ShardWriter:
+    """The weight files of one output folder, created (or, on resuming, reopened) at their full size.
+
+    Raises:
+        SurgeryError: the disk is full, or a file cannot be written.
+    """
+
+    def __init__(self, folder: Path, files: Iterable[PlannedFile]) -> None:
+        self._descriptors: dict[str, int] = {}
+        self._starts: dict[str, dict[str, int]] = {}
+        self.folder = folder
+        try:
+            for file in files:
+                self._open(file)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes every file; safe to call twice."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def descriptor(self, file: str) -> int:
+        """The open file descriptor of the file called `file`."""
+        return self._descriptors[file]
+
+    def position(self, file: str, tensor: str) -> int:
+        """Where in `file` the bytes of `tensor` begin."""
+        return self._starts[file][tensor]
+
+    def write(self, file: str, position: int, data: memoryview) -> None:
+        """Writes `data` at `position` bytes from the start of `file`, and starts it on its way to the disk."""
+        descriptor = self._descriptors[file]
+        done = 0
+        try:
+            while done < len(data):
+                done += os.pwrite(descriptor, data[done:], position + done)
+        except OSError as error:
+            raise disk_error(error, self.folder / file) from error
+        start_writeback(descriptor, position, len(data))
+
+    def copy(self, source: int, source_position: int, file: str, position: int, size: int) -> None:
+        """Copies `size` bytes between files inside the kernel, where the file systems allow it."""
+        descriptor = self._descriptors[file]
+        done = 0
+        try:
+            while done < size:
+                count = _copy_range(source, source_position + done, descriptor, position + done, size - done)
+                if count == 0:
+                    raise SurgeryError("the source ended while it was being copied", where=self.folder / file)
+                done += count
+        except OSError as error:
+            raise disk_error(error, self.folder / file) from error
+        start_writeback(descriptor, position, size)
+
+    def sync(self, file: str) -> None:
+        """Returns once every byte of `file` is on the disk."""
+        try:
+            os.fsync(self._descriptors[file])
+        except OSError as error:
+            raise disk_error(error, self.folder / file) from error
+
+    def _open(self, file: PlannedFile) -> None:
+        path = self.folder / file.name
+        header = file.header
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+            self._descriptors[file.name] = descriptor
+            _reserve(descriptor, file.size)
+            os.pwrite(descriptor, header.raw, 0)
+        except OSError as error:
+            raise disk_error(error, path) from error
+        self._starts[file.name] = {entry.name: header.data_start + entry.begin for entry in header.entries}
+
+
+def disk_error(error: OSError, path: Path) -> SurgeryError:
+    """The `SurgeryError` for a failed write to `path`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return SurgeryError(
+            "the disk is full",
+            where=path,
+            hint="Free some space and run the same command again: it goes on where it stopped.",
+        )
+    return SurgeryError(f"cannot be written ({error.strerror})", where=path)
+
+
+def start_writeback(descriptor: int, position: int, size: int) -> None:
+    """Starts writing a range to the disk without waiting, so that the fsync at the end finds little left to do.
+
+    A hint: where the system lacks the call nothing is lost but time.
+    """
+    if hasattr(_LIBC, "sync_file_range"):
+        _LIBC.sync_file_range(
+            descriptor, ctypes.c_int64(position), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE
+        )
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    held = os.fstat(descriptor).st_size
+    if held != size:
+        os.ftruncate(descriptor, size)
+    if hasattr(os, "posix_fallocate") and size:
+        os.posix_fallocate(descriptor, 0, size)
+
+
+def _copy_range(source: int, source_position: int, target: int, position: int, size: int) -> int:
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source, target, size, source_position, position)
+        except OSError as error:
+            # Across file systems, and on some of them, the kernel cannot: then the bytes go through here.
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+                raise
+    return os.pwrite(target, os.pread(source, min(size, 8 << 20), source_position), position)
