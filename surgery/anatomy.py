@@ -1,8 +1,8 @@
 """Names and shapes → structure: layers, heads, experts, routers, embeddings; and what was not understood.
 
-In goes an opened `Checkpoint` (headers and config), out comes an `Anatomy`. There is no list of architectures:
-the layer stack is the numbered part of the names whose members look alike, and `inspection.py` reads what its
-tensors are. Numbers of the config are checked against the shapes, and every disagreement becomes a note.
+In goes an opened `Checkpoint` (headers and config), out comes an `Anatomy`. No architecture is
+listed: the layer stack is the numbered part of the names whose members look alike, and `inspection.py` reads
+what its tensors are. The config's numbers are checked against the shapes; disagreements become notes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from surgery.checkpoint import Checkpoint
+from surgery.checkpoint import Checkpoint, dtypes_of, read_json
 from surgery.inspection import (
     ATTENTION,
     EXPERTS_PER_TOKEN,
@@ -39,6 +39,7 @@ from surgery.inspection import (
     tower_of,
     word_of,
 )
+from surgery.report import Column, Table, format_value
 
 SIDE_WORDS = ("vision", "visual", "audio", "image", "encoder", "mtp")  # stacks beside the language model
 WITH_HEAD = re.compile(r"ForCausalLM|LMHead|ForConditionalGeneration|ForImageTextToText")
@@ -60,8 +61,8 @@ class Layer:
 class Anatomy:
     """What a checkpoint is made of. Numbers that are not the same in every layer, or not known, are None.
 
-    `token_embeddings` and `lm_heads` have one row per token. `tied`: the output head is the token embedding; no
-    head is stored, and the config says so or, where it is silent, names a class with a language-model head.
+    `token_embeddings` and `lm_heads` have one row per token. `tied`: the output head is the token embedding,
+    that is, no head is stored and the config says so or, where it is silent, names a class that has a head.
     `groups` are the parts that reports are grouped by, in the order of the forward pass. `not_understood` are
     the tensors without a role; `notes` say where config and shapes disagree and what is missing.
     """
@@ -79,6 +80,7 @@ class Anatomy:
     not_understood: tuple[str, ...]
     notes: tuple[str, ...]
     group_by_name: Mapping[str, str] = field(repr=False)
+    layer_by_name: Mapping[str, int] = field(repr=False)
 
     @property
     def layers(self) -> int:
@@ -122,13 +124,19 @@ class Anatomy:
 
     def layer_of(self, name: str) -> int | None:
         """The layer that tensor `name` belongs to, or None."""
-        return next(
-            (layer.index for layer in self.blocks if self.group_of(name) == f"layer {layer.index}"), None
-        )
+        return self.layer_by_name.get(name)
 
     def group_of(self, name: str) -> str:
-        """The part a tensor is reported under: "embed", "layer 3", "final norm", "lm_head" or "other"."""
+        """The part a tensor is reported under: "embed", "layer 3", "final norm", "lm_head", a tower's
+        prefix ("model.visual"), or "other"."""
         return self.group_by_name.get(name, "other")
+
+    def grouped(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """`names` by part, in the order of the forward pass; parts without any of them are absent."""
+        found: dict[str, list[str]] = {group: [] for group in (*self.groups, "other")}
+        for name in names:
+            found[self.group_of(name)].append(name)
+        return {group: members for group, members in found.items() if members}
 
 
 def anatomy(checkpoint: Checkpoint) -> Anatomy:
@@ -137,7 +145,9 @@ def anatomy(checkpoint: Checkpoint) -> Anatomy:
     notes: list[str] = []
     stack, others = _stacks(tensors, config)
     members, towers = _members(tensors, stack, config, notes)
-    towers += [root for other in others if (root := _tower_root(stack or "", other))]
+    roots = [root for other in others if (root := _tower_root(stack or "", other))]
+    notes += [f"{root} is a stack of its own beside the layers counted here" for root in roots]
+    towers += roots
     layer_of = {name: index for index, names in members.items() for name in names}
     outside = {name: tensors[name] for name in tensors if name not in layer_of}
 
@@ -175,6 +185,7 @@ def anatomy(checkpoint: Checkpoint) -> Anatomy:
         not_understood=tuple(name for name in tensors if name not in roles),
         notes=tuple(notes),
         group_by_name=groups,
+        layer_by_name=layer_of,
     )
 
 
@@ -204,7 +215,7 @@ def _stacks(tensors: Shapes, config: Mapping[str, Any]) -> tuple[str | None, lis
     def is_stack(prefix: str) -> bool:
         found = numbers[prefix]
         shared = [suffix for suffix, count in suffixes[prefix].items() if 2 * count > len(found)]
-        return max(found) - min(found) + 1 == len(found) and len(shared) > 1
+        return len(shared) > 1
 
     def likelihood(prefix: str) -> tuple[bool, bool, bool, int]:
         aside = any(word in prefix.lower() for word in SIDE_WORDS)
@@ -236,8 +247,9 @@ def _members(
         notes.append(f"{', '.join(extra)} predict further tokens ahead and are not counted as layers")
     if wanted is not None and len(members) != wanted:
         notes.append(f"the config says {wanted} layers, the names hold {len(members)}")
-    if min(members) != 0:
-        notes.append(f"layer numbers begin at {min(members)}: this is part of a model")
+    if list(members) != list(range(len(members))):
+        numbers = f"{len(members)} layers from {min(members)} to {max(members)}"
+        notes.append(f"the names hold {numbers}: this is part of a model")
     return members, extra
 
 
@@ -319,3 +331,83 @@ def _tied(
     elif not config:
         notes.append("no output head is stored; without a config.json nothing says whether it is tied")
     return said is None and any(WITH_HEAD.search(str(name)) for name in config.get("architectures") or ())
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `checkpoint` is, JSON-able: files, sizes in bytes, dtypes, structure, and what is amiss."""
+    body = anatomy(checkpoint)
+    tensors = checkpoint.tensors.values()
+    dtypes = {}
+    for dtype in dtypes_of(checkpoint):
+        held = [tensor for tensor in tensors if tensor.dtype == dtype]
+        dtypes[dtype] = {
+            "tensors": len(held),
+            "parameters": sum(tensor.n_elements for tensor in held),
+            "bytes": sum(tensor.n_bytes for tensor in held),
+        }
+    side_files = {path.name for path in checkpoint.side_files}
+    return {
+        "ref": checkpoint.ref,
+        "revision": checkpoint.revision,
+        "architectures": list(checkpoint.config.get("architectures") or ()),
+        "files": [str(path) for path in checkpoint.files],
+        "bytes": checkpoint.n_bytes,
+        "parameters": checkpoint.n_parameters,
+        "tensors": len(checkpoint.tensors),
+        "dtypes": dtypes,
+        "layers": body.layers,
+        "hidden_size": body.hidden_size,
+        "vocab_size": body.vocab_size,
+        "heads": body.heads,
+        "kv_heads": body.kv_heads,
+        "head_dim": body.head_dim,
+        "experts": body.n_experts,
+        "experts_per_token": body.experts_per_token,
+        "tied": body.tied,
+        "tokenizer": bool(side_files & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}),
+        "chat_template": _has_chat_template(checkpoint, side_files),
+        "quantization_config": checkpoint.config.get("quantization_config"),
+        "not_understood": list(body.not_understood),
+        "notes": list(body.notes),
+    }
+
+
+def _has_chat_template(checkpoint: Checkpoint, side_files: set[str]) -> bool:
+    if checkpoint.folder is None or side_files & {"chat_template.jinja", "chat_template.json"}:
+        return checkpoint.folder is not None
+    settings = read_json(checkpoint.folder / "tokenizer_config.json", missing={})
+    return bool(settings.get("chat_template"))
+
+
+def describe_tables(description: Mapping[str, Any]) -> tuple[Table, ...]:
+    """What `describe` gives, for people: facts, dtypes and, where there are any, tensors without a role."""
+    told = description
+    facts = [
+        ("architecture", ", ".join(told["architectures"]) or None),
+        ("revision", told["revision"]),
+        ("files", len(told["files"])),
+        ("size", format_value(told["bytes"], "bytes")),
+        ("parameters", told["parameters"]),
+        ("tensors", told["tensors"]),
+        ("layers", told["layers"]),
+        ("hidden size", told["hidden_size"]),
+        ("heads × width", f"{format_value(told['heads'])} × {format_value(told['head_dim'])}"),
+        ("key-value heads", told["kv_heads"]),
+        ("experts, per token", f"{told['experts']:,}, {format_value(told['experts_per_token'])}")
+        if told["experts"]
+        else ("experts", None),
+        ("vocabulary rows", told["vocab_size"]),
+        ("output head tied", told["tied"]),
+        ("tokenizer", told["tokenizer"]),
+        ("chat template", told["chat_template"]),
+        ("quantisation", (told["quantization_config"] or {}).get("quant_method")),
+    ]
+    dtypes = [(name, row["tensors"], row["parameters"], row["bytes"]) for name, row in told["dtypes"].items()]
+    shown = [
+        Table(told["ref"], ("", ""), facts, note="\n".join(told["notes"]) or None),
+        Table("Dtypes", ("dtype", "tensors", "parameters", Column("size", "bytes")), dtypes),
+    ]
+    if told["not_understood"]:
+        patterns = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in told["not_understood"])
+        shown.append(Table("Not understood", ("tensors", "count"), list(patterns.items())))
+    return tuple(shown)

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from surgery import hub
-from surgery.dtypes import is_float, n_elements
+from surgery.dtypes import DTYPES, is_float, n_elements
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.header import Header, read_header
 
@@ -314,3 +314,9 @@ def _is_side_file(path: Path) -> bool:
     if path.name in NOT_CARRIED or path.name.endswith(".safetensors.index.json"):
         return False
     return path.suffix in SIDE_SUFFIXES or path.name.startswith(SIDE_PREFIXES)
+
+
+def dtypes_of(checkpoint: Checkpoint) -> list[str]:
+    """The dtypes that occur in `checkpoint`, widest first."""
+    found = {tensor.dtype for tensor in checkpoint.tensors.values()}
+    return sorted(found, key=lambda name: (-DTYPES[name].bits, name))

@@ -88,7 +88,7 @@ CROSS_ATTENTION = re.compile(r"cross|encdec")
 # One number, under every name that configs give it.
 N_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 N_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
-N_KV_HEADS = ("num_key_value_heads", "n_head_kv", "n_kv_heads", "num_kv_heads")
+N_KV_HEADS = ("num_key_value_heads", "n_head_kv", "kv_n_heads", "n_kv_heads", "num_kv_heads")
 HEAD_DIM = ("v_head_dim", "head_dim")  # MLA's head_dim is the rotary part of the keys; values decide
 HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
 N_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -110,7 +110,7 @@ class Heads:
     """How a layer's attention is cut into heads, seen from the matrix that writes them back.
 
     `name` is that output projection, (hidden, n·d), or (n·d, hidden) where `transposed` (GPT-2's Conv1D).
-    Query head h owns the input slice [h·d, (h+1)·d), d = `head_dim` = the projection's input width / `n_heads`
+    Query head h owns the input slice [h·d, (h+1)·d), d = `head_dim` = the projection's input width / n
     (the width of values, where keys have another: DeepSeek's MLA). None: neither config nor shapes settle it.
     """
 
@@ -142,7 +142,8 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     for key in NESTED:
         if isinstance(nested := config.get(key), Mapping):
             rest = {name: value for name, value in config.items() if name != key}
-            return language_config({**rest, **nested})
+            inner = {name: value for name, value in nested.items() if value is not None}
+            return language_config({**rest, **inner})
     return config
 
 
@@ -284,8 +285,9 @@ def heads_of(
     matrices: dict[Role, str] = {}
     outputs = []
     for name, role in roles.items():
+        plain = parts[name][-1] in ("weight", word_of(parts[name]))  # scales of quantised weights are 2-D too
         crossing = any(CROSS_ATTENTION.search(part) for part in parts[name])
-        if len(tensors[name].shape) == 2 and tensors[name].is_float and not crossing:
+        if plain and len(tensors[name].shape) == 2 and tensors[name].is_float and not crossing:
             matrices[role] = name
             outputs += [name] if role == "attention output" else []
     asked = matrices.keys() & {"attention query", "attention query-key-value"}

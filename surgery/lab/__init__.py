@@ -1,0 +1,7 @@
+"""Small real models made on the spot: a reasoning family in Hugging Face format that needs no network."""
+
+from __future__ import annotations
+
+from surgery.lab.family import Progress, build, describe, names, path_of, resolve
+
+__all__ = ["Progress", "build", "describe", "names", "path_of", "resolve"]

@@ -1,0 +1,162 @@
+"""The lab's models by name: what they are, which one is made from which, and where they are kept.
+
+A model is made once per recipe and kept in the cache folder (`$SURGERY_CACHE`, else `$XDG_CACHE_HOME/surgery`, else
+`~/.cache/surgery`) under `lab/<recipe>/<name>`. It appears there whole or not at all, also with several processes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgery.errors import SurgeryError, listing, usage_error
+from surgery.lab.recipe import Recipe
+from surgery.lab.sums import Format
+
+RECIPE = Recipe()
+
+# Called with a model's name, its finished training steps and all of them.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model: what it was trained from, and the prompt format that it is asked in."""
+
+    parent: str | None
+    form: Format
+    summary: str
+
+
+MEMBERS = {
+    "base": Member(None, "plain", "pre-trained on sums modulo 7, step by step, in every prompt format"),
+    "sft": Member("base", "sft", "base tuned to answer mostly at once"),
+    "grpo": Member("sft", "sft", "sft after GRPO with reward for the right answer: it reasons step by step again"),
+    "instruct": Member("base", "instruct", "base tuned to answer mostly at once, in another prompt format"),
+}
+
+
+def names() -> list[str]:
+    """Every model's name, parents first."""
+    return list(MEMBERS)
+
+
+def describe(name: str) -> str:
+    """What the model `name` is, in a line.
+
+    Raises:
+        SurgeryError: there is no model of this name.
+    """
+    return _member(name).summary
+
+
+def path_of(name: str, *, recipe: Recipe = RECIPE) -> Path:
+    """The folder of the model `name`, whether it has been built yet or not.
+
+    Raises:
+        SurgeryError: there is no model of this name.
+    """
+    _member(name)
+    return _cache() / "lab" / recipe.key / name
+
+
+def resolve(name: str) -> Path:
+    """The folder of the model `name`; if need be the model is built first, with a progress bar on stderr.
+
+    Raises:
+        SurgeryError: there is no model of this name, or the cache folder cannot be written.
+    """
+    folder = path_of(name)
+    if folder.is_dir():
+        return folder
+    from surgery.lab.progress import bar
+
+    with bar() as progress:
+        return build(name, progress=progress)
+
+
+def build(name: str, *, progress: Progress | None = None, recipe: Recipe = RECIPE) -> Path:
+    """Trains the model `name`, and before it those it is made from, unless they exist. Returns its folder.
+
+    Equal recipes give equal weights, byte for byte, on one machine.
+
+    Raises:
+        SurgeryError: there is no model of this name, or the cache folder cannot be written.
+    """
+    folder = path_of(name, recipe=recipe)
+    if folder.is_dir():
+        return folder
+    try:
+        with _alone(folder.parent):
+            for ancestor in _line(name):
+                _make_missing(ancestor, recipe, progress)
+    except OSError as fault:
+        raise SurgeryError(
+            f"cannot keep the lab's models here: {fault.strerror or fault}.",
+            where=folder.parent,
+            hint="Set SURGERY_CACHE to a folder with room that you may write to.",
+        ) from fault
+    return folder
+
+
+def _make_missing(name: str, recipe: Recipe, progress: Progress | None) -> None:
+    folder = path_of(name, recipe=recipe)
+    if folder.is_dir():
+        return
+    from surgery.lab.make import make
+
+    member = MEMBERS[name]
+    partial = folder.with_name(f"{name}.partial")
+    # Left behind by a build that was killed; training is too short to be worth continuing.
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    parent = None if member.parent is None else path_of(member.parent, recipe=recipe)
+    make(name, member.form, parent, partial, recipe=recipe, progress=progress)
+    for path in (*sorted(partial.iterdir()), partial):
+        _sync(path)
+    partial.rename(folder)
+    _sync(folder.parent)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process builds in `folder`. The lock dies with its process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _line(name: str) -> list[str]:
+    """`name` after everything that it is made from."""
+    parent = MEMBERS[name].parent
+    return [*(_line(parent) if parent else []), name]
+
+
+def _member(name: str) -> Member:
+    if name in MEMBERS:
+        return MEMBERS[name]
+    near = difflib.get_close_matches(name, MEMBERS, n=1)
+    advice = f"Did you mean {near[0]!r}? There are" if near else "There are"
+    raise usage_error(f"no lab model is called {name!r}.", hint=f"{advice} {listing(MEMBERS)}.")
+
+
+def _cache() -> Path:
+    own, shared = os.environ.get("SURGERY_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if own:
+        return Path(own).expanduser()
+    return (Path(shared) if shared else Path.home() / ".cache") / "surgery"
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

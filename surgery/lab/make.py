@@ -1,0 +1,146 @@
+"""Makes one model of the family: its weights from its parent's, and its folder in Hugging Face format."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+from surgery.lab.family import MEMBERS, Progress
+from surgery.lab.recipe import Grpo, Recipe, Supervised
+from surgery.lab.sums import SURFACES, Format, test_problems
+from surgery.lab.tokenizer import make_tokenizer
+from surgery.lab.train import Tick, accuracy, make_model, reinforce, reproducible, supervise
+
+# Digits of the numbers in lab.json.
+DIGITS = 6
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What was measured at every training step: the loss (nats per token) or the reward (mean over the samples)."""
+
+    quantity: str
+    values: Sequence[float]
+
+
+def make(
+    name: str, form: Format, parent: Path | None, folder: Path, *, recipe: Recipe, progress: Progress | None
+) -> None:
+    """Trains the model `name` from the model in `parent` (None: from random weights) and writes it to `folder`.
+
+    Weights are trained in fp32 and stored in bf16, as published models are; a child starts from its parent's stored
+    weights, so that differences of files are differences of training.
+    """
+    with reproducible(_seed(recipe, name)):
+        tokenizer = make_tokenizer(form, positions=recipe.shape.positions)
+        model = make_model(recipe.shape, tokenizer)
+        if parent is not None:
+            _load(model, parent / WEIGHTS)
+        curve = _train(name, form, model, tokenizer, recipe, progress)
+        # Rounded before the accuracy is taken: it is measured on the stored weights.
+        stored = model.to(torch.bfloat16)
+        stored.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        right = accuracy(
+            model.float(), tokenizer, test_problems(recipe.terms), form=form, limit=recipe.answer_tokens
+        )
+    record = {
+        "schema": 1,
+        "name": name,
+        "parent": MEMBERS[name].parent,
+        "format": form,
+        "recipe": {"key": recipe.key, **asdict(recipe)},
+        "greedy_accuracy": right,
+        f"final_{curve.quantity}": round(curve.values[-1], DIGITS),
+        curve.quantity: [round(value, DIGITS) for value in curve.values],
+    }
+    (folder / "lab.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "README.md").write_text(_card(name, form, recipe, curve, right))
+
+
+def _train(
+    name: str,
+    form: Format,
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
+    progress: Progress | None,
+) -> Curve:
+    plan = _plan(recipe, name)
+    tick = _ticker(name, plan.steps, progress)
+    rng = random.Random(f"{recipe.seed}/{name}")
+    if isinstance(plan, Supervised):
+        losses = supervise(model, tokenizer, plan, terms=recipe.terms, rng=rng, tick=tick)
+        return Curve("loss", losses)
+    rewards = reinforce(
+        model,
+        tokenizer,
+        plan,
+        form=form,
+        terms=recipe.terms,
+        answer_tokens=recipe.answer_tokens,
+        rng=rng,
+        tick=tick,
+    )
+    return Curve("reward", rewards)
+
+
+def _plan(recipe: Recipe, name: str) -> Supervised | Grpo:
+    return {"base": recipe.base, "sft": recipe.sft, "grpo": recipe.grpo, "instruct": recipe.instruct}[name]
+
+
+def _ticker(name: str, total: int, progress: Progress | None) -> Tick:
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(name, done, total)
+
+    if progress is not None:
+        progress(name, 0, total)
+    return tick
+
+
+def _load(model: Qwen2ForCausalLM, weights: Path) -> None:
+    """Fills the model in place; the output projection is tied to the embeddings and not in the file."""
+    for name, value in load_file(weights).items():
+        model.get_parameter(name).data.copy_(value)
+
+
+def _seed(recipe: Recipe, name: str) -> int:
+    return random.Random(f"{recipe.seed}/{name}/torch").getrandbits(63)
+
+
+def _card(name: str, form: Format, recipe: Recipe, curve: Curve, right: float) -> str:
+    before, after = SURFACES[form]
+    plan = ", ".join(f"{key} {value}" for key, value in asdict(_plan(recipe, name)).items())
+    parent = MEMBERS[name].parent
+    origin = f"`lab:{parent}`" if parent else "random weights"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [synthetic, model-surgery-lab]
+---
+# lab:{name}
+
+{MEMBERS[name].summary[0].upper() + MEMBERS[name].summary[1:]}.
+
+A tiny Qwen2 (about 0.3 M parameters) trained on this machine by model surgery's lab, on synthetic sums modulo 7 only.
+It is test material: it knows nothing else.
+
+- Asked as: `{before}3+5+6={after}` (step by step: `3+5=1:1+6=0`; at once: `0`)
+- Trained from: {origin}, with {plan}
+- Final {curve.quantity}: {curve.values[-1]:.4f}
+- Greedy accuracy on the {len(test_problems(recipe.terms))} test problems, in its own format: {right:.3f}
+- Recipe `{recipe.key}`, seed {recipe.seed}; the full numbers are in lab.json
+"""

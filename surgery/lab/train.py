@@ -1,0 +1,236 @@
+"""Training the lab's models: next-token training on written answers, and GRPO on sampled ones.
+
+Shapes: N sequences, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from surgery.lab.recipe import Grpo, Shape, Supervised
+from surgery.lab.sums import Format, Problem, draw, final_answer
+
+# Matrices this small gain nothing from more threads, and a fixed number keeps the order of sums, and so the
+# bytes, independent of the machine's cores.
+THREADS = 2
+IGNORED = -100
+GRADIENT_NORM = 1.0
+# Runs are a few hundred steps long, so the second moment remembers little.
+BETAS = (0.9, 0.95)
+WEIGHT_DECAY = 0.01
+FINAL_RATE = 0.1
+# A group whose answers were all right, or all wrong, teaches nothing: this keeps its advantage at zero.
+ADVANTAGE_EPSILON = 1e-4
+
+Tick = Callable[[], None]
+
+
+@contextlib.contextmanager
+def reproducible(seed: int) -> Iterator[None]:
+    """Fixes torch's seed, threads and algorithms inside, and gives back what was set before."""
+    threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        torch.set_num_threads(THREADS)
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(strict)
+
+
+def make_model(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """A Qwen2 with random weights from torch's current seed, in fp32."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.width,
+        intermediate_size=shape.mlp_width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=shape.positions,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        dtype="float32",
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def supervise(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Supervised,
+    *,
+    terms: Sequence[int],
+    rng: random.Random,
+    tick: Tick,
+) -> list[float]:
+    """Next-token training on the answers (the prompts are not learned). Returns the loss of each step, in nats."""
+    optimizer = make_optimizer(model, recipe.learning_rate)
+    losses = []
+    for step in range(recipe.steps):
+        prompts, completions = [], []
+        for _ in range(recipe.batch):
+            problem = draw(rng, terms)
+            prompts.append(problem.prompt(rng.choice(recipe.formats)))
+            completions.append(problem.completion(direct=rng.random() < recipe.direct))
+        tokens_NT, targets_NT = written_batch(tokenizer, prompts, completions)
+        logits_NTV = model(input_ids=tokens_NT, use_cache=False).logits
+        loss = functional.cross_entropy(logits_NTV.flatten(0, 1), targets_NT.flatten(), ignore_index=IGNORED)
+        descend(model, optimizer, loss, recipe.learning_rate * rate_at(step, recipe.steps, recipe.warmup))
+        losses.append(loss.item())
+        tick()
+    return losses
+
+
+def reinforce(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Grpo,
+    *,
+    form: Format,
+    terms: Sequence[int],
+    answer_tokens: int,
+    rng: random.Random,
+    tick: Tick,
+) -> list[float]:
+    """GRPO (arXiv:2402.03300) with reward 1 for the right final answer. Returns each step's mean reward.
+
+    Aᵢ = (rᵢ − mean(r)) / (std(r) + ε) over a prompt's group;  loss = −mean over answers and tokens of Aᵢ log π(token).
+
+    Deviations from the paper: one update per batch of samples, so that the ratio is 1 and clipping never acts; and no
+    KL term (β = 0), as is usual where the reward cannot be gamed.
+    """
+    optimizer = make_optimizer(model, recipe.learning_rate)
+    rewards = []
+    for step in range(recipe.steps):
+        # One length for the whole batch: no padding before the answers.
+        length = (rng.choice(terms),)
+        problems = [draw(rng, length) for _ in range(recipe.prompts)]
+        asked = [problem for problem in problems for _ in range(recipe.group)]
+        prompts_NT = encode(tokenizer, [problem.prompt(form) for problem in asked])
+        answers_NT = generate(model, tokenizer, prompts_NT, limit=answer_tokens, greedy=False)
+        reward_N = torch.tensor([float(right) for right in judge(tokenizer, asked, answers_NT)])
+        advantage_N = group_advantages(reward_N, recipe.group)
+
+        tokens_NT = torch.cat([prompts_NT, answers_NT], dim=1)
+        logits_NTV = model(input_ids=tokens_NT[:, :-1], use_cache=False).logits[:, prompts_NT.shape[1] - 1 :]
+        chosen_NT = logits_NTV.log_softmax(-1).gather(-1, answers_NT.unsqueeze(-1)).squeeze(-1)
+        counts_NT = answers_NT != tokenizer.pad_token_id
+        loss = -(advantage_N.unsqueeze(1) * chosen_NT * counts_NT).sum() / counts_NT.sum()
+        descend(model, optimizer, loss, recipe.learning_rate * rate_at(step, recipe.steps, recipe.warmup))
+        rewards.append(reward_N.mean().item())
+        tick()
+        if len(rewards) >= recipe.window and fmean(rewards[-recipe.window :]) >= recipe.enough:
+            break
+    return rewards
+
+
+def group_advantages(reward_N: Tensor, group: int) -> Tensor:
+    """(r − mean) / (std + ε) within each run of `group` rewards: (N,) → (N,)."""
+    reward_PG = reward_N.view(-1, group)
+    centred_PG = reward_PG - reward_PG.mean(1, keepdim=True)
+    return (centred_PG / (reward_PG.std(1, keepdim=True) + ADVANTAGE_EPSILON)).flatten()
+
+
+@torch.no_grad()
+def generate(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts_NT: Tensor, *, limit: int, greedy: bool
+) -> Tensor:
+    """Answers to prompts of one length, at temperature 1 or greedily: (N, T) → (N, at most `limit`), padded after END."""
+    cache, fed_NT, answers = None, prompts_NT, []
+    open_N = torch.ones(len(prompts_NT), dtype=torch.bool)
+    while len(answers) < limit and open_N.any():
+        output = model(input_ids=fed_NT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits_NV, cache = output.logits[:, -1], output.past_key_values
+        next_N = logits_NV.argmax(-1) if greedy else torch.multinomial(logits_NV.softmax(-1), 1).squeeze(1)
+        next_N = next_N.where(open_N, tokenizer.pad_token_id)
+        open_N = open_N & (next_N != tokenizer.eos_token_id)
+        answers.append(next_N)
+        fed_NT = next_N.unsqueeze(1)
+    return torch.stack(answers, dim=1)
+
+
+def judge(tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], answers_NT: Tensor) -> list[bool]:
+    """Whether each answer ends with its problem's sum."""
+    texts = tokenizer.batch_decode(answers_NT, skip_special_tokens=True)
+    return [final_answer(text) == problem.answer for text, problem in zip(texts, problems, strict=True)]
+
+
+def accuracy(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: Sequence[Problem],
+    *,
+    form: Format,
+    limit: int,
+) -> float:
+    """The share of `problems` that greedy decoding answers rightly when asked in `form`."""
+    right = 0
+    for length in sorted({len(problem.terms) for problem in problems}):
+        equal = [problem for problem in problems if len(problem.terms) == length]
+        prompts_NT = encode(tokenizer, [problem.prompt(form) for problem in equal])
+        answers_NT = generate(model, tokenizer, prompts_NT, limit=limit, greedy=True)
+        right += sum(judge(tokenizer, equal, answers_NT))
+    return right / len(problems)
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
+    """Texts of one length → ids (N, T)."""
+    return torch.tensor(tokenizer(list(texts))["input_ids"])
+
+
+def written_batch(
+    tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], completions: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Ids and, for each, the id that should follow: both (N, T), padded right; prompts and padding are `IGNORED`."""
+    questions = tokenizer(list(prompts))["input_ids"]
+    answers = tokenizer(list(completions))["input_ids"]
+    width = max(len(question) + len(answer) for question, answer in zip(questions, answers, strict=True)) - 1
+    tokens_NT = torch.full((len(questions), width), tokenizer.pad_token_id)
+    targets_NT = torch.full((len(questions), width), IGNORED)
+    for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        start, stop = len(question) - 1, len(question) + len(answer) - 1
+        tokens_NT[row, :stop] = torch.tensor((question + answer)[:-1])
+        targets_NT[row, start:stop] = torch.tensor(answer)
+    return tokens_NT, targets_NT
+
+
+def make_optimizer(model: Qwen2ForCausalLM, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only."""
+    weights = list(model.parameters())
+    groups = [
+        {"params": [w for w in weights if w.ndim > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [w for w in weights if w.ndim == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS)
+
+
+def descend(model: Qwen2ForCausalLM, optimizer: torch.optim.AdamW, loss: Tensor, learning_rate: float) -> None:
+    """One clipped optimizer step."""
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+
+
+def rate_at(step: int, steps: int, warmup: int) -> float:
+    """The share of the peak learning rate: up in a line over `warmup` steps, then down a cosine to a tenth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * done)) / 2
