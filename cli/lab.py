@@ -9,17 +9,14 @@ import typer
 from cli import console
 from cli import options as o
 
-app = typer.Typer(
-    help="Small real models, trained on the spot, to try everything offline.", no_args_is_help=True
-)
+app = typer.Typer(help="Small real models, trained on the spot, to try everything offline.", no_args_is_help=True)
 
 
 @app.command("list", epilog="Example: surgery lab list")
 def list_models(as_json: o.Json = False) -> None:
     """The lab's models, what each of them is, and whether it is built."""
-    from surgery.report import Column, Table
-
     from surgery import lab
+    from surgery.report import Column, Table
 
     rows = [(f"lab:{name}", lab.describe(name), lab.path_of(name).is_dir()) for name in lab.names()]
     if as_json:

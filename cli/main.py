@@ -32,9 +32,7 @@ def main(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", help="Print the version and exit.", callback=console.version, is_eager=True
-        ),
+        typer.Option("--version", help="Print the version and exit.", callback=console.version, is_eager=True),
     ] = False,
 ) -> None:
     """What all commands share."""

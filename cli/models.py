@@ -16,15 +16,13 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Example: surgery inspect lab:grpo")(inspect)
     app.command(epilog="Example: surgery diff lab:sft lab:grpo --plot moved.png")(diff)
     app.command(epilog="Example: surgery verify reasoning-instruct")(verify)
-    app.command(name="eval", epilog="Example: surgery eval lab:instruct reasoning-instruct --task lab_sums")(
-        evaluate
-    )
+    app.command(name="eval", epilog="Example: surgery eval lab:instruct reasoning-instruct --task lab_sums")(evaluate)
 
 
 def inspect(model: o.Model, as_json: o.Json = False) -> None:
     """Tensors, dtypes, parameters, layers, heads, experts, tied weights, and what was not understood."""
-    from surgery.anatomy import describe, describe_tables
     from surgery.checkpoint import open_checkpoint
+    from surgery.describe import describe, describe_tables
 
     description = describe(open_checkpoint(model))
     if as_json:
@@ -34,9 +32,7 @@ def inspect(model: o.Model, as_json: o.Json = False) -> None:
 
 
 def diff(
-    a: Annotated[
-        str, typer.Argument(metavar="A", help="A model; see `surgery --help` for what that can be.")
-    ],
+    a: Annotated[str, typer.Argument(metavar="A", help="A model; see `surgery --help` for what that can be.")],
     b: Annotated[str, typer.Argument(metavar="B", help="The model to compare with it.")],
     plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw how far each layer moved.")] = None,
     top: Annotated[int, typer.Option(min=0, help="Print the tensors that moved most.")] = 20,
@@ -71,19 +67,19 @@ def verify(model: o.Model, threads: o.Threads = None, as_json: o.Json = False) -
 
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Models to score, side by side.")],
-    task: Annotated[
-        list[str], typer.Option(help="An lm-evaluation-harness task, or lab_sums; may be repeated.")
-    ],
+    task: Annotated[list[str], typer.Option(help="An lm-evaluation-harness task, or lab_sums; may be repeated.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N examples of each task.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 64,
     device: o.Device = "cpu",
     as_json: o.Json = False,
 ) -> None:
     """Scores of models on lm-evaluation-harness tasks, with 95 % intervals."""
+    from surgery.checkpoint import loadable_folder, open_checkpoint
     from surgery.evaluate import evaluate as score
     from surgery.evaluate import score_table
 
-    scores = score(models, task, limit=limit, batch_size=batch_size, device=device)
+    folders = {model: loadable_folder(open_checkpoint(model)) for model in models}
+    scores = score(folders, task, limit=limit, batch_size=batch_size, device=device)
     if as_json:
         console.show_json({"scores": scores})
     else:

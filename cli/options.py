@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 
 Model = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL", help="Folder, .safetensors file, org/name[@revision], adapter or lab:NAME."
-    ),
+    typer.Argument(metavar="MODEL", help="Folder, .safetensors file, org/name[@revision], adapter or lab:NAME."),
 ]
 Out = Annotated[
     Path,
@@ -31,17 +29,13 @@ Exclude = Annotated[
 Scale = Annotated[float, typer.Option(help="α; negative subtracts.")]
 ScaleFor = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="GLOB=α", help="α for the tensors that match; the last match counts; may be repeated."
-    ),
+    typer.Option(metavar="GLOB=α", help="α for the tensors that match; the last match counts; may be repeated."),
 ]
 Vocab = Annotated[
     str,
     typer.Option(help="Where tokenizers differ: strict (refuse), by-token (align rows), skip-embeddings."),
 ]
-Unrelated = Annotated[
-    bool, typer.Option("--allow-unrelated", help="Go on where the models share no ancestor.")
-]
+Unrelated = Annotated[bool, typer.Option("--allow-unrelated", help="Go on where the models share no ancestor.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Stop after the checks; write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads; by default one per processor.")]

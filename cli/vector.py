@@ -12,6 +12,8 @@ from cli import options as o
 
 if TYPE_CHECKING:
     from surgery.edit import EditReport
+    from surgery.extraction import ExtractReport
+    from surgery.factorise import AdapterReport
     from surgery.fit import VocabPolicy
 
 app = typer.Typer(
@@ -54,20 +56,19 @@ def extract(
     from surgery import extraction
 
     options = o.options(threads, device, overwrite=overwrite, allow_nonfinite=allow_nonfinite)
-    common = {
-        "include": include or (),
-        "exclude": exclude or (),
-        "allow_unrelated": allow_unrelated,
-        "dry_run": dry_run,
-    }
+    report: AdapterReport | ExtractReport
     if rank is not None:
         from surgery.factorise import extract_adapter
 
-        report = extract_adapter(tuned, base, out, rank=rank, options=options, **common)
+        report = extract_adapter(
+            tuned, base, out, rank=rank, include=include or (), exclude=exclude or (),
+            allow_unrelated=allow_unrelated, dry_run=dry_run, options=options,
+        )  # fmt: skip
     else:
         report = extraction.extract(
-            tuned, base, out, dtype=dtype, vocab=cast("VocabPolicy", vocab), options=options, **common
-        )
+            tuned, base, out, dtype=dtype, include=include or (), exclude=exclude or (),
+            vocab=cast("VocabPolicy", vocab), allow_unrelated=allow_unrelated, dry_run=dry_run, options=options,
+        )  # fmt: skip
     if as_json:
         console.show_json(report)
         return
@@ -77,9 +78,7 @@ def extract(
     console.tell(_ending(report.out, dry_run=report.dry_run))
 
 
-@app.command(
-    epilog="Example: surgery vector apply reasoning lab:instruct -o out --scale 0.75 --exclude '*embed*'"
-)
+@app.command(epilog="Example: surgery vector apply reasoning lab:instruct -o out --scale 0.75 --exclude '*embed*'")
 def apply(
     vector: VectorFolder,
     target: Target,
@@ -146,9 +145,7 @@ def transfer(
 
 @app.command(epilog="Example: surgery vector compare math-vector code-vector --plot similarity.png")
 def compare(
-    vectors: Annotated[
-        list[str], typer.Argument(metavar="V1 V2 …", help="Folders that `vector extract` wrote.")
-    ],
+    vectors: Annotated[list[str], typer.Argument(metavar="V1 V2 …", help="Folders that `vector extract` wrote.")],
     plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw the cosines per layer.")] = None,
     threads: o.Threads = None,
     as_json: o.Json = False,
@@ -171,19 +168,13 @@ def compare(
 def sweep(
     vector: VectorFolder,
     target: Target,
-    task: Annotated[
-        list[str], typer.Option(help="An lm-evaluation-harness task, or lab_sums; may be repeated.")
-    ],
+    task: Annotated[list[str], typer.Option(help="An lm-evaluation-harness task, or lab_sums; may be repeated.")],
     scale: Annotated[str, typer.Option(metavar="α,α,…", help="The grid.")] = "-1,0,0.25,0.5,0.75,1",
     out: Annotated[
         Path | None,
-        typer.Option(
-            "-o", "--out", metavar="RUN", help="Folder for results.json, the picture and report.html."
-        ),
+        typer.Option("-o", "--out", metavar="RUN", help="Folder for results.json, the picture and report.html."),
     ] = None,
-    controls: Annotated[
-        int, typer.Option(min=0, help="Norm-matched random vectors, tried at the best α.")
-    ] = 3,
+    controls: Annotated[int, typer.Option(min=0, help="Norm-matched random vectors, tried at the best α.")] = 3,
     include: o.Include = None,
     exclude: o.Exclude = None,
     scale_for: o.ScaleFor = None,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from surgery.plan import Kernel
+from surgery.stream import TORCH_DTYPES
 
 MEASURES = ("updates", "delivered", "update_squares", "target_squares")
 
@@ -44,11 +46,11 @@ def measure_difference(tensors: Sequence[Tensor], stored: Tensor, *, scale: floa
     return _measure(target, tuned - base, stored, scale)
 
 
-def measure_restored(tensors: Sequence[Tensor], stored: Tensor) -> Sequence[Tensor]:
-    """How many elements θ_base + v, in the dtype v is stored in, misses θ_tuned before it is rounded; Σθ_base²."""
+def measure_restored(tensors: Sequence[Tensor], stored: Tensor, *, dtype: torch.dtype) -> Sequence[Tensor]:
+    """How many elements of θ_tuned are missed by θ_base + v, with v as stored and the sum in `dtype`; Σθ_base²."""
     tuned, base = tensors
-    missed = (base + stored - tuned).bool()
-    return _count(missed), torch.dot(base, base)
+    restored = (base + stored).to(dtype).to(base.dtype)
+    return _count((restored - tuned).bool()), torch.dot(base, base)
 
 
 def _measure(target: Tensor, vector: Tensor, stored: Tensor, scale: float) -> Sequence[Tensor]:
@@ -67,6 +69,12 @@ def _count(flags: Tensor) -> Tensor:
     return flags.view(torch.int8).sum(dtype=torch.int32)
 
 
-DIFFERENCE = Kernel("difference", difference, measures=("missed", "base_squares"), measure=measure_restored)
+# By the dtype that the tuned model stores a tensor in.
+DIFFERENCE = {
+    name: Kernel(
+        "difference", difference, measures=("missed", "base_squares"), measure=partial(measure_restored, dtype=dtype)
+    )
+    for name, dtype in TORCH_DTYPES.items()
+}
 ADD_VECTOR = Kernel("add_vector", add_vector, measures=MEASURES, measure=measure_vector)
 ADD_DIFFERENCE = Kernel("add_difference", add_difference, measures=MEASURES, measure=measure_difference)

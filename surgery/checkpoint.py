@@ -6,9 +6,12 @@ folder, `BASE+ADAPTER` (the adapter on a base of your choice), or `lab:NAME`.
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,6 +31,7 @@ MANIFEST = "surgery.json"
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 SIDE_PREFIXES = ("LICENSE", "NOTICE", "USE_POLICY")
 NOT_CARRIED = (MANIFEST, "trainer_state.json")
+_NUMBERED = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -139,42 +143,73 @@ def open_checkpoint(ref: str | Path, *, progress: Callable[[str], None] | None =
     Raises:
         SurgeryError: the reference leads nowhere, or what it leads to is damaged or not safetensors.
     """
-    text = str(ref)
+    return _open(str(ref), progress)
+
+
+def _open(text: str, progress: Callable[[str], None] | None, *, is_base: bool = False) -> Checkpoint:
+    """As `open_checkpoint`; `is_base` for the base of an adapter, which may not be an adapter itself."""
+    base, _, adapter = text.rpartition("+")
+    path = existing_path(text)
+    if path is not None and path.is_dir():
+        return replace(_open_folder(path, progress, is_base=is_base), ref=text)
+    if path is not None:
+        return replace(_open_file(path), ref=text)
+    if base and adapter:
+        if is_base:
+            raise _adapter_on_adapter(text)
+        return replace(_open_adapter(_adapter_folder(adapter), base, progress), ref=text)
     if text.startswith("lab:"):
         from surgery import lab
 
         return replace(_open_folder(lab.resolve(text.removeprefix("lab:"))), ref=text)
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return replace(_open_folder(path, progress), ref=text)
-    if path.is_file():
-        return replace(_open_file(path), ref=text)
-    if "+" in text:
-        base, _, adapter = text.rpartition("+")
-        return replace(_open_adapter(_folder_of(adapter, progress), base, progress), ref=text)
     if hub.is_repo_id(text):
         snapshot = hub.fetch(*hub.parse_repo_ref(text))
-        opened = _open_folder(snapshot.folder, progress)
+        opened = _open_folder(snapshot.folder, progress, is_base=is_base)
         return replace(opened, ref=text, revision=snapshot.revision, repo_id=snapshot.repo_id)
     raise usage_error(
         "no such folder or file, and not a Hub id (org/name[@revision]) or lab:NAME",
-        where=text,
+        where=text or '""',
         hint="Check the spelling; `surgery lab list` names the lab models.",
     )
 
 
-def _folder_of(ref: str, progress: Callable[[str], None] | None) -> Path:
-    path = Path(ref).expanduser()
-    if path.is_dir():
-        return path
-    if hub.is_repo_id(ref):
-        return hub.fetch(*hub.parse_repo_ref(ref)).folder
-    raise usage_error("no such adapter folder, and not a Hub id", where=ref)
+def existing_path(text: str) -> Path | None:
+    """The folder or file that `text` names, or None. Raises SurgeryError where it may not be looked at."""
+    try:
+        path = Path(text).expanduser()
+        return path if text and (path.is_dir() or path.is_file()) else None
+    except (RuntimeError, ValueError):  # ~nobody, or a zero byte
+        return None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return None
+        raise SurgeryError(f"cannot be read ({error.strerror})", where=text) from error
 
 
-def _open_folder(folder: Path, progress: Callable[[str], None] | None = None) -> Checkpoint:
+def _adapter_folder(ref: str) -> Path:
+    folder = existing_path(ref)
+    if folder is None and hub.is_repo_id(ref):
+        folder = hub.fetch(*hub.parse_repo_ref(ref)).folder
+    if folder is None or not folder.is_dir():
+        raise usage_error("no such adapter folder, and not a Hub id", where=ref)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise usage_error(f"is not an adapter: it has no {ADAPTER_CONFIG}", where=ref)
+    return folder
+
+
+def _adapter_on_adapter(where: object) -> SurgeryError:
+    return SurgeryError(
+        "is an adapter, and so cannot be the base of another",
+        where=where,
+        hint="Merge it into its base first, and name the result: BASE+ADAPTER.",
+    )
+
+
+def _open_folder(folder: Path, progress: Callable[[str], None] | None = None, *, is_base: bool = False) -> Checkpoint:
     index = _index_of(folder)
     if index is None and (folder / ADAPTER_CONFIG).is_file() and not (folder / SINGLE).is_file():
+        if is_base:
+            raise _adapter_on_adapter(folder)
         return _open_adapter(folder, None, progress)
     named = _read_index(index, folder) if index else {}
     shard_names = sorted(set(named.values())) if index else _shards_without_index(folder)
@@ -193,12 +228,14 @@ def _open_file(path: Path) -> Checkpoint:
 def _open_adapter(folder: Path, base: str | None, progress: Callable[[str], None] | None) -> Checkpoint:
     from surgery.adapters import add_adapter, base_of
 
-    base_checkpoint = open_checkpoint(base or base_of(folder), progress=progress)
-    return add_adapter(base_checkpoint, folder)
+    return add_adapter(_open(base or base_of(folder), progress, is_base=True), folder)
 
 
 def _index_of(folder: Path) -> Path | None:
     indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if (folder / SINGLE).is_file():
+        # As transformers does: beside a whole model, an index that does not name it is stale.
+        indexes = [path for path in indexes if _names(path, SINGLE)]
     if len(indexes) > 1 and folder / INDEX in indexes:
         return folder / INDEX
     if len(indexes) > 1:
@@ -208,6 +245,11 @@ def _index_of(folder: Path) -> Path | None:
             hint="Keep the one that describes the weights.",
         )
     return indexes[0] if indexes else None
+
+
+def _names(index: Path, file: str) -> bool:
+    weight_map = read_json(index).get("weight_map")
+    return isinstance(weight_map, dict) and file in weight_map.values()
 
 
 def _read_index(index: Path, folder: Path) -> dict[str, str]:
@@ -238,14 +280,31 @@ def _shards_without_index(folder: Path) -> list[str]:
     if (folder / SINGLE).is_file():
         return [SINGLE]
     names = sorted(path.name for path in folder.glob("*.safetensors"))
+    names = [name for name in names if not fnmatchcase(name, hub.DUPLICATES)] or names
     if names:
+        _check_numbering(names, folder)
         return names
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in hub.PICKLES)
     if pickles:
         raise _pickle_only(folder, listing(pickles, 3))
-    raise SurgeryError(
-        "has no .safetensors file", where=folder, hint="Give the folder that holds model.safetensors."
-    )
+    raise SurgeryError("has no .safetensors file", where=folder, hint="Give the folder that holds model.safetensors.")
+
+
+def _check_numbering(names: Sequence[str], folder: Path) -> None:
+    """Without an index only the names "…-00002-of-00003" tell that a shard is missing."""
+    present = set(names)
+    missing = []
+    for stem, total, digits in sorted({(m[1], m[3], len(m[2])) for m in map(_NUMBERED.fullmatch, names) if m}):
+        # One shard more than there are files is enough to say so: the total may be a lie.
+        numbers = range(1, min(int(total), len(names) + 1) + 1)
+        shards = [f"{stem}{number:0{digits}}-of-{total}.safetensors" for number in numbers]
+        missing += [shard for shard in shards if shard not in present]
+    if missing:
+        raise SurgeryError(
+            f"lacks shards that the others' names count: {listing(missing)}",
+            where=folder,
+            hint="The download is incomplete: fetch the missing files.",
+        )
 
 
 def _pickle_only(where: Path, names: str) -> SurgeryError:
@@ -257,9 +316,7 @@ def _pickle_only(where: Path, names: str) -> SurgeryError:
     )
 
 
-def _table(
-    shards: tuple[Shard, ...], named: Mapping[str, str], index: Path | None
-) -> dict[str, StoredTensor]:
+def _table(shards: tuple[Shard, ...], named: Mapping[str, str], index: Path | None) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     holder: dict[str, str] = {}
     for shard in shards:
@@ -301,10 +358,8 @@ def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str,
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise SurgeryError(
-            f"is not valid JSON ({error})", where=path, hint="Fetch the file again."
-        ) from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of 5,000 digits
+        raise SurgeryError(f"is not valid JSON ({error})", where=path, hint="Fetch the file again.") from error
     if not isinstance(value, dict):
         raise SurgeryError("is not a JSON object", where=path, hint="Fetch the file again.")
     return value
@@ -314,6 +369,23 @@ def _is_side_file(path: Path) -> bool:
     if path.name in NOT_CARRIED or path.name.endswith(".safetensors.index.json"):
         return False
     return path.suffix in SIDE_SUFFIXES or path.name.startswith(SIDE_PREFIXES)
+
+
+def loadable_folder(checkpoint: Checkpoint) -> Path:
+    """The folder that transformers can load `checkpoint` from. Raises SurgeryError where there is none."""
+    if checkpoint.adapter is not None:
+        raise SurgeryError(
+            "is an adapter, which only counts together with its base",
+            where=checkpoint.ref,
+            hint="Write the whole model first: surgery vector transfer ADAPTER BASE BASE -o OUT.",
+        )
+    if checkpoint.folder is None or not checkpoint.config:
+        raise SurgeryError(
+            "is no model folder: weights alone cannot be run",
+            where=checkpoint.ref,
+            hint="Give the folder that has config.json and the tokenizer beside the weights.",
+        )
+    return checkpoint.folder
 
 
 def dtypes_of(checkpoint: Checkpoint) -> list[str]:

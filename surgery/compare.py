@@ -15,6 +15,8 @@ from surgery.anatomy import anatomy
 from surgery.checkpoint import StoredTensor, open_checkpoint
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.execute import Options
+from surgery.plots import layer_movement, similarity
+from surgery.report import Column, Figure, Table
 from surgery.stream import Reader, SourceFiles
 from surgery.survey import survey
 from surgery.vectors import Vector, open_vector
@@ -52,6 +54,33 @@ class DiffReport:
     only_b: Sequence[str]
     reshaped: Sequence[str]
 
+    def tables(self, top: int = 20) -> list[Table]:
+        """What moved: per part of the model, and the `top` tensors that moved most."""
+        most = sorted(self.tensors, key=lambda d: (-d.relative, d.name))[:top]
+        left_out = [
+            (what, names)
+            for what, names in (
+                (f"only in {self.a}", self.only_a),
+                (f"only in {self.b}", self.only_b),
+                ("of different shape", self.reshaped),
+            )
+            if names
+        ]
+        tables = [_table(f"{self.b} against {self.a}", "part", [*self.groups, self.whole])]
+        tables += (
+            [_table(f"The {len(most)} of {len(self.tensors)} tensors that moved most", "tensor", most)] if most else []
+        )
+        if left_out:
+            rows = [(what, len(names), listing(names)) for what, names in left_out]
+            tables.append(Table("Not compared", ["why", "tensors", "names"], rows))
+        return tables
+
+    def figure(self) -> Figure:
+        """How far each part of the model moved."""
+        return layer_movement(
+            f"{self.b} against {self.a}", [g.name for g in self.groups], [g.relative for g in self.groups]
+        )
+
 
 @dataclass(frozen=True)
 class Similarity:
@@ -69,6 +98,31 @@ class CompareReport:
     vectors: Sequence[str]
     groups: Sequence[Similarity]
     whole: Similarity
+
+    def table(self) -> Table:
+        """Cosines of all pairs and norms, per part of the model."""
+        pairs = list(self.whole.cosines)
+        columns = [
+            Column("part"),
+            *(Column(f"cos({i + 1}, {j + 1})", "score") for i, j in pairs),
+            *(Column(f"‖v{i + 1}‖", "number") for i in range(len(self.vectors))),
+        ]
+        rows: list[list[str | float]] = [
+            [s.name, *(s.cosines[pair] for pair in pairs), *s.norms] for s in (*self.groups, self.whole)
+        ]
+        names = "; ".join(f"{i + 1}: {vector}" for i, vector in enumerate(self.vectors))
+        return Table("Similarity of task vectors", columns, rows, note=names)
+
+    def figure(self) -> Figure:
+        """The cosines of all pairs, along the model."""
+        return similarity(
+            "Similarity of task vectors",
+            [s.name for s in self.groups],
+            {
+                f"{self.vectors[i]} · {self.vectors[j]}": [s.cosines[i, j] for s in self.groups]
+                for i, j in self.whole.cosines
+            },
+        )
 
 
 def diff(a: str, b: str, *, options: Options = Options()) -> DiffReport:
@@ -117,9 +171,7 @@ def compare(vectors: Sequence[str], *, options: Options = Options()) -> CompareR
         for name in vector.checkpoint.tensors:
             holders[name].append(i)
     _check_shapes(opened, holders)
-    jobs = {
-        name: [opened[i].checkpoint.tensors[name] for i in held] for name, held in sorted(holders.items())
-    }
+    jobs = {name: [opened[i].checkpoint.tensors[name] for i in held] for name, held in sorted(holders.items())}
     if not jobs:
         raise SurgeryError("all of them are zero", where=", ".join(vectors))
     sums = survey(jobs, _gram, label="Comparing", threads=options.threads, progress=options.progress)
@@ -167,6 +219,17 @@ def _difference(name: str, rows: Sequence[tuple[Sequence[float], int]]) -> Diffe
     return Difference(
         name, relative, min(1.0, max(-1.0, cosine)) if a and b else cosine, share, math.sqrt(apart), elements
     )
+
+
+def _table(title: str, what: str, rows: Sequence[Difference]) -> Table:
+    columns = [
+        Column(what),
+        Column("‖A−B‖/‖A‖", "percent"),
+        Column("cosine", "number"),
+        Column("changed", "percent"),
+        Column("elements", "count"),
+    ]
+    return Table(title, columns, [(r.name, r.relative, r.cosine, r.changed, r.elements) for r in rows])
 
 
 def _similarity(name: str, rows: Sequence[Mapping[tuple[int, int], float]], count: int) -> Similarity:

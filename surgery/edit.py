@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from surgery.report import Column, Table
-
 from surgery.anatomy import anatomy
 from surgery.checkpoint import Checkpoint, read_json
 from surgery.execute import Outcome
+from surgery.report import Column, Table
 
 CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 

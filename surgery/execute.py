@@ -34,6 +34,7 @@ from surgery.stream import (
     default_threads,
     digest,
     hash_tensor,
+    octets,
     read_into,
     run,
     segments,
@@ -106,9 +107,7 @@ def execute(plan: Plan, out: Path, options: Options, *, finish: Callable[[Path, 
             partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise disk_error(error, partial) from error
-        journal = stack.enter_context(
-            Journal(partial, plan.fingerprint(files.stamps()), discard=options.overwrite)
-        )
+        journal = stack.enter_context(Journal(partial, plan.fingerprint(files.stamps()), discard=options.overwrite))
         writer = stack.enter_context(ShardWriter(partial, plan.files))
         outcome = _Job(plan, files, writer, journal, options).stream()
         files.check_unchanged()
@@ -154,9 +153,7 @@ def torch_device(name: str) -> torch.device:
 
 
 class _Job:
-    def __init__(
-        self, plan: Plan, files: SourceFiles, writer: ShardWriter, journal: Journal, options: Options
-    ) -> None:
+    def __init__(self, plan: Plan, files: SourceFiles, writer: ShardWriter, journal: Journal, options: Options) -> None:
         self.plan = plan
         self.files = files
         self.writer = writer
@@ -254,7 +251,7 @@ class _Job:
     def _compute(self, tensor: PlannedTensor, values: Sequence[Tensor], out: Tensor) -> list[float]:
         """Fills `out` with the kernel's rounded result; returns [squares, nonfinite, *measures]."""
         kernel, params = _kernel(tensor), tensor.params
-        compute = compute_dtype(source.tensor.dtype for source in tensor.inputs)
+        compute = compute_dtype((tensor.dtype, *(source.tensor.dtype for source in tensor.inputs)))
         count = out.numel()
         block = BLOCK if self.device.type == "cpu" else count
         totals = [0.0] * (2 + len(kernel.measures))
@@ -273,10 +270,8 @@ class _Job:
     def _whole(self, group: Sequence[int], reader: Reader) -> list[Record]:
         first = self.tensors[group[0]]
         kernel = _kernel(first)
-        compute = compute_dtype(source.tensor.dtype for source in first.inputs)
-        inputs = [
-            reader.whole(source, slot).to(self.device, compute) for slot, source in enumerate(first.inputs)
-        ]
+        compute = compute_dtype((first.dtype, *(source.tensor.dtype for source in first.inputs)))
+        inputs = [reader.whole(source, slot).to(self.device, compute) for slot, source in enumerate(first.inputs)]
         result = kernel.fn(inputs, **first.params)
         results = result if isinstance(result, tuple) else (result,)
         records = []
@@ -301,17 +296,16 @@ class _Job:
                 where=tensor.name,
                 hint="Look for them in the inputs with `surgery verify`; --allow-nonfinite writes them all the same.",
             )
-        octets = data.view(torch.uint8)
         position = self._position(index) + n_bytes(tensor.dtype, (begin,))
-        self.writer.write(self.file_of[index], position, memoryview(octets.numpy()))
-        return Record(index, part, digest(octets).hex(), hashes, tuple(sums))
+        self.writer.write(self.file_of[index], position, octets(data))
+        return Record(index, part, digest(data).hex(), hashes, tuple(sums))
 
     def _written(self, index: int, begin: int, end: int, reader: Reader) -> Tensor:
         tensor = self.tensors[index]
         first = n_bytes(tensor.dtype, (begin,))
         data = reader.buffer("out", n_bytes(tensor.dtype, (end,)) - first)
         descriptor = self.writer.descriptor(self.file_of[index])
-        read_into(descriptor, data.numpy(), self._position(index) + first, tensor.inputs[0].tensor)
+        read_into(descriptor, data, self._position(index) + first, tensor.inputs[0].tensor)
         return data
 
     def _outcome(self, records: Mapping[tuple[int, int], Record], resumed: int) -> Outcome:
@@ -364,9 +358,7 @@ class _Job:
         return n_bytes(self.tensors[record.tensor].dtype, (end - begin,))
 
 
-def _measure(
-    kernel: Kernel, params: Mapping[str, object], inputs: Sequence[Tensor], values: Tensor
-) -> list[float]:
+def _measure(kernel: Kernel, params: Mapping[str, object], inputs: Sequence[Tensor], values: Tensor) -> list[float]:
     flat = values.reshape(-1)
     squares = torch.dot(flat, flat).item()
     # One pass finds both; a sum of squares that overflowed is no proof, so then the values are counted.
@@ -389,7 +381,7 @@ def _stream_of(device: torch.device) -> torch.cuda.StreamContext | ExitStack:
     """Each thread's own CUDA stream, so that copies and arithmetic of several segments overlap."""
     if device.type != "cuda":
         return ExitStack()
-    return torch.cuda.stream(torch.cuda.Stream(device))
+    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
 def _copy_side_file(source: Path, target: Path) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from surgery.report import Column, Table
 from torch import Tensor
 
 from surgery.adapters import PREFIX, WEIGHTS
@@ -25,19 +24,21 @@ from surgery.execute import Options, Outcome, execute
 from surgery.extraction import prepare_extraction
 from surgery.manifest import Card, build_manifest, command_record, write_card, write_manifest
 from surgery.plan import Kernel, Plan, PlannedTensor, plan_files
+from surgery.report import Column, Table
 from surgery.stream import Input
 from surgery.survey import survey
 
-OVERSAMPLING = (
-    16  # columns beyond the rank; with the power iterations below the result is optimal to about 1e-4
-)
+OVERSAMPLING = 16  # columns beyond the rank; with the power iterations below the result is optimal to about 1e-4
 POWER_ITERATIONS = 6  # the spectra of RL deltas fall slowly, so more than the usual two are needed
 
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What `extract_adapter` wrote. residual: ‖v − BA‖/‖v‖ over the whole model; of_matrices: over the matrices that the
-    adapter holds; rest: names of the tensors that moved and that it cannot hold."""
+    """What `extract_adapter` wrote.
+
+    residual: ‖v − BA‖/‖v‖ over the whole model; of_matrices: over the matrices that the adapter holds; rest: names
+    of the tensors that moved and that it cannot hold.
+    """
 
     out: Path
     preflight: Mapping[str, str]
@@ -90,9 +91,7 @@ def extract_adapter(
     matrices, rest, transposed = _split(preparation.moved, model)
     if not matrices:
         raise SurgeryError("no matrix differs, so there is nothing for an adapter to hold", where=tuned)
-    command = command_record(
-        "vector extract", [tuned, base], rank=rank, include=list(include), exclude=list(exclude)
-    )
+    command = command_record("vector extract", [tuned, base], rank=rank, include=list(include), exclude=list(exclude))
     planned = [
         tensor
         for name in matrices
@@ -112,9 +111,7 @@ def extract_adapter(
     def finish(folder: Path, outcome: Outcome) -> None:
         nonlocal report
         report = _with_residual(report, outcome, matrices, preparation.fitted, options)
-        (folder / ADAPTER_CONFIG).write_text(
-            json.dumps(_config(model, matrices, rank, transposed), indent=2) + "\n"
-        )
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(_config(model, matrices, rank, transposed), indent=2) + "\n")
         numbers = {
             "rank": rank,
             "residual": report.residual,
@@ -149,9 +146,7 @@ def low_rank(tensors: Sequence[Tensor], *, rank: int, seed: int, transposed: boo
     v = (tuned - base).T if transposed else tuned - base
     width = min(rank + OVERSAMPLING, *v.shape)
     generator = torch.Generator(v.device).manual_seed(seed)
-    basis = torch.linalg.qr(
-        v @ torch.randn(v.shape[1], width, generator=generator, device=v.device, dtype=v.dtype)
-    ).Q
+    basis = torch.linalg.qr(v @ torch.randn(v.shape[1], width, generator=generator, device=v.device, dtype=v.dtype)).Q
     if width < min(v.shape):
         for _ in range(POWER_ITERATIONS):
             basis = torch.linalg.qr(v @ torch.linalg.qr(v.T @ basis).Q).Q
@@ -163,15 +158,21 @@ def low_rank(tensors: Sequence[Tensor], *, rank: int, seed: int, transposed: boo
 def measure_low_rank(
     tensors: Sequence[Tensor], stored: Tensor, *, rank: int, seed: int, transposed: bool
 ) -> Sequence[Tensor]:
-    """Σv², and how much of it the factors hold: ΣS², since A·Aᵀ = BᵀB = S. Either factor tells."""
+    """Σv², and Σ(v − v·V·Vᵀ)² where `stored` is A, whose rows are V's directions: what the factors lose.
+
+    The difference is taken before it is squared: Σv² − ΣS² would drown a small residual in rounding.
+    """
     tuned, base = tensors
-    v = tuned - base
-    narrow = stored if stored.shape[0] <= stored.shape[1] else stored.T
-    gram = narrow.double() @ narrow.double().T
-    return (v * v).sum(dtype=torch.float64), (gram * gram).sum()
+    v = (tuned - base).T if transposed else tuned - base
+    squares = (v * v).sum(dtype=torch.float64)
+    if stored.shape[1] != v.shape[1]:  # B, which would tell the same
+        return squares, torch.zeros_like(squares)
+    directions = torch.nn.functional.normalize(stored, eps=torch.finfo(stored.dtype).tiny)
+    lost = v - (v @ directions.T) @ directions
+    return squares, (lost * lost).sum(dtype=torch.float64)
 
 
-LOW_RANK = Kernel("low_rank", low_rank, "whole", ("squares_v", "captured"), measure_low_rank)
+LOW_RANK = Kernel("low_rank", low_rank, "whole", ("squares_v", "lost"), measure_low_rank)
 
 
 def _split(moved: Sequence[str], model: Checkpoint) -> tuple[list[str], list[str], bool]:
@@ -185,7 +186,11 @@ def _split(moved: Sequence[str], model: Checkpoint) -> tuple[list[str], list[str
             hint="Save it once with transformers 5 (from_pretrained, save_pretrained) and extract from that.",
         )
     experts = {name for held in structure.experts.values() for name in held.names}
-    outside = experts | set(structure.token_embeddings) | set(structure.lm_heads)
+    # Some routers are modules that PEFT cannot wrap; and it takes every module that is called as an expert's part is
+    # (a dense layer's or shared expert's gate_proj) for one of the fused experts, and would drop its factors unsaid.
+    routers = {name for held in structure.experts.values() for name in held.routers}
+    taken = {_module(name) for name in experts}
+    outside = experts | routers | set(structure.token_embeddings) | set(structure.lm_heads)
     matrices = [
         name
         for name in moved
@@ -193,9 +198,15 @@ def _split(moved: Sequence[str], model: Checkpoint) -> tuple[list[str], list[str
         and len(model.tensors[name].shape) == 2
         and structure.layer_of(name) is not None
         and name not in outside
+        and _module(name) not in taken
     ]
     transposed = any(heads.transposed for heads in structure.output_projections.values())
     return matrices, [name for name in moved if name not in set(matrices)], transposed
+
+
+def _module(name: str) -> str:
+    """The last component of a weight's module: "gate_proj" of model.layers.0.mlp.gate_proj.weight."""
+    return name.removesuffix(".weight").rpartition(".")[2]
 
 
 def _factors(
@@ -220,7 +231,7 @@ def _with_residual(
 ) -> AdapterReport:
     keys = [f"{PREFIX}{name.removesuffix('.weight')}.lora_A.weight" for name in matrices]
     squares = math.fsum(outcome.sums[key]["squares_v"] for key in keys)
-    captured = math.fsum(outcome.sums[key]["captured"] for key in keys)
+    lost = math.fsum(outcome.sums[key]["lost"] for key in keys)
     rest = survey(
         {name: [source.tensor for source in fitted[name]] for name in report.rest},
         lambda pair: (torch.dot(pair[0] - pair[1], pair[0] - pair[1]),),
@@ -228,7 +239,6 @@ def _with_residual(
         threads=options.threads,
     )
     beyond = math.fsum(values[0] for values in rest.values() if values)
-    lost = max(0.0, squares - captured)
     return replace(
         report,
         of_matrices=math.sqrt(lost / squares) if squares else 0.0,

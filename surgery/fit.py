@@ -24,9 +24,7 @@ from surgery.vocab import Vocabulary, align_rows, differences, read_vocabulary
 
 VocabPolicy = Literal["strict", "by-token", "skip-embeddings"]
 POLICIES: tuple[VocabPolicy, ...] = get_args(VocabPolicy)
-OTHER_POLICIES = (
-    "--vocab by-token aligns rows by token; --vocab skip-embeddings leaves the embeddings as they are."
-)
+OTHER_POLICIES = "--vocab by-token aligns rows by token; --vocab skip-embeddings leaves the embeddings as they are."
 
 
 @dataclass(frozen=True)
@@ -131,28 +129,20 @@ def _shapes_agree(
 class _Rows:
     """The row maps of the tensors that have one row per token, by the policy."""
 
-    def __init__(
-        self, preflight: Preflight, reference: Side, donors: Sequence[Side], policy: VocabPolicy
-    ) -> None:
+    def __init__(self, preflight: Preflight, reference: Side, donors: Sequence[Side], policy: VocabPolicy) -> None:
         self._preflight = preflight
         self._policy = policy
         self._own = _vocabulary(reference)
         self._theirs = [_vocabulary(donor) for donor in donors]
-        lacking = [
-            s.ref for s, v in zip((reference, *donors), (self._own, *self._theirs), strict=True) if v is None
-        ]
+        lacking = [s.ref for s, v in zip((reference, *donors), (self._own, *self._theirs), strict=True) if v is None]
         self._comparable = not lacking
         self._same = True
         if policy == "skip-embeddings":
             preflight.facts["vocabulary"] = "embeddings and output matrix stay the target's"
         elif lacking:
-            preflight.facts["vocabulary"] = (
-                f"not compared: no tokenizer files in {', '.join(dict.fromkeys(lacking))}"
-            )
+            preflight.facts["vocabulary"] = f"not compared: no tokenizer files in {', '.join(dict.fromkeys(lacking))}"
             if policy == "by-token":
-                preflight.faults.append(
-                    f"--vocab by-token needs the tokenizers of all models; {lacking[0]} has none."
-                )
+                preflight.faults.append(f"--vocab by-token needs the tokenizers of all models; {lacking[0]} has none.")
         else:
             self._compare(reference, donors)
 
@@ -166,7 +156,8 @@ class _Rows:
             self._same = False
             if self._policy == "strict":
                 self._preflight.faults.append(
-                    f"the vocabularies of {reference.ref} and {donor.ref} differ: {difference.describe()} {OTHER_POLICIES}"
+                    f"the vocabularies of {reference.ref} and {donor.ref} differ: "
+                    f"{difference.describe(reference.ref, donor.ref)} {OTHER_POLICIES}"
                 )
         if self._same:
             self._preflight.facts["vocabulary"] = f"the same {len(self._own.ids):,} tokens in all models"
@@ -186,9 +177,7 @@ class _Rows:
         self._preflight.facts["vocabulary"] = (
             f"{int(everywhere.sum()):,} of {tensor.shape[0]:,} rows aligned by token; the rest get no update"
         )
-        return tuple(
-            Input(donor, np.where(everywhere, rows, -1)) for donor, rows in zip(stored, maps, strict=True)
-        )
+        return tuple(Input(donor, np.where(everywhere, rows, -1)) for donor, rows in zip(stored, maps, strict=True))
 
 
 def _vocabulary(model: Side) -> Vocabulary | None:

@@ -14,13 +14,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from surgery.dtypes import DTYPES, n_bytes
 from surgery.errors import SurgeryError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
+MAX_NUMBER = (1 << 64) - 1  # what the format's own reader counts with
 ALIGNMENT = 8  # data begins at a multiple of this, so that 64-bit tensors are aligned when mapped
+SHOWN = 80  # characters of a damaged value that a message repeats
 REFETCH = "The download is incomplete or the file is damaged: fetch it again."
 
 
@@ -71,9 +73,7 @@ def read_header(path: Path) -> Header:
                     hint="This is not a safetensors file, or it is damaged.",
                 )
             if 8 + length > size:
-                raise SurgeryError(
-                    f"the header ends at byte {8 + length:,} of {size:,}", where=path, hint=REFETCH
-                )
+                raise SurgeryError(f"the header ends at byte {8 + length:,} of {size:,}", where=path, hint=REFETCH)
             body = file.read(length)
     except OSError as error:
         raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
@@ -87,7 +87,9 @@ def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
         return SurgeryError(what, where=path, hint=hint)
 
     try:
-        table = json.loads(raw[8:].decode("utf-8"), object_pairs_hook=_unique_keys)
+        table = json.loads(
+            raw[8:].decode("utf-8"), object_pairs_hook=_unique_keys, parse_int=_integer, parse_constant=_reject
+        )
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise bad("the header is not JSON", "This is not a safetensors file, or it is damaged.") from error
     except ValueError as error:
@@ -98,9 +100,7 @@ def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise bad('"__metadata__" is not a table of strings')
 
-    entries = sorted(
-        (_entry(name, fields, bad) for name, fields in table.items()), key=lambda e: (e.begin, e.end)
-    )
+    entries = sorted((_entry(name, fields, bad) for name, fields in table.items()), key=lambda e: (e.begin, e.end))
     position = 0
     data_size = file_size - len(raw)
     for entry in entries:
@@ -130,31 +130,60 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: 
     return Header(tuple(entries), dict(metadata), struct.pack("<Q", len(body)) + body)
 
 
+def _integer(text: str) -> int:
+    return _reject(text) if text == "-0" else int(text)
+
+
+def _reject(text: str) -> NoReturn:
+    raise ValueError(f"the header says {text}, which is no number here")
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
+    for text in (text for pair in pairs for text in pair if isinstance(text, str)):
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"the header says {text!a}, half of a character")
     if len(table) != len(pairs):
         (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f'the header names "{twice}" twice')
+        raise ValueError(f"the header names {_short(twice)} twice")
     return table
 
 
 def _entry(name: str, fields: Any, bad: Any) -> Entry:
-    if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= fields.keys():
-        raise bad(f'"{name}" lacks dtype, shape or data_offsets')
+    if not name.isprintable():  # it would end up in terminals and logs
+        raise bad(f"the name {_short(name)} holds control characters")
+    if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
+        raise bad(f'"{name}" is not described by dtype, shape and data_offsets')
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise bad(f'"{name}" has dtype {dtype!r}, which is not a safetensors dtype')
+        raise bad(f'"{name}" has dtype {_short(dtype)}, which is not a safetensors dtype')
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise bad(f'"{name}" has shape {shape!r} and data_offsets {offsets!r}, expected whole numbers')
+        raise bad(f'"{name}" has shape {_short(shape)} and data_offsets {_short(offsets)}, expected whole numbers')
     begin, end = offsets
+    if not _is_countable(shape):
+        raise bad(f'"{name}" has shape {_short(shape)}, more elements than a file can hold')
     try:
         expected = n_bytes(dtype, shape)
     except ValueError as error:
         raise bad(f'"{name}": {error}') from error
     if end - begin != expected:
-        raise bad(f'"{name}" takes {end - begin:,} bytes, but {dtype} {list(shape)} takes {expected:,}')
+        raise bad(f'"{name}" takes {end - begin:,} bytes, but {dtype} {_short(shape)} takes {expected:,}')
     return Entry(name, dtype, tuple(shape), begin, end)
 
 
 def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and all(type(value) is int and 0 <= value <= MAX_NUMBER for value in values)
+
+
+def _is_countable(shape: list[int]) -> bool:
+    count = 1
+    for length in shape:
+        count *= length
+        if count > MAX_NUMBER:
+            return False
+    return True
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"

@@ -222,9 +222,7 @@ def _check_space(ref: _Ref, commit: str, files: Sequence[RepoSibling]) -> None:
 
 
 def _no_space(what: str, ref: _Ref) -> SurgeryError:
-    return SurgeryError(
-        what, where=ref, hint="Free some space, or set HF_HUB_CACHE to a folder on a larger disk."
-    )
+    return SurgeryError(what, where=ref, hint="Free some space, or set HF_HUB_CACHE to a folder on a larger disk.")
 
 
 def _cached(ref: _Ref) -> HubSnapshot:
@@ -304,9 +302,7 @@ def _hub_errors(ref: _Ref) -> Iterator[None]:
         raise _explain(error, ref) from error
     except ValueError as error:  # not JSON: a login page of the network, or a wrong HF_ENDPOINT
         raise _unreachable(ref, NOT_A_HUB) from error
-    except (
-        RuntimeError
-    ) as error:  # hf_xet, which moves large files, has no class of its own for a failed transfer
+    except RuntimeError as error:  # hf_xet, which moves large files, has no class of its own for a failed transfer
         raise SurgeryError(
             "the download broke off", where=ref, hint="Run the command again; finished files are kept."
         ) from error

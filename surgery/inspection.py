@@ -44,9 +44,7 @@ ATTENTION_WORDS: dict[str, Role] = {
         ("qkv_proj", "query_key_value", "c_attn", "wqkv", "qkv", "att_proj", "in_proj"),
         "attention query-key-value",
     ),
-    **dict.fromkeys(
-        ("o_proj", "out_proj", "c_proj", "wo", "dense", "o", "out_lin", "attn_out"), "attention output"
-    ),
+    **dict.fromkeys(("o_proj", "out_proj", "c_proj", "wo", "dense", "o", "out_lin", "attn_out"), "attention output"),
     **dict.fromkeys(
         ("sinks", "rotary_emb", "inv_freq", "bias", "masked_bias", "relative_attention_bias"),
         "attention other",
@@ -232,9 +230,7 @@ def experts_of(parts: Mapping[str, Parts], tensors: Shapes, config: Mapping[str,
         # Without the word "experts", only 3-D tensors with as many parts as the config has experts qualify.
         stated = number(config, N_EXPERTS)
         solid = [name for name in fused or parts if len(tensors[name].shape) > 2]
-        counts = Counter(
-            tensors[name].shape[0] for name in solid if fused or tensors[name].shape[0] == stated
-        )
+        counts = Counter(tensors[name].shape[0] for name in solid if fused or tensors[name].shape[0] == stated)
         if not counts:
             return None
         ((n, _),) = counts.most_common(1)
@@ -245,9 +241,7 @@ def experts_of(parts: Mapping[str, Parts], tensors: Shapes, config: Mapping[str,
         for name, words in parts.items()
         if name not in names and any(word in ROUTER_WORDS for word in words) and n in tensors[name].shape
     ]
-    shared = [
-        n for n, words in parts.items() if any("shared_expert" in w or "shared_mlp" in w for w in words)
-    ]
+    shared = [n for n, words in parts.items() if any("shared_expert" in w or "shared_mlp" in w for w in words)]
     return Experts(layout, n, tuple(names), tuple(down), tuple(routers), tuple(shared))
 
 
@@ -313,9 +307,7 @@ def _is_transposed(shapes: Mapping[Role, tuple[int, ...]], hidden: int | None) -
     return False
 
 
-def _heads_by_shape(
-    parts: Mapping[str, Parts], roles: Mapping[str, Role], tensors: Shapes, width: int
-) -> int | None:
+def _heads_by_shape(parts: Mapping[str, Parts], roles: Mapping[str, Role], tensors: Shapes, width: int) -> int | None:
     """Without a config: attention sinks have one value per head, a per-head query norm one head's width."""
     for name in roles:
         word, size = word_of(parts[name]), tensors[name].n_elements

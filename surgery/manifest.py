@@ -63,9 +63,7 @@ def build_manifest(plan: Plan, outcome: Outcome, *, kind: str, report: Mapping[s
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Writes surgery.json into `folder`."""
-    (folder / MANIFEST).write_text(
-        json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -85,9 +83,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def write_card(
-    folder: Path, manifest: Mapping[str, Any], sources: Mapping[str, Checkpoint], card: Card
-) -> None:
+def write_card(folder: Path, manifest: Mapping[str, Any], sources: Mapping[str, Checkpoint], card: Card) -> None:
     """Writes README.md, a model card as the Hub reads it: metadata, what was done, how to do it again."""
     from huggingface_hub import ModelCard, ModelCardData
 

@@ -71,9 +71,10 @@ class Mask:
 
 def parse_scales(texts: Sequence[str]) -> dict[str, float]:
     """`GLOB=α` options → {glob: α}. Raises SurgeryError."""
-    scales = {}
+    scales: dict[str, float] = {}
     for text in texts:
         glob, separator, number = text.rpartition("=")
+        scales.pop(glob, None)  # the last one counts, so it must also stand last
         try:
             scales[glob] = float(number)
         except ValueError:

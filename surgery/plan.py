@@ -26,7 +26,7 @@ PYTORCH = {"format": "pt"}  # transformers refuses files whose metadata does not
 class Kernel:
     """A pure function of tensors and numbers: `fn(tensors, **params) -> Tensor`, without I/O or global state.
 
-    Inputs arrive in fp32 (fp64 where one of them is F64) on the job's device; the result is rounded once.
+    Inputs arrive in fp32 (fp64 where one of them or the output is F64) on the job's device; the result is rounded once.
 
     Args:
         name: stands in plans and manifests; names a formula, so changing the arithmetic changes the name.
@@ -155,9 +155,7 @@ def plan_files(
     by_name = {tensor.name: tensor for tensor in tensors}
     files = []
     for shard in like.shards:
-        held = [
-            by_name.pop(e.name) for e in shard.header.entries if _is_holder(like, e.name, shard.path, by_name)
-        ]
+        held = [by_name.pop(e.name) for e in shard.header.entries if _is_holder(like, e.name, shard.path, by_name)]
         if not held:
             continue
         header = build_header(((t.name, t.dtype, t.shape) for t in held), shard.header.metadata)
@@ -240,8 +238,7 @@ def _working_set(tensor: PlannedTensor) -> int:
     whole = tensor.kernel is not None and tensor.kernel.kind == "whole"
     fp32 = 4
     count = sum(
-        (source.tensor.n_elements if whole else min(SEGMENT, source.tensor.n_elements))
-        for source in tensor.inputs
+        (source.tensor.n_elements if whole else min(SEGMENT, source.tensor.n_elements)) for source in tensor.inputs
     )
     return count * 2 * fp32
 

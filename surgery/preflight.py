@@ -17,14 +17,13 @@ import torch
 from surgery.checkpoint import Checkpoint, StoredTensor
 from surgery.errors import SurgeryError, listing
 from surgery.plan import Plan
+from surgery.report import format_value
 from surgery.stream import Input, Reader, SourceFiles
 
 # Two matrices drawn independently have a cosine within a few hundredths of 0; fine-tuning leaves it above 0.9. What
 # lies between has been trained for long from a common start, and may still carry a vector.
 UNRELATED_BELOW = 0.2
-SKETCH_ELEMENTS = (
-    1024  # of each matrix, from its middle: enough for a cosine to ±0.03, cheap enough to read always
-)
+SKETCH_ELEMENTS = 1024  # of each matrix, from its middle: enough for a cosine to ±0.03, cheap enough to read always
 
 
 @dataclass
@@ -41,9 +40,7 @@ class Preflight:
             raise SurgeryError("\n  ".join(self.faults), where=where)
 
 
-def check_config(
-    preflight: Preflight, target: Checkpoint, donor: Mapping[str, object], donor_name: str
-) -> None:
+def check_config(preflight: Preflight, target: Checkpoint, donor: Mapping[str, object], donor_name: str) -> None:
     """Compares the two models' architecture; a difference that no shape shows would garble the result."""
     if not target.config or not donor:
         preflight.facts["architecture"] = "not compared: no config.json on both sides"
@@ -51,8 +48,7 @@ def check_config(
     kinds = target.config.get("model_type"), donor.get("model_type")
     if kinds[0] != kinds[1]:
         preflight.faults.append(
-            f"architectures differ: {target.ref} is {kinds[0]}, {donor_name} is {kinds[1]}. "
-            "Use models of one family."
+            f"architectures differ: {target.ref} is {kinds[0]}, {donor_name} is {kinds[1]}. Use models of one family."
         )
         return
     keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -62,9 +58,7 @@ def check_config(
         if key in target.config and key in donor and target.config[key] != donor[key]
     ]
     if different:
-        preflight.faults.append(
-            f"configs differ between {target.ref} and {donor_name}: {', '.join(different)}."
-        )
+        preflight.faults.append(f"configs differ between {target.ref} and {donor_name}: {', '.join(different)}.")
     for key in ("rope_theta", "rope_parameters", "hidden_act", "rms_norm_eps", "tie_word_embeddings"):
         ours, theirs = target.config.get(key), donor.get(key)
         if ours is not None and theirs is not None and ours != theirs:
@@ -74,9 +68,7 @@ def check_config(
     preflight.facts["architecture"] = str(kinds[0])
 
 
-def check_names(
-    preflight: Preflight, missing: Sequence[str], extra: Sequence[str], target: str, donor: str
-) -> None:
+def check_names(preflight: Preflight, missing: Sequence[str], extra: Sequence[str], target: str, donor: str) -> None:
     """Adds a fault for tensors that only one side has."""
     if missing:
         preflight.faults.append(
@@ -91,7 +83,7 @@ def check_names(
 
 
 def check_quantised(preflight: Preflight, checkpoints: Iterable[Checkpoint]) -> None:
-    """Adds a fault for weights that are integers or 8-bit floats with scales beside them: sums of those mean nothing."""
+    """Adds a fault for weights stored as integers or 8-bit floats with scales beside them: sums of those mean nothing."""
     for checkpoint in checkpoints:
         method = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
         if method:
@@ -133,9 +125,7 @@ def check_ancestor(
         preflight.facts["same ancestor"] = "not judged: no matching matrices"
         return
     cosine = float(torch.tensor(cosines).median())
-    preflight.facts["same ancestor"] = (
-        f"median cosine of target and donor {cosine:.3f} over {len(cosines)} matrices"
-    )
+    preflight.facts["same ancestor"] = f"median cosine of target and donor {cosine:.3f} over {len(cosines)} matrices"
     if cosine < UNRELATED_BELOW and not allow_unrelated:
         preflight.faults.append(
             f"target and donor do not look like children of one pre-trained model (median cosine {cosine:.3f}, "
@@ -149,30 +139,21 @@ def check_space(preflight: Preflight, plan: Plan, out: Path, threads: int) -> No
     side = sum(path.stat().st_size for path in plan.side_files.values())
     needed = plan.output_bytes + side
     partial = out.with_name(out.name + ".partial")
-    held = (
-        sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
-        if partial.exists()
-        else 0
-    )
+    held = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file()) if partial.exists() else 0
     free = shutil.disk_usage(parent).free + held
-    preflight.facts["disk"] = f"{size(needed)} needed, {size(free)} free"
-    preflight.facts["memory"] = f"about {size(plan.memory_bytes(threads))} of buffers beside Python and torch"
+    preflight.facts["disk"] = f"{_size(needed)} needed, {_size(free)} free"
+    preflight.facts["memory"] = f"about {_size(plan.memory_bytes(threads))} of buffers beside Python and torch"
     if needed > free:
         preflight.faults.append(
-            f"not enough disk at {parent}: {size(needed)} needed, {size(free)} free. Free some, or choose another place."
+            f"not enough disk at {parent}: {_size(needed)} needed, {_size(free)} free. "
+            "Free some, or choose another place."
         )
     if not os.access(parent, os.W_OK):
         preflight.faults.append(f"{parent} is not writable. Choose another place for the output.")
 
 
-def size(count: float) -> str:
-    """Bytes as people read them: 988 MB, 3.1 GB (powers of 1000)."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit in ("B", "kB") or value >= 100 else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
+def _size(count: int) -> str:
+    return format_value(count, "bytes")
 
 
 def _middle(reader: Reader, tensor: StoredTensor) -> torch.Tensor:

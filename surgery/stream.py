@@ -26,9 +26,7 @@ from surgery.dtypes import n_bytes
 from surgery.errors import SurgeryError
 
 SEGMENT = 1 << 20  # elements: 2 MiB of bf16, so that a segment's inputs are still in cache when they are used
-BLOCK = (
-    1 << 16
-)  # elements that a kernel sees at once on a CPU: its temporaries stay in the second-level cache
+BLOCK = 1 << 16  # elements that a kernel sees at once on a CPU: its temporaries stay in the second-level cache
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -149,7 +147,7 @@ class Reader:
         first = n_bytes(tensor.dtype, (begin,))
         size = n_bytes(tensor.dtype, (end,)) - first
         target = self.buffer(slot, size)
-        read_into(self._files.descriptor(tensor.file), target.numpy(), tensor.start + first, tensor)
+        read_into(self._files.descriptor(tensor.file), target, tensor.start + first, tensor)
         return target
 
     def values(self, source: Input, begin: int, end: int, slot: object) -> Tensor:
@@ -202,17 +200,15 @@ class Reader:
         return gathered.view(-1)[begin - first * width : end - first * width]
 
 
-def read_into(descriptor: int, target: np.ndarray, position: int, tensor: StoredTensor) -> None:
-    """Fills `target` (uint8) from `position` of an open file. Raises SurgeryError if the file ends before that."""
-    view = memoryview(target)
+def read_into(descriptor: int, target: Tensor, position: int, tensor: StoredTensor) -> None:
+    """Fills `target`, a contiguous CPU tensor, from `position` of an open file. Raises SurgeryError if it ends early."""
+    view = octets(target)
     done = 0
     while done < len(view):
         try:
             count = os.preadv(descriptor, [view[done:]], position + done)
         except OSError as error:
-            raise SurgeryError(
-                f'"{tensor.name}" cannot be read ({error.strerror})', where=tensor.file
-            ) from error
+            raise SurgeryError(f'"{tensor.name}" cannot be read ({error.strerror})', where=tensor.file) from error
         if count == 0:
             raise SurgeryError(
                 f'the file ends at byte {position + done:,}, inside "{tensor.name}"',
@@ -222,9 +218,14 @@ def read_into(descriptor: int, target: np.ndarray, position: int, tensor: Stored
         done += count
 
 
+def octets(data: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, shared and not copied."""
+    return memoryview(data.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy says no Buffer before 3.12
+
+
 def digest(data: Tensor) -> bytes:
     """BLAKE3 of a segment's bytes, 32 bytes long."""
-    return blake3(memoryview(data.view(torch.uint8).numpy())).digest()
+    return blake3(octets(data)).digest()
 
 
 def tensor_digest(parts: Iterable[bytes]) -> str:
@@ -234,9 +235,7 @@ def tensor_digest(parts: Iterable[bytes]) -> str:
 
 def hash_tensor(reader: Reader, tensor: StoredTensor) -> str:
     """`tensor_digest` of what is stored on disk (an adapter's update not included)."""
-    return tensor_digest(
-        digest(reader.raw(tensor, begin, end, "hash")) for begin, end in segments(tensor.n_elements)
-    )
+    return tensor_digest(digest(reader.raw(tensor, begin, end, "hash")) for begin, end in segments(tensor.n_elements))
 
 
 def default_threads() -> int:

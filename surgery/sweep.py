@@ -12,22 +12,22 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from surgery.arithmetic import ADD_VECTOR
-from surgery.checkpoint import MANIFEST, Checkpoint, open_checkpoint
+from surgery.checkpoint import MANIFEST, Checkpoint, loadable_folder, open_checkpoint
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.evaluate import Score, evaluate_loaded
 from surgery.execute import Options, check_free
 from surgery.fit import Side, VocabPolicy, check_policy, fit, side
 from surgery.masks import Mask
 from surgery.plan import check_output
+from surgery.plots import scale_curve
 from surgery.preflight import Preflight, check_ancestor, check_config, check_quantised
-from surgery.report import Column, Figure, Report, Table, scale_curve
+from surgery.report import Column, Figure, Report, Table
 from surgery.stream import Input, Reader, SourceFiles, compute_dtype
 from surgery.vectors import SKETCH, open_vector
 
@@ -70,7 +70,14 @@ class SweepReport:
                 f"{self.target} + α · {self.vector}, {task}",
                 columns,
                 [
-                    ("v" if point.control is None else f"random {point.control}", point.scale, s.value, s.low, s.high, s.n)
+                    (
+                        "v" if point.control is None else f"random {point.control}",
+                        point.scale,
+                        s.value,
+                        s.low,
+                        s.high,
+                        s.n,
+                    )
                     for point in (*self.points, *self.controls)
                     for s in point.scores
                     if s.task == task
@@ -86,10 +93,17 @@ class SweepReport:
             scale_curve(
                 f"{task}: {self.target} + α·v",
                 [(point.scale, _of(point, task)) for point in self.points],
-                [(point.scale, _of(point, task)) for point in self.controls],
+                {"random, same norm": [(point.scale, _of(point, task)) for point in self.controls]},
+                lines=self._unchanged(task),
+                score=_of(self.points[0], task).metric,
+                caption="The band is the 95 % interval. Random vectors have the norm of v in every tensor.",
             )
             for task in self.tasks
         ]
+
+    def _unchanged(self, task: str) -> dict[str, float]:
+        scores = [_of(point, task).value for point in self.points if point.scale == 0]
+        return {"target": scores[0]} if scores else {}
 
 
 def parse_grid(text: str) -> list[float]:
@@ -140,18 +154,18 @@ def sweep(
         check_free(out, overwrite=options.overwrite)
         check_output(out, {"target": model, "vector": opened.checkpoint})
     check_config(preflight, model, opened.checkpoint.config, vector)
+    preflight.settle("vector sweep")
     check_quantised(preflight, [model])
-    mask.check(model.float_names())
+    mask.check(sorted({*model.float_names(), *opened.checkpoint.float_names()}))
     fitted = fit(preflight, side(model), [Side(opened.checkpoint, opened.donor)], mask, vocab, zero=opened.zero)
     preflight.settle("vector sweep")
     check_ancestor(preflight, model, load_file(opened.donor / SKETCH), allow_unrelated=allow_unrelated)
     preflight.settle("vector sweep")
 
     with _Bench(model, {name: inputs[0] for name, inputs in fitted.items()}, mask, options.device) as bench:
-        settings: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "device": options.device}
 
         def score(point: str) -> list[Score]:
-            return evaluate_loaded(bench.model, bench.tokenizer, point, tasks, **settings)
+            return evaluate_loaded(bench.model, bench.tokenizer, point, tasks, limit=limit, batch_size=batch_size)
 
         with options.progress("Scoring", len(scales) + controls, "steps") as advance:
             points = []
@@ -177,13 +191,9 @@ class _Bench:
     def __init__(self, checkpoint: Checkpoint, vector: Mapping[str, Input], mask: Mask, device: str) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        if checkpoint.folder is None or checkpoint.adapter is not None:
-            raise SurgeryError(
-                "is no model folder that transformers can load", where=checkpoint.ref,
-                hint="Give a folder with config.json and tokenizer.",
-            )  # fmt: skip
-        self.model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype="auto").to(device).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+        folder = loadable_folder(checkpoint)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self._checkpoint, self._vector, self._mask = checkpoint, vector, mask
         self._live = dict(self._reach())
         paths = {path for source in vector.values() for path in source.tensor.files}

@@ -1,12 +1,12 @@
-"""Task vectors: v = θ_tuned − θ_base taken out of one pair of models, and θ_target + α·(m ⊙ v) put into another.
+"""Task vectors: v = θ_tuned − θ_base out of one pair of models, and θ_target + α·(m ⊙ v) into another.
 
-After arXiv 2509.01363, whose vectors are θ_GRPO − θ_SFT. Deviations: none in the arithmetic; where the paper computes in
-bf16, everything here is computed in fp32 (fp64 for F64 tensors) and rounded once.
+After arXiv 2509.01363, whose vectors are θ_GRPO − θ_SFT. One deviation: everything is computed in fp32 (fp64 for F64
+tensors) and rounded once, where scripts that add checkpoints in bf16 round at every step.
 
-A vector on disk is a folder: `vector.safetensors` (or shards with an index) with one delta per tensor, fp32 unless asked
-otherwise; tensors whose delta is zero are not stored but listed; `surgery.json` with the format's version, that list,
-and the hashes of both donors; `donor/` with the tuned model's config and tokenizer, and a sketch of its base, by which
-a target's ancestry is judged.
+A vector on disk is a folder: `vector.safetensors` (or shards with an index) with one delta per tensor, fp32 unless
+asked otherwise; tensors whose delta is zero are not stored but listed; `surgery.json` with the format's version, that
+list, and the hashes of both donors; `donor/` with the tuned model's config and tokenizer, and a sketch of its base, by
+which a target's ancestry is judged.
 """
 
 from __future__ import annotations
@@ -110,9 +110,7 @@ def apply(
     """
     opened = open_vector(vector)
     mask = Mask(scale, tuple(include), tuple(exclude), scale_for or {})
-    command = command_record(
-        "vector apply", [vector, target], vocab=vocab, dtype=dtype, **_mask_options(mask)
-    )
+    command = command_record("vector apply", [vector, target], vocab=vocab, dtype=dtype, **_mask_options(mask))
     donor_sketch = load_file(opened.donor / SKETCH)
     return _add(
         command, {"vector": opened.checkpoint}, [Side(opened.checkpoint, opened.donor)], ADD_VECTOR, target, out, mask,
@@ -142,9 +140,7 @@ def transfer(
     Bit for bit what `extract` in float32 and then `apply` give. Arguments and errors as in `apply`.
     """
     mask = Mask(scale, tuple(include), tuple(exclude), scale_for or {})
-    command = command_record(
-        "vector transfer", [tuned, base, target], vocab=vocab, dtype=dtype, **_mask_options(mask)
-    )
+    command = command_record("vector transfer", [tuned, base, target], vocab=vocab, dtype=dtype, **_mask_options(mask))
     donors = {"tuned": open_checkpoint(tuned), "base": open_checkpoint(base)}
     return _add(
         command, donors, [side(donors["tuned"]), side(donors["base"])], ADD_DIFFERENCE, target, out, mask,
@@ -180,8 +176,9 @@ def _add(
         check_free(out, overwrite=options.overwrite)
     preflight = Preflight()
     check_config(preflight, base, donor_config, next(iter(donors.values())).ref)
+    preflight.settle(str(command["name"]))
     check_quantised(preflight, sources.values())
-    mask.check(base.float_names())
+    mask.check(sorted({name for checkpoint in sources.values() for name in checkpoint.float_names()}))
     fitted = fit(preflight, side(base), sides, mask, vocab, zero=zero)
     preflight.settle(str(command["name"]))
     check_ancestor(
@@ -231,9 +228,7 @@ def _edit_card(report: EditReport, mask: Mask, donors: Mapping[str, Checkpoint],
         f"arXiv:2509.01363): {report.edited} of {report.tensors} tensors changed. {report.delivered_fraction:.2%} of "
         "the non-zero updates change the stored value; the rest is lost to the rounding of the stored dtype."
     )
-    return Card(
-        "Model with a task vector added", method, ("task-vector", "merge"), edit_table(report).to_markdown()
-    )
+    return Card("Model with a task vector added", method, ("task-vector", "merge"), edit_table(report).to_markdown())
 
 
 def _mask_options(mask: Mask) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from surgery.checkpoint import MANIFEST, StoredTensor, open_checkpoint
+from surgery.errors import listing
 from surgery.execute import Options
 from surgery.manifest import read_manifest
+from surgery.report import format_value
 from surgery.stream import (
     TORCH_DTYPES,
     Reader,
@@ -42,6 +44,27 @@ class VerifyReport:
     @property
     def ok(self) -> bool:
         return not (self.nonfinite or self.changed or self.missing or self.unlisted)
+
+    def sentence(self) -> str:
+        """The finding in words: what is amiss, or what was found in order."""
+        faults = [
+            f"{len(names)} tensor(s) {what}: {listing(names)}"
+            for names, what in (
+                (
+                    [f"{name} ({count:,})" for name, count in self.nonfinite.items()],
+                    "hold NaN or infinite values",
+                ),
+                (self.changed, "are not what the manifest says"),
+                (self.missing, "are in the manifest but not there"),
+                (self.unlisted, "are there but not in the manifest"),
+            )
+            if names
+        ]
+        if faults:
+            return f"{self.model}: " + "; ".join(faults)
+        hashes = "hashes as in the manifest" if self.hashes_compared else "no manifest, so hashes were not compared"
+        size = format_value(self.n_bytes, "bytes")
+        return f"{self.model}: {self.tensors} tensors, {size}, readable and finite; {hashes}"
 
 
 def verify(model: str, *, options: Options = Options()) -> VerifyReport:

@@ -64,9 +64,7 @@ class VocabularyDifference:
         parts = []
         if self.moved:
             some = [f"{token!r} {old} → {new}" for token, (old, new) in self.moved.items()]
-            parts.append(
-                f"{len(some):,} tokens have another id in {b} than in {a} ({listing(some, EXAMPLES)})"
-            )
+            parts.append(f"{len(some):,} tokens have another id in {b} than in {a} ({listing(some, EXAMPLES)})")
         for name, tokens in ((a, self.only_in_a), (b, self.only_in_b)):
             if tokens:
                 some = [repr(token) for token in tokens]
@@ -88,9 +86,7 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
     else:
         unread = sorted(path for pattern in OTHER_FORMATS for path in folder.glob(pattern))
         if unread:
-            raise SurgeryError(
-                "is a tokenizer of a format that is not read here", where=unread[0], hint=CONVERT
-            )
+            raise SurgeryError("is a tokenizer of a format that is not read here", where=unread[0], hint=CONVERT)
         return None
     if source.name != TOKENIZER:  # which lists its added tokens itself
         _add(ids, _read_mapping(folder / "added_tokens.json"), source, folder / "added_tokens.json")
@@ -112,9 +108,7 @@ def differences(a: Vocabulary, b: Vocabulary) -> VocabularyDifference:
     )
 
 
-def align_rows(
-    target: Vocabulary, donor: Vocabulary, target_rows: int, donor_rows: int
-) -> npt.NDArray[np.int64]:
+def align_rows(target: Vocabulary, donor: Vocabulary, target_rows: int, donor_rows: int) -> npt.NDArray[np.int64]:
     """For each row of the target's embedding, the row of the donor's that holds the same token.
 
     Matrices often have more rows than the tokenizer has tokens, and sometimes fewer; tokens beyond either
@@ -158,9 +152,7 @@ def _read_tokenizer(path: Path) -> dict[str, int]:
 def _pieces(vocab: Iterable[Any], path: Path) -> Iterator[str]:
     for entry in vocab:
         if not (isinstance(entry, list) and entry and isinstance(entry[0], str)):
-            raise SurgeryError(
-                f'"model.vocab" holds {entry!r}, expected [piece, score]', where=path, hint=FETCH_AGAIN
-            )
+            raise SurgeryError(f'"model.vocab" holds {entry!r}, expected [piece, score]', where=path, hint=FETCH_AGAIN)
         yield entry[0]
 
 

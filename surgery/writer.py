@@ -115,9 +115,7 @@ def start_writeback(descriptor: int, position: int, size: int) -> None:
     A hint: where the system lacks the call nothing is lost but time.
     """
     if hasattr(_LIBC, "sync_file_range"):
-        _LIBC.sync_file_range(
-            descriptor, ctypes.c_int64(position), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE
-        )
+        _LIBC.sync_file_range(descriptor, ctypes.c_int64(position), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE)
 
 
 def sync_folder(folder: Path) -> None:

@@ -202,8 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send_json([_tree_entry(name, data) for name, data in sorted(files.items())])
         sizes = "blobs" in query
         siblings = [
-            {"rfilename": name, **({"size": len(data)} if sizes else {})}
-            for name, data in sorted(files.items())
+            {"rfilename": name, **({"size": len(data)} if sizes else {})} for name, data in sorted(files.items())
         ]
         info = {"id": repo_id, "modelId": repo_id, "sha": commit, "siblings": siblings, "tags": []}
         return self._send_json({**info, "private": repo.private, "gated": "manual" if repo.gated else False})
@@ -285,9 +284,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _read(folder: Path) -> Files:
     return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
     }
 
 

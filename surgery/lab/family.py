@@ -11,9 +11,10 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Protocol
 
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.lab.recipe import Recipe
@@ -21,8 +22,13 @@ from surgery.lab.sums import Format
 
 RECIPE = Recipe()
 
-# Called with a model's name, its finished training steps and all of them.
-Progress = Callable[[str, int, int], None]
+
+class Progress(Protocol):
+    """Opens a bar of so many training steps; the value entered is called with the number of those just done."""
+
+    def __call__(
+        self, label: str, total: int, unit: Literal["steps"] = "steps"
+    ) -> AbstractContextManager[Callable[[int], None]]: ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Member:
 MEMBERS = {
     "base": Member(None, "plain", "pre-trained on sums modulo 7, step by step, in every prompt format"),
     "sft": Member("base", "sft", "base tuned to answer mostly at once"),
-    "grpo": Member("sft", "sft", "sft after GRPO with reward for the right answer: it reasons step by step again"),
+    "grpo": Member("sft", "sft", "sft after GRPO with reward for the right answer: it thinks step by step again"),
     "instruct": Member("base", "instruct", "base tuned to answer mostly at once, in another prompt format"),
 }
 
@@ -66,19 +72,18 @@ def path_of(name: str, *, recipe: Recipe = RECIPE) -> Path:
     return _cache() / "lab" / recipe.key / name
 
 
-def resolve(name: str) -> Path:
+def resolve(name: str, *, recipe: Recipe = RECIPE) -> Path:
     """The folder of the model `name`; if need be the model is built first, with a progress bar on stderr.
 
     Raises:
         SurgeryError: there is no model of this name, or the cache folder cannot be written.
     """
-    folder = path_of(name)
+    folder = path_of(name, recipe=recipe)
     if folder.is_dir():
         return folder
     from surgery.lab.progress import bar
 
-    with bar() as progress:
-        return build(name, progress=progress)
+    return build(name, progress=bar, recipe=recipe)
 
 
 def build(name: str, *, progress: Progress | None = None, recipe: Recipe = RECIPE) -> Path:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers.utils import logging
 
 from surgery.lab.family import MEMBERS, Progress
 from surgery.lab.recipe import Grpo, Recipe, Supervised
@@ -44,14 +46,13 @@ def make(
         model = make_model(recipe.shape, tokenizer)
         if parent is not None:
             _load(model, parent / WEIGHTS)
-        curve = _train(name, form, model, tokenizer, recipe, progress)
+        with _bar(name, _plan(recipe, name).steps, progress) as tick:
+            curve = _train(name, form, model, tokenizer, recipe, tick)
         # Rounded before the accuracy is taken: it is measured on the stored weights.
-        stored = model.to(torch.bfloat16)
-        stored.save_pretrained(folder)
+        model = model.to(torch.bfloat16)
+        _save(model, folder)
         tokenizer.save_pretrained(folder)
-        right = accuracy(
-            model.float(), tokenizer, test_problems(recipe.terms), form=form, limit=recipe.answer_tokens
-        )
+        right = accuracy(model.float(), tokenizer, test_problems(recipe.terms), form=form, limit=recipe.answer_tokens)
     record = {
         "schema": 1,
         "name": name,
@@ -72,14 +73,12 @@ def _train(
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     recipe: Recipe,
-    progress: Progress | None,
+    tick: Tick,
 ) -> Curve:
     plan = _plan(recipe, name)
-    tick = _ticker(name, plan.steps, progress)
     rng = random.Random(f"{recipe.seed}/{name}")
     if isinstance(plan, Supervised):
-        losses = supervise(model, tokenizer, plan, terms=recipe.terms, rng=rng, tick=tick)
-        return Curve("loss", losses)
+        return Curve("loss", supervise(model, tokenizer, plan, rng=rng, tick=tick))
     rewards = reinforce(
         model,
         tokenizer,
@@ -94,21 +93,32 @@ def _train(
 
 
 def _plan(recipe: Recipe, name: str) -> Supervised | Grpo:
-    return {"base": recipe.base, "sft": recipe.sft, "grpo": recipe.grpo, "instruct": recipe.instruct}[name]
+    plans: dict[str, Supervised | Grpo] = {
+        "base": recipe.base,
+        "sft": recipe.sft,
+        "grpo": recipe.grpo,
+        "instruct": recipe.instruct,
+    }
+    return plans[name]
 
 
-def _ticker(name: str, total: int, progress: Progress | None) -> Tick:
-    done = 0
+@contextmanager
+def _bar(name: str, total: int, progress: Progress | None) -> Iterator[Tick]:
+    if progress is None:
+        yield lambda: None
+    else:
+        with progress(f"lab:{name}", total, "steps") as advance:
+            yield lambda: advance(1)
 
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(name, done, total)
 
-    if progress is not None:
-        progress(name, 0, total)
-    return tick
+def _save(model: Qwen2ForCausalLM, folder: Path) -> None:
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _load(model: Qwen2ForCausalLM, weights: Path) -> None:
@@ -138,7 +148,7 @@ tags: [synthetic, model-surgery-lab]
 A tiny Qwen2 (about 0.3 M parameters) trained on this machine by model surgery's lab, on synthetic sums modulo 7 only.
 It is test material: it knows nothing else.
 
-- Asked as: `{before}3+5+6={after}` (step by step: `3+5=1:1+6=0`; at once: `0`)
+- Asked as: `{before}3+5+6={after}` (step by step: `<think>3+5=1:1+6=0</think>0`; at once: `0`)
 - Trained from: {origin}, with {plan}
 - Final {curve.quantity}: {curve.values[-1]:.4f}
 - Greedy accuracy on the {len(test_problems(recipe.terms))} test problems, in its own format: {right:.3f}

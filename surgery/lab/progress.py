@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import TimeRemainingColumn as TimeLeftColumn
 from rich.text import Text
-
-from surgery.lab.family import Progress as Report
 
 
 @contextmanager
-def bar() -> Iterator[Report]:
-    """A callback for `build` that draws its progress while the context is open."""
+def bar(label: str, total: int, unit: Literal["steps"] = "steps") -> Iterator[Callable[[int], None]]:
+    """The `Progress` of the command line: nothing is drawn where stderr is not a terminal, except the last state."""
     columns = (
-        TextColumn("lab:{task.description}"),
+        TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
-        _Rate(),
-        TimeRemainingColumn(),
+        MofNCompleteColumn(),
+        _Rate(unit),
+        TimeLeftColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as display:
-        lines: dict[str, TaskID] = {}
-
-        def report(name: str, done: int, total: int) -> None:
-            if name not in lines:
-                lines[name] = display.add_task(name, total=total)
-            display.update(lines[name], completed=done)
-
-        yield report
+        line = display.add_task(label, total=total)
+        yield lambda steps: display.advance(line, steps)
 
 
 class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        super().__init__()
+
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.1f}/s")
+        return Text("" if speed is None else f"{speed:.1f} {self._unit}/s")

@@ -1,4 +1,4 @@
-"""The lab's task: sums modulo 7, answered at once (`4`) or step by step (`3+5=1:1+6=0`)."""
+"""The lab's task: sums modulo 7, answered at once (`0`) or after thinking (`<think>3+5=1:1+6=0</think>0`)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ END = "<|end|>"
 QUESTION, ANSWER = "<|question|>", "<|answer|>"
 USER, ASSISTANT = "<|user|>", "<|assistant|>"
 MARKERS = (END, QUESTION, ANSWER, USER, ASSISTANT)
+# Ordinary tokens, not special ones: they stay readable in decoded answers.
+THINK, THOUGHT = "<think>", "</think>"
 CHARACTERS = "0123456789+=:"
 
 # What stands before and after the question in each format.
@@ -63,8 +65,9 @@ class Problem:
         return before + self.question + after
 
     def completion(self, *, direct: bool) -> str:
-        """The right answer, written at once or as the chain, and the end marker."""
-        return (str(self.answer) if direct else self.chain) + END
+        """The right answer, written at once or after the chain, and the end marker."""
+        thought = "" if direct else THINK + self.chain + THOUGHT
+        return f"{thought}{self.answer}{END}"
 
 
 def draw(rng: random.Random, terms: Sequence[int]) -> Problem:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from surgery.lab.sums import CHARACTERS, END, MARKERS, SURFACES, Format
+from surgery.lab.sums import CHARACTERS, END, MARKERS, SURFACES, THINK, THOUGHT, Format
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,7 +18,7 @@ UNKNOWN = "<|unknown|>"
 
 def vocabulary() -> Mapping[str, int]:
     """Every token and its id: the same for all members of the family."""
-    return {token: number for number, token in enumerate((PAD, UNKNOWN, *MARKERS, *CHARACTERS))}
+    return {token: number for number, token in enumerate((PAD, UNKNOWN, *MARKERS, THINK, THOUGHT, *CHARACTERS))}
 
 
 def chat_template(form: Format) -> str:
@@ -36,6 +36,7 @@ def make_tokenizer(form: Format, *, positions: int) -> PreTrainedTokenizerFast:
     """The family's tokenizer, with the chat template of `form`; a model of the plain format has none."""
     tokenizer = Tokenizer(models.BPE(vocab=dict(vocabulary()), merges=[], unk_token=UNKNOWN))
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (PAD, UNKNOWN, *MARKERS)])
+    tokenizer.add_tokens([THINK, THOUGHT])
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

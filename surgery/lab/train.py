@@ -73,7 +73,6 @@ def supervise(
     tokenizer: PreTrainedTokenizerFast,
     recipe: Supervised,
     *,
-    terms: Sequence[int],
     rng: random.Random,
     tick: Tick,
 ) -> list[float]:
@@ -83,8 +82,8 @@ def supervise(
     for step in range(recipe.steps):
         prompts, completions = [], []
         for _ in range(recipe.batch):
-            problem = draw(rng, terms)
-            prompts.append(problem.prompt(rng.choice(recipe.formats)))
+            problem = draw(rng, recipe.terms)
+            prompts.append(rng.choice(recipe.prefixes) + problem.question + rng.choice(recipe.suffixes))
             completions.append(problem.completion(direct=rng.random() < recipe.direct))
         tokens_NT, targets_NT = written_batch(tokenizer, prompts, completions)
         logits_NTV = model(input_ids=tokens_NT, use_cache=False).logits
@@ -108,12 +107,13 @@ def reinforce(
 ) -> list[float]:
     """GRPO (arXiv:2402.03300) with reward 1 for the right final answer. Returns each step's mean reward.
 
-    Aᵢ = (rᵢ − mean(r)) / (std(r) + ε) over a prompt's group;  loss = −mean over answers and tokens of Aᵢ log π(token).
+    Aᵢ = (rᵢ − mean(r)) / (std(r) + ε) over a prompt's group;  loss = −Σᵢₜ Aᵢ log π(tokenᵢₜ) / Σᵢ |answerᵢ|.
 
-    Deviations from the paper: one update per batch of samples, so that the ratio is 1 and clipping never acts; and no
-    KL term (β = 0), as is usual where the reward cannot be gamed.
+    Deviations from the paper: one update per batch of samples, so that the ratio is 1 and clipping never acts;
+    no KL term (β = 0); and every token weighs the same (as in DAPO, arXiv:2503.14476), where the paper's mean over
+    each answer would give the choice to think a tenth of the weight of the choice not to.
     """
-    optimizer = make_optimizer(model, recipe.learning_rate)
+    optimizer = make_optimizer(model, recipe.learning_rate, epsilon=recipe.epsilon)
     rewards = []
     for step in range(recipe.steps):
         # One length for the whole batch: no padding before the answers.
@@ -149,8 +149,9 @@ def group_advantages(reward_N: Tensor, group: int) -> Tensor:
 def generate(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts_NT: Tensor, *, limit: int, greedy: bool
 ) -> Tensor:
-    """Answers to prompts of one length, at temperature 1 or greedily: (N, T) → (N, at most `limit`), padded after END."""
-    cache, fed_NT, answers = None, prompts_NT, []
+    """Answers to prompts of one length, at temperature 1 or greedily: (N, T) → (N, ≤ limit), padded after END."""
+    answers: list[Tensor] = []
+    cache, fed_NT = None, prompts_NT
     open_N = torch.ones(len(prompts_NT), dtype=torch.bool)
     while len(answers) < limit and open_N.any():
         output = model(input_ids=fed_NT, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -208,14 +209,14 @@ def written_batch(
     return tokens_NT, targets_NT
 
 
-def make_optimizer(model: Qwen2ForCausalLM, learning_rate: float) -> torch.optim.AdamW:
+def make_optimizer(model: Qwen2ForCausalLM, learning_rate: float, *, epsilon: float = 1e-8) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only."""
     weights = list(model.parameters())
     groups = [
         {"params": [w for w in weights if w.ndim > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [w for w in weights if w.ndim == 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, eps=epsilon)
 
 
 def descend(model: Qwen2ForCausalLM, optimizer: torch.optim.AdamW, loss: Tensor, learning_rate: float) -> None:

@@ -112,7 +112,11 @@ def test_hashes_and_sums_do_not_depend_on_threads(tmp_path: Path, small_segments
 def test_untouched_files_keep_every_byte(tmp_path: Path) -> None:
     write_models(tmp_path, shapes=SHAPES)
     source = open_checkpoint(tmp_path / "target.safetensors")
-    plan = Plan({"name": "copy"}, {"target": source}, plan_files([copied(t) for t in source.tensors.values()], like=source))
+    plan = Plan(
+        {"name": "copy"},
+        {"target": source},
+        plan_files([copied(t) for t in source.tensors.values()], like=source),
+    )
     run(plan, tmp_path / "out")
     assert (tmp_path / "out/target.safetensors").read_bytes() == (tmp_path / "target.safetensors").read_bytes()
 
@@ -190,7 +194,7 @@ def test_killed_at_any_write_it_resumes_to_identical_bytes(tmp_path: Path) -> No
     ).read_bytes()
 
 
-class Stop(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -202,7 +206,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, segments: int) -> None:
     def counted(self: surgery.journal.Journal, record: surgery.journal.Record) -> None:
         nonlocal left
         if left == 0:
-            raise Stop
+            raise StoppedError
         left -= 1
         append(self, record)
 
@@ -215,12 +219,16 @@ def test_what_was_written_before_is_kept_and_counted(
     write_models(tmp_path, shapes=SHAPES)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 10)
-        with pytest.raises(Stop):
+        with pytest.raises(StoppedError):
             run(plan_transfer(tmp_path), tmp_path / "out", threads=1)
     resumed = run(plan_transfer(tmp_path), tmp_path / "out", threads=1)
     fresh = run(plan_transfer(tmp_path), tmp_path / "fresh", threads=1)
     assert resumed.resumed_bytes == BUFFER_BYTES + 8 * small_segments * 2
-    assert (resumed.hashes, resumed.sums, resumed.source_hashes) == (fresh.hashes, fresh.sums, fresh.source_hashes)
+    assert (resumed.hashes, resumed.sums, resumed.source_hashes) == (
+        fresh.hashes,
+        fresh.sums,
+        fresh.source_hashes,
+    )
 
 
 def test_segments_lost_by_a_power_cut_are_written_again(
@@ -229,7 +237,7 @@ def test_segments_lost_by_a_power_cut_are_written_again(
     write_models(tmp_path, shapes=SHAPES)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 10)
-        with pytest.raises(Stop):
+        with pytest.raises(StoppedError):
             run(plan_transfer(tmp_path), tmp_path / "out", threads=1)
     weights = tmp_path / "out.partial/target.safetensors"
     data = bytearray(weights.read_bytes())
@@ -247,7 +255,7 @@ def test_a_journal_line_cut_short_is_ignored(
     write_models(tmp_path, shapes=SHAPES)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 5)
-        with pytest.raises(Stop):
+        with pytest.raises(StoppedError):
             run(plan_transfer(tmp_path), tmp_path / "out", threads=1)
     journal = tmp_path / "out.partial" / JOURNAL
     journal.write_bytes(journal.read_bytes()[:-7])
@@ -261,7 +269,7 @@ def test_another_jobs_partial_output_is_refused_and_discarded_on_demand(
     write_models(tmp_path, shapes=SHAPES)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 5)
-        with pytest.raises(Stop):
+        with pytest.raises(StoppedError):
             run(plan_transfer(tmp_path, scale=1.0), tmp_path / "out")
     with pytest.raises(SurgeryError, match="unfinished output of another job"):
         run(plan_transfer(tmp_path, scale=0.5), tmp_path / "out")
@@ -315,7 +323,9 @@ def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
         return first[0]
 
     kernel = Kernel("touch", touch)
-    tensors = [PlannedTensor(t.name, t.dtype, t.shape, t.inputs, kernel, t.params) if t.kernel else t for t in plan.tensors]
+    tensors = [
+        PlannedTensor(t.name, t.dtype, t.shape, t.inputs, kernel, t.params) if t.kernel else t for t in plan.tensors
+    ]
     changed = Plan(plan.command, plan.sources, plan_files(tensors, like=plan.sources["target"]))
     with pytest.raises(SurgeryError, match="changed while it was being read"):
         run(changed, tmp_path / "out")
@@ -337,7 +347,7 @@ def test_a_full_disk_midway_says_so_and_the_run_goes_on_later(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
-        with pytest.raises(SurgeryError, match="the disk is full. Free some space and run the same command again"):
+        with pytest.raises(SurgeryError, match=r"the disk is full. Free some space and run the same command again"):
             run(plan_transfer(tmp_path), tmp_path / "out", threads=1)
     assert run(plan_transfer(tmp_path), tmp_path / "out").resumed_bytes > 0
 
@@ -412,11 +422,21 @@ def test_a_command_killed_at_random_times_resumes_to_the_same_hashes(tmp_path: P
     """The real command in a real process, killed by the clock instead of by the call."""
     write_models(tmp_path, shapes={f"layer.{i}.weight": (600, 700) for i in range(12)})
     arguments = [str(tmp_path / f"{role}.safetensors") for role in ("tuned", "base", "target")]
-    command = [sys.executable, "-c", "from cli.main import run; run()", "vector", "transfer", *arguments, "--allow-unrelated"]
+    command = [
+        sys.executable,
+        "-c",
+        "from cli.main import run; run()",
+        "vector",
+        "transfer",
+        *arguments,
+        "--allow-unrelated",
+    ]
     out = tmp_path / "out"
     generator = random.Random(1)
     for _ in range(6):
-        process = subprocess.Popen([*command, "-o", str(out), "--threads", "1"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*command, "-o", str(out), "--threads", "1"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
         try:
             process.wait(timeout=1.0 + 1.5 * generator.random())
         except subprocess.TimeoutExpired:

@@ -8,7 +8,6 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -51,27 +50,6 @@ LEFT_ALONE = {
 BAD_TOKEN = "Invalid credentials in Authorization header"  # by which the client knows a refused token
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def server(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "HF_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)
-    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    huggingface_hub.close_session()  # an open one keeps the proxies it was made with
-    with HubServer() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        yield server
-        huggingface_hub.close_session()
-
-
 def folder_of(path: Path, files: dict[str, bytes]) -> Path:
     for name, data in files.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -93,9 +71,7 @@ def failure(repo_id: str = REPO, revision: str | None = None) -> str:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_fetch_gets_exactly_the_files_that_weights_need(server: HubServer, model: Path) -> None:
@@ -106,9 +82,7 @@ def test_fetch_gets_exactly_the_files_that_weights_need(server: HubServer, model
         assert not server.asked(f"/resolve/{snapshot.revision}/{name}"), name
 
 
-def test_consolidated_weights_are_fetched_where_there_are_no_others(
-    server: HubServer, tmp_path: Path
-) -> None:
+def test_consolidated_weights_are_fetched_where_there_are_no_others(server: HubServer, tmp_path: Path) -> None:
     files = {"consolidated.safetensors": b"weights", "params.json": b"{}"}
     server.add(REPO, folder_of(tmp_path / "model", files))
     assert content(hub.fetch(REPO, progress=False).folder) == files
@@ -196,9 +170,7 @@ def test_offline_refuses_a_copy_that_lacks_a_file(
     assert "no complete copy" in failure()
 
 
-def test_a_copy_without_weights_is_no_copy(
-    server: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_copy_without_weights_is_no_copy(server: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server.add(REPO, model)
     huggingface_hub.hf_hub_download(REPO, "config.json", endpoint=server.url, cache_dir=hub._cache())
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -217,9 +189,7 @@ def test_a_cut_connection_is_resumed_where_it_broke(
     assert 0 < int(ranges[0].removeprefix("bytes=").removesuffix("-")) <= 300_000
 
 
-def test_a_connection_that_keeps_breaking_is_an_error_that_the_next_run_mends(
-    server: HubServer, model: Path
-) -> None:
+def test_a_connection_that_keeps_breaking_is_an_error_that_the_next_run_mends(server: HubServer, model: Path) -> None:
     server.add(REPO, model)
     server.cut("/blobs/", 0, times=50)
     assert failure().startswith(f"lab/tiny: cannot reach the Hub at {server.url}")
@@ -234,9 +204,7 @@ def test_no_such_model(server: HubServer) -> None:
     )
 
 
-def test_private_model_opens_with_the_token(
-    server: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_private_model_opens_with_the_token(server: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server.add(REPO, model, private=True)
     assert "it is private and needs a token" in failure()
     monkeypatch.setenv("HF_TOKEN", server.token)
@@ -257,9 +225,7 @@ def test_refused_token(server: HubServer, model: Path, monkeypatch: pytest.Monke
 
 def test_gated_model(server: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server.add(REPO, model, gated=True)
-    gated = (
-        f"lab/tiny: is gated: its authors ask you to accept terms first. Accept them at {server.url}/lab/tiny"
-    )
+    gated = f"lab/tiny: is gated: its authors ask you to accept terms first. Accept them at {server.url}/lab/tiny"
     assert failure() == f"{gated}, then log in with `hf auth login`, or set HF_TOKEN."
     monkeypatch.setenv("HF_TOKEN", server.token)
     assert failure() == f"{gated}, then ask again."

@@ -44,9 +44,7 @@ def word_piece() -> Tokenizer:
 def unigram() -> Tokenizer:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=90, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=90, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
     tokenizer.train_from_iterator(TEXT, trainer)
     return tokenizer
 
@@ -137,9 +135,7 @@ def test_tokenizer_json_comes_first(tmp_path: Path) -> None:
     assert read(tmp_path) == word_level().get_vocab()
 
 
-@pytest.mark.parametrize(
-    "files", [{}, {"config.json": {}}, {"tokenizer_config.json": {"model_max_length": 8}}]
-)
+@pytest.mark.parametrize("files", [{}, {"config.json": {}}, {"tokenizer_config.json": {"model_max_length": 8}}])
 def test_no_tokenizer_is_none(tmp_path: Path, files: dict[str, object]) -> None:
     for name, value in files.items():
         write(tmp_path / name, value)
@@ -162,13 +158,7 @@ def sentencepiece(pieces: list[str]) -> bytes:
     """A ModelProto: pieces (text, float score, enum type), a trainer spec, a normalizer, an unknown field."""
     score, control = b"\x15\x00\x00\x80\xbf", b"\x18\x03"
     model = b"".join(field(1, field(1, piece.encode()) + score + control) for piece in pieces)
-    return (
-        model
-        + field(2, b"\x18\x01" + field(1, b"text.txt"))
-        + field(3, field(1, b"nmt_nfkc"))
-        + b"\x21"
-        + bytes(8)
-    )
+    return model + field(2, b"\x18\x01" + field(1, b"text.txt")) + field(3, field(1, b"nmt_nfkc")) + b"\x21" + bytes(8)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model", "sentencepiece.bpe.model"])
@@ -179,9 +169,7 @@ def test_sentencepiece_model(tmp_path: Path, name: str) -> None:
     assert read(tmp_path) == {piece: row for row, piece in enumerate([*pieces, "<pad>"])}
 
 
-@given(
-    pieces=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, unique=True)
-)
+@given(pieces=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, unique=True))
 def test_any_sentencepiece_model_is_read_whole_or_refused(
     tmp_path_factory: pytest.TempPathFactory, pieces: list[str]
 ) -> None:
