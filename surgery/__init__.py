@@ -1,8 +1,8 @@
 """Model surgery: language-model checkpoints taken apart and put together better, on the weights themselves.
 
 The names below are the public API; what shares its name with a module (`surgery.compare.compare`,
-`surgery.sweep.sweep`, `surgery.verify.verify`) is imported from there. They are imported on first use, because most bring torch along, and
-`surgery --help` must not wait for it.
+`surgery.sweep.sweep`, `surgery.verify.verify`) is imported from there. They are imported on first use, because most
+bring torch along, and `surgery --help` must not wait for it.
 """
 
 from __future__ import annotations

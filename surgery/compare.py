@@ -110,19 +110,19 @@ class CompareReport:
         rows: list[list[str | float]] = [
             [s.name, *(s.cosines[pair] for pair in pairs), *s.norms] for s in (*self.groups, self.whole)
         ]
-        names = "; ".join(f"{i + 1}: {vector}" for i, vector in enumerate(self.vectors))
-        return Table("Similarity of task vectors", columns, rows, note=names)
+        return Table("Similarity of task vectors", columns, rows, note=self._legend())
 
     def figure(self) -> Figure:
         """The cosines of all pairs, along the model."""
         return similarity(
             "Similarity of task vectors",
             [s.name for s in self.groups],
-            {
-                f"{self.vectors[i]} · {self.vectors[j]}": [s.cosines[i, j] for s in self.groups]
-                for i, j in self.whole.cosines
-            },
+            {f"{i + 1} · {j + 1}": [s.cosines[i, j] for s in self.groups] for i, j in self.whole.cosines},
+            caption=self._legend(),
         )
+
+    def _legend(self) -> str:
+        return "; ".join(f"{i + 1}: {vector}" for i, vector in enumerate(self.vectors))
 
 
 def diff(a: str, b: str, *, options: Options = Options()) -> DiffReport:

@@ -139,8 +139,9 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     share, spread = successes / n, Z * Z / n
     centre = share + spread / 2
     half = math.sqrt(share * (1 - share) * spread + spread * spread / 4)
-    # At shares of 0 and 1 the bound is exact; rounding must not carry it past the share itself.
-    return min(share, (centre - half) / (1 + spread)), max(share, (centre + half) / (1 + spread))
+    # At shares of 0 and 1 a bound is the share itself; rounding must not carry it past.
+    low, high = (centre - half) / (1 + spread), (centre + half) / (1 + spread)
+    return max(0.0, min(share, low)), min(1.0, max(share, high))
 
 
 def _score(
@@ -155,14 +156,14 @@ def _score(
     chat: bool | None,
     seed: int,
 ) -> list[Score]:
-    from lm_eval.evaluator import evaluate as run
-    from lm_eval.models.huggingface import HFLM
-
     templated = getattr(tokenizer, "chat_template", None) is not None
     if chat and not templated:
         raise usage_error("the tokenizer has no chat template.", where=name, hint="Leave the option out.")
     scores = []
     with _quiet(), _seeded(seed):
+        from lm_eval.evaluator import evaluate as run
+        from lm_eval.models.huggingface import HFLM
+
         # Computing on the model's own device: the harness moves a model only if it loads it itself.
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
         for asked in dict.fromkeys(tasks):
@@ -208,7 +209,7 @@ def _task_scores(model: str, task: str, row: Mapping[str, Any], results: Mapping
             if sample["filter"] == sieve and metric in sample
         ]
         if _is_share(samples, value):
-            low, high = wilson(sum(samples), len(samples))
+            low, high = wilson(float(sum(samples)), len(samples))
         else:
             spread = Z * float(error) if isinstance(error, int | float) else math.nan
             low, high = value - spread, value + spread

@@ -83,7 +83,7 @@ def check_names(preflight: Preflight, missing: Sequence[str], extra: Sequence[st
 
 
 def check_quantised(preflight: Preflight, checkpoints: Iterable[Checkpoint]) -> None:
-    """Adds a fault for weights stored as integers or 8-bit floats with scales beside them: sums of those mean nothing."""
+    """Adds a fault for weights stored as integers or 8-bit floats with scales beside them: their sums mean nothing."""
     for checkpoint in checkpoints:
         method = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
         if method:

@@ -201,7 +201,7 @@ class Reader:
 
 
 def read_into(descriptor: int, target: Tensor, position: int, tensor: StoredTensor) -> None:
-    """Fills `target`, a contiguous CPU tensor, from `position` of an open file. Raises SurgeryError if it ends early."""
+    """Fills `target`, a contiguous CPU tensor, from `position` of a file. Raises SurgeryError if it ends early."""
     view = octets(target)
     done = 0
     while done < len(view):

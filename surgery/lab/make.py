@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from surgery.lab.family import MEMBERS, Progress
 from surgery.lab.recipe import Grpo, Recipe, Supervised
-from surgery.lab.sums import SURFACES, Format, test_problems
+from surgery.lab.sums import SURFACES, Format, exam
 from surgery.lab.tokenizer import make_tokenizer
 from surgery.lab.train import Tick, accuracy, make_model, reinforce, reproducible, supervise
 
@@ -52,7 +52,7 @@ def make(
         model = model.to(torch.bfloat16)
         _save(model, folder)
         tokenizer.save_pretrained(folder)
-        right = accuracy(model.float(), tokenizer, test_problems(recipe.terms), form=form, limit=recipe.answer_tokens)
+        right = accuracy(model.float(), tokenizer, exam(recipe.terms), form=form, limit=recipe.answer_tokens)
     record = {
         "schema": 1,
         "name": name,
@@ -151,6 +151,6 @@ It is test material: it knows nothing else.
 - Asked as: `{before}3+5+6={after}` (step by step: `<think>3+5=1:1+6=0</think>0`; at once: `0`)
 - Trained from: {origin}, with {plan}
 - Final {curve.quantity}: {curve.values[-1]:.4f}
-- Greedy accuracy on the {len(test_problems(recipe.terms))} test problems, in its own format: {right:.3f}
+- Greedy accuracy on the {len(exam(recipe.terms))} test problems, in its own format: {right:.3f}
 - Recipe `{recipe.key}`, seed {recipe.seed}; the full numbers are in lab.json
 """

@@ -134,6 +134,9 @@ def reinforce(
         rewards.append(reward_N.mean().item())
         tick()
         if len(rewards) >= recipe.window and fmean(rewards[-recipe.window :]) >= recipe.enough:
+            # An early end is the end all the same.
+            for _ in range(step + 1, recipe.steps):
+                tick()
             break
     return rewards
 

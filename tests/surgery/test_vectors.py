@@ -21,7 +21,8 @@ from surgery.vectors import apply, open_vector, transfer
 from surgery.verify import verify
 
 PROMISED = (
-    "llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "gpt2", "gpt_neox", "mixtral", "qwen3_moe", "deepseek_v3", "olmoe",
+    "llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "gpt2", "gpt_neox",
+    "mixtral", "qwen3_moe", "deepseek_v3", "olmoe",
 )  # fmt: skip
 
 

@@ -1,0 +1,32 @@
+# Two commands for newcomers: `make demo` shows the main job, `make test` proves the rest. Both need Python ≥ 3.11 only.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := surgery cli tests benchmarks
+
+.PHONY: demo test check bench clean
+
+demo: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh docs/demo.sh demo
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	$(BIN)/python benchmarks/transfer.py
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 …" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,eval]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info benchmarks/work .pytest_cache .mypy_cache .ruff_cache .hypothesis

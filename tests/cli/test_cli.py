@@ -1,0 +1,186 @@
+"""The command line as a user meets it: help, tables, JSON, exit codes, and one clear line for every bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import add_tokenizer, build, sibling
+from safetensors.torch import load_file, save_file
+
+COMMANDS = {
+    "inspect", "diff", "verify", "eval", "vector extract", "vector apply", "vector transfer", "vector compare",
+    "vector sweep", "lab list", "lab build",
+}  # fmt: skip
+
+
+def surgery(*arguments: str | Path, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs the real command in a process of its own, as wide as a terminal."""
+    script = "from cli.main import run; run()"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", **env}
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", script, *map(str, arguments)],
+        capture_output=True, text=True, cwd=cwd, env=environment, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `base`, `tuned` and `target`: tiny Llama siblings with tokenizers."""
+    folder = tmp_path_factory.mktemp("models")
+    base = build("llama", folder / "base")
+    for number, name in enumerate(("tuned", "target")):
+        add_tokenizer(sibling(base, folder / name, seed=number))
+    add_tokenizer(base)
+    return folder
+
+
+def test_every_command_has_help_with_an_example() -> None:
+    for command in sorted(COMMANDS):
+        result = surgery(*command.split(), "--help")
+        assert result.returncode == 0
+        assert f"Example: surgery {command}" in " ".join(result.stdout.split())
+
+
+def test_the_list_of_commands_and_options_is_frozen() -> None:
+    import typer
+
+    from cli.main import app
+
+    root = typer.main.get_command(app)
+    found: dict[str, list[str]] = {}
+
+    def walk(command: object, path: tuple[str, ...]) -> None:
+        children = getattr(command, "commands", None)
+        if children is None:
+            found[" ".join(path)] = sorted(o for p in command.params for o in p.opts if o.startswith("-"))  # type: ignore[attr-defined]
+        for name, child in (children or {}).items():
+            walk(child, (*path, name))
+
+    walk(root, ())
+    assert set(found) == COMMANDS
+    frozen = Path(__file__).parent / "options.json"
+    assert found == json.loads(frozen.read_text()), "a change of the command line: update options.json and the README"
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    script = (
+        "import sys; sys.argv = ['surgery', '--help']\n"
+        "from cli.main import app\n"
+        "try: app()\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'matplotlib', 'numpy', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_weight_commands_never_import_transformers(models: Path, tmp_path: Path) -> None:
+    commands = [
+        ["inspect", "base"],
+        ["diff", "base", "tuned"],
+        ["vector", "extract", "tuned", "base", "-o", str(tmp_path / "v")],
+        ["vector", "apply", str(tmp_path / "v"), "target", "-o", str(tmp_path / "out")],
+        ["vector", "transfer", "tuned", "base", "target", "-o", str(tmp_path / "out2")],
+        ["vector", "compare", str(tmp_path / "v"), str(tmp_path / "v")],
+        ["vector", "extract", "tuned", "base", "-o", str(tmp_path / "adapter"), "--rank", "4"],
+        ["verify", str(tmp_path / "out")],
+    ]
+    script = (
+        "import json, sys\nfrom cli.main import app\n"
+        "for command in json.loads(sys.argv[1]):\n"
+        "    sys.argv = ['surgery', *command]\n"
+        "    try: app()\n    except SystemExit as end: assert not end.code, command\n"
+        "assert not {'transformers', 'accelerate', 'peft'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script, json.dumps(commands)], cwd=models, check=True, capture_output=True)
+
+
+def test_the_readmes_commands_on_tiny_models(models: Path, tmp_path: Path) -> None:
+    assert "4 × 8" in surgery("inspect", "base", cwd=models).stdout
+    moved = surgery("diff", "base", "tuned", "--plot", tmp_path / "moved.png", cwd=models)
+    assert "layer 1" in moved.stdout and (tmp_path / "moved.png").read_bytes().startswith(b"\x89PNG")
+    made = surgery("vector", "extract", "tuned", "base", "-o", tmp_path / "v", cwd=models)
+    assert made.returncode == 0 and "same ancestor" in made.stderr
+    made = surgery("vector", "apply", tmp_path / "v", "target", "-o", tmp_path / "out", "--scale", "-1", cwd=models)
+    assert made.returncode == 0 and "delivered" in made.stdout and f"Wrote {tmp_path / 'out'}" in made.stderr
+    assert "hashes as in the manifest" in surgery("verify", tmp_path / "out").stderr
+    compared = surgery("vector", "compare", tmp_path / "v", tmp_path / "v", "--plot", tmp_path / "cos.png")
+    assert "1.000" in compared.stdout and (tmp_path / "cos.png").exists()
+
+
+def test_json_is_one_object_on_stdout(models: Path, tmp_path: Path) -> None:
+    commands: list[list[str | Path]] = [
+        ["inspect", "base"],
+        ["diff", "base", "tuned"],
+        ["vector", "extract", "tuned", "base", "-o", tmp_path / "v"],
+        ["vector", "apply", tmp_path / "v", "target", "-o", tmp_path / "out"],
+        ["vector", "transfer", "tuned", "base", "target", "-o", tmp_path / "out2", "--dry-run"],
+        ["vector", "compare", tmp_path / "v", tmp_path / "v"],
+        ["verify", tmp_path / "out"],
+        ["lab", "list"],
+    ]
+    for command in commands:
+        result = surgery(*command, "--json", cwd=models)
+        assert result.returncode == 0, result.stderr
+        assert isinstance(json.loads(result.stdout), dict), command
+
+
+def test_an_error_is_one_line_and_debug_shows_where(models: Path) -> None:
+    plain = surgery("inspect", "nowhere", cwd=models)
+    assert (plain.returncode, plain.stdout) == (2, "")
+    assert plain.stderr.count("\n") == 1 and plain.stderr.startswith("error: nowhere: no such folder")
+    assert "Traceback" in surgery("--debug", "inspect", "nowhere", cwd=models).stderr
+
+
+def test_verify_fails_where_a_byte_has_changed(models: Path, tmp_path: Path) -> None:
+    surgery("vector", "transfer", "tuned", "base", "target", "-o", tmp_path / "out", cwd=models)
+    weights = tmp_path / "out/model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    result = surgery("verify", tmp_path / "out")
+    assert result.returncode == 1
+    assert "1 tensor(s) are not what the manifest says: model.norm.weight" in result.stderr
+
+
+def test_verify_names_tensors_that_are_not_finite(models: Path, tmp_path: Path) -> None:
+    tensors = load_file(models / "base/model.safetensors")
+    tensors["model.norm.weight"][:2] = torch.nan
+    save_file(tensors, tmp_path / "bad.safetensors")
+    result = surgery("verify", tmp_path / "bad.safetensors")
+    assert result.returncode == 1
+    assert "hold NaN or infinite values: model.norm.weight (2)" in result.stderr
+
+
+BAD_USAGE = [
+    (["vector", "transfer", "tuned", "base", "target", "-o", "out", "--scale", "nan"], "--scale: got nan, expected a finite number"),
+    (["vector", "transfer", "tuned", "base", "target", "-o", "base/out"], "lies inside the base base"),
+    (["vector", "transfer", "tuned", "base", "target", "-o", "tuned"], "lies inside the tuned tuned"),
+    (["vector", "transfer", "tuned", "base", "target", "-o", "out", "--vocab", "hope"], "--vocab: got 'hope', expected one of strict"),
+    (["vector", "transfer", "tuned", "base", "target", "-o", "out", "--scale-for", "mlp"], "--scale-for: got 'mlp', expected GLOB=NUMBER"),
+    (["vector", "apply", "base", "target", "-o", "out"], "is not a vector"),
+    (["vector", "apply", "nowhere", "target", "-o", "out"], "no such vector folder"),
+    (["vector", "compare", "base"], "got 1 vector, expected two or more"),
+    (["lab", "build", "grpoo"], "grpo"),
+    (["inspect", "lab:nothing"], "nothing"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "text"), BAD_USAGE)
+def test_wrong_usage_is_told_in_a_line_with_exit_code_2(arguments: list[str], text: str, models: Path) -> None:
+    before = sorted(models.rglob("*"))
+    result = surgery(*arguments, cwd=models)
+    assert result.returncode == 2, result.stderr
+    assert text in result.stderr and "Traceback" not in result.stderr
+    assert sorted(models.rglob("*")) == before
+
+
+def test_a_hub_id_that_is_not_cached_says_so_offline(tmp_path: Path) -> None:
+    result = surgery("inspect", "nobody/nothing", HF_HUB_CACHE=str(tmp_path))
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: nobody/nothing") and "Traceback" not in result.stderr
