@@ -56,5 +56,7 @@ def options(
     """The library's `Options`, with a progress bar on stderr."""
     from surgery.execute import Options
     from surgery.progress import terminal
+    from surgery.stream import keep_freed_memory
 
+    keep_freed_memory()
     return Options(threads, device, overwrite, allow_nonfinite, terminal)

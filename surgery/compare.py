@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import torch
@@ -176,7 +176,9 @@ def compare(vectors: Sequence[str], *, options: Options = Options()) -> CompareR
         raise SurgeryError("all of them are zero", where=", ".join(vectors))
     sums = survey(jobs, _gram, label="Comparing", threads=options.threads, progress=options.progress)
     dots = {name: _by_pair(holders[name], sums[name]) for name in jobs}
-    groups = anatomy(opened[0].checkpoint).grouped(jobs)
+    # What one vector leaves out another holds: only together do they show the model's structure.
+    union = {name: tensors[0] for name, tensors in jobs.items()}
+    groups = anatomy(replace(opened[0].checkpoint, tensors=union)).grouped(jobs)
     count = len(opened)
     return CompareReport(
         list(vectors),

@@ -364,7 +364,7 @@ def _measure(kernel: Kernel, params: Mapping[str, object], inputs: Sequence[Tens
     # One pass finds both; a sum of squares that overflowed is no proof, so then the values are counted.
     nonfinite = 0 if math.isfinite(squares) else flat.numel() - int(torch.isfinite(flat).sum())
     extra = kernel.measure(inputs, values, **params) if kernel.measure else ()
-    return [squares, float(nonfinite), *(value.item() for value in extra)]
+    return [squares, float(nonfinite), *map(float, extra)]
 
 
 def _kernel(tensor: PlannedTensor) -> Kernel:

@@ -23,7 +23,7 @@ from surgery.errors import SurgeryError, usage_error
 from surgery.execute import Options, Outcome, execute
 from surgery.extraction import prepare_extraction
 from surgery.manifest import Card, build_manifest, command_record, write_card, write_manifest
-from surgery.plan import Kernel, Plan, PlannedTensor, plan_files
+from surgery.plan import Kernel, Plan, PlannedTensor, Sums, plan_files
 from surgery.report import Column, Table
 from surgery.stream import Input
 from surgery.survey import survey
@@ -158,9 +158,7 @@ def low_rank(tensors: Sequence[Tensor], *, rank: int, seed: int, transposed: boo
     return (root[:, None] * vh[:rank]).contiguous(), ((basis @ u[:, :rank]) * root).contiguous()
 
 
-def measure_low_rank(
-    tensors: Sequence[Tensor], stored: Tensor, *, rank: int, seed: int, transposed: bool
-) -> Sequence[Tensor]:
+def measure_low_rank(tensors: Sequence[Tensor], stored: Tensor, *, rank: int, seed: int, transposed: bool) -> Sums:
     """Σv², and Σ(v − v·V·Vᵀ)² where `stored` is A, whose rows are V's directions: what the factors lose.
 
     The difference is taken before it is squared: Σv² − ΣS² would drown a small residual in rounding.

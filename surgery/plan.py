@@ -18,6 +18,7 @@ from surgery.header import Header, build_header
 from surgery.stream import SEGMENT, Input
 
 Number = float | int | str | bool
+Sums = Sequence[Tensor | float]
 DEFAULT_SHARD_BYTES = 5_000_000_000  # what transformers writes, and what the Hub serves comfortably
 PYTORCH = {"format": "pt"}  # transformers refuses files whose metadata does not say so
 
@@ -32,15 +33,15 @@ class Kernel:
         name: stands in plans and manifests; names a formula, so changing the arithmetic changes the name.
         kind: "elementwise" kernels see 1-D pieces cut anywhere, the same from each input; "whole" kernels see full
             tensors in their shape, and may return a tuple, of which each planned tensor takes its `part`.
-        measure: `measure(tensors, stored, **params)` → one 0-d tensor per name in `measures`: sums over the piece,
-            where `stored` is the result as it was rounded, back in the compute dtype. Added up over pieces in fp64.
+        measure: `measure(tensors, stored, **params)` → one number or 0-d tensor per name in `measures`: sums over the
+            piece, where `stored` is the rounded result, back in the compute dtype. Added up over pieces in fp64.
     """
 
     name: str
     fn: Callable[..., Any]
     kind: Literal["elementwise", "whole"] = "elementwise"
     measures: tuple[str, ...] = ()
-    measure: Callable[..., Sequence[Tensor]] | None = None
+    measure: Callable[..., Sums] | None = None
 
 
 @dataclass(frozen=True)

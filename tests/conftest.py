@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def server(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("HF_HUB_CACHE", str(cache))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    # The factory of tiny models turns progress bars off for the whole process.
+    monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "progress_bar_states", {})
     huggingface_hub.close_session()  # an open one keeps the proxies it was made with
     with HubServer() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)

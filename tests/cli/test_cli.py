@@ -157,18 +157,19 @@ def test_verify_names_tensors_that_are_not_finite(models: Path, tmp_path: Path) 
     assert "hold NaN or infinite values: model.norm.weight (2)" in result.stderr
 
 
+TRANSFER = ["vector", "transfer", "tuned", "base", "target", "-o"]
 BAD_USAGE = [
-    (["vector", "transfer", "tuned", "base", "target", "-o", "out", "--scale", "nan"], "--scale: got nan, expected a finite number"),
-    (["vector", "transfer", "tuned", "base", "target", "-o", "base/out"], "lies inside the base base"),
-    (["vector", "transfer", "tuned", "base", "target", "-o", "tuned"], "lies inside the tuned tuned"),
-    (["vector", "transfer", "tuned", "base", "target", "-o", "out", "--vocab", "hope"], "--vocab: got 'hope', expected one of strict"),
-    (["vector", "transfer", "tuned", "base", "target", "-o", "out", "--scale-for", "mlp"], "--scale-for: got 'mlp', expected GLOB=NUMBER"),
+    ([*TRANSFER, "out", "--scale", "nan"], "--scale: got nan, expected a finite number"),
+    ([*TRANSFER, "base/out"], "lies inside the base base"),
+    ([*TRANSFER, "tuned"], "lies inside the tuned tuned"),
+    ([*TRANSFER, "out", "--vocab", "hope"], "--vocab: got 'hope', expected one of strict"),
+    ([*TRANSFER, "out", "--scale-for", "mlp"], "--scale-for: got 'mlp', expected GLOB=NUMBER"),
     (["vector", "apply", "base", "target", "-o", "out"], "is not a vector"),
     (["vector", "apply", "nowhere", "target", "-o", "out"], "no such vector folder"),
     (["vector", "compare", "base"], "got 1 vector, expected two or more"),
     (["lab", "build", "grpoo"], "grpo"),
     (["inspect", "lab:nothing"], "nothing"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("arguments", "text"), BAD_USAGE)

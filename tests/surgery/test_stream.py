@@ -1,0 +1,113 @@
+"""Slices of stored tensors: any bounds, any rows, the same values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from blake3 import blake3
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from surgery.checkpoint import Checkpoint, open_checkpoint
+from surgery.errors import SurgeryError
+from surgery.stream import (
+    Input,
+    Reader,
+    SourceFiles,
+    compute_dtype,
+    digest,
+    hash_tensor,
+    run,
+    segments,
+    tensor_digest,
+)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, torch.Tensor]:
+    values = torch.randn(13, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
+    path = tmp_path_factory.mktemp("stored") / "x.safetensors"
+    save_file({"x": values, "flags": torch.tensor([True, False])}, path)
+    return open_checkpoint(path), values
+
+
+@given(
+    begin=st.integers(0, 91),
+    length=st.integers(0, 91),
+    rows=st.none() | st.lists(st.integers(-1, 12), min_size=13, max_size=13),
+)
+@settings(deadline=None)
+def test_any_slice_of_any_rows_is_what_indexing_gives(
+    begin: int, length: int, rows: list[int] | None, stored: tuple[Checkpoint, torch.Tensor]
+) -> None:
+    checkpoint, values = stored
+    end = min(91, begin + length)
+    wanted = values
+    if rows is not None:
+        wanted = torch.stack([values[row] if row >= 0 else torch.zeros_like(values[0]) for row in rows])
+    source = Input(checkpoint.tensors["x"], None if rows is None else np.array(rows))
+    with SourceFiles(checkpoint.files) as files:
+        assert torch.equal(Reader(files).values(source, begin, end, "slot"), wanted.flatten()[begin:end])
+
+
+def test_segments_cover_a_tensor_once() -> None:
+    bounds = list(segments(5 * (1 << 20) + 3))
+    assert bounds[0][0] == 0 and bounds[-1][1] == 5 * (1 << 20) + 3
+    assert all(a[1] == b[0] for a, b in zip(bounds, bounds[1:], strict=False))
+    assert list(segments(0)) == []
+
+
+def test_hashes_are_blake3_over_the_digests_of_segments(
+    stored: tuple[Checkpoint, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("surgery.stream.SEGMENT", 40)
+    checkpoint, values = stored
+    octets = values.view(torch.uint8).numpy().tobytes()
+    parts = [blake3(octets[i : i + 80]).digest() for i in range(0, len(octets), 80)]
+    with SourceFiles(checkpoint.files) as files:
+        assert hash_tensor(Reader(files), checkpoint.tensors["x"]) == blake3(b"".join(parts)).hexdigest()
+    assert tensor_digest([]) == blake3().hexdigest()
+    assert digest(values[:0]) == blake3().digest()
+
+
+def test_float64_is_computed_in_float64_and_the_rest_in_float32() -> None:
+    assert compute_dtype(["BF16", "F64"]) == torch.float64
+    assert compute_dtype(["BF16", "F8_E4M3"]) == torch.float32
+
+
+def test_the_first_error_of_a_thread_is_raised(stored: tuple[Checkpoint, torch.Tensor]) -> None:
+    def work(unit: int, reader: Reader) -> int:
+        if unit == 3:
+            raise SurgeryError("three")
+        return unit
+
+    with SourceFiles(stored[0].files) as files, pytest.raises(SurgeryError, match="three"):
+        list(run(range(1000), work, files, threads=3))
+
+
+def test_torch_gets_its_threads_back(stored: tuple[Checkpoint, torch.Tensor]) -> None:
+    before = torch.get_num_threads()
+    with SourceFiles(stored[0].files) as files:
+        assert sorted(run(range(10), lambda unit, _: unit, files, threads=2)) == list(range(10))
+    assert torch.get_num_threads() == before
+
+
+def test_a_file_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(1000)}, tmp_path / "x.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "x.safetensors")
+    with SourceFiles(checkpoint.files) as files:
+        with (tmp_path / "x.safetensors").open("r+b") as file:
+            file.truncate(2000)
+        with pytest.raises(SurgeryError, match='the file ends at byte 2,000, inside "x"'):
+            Reader(files).whole(Input(checkpoint.tensors["x"]), "slot")
+        with pytest.raises(SurgeryError, match="changed while it was being read"):
+            files.check_unchanged()
+
+
+def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SurgeryError, match=r"gone.safetensors: cannot be read \(No such file"):
+        SourceFiles([tmp_path / "gone.safetensors"])
