@@ -27,6 +27,9 @@ WORK = Path(__file__).parent / "work"
 ROLES = ("base", "tuned", "target")
 START_UP = 2.0  # seconds allowed beyond 1.5 × the copying
 LIMIT = 1.5
+# Seconds between removing an output and the next run. A virtual machine hands freed pages back to its host meanwhile,
+# and fetching them again is slow: without the pause, whoever runs first after a removal looks fast.
+SETTLE = 4.0
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ def measure(name: str, rounds: int, mergekit: str | None) -> dict[str, object]:
     for number in range(rounds + 1):
         for contestant, (command, output) in contestants(folder, mergekit).items():
             remove(output)
+            time.sleep(SETTLE)
             result = timed(command)
             if number:  # the first round warms the page cache
                 runs.setdefault(contestant, []).append(result)

@@ -27,7 +27,7 @@ from surgery.dtypes import n_bytes
 from surgery.errors import SurgeryError
 
 SEGMENT = 1 << 20  # elements: 2 MiB of bf16, so that a segment's inputs are still in cache when they are used
-BLOCK = 1 << 17  # elements that a kernel sees at once on a CPU: its temporaries stay in the second-level cache
+BLOCK = 1 << 18  # elements that a kernel sees at once on a CPU: its temporaries stay in the second-level cache
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,

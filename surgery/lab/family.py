@@ -10,25 +10,17 @@ import difflib
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
 
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.lab.recipe import Recipe
 from surgery.lab.sums import Format
+from surgery.progress import Progress, terminal
 
 RECIPE = Recipe()
-
-
-class Progress(Protocol):
-    """Opens a bar of so many training steps; the value entered is called with the number of those just done."""
-
-    def __call__(
-        self, label: str, total: int, unit: Literal["steps"] = "steps"
-    ) -> AbstractContextManager[Callable[[int], None]]: ...
 
 
 @dataclass(frozen=True)
@@ -81,9 +73,7 @@ def resolve(name: str, *, recipe: Recipe = RECIPE) -> Path:
     folder = path_of(name, recipe=recipe)
     if folder.is_dir():
         return folder
-    from surgery.lab.progress import bar
-
-    return build(name, progress=bar, recipe=recipe)
+    return build(name, progress=terminal, recipe=recipe)
 
 
 def build(name: str, *, progress: Progress | None = None, recipe: Recipe = RECIPE) -> Path:

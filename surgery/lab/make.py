@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 from transformers.utils import logging
 
-from surgery.lab.family import MEMBERS, Progress
+from surgery.lab.family import MEMBERS
 from surgery.lab.recipe import Grpo, Recipe, Supervised
 from surgery.lab.sums import SURFACES, Format, exam
 from surgery.lab.tokenizer import make_tokenizer
 from surgery.lab.train import Tick, accuracy, make_model, reinforce, reproducible, supervise
+from surgery.progress import Progress
 
 # Digits of the numbers in lab.json.
 DIGITS = 6

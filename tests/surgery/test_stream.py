@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def test_any_slice_of_any_rows_is_what_indexing_gives(
 def test_segments_cover_a_tensor_once() -> None:
     bounds = list(segments(5 * (1 << 20) + 3))
     assert bounds[0][0] == 0 and bounds[-1][1] == 5 * (1 << 20) + 3
-    assert all(a[1] == b[0] for a, b in zip(bounds, bounds[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in pairwise(bounds))
     assert list(segments(0)) == []
 
 

@@ -126,14 +126,6 @@ def test_progress_is_told_once_per_step(cache):
     assert seen == {"lab:base": [3, 1, 1, 1], "lab:sft": [2, 1, 1], "lab:grpo": [2, 1, 1]}
 
 
-def test_the_bar_is_drawn_on_stderr_alone(cache, capsys):
-    lab.resolve("base", recipe=QUICK)
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "lab:base" in err
-    assert "3/3" in err
-
-
 @pytest.mark.parametrize("name", ["sft", "grpo", "instruct", "base"])
 def test_a_model_loads_and_its_template_asks_in_its_own_format(cache, name):
     folder = lab.build(name, recipe=QUICK)

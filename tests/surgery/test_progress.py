@@ -1,0 +1,30 @@
+"""Progress bars: on stderr, with rate and time left, and only where somebody looks."""
+
+from __future__ import annotations
+
+import pytest
+
+from surgery.progress import Unit, silent, terminal
+
+
+@pytest.mark.parametrize(("unit", "shown"), [("bytes", "3.0/3.0 MiB"), ("steps", "3145728/3145728")])
+def test_the_bar_is_drawn_on_stderr_alone(
+    unit: Unit, shown: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    with terminal("Writing", 3 << 20, unit) as advance:
+        for _ in range(3):
+            advance(1 << 20)
+    out, err = capsys.readouterr()
+    assert out == "" and "Writing" in err
+    assert "100%" in err or shown in err.replace("\x1b[0m", "").replace("\x1b[32m", "")
+    assert "/s" in err
+
+
+def test_nothing_is_drawn_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
+    with terminal("Writing", 10) as advance:
+        advance(10)
+    with silent("Writing", 10) as advance:
+        advance(10)
+    assert capsys.readouterr() == ("", "")
