@@ -82,20 +82,30 @@ def evaluate(
     if not models:
         raise usage_error("no model to evaluate was given.")
     manager = _find_tasks(tasks)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     scores = []
     for name, folder in models.items():
-        with _quiet():
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(str(folder))
-                model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).to(device).eval()
-            except (OSError, ValueError) as fault:
-                raise SurgeryError(f"cannot be loaded to be evaluated: {fault}", where=name) from fault
+        model, tokenizer = load_model(folder, name, device=device, dtype=dtype)
         scores += _score(
             model, tokenizer, name, tasks, manager, limit=limit, batch_size=batch_size, chat=chat, seed=seed
         )
     return scores
+
+
+def load_model(folder: Path | str, name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
+    """The transformers model in `folder`, ready to be scored, and its tokenizer.
+
+    Raises:
+        SurgeryError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+            model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).to(device).eval()
+        except (OSError, ValueError) as fault:
+            raise SurgeryError(f"cannot be loaded to be evaluated: {fault}", where=name) from fault
+    return model, tokenizer
 
 
 def evaluate_loaded(

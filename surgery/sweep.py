@@ -20,7 +20,7 @@ from torch import Tensor
 from surgery.arithmetic import ADD_VECTOR
 from surgery.checkpoint import MANIFEST, Checkpoint, loadable_folder, open_checkpoint
 from surgery.errors import SurgeryError, listing, usage_error
-from surgery.evaluate import Score, evaluate_loaded
+from surgery.evaluate import Score, evaluate_loaded, load_model
 from surgery.execute import Options, check_free
 from surgery.fit import Side, VocabPolicy, check_policy, fit, side
 from surgery.masks import Mask
@@ -101,6 +101,21 @@ class SweepReport:
             for task in self.tasks
         ]
 
+    def sentences(self) -> list[str]:
+        """The finding of each task in words: the best α, and what it is to be held against."""
+        found = []
+        for task in self.tasks:
+            best = max(self.points, key=lambda p: _of(p, task).value)
+            score = _of(best, task)
+            against = [f"{value:.1%} unchanged" for value in self._unchanged(task).values()]
+            randoms = [_of(point, task).value for point in self.controls]
+            against += [f"at most {max(randoms):.1%} with a random vector of the same norm"] if randoms else []
+            found.append(
+                f"{task}: {score.value:.1%} at α = {best.scale:g} (95 % interval {score.low:.1%} to {score.high:.1%}, "
+                f"n = {score.n})" + (f", against {' and '.join(against)}." if against else ".")
+            )
+        return found
+
     def _unchanged(self, task: str) -> dict[str, float]:
         scores = [_of(point, task).value for point in self.points if point.scale == 0]
         return {"target": scores[0]} if scores else {}
@@ -173,7 +188,8 @@ def sweep(
                 bench.set(alpha)
                 points.append(Point(alpha, score(f"α = {alpha:g}")))
                 advance(1)
-            best = max((point for point in points if point.scale), key=_mean, default=points[0])
+            # Of equally good scales the largest: there a random vector has the best chance to do something too.
+            best = max(points, key=lambda point: (point.scale != 0, _mean(point), abs(point.scale)))
             randoms = []
             for number in range(controls):
                 bench.set(best.scale, control=seed + number)
@@ -189,11 +205,7 @@ class _Bench:
     """The target in memory, and the means to set it to θ + α·v or to θ + α·(random of v's norm)."""
 
     def __init__(self, checkpoint: Checkpoint, vector: Mapping[str, Input], mask: Mask, device: str) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        folder = loadable_folder(checkpoint)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model, self.tokenizer = load_model(loadable_folder(checkpoint), checkpoint.ref, device=device)
         self._checkpoint, self._vector, self._mask = checkpoint, vector, mask
         self._live = dict(self._reach())
         paths = {path for source in vector.values() for path in source.tensor.files}
@@ -264,7 +276,7 @@ def _write(report: SweepReport, out: Path) -> None:
         "points": [asdict(point) for point in report.points],
         "controls": [asdict(point) for point in report.controls],
     }
-    page = Report(f"{report.target} + α · {report.vector}", "How the score moves as the vector is added.")
+    page = Report(f"{report.target} + α · {report.vector}", " ".join(report.sentences()))
     for task, figure, table in zip(report.tasks, report.figures(), report.tables(), strict=True):
         figure.save(out / f"{task}.png")
         page.add(figure)

@@ -21,7 +21,7 @@ from surgery.lab.tokenizer import make_tokenizer
 from surgery.lab.train import Tick, accuracy, make_model, reinforce, reproducible, supervise
 from surgery.progress import Progress
 
-# Digits of the numbers in lab.json.
+# Digits of the numbers in trainer_state.json.
 DIGITS = 6
 WEIGHTS = "model.safetensors"
 
@@ -64,7 +64,7 @@ def make(
         f"final_{curve.quantity}": round(curve.values[-1], DIGITS),
         curve.quantity: [round(value, DIGITS) for value in curve.values],
     }
-    (folder / "lab.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "trainer_state.json").write_text(json.dumps(record, indent=1) + "\n")
     (folder / "README.md").write_text(_card(name, form, recipe, curve, right))
 
 
@@ -153,5 +153,5 @@ It is test material: it knows nothing else.
 - Trained from: {origin}, with {plan}
 - Final {curve.quantity}: {curve.values[-1]:.4f}
 - Greedy accuracy on the {len(exam(recipe.terms))} test problems, in its own format: {right:.3f}
-- Recipe `{recipe.key}`, seed {recipe.seed}; the full numbers are in lab.json
+- Recipe `{recipe.key}`, seed {recipe.seed}; the full numbers are in trainer_state.json
 """

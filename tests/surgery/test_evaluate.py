@@ -37,7 +37,7 @@ def test_every_lab_model_is_asked_in_its_own_format(no_network):
         (name, "lab_sums", "exact_match", 400) for name in models
     ]
     for score in scores:
-        recorded = json.loads((models[score.model] / "lab.json").read_text())["greedy_accuracy"]
+        recorded = json.loads((models[score.model] / "trainer_state.json").read_text())["greedy_accuracy"]
         assert score.value == pytest.approx(recorded, abs=NEAR_TIES)
         assert (score.low, score.high) == pytest.approx(wilson(round(score.value * 400), 400))
 

@@ -46,7 +46,7 @@ def test_a_manifest_of_another_version_is_not_guessed_at(tmp_path: Path) -> None
     (tmp_path / "surgery.json").write_text(json.dumps({"schema": 99}))
     with pytest.raises(SurgeryError, match="has schema 99, this version reads 1"):
         read_manifest(tmp_path)
-    with pytest.raises(SurgeryError, match="has no surgery.json"):
+    with pytest.raises(SurgeryError, match=r"has no surgery.json"):
         read_manifest(tmp_path / "nowhere")
 
 

@@ -146,7 +146,7 @@ def test_a_model_loads_and_its_template_asks_in_its_own_format(cache, name):
 
 def test_the_folder_says_what_it_holds(cache):
     folder = lab.build("grpo", recipe=QUICK)
-    record = json.loads((folder / "lab.json").read_text())
+    record = json.loads((folder / "trainer_state.json").read_text())
     assert record["parent"] == "sft"
     assert len(record["reward"]) == QUICK.grpo.steps
     assert record["final_reward"] == record["reward"][-1]
