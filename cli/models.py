@@ -21,8 +21,8 @@ def register(app: typer.Typer) -> None:
 
 def inspect(model: o.Model, as_json: o.Json = False) -> None:
     """Tensors, dtypes, parameters, layers, heads, experts, tied weights, and what was not understood."""
-    from surgery.checkpoint import open_checkpoint
     from surgery.describe import describe, describe_tables
+    from surgery.refs import open_checkpoint
 
     description = describe(open_checkpoint(model))
     if as_json:
@@ -74,9 +74,10 @@ def evaluate(
     as_json: o.Json = False,
 ) -> None:
     """Scores of models on lm-evaluation-harness tasks, with 95 % intervals."""
-    from surgery.checkpoint import loadable_folder, open_checkpoint
+    from surgery.checkpoint import loadable_folder
     from surgery.evaluate import evaluate as score
     from surgery.evaluate import score_table
+    from surgery.refs import open_checkpoint
 
     folders = {model: loadable_folder(open_checkpoint(model)) for model in models}
     scores = score(folders, task, limit=limit, batch_size=batch_size, device=device)

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from surgery.checkpoint import open_checkpoint
     from surgery.compare import diff
     from surgery.execute import Options
     from surgery.extraction import extract
     from surgery.factorise import extract_adapter
+    from surgery.refs import open_checkpoint
     from surgery.vectors import apply, transfer
 
 __all__ = [
@@ -37,7 +37,7 @@ _HOMES = {
     "diff": "compare",
     "extract": "extraction",
     "extract_adapter": "factorise",
-    "open_checkpoint": "checkpoint",
+    "open_checkpoint": "refs",
     "transfer": "vectors",
 }
 

@@ -1,16 +1,12 @@
-"""A reference to a model → `Checkpoint`: its tensor table, config and side files, with no tensor loaded.
-
-A reference is a local folder, a single `.safetensors` file, `org/name[@revision]` on the Hub, a PEFT LoRA adapter
-folder, `BASE+ADAPTER` (the adapter on a base of your choice), or `lab:NAME`.
-"""
+"""A model on disk: its tensor table, config and side files, read off its headers with no tensor loaded."""
 
 from __future__ import annotations
 
 import errno
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -18,7 +14,7 @@ from typing import Any
 
 from surgery import hub
 from surgery.dtypes import DTYPES, is_float, n_elements
-from surgery.errors import SurgeryError, listing, usage_error
+from surgery.errors import SurgeryError, listing
 from surgery.header import Header, read_header
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -134,83 +130,13 @@ class Checkpoint:
         return names
 
 
-def open_checkpoint(ref: str | Path, *, progress: Callable[[str], None] | None = None) -> Checkpoint:
-    """Opens `ref` by its headers alone; nothing is loaded.
-
-    Args:
-        progress: told in a few words what takes long (downloads, a lab model being trained).
+def read_folder(folder: Path) -> Checkpoint:
+    """The model in `folder`: any layout of safetensors shards, with or without an index.
 
     Raises:
-        SurgeryError: the reference leads nowhere, or what it leads to is damaged or not safetensors.
+        SurgeryError: shards are missing, damaged or contradict each other; or there are only pickles, or nothing.
     """
-    return _open(str(ref), progress)
-
-
-def _open(text: str, progress: Callable[[str], None] | None, *, is_base: bool = False) -> Checkpoint:
-    """As `open_checkpoint`; `is_base` for the base of an adapter, which may not be an adapter itself."""
-    base, _, adapter = text.rpartition("+")
-    path = existing_path(text)
-    if path is not None and path.is_dir():
-        return replace(_open_folder(path, progress, is_base=is_base), ref=text)
-    if path is not None:
-        return replace(_open_file(path), ref=text)
-    if base and adapter:
-        if is_base:
-            raise _adapter_on_adapter(text)
-        return replace(_open_adapter(_adapter_folder(adapter), base, progress), ref=text)
-    if text.startswith("lab:"):
-        from surgery import lab
-
-        return replace(_open_folder(lab.resolve(text.removeprefix("lab:"))), ref=text)
-    if hub.is_repo_id(text):
-        snapshot = hub.fetch(*hub.parse_repo_ref(text))
-        opened = _open_folder(snapshot.folder, progress, is_base=is_base)
-        return replace(opened, ref=text, revision=snapshot.revision, repo_id=snapshot.repo_id)
-    raise usage_error(
-        "no such folder or file, and not a Hub id (org/name[@revision]) or lab:NAME",
-        where=text or '""',
-        hint="Check the spelling; `surgery lab list` names the lab models.",
-    )
-
-
-def existing_path(text: str) -> Path | None:
-    """The folder or file that `text` names, or None. Raises SurgeryError where it may not be looked at."""
-    try:
-        path = Path(text).expanduser()
-        return path if text and (path.is_dir() or path.is_file()) else None
-    except (RuntimeError, ValueError):  # ~nobody, or a zero byte
-        return None
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            return None
-        raise SurgeryError(f"cannot be read ({error.strerror})", where=text) from error
-
-
-def _adapter_folder(ref: str) -> Path:
-    folder = existing_path(ref)
-    if folder is None and hub.is_repo_id(ref):
-        folder = hub.fetch(*hub.parse_repo_ref(ref)).folder
-    if folder is None or not folder.is_dir():
-        raise usage_error("no such adapter folder, and not a Hub id", where=ref)
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise usage_error(f"is not an adapter: it has no {ADAPTER_CONFIG}", where=ref)
-    return folder
-
-
-def _adapter_on_adapter(where: object) -> SurgeryError:
-    return SurgeryError(
-        "is an adapter, and so cannot be the base of another",
-        where=where,
-        hint="Merge it into its base first, and name the result: BASE+ADAPTER.",
-    )
-
-
-def _open_folder(folder: Path, progress: Callable[[str], None] | None = None, *, is_base: bool = False) -> Checkpoint:
     index = _index_of(folder)
-    if index is None and (folder / ADAPTER_CONFIG).is_file() and not (folder / SINGLE).is_file():
-        if is_base:
-            raise _adapter_on_adapter(folder)
-        return _open_adapter(folder, None, progress)
     named = _read_index(index, folder) if index else {}
     shard_names = sorted(set(named.values())) if index else _shards_without_index(folder)
     shards = tuple(Shard(name, folder / name, read_header(folder / name)) for name in shard_names)
@@ -218,17 +144,17 @@ def _open_folder(folder: Path, progress: Callable[[str], None] | None = None, *,
     return Checkpoint(str(folder), folder, shards, tensors, read_json(folder / "config.json", missing={}))
 
 
-def _open_file(path: Path) -> Checkpoint:
+def read_file(path: Path) -> Checkpoint:
+    """The weights in the single file `path`; config and tokenizer are not looked for. Raises SurgeryError."""
     if path.suffix in hub.PICKLES:
         raise _pickle_only(path, path.name)
     shard = Shard(path.name, path, read_header(path))
     return Checkpoint(str(path), None, (shard,), _table((shard,), {}, None))
 
 
-def _open_adapter(folder: Path, base: str | None, progress: Callable[[str], None] | None) -> Checkpoint:
-    from surgery.adapters import add_adapter, base_of
-
-    return add_adapter(_open(base or base_of(folder), progress, is_base=True), folder)
+def is_adapter(folder: Path) -> bool:
+    """Whether `folder` holds a PEFT adapter and no model of its own."""
+    return _index_of(folder) is None and (folder / ADAPTER_CONFIG).is_file() and not (folder / SINGLE).is_file()
 
 
 def _index_of(folder: Path) -> Path | None:
@@ -348,6 +274,19 @@ def _table(shards: tuple[Shard, ...], named: Mapping[str, str], index: Path | No
     if not tensors:
         raise SurgeryError("holds no tensor", where=shards[0].path)
     return {name: tensors[name] for name in sorted(tensors)}
+
+
+def existing_path(text: str) -> Path | None:
+    """The folder or file that `text` names, or None. Raises SurgeryError where it may not be looked at."""
+    try:
+        path = Path(text).expanduser()
+        return path if text and (path.is_dir() or path.is_file()) else None
+    except (RuntimeError, ValueError):  # ~nobody, or a zero byte
+        return None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return None
+        raise SurgeryError(f"cannot be read ({error.strerror})", where=text) from error
 
 
 def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from surgery.anatomy import anatomy
-from surgery.checkpoint import StoredTensor, open_checkpoint
+from surgery.checkpoint import StoredTensor
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.execute import Options
 from surgery.plots import layer_movement, similarity
+from surgery.refs import open_checkpoint
 from surgery.report import Column, Figure, Table
 from surgery.stream import Reader, SourceFiles
 from surgery.survey import survey

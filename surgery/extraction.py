@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from surgery.arithmetic import DIFFERENCE
-from surgery.checkpoint import Checkpoint, open_checkpoint
+from surgery.checkpoint import Checkpoint
 from surgery.dtypes import dtype_name
 from surgery.errors import SurgeryError
 from surgery.execute import Options, Outcome, check_free, execute
@@ -21,6 +21,7 @@ from surgery.manifest import Card, build_manifest, command_record, write_card, w
 from surgery.masks import Mask
 from surgery.plan import Plan, PlannedTensor, check_output, plan_files
 from surgery.preflight import Preflight, check_ancestor, check_config, check_quantised, check_space, sketch
+from surgery.refs import open_checkpoint
 from surgery.report import Column, Table
 from surgery.stream import Input, Reader, SourceFiles, default_threads, run, segments
 from surgery.vectors import DONOR, FORMAT, SKETCH, STEM

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from surgery.arithmetic import ADD_VECTOR
-from surgery.checkpoint import MANIFEST, Checkpoint, loadable_folder, open_checkpoint
+from surgery.checkpoint import MANIFEST, Checkpoint, loadable_folder
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.evaluate import Score, evaluate_loaded, load_model
 from surgery.execute import Options, check_free
@@ -27,6 +27,7 @@ from surgery.masks import Mask
 from surgery.plan import check_output
 from surgery.plots import scale_curve
 from surgery.preflight import Preflight, check_ancestor, check_config, check_quantised
+from surgery.refs import open_checkpoint
 from surgery.report import Column, Figure, Report, Table
 from surgery.stream import Input, Reader, SourceFiles, compute_dtype
 from surgery.vectors import SKETCH, open_vector

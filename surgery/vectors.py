@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from surgery.arithmetic import ADD_DIFFERENCE, ADD_VECTOR
-from surgery.checkpoint import MANIFEST, Checkpoint, open_checkpoint, read_json
+from surgery.checkpoint import MANIFEST, Checkpoint, read_json
 from surgery.dtypes import dtype_name
 from surgery.edit import EditReport, edit_report, edit_table, write_config_dtype
 from surgery.errors import usage_error
@@ -37,6 +37,7 @@ from surgery.preflight import (
     check_space,
     sketch,
 )
+from surgery.refs import open_checkpoint
 from surgery.stream import Input, default_threads
 
 FORMAT = 1

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.checkpoint import MANIFEST, StoredTensor, open_checkpoint
+from surgery.checkpoint import MANIFEST, StoredTensor
 from surgery.errors import listing
 from surgery.execute import Options
 from surgery.manifest import read_manifest
+from surgery.refs import open_checkpoint
 from surgery.report import format_value
 from surgery.stream import (
     TORCH_DTYPES,

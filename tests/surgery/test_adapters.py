@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from surgery.adapters import base_of
-from surgery.checkpoint import open_checkpoint
 from surgery.errors import SurgeryError
+from surgery.refs import open_checkpoint
 from surgery.stream import Input, Reader, SourceFiles
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from surgery import hub, lab
-from surgery.checkpoint import Checkpoint, open_checkpoint
+from surgery.checkpoint import Checkpoint
 from surgery.errors import FAILED, WRONG_USAGE, SurgeryError
+from surgery.refs import open_checkpoint
 from surgery.stream import Input, Reader, SourceFiles
 
 A, B, C = torch.arange(6.0).view(2, 3), torch.arange(4.0) + 10, torch.tensor(7)

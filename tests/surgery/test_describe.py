@@ -9,8 +9,8 @@ import torch
 from architectures import EXPERTS, add_tokenizer, build
 from safetensors.torch import load_file, save_file
 
-from surgery.checkpoint import open_checkpoint
 from surgery.describe import describe, describe_tables
+from surgery.refs import open_checkpoint
 
 
 def test_description_is_json_and_prints(tmp_path: Path) -> None:

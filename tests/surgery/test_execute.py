@@ -21,11 +21,11 @@ from torch import Tensor
 
 import surgery.stream
 from surgery.arithmetic import ADD_DIFFERENCE
-from surgery.checkpoint import open_checkpoint
 from surgery.errors import SurgeryError
 from surgery.execute import Options, Outcome, execute
 from surgery.journal import NAME as JOURNAL
 from surgery.plan import Kernel, Plan, PlannedTensor, copied, plan_files
+from surgery.refs import open_checkpoint
 from surgery.stream import Input
 from surgery.vectors import transfer
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from surgery.checkpoint import open_checkpoint
 from surgery.errors import SurgeryError
 from surgery.execute import Options
 from surgery.factorise import AdapterReport, extract_adapter, low_rank
+from surgery.refs import open_checkpoint
 from surgery.stream import Input, Reader, SourceFiles, one_thread_per_operation
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -11,10 +11,10 @@ import torch
 from architectures import build
 from safetensors.torch import save_file
 
-from surgery.checkpoint import open_checkpoint
 from surgery.errors import SurgeryError
 from surgery.execute import Options, execute
 from surgery.plan import IDENTITY, Plan, PlannedTensor, check_output, copied, plan_files
+from surgery.refs import open_checkpoint
 from surgery.stream import Input
 
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from surgery.checkpoint import Checkpoint, open_checkpoint
+from surgery.checkpoint import Checkpoint
 from surgery.errors import SurgeryError
+from surgery.refs import open_checkpoint
 from surgery.stream import (
     Input,
     Reader,

@@ -11,12 +11,12 @@ from architectures import add_tokenizer, build, sibling
 from lab_family import family
 from transformers import AutoModelForCausalLM
 
-from surgery.checkpoint import open_checkpoint
 from surgery.errors import SurgeryError
 from surgery.extraction import extract
 from surgery.fit import Side, fit, side
 from surgery.masks import Mask
 from surgery.preflight import Preflight
+from surgery.refs import open_checkpoint
 from surgery.sweep import SweepReport, _Bench, matched_noise, parse_grid, sweep
 from surgery.vectors import apply, open_vector
 
