@@ -61,7 +61,7 @@ def _measure(target: Tensor, vector: Tensor, stored: Tensor, scale: float) -> Su
     return (
         _count(updates),
         _count(delivered),
-        torch.dot(vector, vector).double() * scale**2,
+        float(torch.dot(vector, vector)) * scale**2,
         torch.dot(target, target),
     )
 

@@ -8,7 +8,6 @@ segments are read back, compared with their hash and kept; the rest is done. The
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from surgery.checkpoint import MANIFEST
+from surgery.commit import check_free, commit, copy_file, partial_of
 from surgery.dtypes import is_float, n_bytes, n_elements
 from surgery.errors import SurgeryError, usage_error
 from surgery.journal import Journal, Record
@@ -40,9 +39,7 @@ from surgery.stream import (
     segments,
     tensor_digest,
 )
-from surgery.writer import ShardWriter, disk_error, sync_folder
-
-PARTIAL = ".partial"
+from surgery.writer import ShardWriter, disk_error
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def execute(plan: Plan, out: Path, options: Options, *, finish: Callable[[Path, 
     """
     check_free(out, overwrite=options.overwrite)
     torch_device(options.device)
-    partial = out.with_name(out.name + PARTIAL)
+    partial = partial_of(out)
     with ExitStack() as stack:
         files = stack.enter_context(SourceFiles(plan.source_paths))
         try:
@@ -112,27 +109,12 @@ def execute(plan: Plan, out: Path, options: Options, *, finish: Callable[[Path, 
         outcome = _Job(plan, files, writer, journal, options).stream()
         files.check_unchanged()
         for name, source in plan.side_files.items():
-            _copy_side_file(source, partial / name)
+            copy_file(source, partial / name)
         write_index(plan, partial)
         finish(partial, outcome)
-        for file in plan.files:
-            writer.sync(file.name)
-        _commit(partial, out, journal, overwrite=options.overwrite)
+        journal.remove()
+        commit(partial, out, overwrite=options.overwrite)
     return outcome
-
-
-def check_free(out: Path, *, overwrite: bool) -> None:
-    """Raises SurgeryError where `out` exists and may not be replaced."""
-    if not out.exists():
-        return
-    if not overwrite:
-        raise usage_error("exists already", where=out, hint="Choose another folder, or add --overwrite.")
-    if not (out / MANIFEST).is_file():
-        raise usage_error(
-            f"was not written by this tool (it has no {MANIFEST}), so --overwrite will not remove it",
-            where=out,
-            hint="Choose another folder, or remove this one yourself.",
-        )
 
 
 def torch_device(name: str) -> torch.device:
@@ -382,26 +364,3 @@ def _stream_of(device: torch.device) -> torch.cuda.StreamContext | ExitStack:
     if device.type != "cuda":
         return ExitStack()
     return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-
-
-def _copy_side_file(source: Path, target: Path) -> None:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
-    except OSError as error:
-        raise disk_error(error, target) from error
-
-
-def _commit(partial: Path, out: Path, journal: Journal, *, overwrite: bool) -> None:
-    for path in partial.rglob("*"):
-        if path.is_dir():
-            sync_folder(path)
-    journal.remove()
-    sync_folder(partial)
-    replaced = out.with_name(out.name + ".replaced")
-    if overwrite and out.exists():
-        out.rename(replaced)
-    partial.rename(out)
-    sync_folder(out.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)

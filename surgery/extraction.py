@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 
 from surgery.arithmetic import DIFFERENCE
 from surgery.checkpoint import Checkpoint
+from surgery.commit import check_free
 from surgery.dtypes import dtype_name
 from surgery.errors import SurgeryError
-from surgery.execute import Options, Outcome, check_free, execute
+from surgery.execute import Options, Outcome, execute
 from surgery.fit import VocabPolicy, check_policy, fit, side
 from surgery.manifest import Card, build_manifest, command_record, write_card, write_manifest
 from surgery.masks import Mask

@@ -11,9 +11,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from surgery.checkpoint import MANIFEST
 from surgery.errors import SurgeryError
 
 VERSION = 1
@@ -85,12 +87,17 @@ class Journal:
             # What follows the last line break is a line cut short: the next one must not be glued to it.
             os.ftruncate(self._file.fileno(), sum(len(line) + 1 for line in lines[:-1]))
             return
-        if len(lines) > 1 and not discard:
+        others = [path for path in folder.iterdir() if path != self._path]
+        # A manifest without a journal is our own output, killed just before its last rename.
+        finished = len(lines) == 1 and (folder / MANIFEST).is_file()
+        if (others or len(lines) > 1) and not (discard or finished):
             raise SurgeryError(
                 "holds the unfinished output of another job (or its sources have changed since)",
                 where=folder,
                 hint="Run that job's command to finish it, remove the folder, or add --overwrite to discard it.",
             )
+        for path in others:  # or they would be committed with what is written now
+            _remove(path)
         os.ftruncate(self._file.fileno(), 0)
         self._file.write(header + b"\n")
 
@@ -98,8 +105,15 @@ class Journal:
         for line in lines:
             try:
                 tensor, segment, digest, inputs, sums = json.loads(line)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 raise SurgeryError(
                     "is damaged", where=self._path, hint="Remove the .partial folder and start anew."
                 ) from error
             self._records[tensor, segment] = Record(tensor, segment, digest, tuple(inputs), tuple(sums))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from surgery.checkpoint import Checkpoint, StoredTensor
+from surgery.commit import partial_of
 from surgery.errors import SurgeryError, listing
 from surgery.plan import Plan
 from surgery.report import format_value
@@ -138,7 +139,7 @@ def check_space(preflight: Preflight, plan: Plan, out: Path, threads: int) -> No
     parent = next(folder for folder in (out.parent, *out.absolute().parents) if folder.exists())
     side = sum(path.stat().st_size for path in plan.side_files.values())
     needed = plan.output_bytes + side
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_of(out)
     held = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file()) if partial.exists() else 0
     free = shutil.disk_usage(parent).free + held
     preflight.facts["disk"] = f"{_size(needed)} needed, {_size(free)} free"

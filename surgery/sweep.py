@@ -19,9 +19,10 @@ from torch import Tensor
 
 from surgery.arithmetic import ADD_VECTOR
 from surgery.checkpoint import MANIFEST, Checkpoint, loadable_folder
+from surgery.commit import check_free
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.evaluate import Score, evaluate_loaded, load_model
-from surgery.execute import Options, check_free
+from surgery.execute import Options
 from surgery.fit import Side, VocabPolicy, check_policy, fit, side
 from surgery.masks import Mask
 from surgery.plan import check_output

@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 
 from surgery.arithmetic import ADD_DIFFERENCE, ADD_VECTOR
 from surgery.checkpoint import MANIFEST, Checkpoint, read_json
+from surgery.commit import check_free
 from surgery.dtypes import dtype_name
 from surgery.edit import EditReport, edit_report, edit_table, write_config_dtype
 from surgery.errors import usage_error
-from surgery.execute import Options, Outcome, check_free, execute
+from surgery.execute import Options, Outcome, execute
 from surgery.fit import Side, VocabPolicy, check_policy, fit, side
 from surgery.manifest import Card, build_manifest, command_record, read_manifest, write_card, write_manifest
 from surgery.masks import Mask

@@ -77,13 +77,6 @@ class ShardWriter:
             raise disk_error(error, self.folder / file) from error
         start_writeback(descriptor, position, size)
 
-    def sync(self, file: str) -> None:
-        """Returns once every byte of `file` is on the disk."""
-        try:
-            os.fsync(self._descriptors[file])
-        except OSError as error:
-            raise disk_error(error, self.folder / file) from error
-
     def _open(self, file: PlannedFile) -> None:
         path = self.folder / file.name
         header = file.header
@@ -118,11 +111,13 @@ def start_writeback(descriptor: int, position: int, size: int) -> None:
         _LIBC.sync_file_range(descriptor, ctypes.c_int64(position), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Returns once the file or folder `path` is on the disk. Raises SurgeryError where it cannot be written."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        raise disk_error(error, path) from error
     finally:
         os.close(descriptor)
 

@@ -277,6 +277,35 @@ def test_another_jobs_partial_output_is_refused_and_discarded_on_demand(
     assert outcome.resumed_bytes == 0
 
 
+def test_nothing_of_a_discarded_job_reaches_the_output(tmp_path: Path) -> None:
+    write_models(tmp_path, shapes=SHAPES)
+    partial = tmp_path / "out.partial"
+    (partial / "donor").mkdir(parents=True)
+    (partial / "model-00002-of-00002.safetensors").write_text("stale")
+    with pytest.raises(SurgeryError, match="unfinished output of another job"):
+        run(plan_transfer(tmp_path), tmp_path / "out")
+    run(plan_transfer(tmp_path), tmp_path / "out", overwrite=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["target.safetensors"]
+
+
+def test_an_output_killed_just_before_its_rename_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_models(tmp_path, shapes=SHAPES)
+
+    def manifest(folder: Path, outcome: Outcome) -> None:
+        (folder / "surgery.json").write_text("{}")
+
+    def killed(*_: object, **__: object) -> None:
+        raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("surgery.execute.commit", killed)
+        with pytest.raises(StoppedError):
+            execute(plan_transfer(tmp_path), tmp_path / "out", Options(), finish=manifest)
+    assert not (tmp_path / "out.partial" / JOURNAL).exists()
+    execute(plan_transfer(tmp_path), tmp_path / "out", Options(), finish=manifest)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["surgery.json", "target.safetensors"]
+
+
 def test_two_processes_never_write_one_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_models(tmp_path, shapes=SHAPES)
 
