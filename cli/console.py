@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -42,8 +37,9 @@ def show(*tables: Table) -> None:
 
 def show_json(value: Any) -> None:
     """One JSON object on stdout."""
-    json.dump(jsonable(value), sys.stdout, indent=2, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write("\n")
+    from surgery.jsonable import to_json
+
+    typer.echo(to_json(value, indent=2), nl=False)
 
 
 def show_preflight(facts: Mapping[str, str], warnings: Sequence[str]) -> None:
@@ -54,21 +50,6 @@ def show_preflight(facts: Mapping[str, str], warnings: Sequence[str]) -> None:
         typer.secho(f"  warning        {warning}", fg="yellow", err=True)
 
 
-def jsonable(value: Any) -> Any:
-    """`value` in JSON's own types; numbers that JSON lacks (NaN, infinities) become null."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {_key(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [jsonable(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def version(wanted: bool) -> None:
     """Prints the version and leaves."""
     if wanted:
@@ -76,7 +57,3 @@ def version(wanted: bool) -> None:
 
         typer.echo(installed("model-surgery"))
         raise typer.Exit
-
-
-def _key(key: Any) -> str:
-    return "/".join(map(str, key)) if isinstance(key, tuple) else str(key)

@@ -240,7 +240,7 @@ class _Job:
         with _stream_of(self.device):
             for begin in range(0, count, max(block, 1)):
                 piece = slice(begin, begin + block)
-                inputs = [value[piece].to(self.device, compute, non_blocking=True) for value in values]
+                inputs = [value[piece].to(self.device, non_blocking=True).to(compute) for value in values]
                 stored = kernel.fn(inputs, **params).to(out.dtype)
                 out[piece].copy_(stored, non_blocking=True)
                 for i, value in enumerate(_measure(kernel, params, inputs, stored.to(compute))):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from blake3 import blake3
 from surgery.checkpoint import MANIFEST, Checkpoint, read_json
 from surgery.errors import SurgeryError
 from surgery.execute import Outcome
+from surgery.jsonable import to_json
 from surgery.plan import Plan
 
 SCHEMA = 1
@@ -63,7 +63,7 @@ def build_manifest(plan: Plan, outcome: Outcome, *, kind: str, report: Mapping[s
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Writes surgery.json into `folder`."""
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

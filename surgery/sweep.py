@@ -6,11 +6,10 @@ write to disk for that α. Reviewers of arXiv 2509.01363 asked for the grid, the
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from surgery.errors import SurgeryError, listing, usage_error
 from surgery.evaluate import Score, evaluate_loaded, load_model
 from surgery.execute import Options
 from surgery.fit import Side, VocabPolicy, check_policy, fit, side
+from surgery.jsonable import to_json
 from surgery.masks import Mask
 from surgery.plan import check_output
 from surgery.plots import scale_curve
@@ -275,8 +275,8 @@ def _write(report: SweepReport, out: Path) -> None:
         "kind": "sweep",
         "vector": report.vector,
         "target": report.target,
-        "points": [asdict(point) for point in report.points],
-        "controls": [asdict(point) for point in report.controls],
+        "points": report.points,
+        "controls": report.controls,
     }
     page = Report(f"{report.target} + α · {report.vector}", " ".join(report.sentences()))
     for task, figure, table in zip(report.tasks, report.figures(), report.tables(), strict=True):
@@ -284,5 +284,5 @@ def _write(report: SweepReport, out: Path) -> None:
         page.add(figure)
         page.add(table)
     page.write(out / "report.html")
-    (out / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (out / MANIFEST).write_text(json.dumps({"schema": SCHEMA, "kind": "sweep"}) + "\n", encoding="utf-8")
+    (out / "results.json").write_text(to_json(results), encoding="utf-8")
+    (out / MANIFEST).write_text(to_json({"schema": SCHEMA, "kind": "sweep"}), encoding="utf-8")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -179,6 +181,73 @@ def test_wrong_usage_is_told_in_a_line_with_exit_code_2(arguments: list[str], te
     assert result.returncode == 2, result.stderr
     assert text in result.stderr and "Traceback" not in result.stderr
     assert sorted(models.rglob("*")) == before
+
+
+def truncate(folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(5000)
+
+
+def lie(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"shape":[32]', b'"shape":[99]'))
+
+
+def point_outside(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../base/model.safetensors"}}))
+
+
+def lose_a_shard(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+
+
+def pickle_only(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def drop_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def other_tokens(folder: Path) -> None:
+    add_tokenizer(folder, [f"other{i}" for i in range(90)])
+
+
+def nonfinite(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.inf
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+DAMAGE = [
+    (truncate, "The download is incomplete or the file is damaged: fetch it again."),
+    (lie, "takes 64 bytes, but BF16 [99] takes 198"),
+    (point_outside, "a path outside the folder"),
+    (lose_a_shard, "names 1 shard(s) that are not there: model-1.safetensors"),
+    (pickle_only, "holds weights only as Python pickles (pytorch_model.bin)"),
+    (drop_a_tensor, "1 tensor(s) of tuned or base are missing in broken: model.norm.weight"),
+    (other_tokens, "the vocabularies of broken and"),
+    (nonfinite, "model.norm.weight: 1 of 32 values from element 0 on are NaN or infinite"),
+]
+
+
+@pytest.mark.parametrize(("damage", "text"), DAMAGE, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_damaged_target_fails_with_what_where_and_what_to_do(
+    damage: Callable[[Path], None], text: str, models: Path, tmp_path: Path
+) -> None:
+    for name in ("tuned", "base"):
+        (tmp_path / name).symlink_to(models / name)
+    shutil.copytree(models / "target", tmp_path / "broken")
+    damage(tmp_path / "broken")
+    result = surgery("vector", "transfer", "tuned", "base", "broken", "-o", "out", cwd=tmp_path)
+    assert result.returncode == 1, result.stderr
+    assert text in result.stderr and "Traceback" not in result.stderr
+    left = {path.name for path in tmp_path.iterdir()} - {"tuned", "base", "broken"}
+    assert left == ({"out.partial"} if damage is nonfinite else set())
 
 
 def test_a_hub_id_that_is_not_cached_says_so_offline(tmp_path: Path) -> None:
