@@ -58,7 +58,7 @@ def verify(model: o.Model, threads: o.Threads = None, as_json: o.Json = False) -
 
     report = check(model, options=o.options(threads))
     if as_json:
-        console.show_json(report)
+        console.show_json({"ok": report.ok, **vars(report)})
     else:
         console.tell(report.sentence())
     if not report.ok:

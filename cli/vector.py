@@ -209,7 +209,7 @@ def _show_edit(report: EditReport, *, as_json: bool) -> None:
     from surgery.edit import edit_table
 
     if as_json:
-        console.show_json(report)
+        console.show_json({**vars(report), "delivered_fraction": report.delivered_fraction})
         return
     console.show_preflight(report.preflight, report.warnings)
     if not report.dry_run:

@@ -11,10 +11,9 @@ from typing import Any
 
 from surgery.anatomy import anatomy
 from surgery.checkpoint import Checkpoint, read_json
+from surgery.dtypes import TORCH_NAMES
 from surgery.execute import Outcome
 from surgery.report import Column, Table
-
-CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -115,11 +114,12 @@ def edit_table(report: EditReport) -> Table:
 def write_config_dtype(folder: Path, dtype: str) -> None:
     """Makes config.json in `folder` say what the weights are stored in, or loaders would cast them back."""
     path = folder / "config.json"
+    spelled = next(name for name, stored in TORCH_NAMES.items() if stored == dtype)
     config = read_json(path, missing={})
     if not config:
         return
     for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]:
-        config[key] = CONFIG_DTYPES[dtype]
+        config[key] = spelled
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

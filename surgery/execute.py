@@ -19,6 +19,7 @@ from torch import Tensor
 from surgery.commit import check_free, commit, copy_file, partial_of
 from surgery.dtypes import is_float, n_bytes, n_elements
 from surgery.errors import SurgeryError, usage_error
+from surgery.hashing import hash_parts
 from surgery.journal import Journal, Record
 from surgery.plan import Kernel, Plan, PlannedTensor, write_index
 from surgery.progress import Progress, silent
@@ -37,7 +38,6 @@ from surgery.stream import (
     read_into,
     run,
     segments,
-    tensor_digest,
 )
 from surgery.writer import ShardWriter, disk_error
 
@@ -296,7 +296,7 @@ class _Job:
         known: dict[int, str] = {}
         for index, tensor in enumerate(self.tensors):
             mine = [records[index, part] for part, _ in enumerate(segments(n_elements(tensor.shape)))]
-            hashes[tensor.name] = tensor_digest(bytes.fromhex(record.digest) for record in mine)
+            hashes[tensor.name] = hash_parts(bytes.fromhex(record.digest) for record in mine)
             if tensor.kernel is not None:
                 names = ("squares", "nonfinite", *tensor.kernel.measures)
                 columns = zip(*(record.sums for record in mine), strict=True)
@@ -305,7 +305,7 @@ class _Job:
             for slot, source in enumerate(tensor.inputs):
                 if _is_plain(source) and all(len(record.inputs) > slot for record in mine):
                     parts = (bytes.fromhex(record.inputs[slot]) for record in mine)
-                    known[id(source.tensor)] = tensor_digest(parts)
+                    known[id(source.tensor)] = hash_parts(parts)
         return Outcome(hashes, self._source_hashes(known), sums, resumed)
 
     def _source_hashes(self, known: dict[int, str]) -> dict[str, dict[str, str]]:

@@ -10,11 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
 from surgery.checkpoint import MANIFEST, Checkpoint, read_json
 from surgery.errors import SurgeryError
 from surgery.execute import Outcome
+from surgery.hashing import KEY, hash_tensors
 from surgery.jsonable import to_json
 from surgery.plan import Plan
 
@@ -34,8 +33,8 @@ class Card:
 def build_manifest(plan: Plan, outcome: Outcome, *, kind: str, report: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest of an output, as JSON-able data without time or place: the same job gives the same bytes.
 
-    Hashes are BLAKE3. A tensor's is taken over the digests of its segments of 2²⁰ elements; a checkpoint's over the
-    sorted (name, hash) of the tensors that were read from it, so that it does not depend on how they are sharded.
+    Hashes are those of `surgery.hashing`. A tensor's is taken over those of its segments of 2²⁰ elements, a
+    checkpoint's over the sorted (name, hash) of the tensors that were read from it, however they are sharded.
     """
     return {
         "schema": SCHEMA,
@@ -53,7 +52,7 @@ def build_manifest(plan: Plan, outcome: Outcome, *, kind: str, report: Mapping[s
             tensor.name: {
                 "dtype": tensor.dtype,
                 "shape": list(tensor.shape),
-                "blake3": outcome.hashes[tensor.name],
+                KEY: outcome.hashes[tensor.name],
                 "edited": tensor.kernel is not None,
             }
             for tensor in sorted(plan.tensors, key=lambda t: t.name)
@@ -123,11 +122,6 @@ them.
     ModelCard(text).save(folder / "README.md")
 
 
-def checkpoint_hash(hashes: Mapping[str, str]) -> str:
-    """The hash of a set of tensors: BLAKE3 over "name hash" lines sorted by name, as hex."""
-    return blake3("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
-
-
 def command_record(name: str, arguments: Sequence[str], **options: Any) -> dict[str, Any]:
     """How the manifest records a command: its name, its options, and the line that types it again."""
     words = ["surgery", *name.split(), *map(str, arguments), "-o", "OUT"]
@@ -154,13 +148,13 @@ def _input_entry(checkpoint: Checkpoint, hashes: Mapping[str, str]) -> dict[str,
         "revision": checkpoint.revision,
         "tensors_read": len(hashes),
         "tensors": len(checkpoint.tensors),
-        "blake3": checkpoint_hash(hashes),
+        KEY: hash_tensors(hashes),
     }
 
 
 def _input_line(role: str, entry: Mapping[str, Any]) -> str:
     name = entry["repo_id"] or entry["ref"]
-    return f"| {role} | {name} | {entry['revision'] or '–'} | `{entry['blake3'][:16]}` |"
+    return f"| {role} | {name} | {entry['revision'] or '–'} | `{entry[KEY]}` |"
 
 
 def _version(distribution: str) -> str:

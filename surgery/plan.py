@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from blake3 import blake3
 from torch import Tensor
 
 from surgery.checkpoint import INDEX, Checkpoint, StoredTensor
 from surgery.dtypes import n_bytes
 from surgery.errors import SurgeryError
+from surgery.hashing import hash_bytes, hash_text
 from surgery.header import Header, build_header
 from surgery.stream import SEGMENT, Input
 
@@ -122,7 +122,7 @@ class Plan:
             "segment": SEGMENT,
             "command": self.command,
             "stamps": [list(stamp) for stamp in stamps],
-            "files": [[file.name, blake3(file.header.raw).hexdigest()] for file in self.files],
+            "files": [[file.name, hash_bytes(file.header.raw).hex()] for file in self.files],
             "tensors": [
                 [
                     tensor.name,
@@ -134,7 +134,7 @@ class Plan:
                 for tensor in self.tensors
             ],
         }
-        return blake3(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()
+        return hash_text(json.dumps(description, sort_keys=True, default=str))
 
 
 def plan_files(
@@ -246,7 +246,7 @@ def _working_set(tensor: PlannedTensor) -> int:
 
 def _input_key(source: Input) -> list[Any]:
     tensor = source.tensor
-    rows = None if source.rows is None else blake3(source.rows.tobytes()).hexdigest()
+    rows = None if source.rows is None else hash_bytes(source.rows.tobytes()).hex()
     update = tensor.update
     low_rank = None if update is None else [update.a.name, update.b.name, update.scale, update.transposed]
     return [str(tensor.file), tensor.name, tensor.start, rows, low_rank]

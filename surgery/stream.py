@@ -19,12 +19,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from blake3 import blake3
 from torch import Tensor
 
 from surgery.checkpoint import StoredTensor
 from surgery.dtypes import n_bytes
 from surgery.errors import SurgeryError
+from surgery.hashing import hash_bytes, hash_parts
 
 SEGMENT = 1 << 20  # elements: 2 MiB of bf16, so that a segment's inputs are still in cache when they are used
 BLOCK = 1 << 18  # elements that a kernel sees at once on a CPU: its temporaries stay in the second-level cache
@@ -184,12 +184,15 @@ class Reader:
         return stored.to(compute) + update.scale * delta
 
     def _gathered(self, tensor: StoredTensor, rows: np.ndarray, begin: int, end: int, slot: object) -> Tensor:
+        if begin == end:
+            return torch.zeros(0, dtype=TORCH_DTYPES[tensor.dtype])
         width = tensor.n_elements // tensor.shape[0]
         first, last = begin // width, -(-end // width)
         wanted = rows[first:last]
         gathered: Tensor | None = None
         # Neighbouring rows are read in one go: two tokenizers of one family differ in a few places only.
-        breaks = np.flatnonzero(np.diff(wanted) != 1) + 1
+        # A missing row (−1) is no neighbour of row 0.
+        breaks = np.flatnonzero((np.diff(wanted) != 1) | (wanted[:-1] < 0)) + 1
         for run_begin, run_end in zip([0, *breaks], [*breaks, len(wanted)], strict=True):
             row = int(wanted[run_begin])
             if row < 0:
@@ -228,18 +231,13 @@ def octets(data: Tensor) -> memoryview:
 
 
 def digest(data: Tensor) -> bytes:
-    """BLAKE3 of a segment's bytes, 32 bytes long."""
-    return blake3(octets(data)).digest()
-
-
-def tensor_digest(parts: Iterable[bytes]) -> str:
-    """The hash of a tensor: BLAKE3 over the digests of its segments, in order, as hex."""
-    return blake3(b"".join(parts)).hexdigest()
+    """The hash of a segment's bytes, 16 bytes long."""
+    return hash_bytes(octets(data))
 
 
 def hash_tensor(reader: Reader, tensor: StoredTensor) -> str:
-    """`tensor_digest` of what is stored on disk (an adapter's update not included)."""
-    return tensor_digest(digest(reader.raw(tensor, begin, end, "hash")) for begin, end in segments(tensor.n_elements))
+    """The hash of what is stored on disk (an adapter's update not included)."""
+    return hash_parts(digest(reader.raw(tensor, begin, end, "hash")) for begin, end in segments(tensor.n_elements))
 
 
 def default_threads() -> int:

@@ -10,6 +10,7 @@ import torch
 from surgery.checkpoint import MANIFEST, StoredTensor
 from surgery.errors import listing
 from surgery.execute import Options
+from surgery.hashing import KEY, hash_parts
 from surgery.manifest import read_manifest
 from surgery.refs import open_checkpoint
 from surgery.report import format_value
@@ -21,7 +22,6 @@ from surgery.stream import (
     digest,
     run,
     segments,
-    tensor_digest,
 )
 
 
@@ -90,7 +90,7 @@ def verify(model: str, *, options: Options = Options()) -> VerifyReport:
                 values = data.view(TORCH_DTYPES[tensor.dtype])
                 wide = values if tensor.dtype == "F64" else values.float()
                 nonfinite += wide.numel() - int(torch.isfinite(wide).sum())
-        return tensor, tensor_digest(digests), nonfinite
+        return tensor, hash_parts(digests), nonfinite
 
     changed, bad = [], {}
     tensors = checkpoint.tensors
@@ -102,7 +102,7 @@ def verify(model: str, *, options: Options = Options()) -> VerifyReport:
             if nonfinite:
                 bad[tensor.name] = nonfinite
             entry = expected.get(tensor.name)
-            if entry and (entry["blake3"], entry["dtype"], entry["shape"]) != (
+            if entry and (entry[KEY], entry["dtype"], entry["shape"]) != (
                 found,
                 tensor.dtype,
                 list(tensor.shape),

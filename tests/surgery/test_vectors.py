@@ -231,8 +231,8 @@ def test_the_model_card_and_manifest_tell_what_was_done(pair: tuple[str, str], t
     manifest = json.loads((tmp_path / "out/surgery.json").read_text())
     assert manifest["report"]["delivered_fraction"] == report.delivered_fraction
     assert set(manifest["inputs"]) == {"target", "tuned", "base"}
-    assert manifest["inputs"]["base"]["blake3"] == manifest["inputs"]["target"]["blake3"]
-    assert manifest["inputs"]["tuned"]["blake3"] != manifest["inputs"]["base"]["blake3"]
+    assert manifest["inputs"]["base"]["xxh3"] == manifest["inputs"]["target"]["xxh3"]
+    assert manifest["inputs"]["tuned"]["xxh3"] != manifest["inputs"]["base"]["xxh3"]
 
 
 def test_the_result_loads_in_transformers(pair: tuple[str, str], tmp_path: Path) -> None:
