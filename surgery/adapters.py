@@ -22,6 +22,7 @@ from surgery.checkpoint import (
     StoredTensor,
     existing_path,
     read_json,
+    stored_tensor,
 )
 from surgery.errors import SurgeryError, listing
 from surgery.header import read_header
@@ -110,17 +111,7 @@ def add_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
 
 def _stored(path: Path) -> dict[str, StoredTensor]:
     header = read_header(path)
-    return {
-        entry.name: StoredTensor(
-            entry.name,
-            entry.dtype,
-            entry.shape,
-            path,
-            header.data_start + entry.begin,
-            entry.end - entry.begin,
-        )
-        for entry in header.entries
-    }
+    return {entry.name: stored_tensor(entry, path, header) for entry in header.entries}
 
 
 def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:

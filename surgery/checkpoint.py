@@ -15,7 +15,7 @@ from typing import Any
 from surgery import hub
 from surgery.dtypes import DTYPES, is_float, n_elements
 from surgery.errors import SurgeryError, listing
-from surgery.header import Header, read_header
+from surgery.header import Entry, Header, read_header
 
 ADAPTER_CONFIG = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
@@ -256,14 +256,7 @@ def _table(shards: tuple[Shard, ...], named: Mapping[str, str], index: Path | No
                     hint="Remove the stale shards, or add the index that says which one counts.",
                 )
             holder[entry.name] = shard.name
-            tensors[entry.name] = StoredTensor(
-                entry.name,
-                entry.dtype,
-                entry.shape,
-                shard.path,
-                shard.header.data_start + entry.begin,
-                entry.end - entry.begin,
-            )
+            tensors[entry.name] = stored_tensor(entry, shard.path, shard.header)
     lost = sorted(set(named) - set(tensors))
     if lost:
         raise SurgeryError(
@@ -287,6 +280,12 @@ def existing_path(text: str) -> Path | None:
         if error.errno == errno.ENAMETOOLONG:
             return None
         raise SurgeryError(f"cannot be read ({error.strerror})", where=text) from error
+
+
+def stored_tensor(entry: Entry, path: Path, header: Header) -> StoredTensor:
+    """Where the tensor that `header` describes as `entry` lies in the file `path`."""
+    start = header.data_start + entry.begin
+    return StoredTensor(entry.name, entry.dtype, entry.shape, path, start, entry.end - entry.begin)
 
 
 def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
