@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := surgery cli tests benchmarks
+SOURCES := surgery merges cli tests benchmarks
 
 .PHONY: demo test check bench clean
 

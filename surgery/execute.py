@@ -8,29 +8,26 @@ segments are read back, compared with their hash and kept; the rest is done. The
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from surgery.commit import check_free, commit, copy_file, partial_of
-from surgery.dtypes import is_float, n_bytes, n_elements
-from surgery.errors import SurgeryError, usage_error
+from surgery.compute import Computed, bounds, compute, compute_whole, gather, is_plain, torch_device
+from surgery.dtypes import n_bytes, n_elements
+from surgery.errors import SurgeryError
 from surgery.hashing import hash_parts
 from surgery.journal import Journal, Record
-from surgery.plan import Kernel, Plan, PlannedTensor, write_index
+from surgery.plan import Place, Plan, write_index
 from surgery.progress import Progress, silent
 from surgery.stream import (
-    BLOCK,
-    SEGMENT,
-    TORCH_DTYPES,
-    Input,
     Reader,
     SourceFiles,
-    compute_dtype,
     default_threads,
     digest,
     hash_tensor,
@@ -79,10 +76,31 @@ class Options:
 
 @dataclass(frozen=True)
 class _Unit:
-    """What one thread does in one go: one segment of one tensor, or every part of one "whole" kernel call."""
+    """What one thread does in one go: one segment of one tensor, or every part of one "whole" kernel call.
+
+    number: which of the kernel's passes it belongs to; None for the writing. place: of the whole tensor; None where
+    the passes have not been run, because all of the tensor should be there already.
+    """
 
     tensors: tuple[int, ...]
     segment: int | None
+    number: int | None = None
+    place: Place | None = None
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """A tensor of which the journal has every segment, but the disk has not."""
+
+    tensor: int
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """What a pass gathered of one segment, piece by piece."""
+
+    unit: _Unit
+    pieces: list[Any]
 
 
 def execute(plan: Plan, out: Path, options: Options, *, finish: Callable[[Path, Outcome], None]) -> Outcome:
@@ -117,23 +135,6 @@ def execute(plan: Plan, out: Path, options: Options, *, finish: Callable[[Path, 
     return outcome
 
 
-def torch_device(name: str) -> torch.device:
-    """The device called `name`. Raises SurgeryError where this machine lacks it."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise usage_error(f"got {name!r}, expected cpu or cuda[:N]", where="--device") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise usage_error(
-            "no CUDA device is available to this installation of torch",
-            where=f"--device {name}",
-            hint="Use --device cpu.",
-        )
-    if device.type not in ("cpu", "cuda"):
-        raise usage_error(f"got {name!r}, expected cpu or cuda[:N]", where="--device")
-    return device
-
-
 class _Job:
     def __init__(self, plan: Plan, files: SourceFiles, writer: ShardWriter, journal: Journal, options: Options) -> None:
         self.plan = plan
@@ -145,16 +146,25 @@ class _Job:
         self.threads = options.threads or default_threads()
         self.tensors = plan.tensors
         self.file_of = [file.name for file in plan.files for _ in file.tensors]
+        self.restarted: set[int] = set()
+        self.gathered: dict[int, dict[int, list[Any]]] = {}  # tensor → segment → what the running pass gathered
 
     def stream(self) -> Outcome:
         records: dict[tuple[int, int], Record] = {}
         resumed = 0
-        with self.options.progress("Writing", self.plan.output_bytes) as advance:
-            for done in run(
-                self._units(), self._work, self.files, threads=self.threads, pinned=self.device.type == "cuda"
-            ):
+        queue = deque(self._units())
+        work = sum(n_bytes(tensor.dtype, tensor.shape) * (1 + len(tensor.passes)) for tensor in self.tensors)
+        with self.options.progress("Writing", work) as advance:
+            for done in run(queue, self._work, self.files, threads=self.threads, pinned=self.device.type == "cuda"):
+                if isinstance(done, _Lost):
+                    queue.extendleft(reversed(self._again(done.tensor)))
+                    continue
+                if isinstance(done, _Gathered):
+                    queue.extendleft(reversed(self._next(done)))
+                    advance(self._size(done.unit.tensors[0], done.unit.segment or 0))
+                    continue
                 for record in done:
-                    size = self._size(record)
+                    size = self._size(record.tensor, record.segment)
                     if not self.journal.has(record):
                         self.journal.append(record)
                     else:
@@ -175,20 +185,63 @@ class _Job:
                 )
                 wholes.setdefault(call, []).append(index)
             else:
-                units += [_Unit((index,), part) for part, _ in enumerate(segments(n_elements(tensor.shape)))]
+                parts = range(len(list(segments(n_elements(tensor.shape)))))
+                if tensor.passes and all(self.journal.record(index, part) for part in parts):
+                    # Only looked at: should a segment not be what the journal says, the passes are run after all.
+                    units += [_Unit((index,), part) for part in parts]
+                else:
+                    units += self._stage(index, Place(tensor.name, 0, tensor.shape), 0 if tensor.passes else None)
         return units + [_Unit(tuple(group), None) for group in wholes.values()]
 
-    def _work(self, unit: _Unit, reader: Reader) -> list[Record]:
+    def _again(self, index: int) -> list[_Unit]:
+        """All of a tensor anew, from its first pass, the first time that one of its segments turns out lost."""
+        if index in self.restarted:
+            return []
+        self.restarted.add(index)
+        tensor = self.tensors[index]
+        return self._stage(index, Place(tensor.name, 0, tensor.shape), 0)
+
+    def _stage(self, index: int, place: Place, number: int | None) -> list[_Unit]:
+        """One pass over a tensor, or its writing, segment by segment."""
+        parts = range(len(list(segments(n_elements(place.shape)))))
+        if number is not None:
+            self.gathered[index] = {}
+        return [_Unit((index,), part, number, place) for part in parts]
+
+    def _next(self, done: _Gathered) -> list[_Unit]:
+        """What is to be done after a pass has seen a segment: nothing yet, or the next stage of its tensor."""
+        unit, place, number = done.unit, done.unit.place, done.unit.number
+        assert place is not None and number is not None and unit.segment is not None
+        index = unit.tensors[0]
+        tensor, pieces = self.tensors[index], self.gathered[index]
+        pieces[unit.segment] = done.pieces
+        if len(pieces) < len(list(segments(n_elements(place.shape)))):
+            return []
+        inorder = [piece for part in sorted(pieces) for piece in pieces[part]]
+        found = tensor.passes[number].settle(inorder, place, **tensor.params)
+        del self.gathered[index]
+        more = replace(place, known={**place.known, **found})
+        return self._stage(index, more, number + 1 if number + 1 < len(tensor.passes) else None)
+
+    def _work(self, unit: _Unit, reader: Reader) -> list[Record] | _Gathered | _Lost:
+        if unit.number is not None:
+            tensor, place = self.tensors[unit.tensors[0]], unit.place
+            assert place is not None and unit.segment is not None
+            return _Gathered(unit, gather(tensor, unit.segment, unit.number, place, reader, self.device))
         held = self._held(unit, reader)
         if held is not None:
             return held
         if unit.segment is None:
-            return self._whole(unit.tensors, reader)
+            group = [self.tensors[index] for index in unit.tensors]
+            wholes = zip(unit.tensors, compute_whole(group, reader, self.device), strict=True)
+            return [record for index, computed in wholes for record in self._store_whole(index, computed)]
         index = unit.tensors[0]
-        begin, end = self._bounds(index, unit.segment)
-        if self.tensors[index].kernel is None:
-            return [self._copy(index, unit.segment, begin, end, reader)]
-        return [self._elementwise(index, unit.segment, begin, end, reader)]
+        tensor, place = self.tensors[index], unit.place
+        if tensor.kernel is None:
+            return [self._copy(index, unit.segment, reader)]
+        if place is None:
+            return _Lost(index)
+        return [self._store(index, unit.segment, compute(tensor, unit.segment, place, reader, self.device))]
 
     def _held(self, unit: _Unit, reader: Reader) -> list[Record] | None:
         """The journal's records of `unit`, where all of them are there and the bytes on disk are theirs."""
@@ -200,14 +253,15 @@ class _Job:
                 record = self.journal.record(index, part)
                 if record is None:
                     return None
-                begin, end = self._bounds(index, part)
+                begin, end = bounds(self.tensors[index], part)
                 if digest(self._written(index, begin, end, reader)).hex() != record.digest:
                     return None
                 records.append(record)
         return records
 
-    def _copy(self, index: int, part: int, begin: int, end: int, reader: Reader) -> Record:
+    def _copy(self, index: int, part: int, reader: Reader) -> Record:
         tensor, source = self.tensors[index], self.tensors[index].inputs[0].tensor
+        begin, end = bounds(tensor, part)
         first = n_bytes(tensor.dtype, (begin,))
         self.writer.copy(
             self.files.descriptor(source.file),
@@ -219,59 +273,17 @@ class _Job:
         hexdigest = digest(self._written(index, begin, end, reader)).hex()
         return Record(index, part, hexdigest, (hexdigest,))
 
-    def _elementwise(self, index: int, part: int, begin: int, end: int, reader: Reader) -> Record:
-        tensor = self.tensors[index]
-        values = [reader.values(source, begin, end, slot) for slot, source in enumerate(tensor.inputs)]
-        hashes = tuple(
-            digest(value).hex() if _is_plain(source) else ""
-            for source, value in zip(tensor.inputs, values, strict=True)
-        )
-        out = reader.buffer("out", n_bytes(tensor.dtype, (end - begin,))).view(TORCH_DTYPES[tensor.dtype])
-        sums = self._compute(tensor, values, out)
-        return self._store(index, part, begin, out, sums, hashes)
-
-    def _compute(self, tensor: PlannedTensor, values: Sequence[Tensor], out: Tensor) -> list[float]:
-        """Fills `out` with the kernel's rounded result; returns [squares, nonfinite, *measures]."""
-        kernel, params = _kernel(tensor), tensor.params
-        compute = compute_dtype((tensor.dtype, *(source.tensor.dtype for source in tensor.inputs)))
-        count = out.numel()
-        block = BLOCK if self.device.type == "cpu" else count
-        totals = [0.0] * (2 + len(kernel.measures))
-        with _stream_of(self.device):
-            for begin in range(0, count, max(block, 1)):
-                piece = slice(begin, begin + block)
-                inputs = [value[piece].to(self.device, non_blocking=True).to(compute) for value in values]
-                stored = kernel.fn(inputs, **params).to(out.dtype)
-                out[piece].copy_(stored, non_blocking=True)
-                for i, value in enumerate(_measure(kernel, params, inputs, stored.to(compute))):
-                    totals[i] += value
-            if self.device.type == "cuda":
-                torch.cuda.current_stream().synchronize()
-        return totals
-
-    def _whole(self, group: Sequence[int], reader: Reader) -> list[Record]:
-        first = self.tensors[group[0]]
-        kernel = _kernel(first)
-        compute = compute_dtype((first.dtype, *(source.tensor.dtype for source in first.inputs)))
-        inputs = [reader.whole(source, slot).to(self.device, compute) for slot, source in enumerate(first.inputs)]
-        result = kernel.fn(inputs, **first.params)
-        results = result if isinstance(result, tuple) else (result,)
+    def _store_whole(self, index: int, computed: Computed) -> list[Record]:
         records = []
-        for index in group:
-            tensor = self.tensors[index]
-            stored = results[tensor.part].to(TORCH_DTYPES[tensor.dtype])
-            measured = _measure(kernel, first.params, inputs, stored.to(compute))
-            flat = stored.cpu().contiguous().view(-1)
-            for part, (begin, end) in enumerate(segments(flat.numel())):
-                sums = measured if part == 0 else [0.0] * len(measured)
-                records.append(self._store(index, part, begin, flat[begin:end], sums, ()))
+        for part, (begin, end) in enumerate(segments(computed.values.numel())):
+            sums = computed.sums if part == 0 else [0.0] * len(computed.sums)
+            records.append(self._store(index, part, Computed(computed.values[begin:end], sums)))
         return records
 
-    def _store(
-        self, index: int, part: int, begin: int, data: Tensor, sums: Sequence[float], hashes: tuple[str, ...]
-    ) -> Record:
-        tensor = self.tensors[index]
-        nonfinite = int(sums[1])
+    def _store(self, index: int, part: int, computed: Computed) -> Record:
+        tensor, data = self.tensors[index], computed.values
+        begin, _ = bounds(tensor, part)
+        nonfinite = int(computed.sums[1])
         if nonfinite and not self.options.allow_nonfinite:
             raise SurgeryError(
                 f"{nonfinite:,} of {data.numel():,} values from element {begin:,} on are NaN or infinite",
@@ -280,7 +292,7 @@ class _Job:
             )
         position = self._position(index) + n_bytes(tensor.dtype, (begin,))
         self.writer.write(self.file_of[index], position, octets(data))
-        return Record(index, part, digest(data).hex(), hashes, tuple(sums))
+        return Record(index, part, digest(data).hex(), computed.input_hashes, tuple(computed.sums))
 
     def _written(self, index: int, begin: int, end: int, reader: Reader) -> Tensor:
         tensor = self.tensors[index]
@@ -303,7 +315,7 @@ class _Job:
                 totals = [math.fsum(column) for column in columns] or [0.0] * len(names)
                 sums[tensor.name] = dict(zip(names, totals, strict=True))
             for slot, source in enumerate(tensor.inputs):
-                if _is_plain(source) and all(len(record.inputs) > slot for record in mine):
+                if is_plain(source) and all(len(record.inputs) > slot for record in mine):
                     parts = (bytes.fromhex(record.inputs[slot]) for record in mine)
                     known[id(source.tensor)] = hash_parts(parts)
         return Outcome(hashes, self._source_hashes(known), sums, resumed)
@@ -313,10 +325,10 @@ class _Job:
         entered = {}
         for tensor in self.tensors:
             for source in tensor.inputs:
-                stored = source.tensor
-                update = (stored.update.a, stored.update.b) if stored.update is not None else ()
-                for part in (stored, *update):
-                    entered[id(part)] = part
+                for stored in source.tensors:
+                    update = (stored.update.a, stored.update.b) if stored.update is not None else ()
+                    for part in (stored, *update):
+                        entered[id(part)] = part
         reader = Reader(self.files)
         for key, stored in entered.items():
             if key not in known:
@@ -329,38 +341,9 @@ class _Job:
                 held.update({part.name: known[id(part)] for part in (stored, *update) if id(part) in known})
         return by_role
 
-    def _bounds(self, index: int, part: int) -> tuple[int, int]:
-        return part * SEGMENT, min((part + 1) * SEGMENT, n_elements(self.tensors[index].shape))
-
     def _position(self, index: int) -> int:
         return self.writer.position(self.file_of[index], self.tensors[index].name)
 
-    def _size(self, record: Record) -> int:
-        begin, end = self._bounds(record.tensor, record.segment)
-        return n_bytes(self.tensors[record.tensor].dtype, (end - begin,))
-
-
-def _measure(kernel: Kernel, params: Mapping[str, object], inputs: Sequence[Tensor], values: Tensor) -> list[float]:
-    flat = values.reshape(-1)
-    squares = torch.dot(flat, flat).item()
-    # One pass finds both; a sum of squares that overflowed is no proof, so then the values are counted.
-    nonfinite = 0 if math.isfinite(squares) else flat.numel() - int(torch.isfinite(flat).sum())
-    extra = kernel.measure(inputs, values, **params) if kernel.measure else ()
-    return [squares, float(nonfinite), *map(float, extra)]
-
-
-def _kernel(tensor: PlannedTensor) -> Kernel:
-    assert tensor.kernel is not None
-    return tensor.kernel
-
-
-def _is_plain(source: Input) -> bool:
-    """Whether what is read is what is stored, in its order, so that its hash is the stored tensor's."""
-    return source.rows is None and source.tensor.update is None and is_float(source.tensor.dtype)
-
-
-def _stream_of(device: torch.device) -> torch.cuda.StreamContext | ExitStack:
-    """Each thread's own CUDA stream, so that copies and arithmetic of several segments overlap."""
-    if device.type != "cuda":
-        return ExitStack()
-    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    def _size(self, index: int, part: int) -> int:
+        begin, end = bounds(self.tensors[index], part)
+        return n_bytes(self.tensors[index].dtype, (end - begin,))

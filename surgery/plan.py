@@ -18,9 +18,38 @@ from surgery.header import Header, build_header
 from surgery.stream import SEGMENT, Input
 
 Number = float | int | str | bool
+Parameter = Number | None | tuple[Number, ...]  # a tuple has one entry per model
 Sums = Sequence[Tensor | float]
 DEFAULT_SHARD_BYTES = 5_000_000_000  # what transformers writes, and what the Hub serves comfortably
 PYTORCH = {"format": "pt"}  # transformers refuses files whose metadata does not say so
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the piece that a kernel sees lies, and what the kernel's passes found out about the whole.
+
+    tensor: the output tensor's name, by which random numbers are seeded. begin: the piece's first element in it.
+    shape: the whole tensor's.
+    """
+
+    tensor: str
+    begin: int
+    shape: tuple[int, ...]
+    known: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One streaming pass over a kernel's inputs, for what it must know about the whole tensor before it can run.
+
+    Args:
+        gather: `gather(tensors, place, **params)` → something small about the piece.
+        settle: `settle(gathered, place, **params)` → additions to `place.known`, from what was gathered of all pieces
+            in their order; `place` is that of the whole tensor, with what earlier passes found.
+    """
+
+    gather: Callable[..., Any]
+    settle: Callable[..., Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -31,17 +60,22 @@ class Kernel:
 
     Args:
         name: stands in plans and manifests; names a formula, so changing the arithmetic changes the name.
-        kind: "elementwise" kernels see 1-D pieces cut anywhere, the same from each input; "whole" kernels see full
-            tensors in their shape, and may return a tuple, of which each planned tensor takes its `part`.
+        kind: "elementwise" kernels see 1-D pieces cut anywhere, the same from each input; "rows" kernels see pieces of
+            whole rows, (rows, width), a vector being one row; "whole" kernels see full tensors in their shape, and may
+            return a tuple, of which each planned tensor takes its `part`.
         measure: `measure(tensors, stored, **params)` → one number or 0-d tensor per name in `measures`: sums over the
             piece, where `stored` is the rounded result, back in the compute dtype. Added up over pieces in fp64.
+        placed: `fn` (and `measure`) take a `Place` after the tensors.
+        passes: run in this order before `fn`, which must then be placed; not for "whole" kernels.
     """
 
     name: str
     fn: Callable[..., Any]
-    kind: Literal["elementwise", "whole"] = "elementwise"
+    kind: Literal["elementwise", "rows", "whole"] = "elementwise"
     measures: tuple[str, ...] = ()
     measure: Callable[..., Sums] | None = None
+    placed: bool = False
+    passes: tuple[Pass, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,8 +87,13 @@ class PlannedTensor:
     shape: tuple[int, ...]
     inputs: tuple[Input, ...]
     kernel: Kernel | None = None
-    params: Mapping[str, Number] = field(default_factory=dict)
+    params: Mapping[str, Parameter] = field(default_factory=dict)
     part: int = 0
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """What must be streamed through before it can be written."""
+        return self.kernel.passes if self.kernel else ()
 
 
 @dataclass(frozen=True)
@@ -238,15 +277,15 @@ def _by_size(
 def _working_set(tensor: PlannedTensor) -> int:
     whole = tensor.kernel is not None and tensor.kernel.kind == "whole"
     fp32 = 4
-    count = sum(
-        (source.tensor.n_elements if whole else min(SEGMENT, source.tensor.n_elements)) for source in tensor.inputs
-    )
+    count = sum((source.n_elements if whole else min(SEGMENT, source.n_elements)) for source in tensor.inputs)
     return count * 2 * fp32
 
 
 def _input_key(source: Input) -> list[Any]:
-    tensor = source.tensor
-    rows = None if source.rows is None else hash_bytes(source.rows.tobytes()).hex()
-    update = tensor.update
-    low_rank = None if update is None else [update.a.name, update.b.name, update.scale, update.transposed]
-    return [str(tensor.file), tensor.name, tensor.start, rows, low_rank]
+    key: list[Any] = []
+    for tensor, rows in ((source.tensor, source.rows), *source.others):
+        update = tensor.update
+        low_rank = None if update is None else [update.a.name, update.b.name, update.scale, update.transposed]
+        row_hash = None if rows is None else hash_bytes(rows.tobytes()).hex()
+        key += [str(tensor.file), tensor.name, tensor.start, row_hash, low_rank]
+    return key

@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoint import StoredTensor
-from surgery.dtypes import n_bytes
+from surgery.dtypes import n_bytes, n_elements
 from surgery.errors import SurgeryError
 from surgery.hashing import hash_bytes, hash_parts
 
@@ -51,15 +52,33 @@ class Input:
 
     rows: int64, one entry per row of the output: which row of `tensor` stands there, −1 for a row of zeros.
         None means that the tensor is read as it lies.
+    others: further tensors with rows of their own; each row of the input is then the mean of those that are given
+        for it, in fp32 (fp64 where one of them is F64).
     """
 
     tensor: StoredTensor
     rows: np.ndarray | None = None
+    others: tuple[tuple[StoredTensor, np.ndarray], ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape that the kernel sees."""
         return self.tensor.shape if self.rows is None else (len(self.rows), *self.tensor.shape[1:])
+
+    @property
+    def n_elements(self) -> int:
+        """Elements that the kernel sees."""
+        return n_elements(self.shape)
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """Every stored tensor that it is read from, updates not counted."""
+        return (self.tensor, *(tensor for tensor, _ in self.others))
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes of `tensors`."""
+        return tuple(tensor.dtype for tensor in self.tensors)
 
 
 def segments(count: int) -> Iterator[tuple[int, int]]:
@@ -157,6 +176,8 @@ class Reader:
     def values(self, source: Input, begin: int, end: int, slot: object) -> Tensor:
         """Elements [begin, end) of `source`, 1-D: in the stored dtype, or in fp32/fp64 where an update was added."""
         tensor = source.tensor
+        if source.others:
+            return self._blended(source, begin, end, slot)
         if source.rows is not None:
             return self._gathered(tensor, source.rows, begin, end, slot)
         stored = self.raw(tensor, begin, end, slot).view(TORCH_DTYPES[tensor.dtype])
@@ -164,7 +185,7 @@ class Reader:
 
     def whole(self, source: Input, slot: object) -> Tensor:
         """All of `source` in its shape; dtype as in `values`."""
-        return self.values(source, 0, source.tensor.n_elements, slot).view(source.tensor.shape)
+        return self.values(source, 0, source.n_elements, slot).view(source.shape)
 
     def _updated(self, tensor: StoredTensor, stored: Tensor, begin: int, end: int, slot: object) -> Tensor:
         update = tensor.update
@@ -182,6 +203,17 @@ class Reader:
             rows = b.view(last - first, rank) @ a
         delta = rows.reshape(-1)[begin - first * width : end - first * width]
         return stored.to(compute) + update.scale * delta
+
+    def _blended(self, source: Input, begin: int, end: int, slot: object) -> Tensor:
+        assert source.rows is not None
+        compute = compute_dtype(source.dtypes)
+        width = source.n_elements // max(len(source.rows), 1)
+        total = torch.zeros(end - begin, dtype=compute)
+        count = np.zeros(end - begin, dtype=np.int64)
+        for number, (tensor, rows) in enumerate(((source.tensor, source.rows), *source.others)):
+            total += self._gathered(tensor, rows, begin, end, (slot, number)).to(compute)
+            count += rows[np.arange(begin, end) // max(width, 1)] >= 0
+        return total.div_(torch.from_numpy(count).clamp_(min=1))
 
     def _gathered(self, tensor: StoredTensor, rows: np.ndarray, begin: int, end: int, slot: object) -> Tensor:
         if begin == end:
@@ -246,7 +278,7 @@ def default_threads() -> int:
 
 
 def run(
-    units: Sequence[Work],
+    units: Iterable[Work],
     work: Callable[[Work, Reader], Result],
     files: SourceFiles,
     *,
@@ -255,6 +287,7 @@ def run(
 ) -> Iterator[Result]:
     """Does `work` on every unit on `threads` threads, each with a reader of its own; yields as units finish.
 
+    Units are taken from the front. Where `units` is a deque, whoever takes the results may add to it meanwhile.
     The first error stops the rest and is raised here.
     """
     local = threading.local()
@@ -271,25 +304,18 @@ def run(
 
     with one_thread_per_operation(), ThreadPoolExecutor(threads, thread_name_prefix="surgery") as pool:
         pending: set[Future[Result | None]] = set()
-        queue = iter(units)
+        queue = units if isinstance(units, deque) else deque(units)
         try:
-            for unit in queue:
-                pending.add(pool.submit(task, unit))
-                if len(pending) >= 2 * threads:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    yield from _results(done)
-            while pending:
+            while queue or pending:
+                while queue and len(pending) < 2 * threads:
+                    pending.add(pool.submit(task, queue.popleft()))
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                yield from _results(done)
+                for future in done:
+                    result = future.result()
+                    assert result is not None
+                    yield result
         finally:
             stop.set()
-
-
-def _results(done: Iterable[Future[Result | None]]) -> Iterator[Result]:
-    for future in done:
-        result = future.result()
-        assert result is not None
-        yield result
 
 
 def keep_freed_memory() -> None:

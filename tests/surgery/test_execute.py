@@ -36,7 +36,7 @@ ROLES = ("target", "tuned", "base")
 def small_segments(monkeypatch: pytest.MonkeyPatch) -> int:
     """Segments of 64 elements: tiny tensors then take many."""
     segment = 64
-    for module in ("surgery.stream", "surgery.execute", "surgery.plan"):
+    for module in ("surgery.stream", "surgery.compute", "surgery.plan"):
         monkeypatch.setattr(f"{module}.SEGMENT", segment)
     return segment
 
@@ -93,9 +93,9 @@ def test_bytes_do_not_depend_on_threads_or_chunks(
     folder = tmp_path_factory.mktemp("determinism")
     write_models(folder, shapes=SHAPES)
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("surgery.stream", "surgery.execute", "surgery.plan"):
+        for module in ("surgery.stream", "surgery.compute", "surgery.plan"):
             patch.setattr(f"{module}.SEGMENT", segment)
-        patch.setattr("surgery.execute.BLOCK", block)
+        patch.setattr("surgery.compute.BLOCK", block)
         run(plan_transfer(folder), folder / "odd", threads=threads)
     run(plan_transfer(folder), folder / "plain", threads=1)
     assert (folder / "odd/target.safetensors").read_bytes() == (folder / "plain/target.safetensors").read_bytes()
@@ -136,7 +136,7 @@ KILLED = textwrap.dedent(
     import os, signal, sys
     from pathlib import Path
     sys.path[:0] = [{tests!r}]
-    for module in ("surgery.stream", "surgery.execute", "surgery.plan"):
+    for module in ("surgery.stream", "surgery.compute", "surgery.plan"):
         setattr(__import__(module, fromlist=["SEGMENT"]), "SEGMENT", 64)
     from surgery.execute import Options, execute
     from test_execute import plan_transfer
@@ -185,7 +185,7 @@ def test_killed_at_any_write_it_resumes_to_identical_bytes(tmp_path: Path) -> No
     assert kills >= 3
     assert not (tmp_path / "out.partial").exists()
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("surgery.stream", "surgery.execute", "surgery.plan"):
+        for module in ("surgery.stream", "surgery.compute", "surgery.plan"):
             patch.setattr(f"{module}.SEGMENT", 64)
         run(plan_transfer(tmp_path), tmp_path / "uninterrupted")
     assert [p.name for p in sorted((tmp_path / "out").iterdir())] == ["target.safetensors"]
