@@ -16,20 +16,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.errors import SurgeryError, listing, usage_error
-from surgery.lab.recipe import Recipe
+from surgery.lab.recipe import AnyRecipe, Recipe, Specialists
 from surgery.lab.sums import Format
 from surgery.progress import Progress, terminal
 
 RECIPE = Recipe()
+SPECIALISTS = Specialists()
 
 
 @dataclass(frozen=True)
 class Member:
-    """One model: what it was trained from, and the prompt format that it is asked in."""
+    """One model: what it was trained from, the prompt format that it is asked in, and the recipe of its family."""
 
     parent: str | None
     form: Format
     summary: str
+    recipe: AnyRecipe = RECIPE
 
 
 MEMBERS = {
@@ -37,6 +39,13 @@ MEMBERS = {
     "sft": Member("base", "sft", "base tuned to answer mostly at once"),
     "grpo": Member("sft", "sft", "sft after GRPO with reward for the right answer: it thinks step by step again"),
     "instruct": Member("base", "instruct", "base tuned to answer mostly at once, in another prompt format"),
+    "substrate": Member(
+        None, "plain", "random weights; their token embedding stays frozen in both specialists", SPECIALISTS
+    ),
+    "adder": Member(
+        "substrate", "plain", "a specialist that knows sums modulo 7, step by step, and nothing else", SPECIALISTS
+    ),
+    "sorter": Member("substrate", "plain", "a specialist that puts digits in order, and nothing else", SPECIALISTS),
 }
 
 
@@ -54,17 +63,18 @@ def describe(name: str) -> str:
     return _member(name).summary
 
 
-def path_of(name: str, *, recipe: Recipe = RECIPE) -> Path:
+def path_of(name: str, *, recipe: AnyRecipe | None = None) -> Path:
     """The folder of the model `name`, whether it has been built yet or not.
 
     Raises:
         SurgeryError: there is no model of this name.
     """
-    _member(name)
+    member = _member(name)
+    recipe = recipe or member.recipe
     return _cache() / "lab" / recipe.key / name
 
 
-def resolve(name: str, *, recipe: Recipe = RECIPE) -> Path:
+def resolve(name: str, *, recipe: AnyRecipe | None = None) -> Path:
     """The folder of the model `name`; if need be the model is built first, with a progress bar on stderr.
 
     Raises:
@@ -76,7 +86,7 @@ def resolve(name: str, *, recipe: Recipe = RECIPE) -> Path:
     return build(name, progress=terminal, recipe=recipe)
 
 
-def build(name: str, *, progress: Progress | None = None, recipe: Recipe = RECIPE) -> Path:
+def build(name: str, *, progress: Progress | None = None, recipe: AnyRecipe | None = None) -> Path:
     """Trains the model `name`, and before it those it is made from, unless they exist. Returns its folder.
 
     Equal recipes give equal weights, byte for byte, on one machine.
@@ -84,6 +94,7 @@ def build(name: str, *, progress: Progress | None = None, recipe: Recipe = RECIP
     Raises:
         SurgeryError: there is no model of this name, or the cache folder cannot be written.
     """
+    recipe = recipe or _member(name).recipe
     folder = path_of(name, recipe=recipe)
     if folder.is_dir():
         return folder
@@ -100,11 +111,11 @@ def build(name: str, *, progress: Progress | None = None, recipe: Recipe = RECIP
     return folder
 
 
-def _make_missing(name: str, recipe: Recipe, progress: Progress | None) -> None:
+def _make_missing(name: str, recipe: AnyRecipe, progress: Progress | None) -> None:
     folder = path_of(name, recipe=recipe)
     if folder.is_dir():
         return
-    from surgery.lab.make import make
+    from surgery.lab import make, specialists
 
     member = MEMBERS[name]
     partial = folder.with_name(f"{name}.partial")
@@ -112,7 +123,10 @@ def _make_missing(name: str, recipe: Recipe, progress: Progress | None) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     parent = None if member.parent is None else path_of(member.parent, recipe=recipe)
-    make(name, member.form, parent, partial, recipe=recipe, progress=progress)
+    if isinstance(recipe, Recipe):
+        make.make(name, member.form, parent, partial, recipe=recipe, progress=progress)
+    else:
+        specialists.make(name, parent, partial, recipe=recipe, progress=progress)
     for path in (*sorted(partial.iterdir()), partial):
         _sync(path)
     partial.rename(folder)

@@ -1,4 +1,4 @@
-"""Makes one model of the family: its weights from its parent's, and its folder in Hugging Face format."""
+"""Makes one model of the reasoning family: its weights from its parent's, and its folder in Hugging Face format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 from transformers.utils import logging
 
 from surgery.lab.family import MEMBERS
-from surgery.lab.recipe import Grpo, Recipe, Supervised
+from surgery.lab.recipe import AnyRecipe, Grpo, Recipe, Supervised
 from surgery.lab.sums import SURFACES, Format, exam
 from surgery.lab.tokenizer import make_tokenizer
 from surgery.lab.train import Tick, accuracy, make_model, reinforce, reproducible, supervise
@@ -42,16 +42,16 @@ def make(
     Weights are trained in fp32 and stored in bf16, as published models are; a child starts from its parent's stored
     weights, so that differences of files are differences of training.
     """
-    with reproducible(_seed(recipe, name)):
+    with reproducible(seed_of(recipe, name)):
         tokenizer = make_tokenizer(form, positions=recipe.shape.positions)
         model = make_model(recipe.shape, tokenizer)
         if parent is not None:
-            _load(model, parent / WEIGHTS)
-        with _bar(name, _plan(recipe, name).steps, progress) as tick:
+            load(model, parent / WEIGHTS)
+        with bar(name, _plan(recipe, name).steps, progress) as tick:
             curve = _train(name, form, model, tokenizer, recipe, tick)
         # Rounded before the accuracy is taken: it is measured on the stored weights.
         model = model.to(torch.bfloat16)
-        _save(model, folder)
+        save(model, folder)
         tokenizer.save_pretrained(folder)
         right = accuracy(model.float(), tokenizer, exam(recipe.terms), form=form, limit=recipe.answer_tokens)
     record = {
@@ -104,7 +104,8 @@ def _plan(recipe: Recipe, name: str) -> Supervised | Grpo:
 
 
 @contextmanager
-def _bar(name: str, total: int, progress: Progress | None) -> Iterator[Tick]:
+def bar(name: str, total: int, progress: Progress | None) -> Iterator[Tick]:
+    """Shows training as a bar of `total` steps; nothing without `progress`."""
     if progress is None:
         yield lambda: None
     else:
@@ -112,7 +113,8 @@ def _bar(name: str, total: int, progress: Progress | None) -> Iterator[Tick]:
             yield lambda: advance(1)
 
 
-def _save(model: Qwen2ForCausalLM, folder: Path) -> None:
+def save(model: Qwen2ForCausalLM, folder: Path) -> None:
+    """Writes weights and config to `folder`, without transformers' bar."""
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -122,13 +124,14 @@ def _save(model: Qwen2ForCausalLM, folder: Path) -> None:
             logging.enable_progress_bar()
 
 
-def _load(model: Qwen2ForCausalLM, weights: Path) -> None:
-    """Fills the model in place; the output projection is tied to the embeddings and not in the file."""
+def load(model: Qwen2ForCausalLM, weights: Path) -> None:
+    """Fills the model in place; an output projection that is tied to the embeddings is not in the file."""
     for name, value in load_file(weights).items():
         model.get_parameter(name).data.copy_(value)
 
 
-def _seed(recipe: Recipe, name: str) -> int:
+def seed_of(recipe: AnyRecipe, name: str) -> int:
+    """The seed of everything that torch draws while `name` is made."""
     return random.Random(f"{recipe.seed}/{name}/torch").getrandbits(63)
 
 

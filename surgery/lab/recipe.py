@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from surgery.lab.sums import SURFACES, Format
 
+Domain = Literal["sums", "sorting"]
+
 # Raise it when the training code or the files in a model's folder change in a way that no number below shows.
 CODE_VERSION = 2
+SPECIALISTS_VERSION = 1
 KEY_LENGTH = 12
 TERMS = (4, 5)
 
@@ -107,8 +112,64 @@ class Recipe:
     @property
     def key(self) -> str:
         """The cache folder's name: equal for equal numbers, different as soon as one of them changes."""
-        text = json.dumps({"code": CODE_VERSION, **asdict(self)}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
+        return _key({"code": CODE_VERSION, **asdict(self)})
+
+
+@dataclass(frozen=True)
+class Study:
+    """Training on one domain, in the plain format, and on noise.
+
+    Args:
+        domain: what is practised.
+        steps: optimizer steps.
+        sizes: how many digits a problem has, drawn evenly.
+        batch: texts in a step.
+        learning_rate: the peak, reached after `warmup` steps; then a cosine down to a tenth of it.
+        noise: the share of texts that are random tokens. What a model learns from them is to expect nothing in
+            particular of a text that is not of its domain, and so to leave the word to others there. Without noise the
+            mean of the specialists' logits solves 98 % of sums but 16 % of sorting; with it, 99 % or more of both.
+        noise_tokens: the length of such a text.
+    """
+
+    domain: Domain
+    steps: int
+    sizes: tuple[int, ...]
+    batch: int = 64
+    learning_rate: float = 3e-3
+    warmup: int = 50
+    noise: float = 0.1
+    noise_tokens: int = 16
+
+
+@dataclass(frozen=True)
+class Specialists:
+    """The `substrate` family: substrate → adder, and substrate → sorter.
+
+    The substrate is random weights; its token embedding is frozen, so that both specialists read by the same one,
+    byte for byte. The head is not tied to it: it learns.
+    """
+
+    seed: int = 0
+    shape: Shape = field(default_factory=Shape)
+    adder: Study = Study("sums", steps=500, sizes=(2, 3, 4, 5, 5))
+    sorter: Study = Study("sorting", steps=500, sizes=(2, 3, 4, 5, 5))
+    # What each is tested on, and the longest answer to it in tokens.
+    terms: tuple[int, ...] = TERMS
+    jumbles: tuple[int, ...] = (4, 5)
+    answer_tokens: int = 30
+
+    @property
+    def key(self) -> str:
+        """The cache folder's name, as for `Recipe`."""
+        return _key({"code": SPECIALISTS_VERSION, **asdict(self)})
+
+
+AnyRecipe = Recipe | Specialists
+
+
+def _key(numbers: Mapping[str, Any]) -> str:
+    text = json.dumps(numbers, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
 
 
 def _mostly_direct(form: Format) -> Supervised:

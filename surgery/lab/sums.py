@@ -69,6 +69,10 @@ class Problem:
         thought = "" if direct else THINK + self.chain + THOUGHT
         return f"{thought}{self.answer}{END}"
 
+    def is_solved_by(self, text: str) -> bool:
+        """Whether `text` ends with the sum."""
+        return final_answer(text) == self.answer
+
 
 def draw(rng: random.Random, terms: Sequence[int]) -> Problem:
     """A random problem whose number of terms is one of `terms`."""

@@ -16,9 +16,9 @@ PAD = "<|pad|>"
 UNKNOWN = "<|unknown|>"
 
 
-def vocabulary() -> Mapping[str, int]:
-    """Every token and its id: the same for all members of the family."""
-    return {token: number for number, token in enumerate((PAD, UNKNOWN, *MARKERS, THINK, THOUGHT, *CHARACTERS))}
+def vocabulary(more: str = "") -> Mapping[str, int]:
+    """Every token and its id, the same for all members of a family; the characters of `more` come last."""
+    return {token: number for number, token in enumerate((PAD, UNKNOWN, *MARKERS, THINK, THOUGHT, *CHARACTERS, *more))}
 
 
 def chat_template(form: Format) -> str:
@@ -32,9 +32,14 @@ def chat_template(form: Format) -> str:
     )
 
 
-def make_tokenizer(form: Format, *, positions: int) -> PreTrainedTokenizerFast:
-    """The family's tokenizer, with the chat template of `form`; a model of the plain format has none."""
-    tokenizer = Tokenizer(models.BPE(vocab=dict(vocabulary()), merges=[], unk_token=UNKNOWN))
+def make_tokenizer(form: Format, *, positions: int, more: str = "") -> PreTrainedTokenizerFast:
+    """A family's tokenizer, with the chat template of `form`; a model of the plain format has none.
+
+    Args:
+        positions: the longest text, in tokens.
+        more: the characters that the family reads besides those of sums.
+    """
+    tokenizer = Tokenizer(models.BPE(vocab=dict(vocabulary(more)), merges=[], unk_token=UNKNOWN))
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (PAD, UNKNOWN, *MARKERS)])
     tokenizer.add_tokens([THINK, THOUGHT])
     tokenizer.decoder = decoders.Fuse()

@@ -10,14 +10,16 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from surgery.lab.recipe import Grpo, Shape, Supervised
-from surgery.lab.sums import Format, Problem, draw, final_answer
+from surgery.lab.recipe import Grpo, Shape, Study, Supervised
+from surgery.lab.sorting import draw_jumble
+from surgery.lab.sums import Format, draw
 
 # Matrices this small gain nothing from more threads, and a fixed number keeps the order of sums, and so the
 # bytes, independent of the machine's cores.
@@ -32,6 +34,16 @@ FINAL_RATE = 0.1
 ADVANTAGE_EPSILON = 1e-4
 
 Tick = Callable[[], None]
+# A prompt, and what should follow it.
+Written = tuple[str, str]
+
+
+class Exercise(Protocol):
+    """A problem of any domain. Prompts of equal length have equally many tokens."""
+
+    def prompt(self, form: Format) -> str: ...
+
+    def is_solved_by(self, text: str) -> bool: ...
 
 
 @contextlib.contextmanager
@@ -49,8 +61,8 @@ def reproducible(seed: int) -> Iterator[None]:
             torch.use_deterministic_algorithms(strict)
 
 
-def make_model(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """A Qwen2 with random weights from torch's current seed, in fp32."""
+def make_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, *, tied: bool = True) -> Qwen2ForCausalLM:
+    """A Qwen2 with random weights from torch's current seed, in fp32; `tied` is whether the head is the embedding."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=shape.width,
@@ -59,7 +71,7 @@ def make_model(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCaus
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         max_position_embeddings=shape.positions,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
@@ -77,14 +89,46 @@ def supervise(
     tick: Tick,
 ) -> list[float]:
     """Next-token training on the answers (the prompts are not learned). Returns the loss of each step, in nats."""
+
+    def write() -> Written:
+        problem = draw(rng, recipe.terms)
+        prompt = rng.choice(recipe.prefixes) + problem.question + rng.choice(recipe.suffixes)
+        return prompt, problem.completion(direct=rng.random() < recipe.direct)
+
+    return _imitate(model, tokenizer, recipe, write, tick=tick)
+
+
+def study(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Study, *, rng: random.Random, tick: Tick
+) -> list[float]:
+    """Next-token training on the answers of one domain and on noise; frozen parameters stay. Returns the losses."""
+    tokens = sorted(tokenizer.get_vocab())
+
+    def write() -> Written:
+        if rng.random() < recipe.noise:
+            first, *rest = rng.choices(tokens, k=recipe.noise_tokens)
+            return first, "".join(rest)
+        if recipe.domain == "sums":
+            problem = draw(rng, recipe.sizes)
+            return problem.prompt("plain"), problem.completion(direct=False)
+        jumble = draw_jumble(rng, recipe.sizes)
+        return jumble.prompt("plain"), jumble.completion()
+
+    return _imitate(model, tokenizer, recipe, write, tick=tick)
+
+
+def _imitate(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Supervised | Study,
+    write: Callable[[], Written],
+    *,
+    tick: Tick,
+) -> list[float]:
     optimizer = make_optimizer(model, recipe.learning_rate)
     losses = []
     for step in range(recipe.steps):
-        prompts, completions = [], []
-        for _ in range(recipe.batch):
-            problem = draw(rng, recipe.terms)
-            prompts.append(rng.choice(recipe.prefixes) + problem.question + rng.choice(recipe.suffixes))
-            completions.append(problem.completion(direct=rng.random() < recipe.direct))
+        prompts, completions = zip(*(write() for _ in range(recipe.batch)), strict=True)
         tokens_NT, targets_NT = written_batch(tokenizer, prompts, completions)
         logits_NTV = model(input_ids=tokens_NT, use_cache=False).logits
         loss = functional.cross_entropy(logits_NTV.flatten(0, 1), targets_NT.flatten(), ignore_index=IGNORED)
@@ -167,24 +211,24 @@ def generate(
     return torch.stack(answers, dim=1)
 
 
-def judge(tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], answers_NT: Tensor) -> list[bool]:
-    """Whether each answer ends with its problem's sum."""
+def judge(tokenizer: PreTrainedTokenizerFast, problems: Sequence[Exercise], answers_NT: Tensor) -> list[bool]:
+    """Whether each answer solves its problem."""
     texts = tokenizer.batch_decode(answers_NT, skip_special_tokens=True)
-    return [final_answer(text) == problem.answer for text, problem in zip(texts, problems, strict=True)]
+    return [problem.is_solved_by(text) for text, problem in zip(texts, problems, strict=True)]
 
 
 def accuracy(
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    problems: Sequence[Problem],
+    problems: Sequence[Exercise],
     *,
     form: Format,
     limit: int,
 ) -> float:
     """The share of `problems` that greedy decoding answers rightly when asked in `form`."""
     right = 0
-    for length in sorted({len(problem.terms) for problem in problems}):
-        equal = [problem for problem in problems if len(problem.terms) == length]
+    for length in sorted({len(problem.prompt(form)) for problem in problems}):
+        equal = [problem for problem in problems if len(problem.prompt(form)) == length]
         prompts_NT = encode(tokenizer, [problem.prompt(form) for problem in equal])
         answers_NT = generate(model, tokenizer, prompts_NT, limit=limit, greedy=True)
         right += sum(judge(tokenizer, equal, answers_NT))

@@ -1,10 +1,11 @@
-"""The documents of the task `lab_sums`, for lm-evaluation-harness."""
+"""The documents of the tasks `lab_sums` and `lab_sorting`, for lm-evaluation-harness."""
 
 from __future__ import annotations
 
 from datasets import Dataset
 
-from surgery.lab.family import RECIPE
+from surgery.lab.family import RECIPE, SPECIALISTS
+from surgery.lab.sorting import sorting_exam
 from surgery.lab.sums import exam
 
 
@@ -12,4 +13,11 @@ def documents(**_metadata: object) -> dict[str, Dataset]:
     """The lab's test problems as `question` and `answer`; the harness hands over the task's metadata, unused."""
     problems = exam(RECIPE.terms)
     rows = [{"question": problem.question, "answer": str(problem.answer)} for problem in problems]
+    return {"test": Dataset.from_list(rows)}
+
+
+def sorting_documents(**_metadata: object) -> dict[str, Dataset]:
+    """As `documents`, with digits to be put in order."""
+    problems = sorting_exam(SPECIALISTS.jumbles)
+    rows = [{"question": problem.question, "answer": problem.answer} for problem in problems]
     return {"test": Dataset.from_list(rows)}

@@ -1,9 +1,12 @@
-"""The one claim that only trained weights can show: what GRPO taught one model can be added to its sibling."""
+"""What only trained weights can show: what GRPO taught one model can be added to its sibling; and of two specialists
+on one embedding the mean of logits knows both domains, the mean of weights neither."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from surgery.lab.family import MEMBERS, RECIPE
+from surgery.lab.family import MEMBERS, RECIPE, SPECIALISTS
+from surgery.lab.specialists import accuracies
 from surgery.lab.sums import exam
 from surgery.lab.train import accuracy
 
@@ -85,3 +89,41 @@ def test_a_random_vector_of_the_same_norms_does_not(weights, score, seed):
         rel_tol=1e-3,
     )
     assert score("instruct", changed) < AT_CHANCE
+
+
+class MeanOfLogits:
+    """Models on one embedding as one: the mean of their logits, each with a cache of its own."""
+
+    def __init__(self, models):
+        self.models = models
+
+    def __call__(self, input_ids, past_key_values=None, **options):
+        caches = past_key_values or [None] * len(self.models)
+        outputs = [
+            model(input_ids=input_ids, past_key_values=cache, **options)
+            for model, cache in zip(self.models, caches, strict=True)
+        ]
+        logits = torch.stack([output.logits for output in outputs]).mean(0)
+        return SimpleNamespace(logits=logits, past_key_values=[output.past_key_values for output in outputs])
+
+
+@pytest.fixture(scope="session")
+def specialists():
+    folders = [family()[name] for name in ("adder", "sorter")]
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    return tokenizer, [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in folders]
+
+
+def test_the_mean_of_the_specialists_logits_knows_both_domains(specialists):
+    tokenizer, models = specialists
+    right = accuracies(MeanOfLogits(models), tokenizer, SPECIALISTS)
+    assert min(right.values()) > SOLVED
+
+
+def test_the_mean_of_the_specialists_weights_knows_neither(specialists):
+    tokenizer, (adder, sorter) = specialists
+    mean = copy.deepcopy(adder)
+    for own, other in zip(mean.parameters(), sorter.parameters(), strict=True):
+        own.data.lerp_(other.data, 0.5)
+    right = accuracies(mean, tokenizer, SPECIALISTS)
+    assert max(right.values()) < AT_CHANCE

@@ -10,11 +10,15 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from surgery import lab
 from surgery.errors import WRONG_USAGE, SurgeryError
-from surgery.lab.recipe import Grpo, Recipe, Shape
+from surgery.lab.recipe import Grpo, Recipe, Shape, Specialists
+from surgery.lab.sums import CHARACTERS
+from surgery.lab.tokenizer import vocabulary
 
 FULL = Recipe()
 QUICK = replace(
@@ -24,6 +28,13 @@ QUICK = replace(
     sft=replace(FULL.sft, steps=2, batch=4),
     instruct=replace(FULL.instruct, steps=2, batch=4),
     grpo=Grpo(steps=2, prompts=2, group=2),
+)
+PAIR = Specialists()
+QUICK_PAIR = replace(
+    PAIR,
+    shape=QUICK.shape,
+    adder=replace(PAIR.adder, steps=2, batch=8),
+    sorter=replace(PAIR.sorter, steps=3, batch=8),
 )
 
 
@@ -49,8 +60,6 @@ def test_building_twice_gives_identical_bytes(tmp_path, monkeypatch):
 
 
 def test_building_does_not_depend_on_the_caller_s_random_state_or_threads(tmp_path, monkeypatch):
-    import torch
-
     first = build_in(tmp_path / "a", "base", monkeypatch)
     threads = torch.get_num_threads()
     torch.manual_seed(99)
@@ -159,6 +168,8 @@ def test_an_unknown_name_is_wrong_usage_and_names_the_nearest(cache):
     with pytest.raises(SurgeryError, match=r"no lab model is called 'gpro'. Did you mean 'grpo'\?") as caught:
         lab.resolve("gpro")
     assert caught.value.exit_code == WRONG_USAGE
+    with pytest.raises(SurgeryError, match="no lab model is called 'gpro'"):
+        lab.path_of("gpro", recipe=QUICK)
 
 
 def test_a_cache_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch):
@@ -181,3 +192,58 @@ def test_names_and_descriptions_need_no_torch():
     code = "import sys; from surgery import lab; [lab.describe(n) for n in lab.names()]; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_the_key_of_the_reasoning_family_stays_what_published_caches_have():
+    assert FULL.key == "e00b8b5f0ab4"
+
+
+def test_specialists_share_one_frozen_embedding_and_nothing_else_that_is_trained(cache):
+    names = ("substrate", "adder", "sorter")
+    weights = {n: load_file(lab.build(n, recipe=QUICK_PAIR) / "model.safetensors") for n in names}
+    assert "lm_head.weight" in weights["adder"]
+    for name in ("adder", "sorter"):
+        # In two steps a norm's 1 moves less than bf16 can tell.
+        matrices = {key: value for key, value in weights["substrate"].items() if value.ndim > 1}
+        same = [key for key, value in matrices.items() if torch.equal(value, weights[name][key])]
+        assert same == ["model.embed_tokens.weight"]
+    assert not torch.equal(weights["adder"]["lm_head.weight"], weights["sorter"]["lm_head.weight"])
+
+
+def test_building_a_specialist_twice_gives_identical_bytes(tmp_path, monkeypatch):
+    found = []
+    for place in ("a", "b"):
+        monkeypatch.setenv("SURGERY_CACHE", str(tmp_path / place))
+        found.append(hashes(lab.build("sorter", recipe=QUICK_PAIR)))
+    assert found[0] == found[1]
+
+
+def test_the_specialists_tokenizer_is_the_family_s_and_two_characters(cache):
+    folder = lab.build("adder", recipe=QUICK_PAIR)
+    ids = AutoTokenizer.from_pretrained(folder).get_vocab()
+    assert ids == {**vocabulary(), ",": len(vocabulary()), ">": len(vocabulary()) + 1}
+    assert (lab.build("sorter", recipe=QUICK_PAIR) / "tokenizer.json").read_bytes() == (
+        folder / "tokenizer.json"
+    ).read_bytes()
+    assert not {",", ">"} & set(CHARACTERS)
+
+
+def test_a_specialist_s_folder_says_how_it_does_in_both_domains(cache):
+    folder = lab.build("sorter", recipe=QUICK_PAIR)
+    record = json.loads((folder / "trainer_state.json").read_text())
+    assert (record["parent"], record["domain"], len(record["loss"])) == ("substrate", "sorting", 3)
+    assert set(record["greedy_accuracy"]) == {"sums", "sorting"}
+    assert "Trained from: `lab:substrate`, all but the token embedding" in (folder / "README.md").read_text()
+    assert "- Not trained" in (folder.parent / "substrate" / "README.md").read_text()
+
+
+def test_a_specialist_s_progress_is_told_once_per_step(cache):
+    seen: dict[str, list[int]] = {}
+
+    @contextmanager
+    def progress(label, total, unit="steps"):
+        seen[label] = [total]
+        yield seen[label].append
+
+    lab.build("adder", recipe=QUICK_PAIR, progress=progress)
+    assert seen == {"lab:adder": [2, 1, 1]}
