@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli import console
 from cli import options as o
+
+if TYPE_CHECKING:
+    from surgery.checkpoint import Checkpoint
 
 
 def register(app: typer.Typer) -> None:
@@ -67,21 +72,65 @@ def verify(model: o.Model, threads: o.Threads = None, as_json: o.Json = False) -
 
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Models to score, side by side.")],
-    task: Annotated[list[str], typer.Option(help="An lm-evaluation-harness task, or lab_sums; may be repeated.")],
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N examples of each task.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="An lm-evaluation-harness task, or lab_sums, or lab_sorting; may be repeated."),
+    ] = None,
+    perplexity: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="TEXT", help='A text to predict: a file, or a .jsonl with "text"; may be repeated.'),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N examples of each task or text.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 64,
     device: o.Device = "cpu",
+    no_card: Annotated[
+        bool, typer.Option("--no-card", help="Leave the model cards of folders that surgery wrote as they are.")
+    ] = False,
     as_json: o.Json = False,
 ) -> None:
-    """Scores of models on lm-evaluation-harness tasks, with 95 % intervals."""
+    """Scores of models on tasks and texts, side by side with 95 % intervals; a result's model card gets them too."""
+    from surgery import scorecard
     from surgery.checkpoint import loadable_folder
+    from surgery.errors import usage_error
     from surgery.evaluate import evaluate as score
-    from surgery.evaluate import score_table
+    from surgery.perplexity import perplexity as score_texts
+    from surgery.perplexity import read_text
+    from surgery.progress import terminal
     from surgery.refs import open_checkpoint
 
-    folders = {model: loadable_folder(open_checkpoint(model)) for model in models}
-    scores = score(folders, task, limit=limit, batch_size=batch_size, device=device)
+    if not task and not perplexity:
+        raise usage_error("nothing to score the models on.", hint="Add --task TASK, --perplexity TEXT, or both.")
+    texts = [read_text(path) for path in perplexity or ()]
+    opened = {model: open_checkpoint(model) for model in models}
+    folders = {model: loadable_folder(checkpoint) for model, checkpoint in opened.items()}
+    _know_ensembles(opened.values())
+    scores = score(folders, task, limit=limit, batch_size=batch_size, device=device) if task else []
+    if texts:
+        scores += score_texts(folders, texts, limit=limit, batch_size=batch_size, device=device, progress=terminal)
     if as_json:
         console.show_json({"scores": scores})
     else:
-        console.show(score_table(scores))
+        console.show(scorecard.score_table(scores))
+    command = _eval_line(models, task or (), perplexity or (), limit)
+    for model in (model for model, checkpoint in opened.items() if scorecard.is_result(checkpoint)):
+        for sentence in scorecard.losses(scores, model):
+            console.tell(f"warning: {sentence}")
+        if not no_card:
+            console.tell(f"Scores are in {scorecard.write_scores(folders[model], scores, command)}")
+
+
+def _know_ensembles(checkpoints: Iterable[Checkpoint]) -> None:
+    """Lets transformers load logit ensembles, where there is one: their class is ours."""
+    if any(checkpoint.config.get("model_type") == "logit_ensemble" for checkpoint in checkpoints):
+        from merges.ensemble_model import register
+
+        register()
+
+
+def _eval_line(models: Sequence[str], tasks: Sequence[str], texts: Sequence[Path], limit: int | None) -> str:
+    """The command line that gives these scores again."""
+    words = ["surgery", "eval", *models]
+    words += [word for task in tasks for word in ("--task", task)]
+    words += [word for text in texts for word in ("--perplexity", str(text))]
+    words += [] if limit is None else ["--limit", str(limit)]
+    return shlex.join(words)

@@ -1,6 +1,7 @@
 """Scores of models on tasks, through lm-evaluation-harness (the extra `eval`): means with 95 % intervals.
 
-Tasks go by the harness's own names; the lab's task `lab_sums` comes with this package and needs no network.
+Tasks go by the harness's own names; the lab's, `lab_sums` and `lab_sorting`, come with this package and need no
+network.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import SurgeryError, listing, usage_error
-from surgery.report import Column, Table
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -40,6 +40,7 @@ class Score:
     `low` and `high` are Wilson's for a mean of zeros and ones, else `value` ± 1.96 standard errors as the harness
     estimates them (from the samples, by bootstrap for metrics that are no means, pooled for groups); NaN where it
     gives none. `metric` names the harness's filter too where the task has more than one. `n` counts samples.
+    `higher_is_better` is None where nobody says.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Score:
     low: float
     high: float
     n: int
+    higher_is_better: bool | None = None
 
 
 def evaluate(
@@ -99,7 +101,7 @@ def load_model(folder: Path | str, name: str, *, device: str = "cpu", dtype: str
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _quiet():
+    with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder))
             model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).to(device).eval()
@@ -128,22 +130,6 @@ def evaluate_loaded(
     return _score(model, tokenizer, name, tasks, manager, limit=limit, batch_size=batch_size, chat=chat, seed=seed)
 
 
-def score_table(scores: Sequence[Score]) -> Table:
-    """Scores side by side, one row each."""
-    columns = [
-        Column("task"),
-        Column("metric"),
-        Column("model"),
-        Column("score", "score"),
-        Column("95 % from", "score"),
-        Column("to", "score"),
-        Column("n", "count"),
-    ]
-    ordered = sorted(scores, key=lambda s: (s.task, s.metric))
-    rows = [(s.task, s.metric, s.model, s.value, s.low, s.high, s.n) for s in ordered]
-    return Table("Scores", columns, rows)
-
-
 def wilson(successes: float, n: int) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson 1927): (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n)."""
     share, spread = successes / n, Z * Z / n
@@ -170,7 +156,7 @@ def _score(
     if chat and not templated:
         raise usage_error("the tokenizer has no chat template.", where=name, hint="Leave the option out.")
     scores = []
-    with _quiet(), _seeded(seed):
+    with quiet(), _seeded(seed):
         from lm_eval.evaluator import evaluate as run
         from lm_eval.models.huggingface import HFLM
 
@@ -210,6 +196,7 @@ def _task_scores(model: str, task: str, row: Mapping[str, Any], results: Mapping
     metrics = _metrics(row)
     several = len({key.partition(",")[2] for key in metrics}) > 1
     n = int(row.get("sample_len") or sum(count["effective"] for count in results["n-samples"].values()))
+    better = results.get("higher_is_better", {}).get(task, {})
     for key in metrics:
         metric, _, sieve = key.partition(",")
         value, error = float(row[key]), row.get(f"{metric}{STDERR},{sieve}")
@@ -223,7 +210,8 @@ def _task_scores(model: str, task: str, row: Mapping[str, Any], results: Mapping
         else:
             spread = Z * float(error) if isinstance(error, int | float) else math.nan
             low, high = value - spread, value + spread
-        yield Score(model, task, f"{metric} ({sieve})" if several else metric, value, low, high, n)
+        shown = f"{metric} ({sieve})" if several else metric
+        yield Score(model, task, shown, value, low, high, n, better.get(metric))
 
 
 def _is_share(samples: Sequence[Any], value: float) -> bool:
@@ -263,7 +251,7 @@ def _find_tasks(tasks: Sequence[str]) -> TaskManager:
 @lru_cache(maxsize=2)
 def _index(defaults: bool) -> TaskManager:
     # Reading the harness's own tasks takes seconds; a sweep would pay that at every α.
-    with _quiet():
+    with quiet():
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as fault:
@@ -275,7 +263,7 @@ def _index(defaults: bool) -> TaskManager:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps the harness's and its libraries' logs, bars and warnings off the terminal; errors still get out."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)

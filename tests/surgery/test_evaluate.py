@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from surgery import evaluate as module
 from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.evaluate import Score, evaluate, evaluate_loaded, wilson
+from surgery.lab.family import MEMBERS, RECIPE
 
 pytest.importorskip("lm_eval")
 
@@ -31,7 +32,7 @@ def no_network(monkeypatch):
 
 
 def test_every_lab_model_is_asked_in_its_own_format(no_network):
-    models = family()
+    models = {name: folder for name, folder in family().items() if MEMBERS[name].recipe is RECIPE}
     scores = evaluate(models, ["lab_sums"])
     assert [(score.model, score.task, score.metric, score.n) for score in scores] == [
         (name, "lab_sums", "exact_match", 400) for name in models
@@ -40,6 +41,18 @@ def test_every_lab_model_is_asked_in_its_own_format(no_network):
         recorded = json.loads((models[score.model] / "trainer_state.json").read_text())["greedy_accuracy"]
         assert score.value == pytest.approx(recorded, abs=NEAR_TIES)
         assert (score.low, score.high) == pytest.approx(wilson(round(score.value * 400), 400))
+
+
+def test_each_specialist_knows_its_own_domain_only(no_network):
+    models = {name: family()[name] for name in ("adder", "sorter")}
+    found = {(score.model, score.task): score for score in evaluate(models, ["lab_sums", "lab_sorting"])}
+    assert found["adder", "lab_sums"].value > 0.95 and found["sorter", "lab_sorting"].value > 0.95
+    # A final digit is right by chance once in seven; digits in order never are.
+    assert found["sorter", "lab_sums"].value < 0.3 and found["adder", "lab_sorting"].value < 0.05
+    for (name, task), score in found.items():
+        recorded = json.loads((models[name] / "trainer_state.json").read_text())["greedy_accuracy"]
+        assert score.value == pytest.approx(recorded[task.removeprefix("lab_")], abs=NEAR_TIES)
+        assert (score.metric, score.n, score.higher_is_better) == ("exact_match", 400, True)
 
 
 def test_a_model_in_memory_scores_as_its_folder_does():
@@ -148,6 +161,14 @@ def test_a_metric_without_standard_error_has_no_interval():
     (score,) = module._read("m", "task", harness_answer(row))
     assert math.isnan(score.low)
     assert math.isnan(score.high)
+
+
+def test_which_way_is_better_comes_from_the_task():
+    row = {"sample_len": 5, "acc,none": 0.4, "word_perplexity,none": 9.0}
+    told = {"task": {"acc": True, "word_perplexity": False}}
+    scores = module._read("m", "task", harness_answer(row, higher_is_better=told))
+    assert [score.higher_is_better for score in scores] == [True, False]
+    assert [score.higher_is_better for score in module._read("m", "task", harness_answer(row))] == [None, None]
 
 
 def test_filters_are_named_where_there_are_several():

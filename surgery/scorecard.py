@@ -1,0 +1,162 @@
+"""Scores of models side by side: the table, what it says against a result, and its place in a model card."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from surgery.checkpoint import MANIFEST, Checkpoint
+from surgery.errors import SurgeryError
+from surgery.evaluate import Score
+from surgery.perplexity import BITS, PERPLEXITY
+from surgery.report import Column, Table, Value, format_value
+from surgery.writer import disk_error, sync
+
+CARD = "README.md"
+BEGIN, END = "<!-- surgery eval: begin -->", "<!-- surgery eval: end -->"
+BEST, WORSE = "★", "▽"
+ARROWS = {True: " ↑", False: " ↓", None: ""}
+
+
+def score_table(scores: Sequence[Score]) -> Table:
+    """One row per task and metric, one column per model: `value [95 % interval]`, the best marked, the worse too.
+
+    ★: the best value of the row. ▽: worse than that, with intervals that do not touch. Neither is given where the
+    metric's good direction is not known, or where all values are equal.
+    """
+    models = list(dict.fromkeys(score.model for score in scores))
+    rows: list[list[Value]] = []
+    for (task, metric), row in _rows(scores).items():
+        arrow = ARROWS[next(iter(row.values())).higher_is_better]
+        counts = list(dict.fromkeys(score.n for score in row.values()))
+        cells = [_cell(row[model], row) if model in row else None for model in models]
+        rows.append([task, metric + arrow, *cells, " / ".join(format_value(n, "count") for n in counts)])
+    columns = [Column("task"), Column("metric"), *map(Column, models), Column("n")]
+    return Table("Scores", columns, rows, note=_note(scores))
+
+
+def losses(scores: Sequence[Score], model: str) -> list[str]:
+    """A sentence for each row of the table in which `model` is marked as worse than the best."""
+    sentences = []
+    for (task, metric), row in _rows(scores).items():
+        best = _best(row)
+        if best is not None and model in row and _is_worse(row[model], best):
+            rule = _rule(row)
+            sentences.append(
+                f"{model} is worse than {best.model} on {task}: {metric} {format_value(row[model].value, rule)} "
+                f"against {format_value(best.value, rule)}, and their 95 % intervals do not touch."
+            )
+    return sentences
+
+
+def is_result(checkpoint: Checkpoint) -> bool:
+    """Whether `checkpoint` is a local folder that this tool wrote, whose card may be changed."""
+    return checkpoint.folder is not None and checkpoint.repo_id is None and (checkpoint.folder / MANIFEST).is_file()
+
+
+def write_scores(folder: Path, scores: Sequence[Score], command: str) -> Path:
+    """Puts the table of `scores`, and the `command` that made it, under `## Scores` in the folder's README.md.
+
+    A section that is there already is replaced, and nothing else is touched; the file changes whole or not at all.
+    Returns the file.
+
+    Raises:
+        SurgeryError: the folder has no surgery.json; the markers around the section are damaged; the file cannot be
+            read or written.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise SurgeryError(f"has no {MANIFEST}: only cards of folders that this tool wrote are changed", where=folder)
+    path = folder / CARD
+    _, _, table = score_table(scores).to_markdown().partition("\n\n")  # its title is the section's
+    section = f"{BEGIN}\n## Scores\n\n{table}\n\n```\n{command}\n```\n{END}\n"
+    try:
+        card = path.read_text(encoding="utf-8") if path.exists() else ""
+        _replace(path, _with_section(card, section, path))
+    except UnicodeDecodeError as error:
+        raise SurgeryError("is not UTF-8", where=path) from error
+    except OSError as error:
+        raise disk_error(error, path) from error
+    return path
+
+
+def _rows(scores: Sequence[Score]) -> dict[tuple[str, str], dict[str, Score]]:
+    """(task, metric) → model → score."""
+    rows: dict[tuple[str, str], dict[str, Score]] = {}
+    for score in scores:
+        rows.setdefault((score.task, score.metric), {})[score.model] = score
+    return rows
+
+
+def _best(row: Mapping[str, Score]) -> Score | None:
+    """The best of a row; None where there is nothing to choose, or nobody says what is better."""
+    known = [score for score in row.values() if not math.isnan(score.value)]
+    if len({score.value for score in known}) < 2 or known[0].higher_is_better is None:
+        return None
+    choose = max if known[0].higher_is_better else min
+    return choose(known, key=lambda score: score.value)
+
+
+def _is_worse(score: Score, best: Score) -> bool:
+    """Whether the two intervals do not touch; False where one is not known."""
+    return score.high < best.low if best.higher_is_better else score.low > best.high
+
+
+def _cell(score: Score, row: Mapping[str, Score]) -> str:
+    rule, best = _rule(row), _best(row)
+    interval = "" if math.isnan(score.low) else f" [{format_value(score.low, rule)}, {format_value(score.high, rule)}]"
+    mark = ""
+    if best is not None and score.value == best.value:
+        mark = f" {BEST}"
+    elif best is not None and _is_worse(score, best):
+        mark = f" {WORSE}"
+    return f"{format_value(score.value, rule)}{interval}{mark}"
+
+
+def _rule(row: Mapping[str, Score]) -> Literal["score", "number"]:
+    """Three decimals for shares; four digits for numbers of any size."""
+    return "number" if any(abs(score.value) > 1 for score in row.values()) else "score"
+
+
+def _note(scores: Sequence[Score]) -> str:
+    note = "In brackets: 95 % intervals. ↑ higher is better, ↓ lower."
+    if len({score.model for score in scores}) > 1:
+        note += f" {BEST} the best of the row; {WORSE} worse than that, and the intervals do not touch."
+    if any(score.metric == PERPLEXITY for score in scores):
+        note += f" {PERPLEXITY.capitalize()} compares only between models of one tokenizer, {BITS} between all."
+    return note
+
+
+def _with_section(card: str, section: str, path: Path) -> str:
+    """`card` with `section` in place of the one it has, else at its end."""
+    begins, ends = card.count(BEGIN), card.count(END)
+    if (begins, ends) == (0, 0):
+        return f"{card.rstrip()}\n\n{section}" if card.strip() else section
+    before, _, rest = card.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if (begins, ends) != (1, 1) or not end:
+        raise SurgeryError(
+            f"does not have each of {BEGIN} and {END} once, in this order",
+            where=path,
+            hint="Remove what is left of the section, or leave the card alone with --no-card.",
+        )
+    return before + section.rstrip("\n") + after
+
+
+def _replace(path: Path, text: str) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        # mkstemp's file is for its owner alone; a card is to be read by whoever reads the weights.
+        temporary.chmod(path.stat().st_mode if path.exists() else 0o644)
+        sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
