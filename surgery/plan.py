@@ -288,4 +288,6 @@ def _input_key(source: Input) -> list[Any]:
         low_rank = None if update is None else [update.a.name, update.b.name, update.scale, update.transposed]
         row_hash = None if rows is None else hash_bytes(rows.tobytes()).hex()
         key += [str(tensor.file), tensor.name, tensor.start, row_hash, low_rank]
+    if source.constant is not None:
+        key += [hash_bytes(part.tobytes()).hex() for part in source.constant]
     return key

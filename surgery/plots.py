@@ -80,14 +80,8 @@ def similarity(
     series: name of the pair → (n groups,).
     """
     canvas, axes = _axes(title, height=4.0)
-    labels: list[Label] = []
-    lowest = 0.0
-    for (name, values), colour in zip(series.items(), itertools.cycle(COLOURS), strict=False):
-        heights = [math.nan if value is None else value for value in values]
-        axes.plot(range(len(heights)), heights, color=colour, linewidth=1.8, marker="o", markersize=3.5)
-        known = [height for height in heights if not math.isnan(height)]
-        labels += [(known[-1], name, colour)] if known else []
-        lowest = min([lowest, *known])
+    labels = _lines(axes, series)
+    lowest = min([0.0, *_known(series)])
     # The axis is that of cosines, not of these ones: a small difference must not look like a large one.
     axes.set_ylim(min(-0.05, lowest - 0.05), 1.05)
     axes.axhline(0, color=SOFT, linewidth=0.8)
@@ -95,6 +89,38 @@ def similarity(
     axes.set_ylabel("cosine")
     _name_lines(axes, labels)
     return _figure(canvas, title, caption)
+
+
+def distances(
+    title: str, groups: Sequence[str], series: Mapping[str, Sequence[float | None]], *, caption: str = ""
+) -> Figure:
+    """Lines: how far a result is from each of several models, group by group, as a fraction; None leaves a gap.
+
+    series: name of the model → (n groups,).
+    """
+    canvas, axes = _axes(title, height=4.0)
+    percent = {name: [None if value is None else 100 * value for value in values] for name, values in series.items()}
+    labels = _lines(axes, percent)
+    axes.set_ylim(bottom=0)
+    _group_ticks(axes, groups)
+    axes.set_ylabel("distance ‖OUT−x‖ / ‖x‖  (%)")
+    _name_lines(axes, labels)
+    return _figure(canvas, title, caption)
+
+
+def _lines(axes: Axes, series: Mapping[str, Sequence[float | None]]) -> list[Label]:
+    """Draws a line for each series; returns what is to be written at their ends."""
+    labels: list[Label] = []
+    for (name, values), colour in zip(series.items(), itertools.cycle(COLOURS), strict=False):
+        heights = [math.nan if value is None else value for value in values]
+        axes.plot(range(len(heights)), heights, color=colour, linewidth=1.8, marker="o", markersize=3.5)
+        known = _known({name: values})
+        labels += [(known[-1], name, colour)] if known else []
+    return labels
+
+
+def _known(series: Mapping[str, Sequence[float | None]]) -> list[float]:
+    return [value for values in series.values() for value in values if value is not None and not math.isnan(value)]
 
 
 def scale_curve(

@@ -41,8 +41,13 @@ class Preflight:
             raise SurgeryError("\n  ".join(self.faults), where=where)
 
 
-def check_config(preflight: Preflight, target: Checkpoint, donor: Mapping[str, object], donor_name: str) -> None:
-    """Compares the two models' architecture; a difference that no shape shows would garble the result."""
+def check_config(
+    preflight: Preflight, target: Checkpoint, donor: Mapping[str, object], donor_name: str, *, any_depth: bool = False
+) -> None:
+    """Compares the two models' architecture; a difference that no shape shows would garble the result.
+
+    any_depth: the models may differ in their number of layers.
+    """
     if not target.config or not donor:
         preflight.facts["architecture"] = "not compared: no config.json on both sides"
         return
@@ -52,7 +57,8 @@ def check_config(preflight: Preflight, target: Checkpoint, donor: Mapping[str, o
             f"architectures differ: {target.ref} is {kinds[0]}, {donor_name} is {kinds[1]}. Use models of one family."
         )
         return
-    keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    depth = () if any_depth else ("num_hidden_layers",)
+    keys = (*depth, "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     different = [
         f"{key} {target.config[key]} / {donor[key]}"
         for key in keys

@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +39,14 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
 }
 
+# Unsigned type of the same width, and the bits of the greatest finite value.
+_FINITE: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
+    "F64": (np.uint64, 0x7FEF_FFFF_FFFF_FFFF),
+    "F32": (np.uint32, 0x7F7F_FFFF),
+    "F16": (np.uint16, 0x7BFF),
+    "BF16": (np.uint16, 0x7F7F),
+}
+
 _LIBC = ctypes.CDLL(None)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -53,12 +61,14 @@ class Input:
     rows: int64, one entry per row of the output: which row of `tensor` stands there, −1 for a row of zeros.
         None means that the tensor is read as it lies.
     others: further tensors with rows of their own; each row of the input is then the mean of those that are given
-        for it, in fp32 (fp64 where one of them is F64).
+        for it, in fp32 (fp64 where one of them is F64); zeros where none is.
+    constant: (rows, value): which rows, ascending, are (width,) `value` instead.
     """
 
     tensor: StoredTensor
     rows: np.ndarray | None = None
     others: tuple[tuple[StoredTensor, np.ndarray], ...] = ()
+    constant: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -176,7 +186,7 @@ class Reader:
     def values(self, source: Input, begin: int, end: int, slot: object) -> Tensor:
         """Elements [begin, end) of `source`, 1-D: in the stored dtype, or in fp32/fp64 where an update was added."""
         tensor = source.tensor
-        if source.others:
+        if source.others or source.constant is not None:
             return self._blended(source, begin, end, slot)
         if source.rows is not None:
             return self._gathered(tensor, source.rows, begin, end, slot)
@@ -207,13 +217,20 @@ class Reader:
     def _blended(self, source: Input, begin: int, end: int, slot: object) -> Tensor:
         assert source.rows is not None
         compute = compute_dtype(source.dtypes)
-        width = source.n_elements // max(len(source.rows), 1)
-        total = torch.zeros(end - begin, dtype=compute)
-        count = np.zeros(end - begin, dtype=np.int64)
+        width = max(source.n_elements // max(len(source.rows), 1), 1)
+        first, last = begin // width, -(-end // width)
+        total = torch.zeros((last - first, width), dtype=compute)
+        count = np.zeros(last - first, dtype=np.int64)
         for number, (tensor, rows) in enumerate(((source.tensor, source.rows), *source.others)):
-            total += self._gathered(tensor, rows, begin, end, (slot, number)).to(compute)
-            count += rows[np.arange(begin, end) // max(width, 1)] >= 0
-        return total.div_(torch.from_numpy(count).clamp_(min=1))
+            own = self._gathered(tensor, rows, first * width, last * width, (slot, number))
+            total += own.view(-1, width).to(compute)
+            count += rows[first:last] >= 0
+        total /= torch.from_numpy(np.maximum(count, 1))[:, None]
+        if source.constant is not None:
+            fixed, value = source.constant
+            here = fixed[np.searchsorted(fixed, first) : np.searchsorted(fixed, last)] - first
+            total[torch.from_numpy(here)] = torch.from_numpy(value).to(compute)
+        return total.view(-1)[begin - first * width : end - first * width]
 
     def _gathered(self, tensor: StoredTensor, rows: np.ndarray, begin: int, end: int, slot: object) -> Tensor:
         if begin == end:
@@ -270,6 +287,19 @@ def digest(data: Tensor) -> bytes:
 def hash_tensor(reader: Reader, tensor: StoredTensor) -> str:
     """The hash of what is stored on disk (an adapter's update not included)."""
     return hash_parts(digest(reader.raw(tensor, begin, end, "hash")) for begin, end in segments(tensor.n_elements))
+
+
+def count_nonfinite(data: Tensor, dtype: str) -> int:
+    """How many values among a float tensor's stored bytes (uint8) are NaN or infinite."""
+    if not data.numel():
+        return 0
+    if dtype in _FINITE:
+        # Without its sign bit a float orders as its bits do, and all that is not finite comes last.
+        unsigned, greatest = _FINITE[dtype]
+        bits = data.numpy().view(unsigned) & unsigned(np.iinfo(unsigned).max >> 1)
+        return 0 if bits.max() <= greatest else int(np.count_nonzero(bits > greatest))
+    values = data.view(TORCH_DTYPES[dtype]).float()
+    return values.numel() - int(torch.isfinite(values).sum())
 
 
 def default_threads() -> int:

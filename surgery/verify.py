@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from surgery.checkpoint import MANIFEST, StoredTensor
 from surgery.errors import listing
 from surgery.execute import Options
@@ -15,9 +13,9 @@ from surgery.manifest import read_manifest
 from surgery.refs import open_checkpoint
 from surgery.report import format_value
 from surgery.stream import (
-    TORCH_DTYPES,
     Reader,
     SourceFiles,
+    count_nonfinite,
     default_threads,
     digest,
     run,
@@ -87,9 +85,7 @@ def verify(model: str, *, options: Options = Options()) -> VerifyReport:
             data = reader.raw(tensor, begin, end, "verify")
             digests.append(digest(data))
             if tensor.is_float:
-                values = data.view(TORCH_DTYPES[tensor.dtype])
-                wide = values if tensor.dtype == "F64" else values.float()
-                nonfinite += wide.numel() - int(torch.isfinite(wide).sum())
+                nonfinite += count_nonfinite(data, tensor.dtype)
         return tensor, hash_parts(digests), nonfinite
 
     changed, bad = [], {}

@@ -1,0 +1,210 @@
+"""The parameter language of merge configs: what a method's parameters are, and a setting's value for one tensor.
+
+A setting is written as a scalar, a list (numbers: a gradient over the layers; other scalars: picked by position), one
+`{filter, value}` or a list of them. All of these become one form here: a tuple of `Rule`s, of which the first that
+applies to a tensor's name counts. A scalar is a list of one.
+
+Where a layer stands is a number t in [0, 1]: see `layer_position`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Scalar = bool | int | float | str
+Kind = Literal["number", "integer", "boolean", "text"]
+BaseModel = Literal["required", "optional", "none"]
+
+EVERYTHING = "*"
+MAX_SHOWN = 60  # characters of a wrong value in an error
+# Embeddings, final norm and head lie in no layer; mergekit gives them the start of every gradient.
+EDGE_POSITION = 0.0
+
+_TRUE = frozenset({"true", "yes", "on", "1"})
+_FALSE = frozenset({"false", "no", "off", "0"})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`values` for the tensors whose name contains `filter`; for all of them where it is None or `*`."""
+
+    values: tuple[Scalar, ...]
+    filter: str | None = None
+
+    def applies(self, tensor_name: str) -> bool:
+        """Whether this rule speaks about the tensor."""
+        return self.filter is None or self.filter == EVERYTHING or self.filter in tensor_name
+
+
+Setting = tuple[Rule, ...]
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One parameter of a merge method.
+
+    Args:
+        default: its value where a config sets none; None if every config must set one.
+        per_model: whether each input has its own value, rather than the tensor one value.
+        low, high: bounds of numbers and integers, inclusive unless `low_open` or `high_open`; None for no bound.
+        summary: one line for people, without a full stop.
+    """
+
+    name: str
+    kind: Kind
+    default: Scalar | None = None
+    per_model: bool = False
+    low: float | None = None
+    high: float | None = None
+    low_open: bool = False
+    high_open: bool = False
+    summary: str = ""
+
+    @property
+    def rule(self) -> str:
+        """What a value must be, for people: `a number in (0, 1]`."""
+        if self.kind == "boolean":
+            return "true or false"
+        if self.kind == "text":
+            return "text"
+        noun = "a number" if self.kind == "number" else "a whole number"
+        if self.low is not None and self.high is not None:
+            left, right = "(" if self.low_open else "[", ")" if self.high_open else "]"
+            return f"{noun} in {left}{self.low:g}, {self.high:g}{right}"
+        if self.low is not None:
+            return f"{noun} {'>' if self.low_open else '≥'} {self.low:g}"
+        if self.high is not None:
+            return f"{noun} {'<' if self.high_open else '≤'} {self.high:g}"
+        return noun
+
+    def read(self, value: object) -> Scalar:
+        """`value` as this parameter's kind: a float, int, bool or str.
+
+        Numbers may be written as text (YAML 1.1 reads `1e-5` as text), whole numbers as `10.0`, and truth as 0 or 1
+        or one of the words that YAML knows, as mergekit takes them.
+
+        Raises:
+            ValueError: another kind, not finite, or out of bounds; the text names value and rule.
+        """
+        number: float | int | None
+        if self.kind == "text":
+            if isinstance(value, str):
+                return value
+        elif self.kind == "boolean":
+            word = f"{value:g}" if isinstance(value, float) else str(value).lower()
+            if word in _TRUE or word in _FALSE:
+                return word in _TRUE
+        else:
+            number = _number(value) if self.kind == "number" else _integer(value)
+            if number is None and isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"got {value}, expected a finite number")
+            if number is not None and self._is_inside(number):
+                return number
+        raise ValueError(f"got {shown(value)}, expected {self.rule}")
+
+    def _is_inside(self, number: float) -> bool:
+        above = self.low is None or (number > self.low if self.low_open else number >= self.low)
+        below = self.high is None or (number < self.high if self.high_open else number <= self.high)
+        return above and below
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """What the config of one merge method may say.
+
+    Args:
+        base: "required" and "optional" methods set the base model apart from the models they merge, and give it no
+            values of per-model parameters. To a method of "none" it is a model like any other.
+        models: the least and the greatest number of models merged, not counting the base unless `base` is "none";
+            None for no limit.
+        summary: one line for people. paper: where the method comes from.
+        joins_base: whether a method of "none" that is given `models:` and a base model beside them merges that one
+            too under `compat: mergekit` (its karcher does).
+    """
+
+    name: str
+    parameters: tuple[ParameterSpec, ...] = ()
+    base: BaseModel = "none"
+    models: tuple[int, int | None] = (1, None)
+    summary: str = ""
+    paper: str = ""
+    joins_base: bool = False
+
+    def parameter(self, name: str) -> ParameterSpec | None:
+        """The parameter called `name`, or None."""
+        return next((spec for spec in (*self.parameters, INT8_MASK) if spec.name == name), None)
+
+
+# Taken from every config and without effect: masks here take no memory that would be worth saving.
+INT8_MASK = ParameterSpec("int8_mask", "boolean", False, summary="Without effect: masks are never kept")
+
+
+def layer_position(index: int, n_layers: int) -> float:
+    """t of layer `index` of the `n_layers` of one section: from 0 at its first layer to 1 at its last.
+
+    The only layer of a section stands at 1, as in mergekit 0.1.5 (seen by running it).
+    """
+    return index / (n_layers - 1) if n_layers > 1 else 1.0
+
+
+def resolve(setting: Setting, tensor_name: str, t: float) -> Scalar | None:
+    """The value that `setting` gives the tensor at position t in [0, 1]; None where no rule applies to it.
+
+    The n values of a rule are spread evenly over [0, 1]. Numbers are interpolated linearly, whole ones then rounded;
+    of booleans and texts it is the value at int(t·(n−1)).
+    """
+    for rule in setting:
+        if rule.applies(tensor_name):
+            return _at(rule.values, t)
+    return None
+
+
+def shown(value: object) -> str:
+    """`value` as a config writes it, on one line, cut where it is long."""
+    text = " ".join(_written(value).split())
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
+
+
+def _written(value: object) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_written(inner)}' for key, inner in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_written(inner) for inner in value)}]"
+    return str(value)
+
+
+def _at(values: Sequence[Scalar], t: float) -> Scalar:
+    place = t * (len(values) - 1)
+    below = int(place)
+    low, high = values[below], values[min(below + 1, len(values) - 1)]
+    if isinstance(low, (bool, str)) or isinstance(high, (bool, str)):
+        return low
+    share = place - below
+    between = (1 - share) * low + share * high
+    return round(between) if isinstance(low, int) and isinstance(high, int) else between
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):  # no number, or a whole one beyond 1.8e308
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _integer(value: object) -> int | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    number = _number(value)
+    return int(number) if number is not None and number.is_integer() else None
