@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cli import console, lab, models, vector
+from cli import console, lab, merge, models, vector
 from surgery.errors import FAILED, SurgeryError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 models.register(app)
 app.add_typer(vector.app, name="vector")
+app.add_typer(merge.app, name="merge")
 app.add_typer(lab.app, name="lab")
 
 # Importing torch makes a few hundred thousand objects that stay; looking through them again and again for garbage takes

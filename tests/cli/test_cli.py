@@ -132,6 +132,42 @@ def test_json_is_one_object_on_stdout(models: Path, tmp_path: Path) -> None:
         assert isinstance(json.loads(result.stdout), dict), command
 
 
+def test_eval_puts_members_and_result_side_by_side_and_into_the_result_s_card(models: Path, tmp_path: Path) -> None:
+    text, out = tmp_path / "text.jsonl", tmp_path / "out"
+    text.write_text('{"text": "w10 w11 w12 w13"}\n{"text": "w20 w21 w22"}\n')
+    surgery("vector", "transfer", "tuned", "base", "target", "-o", out, cwd=models)
+    card = (out / "README.md").read_text()
+
+    untouched = surgery("eval", "base", out, "--perplexity", text, "--no-card", "--json", cwd=models)
+    assert untouched.returncode == 0, untouched.stderr
+    scores = json.loads(untouched.stdout)["scores"]
+    assert [(s["model"], s["metric"], s["n"]) for s in scores[:4:3]] == [
+        ("base", "perplexity", 5),
+        (str(out), "perplexity", 5),
+    ]
+    assert (out / "README.md").read_text() == card
+
+    shown = surgery("eval", "base", out, "--perplexity", text, cwd=models)
+    assert "perplexity ↓" in shown.stdout and "★" in shown.stdout
+    assert f"Scores are in {out / 'README.md'}" in shown.stderr
+    written = (out / "README.md").read_text()
+    assert written.startswith(card) and f"surgery eval base {out} --perplexity {text}" in written
+    assert "## Scores" not in "".join(path.read_text() for path in models.glob("*/README.md"))
+
+
+def test_eval_loads_a_logit_ensemble(models: Path, tmp_path: Path) -> None:
+    from merges.logits import average
+
+    text, out = tmp_path / "text.txt", tmp_path / "ensemble"
+    text.write_text("w10 w11 w12 w13 w20 w21 w22")
+    average([str(models / "base"), str(models / "tuned")], out)
+    result = surgery("eval", models / "base", models / "tuned", out, "--perplexity", text, "--json")
+    assert result.returncode == 0, result.stderr
+    values = [s["value"] for s in json.loads(result.stdout)["scores"] if s["metric"] == "nats per token"]
+    # The mean of logits is the normalised geometric mean: never worse than the members' mean loss.
+    assert len(values) == 3 and values[2] <= (values[0] + values[1]) / 2 + 1e-6
+
+
 def test_an_error_is_one_line_and_debug_shows_where(models: Path) -> None:
     plain = surgery("inspect", "nowhere", cwd=models)
     assert (plain.returncode, plain.stdout) == (2, "")
@@ -170,6 +206,8 @@ BAD_USAGE = [
     (["vector", "apply", "nowhere", "target", "-o", "out"], "no such vector folder"),
     (["vector", "compare", "base"], "got 1 vector, expected two or more"),
     (["lab", "build", "grpoo"], "grpo"),
+    (["eval", "base"], "nothing to score the models on. Add --task TASK, --perplexity TEXT, or both."),
+    (["eval", "base", "--perplexity", "nowhere.txt"], "nowhere.txt: cannot be read"),
     (["inspect", "lab:nothing"], "nothing"),
 ]
 

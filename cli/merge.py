@@ -1,0 +1,178 @@
+"""`surgery merge …`: models merged on their weights, by a mergekit config or by the name of a method."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from typer.core import TyperGroup
+
+from cli import console, logits
+from cli import options as o
+
+if TYPE_CHECKING:
+    from merges.schema import Compat, MergeConfig
+
+WEIGHTS = "weights"  # the command behind `surgery merge CONFIG.yml` and `surgery merge METHOD A B`
+CONFIGS = (".yml", ".yaml", ".json")
+
+
+class _Group(TyperGroup):
+    """A group whose first word may also be a config file or a method: then it is the command `weights`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            return WEIGHTS, self.commands[WEIGHTS], args
+        return super().resolve_command(ctx, args)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [name for name in super().list_commands(ctx) if name != WEIGHTS]
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Merges models: on their weights (arithmetic in fp32, rounded once), or by averaging their logits.\n\n"
+    "surgery merge CONFIG.yml -o OUT: a mergekit config, unchanged.\n\n"
+    "surgery merge METHOD A B … [--base X] [--weight …] -o OUT: the common cases without a file; "
+    "`surgery merge weights --help` lists the options.",
+    no_args_is_help=True,
+    context_settings={"ignore_unknown_options": True},
+    epilog="Example: surgery merge ties lab:sft lab:grpo --base lab:base --weight 0.5 --density 0.4 -o merged",
+)
+
+
+def _parameter(summary: str) -> Any:
+    return typer.Option(metavar="VALUE", help=summary)
+
+
+Values = list[str] | None
+
+
+@app.command(
+    name=WEIGHTS,
+    epilog="Example: surgery merge slerp lab:grpo --base lab:sft --t '[0, 0.5, 1]' --dtype bfloat16 -o out",
+)
+def weights(
+    what: Annotated[str, typer.Argument(metavar="CONFIG.yml | METHOD", help="See `surgery merge methods`.")],
+    out: o.Out,
+    models: Annotated[list[str] | None, typer.Argument(metavar="A B …", help="The models, after a METHOD.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help="The base model.")] = None,
+    weight: Annotated[
+        Values, _parameter("One for all models, or one per model; a list is a gradient over depth.")
+    ] = None,
+    density: Annotated[Values, _parameter("Share of each task vector that is kept.")] = None,
+    t: Annotated[
+        Values, _parameter("slerp: 0 is the base, 1 the other model; nearswap: the difference to swap.")
+    ] = None,
+    lambda_: Annotated[Values, typer.Option("--lambda", metavar="VALUE", help="Scales the merged task vector.")] = None,
+    gamma: Annotated[Values, _parameter("breadcrumbs: share of outliers dropped.")] = None,
+    epsilon: Annotated[
+        Values, _parameter("della: half-width of its probabilities; ram: what counts as no change.")
+    ] = None,
+    normalize: Annotated[bool | None, typer.Option(help="Divide by the sum of the weights.")] = None,
+    rescale: Annotated[bool | None, typer.Option(help="Make up for what sparsifying took away.")] = None,
+    scale: Annotated[Values, _parameter("passthrough: what tensors are multiplied by.")] = None,
+    select_topk: Annotated[Values, _parameter("sce: share of the varying elements selected.")] = None,
+    r: Annotated[Values, _parameter("ramplus_tl: how much unique changes are amplified.")] = None,
+    alpha: Annotated[Values, _parameter("ramplus_tl: bound of the ratio that amplifies.")] = None,
+    max_iter: Annotated[Values, _parameter("karcher: steps at most.")] = None,
+    tol: Annotated[Values, _parameter("karcher: the step at which to stop.")] = None,
+    eps: Annotated[Values, _parameter("multislerp: lengths below this count as none.")] = None,
+    normalize_weights: Annotated[bool | None, typer.Option(help="multislerp: divide the weights by their sum.")] = None,
+    filter_wise: Annotated[bool | None, typer.Option(help="model_stock: an angle per row.")] = None,
+    nuslerp_flatten: Annotated[bool | None, typer.Option(help="nuslerp: one angle for the whole tensor.")] = None,
+    nuslerp_row_wise: Annotated[bool | None, typer.Option(help="nuslerp, not flat: an angle per column.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Store float tensors as float32, bfloat16, …")] = None,
+    tokenizer_source: Annotated[str | None, typer.Option(metavar="union|base|MODEL", help="Align tokens.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help="auto, chatml, llama3, … or a Jinja text.")] = None,
+    compat: Annotated[
+        str, typer.Option(help="Whose arithmetic, where they differ: mergekit's or the paper's (mergekit | paper).")
+    ] = "mergekit",
+    seed: Annotated[int, typer.Option(help="Of methods that draw at random.")] = 0,
+    plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw how far OUT is from each model.")] = None,
+    dry_run: o.DryRun = False,
+    overwrite: o.Overwrite = False,
+    allow_nonfinite: o.AllowNonfinite = False,
+    threads: o.Threads = None,
+    device: o.Device = "cpu",
+    as_json: o.Json = False,
+) -> None:
+    """Write the merge of models' weights, from a mergekit config or by a method's name."""
+    from merges.config import read_configs
+    from merges.merge import merge
+    from surgery.errors import usage_error
+
+    given: dict[str, Any] = {
+        "weight": weight, "density": density, "t": t, "lambda": lambda_, "gamma": gamma, "epsilon": epsilon,
+        "normalize": normalize, "rescale": rescale, "scale": scale, "select_topk": select_topk, "r": r, "alpha": alpha,
+        "max_iter": max_iter, "tol": tol, "eps": eps, "normalize_weights": normalize_weights,
+        "filter_wise": filter_wise, "nuslerp_flatten": nuslerp_flatten, "nuslerp_row_wise": nuslerp_row_wise,
+    }  # fmt: skip
+    parameters = {name: value for name, value in given.items() if value is not None}
+    options = o.options(threads, device, overwrite=overwrite, allow_nonfinite=allow_nonfinite)
+    text = ""
+    configs: tuple[MergeConfig, ...]
+    if what.endswith(CONFIGS) or Path(what).is_file():
+        stray = [*(models or ()), *parameters]
+        if stray or base or dtype or tokenizer_source or chat_template:
+            raise usage_error("a config says all of this itself", where=f"merge {what}", hint="Edit the config.")
+        configs = read_configs(Path(what), methods=_specs())
+        text = Path(what).read_text(encoding="utf-8-sig")
+    else:
+        configs = (
+            _config(
+                what, models or (), parameters, base=base, dtype=dtype, tokenizer_source=tokenizer_source,
+                chat_template=chat_template, seed=seed, compat=cast("Compat", compat),
+            ),
+        )  # fmt: skip
+    report = merge(configs, out, line=["surgery", *sys.argv[1:]], text=text, dry_run=dry_run, options=options)
+    if plot and not dry_run:
+        report.figure().save(plot)
+        console.tell(f"Picture: {plot}")
+    if as_json:
+        console.show_json(report)
+        return
+    console.show_preflight(report.preflight, report.warnings)
+    if report.models:
+        console.show(report.table())
+    console.tell("Nothing written (--dry-run)." if report.dry_run else f"Wrote {report.out}")
+
+
+@app.command(epilog="Example: surgery merge methods")
+def methods(as_json: o.Json = False) -> None:
+    """Every method: its parameters, what it does, where it comes from."""
+    from merges.report import methods_table
+
+    specs = _specs()
+    if as_json:
+        console.show_json(specs)
+    else:
+        console.show(methods_table(specs.values()))
+
+
+app.command(epilog="Example: surgery merge logits lab:sft lab:grpo -o ensemble")(logits.logits)
+app.command(epilog="Example: surgery merge unpack ensemble -o members")(logits.unpack)
+
+
+def _specs() -> dict[str, Any]:
+    from merges.methods import METHODS
+
+    return {name: method.spec for name, method in METHODS.items()}
+
+
+def _config(method: str, models: Any, parameters: dict[str, Any], **more: Any) -> MergeConfig:
+    """A command line as a config; values are written as in YAML, so that a list is a gradient."""
+    import yaml
+
+    from merges.config import config_for_method
+    from surgery.errors import usage_error
+
+    values: dict[str, list[object]] = {}
+    for name, given in parameters.items():
+        try:
+            values[name] = [yaml.safe_load(v) for v in given] if isinstance(given, list) else [given]
+        except yaml.YAMLError as error:
+            raise usage_error(f"got {given!r}, expected a number or a list", where=f"--{name}") from error
+    return config_for_method(method, models, methods=_specs(), parameters=values, **more)

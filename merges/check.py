@@ -1,0 +1,113 @@
+"""What is checked of a merge's models before a byte is written: family, vocabulary, and that all values are finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from surgery.checkpoint import Checkpoint, StoredTensor
+from surgery.errors import SurgeryError, listing
+from surgery.execute import Options
+from surgery.preflight import Preflight, check_config
+from surgery.stream import Reader, SourceFiles, count_nonfinite, default_threads, run, segments
+from surgery.vocab import Vocabulary, read_vocabulary
+
+ALIGN = "Say `tokenizer_source: union`, `base` or a model: rows are then aligned by token."
+_EXAMPLES = 3
+
+
+def check_models(
+    preflight: Preflight, template: Checkpoint, checkpoints: Iterable[Checkpoint], *, sliced: bool
+) -> None:
+    """Adds faults for models of another architecture than the template's.
+
+    sliced: whether the config chooses layers, so that their number may differ.
+    """
+    for checkpoint in checkpoints:
+        if checkpoint is not template:
+            check_config(preflight, template, checkpoint.config, checkpoint.ref, any_depth=sliced)
+
+
+def check_vocabularies(preflight: Preflight, checkpoints: Sequence[Checkpoint]) -> None:
+    """Adds a fault where two models use one id for different tokens, or one token under different ids.
+
+    Tokens that only some of the models have are allowed: nothing else stands in their rows.
+    """
+    known: list[tuple[str, Vocabulary]] = []
+    lacking = []
+    for checkpoint in checkpoints:
+        found = read_vocabulary(checkpoint.folder) if checkpoint.folder else None
+        if found is None:
+            lacking.append(checkpoint.ref)
+        else:
+            known.append((checkpoint.ref, found))
+    if lacking:
+        preflight.facts["vocabulary"] = f"not compared: no tokenizer files in {listing(lacking, _EXAMPLES)}"
+    if not known:
+        return
+    first_ref, first = known[0]
+    alone = set()
+    for ref, other in known[1:]:
+        clashes = _clashes(first, other)
+        if clashes:
+            preflight.faults.append(
+                f"the vocabularies of {first_ref} and {ref} differ: {len(clashes):,} rows hold different tokens "
+                f"({listing(clashes, _EXAMPLES)}). {ALIGN}"
+            )
+        alone |= first.ids.keys() ^ other.ids.keys()
+    if alone:
+        shown = listing([repr(token) for token in sorted(alone)], _EXAMPLES)
+        preflight.warnings.append(
+            f"{len(alone):,} tokens are not in all models ({shown}); their rows are merged as they lie."
+        )
+    elif not lacking:
+        preflight.facts["vocabulary"] = f"the same {len(first.ids):,} tokens in all models"
+
+
+def check_finite(tensors: Mapping[str, Sequence[StoredTensor]], options: Options) -> None:
+    """Raises SurgeryError where a source holds NaN or infinite values; reads every one of them once.
+
+    tensors: model → the tensors that are read of it.
+    """
+    units = [
+        (ref, tensor, begin, end)
+        for ref, stored in tensors.items()
+        for tensor in stored
+        if tensor.is_float
+        for begin, end in segments(tensor.n_elements)
+    ]
+
+    def look(unit: tuple[str, StoredTensor, int, int], reader: Reader) -> tuple[str, StoredTensor, int, int]:
+        ref, tensor, begin, end = unit
+        data = reader.raw(tensor, begin, end, "look")
+        return ref, tensor, data.numel(), count_nonfinite(data, tensor.dtype)
+
+    bad: dict[tuple[str, str], int] = {}
+    total = sum(tensor.n_bytes * (end - begin) // tensor.n_elements for _, tensor, begin, end in units)
+    with (
+        SourceFiles({tensor.file for _, tensor, _, _ in units}) as files,
+        options.progress("Checking", total) as advance,
+    ):
+        for ref, tensor, size, count in run(units, look, files, threads=options.threads or default_threads()):
+            advance(size)
+            if count:
+                bad[ref, tensor.name] = bad.get((ref, tensor.name), 0) + count
+    if bad:
+        found = [f"{name} of {ref} ({count:,})" for (ref, name), count in sorted(bad.items())]
+        raise SurgeryError(
+            f"NaN or infinite values in {listing(found, _EXAMPLES)}",
+            where="sources",
+            hint="They would spread through the merge. --allow-nonfinite merges them all the same.",
+        )
+
+
+def _clashes(a: Vocabulary, b: Vocabulary) -> list[str]:
+    """Rows that hold different tokens, and tokens in different rows: a line for each, by row."""
+    by_row = {row: token for token, row in b.ids.items()}
+    clashes = []
+    for token, row in sorted(a.ids.items(), key=lambda item: item[1]):
+        other = by_row.get(row, token)
+        if other != token:
+            clashes.append(f"row {row}: {token!r} / {other!r}")
+        elif b.ids.get(token, row) != row:
+            clashes.append(f"{token!r}: row {row} / {b.ids[token]}")
+    return clashes

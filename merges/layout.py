@@ -1,0 +1,191 @@
+"""Which tensors meet in a merge: every output tensor with the tensors of its sources, found by structure.
+
+No architecture is listed. A model's layers are the numbered stack that `surgery.anatomy` finds in its names; a
+section's layers are renumbered into the output's stack, and tensors meet that have the same name inside their layers.
+What lies outside the layers meets by its full name: embeddings by the first section, final norm and head by the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from merges.schema import MergeConfig, Section
+from merges.settings import EDGE_POSITION, layer_position
+from surgery.anatomy import Anatomy, anatomy
+from surgery.checkpoint import Checkpoint, StoredTensor
+from surgery.errors import listing
+from surgery.preflight import Preflight
+
+AT_THE_END = ("final norm", "lm_head")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One output tensor.
+
+    group: the part of the model that it is reported under. t: where its layer stands in the section, for gradients.
+    inputs: one per source of the section, in their order. per_token: whether it has one row per token.
+    """
+
+    name: str
+    group: str
+    section: Section
+    t: float
+    inputs: tuple[StoredTensor, ...]
+    per_token: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All slots, and for each output layer the number of the layer that stands for it in the config: the template's
+    own, or the first source's where the template has no share in it.
+
+    template: the model whose config, names and side files the output gets. left_out: tensors that it does not get,
+    because not all models have them and nothing says what they are. outside: model → full name → tensor, of what lies
+    in no layer.
+    """
+
+    template: Checkpoint
+    slots: tuple[Slot, ...]
+    layers: tuple[int, ...]
+    left_out: tuple[str, ...]
+    outside: Mapping[str, Mapping[str, StoredTensor]]
+
+
+class _Models:
+    """The merge's models, their anatomies, and their tensors by the place they take."""
+
+    def __init__(self, checkpoints: Mapping[str, Checkpoint], template: str) -> None:
+        self.checkpoints = checkpoints
+        self.anatomies: dict[str, Anatomy] = {ref: anatomy(checkpoint) for ref, checkpoint in checkpoints.items()}
+        self.stack = self.anatomies[template].stack or ""
+        self.template = template
+        self.layers: dict[str, list[dict[str, str]]] = {}
+        for ref, shape in self.anatomies.items():
+            self.layers[ref] = [
+                {name.removeprefix(f"{shape.stack}.{layer.index}."): name for name in layer.names}
+                for layer in shape.blocks
+            ]
+
+    def in_layer(self, ref: str, index: int) -> dict[str, StoredTensor]:
+        """Name inside the layer → tensor."""
+        tensors = self.checkpoints[ref].tensors
+        return {inner: tensors[name] for inner, name in self.layers[ref][index].items()}
+
+    def outside(self, ref: str) -> dict[str, StoredTensor]:
+        """Full name → tensor, of what lies in no layer; a tied head is there as well where another model's is not."""
+        shape, tensors = self.anatomies[ref], self.checkpoints[ref].tensors
+        found = {name: tensor for name, tensor in tensors.items() if shape.layer_of(name) is None}
+        if shape.tied and len(shape.token_embeddings) == 1:
+            found |= {head: tensors[shape.token_embeddings[0]] for head in self.heads if head not in found}
+        return found
+
+    @property
+    def heads(self) -> list[str]:
+        """Every name under which one of the models stores an output head."""
+        return sorted({head for shape in self.anatomies.values() for head in shape.lm_heads})
+
+
+def lay_out(preflight: Preflight, config: MergeConfig, checkpoints: Mapping[str, Checkpoint]) -> Layout:
+    """The slots of a merge; what does not fit goes to the faults of `preflight`."""
+    template = config.base_model or config.sections[0].sources[0].model
+    models = _Models(checkpoints, template)
+    builder = _Builder(preflight, models)
+    layers: list[int] = []
+    for section in config.sections:
+        layers += builder.layers(section, first=len(layers))
+    builder.edges(config.sections[0], config.sections[-1])
+    return Layout(
+        checkpoints[template],
+        tuple(builder.slots),
+        tuple(layers),
+        tuple(sorted(builder.left_out)),
+        {ref: models.outside(ref) for ref in checkpoints},
+    )
+
+
+class _Builder:
+    def __init__(self, preflight: Preflight, models: _Models) -> None:
+        self.preflight = preflight
+        self.models = models
+        self.slots: list[Slot] = []
+        self.left_out: set[str] = set()
+
+    def layers(self, section: Section, *, first: int) -> list[int]:
+        """Adds the slots of a section's layers, numbered from `first`; returns what `Layout.layers` says of them."""
+        ranges = []
+        for source in section.sources:
+            held = len(self.models.layers[source.model])
+            begin, end = source.layer_range or (0, held)
+            if end > held:
+                self.preflight.faults.append(
+                    f"layer_range [{begin}, {end}] of {source.model} reaches beyond its {held} layers."
+                )
+                return []
+            ranges.append(range(begin, end))
+        lengths = {len(one) for one in ranges}
+        if len(lengths) > 1:
+            counts = ", ".join(f"{s.model} {len(r)}" for s, r in zip(section.sources, ranges, strict=True))
+            self.preflight.faults.append(
+                f"the models differ in their number of layers ({counts}). Name the layers to merge with `slices:`."
+            )
+            return []
+        n = lengths.pop()
+        refs = [source.model for source in section.sources]
+        for i in range(n):
+            found = [self.models.in_layer(ref, one[i]) for ref, one in zip(refs, ranges, strict=True)]
+            prefix = f"{self.models.stack}.{first + i}." if self.models.stack else f"{first + i}."
+            self.meet(section, found, refs, layer_position(i, n), prefix, f"layer {first + i}")
+        at = refs.index(self.models.template) if self.models.template in refs else 0
+        return list(ranges[at])
+
+    def edges(self, first: Section, last: Section) -> None:
+        """Adds the slots of what lies outside the layers."""
+        for section, at_end in ((first, False), (last, True)):
+            refs = [source.model for source in section.sources]
+            found = []
+            for ref in refs:
+                shape = self.models.anatomies[ref]
+                tensors = self.models.outside(ref)
+                found.append(
+                    {
+                        name: tensor
+                        for name, tensor in tensors.items()
+                        if (name in self.models.heads or shape.group_of(name) in AT_THE_END) == at_end
+                    }
+                )
+            self.meet(section, found, refs, EDGE_POSITION, "", None)
+
+    def meet(
+        self,
+        section: Section,
+        found: Sequence[Mapping[str, StoredTensor]],
+        refs: Sequence[str],
+        t: float,
+        prefix: str,
+        group: str | None,
+    ) -> None:
+        """Adds a slot for every name that all sources have."""
+        names = list(dict.fromkeys(name for tensors in found for name in tensors))
+        for name in names:
+            holders = [tensors.get(name) for tensors in found]
+            inputs = tuple(tensor for tensor in holders if tensor is not None)
+            if len(inputs) < len(holders):
+                self.missing(prefix + name, holders, refs)
+                continue
+            shape = self.models.anatomies[refs[0]]
+            per_token = group is None and (inputs[0].name in shape.token_rows)
+            kind = group or ("lm_head" if name in self.models.heads else shape.group_of(inputs[0].name))
+            self.slots.append(Slot(prefix + name, kind, section, t, inputs, per_token))
+
+    def missing(self, name: str, holders: Sequence[StoredTensor | None], refs: Sequence[str]) -> None:
+        """A tensor that only some of the sources have: a fault, unless nobody can tell what it is."""
+        have = [(ref, tensor) for ref, tensor in zip(refs, holders, strict=True) if tensor is not None]
+        lack = [ref for ref, tensor in zip(refs, holders, strict=True) if tensor is None]
+        if all(tensor.name in self.models.anatomies[ref].not_understood for ref, tensor in have):
+            self.left_out.add(name)
+            return
+        self.preflight.faults.append(
+            f'"{name}" is in {listing(ref for ref, _ in have)} and not in {listing(lack)}. Merge models of one layout.'
+        )

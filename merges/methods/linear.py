@@ -1,0 +1,94 @@
+"""Methods that need one element of each model at a time: weighted means, copies, and swaps of what is near."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from merges.methods.measures import Measures
+from merges.methods.registry import Params, register
+from merges.settings import MethodSpec, ParameterSpec
+from surgery.plan import Kernel, Parameter, Place
+
+_NEAREST = 1e-6  # differences below this count as this: t / |w − x| stays finite
+
+
+def weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+    """Σᵢ cᵢ xᵢ.   x: k × (…), c: (k,) → (…)"""
+    total = tensors[0] * coefficients[0]
+    for tensor, coefficient in zip(tensors[1:], coefficients[1:], strict=True):
+        total.add_(tensor, alpha=coefficient)
+    return total
+
+
+def linear(
+    tensors: Sequence[Tensor], place: Place, *, weight: Sequence[float], normalize: bool, **_: Parameter
+) -> Tensor:
+    """Σᵢ aᵢ xᵢ, over Σᵢ aᵢ where `normalize` says so (model soups, arXiv 2203.05482).   k × (…) → (…)"""
+    total = sum(weight) if normalize else 1.0
+    return weighted_sum(tensors, [a / total for a in weight])
+
+
+def passthrough(tensors: Sequence[Tensor], place: Place, *, scale: Sequence[float], **_: Parameter) -> Tensor:
+    """s·x.   (…) → (…)"""
+    return tensors[0] * scale[0]
+
+
+def nearswap(tensors: Sequence[Tensor], place: Place, *, t: float, **_: Parameter) -> Tensor:
+    """s·x + (1 − s)·w with s = min(t / max(|w − x|, 1e-6), 1): close values are swapped, distant ones stay.
+
+    w, x: (…) → (…)
+    """
+    base, model = tensors
+    share = (base - model).abs_().clamp_(min=_NEAREST).reciprocal_().mul_(t).clamp_(0, 1)
+    return share * model + (1 - share) * base
+
+
+def _build_linear(params: Params, models: int, based: bool) -> Kernel:
+    measures = Measures(models, based)
+    return Kernel("linear", linear, measures=measures.names, measure=measures.measure, placed=True)
+
+
+def _build_passthrough(params: Params, models: int, based: bool) -> Kernel:
+    measures = Measures(models, based)
+    return Kernel("passthrough", passthrough, measures=measures.names, measure=measures.measure, placed=True)
+
+
+def _build_nearswap(params: Params, models: int, based: bool) -> Kernel:
+    measures = Measures(models, based)
+    return Kernel("nearswap", nearswap, measures=measures.names, measure=measures.measure, placed=True)
+
+
+register(
+    MethodSpec(
+        "linear",
+        (
+            ParameterSpec("weight", "number", per_model=True, summary="a: the model's share"),
+            ParameterSpec("normalize", "boolean", True, summary="divide by the sum of the weights"),
+        ),
+        summary="weighted mean of the models",
+        paper="arXiv:2203.05482",
+    ),
+    _build_linear,
+)
+register(
+    MethodSpec(
+        "passthrough",
+        (ParameterSpec("scale", "number", 1.0, per_model=True, summary="what the tensor is multiplied by"),),
+        models=(1, 1),
+        summary="one model's tensors as they are: layers stacked, repeated or left out",
+    ),
+    _build_passthrough,
+)
+register(
+    MethodSpec(
+        "nearswap",
+        (ParameterSpec("t", "number", low=0, summary="differences up to t are swapped whole"),),
+        base="required",
+        models=(1, 1),
+        summary="the base's values give way where the other model's are close",
+        paper="huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
+    ),
+    _build_nearswap,
+)

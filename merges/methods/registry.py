@@ -1,0 +1,43 @@
+"""Merge methods by name: what a config may say of each, and the kernel that does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from merges.settings import MethodSpec
+from surgery.plan import Kernel, Parameter
+
+Params = Mapping[str, Parameter]
+Build = Callable[[Params, int, bool], Kernel]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of merging.
+
+    build: `build(params, models, based)` → the kernel for one tensor, where `models` counts the models beside the
+        base, which is the kernel's first input where `based`. `params` go to the kernel: parameters of the spec by
+        name (`lambda` as `lambda_`), a tuple with one entry per model where they are per model, and `seed` and `paper`.
+    """
+
+    spec: MethodSpec
+    build: Build
+
+    def kernel(self, params: Params, models: int, *, based: bool) -> Kernel:
+        """The kernel that merges `models` models with these parameters."""
+        return self.build(params, models, based)
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register(spec: MethodSpec, build: Build) -> None:
+    """Adds a method. A second one of the same name is a bug."""
+    assert spec.name not in METHODS, f"{spec.name} is registered twice"
+    METHODS[spec.name] = Method(spec, build)
+
+
+def argument(parameter: str) -> str:
+    """What a kernel calls a parameter: its name, unless Python keeps that for itself."""
+    return "lambda_" if parameter == "lambda" else parameter

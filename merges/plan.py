@@ -1,0 +1,132 @@
+"""A merge config as a plan: every slot with its kernel, its inputs and its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from merges.layout import Layout, Slot
+from merges.methods import METHODS, Method, argument
+from merges.schema import MergeConfig, merged_sources
+from merges.token_inputs import TokenInputs
+from surgery.checkpoint import StoredTensor
+from surgery.dtypes import dtype_name
+from surgery.errors import SurgeryError
+from surgery.plan import Parameter, PlannedTensor, copied
+from surgery.preflight import Preflight
+from surgery.stream import Input
+
+_NO_SUM = 1e-8  # weights whose sum is smaller cannot be normalised
+_NORMALISING = ("normalize", "normalize_weights")
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """An output tensor and where it comes from.
+
+    models: the merged models in the order of the kernel's measures, the base not among them where `based`.
+    weights: their `weight`s, where the method has such.
+    """
+
+    planned: PlannedTensor
+    group: str
+    models: tuple[str, ...]
+    based: bool
+    weights: tuple[float, ...] | None = None
+
+
+def plan_tensors(
+    preflight: Preflight, config: MergeConfig, layout: Layout, tokens: TokenInputs | None
+) -> list[MergedTensor]:
+    """Every tensor of the output; what cannot be merged goes to the faults of `preflight`."""
+    method = METHODS[config.merge_method]
+    stored_as = config.out_dtype or config.dtype
+    planner = _Planner(preflight, config, method, dtype_name(stored_as) if stored_as else None, tokens)
+    return [planned for slot in layout.slots if (planned := planner.plan(slot)) is not None]
+
+
+class _Planner:
+    def __init__(
+        self,
+        preflight: Preflight,
+        config: MergeConfig,
+        method: Method,
+        stored_as: str | None,
+        tokens: TokenInputs | None,
+    ) -> None:
+        self.preflight = preflight
+        self.config = config
+        self.method = method
+        self.stored_as = stored_as
+        self.tokens = tokens
+
+    def plan(self, slot: Slot) -> MergedTensor | None:
+        refs = [source.model for source in slot.section.sources]
+        base = slot.section.base_index if self.method.spec.base != "none" else None
+        merged = merged_sources(self.method.spec, slot.section)
+        first = slot.inputs[base or 0]
+        models = tuple(refs[i] for i in merged)
+        if not first.is_float:
+            return MergedTensor(replace(copied(first), name=slot.name), slot.group, models, False)
+        try:
+            values = self.config.scope(slot.section).values(
+                self.method.spec, slot.name, slot.t, [tensor.name for tensor in slot.inputs]
+            )
+        except SurgeryError as error:
+            self.fault(str(error))
+            return None
+        order = [*(() if base is None else (base,)), *merged]
+        inputs = self.inputs(slot, [refs[i] for i in order], [slot.inputs[i] for i in order])
+        if inputs is None:
+            return None
+        params: dict[str, Parameter] = {argument(name): value for name, value in values.items()}
+        params |= {"seed": self.config.seed, "paper": self.config.compat == "paper"}
+        if not self.is_possible(slot, params):
+            return None
+        weight = params.get("weight")
+        weights = tuple(float(a) for a in weight) if isinstance(weight, tuple) else None
+        dtype = self.stored_as or first.dtype
+        if self.method.spec.name == "passthrough" and params["scale"] == (1.0,) and inputs[0].rows is None:
+            planned = replace(copied(first, dtype=self.stored_as), name=slot.name)
+        else:
+            kernel = self.method.kernel(params, len(merged), based=base is not None)
+            planned = PlannedTensor(slot.name, dtype, inputs[0].shape, inputs, kernel, params)
+        return MergedTensor(planned, slot.group, models, base is not None, weights)
+
+    def inputs(self, slot: Slot, refs: Sequence[str], stored: Sequence[StoredTensor]) -> tuple[Input, ...] | None:
+        if slot.per_token and self.tokens is not None:
+            return tuple(self.tokens.align(ref, slot.name, tensor) for ref, tensor in zip(refs, stored, strict=True))
+        shapes = [tensor.shape for tensor in stored]
+        if len(set(shapes)) > 1:
+            found = ", ".join(f"{list(shape)} in {ref}" for ref, shape in zip(refs, shapes, strict=True))
+            advice = (
+                "`tokenizer_source: union` or `base` aligns them by token."
+                if slot.per_token
+                else ("Only models of one shape can be merged.")
+            )
+            self.fault(f'"{slot.name}" is {found}. {advice}')
+            return None
+        return tuple(Input(tensor) for tensor in stored)
+
+    def is_possible(self, slot: Slot, params: Mapping[str, Parameter]) -> bool:
+        """Whether the parameters can be merged by; what cannot is a fault."""
+        weight = params.get("weight")
+        normalises = any(params.get(name) for name in _NORMALISING)
+        if isinstance(weight, tuple) and normalises and abs(sum(map(float, weight))) < _NO_SUM:
+            shown = ", ".join(f"{a:g}" for a in weight)
+            self.fault(f'weights {shown} of "{slot.name}" sum to zero, and are to be divided by their sum.')
+            return False
+        density, epsilon = params.get("density"), params.get("epsilon")
+        if isinstance(density, tuple) and isinstance(epsilon, tuple):
+            for d, e in zip(map(float, density), map(float, epsilon), strict=True):
+                if 0 < d < 1 and not 0 < d - e <= d + e < 1:
+                    self.fault(
+                        f'density {d:g} ± epsilon {e:g} of "{slot.name}" must lie between 0 and 1. '
+                        "Choose a smaller epsilon."
+                    )
+                    return False
+        return True
+
+    def fault(self, text: str) -> None:
+        if text not in self.preflight.faults:
+            self.preflight.faults.append(text)

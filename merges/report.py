@@ -1,0 +1,141 @@
+"""What a merge did, model by model: how far each is from the base and from the result, and how much of it was kept."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from merges.plan import MergedTensor
+from merges.settings import MethodSpec, ParameterSpec, shown
+from surgery.execute import Outcome
+from surgery.report import Column, Figure, Table
+
+
+def methods_table(specs: Iterable[MethodSpec]) -> Table:
+    """What there is to merge by: parameters with their defaults (those without one are required), and sources."""
+
+    def spelled(parameter: ParameterSpec) -> str:
+        default = "" if parameter.default is None else f"={shown(parameter.default)}"
+        return f"{parameter.name}{'*' if parameter.per_model else ''}{default}"
+
+    rows = [
+        (
+            s.name,
+            s.base if s.base != "none" else None,
+            ", ".join(map(spelled, s.parameters)),
+            s.summary,
+            s.paper or None,
+        )
+        for s in specs
+    ]
+    return Table(
+        "Merge methods",
+        ["method", "base", "parameters", "what it does", "source"],
+        rows,
+        note="*: one value per model. A list is a gradient over depth, a list of {filter, value} chooses by name.",
+    )
+
+
+@dataclass(frozen=True)
+class ModelShare:
+    """One merged model.
+
+    weight: the mean over its tensors; None where the method has none. norm: ‖x‖. update: ‖x − base‖/‖base‖, None
+    without a base. kept: share of its elements that the method let through. distance: ‖OUT − x‖/‖x‖, OUT as stored;
+    layers: the same per part of the model.
+    """
+
+    model: str
+    weight: float | None
+    norm: float
+    update: float | None
+    kept: float
+    distance: float
+    layers: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """`merged` of `tensors` tensors went through the method's kernel; the rest are copies."""
+
+    out: Path
+    method: str
+    preflight: Mapping[str, str]
+    warnings: Sequence[str]
+    merged: int
+    tensors: int
+    models: Sequence[ModelShare] = ()
+    resumed_bytes: int = 0
+    dry_run: bool = False
+
+    def summary(self) -> dict[str, Any]:
+        """What the manifest keeps: independent of where and in how many goes the job ran."""
+        return {"method": self.method, "merged": self.merged, "tensors": self.tensors, "models": list(self.models)}
+
+    def table(self) -> Table:
+        """One row per model."""
+        return Table(
+            "What went into the merge",
+            [
+                Column("model"),
+                Column("weight", "number"),
+                Column("‖x‖", "number"),
+                Column("‖x−base‖/‖base‖", "percent"),
+                Column("kept", "percent"),
+                Column("‖OUT−x‖/‖x‖", "percent"),
+            ],
+            [(m.model, m.weight, m.norm, m.update, m.kept, m.distance) for m in self.models],
+            note="kept: share of the model's elements that the method let through.",
+        )
+
+    def figure(self) -> Figure:
+        """How far the result is from each model, layer by layer."""
+        from surgery.plots import distances
+
+        groups = list(dict.fromkeys(group for share in self.models for group in share.layers))
+        series = {m.model: [m.layers.get(group) for group in groups] for m in self.models}
+        return distances(f"How far the merge is from each model ({self.method})", groups, series)
+
+
+def with_outcome(report: MergeReport, merged: Iterable[MergedTensor], outcome: Outcome) -> MergeReport:
+    """`report` with the numbers of `outcome`."""
+    sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    layers: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
+    weights: dict[str, list[float]] = defaultdict(list)
+    for tensor in merged:
+        measured = outcome.sums.get(tensor.planned.name, {})
+        for i, model in enumerate(tensor.models):
+            if f"squares.{i}" not in measured:
+                continue  # copied: nothing was computed, so nothing was measured
+            mine = sums[model]
+            for what in ("squares", "distance", "update", "kept"):
+                mine[what] += measured.get(f"{what}.{i}", 0.0)
+            mine["base"] += measured.get("base", 0.0)
+            mine["based"] += tensor.based
+            mine["elements"] += math.prod(tensor.planned.shape)
+            layers[model][tensor.group][0] += measured[f"distance.{i}"]
+            layers[model][tensor.group][1] += measured[f"squares.{i}"]
+            if tensor.weights:
+                weights[model].append(tensor.weights[i])
+    shares = [
+        ModelShare(
+            model,
+            math.fsum(weights[model]) / len(weights[model]) if weights[model] else None,
+            math.sqrt(mine["squares"]),
+            _ratio(mine["update"], mine["base"]) if mine["based"] else None,
+            mine["kept"] / mine["elements"] if mine["elements"] else 1.0,
+            _ratio(mine["distance"], mine["squares"]),
+            {group: _ratio(*pair) for group, pair in layers[model].items()},
+        )
+        for model, mine in sums.items()
+    ]
+    return replace(report, models=shares, resumed_bytes=outcome.resumed_bytes)
+
+
+def _ratio(above: float, below: float) -> float:
+    """√(above/below); 0 where both are 0."""
+    return math.sqrt(above / below) if below else (math.inf if above else 0.0)
