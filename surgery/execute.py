@@ -125,6 +125,7 @@ def execute(plan: Plan, out: Path, options: Options, *, finish: Callable[[Path, 
         journal = stack.enter_context(Journal(partial, plan.fingerprint(files.stamps()), discard=options.overwrite))
         writer = stack.enter_context(ShardWriter(partial, plan.files))
         outcome = _Job(plan, files, writer, journal, options).stream()
+        writer.flush()
         files.check_unchanged()
         for name, source in plan.side_files.items():
             copy_file(source, partial / name)
@@ -143,7 +144,8 @@ class _Job:
         self.journal = journal
         self.options = options
         self.device = torch_device(options.device)
-        self.threads = options.threads or default_threads()
+        # One more than there are processors: a thread that waits for the disk leaves its processor to another.
+        self.threads = options.threads or default_threads() + 1
         self.tensors = plan.tensors
         self.file_of = [file.name for file in plan.files for _ in file.tensors]
         self.restarted: set[int] = set()
@@ -263,14 +265,15 @@ class _Job:
         tensor, source = self.tensors[index], self.tensors[index].inputs[0].tensor
         begin, end = bounds(tensor, part)
         first = n_bytes(tensor.dtype, (begin,))
-        self.writer.copy(
-            self.files.descriptor(source.file),
-            source.start + first,
-            self.file_of[index],
-            self._position(index) + first,
-            n_bytes(tensor.dtype, (end,)) - first,
-        )
-        hexdigest = digest(self._written(index, begin, end, reader)).hex()
+        file, position = self.file_of[index], self._position(index) + first
+        if self.writer.is_direct(file):
+            data = reader.raw(source, begin, end, "copy")
+            self.writer.write(file, position, octets(data))
+        else:
+            size = n_bytes(tensor.dtype, (end,)) - first
+            self.writer.copy(self.files.descriptor(source.file), source.start + first, file, position, size)
+            data = self._written(index, begin, end, reader)
+        hexdigest = digest(data).hex()
         return Record(index, part, hexdigest, (hexdigest,))
 
     def _store_whole(self, index: int, computed: Computed) -> list[Record]:

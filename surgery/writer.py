@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from surgery.direct import BLOCK, DIRECT_FROM, DirectFile, open_direct
 from surgery.errors import SurgeryError
 from surgery.plan import PlannedFile
 
@@ -24,6 +25,8 @@ class ShardWriter:
 
     def __init__(self, folder: Path, files: Iterable[PlannedFile]) -> None:
         self._descriptors: dict[str, int] = {}
+        self._direct: dict[str, DirectFile] = {}
+        self._direct_descriptors: list[int] = []
         self._starts: dict[str, dict[str, int]] = {}
         self.folder = folder
         try:
@@ -43,6 +46,20 @@ class ShardWriter:
         """Closes every file; safe to call twice."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
+        while self._direct_descriptors:
+            os.close(self._direct_descriptors.pop())
+
+    def flush(self) -> None:
+        """Writes what was held back; to be called once, when no thread writes any more."""
+        for name, direct in self._direct.items():
+            try:
+                direct.flush()
+            except OSError as error:
+                raise disk_error(error, self.folder / name) from error
+
+    def is_direct(self, file: str) -> bool:
+        """Whether `file` is written past the page cache, so that what was written is not there to be read yet."""
+        return file in self._direct
 
     def descriptor(self, file: str) -> int:
         """The open file descriptor of the file called `file`."""
@@ -54,9 +71,12 @@ class ShardWriter:
 
     def write(self, file: str, position: int, data: memoryview) -> None:
         """Writes `data` at `position` bytes from the start of `file`, and starts it on its way to the disk."""
-        descriptor = self._descriptors[file]
+        descriptor, direct = self._descriptors[file], self._direct.get(file)
         done = 0
         try:
+            if direct is not None:
+                direct.write(position, data)
+                return
             while done < len(data):
                 done += os.pwrite(descriptor, data[done:], position + done)
         except OSError as error:
@@ -64,7 +84,11 @@ class ShardWriter:
         start_writeback(descriptor, position, len(data))
 
     def copy(self, source: int, source_position: int, file: str, position: int, size: int) -> None:
-        """Copies `size` bytes between files inside the kernel, where the file systems allow it."""
+        """Copies `size` bytes between files inside the kernel, where the file systems allow it.
+
+        Not for files that are written past the page cache.
+        """
+        assert file not in self._direct
         descriptor = self._descriptors[file]
         done = 0
         try:
@@ -86,9 +110,21 @@ class ShardWriter:
             self._descriptors[file.name] = descriptor
             _reserve(descriptor, file.size)
             os.pwrite(descriptor, header.raw, 0)
+            if file.size >= DIRECT_FROM and any(tensor.kernel is not None for tensor in file.tensors):
+                self._open_direct(file, descriptor)
         except OSError as error:
             raise disk_error(error, path) from error
         self._starts[file.name] = {entry.name: header.data_start + entry.begin for entry in header.entries}
+
+    def _open_direct(self, file: PlannedFile, buffered: int) -> None:
+        direct = open_direct(self.folder / file.name)
+        if direct is None:
+            return
+        self._direct_descriptors.append(direct)
+        self._direct[file.name] = DirectFile(direct, buffered)
+        # The header's last bytes share a block with the first tensor: that block is then known whole.
+        rest = len(file.header.raw) // BLOCK * BLOCK
+        self._direct[file.name].write(rest, memoryview(file.header.raw)[rest:])
 
 
 def disk_error(error: OSError, path: Path) -> SurgeryError:

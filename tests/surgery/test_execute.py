@@ -249,6 +249,22 @@ def test_segments_lost_by_a_power_cut_are_written_again(
     assert (tmp_path / "out/target.safetensors").read_bytes() == (tmp_path / "fresh/target.safetensors").read_bytes()
 
 
+def test_writing_past_the_page_cache_gives_the_same_bytes_also_after_a_kill(
+    tmp_path: Path, small_segments: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_models(tmp_path, shapes=SHAPES)
+    run(plan_transfer(tmp_path), tmp_path / "buffered")
+    monkeypatch.setattr("surgery.writer.DIRECT_FROM", 1)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 10)
+        with pytest.raises(StoppedError):
+            run(plan_transfer(tmp_path), tmp_path / "resumed", threads=1)
+    for name in ("resumed", "fresh"):
+        run(plan_transfer(tmp_path), tmp_path / name, threads=3)
+        written = (tmp_path / name / "target.safetensors").read_bytes()
+        assert written == (tmp_path / "buffered/target.safetensors").read_bytes()
+
+
 def test_a_journal_line_cut_short_is_ignored(
     tmp_path: Path, small_segments: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,10 +19,12 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import SurgeryError
 from surgery.refs import open_checkpoint
 from surgery.stream import (
+    TORCH_DTYPES,
     Input,
     Reader,
     SourceFiles,
     compute_dtype,
+    count_nonfinite,
     digest,
     hash_tensor,
     run,
@@ -54,6 +58,59 @@ def test_any_slice_of_any_rows_is_what_indexing_gives(
     source = Input(checkpoint.tensors["x"], None if rows is None else np.array(rows))
     with SourceFiles(checkpoint.files) as files:
         assert torch.equal(Reader(files).values(source, begin, end, "slot"), wanted.flatten()[begin:end])
+
+
+@given(
+    begin=st.integers(0, 77),
+    length=st.integers(0, 77),
+    rows=st.lists(st.lists(st.integers(-1, 12), min_size=11, max_size=11), min_size=1, max_size=3),
+    constant=st.none() | st.sets(st.integers(0, 10)),
+)
+@settings(deadline=None)
+def test_rows_of_several_tensors_are_averaged(
+    begin: int,
+    length: int,
+    rows: list[list[int]],
+    constant: set[int] | None,
+    stored: tuple[Checkpoint, torch.Tensor],
+) -> None:
+    checkpoint, values = stored
+    tensor, end = checkpoint.tensors["x"], min(77, begin + length)
+    fixed = np.arange(7, dtype=np.float64)
+    wanted = torch.zeros(11, 7)
+    for at in range(11):
+        given = [values[each[at]].float() for each in rows if each[at] >= 0]
+        wanted[at] = torch.stack(given).mean(dim=0) if given else 0
+        if constant is not None and at in constant:
+            wanted[at] = torch.from_numpy(fixed)
+    source = Input(
+        tensor,
+        np.array(rows[0]),
+        tuple((tensor, np.array(each)) for each in rows[1:]),
+        None if constant is None else (np.array(sorted(constant), np.int64), fixed),
+    )
+    with SourceFiles(checkpoint.files) as files:
+        found = Reader(files).values(source, begin, end, "slot").float()
+    torch.testing.assert_close(found, wanted.flatten()[begin:end], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"])
+def test_values_that_are_not_finite_are_counted(dtype: str) -> None:
+    values = torch.tensor([0.0, -1.0, math.nan, math.inf, -math.inf, 1e-3]).to(TORCH_DTYPES[dtype])
+    finite = torch.isfinite(values.double())
+    assert count_nonfinite(values.view(torch.uint8), dtype) == int((~finite).sum()) > 0
+    assert count_nonfinite(values[finite].view(torch.uint8), dtype) == 0
+    assert count_nonfinite(values[:0].view(torch.uint8), dtype) == 0
+
+
+def test_units_added_while_results_come_in_are_done_too(stored: tuple[Checkpoint, torch.Tensor]) -> None:
+    queue, seen = deque([3, 2]), []
+    with SourceFiles(stored[0].files) as files:
+        for done in run(queue, lambda unit, _: unit, files, threads=2):
+            seen.append(done)
+            if done > 1:
+                queue.append(done - 1)
+    assert sorted(seen) == [1, 1, 2, 2, 3]
 
 
 def test_segments_cover_a_tensor_once() -> None:
