@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := surgery merges cli tests benchmarks
 
-.PHONY: demo test check bench clean
+.PHONY: demo demo-merge test check bench clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh docs/demo.sh demo
+
+demo-merge: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh docs/merge.sh demo-merge
 
 test: check
 	$(BIN)/python -m pytest
@@ -21,6 +24,8 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/transfer.py
+	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/ensemble.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 …" if sys.version_info < (3, 11) else 0)'
@@ -29,4 +34,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info benchmarks/work .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo demo-merge build dist *.egg-info benchmarks/work .pytest_cache .mypy_cache .ruff_cache .hypothesis

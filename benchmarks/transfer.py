@@ -163,6 +163,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def machine() -> str:
+    """What the figures were taken on."""
+    return f"{platform.machine()}, {os.cpu_count()} processors, torch {version('torch')}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -173,7 +178,7 @@ def main() -> None:
     if options.make:
         make(options.make)
         return
-    print(f"{platform.machine()}, {os.cpu_count()} processors, torch {version('torch')}, {options.rounds} rounds")
+    print(f"{machine()}, {options.rounds} rounds")
     help_time = statistics.median(timed([str(Path(sys.executable).parent / "surgery"), "--help"])[0] for _ in range(7))
     print(f"surgery --help: {help_time:.2f} s (allowed 0.3 s)")
     for name in options.models.split(","):

@@ -86,6 +86,7 @@ def evaluate(
     no_card: Annotated[
         bool, typer.Option("--no-card", help="Leave the model cards of folders that surgery wrote as they are.")
     ] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw the scores as bars.")] = None,
     as_json: o.Json = False,
 ) -> None:
     """Scores of models on tasks and texts, side by side with 95 % intervals; a result's model card gets them too."""
@@ -111,6 +112,9 @@ def evaluate(
         console.show_json({"scores": scores})
     else:
         console.show(scorecard.score_table(scores))
+    if plot:
+        scorecard.score_figure(scores).save(plot)
+        console.tell(f"Picture: {plot}")
     command = _eval_line(models, task or (), perplexity or (), limit)
     for model in (model for model, checkpoint in opened.items() if scorecard.is_result(checkpoint)):
         for sentence in scorecard.losses(scores, model):

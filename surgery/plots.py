@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from surgery.report import Figure, format_value
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Pictures. Their paper stays white on light and dark pages alike; colours are safe for colour-blind eyes, and
 # lines carry their names at their ends instead of in a box.
 
-BLUE, SOFT, INK, LINE = "#0072B2", "#69727d", "#22262c", "#e3e6ea"
+BLUE, PALE, SOFT, INK, LINE = "#0072B2", "#9db8cc", "#69727d", "#22262c", "#e3e6ea"
 COLOURS = (BLUE, "#D55E00", "#009E73", "#AA4499", "#56B4E9", "#8C6D31")
 WIDTH, DPI, PAD = 9.0, 160, 0.12  # inches and dots per inch: sharp on a page 54 rem wide
 MOST_VALUES, MOST_TICKS = 14, 24  # bars that still have room for a number, layers for a tick
@@ -164,14 +164,66 @@ def scale_curve(
     return _figure(canvas, title, caption)
 
 
-def _axes(title: str, *, height: float) -> tuple[Canvas, Axes]:
+def score_bars(
+    title: str,
+    panels: Mapping[str, Mapping[str, Interval]],
+    *,
+    best: Mapping[str, Collection[str]] | None = None,
+    caption: str = "",
+) -> Figure:
+    """Bars with their intervals, one for each model, in one panel per score; what is best in a panel is darker.
+
+    panels: what is measured → model → its score; a model that a panel lacks has no bar there.
+    """
+    models = list(dict.fromkeys(model for scores in panels.values() for model in scores))
+    canvas = _canvas(1.3 + 0.36 * len(models))
+    title_at: dict[str, Any] = {"x": 0.012, "ha": "left", "fontsize": 11.5, "fontweight": "bold"}
+    canvas.figure.suptitle(title, color=INK, parse_math=False, **title_at)
+    inner = canvas.figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (panel, scores) in zip(inner, panels.items(), strict=True):
+        _bar_panel(axes, panel, models, scores, (best or {}).get(panel, ()))
+    return _figure(canvas, title, caption)
+
+
+def _bar_panel(
+    axes: Axes, panel: str, models: Sequence[str], scores: Mapping[str, Interval], best: Collection[str]
+) -> None:
+    for at, model in enumerate(models):
+        if model not in scores:
+            continue
+        score = scores[model]
+        axes.barh(at, score.value, height=0.62, color=BLUE if model in best else PALE)
+        if math.isfinite(score.low) and math.isfinite(score.high):
+            axes.plot([score.low, score.high], [at, at], color=INK, linewidth=1.4, solid_capstyle="butt")
+        end = max(x for x in (score.value, score.high) if math.isfinite(x))
+        axes.annotate(
+            format_value(score.value, "score"), (end, at), (5, 0), textcoords="offset points", va="center",
+            color=INK, fontsize=8,
+        )  # fmt: skip
+    axes.set_yticks(range(len(models)), models, parse_math=False)
+    axes.set_ylim(len(models) - 0.4, -0.6)
+    axes.set_xlim(left=0)
+    axes.margins(x=0.2)
+    axes.set_title(panel, loc="left", color=INK, fontsize=9.5, parse_math=False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(SOFT)
+    axes.tick_params(colors=INK, labelsize=9, length=0)
+    axes.grid(axis="x", color=LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _canvas(height: float) -> Canvas:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Picture
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     room = ConstrainedLayoutEngine(w_pad=PAD, h_pad=PAD)
-    picture = Picture(figsize=(WIDTH, height), dpi=DPI, facecolor="white", layout=room)
-    axes = picture.add_subplot()
+    return FigureCanvasAgg(Picture(figsize=(WIDTH, height), dpi=DPI, facecolor="white", layout=room))
+
+
+def _axes(title: str, *, height: float) -> tuple[Canvas, Axes]:
+    canvas = _canvas(height)
+    axes = canvas.figure.add_subplot()
     # A model's name may hold a dollar sign; it is not mathematics.
     axes.set_title(title, loc="left", color=INK, fontsize=11.5, fontweight="bold", pad=12, parse_math=False)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -181,7 +233,7 @@ def _axes(title: str, *, height: float) -> tuple[Canvas, Axes]:
     axes.yaxis.label.set_color(INK)
     axes.grid(axis="y", color=LINE, linewidth=0.8)
     axes.set_axisbelow(True)
-    return FigureCanvasAgg(picture), axes
+    return canvas, axes
 
 
 def _figure(canvas: Canvas, title: str, caption: str) -> Figure:

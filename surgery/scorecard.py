@@ -13,7 +13,7 @@ from surgery.checkpoint import MANIFEST, Checkpoint
 from surgery.errors import SurgeryError
 from surgery.evaluate import Score
 from surgery.perplexity import BITS, PERPLEXITY
-from surgery.report import Column, Table, Value, format_value
+from surgery.report import Column, Figure, Table, Value, format_value
 from surgery.writer import disk_error, sync
 
 CARD = "README.md"
@@ -37,6 +37,19 @@ def score_table(scores: Sequence[Score]) -> Table:
         rows.append([task, metric + arrow, *cells, " / ".join(format_value(n, "count") for n in counts)])
     columns = [Column("task"), Column("metric"), *map(Column, models), Column("n")]
     return Table("Scores", columns, rows, note=_note(scores))
+
+
+def score_figure(scores: Sequence[Score]) -> Figure:
+    """The table as bars: a panel for each task and metric."""
+    from surgery.plots import score_bars
+
+    panels, best = {}, {}
+    for (task, metric), row in _rows(scores).items():
+        panel = f"{task}, {metric}{ARROWS[next(iter(row.values())).higher_is_better]}"
+        panels[panel] = row
+        if (winner := _best(row)) is not None:
+            best[panel] = [model for model, score in row.items() if score.value == winner.value]
+    return score_bars("Scores with 95 % intervals", panels, best=best)
 
 
 def losses(scores: Sequence[Score], model: str) -> list[str]:

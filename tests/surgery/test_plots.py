@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from surgery.plots import layer_movement, scale_curve, similarity
+from surgery.plots import distances, layer_movement, scale_curve, score_bars, similarity
 from surgery.report import Figure
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -25,6 +25,8 @@ def figures() -> list[Figure]:
         layer_movement("Moved $x$", GROUPS, [0.01] * len(GROUPS)),
         layer_movement("Few", ["embed", "layer 0"], [0.0, math.inf], caption="<b>"),
         similarity("Cosine", GROUPS, {"a · b": [0.5] * len(GROUPS), "a · c": [math.nan] * 42 + [None]}),
+        distances("Distance", GROUPS, {"a": [0.5] * len(GROUPS), "b": [None] * len(GROUPS)}),
+        score_bars("Scores", {"sums": {"a": Score(0.5, 0.4, 0.6), "b": Score(0.1, math.nan, math.nan)}, "empty": {}}),
         scale_curve("Sweep", curve, {"random": curve[:1], "none": []}, lines={"donor": 0.9, "target": 0.1}),
     ]
 

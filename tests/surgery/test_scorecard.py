@@ -8,7 +8,7 @@ import pytest
 from surgery.checkpoint import Checkpoint
 from surgery.errors import SurgeryError
 from surgery.evaluate import Score
-from surgery.scorecard import BEGIN, END, is_result, losses, score_table, write_scores
+from surgery.scorecard import BEGIN, END, is_result, losses, score_figure, score_table, write_scores
 
 NAN = math.nan
 MEMBER = Score("A", "sums", "acc", 0.9, 0.85, 0.94, 400, True)
@@ -64,6 +64,19 @@ def test_rows_keep_the_order_asked_and_gaps_are_dashes():
     assert [row[0] for row in table.rows] == ["sums", "a task before"]
     assert [row[3] for row in table.rows] == [None, "0.500 [0.400, 0.600]"]
     assert "| – |" in table.to_markdown()
+
+
+def test_the_picture_has_a_panel_per_score_and_darkens_every_best(monkeypatch):
+    drawn = {}
+
+    def keep(title, panels, *, best):
+        drawn.update(panels=panels, best=best)
+
+    monkeypatch.setattr("surgery.plots.score_bars", keep)
+    scores = [Score(model, "sums", "acc", value, 0.0, 1.0, 9, True) for model, value in (("a", 1.0), ("b", 1.0), ("c", 0.5))]
+    score_figure(scores)
+    assert drawn["best"] == {"sums, acc ↑": ["a", "b"]}
+    assert list(drawn["panels"]["sums, acc ↑"]) == ["a", "b", "c"]
 
 
 def test_a_result_that_is_worse_than_a_member_is_told():
