@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -13,6 +13,7 @@ from cli import console, logits
 from cli import options as o
 
 if TYPE_CHECKING:
+    from merges.report import MergeReport
     from merges.schema import Compat, MergeConfig
 
 WEIGHTS = "weights"  # the command behind `surgery merge CONFIG.yml` and `surgery merge METHOD A B`
@@ -34,9 +35,9 @@ class _Group(TyperGroup):
 app = typer.Typer(
     cls=_Group,
     help="Merges models: on their weights (arithmetic in fp32, rounded once), or by averaging their logits.\n\n"
-    "surgery merge CONFIG.yml -o OUT: a mergekit config, unchanged.\n\n"
-    "surgery merge METHOD A B … [--base X] [--weight …] -o OUT: the common cases without a file; "
-    "`surgery merge weights --help` lists the options.",
+    "**surgery merge CONFIG.yml -o OUT**: a mergekit config, unchanged; OUT appears whole or not at all.\n\n"
+    "**surgery merge METHOD A B … [--base X] [--weight …] -o OUT**: the common cases without a file.\n\n"
+    "`surgery merge weights --help` lists the options of both; `surgery merge methods` lists the methods.",
     no_args_is_help=True,
     context_settings={"ignore_unknown_options": True},
     epilog="Example: surgery merge ties lab:sft lab:grpo --base lab:base --weight 0.5 --density 0.4 -o merged",
@@ -88,9 +89,9 @@ def weights(
     tokenizer_source: Annotated[str | None, typer.Option(metavar="union|base|MODEL", help="Align tokens.")] = None,
     chat_template: Annotated[str | None, typer.Option(help="auto, chatml, llama3, … or a Jinja text.")] = None,
     compat: Annotated[
-        str, typer.Option(help="Whose arithmetic, where they differ: mergekit's or the paper's (mergekit | paper).")
-    ] = "mergekit",
-    seed: Annotated[int, typer.Option(help="Of methods that draw at random.")] = 0,
+        str | None, typer.Option(metavar="mergekit|paper", help="Whose arithmetic, where they differ.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of methods that draw at random; 0 by default.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw how far OUT is from each model.")] = None,
     dry_run: o.DryRun = False,
     overwrite: o.Overwrite = False,
@@ -102,7 +103,6 @@ def weights(
     """Write the merge of models' weights, from a mergekit config or by a method's name."""
     from merges.config import read_configs
     from merges.merge import merge
-    from surgery.errors import usage_error
 
     given: dict[str, Any] = {
         "weight": weight, "density": density, "t": t, "lambda": lambda_, "gamma": gamma, "epsilon": epsilon,
@@ -110,27 +110,25 @@ def weights(
         "max_iter": max_iter, "tol": tol, "eps": eps, "normalize_weights": normalize_weights,
         "filter_wise": filter_wise, "nuslerp_flatten": nuslerp_flatten, "nuslerp_row_wise": nuslerp_row_wise,
     }  # fmt: skip
+    settings: dict[str, Any] = {
+        "base": base, "dtype": dtype, "tokenizer_source": tokenizer_source, "chat_template": chat_template,
+        "compat": compat, "seed": seed,
+    }  # fmt: skip
     parameters = {name: value for name, value in given.items() if value is not None}
+    settings = {name: value for name, value in settings.items() if value is not None}
     options = o.options(threads, device, overwrite=overwrite, allow_nonfinite=allow_nonfinite)
     text = ""
     configs: tuple[MergeConfig, ...]
-    if what.endswith(CONFIGS) or Path(what).is_file():
-        stray = [*(models or ()), *parameters]
-        if stray or base or dtype or tokenizer_source or chat_template:
-            raise usage_error("a config says all of this itself", where=f"merge {what}", hint="Edit the config.")
+    if what.endswith(CONFIGS) or (what not in _specs() and Path(what).is_file()):
+        _refuse_beside_config(what, models or (), [*parameters, *settings])
         configs = read_configs(Path(what), methods=_specs())
         text = Path(what).read_text(encoding="utf-8-sig")
     else:
-        configs = (
-            _config(
-                what, models or (), parameters, base=base, dtype=dtype, tokenizer_source=tokenizer_source,
-                chat_template=chat_template, seed=seed, compat=cast("Compat", compat),
-            ),
-        )  # fmt: skip
-    report = merge(configs, out, line=["surgery", *sys.argv[1:]], text=text, dry_run=dry_run, options=options)
+        configs = (_config(what, models or (), parameters, settings),)
+    line = _line([what, *(models or ())], {**settings, **parameters})
+    report = merge(configs, out, line=line, text=text, dry_run=dry_run, options=options)
     if plot and not dry_run:
-        report.figure().save(plot)
-        console.tell(f"Picture: {plot}")
+        _draw(report, plot)
     if as_json:
         console.show_json(report)
         return
@@ -162,17 +160,64 @@ def _specs() -> dict[str, Any]:
     return {name: method.spec for name, method in METHODS.items()}
 
 
-def _config(method: str, models: Any, parameters: dict[str, Any], **more: Any) -> MergeConfig:
-    """A command line as a config; values are written as in YAML, so that a list is a gradient."""
-    import yaml
+def _refuse_beside_config(config: str, models: Sequence[str], names: Sequence[str]) -> None:
+    """What a config says is said there alone: an option beside it would have to win, or to be lost in silence."""
+    from surgery.errors import listing, usage_error
 
+    stray = [*models, *map(_option, names)]
+    if stray:
+        raise usage_error(f"a config says all of this itself: {listing(stray)}", where=config, hint="Edit the config.")
+
+
+def _config(
+    method: str, models: Sequence[str], parameters: Mapping[str, Any], settings: Mapping[str, Any]
+) -> MergeConfig:
+    """A command line as a config; values are written as in YAML, so that a list is a gradient."""
     from merges.config import config_for_method
+
+    values = {
+        name: [_value(_option(name), text) for text in given] if isinstance(given, list) else [given]
+        for name, given in parameters.items()
+    }
+    compat = cast("Compat", settings.get("compat", "mergekit"))
+    return config_for_method(
+        method, models, methods=_specs(), parameters=values, base=settings.get("base"), dtype=settings.get("dtype"),
+        tokenizer_source=settings.get("tokenizer_source"), chat_template=settings.get("chat_template"),
+        seed=settings.get("seed", 0), compat=compat,
+    )  # fmt: skip
+
+
+def _value(option: str, text: str) -> object:
+    from merges.yaml_lines import read_documents
     from surgery.errors import usage_error
 
-    values: dict[str, list[object]] = {}
-    for name, given in parameters.items():
-        try:
-            values[name] = [yaml.safe_load(v) for v in given] if isinstance(given, list) else [given]
-        except yaml.YAMLError as error:
-            raise usage_error(f"got {given!r}, expected a number or a list", where=f"--{name}") from error
-    return config_for_method(method, models, methods=_specs(), parameters=values, **more)
+    nodes, faults = read_documents(text, option)
+    faults.settle()
+    if len(nodes) != 1:
+        raise usage_error(f"got {text!r}, expected a number, or a list", where=option)
+    return nodes[0].plain
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _line(words: Sequence[str], given: Mapping[str, Any]) -> list[str]:
+    """The words that type the merge again: without what changes no byte, so that they are the same for every run."""
+    line = ["surgery", "merge", *words]
+    for name, value in given.items():
+        if isinstance(value, bool):
+            line.append(_option(name) if value else _option(f"no_{name}"))
+        else:
+            line += [
+                word for one in (value if isinstance(value, list) else [value]) for word in (_option(name), str(one))
+            ]
+    return [*line, "-o", "OUT"]
+
+
+def _draw(report: MergeReport, path: Path) -> None:
+    if report.models:
+        report.figure().save(path)
+        console.tell(f"Picture: {path}")
+    else:
+        console.tell("No picture: every tensor is a copy, so there are no distances to draw.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from surgery.checkpoint import Checkpoint, StoredTensor
@@ -15,16 +16,31 @@ ALIGN = "Say `tokenizer_source: union`, `base` or a model: rows are then aligned
 _EXAMPLES = 3
 
 
-def check_models(
-    preflight: Preflight, template: Checkpoint, checkpoints: Iterable[Checkpoint], *, sliced: bool
-) -> None:
-    """Adds faults for models of another architecture than the template's.
+class TensorFaults:
+    """Faults of single tensors; one that many tensors share becomes one sentence."""
 
-    sliced: whether the config chooses layers, so that their number may differ.
-    """
+    def __init__(self) -> None:
+        self._names: dict[tuple[str, str], list[str]] = defaultdict(list)
+
+    def add(self, name: str, what: str, advice: str) -> None:
+        """Notes that the tensor `name` is, or has, `what`; `advice` is the sentence that says what to do."""
+        self._names[what, advice].append(name)
+
+    def sentences(self) -> list[str]:
+        """One for each kind of fault, in the order in which they were found."""
+        found = []
+        for (what, advice), names in self._names.items():
+            quoted = listing([f'"{name}"' for name in names], _EXAMPLES)
+            some = "" if len(names) == 1 else f"{len(names):,} tensors: "
+            found.append(f"{some}{quoted}: {what}. {advice}")
+        return found
+
+
+def check_models(preflight: Preflight, template: Checkpoint, checkpoints: Iterable[Checkpoint]) -> None:
+    """Adds faults for models of another architecture than the template's. Layers are counted in `merges.layout`."""
     for checkpoint in checkpoints:
         if checkpoint is not template:
-            check_config(preflight, template, checkpoint.config, checkpoint.ref, any_depth=sliced)
+            check_config(preflight, template, checkpoint.config, checkpoint.ref, any_depth=True)
 
 
 def check_vocabularies(preflight: Preflight, checkpoints: Sequence[Checkpoint]) -> None:
@@ -92,9 +108,9 @@ def check_finite(tensors: Mapping[str, Sequence[StoredTensor]], options: Options
             if count:
                 bad[ref, tensor.name] = bad.get((ref, tensor.name), 0) + count
     if bad:
-        found = [f"{name} of {ref} ({count:,})" for (ref, name), count in sorted(bad.items())]
+        found = [f'{count:,} in "{name}" of {ref}' for (ref, name), count in sorted(bad.items())]
         raise SurgeryError(
-            f"NaN or infinite values in {listing(found, _EXAMPLES)}",
+            f"NaN or infinite values: {listing(found, _EXAMPLES)}",
             where="sources",
             hint="They would spread through the merge. --allow-nonfinite merges them all the same.",
         )

@@ -2,7 +2,8 @@
 
 No architecture is listed. A model's layers are the numbered stack that `surgery.anatomy` finds in its names; a
 section's layers are renumbered into the output's stack, and tensors meet that have the same name inside their layers.
-What lies outside the layers meets by its full name: embeddings by the first section, final norm and head by the last.
+What lies outside the layers meets by its full name: embeddings by the first section, final norm and head by the last,
+and so do layers beyond the stack, which only predict further tokens ahead.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from merges.check import TensorFaults
 from merges.schema import MergeConfig, Section
 from merges.settings import EDGE_POSITION, layer_position
 from surgery.anatomy import Anatomy, anatomy
 from surgery.checkpoint import Checkpoint, StoredTensor
 from surgery.errors import listing
+from surgery.inspection import NUMBER
 from surgery.preflight import Preflight
 
-AT_THE_END = ("final norm", "lm_head")
+FINAL_NORM, LM_HEAD, BEYOND = "final norm", "lm_head", "beyond"
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,15 @@ class _Models:
         tensors = self.checkpoints[ref].tensors
         return {inner: tensors[name] for inner, name in self.layers[ref][index].items()}
 
+    def beyond(self, ref: str, name: str) -> tuple[int, str] | None:
+        """For a tensor of a layer behind the last that counts: how far behind it is, from 0, and its inner name."""
+        stack, held = self.anatomies[ref].stack, len(self.layers[ref])
+        start = f"{stack}." if stack else ""
+        number, _, inner = name.removeprefix(start).partition(".")
+        if not held or not name.startswith(start) or not NUMBER.fullmatch(number):
+            return None
+        return int(number) - held, inner
+
     def outside(self, ref: str) -> dict[str, StoredTensor]:
         """Full name → tensor, of what lies in no layer; a tied head is there as well where another model's is not."""
         shape, tensors = self.anatomies[ref], self.checkpoints[ref].tensors
@@ -92,10 +104,12 @@ def lay_out(preflight: Preflight, config: MergeConfig, checkpoints: Mapping[str,
     template = config.base_model or config.sections[0].sources[0].model
     models = _Models(checkpoints, template)
     builder = _Builder(preflight, models)
+    builder.begin(config.sections[0])
     layers: list[int] = []
     for section in config.sections:
         layers += builder.layers(section, first=len(layers))
-    builder.edges(config.sections[0], config.sections[-1])
+    builder.end(config.sections[-1], len(layers))
+    builder.settle()
     return Layout(
         checkpoints[template],
         tuple(builder.slots),
@@ -111,6 +125,14 @@ class _Builder:
         self.models = models
         self.slots: list[Slot] = []
         self.left_out: set[str] = set()
+        self.missing = TensorFaults()
+        for ref, shape in models.anatomies.items():
+            numbers = [layer.index for layer in shape.blocks]
+            if numbers != list(range(len(numbers))):
+                preflight.faults.append(
+                    f"{ref} holds {len(numbers)} layers from {numbers[0]} to {numbers[-1]}: a part of a model. "
+                    "Give the whole."
+                )
 
     def layers(self, section: Section, *, first: int) -> list[int]:
         """Adds the slots of a section's layers, numbered from `first`; returns what `Layout.layers` says of them."""
@@ -124,68 +146,92 @@ class _Builder:
                 )
                 return []
             ranges.append(range(begin, end))
-        lengths = {len(one) for one in ranges}
-        if len(lengths) > 1:
+        if len({len(one) for one in ranges}) > 1:
             counts = ", ".join(f"{s.model} {len(r)}" for s, r in zip(section.sources, ranges, strict=True))
             self.preflight.faults.append(
                 f"the models differ in their number of layers ({counts}). Name the layers to merge with `slices:`."
             )
             return []
-        n = lengths.pop()
         refs = [source.model for source in section.sources]
+        n = len(ranges[0])
         for i in range(n):
             found = [self.models.in_layer(ref, one[i]) for ref, one in zip(refs, ranges, strict=True)]
-            prefix = f"{self.models.stack}.{first + i}." if self.models.stack else f"{first + i}."
-            self.meet(section, found, refs, layer_position(i, n), prefix, f"layer {first + i}")
+            self.meet(section, found, layer_position(i, n), self.prefix(first + i), f"layer {first + i}")
         at = refs.index(self.models.template) if self.models.template in refs else 0
         return list(ranges[at])
 
-    def edges(self, first: Section, last: Section) -> None:
-        """Adds the slots of what lies outside the layers."""
-        for section, at_end in ((first, False), (last, True)):
-            refs = [source.model for source in section.sources]
-            found = []
-            for ref in refs:
-                shape = self.models.anatomies[ref]
-                tensors = self.models.outside(ref)
-                found.append(
-                    {
-                        name: tensor
-                        for name, tensor in tensors.items()
-                        if (name in self.models.heads or shape.group_of(name) in AT_THE_END) == at_end
-                    }
-                )
-            self.meet(section, found, refs, EDGE_POSITION, "", None)
+    def begin(self, section: Section) -> None:
+        """Adds the slots of what comes before the layers, and of what is beside them."""
+        found = [
+            {name: tensor for name, tensor in self.models.outside(ref).items() if self.end_of(ref, name) is None}
+            for ref in (source.model for source in section.sources)
+        ]
+        self.meet(section, found, EDGE_POSITION)
+
+    def end(self, section: Section, layers: int) -> None:
+        """Adds the slots of what comes after the output's `layers` layers: final norm, head, and layers beyond."""
+        refs = [source.model for source in section.sources]
+        for part in (FINAL_NORM, LM_HEAD):
+            found = [{n: t for n, t in self.models.outside(ref).items() if self.end_of(ref, n) == part} for ref in refs]
+            self.meet(section, found, EDGE_POSITION)
+        beyond: list[dict[str, StoredTensor]] = []
+        for ref in refs:
+            places = {name: self.models.beyond(ref, name) for name in self.models.outside(ref)}
+            tensors = self.models.checkpoints[ref].tensors
+            beyond.append(
+                {
+                    f"{self.prefix(layers + at[0])}{at[1]}": tensors[name]
+                    for name, at in places.items()
+                    if at is not None
+                }
+            )
+        self.meet(section, beyond, EDGE_POSITION)
+
+    def end_of(self, ref: str, name: str) -> str | None:
+        """What comes after the layers that a tensor is part of: the final norm, the head, more layers; else None."""
+        if self.models.beyond(ref, name) is not None:
+            return BEYOND
+        part = LM_HEAD if name in self.models.heads else self.models.anatomies[ref].group_of(name)
+        return part if part in (FINAL_NORM, LM_HEAD) else None
+
+    def prefix(self, layer: int) -> str:
+        """What the names of an output layer's tensors begin with."""
+        return f"{self.models.stack}.{layer}." if self.models.stack else f"{layer}."
 
     def meet(
         self,
         section: Section,
         found: Sequence[Mapping[str, StoredTensor]],
-        refs: Sequence[str],
         t: float,
-        prefix: str,
-        group: str | None,
+        prefix: str = "",
+        group: str | None = None,
     ) -> None:
-        """Adds a slot for every name that all sources have."""
-        names = list(dict.fromkeys(name for tensors in found for name in tensors))
-        for name in names:
+        """Adds a slot for every name that all sources of the section have in `found`.
+
+        group: the slots' part of the model; None for what the first source calls it.
+        """
+        refs = [source.model for source in section.sources]
+        shape = self.models.anatomies[refs[0]]
+        for name in dict.fromkeys(name for tensors in found for name in tensors):
             holders = [tensors.get(name) for tensors in found]
             inputs = tuple(tensor for tensor in holders if tensor is not None)
             if len(inputs) < len(holders):
-                self.missing(prefix + name, holders, refs)
+                self.miss(prefix + name, holders, refs)
                 continue
-            shape = self.models.anatomies[refs[0]]
-            per_token = group is None and (inputs[0].name in shape.token_rows)
-            kind = group or ("lm_head" if name in self.models.heads else shape.group_of(inputs[0].name))
-            self.slots.append(Slot(prefix + name, kind, section, t, inputs, per_token))
+            per_token = group is None and inputs[0].name in shape.token_rows
+            part = group or (LM_HEAD if name in self.models.heads else shape.group_of(inputs[0].name))
+            self.slots.append(Slot(prefix + name, part, section, t, inputs, per_token))
 
-    def missing(self, name: str, holders: Sequence[StoredTensor | None], refs: Sequence[str]) -> None:
-        """A tensor that only some of the sources have: a fault, unless nobody can tell what it is."""
+    def miss(self, name: str, holders: Sequence[StoredTensor | None], refs: Sequence[str]) -> None:
+        """Notes a tensor that only some of the sources have: a fault, unless nobody can tell what it is."""
         have = [(ref, tensor) for ref, tensor in zip(refs, holders, strict=True) if tensor is not None]
-        lack = [ref for ref, tensor in zip(refs, holders, strict=True) if tensor is None]
         if all(tensor.name in self.models.anatomies[ref].not_understood for ref, tensor in have):
             self.left_out.add(name)
             return
-        self.preflight.faults.append(
-            f'"{name}" is in {listing(ref for ref, _ in have)} and not in {listing(lack)}. Merge models of one layout.'
-        )
+        held = listing(ref for ref, _ in have)
+        lack = listing(ref for ref, tensor in zip(refs, holders, strict=True) if tensor is None)
+        self.missing.add(name, f"in {held} and not in {lack}", "Merge models of one layout.")
+
+    def settle(self) -> None:
+        """Adds the faults of single tensors to those of the whole."""
+        self.preflight.faults += self.missing.sentences()

@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from merges.layout import Layout
-from merges.structure import language_part, uneven_dense_layers, with_layers
+from merges.layout import LM_HEAD, Layout
+from merges.structure import unsayable, untied, with_layers
+from merges.templates import set_chat_template
 from merges.token_ids import remap_ids, resized
-from merges.tokenizer_files import is_tokenizer_file
+from merges.tokenizer_files import is_tokenizer_file, read_tokenizer_files
 from merges.tokens import TokenPlan
 from surgery.anatomy import anatomy
 from surgery.checkpoint import Checkpoint, read_json
-from surgery.fit import side
+from surgery.errors import SurgeryError
 from surgery.preflight import Preflight
 from surgery.vocab import read_vocabulary
 
@@ -23,7 +24,7 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
 @dataclass(frozen=True)
-class Side:
+class SideFiles:
     """The output's files beside the weights: `copied` from the template, `written` with new content."""
 
     copied: Mapping[str, Path]
@@ -37,57 +38,85 @@ class Side:
             path.write_bytes(content)
 
 
-def output_side(
-    preflight: Preflight, layout: Layout, tokens: TokenPlan | None, checkpoints: Mapping[str, Checkpoint]
-) -> Side:
-    """The files of a merge's output; what its config cannot say goes to the faults."""
+def side_files(
+    preflight: Preflight,
+    layout: Layout,
+    tokens: TokenPlan | None,
+    checkpoints: Mapping[str, Checkpoint],
+    *,
+    chat_template: str | None,
+) -> SideFiles:
+    """The files of a merge's output; what its config cannot say, and a chat template that is not there, are faults.
+
+    Args:
+        checkpoints: every model of the merge, and the one that `tokens` has its tokenizer from.
+        chat_template: what the merge's config says, None for the template's own.
+    """
     template = layout.template
     shape = anatomy(template)
+    preflight.faults += unsayable(template.config, layout.layers, shape)
+    config = with_layers(template.config, layout.layers, shape)
+    if shape.tied and any(slot.group == LM_HEAD for slot in layout.slots):
+        config = untied(config)
+        preflight.warnings.append("a model has an output head of its own, so the result has one: it is not tied")
     copied = {path.name: path for path in template.side_files}
     written: dict[str, bytes] = {}
-    config = with_layers(template.config, layout.layers, shape)
-    if "first_k_dense_replace" in language_part(config) and uneven_dense_layers(layout.layers, shape):
-        preflight.faults.append(
-            "a dense layer would follow one with experts, which this architecture's config cannot say. "
-            "Choose other layer ranges."
-        )
-    if shape.tied and any(slot.group == "lm_head" for slot in layout.slots):
-        config["tie_word_embeddings"] = False
-        preflight.warnings.append("a model has an output head of its own, so the result has one: it is not tied")
     if tokens is not None:
-        config = resized(config, tokens.size)
-        config = _renumbered(preflight, config, CONFIG, layout, tokens, checkpoints)
+        renumber = _Renumbering(preflight, template, tokens, checkpoints[tokens.donor])
+        config = renumber(resized(config, tokens.size), CONFIG)
         generation = read_json(template.folder / GENERATION, missing={}) if template.folder else {}
         if generation:
-            generation = _renumbered(preflight, generation, GENERATION, layout, tokens, checkpoints)
-            written[GENERATION] = _json(generation)
-        copied = {name: path for name, path in copied.items() if not is_tokenizer_file(name)}
-        written |= tokens.files
+            written[GENERATION] = _json(renumber(generation, GENERATION))
     if config and config != template.config:
         written[CONFIG] = _json(config)
-    return Side({name: path for name, path in copied.items() if name not in written}, written)
+    tokenizer = None if tokens is None else tokens.files
+    if chat_template is not None:
+        tokenizer = _with_chat_template(preflight, chat_template, template, tokens, checkpoints)
+    if tokenizer is not None:
+        copied = {name: path for name, path in copied.items() if not is_tokenizer_file(name)}
+        written |= tokenizer
+    return SideFiles({name: path for name, path in copied.items() if name not in written}, written)
 
 
-def _renumbered(
+def _with_chat_template(
     preflight: Preflight,
-    config: Mapping[str, Any],
-    name: str,
-    layout: Layout,
-    tokens: TokenPlan,
+    wanted: str,
+    template: Checkpoint,
+    tokens: TokenPlan | None,
     checkpoints: Mapping[str, Checkpoint],
-) -> dict[str, Any]:
-    """`config` with the ids that its tokens have in the output."""
-    folder = layout.template.folder
-    before = read_vocabulary(folder) if folder else None
-    if before is None:
-        return dict(config)
-    donor = checkpoints.get(tokens.donor)
-    other = None
-    if donor is not None and donor is not layout.template and (home := side(donor).tokenizer) is not None:
-        other = read_json(home / name, missing={})
-    changed, warnings = remap_ids(config, before=before, after=tokens.vocabulary, donor=other)
-    preflight.warnings.extend(warnings)
-    return changed
+) -> Mapping[str, bytes] | None:
+    """The tokenizer's files with the chat template that is `wanted`; None where that is a fault."""
+    folders = {ref: checkpoint.folder for ref, checkpoint in checkpoints.items() if checkpoint.folder is not None}
+    vocabulary = tokens.vocabulary if tokens else template.folder and read_vocabulary(template.folder)
+    if not vocabulary or template.folder is None:
+        preflight.faults.append(f"chat_template: {template.ref} has no tokenizer to put it beside. Leave it out.")
+        return None
+    files = tokens.files if tokens else read_tokenizer_files(template.folder)
+    try:
+        files, warnings = set_chat_template(files, wanted, folders=folders, vocabulary=vocabulary)
+    except SurgeryError as error:
+        preflight.faults.append(str(error))
+        return None
+    preflight.warnings += warnings
+    return files
+
+
+class _Renumbering:
+    """Gives the ids in the template's files the numbers that their tokens have in the output."""
+
+    def __init__(self, preflight: Preflight, template: Checkpoint, tokens: TokenPlan, donor: Checkpoint) -> None:
+        self._preflight = preflight
+        self._before = read_vocabulary(template.folder) if template.folder else None
+        self._after = tokens.vocabulary
+        self._donor = donor.folder if donor.ref != template.ref else None
+
+    def __call__(self, config: Mapping[str, Any], name: str) -> dict[str, Any]:
+        if self._before is None:
+            return dict(config)
+        donor = read_json(self._donor / name, missing={}) if self._donor else None
+        changed, warnings = remap_ids(config, before=self._before, after=self._after, donor=donor)
+        self._preflight.warnings += warnings
+        return changed
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

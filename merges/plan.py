@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from merges.check import ALIGN, TensorFaults
 from merges.layout import Layout, Slot
 from merges.methods import METHODS, Method, argument
 from merges.schema import MergeConfig, merged_sources
@@ -41,24 +42,22 @@ def plan_tensors(
     """Every tensor of the output; what cannot be merged goes to the faults of `preflight`."""
     method = METHODS[config.merge_method]
     stored_as = config.out_dtype or config.dtype
-    planner = _Planner(preflight, config, method, dtype_name(stored_as) if stored_as else None, tokens)
-    return [planned for slot in layout.slots if (planned := planner.plan(slot)) is not None]
+    planner = _Planner(config, method, dtype_name(stored_as) if stored_as else None, tokens)
+    planned = [tensor for slot in layout.slots if (tensor := planner.plan(slot)) is not None]
+    preflight.faults += [*planner.faults.sentences(), *planner.unset[:1]]
+    return planned
 
 
 class _Planner:
-    def __init__(
-        self,
-        preflight: Preflight,
-        config: MergeConfig,
-        method: Method,
-        stored_as: str | None,
-        tokens: TokenInputs | None,
-    ) -> None:
-        self.preflight = preflight
+    """Plans slots. `unset`: a sentence for each tensor for which a parameter has no value."""
+
+    def __init__(self, config: MergeConfig, method: Method, stored_as: str | None, tokens: TokenInputs | None) -> None:
         self.config = config
         self.method = method
         self.stored_as = stored_as
         self.tokens = tokens
+        self.faults = TensorFaults()
+        self.unset: list[str] = []
 
     def plan(self, slot: Slot) -> MergedTensor | None:
         refs = [source.model for source in slot.section.sources]
@@ -73,7 +72,7 @@ class _Planner:
                 self.method.spec, slot.name, slot.t, [tensor.name for tensor in slot.inputs]
             )
         except SurgeryError as error:
-            self.fault(str(error))
+            self.unset.append(str(error))
             return None
         order = [*(() if base is None else (base,)), *merged]
         inputs = self.inputs(slot, [refs[i] for i in order], [slot.inputs[i] for i in order])
@@ -99,34 +98,26 @@ class _Planner:
         shapes = [tensor.shape for tensor in stored]
         if len(set(shapes)) > 1:
             found = ", ".join(f"{list(shape)} in {ref}" for ref, shape in zip(refs, shapes, strict=True))
-            advice = (
-                "`tokenizer_source: union` or `base` aligns them by token."
-                if slot.per_token
-                else ("Only models of one shape can be merged.")
-            )
-            self.fault(f'"{slot.name}" is {found}. {advice}')
+            advice = ALIGN if slot.per_token else "Only models of one shape can be merged."
+            self.faults.add(slot.name, found, advice)
             return None
         return tuple(Input(tensor) for tensor in stored)
 
     def is_possible(self, slot: Slot, params: Mapping[str, Parameter]) -> bool:
         """Whether the parameters can be merged by; what cannot is a fault."""
         weight = params.get("weight")
-        normalises = any(params.get(name) for name in _NORMALISING)
+        # Methods that need a base divide by 1 instead, or by the weights of those that agree, as mergekit does.
+        normalises = self.method.spec.base != "required" and any(params.get(name) for name in _NORMALISING)
         if isinstance(weight, tuple) and normalises and abs(sum(map(float, weight))) < _NO_SUM:
             shown = ", ".join(f"{a:g}" for a in weight)
-            self.fault(f'weights {shown} of "{slot.name}" sum to zero, and are to be divided by their sum.')
+            what = f"weights {shown} sum to zero, and are to be divided by their sum"
+            self.faults.add(slot.name, what, "Change one, or set normalize to false.")
             return False
         density, epsilon = params.get("density"), params.get("epsilon")
         if isinstance(density, tuple) and isinstance(epsilon, tuple):
             for d, e in zip(map(float, density), map(float, epsilon), strict=True):
                 if 0 < d < 1 and not 0 < d - e <= d + e < 1:
-                    self.fault(
-                        f'density {d:g} ± epsilon {e:g} of "{slot.name}" must lie between 0 and 1. '
-                        "Choose a smaller epsilon."
-                    )
+                    what = f"density {d:g} ± epsilon {e:g} must lie between 0 and 1"
+                    self.faults.add(slot.name, what, "Choose a smaller epsilon.")
                     return False
         return True
-
-    def fault(self, text: str) -> None:
-        if text not in self.preflight.faults:
-            self.preflight.faults.append(text)

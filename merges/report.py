@@ -97,7 +97,8 @@ class MergeReport:
         from surgery.plots import distances
 
         groups = list(dict.fromkeys(group for share in self.models for group in share.layers))
-        series = {m.model: [m.layers.get(group) for group in groups] for m in self.models}
+        names = _short([share.model for share in self.models])
+        series = {name: [m.layers.get(group) for group in groups] for name, m in zip(names, self.models, strict=True)}
         return distances(f"How far the merge is from each model ({self.method})", groups, series)
 
 
@@ -134,6 +135,16 @@ def with_outcome(report: MergeReport, merged: Iterable[MergedTensor], outcome: O
         for model, mine in sums.items()
     ]
     return replace(report, models=shares, resumed_bytes=outcome.resumed_bytes)
+
+
+def _short(refs: Sequence[str]) -> list[str]:
+    """References by the fewest of their last parts that tell them apart."""
+    parts = [ref.rstrip("/").split("/") for ref in refs]
+    for kept in range(1, max(map(len, parts), default=0)):
+        names = ["/".join(part[-kept:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(refs)
 
 
 def _ratio(above: float, below: float) -> float:

@@ -1,4 +1,9 @@
-"""The output's config.json: the template's, with the number of layers and what follows from it, and the vocabulary."""
+"""The output's config.json: the template's, with the number of layers and what follows from it.
+
+Which layer is of which kind is told in four ways: a list with one entry per layer, a list of layer numbers, a number of
+dense layers before those with experts, or a period. The first three can be rewritten for any order of layers. A period
+cannot, but where it is about experts a list of the dense layers says the same.
+"""
 
 from __future__ import annotations
 
@@ -9,30 +14,41 @@ from typing import Any
 from surgery.anatomy import Anatomy
 from surgery.inspection import N_LAYERS, NESTED
 
-_INDEX_LISTS = ("mlp_only_layers", "moe_layers", "no_rope_layer_indices")  # lists of layer numbers
+# Lists with one entry per layer whose name does not hold "layer".
+_PER_LAYER = ("block_types", "attention_types", "block_configs", "activation_sparsity_pattern", "intermediate_size")
+_NUMBERS = ("mlp_only_layers", "moe_layers", "no_rope_layer_indices", "cross_attention_layers", "attn_layer_indices")
 _LEADING_DENSE = "first_k_dense_replace"
+_EXPERTS_EVERY, _DENSE = "decoder_sparse_step", "mlp_only_layers"
+# Every so many layers is of another kind, unless a list says it.
+_PERIODS = (
+    *("sliding_window_pattern", "full_attention_interval", "no_rope_layer_interval", "global_attn_every_n_layers"),
+    *("attn_layer_period", "expert_layer_period", "moe_layer_freq", "interleave_moe_layer_step"),
+)
+_KINDS = ("layer_types", "layers_block_type", "block_types")
 
 
 def with_layers(config: Mapping[str, Any], layers: Sequence[int], template: Anatomy) -> dict[str, Any]:
     """A config whose layer i is layer `layers[i]` of the template's.
 
-    Changed are the number of layers, every list with one entry per layer, every list of layer numbers, and the number
-    of leading dense layers.
+    Changed are the number of layers, every list with one entry per layer, every list of layer numbers, the number of
+    leading dense layers, and the period of layers with experts, which becomes a list.
     """
     changed = copy.deepcopy(dict(config))
-    if list(layers) == list(range(template.layers)):
+    if _in_order(layers, template):
         return changed
     part = language_part(changed)
+    dense = [old not in template.experts for old in layers]
     for key, value in list(part.items()):
         if key in N_LAYERS and isinstance(value, int):
             part[key] = len(layers)
-        elif key in _INDEX_LISTS and isinstance(value, list):
+        elif key in _NUMBERS and isinstance(value, list):
             part[key] = [new for new, old in enumerate(layers) if old in value]
-        elif "layer" in key and isinstance(value, list) and len(value) == template.layers:
+        elif ("layer" in key or key in _PER_LAYER) and isinstance(value, list) and len(value) == template.layers:
             part[key] = [value[old] for old in layers]
     if _LEADING_DENSE in part:
-        dense = [old not in template.experts for old in layers]
         part[_LEADING_DENSE] = dense.index(False) if False in dense else len(dense)
+    if _EXPERTS_EVERY in part:
+        part |= {_EXPERTS_EVERY: 1, _DENSE: [new for new, is_dense in enumerate(dense) if is_dense]}
     return changed
 
 
@@ -44,7 +60,46 @@ def language_part(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def uneven_dense_layers(layers: Sequence[int], template: Anatomy) -> bool:
-    """Whether a dense layer follows one with experts, which `first_k_dense_replace` cannot say."""
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config whose output head is a tensor of its own."""
+    changed = copy.deepcopy(dict(config))
+    for part in (changed, language_part(changed)):
+        if part is changed or "tie_word_embeddings" in part:
+            part["tie_word_embeddings"] = False
+    return changed
+
+
+def unsayable(config: Mapping[str, Any], layers: Sequence[int], template: Anatomy) -> list[str]:
+    """Why no config of this architecture can describe `layers`: sentences; none where `with_layers` says all.
+
+    Args:
+        config: the template's.
+    """
+    if _in_order(layers, template):
+        return []
+    part = language_part(dict(config))
     dense = [old not in template.experts for old in layers]
-    return False in dense and True in dense[dense.index(False) :]
+    found = []
+    if _LEADING_DENSE in part and False in dense and True in dense[dense.index(False) :]:
+        found.append(
+            f"a dense layer would follow one with experts, which {_LEADING_DENSE} cannot say. "
+            "Choose other layer ranges."
+        )
+    if any(isinstance(part.get(key), list) for key in _KINDS):
+        return found
+    for key in _PERIODS:
+        period = part.get(key)
+        if type(period) is not int or period < 2:
+            continue
+        moved = [(new, old) for new, old in enumerate(layers) if new % period != old % period]
+        if moved:
+            new, old = moved[0]
+            found.append(
+                f"layer {old} would stand at {new}, where {key} {period} makes it one of another kind. "
+                f"Move layers by multiples of {period}."
+            )
+    return found
+
+
+def _in_order(layers: Sequence[int], template: Anatomy) -> bool:
+    return list(layers) == list(range(template.layers))

@@ -71,7 +71,7 @@ def added_tokens(folder: Path) -> dict[str, Entry]:
     decoder = settings.get("added_tokens_decoder") or {}
     listed = read_json(folder / TOKENIZER, missing={}).get("added_tokens") or []
     for entry in [*decoder.values(), *listed]:
-        values = {"content": entry} if isinstance(entry, str) else entry
+        values: dict[str, Any] = {"content": entry} if isinstance(entry, str) else entry
         found[values["content"]] = {flag: values[flag] for flag in FLAGS if isinstance(values.get(flag), bool)}
     return found
 

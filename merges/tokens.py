@@ -139,7 +139,7 @@ def plan_tokens(
 
     extra = rule.tokens if rule.source != UNION else (*_by_id(vocabularies.values()), *rule.tokens)
     new = [token for token in dict.fromkeys(extra) if token not in origin.ids]
-    ids = {**origin.ids, **{token: origin.size + i for i, token in enumerate(new)}}
+    ids = {**origin.ids, **{token: row for row, token in enumerate(new, start=origin.size)}}
     size = _rounded(max(ids.values()) + 1, rule.pad_to_multiple_of)
     held = np.zeros(size, bool)
     held[list(ids.values())] = True

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
+import torch
 from torch import Tensor
 
-from merges.methods.measures import Measures
+from merges.methods.measures import measured
 from merges.methods.registry import Params, register
 from merges.settings import MethodSpec, ParameterSpec
 from surgery.plan import Kernel, Parameter, Place
@@ -41,23 +43,12 @@ def nearswap(tensors: Sequence[Tensor], place: Place, *, t: float, **_: Paramete
     w, x: (…) → (…)
     """
     base, model = tensors
-    share = (base - model).abs_().clamp_(min=_NEAREST).reciprocal_().mul_(t).clamp_(0, 1)
-    return share * model + (1 - share) * base
+    share = (base - model).abs_().clamp_(min=_NEAREST).reciprocal_().mul_(t).clamp_(max=1)
+    return torch.lerp(base, model, share)  # exact at both ends
 
 
-def _build_linear(params: Params, models: int, based: bool) -> Kernel:
-    measures = Measures(models, based)
-    return Kernel("linear", linear, measures=measures.names, measure=measures.measure, placed=True)
-
-
-def _build_passthrough(params: Params, models: int, based: bool) -> Kernel:
-    measures = Measures(models, based)
-    return Kernel("passthrough", passthrough, measures=measures.names, measure=measures.measure, placed=True)
-
-
-def _build_nearswap(params: Params, models: int, based: bool) -> Kernel:
-    measures = Measures(models, based)
-    return Kernel("nearswap", nearswap, measures=measures.names, measure=measures.measure, placed=True)
+def _build(params: Params, models: int, based: bool, *, name: str, fn: Callable[..., Tensor]) -> Kernel:
+    return measured(name, fn, models, based=based)
 
 
 register(
@@ -70,7 +61,7 @@ register(
         summary="weighted mean of the models",
         paper="arXiv:2203.05482",
     ),
-    _build_linear,
+    partial(_build, name="linear", fn=linear),
 )
 register(
     MethodSpec(
@@ -79,7 +70,7 @@ register(
         models=(1, 1),
         summary="one model's tensors as they are: layers stacked, repeated or left out",
     ),
-    _build_passthrough,
+    partial(_build, name="passthrough", fn=passthrough),
 )
 register(
     MethodSpec(
@@ -90,5 +81,5 @@ register(
         summary="the base's values give way where the other model's are close",
         paper="huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
     ),
-    _build_nearswap,
+    partial(_build, name="nearswap", fn=nearswap),
 )

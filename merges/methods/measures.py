@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from surgery.plan import Place, Sums
+from surgery.plan import Kernel, Pass, Place, Sums
 
 KEPT = "kept"  # in `Place.known`: per model, how many of its elements the method let through
+
+Count = Callable[..., Tensor | float]
 
 
 @dataclass(frozen=True)
@@ -20,32 +23,59 @@ class Measures:
     Args:
         models: how many there are, the base not counted.
         based: whether a base is the first input.
+        count: `count(delta, i, place, **params)` → how many elements of a piece of δᵢ (1-D, may be overwritten) are
+            kept, for methods with a base that can tell piece by piece. Without it `Place.known` says it; where that
+            does not, all are.
     """
 
     models: int
     based: bool
+    count: Count | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """What `measure` returns, in its order."""
-        per_model = [f"{what}.{i}" for i in range(self.models) for what in self._kinds]
+        kinds = ("squares", "distance", "update", "kept") if self.based else ("squares", "distance", "kept")
+        per_model = [f"{kind}.{i}" for i in range(self.models) for kind in kinds]
         return (*(("base",) if self.based else ()), *per_model)
 
-    def measure(self, tensors: Sequence[Tensor], stored: Tensor, place: Place, **_: object) -> Sums:
+    def measure(self, tensors: Sequence[Tensor], stored: Tensor, place: Place, **params: Any) -> Sums:
         """The sums over one piece; `stored` is the merged, rounded piece."""
         base, models = (tensors[0], tensors[1:]) if self.based else (None, tensors)
-        count = torch.Size(place.shape).numel()
-        kept = place.known.get(KEPT)
+        share = stored.numel() / max(torch.Size(place.shape).numel(), 1)
+        kept: Tensor | float
         sums: list[Tensor | float] = [] if base is None else [torch.dot(base, base)]
         for i, model in enumerate(models):
+            kept = place.known[KEPT][i] * share if KEPT in place.known else stored.numel()
             away = stored - model
             sums += [torch.dot(model, model), torch.dot(away, away)]
             if base is not None:
                 update = model - base
                 sums.append(torch.dot(update, update))
-            sums.append(stored.numel() if kept is None else kept[i] * stored.numel() / count)
+                if self.count is not None:
+                    kept = self.count(update, i, place, **params)
+            sums.append(kept)
         return sums
 
-    @property
-    def _kinds(self) -> tuple[str, ...]:
-        return ("squares", "distance", "update", "kept") if self.based else ("squares", "distance", "kept")
+
+def measured(
+    name: str,
+    fn: Callable[..., Tensor],
+    models: int,
+    *,
+    based: bool,
+    rows: bool = False,
+    passes: tuple[Pass, ...] = (),
+    count: Count | None = None,
+) -> Kernel:
+    """A merge method's kernel: knows its place and measures its models. The other arguments are the kernel's own."""
+    measures = Measures(models, based, count)
+    return Kernel(
+        name,
+        fn,
+        kind="rows" if rows else "elementwise",
+        measures=measures.names,
+        measure=measures.measure,
+        placed=True,
+        passes=passes,
+    )

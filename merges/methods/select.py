@@ -6,19 +6,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from merges.methods.measures import KEPT, Measures
-from merges.methods.ranks import CUTS, order_passes
+from merges.methods.linear import weighted_sum
+from merges.methods.measures import KEPT, measured
+from merges.methods.ranks import CUTS, as_floats, order_passes
 from merges.methods.registry import Params, register
+from merges.methods.signs import elected
 from merges.settings import MethodSpec, ParameterSpec
 from surgery.dtypes import n_elements
 from surgery.plan import Kernel, Pass, Place
 
 _SHARES = "shares"
 _FACTORS = "factors"
+_DIVERGENCES = "divergences"
 _NEGLIGIBLE = 1e-6
+_TINY_SHARE = 1e-8  # added to every softmax, as in mergekit: no logarithm of 0
+
+Doubles = npt.NDArray[np.float64]
 
 
 def sce(tensors: Sequence[Tensor], place: Place, *, select_topk: float, **_: Any) -> Tensor:
@@ -27,15 +34,9 @@ def sce(tensors: Sequence[Tensor], place: Place, *, select_topk: float, **_: Any
     arXiv 2408.07990: select the `select_topk` share of the elements that vary at all; calculate aᵢ ∝ mean δᵢ² of what
     is selected; erase minority signs (0 counts as +).   w, x₁ … xₖ: (…) → (…)
     """
-    base, deltas = tensors[0], _selected(tensors, place, select_topk)
-    total = torch.stack(deltas).sum(dim=0)
-    majority = (total >= 0).to(total.dtype).mul_(2).sub_(1)
-    mixed, divisor = torch.zeros_like(base), torch.zeros_like(base)
-    for delta, share in zip(deltas, place.known[_SHARES], strict=True):
-        agreeing = delta.mul_(majority).relu_()
-        mixed.add_(agreeing, alpha=share)
-        divisor.add_(agreeing.sign_(), alpha=share)
-    return mixed.div_(divisor.clamp_(min=_NEGLIGIBLE)).mul_(majority).add_(base)
+    shares = place.known[_SHARES]
+    mixed, taken = elected(_selected(tensors, place, select_topk), shares, shares)
+    return mixed.div_(taken.clamp_(min=_NEGLIGIBLE)).add_(tensors[0])
 
 
 def _selected(tensors: Sequence[Tensor], place: Place, select_topk: float) -> list[Tensor]:
@@ -43,14 +44,25 @@ def _selected(tensors: Sequence[Tensor], place: Place, select_topk: float) -> li
     deltas = [model - base for model in models]
     if select_topk >= 1:
         return deltas
-    scores = _variance(deltas).cpu().float().numpy()
-    mask = place.known[CUTS][0][0].largest(scores, place.begin)
+    mask = place.known[CUTS][0][0].largest(as_floats(_variance(deltas)), place.begin)
     chosen = torch.from_numpy(mask.view(np.uint8)).to(base.device)
     return [delta.mul_(chosen) for delta in deltas]
 
 
 def _variance(deltas: Sequence[Tensor]) -> Tensor:
-    return torch.var(torch.stack(list(deltas)), dim=0, unbiased=False)
+    """Of the k values of each element, exactly 0 where they are the same.   k × (…) → (…)"""
+    # A few additions in cache; torch.var along the first dimension of a stack takes fifty times as long.
+    first, *others = deltas
+    apart = [delta - first for delta in others]
+    mean = torch.zeros_like(first)
+    for difference in apart:
+        mean.add_(difference)
+    mean.div_(len(deltas))
+    total = mean * mean
+    for difference in apart:
+        away = difference.sub_(mean)
+        total.addcmul_(away, away)
+    return total.div_(len(deltas))
 
 
 def _variances(tensors: Sequence[Tensor], place: Place, **_: Any) -> list[Tensor]:
@@ -86,36 +98,48 @@ def ram(tensors: Sequence[Tensor], place: Place, *, epsilon: float, **_: Any) ->
     """
     base = tensors[0]
     deltas, counts = _changed(tensors, epsilon)
-    factors = place.known.get(_FACTORS, [1.0] * len(deltas))
-    alone = (counts == 1).to(base.dtype)
-    shared = (counts > 1).to(base.dtype).div_(counts.clamp(min=1))
-    for delta, factor in zip(deltas, factors, strict=True):
-        base = base + delta * (alone * factor + shared)
-    return base
+    mixed = weighted_sum(deltas, [1.0] * len(deltas)).div_(counts.clamp(min=1))
+    if _FACTORS in place.known:
+        alone = torch.eq(counts, 1, out=torch.empty_like(counts))
+        for delta, factor in zip(deltas, place.known[_FACTORS], strict=True):
+            mixed.addcmul_(delta, alone, value=factor - 1)
+    return mixed.add_(base)
 
 
 def _changed(tensors: Sequence[Tensor], epsilon: float) -> tuple[list[Tensor], Tensor]:
     """Each δ with zeros where its model changed nothing, and how many models changed each element."""
     base, *models = tensors
     deltas = [torch.nn.functional.hardshrink(model - base, epsilon) for model in models]
-    counts = torch.stack([delta.abs().sign_() for delta in deltas]).sum(dim=0)
+    counts = torch.zeros_like(base)
+    for delta in deltas:
+        counts.add_(delta.sign().abs_())
     return deltas, counts
 
 
+def _count_changed(delta: Tensor, i: int, place: Place, *, epsilon: float, **_: Any) -> Tensor:
+    return torch.nn.functional.hardshrink(delta, epsilon).sign_().abs_().sum()
+
+
 def _gather_overlap(tensors: Sequence[Tensor], place: Place, *, epsilon: float, **_: Any) -> list[tuple[int, int]]:
+    """Per model, how many elements it changed with others, and how many alone."""
     deltas, counts = _changed(tensors, epsilon)
-    flags = [delta != 0 for delta in deltas]
-    return [(int((flag & (counts > 1)).sum()), int((flag & (counts == 1)).sum())) for flag in flags]
+    alone = torch.eq(counts, 1, out=counts).view(-1)
+    found = []
+    for delta in deltas:
+        changed = delta.sign_().abs_().view(-1)
+        # Sums of ones are exact in fp32 up to 2^24, far beyond a piece on a CPU; a GPU's pieces are a segment.
+        unique = int(torch.dot(changed, alone))
+        found.append((int(changed.sum()) - unique, unique))
+    return found
 
 
 def _settle_overlap(
-    gathered: Sequence[list[tuple[int, int]]], place: Place, *, epsilon: float, r: float, alpha: float, **_: Any
+    gathered: Sequence[list[tuple[int, int]]], place: Place, *, r: float, alpha: float, **_: Any
 ) -> Mapping[str, Any]:
-    totals = np.sum(gathered, axis=0)  # (models, 2)
-    if not np.ndim(totals):
-        return {}
-    ratio = totals[:, 0] / np.maximum(totals[:, 1], epsilon)
-    return {_FACTORS: [float(f) for f in 1 + r * np.clip(ratio, 0, alpha)], KEPT: [int(n) for n in totals.sum(axis=1)]}
+    shared, unique = np.sum(gathered, axis=0).T
+    # A model with no unique changes has none to amplify: its ratio does not matter, so long as it is a number.
+    factors = 1 + r * np.clip(shared / np.maximum(unique, 1), 0, alpha)
+    return {_FACTORS: factors.tolist(), KEPT: (shared + unique).tolist()}
 
 
 def arcee_fusion(tensors: Sequence[Tensor], place: Place, **_: Any) -> Tensor:
@@ -125,22 +149,44 @@ def arcee_fusion(tensors: Sequence[Tensor], place: Place, **_: Any) -> Tensor:
     w, x: (rows, width) → the same
     """
     base, model = tensors
-    first, median, third = (cut.value for cut in place.known[CUTS][0])
-    important = _importance(base, model) >= median + 1.5 * (third - first)
-    return torch.where(important, model, base)
+    important = _importance(base, model, place).ge_(_threshold(place))
+    return torch.lerp(base, model, important)  # exact at both ends
 
 
-def _importance(base: Tensor, model: Tensor) -> Tensor:
+def _importance(base: Tensor, model: Tensor, place: Place) -> Tensor:
+    first = place.begin // base.shape[1]
+    divergence = torch.from_numpy(place.known[_DIVERGENCES][first : first + len(base)]).to(base)
+    return (model - base).abs_().mul_(divergence[:, None])
+
+
+def _gather_divergences(tensors: Sequence[Tensor], place: Place, **_: Any) -> Doubles:
+    """KL(softmax(x) ‖ softmax(w)) of each row.   (rows, width) → (rows,)"""
+    base, model = tensors
     p, q = (torch.softmax(x, dim=-1).add_(_TINY_SHARE) for x in (model, base))
-    divergence = (p * torch.log(p / q)).sum(dim=-1, keepdim=True)
-    return (model - base).abs_().mul_(divergence)
+    # Below 0 there is only rounding; scores must not be negative, not even −0.
+    return (p * torch.log(p / q)).sum(dim=-1).clamp_(min=0).abs_().double().cpu().numpy()
 
 
-_TINY_SHARE = 1e-8
+def _settle_divergences(gathered: Sequence[Doubles], place: Place, **_: Any) -> Mapping[str, Any]:
+    return {_DIVERGENCES: np.concatenate(gathered)}
 
 
 def _importances(tensors: Sequence[Tensor], place: Place, **_: Any) -> list[Tensor]:
-    return [_importance(*tensors)]
+    base, model = tensors
+    return [_importance(base, model, place)]
+
+
+def _count_important(delta: Tensor, i: int, place: Place, **_: Any) -> int:
+    width = max(place.shape[-1] if place.shape else 1, 1)
+    first, end = place.begin // width, place.begin + delta.numel()
+    divergence = torch.from_numpy(place.known[_DIVERGENCES][first : -(-end // width)]).to(delta)
+    mine = divergence[:, None].expand(-1, width).reshape(-1)[place.begin - first * width : end - first * width]
+    return int(delta.abs_().mul_(mine).ge_(_threshold(place)).sum())
+
+
+def _threshold(place: Place) -> float:
+    first, median, third = (float(cut.value) for cut in place.known[CUTS][0])
+    return median + 1.5 * (third - first)
 
 
 def _quartiles(place: Place, positive: Sequence[int], **_: Any) -> list[tuple[int, ...]]:
@@ -153,33 +199,21 @@ def _build_sce(params: Params, models: int, based: bool) -> Kernel:
     share = params["select_topk"]
     assert isinstance(share, float)
     ordered = order_passes(_variances, _most_varied) if share < 1 else ()
-    passes = (*ordered, Pass(_gather_energies, _settle_energies))
-    return _kernel("sce", sce, models, passes)
+    return measured("sce", sce, models, based=based, passes=(*ordered, Pass(_gather_energies, _settle_energies)))
 
 
 def _build_ram(params: Params, models: int, based: bool) -> Kernel:
-    return _kernel("ram", ram, models, ())
+    return measured("ram", ram, models, based=based, count=_count_changed)
 
 
 def _build_ramplus(params: Params, models: int, based: bool) -> Kernel:
-    return _kernel("ramplus_tl", ram, models, (Pass(_gather_overlap, _settle_overlap),))
+    overlap = Pass(_gather_overlap, _settle_overlap)
+    return measured("ramplus_tl", ram, models, based=based, passes=(overlap,))
 
 
 def _build_fusion(params: Params, models: int, based: bool) -> Kernel:
-    return _kernel("arcee_fusion", arcee_fusion, models, order_passes(_importances, _quartiles), rows=True)
-
-
-def _kernel(name: str, fn: Any, models: int, passes: tuple[Pass, ...], *, rows: bool = False) -> Kernel:
-    measures = Measures(models, based=True)
-    return Kernel(
-        name,
-        fn,
-        kind="rows" if rows else "elementwise",
-        measures=measures.names,
-        measure=measures.measure,
-        placed=True,
-        passes=passes,
-    )
+    passes = (Pass(_gather_divergences, _settle_divergences), *order_passes(_importances, _quartiles))
+    return measured("arcee_fusion", arcee_fusion, models, based=based, rows=True, passes=passes, count=_count_important)
 
 
 _EPSILON = ParameterSpec("epsilon", "number", 1e-5, low=0, summary="ε: a change of up to this is none")

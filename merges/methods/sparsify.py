@@ -1,12 +1,16 @@
 """Which elements of a task vector δ are kept: by magnitude, between outliers, by chance, by chance and magnitude.
 
 Every sparsifier works in two steps. Streaming passes find what must be known of the whole tensor: cuts in the order of
-magnitudes, and Σ|δ| before and after where the kept elements are rescaled. Then `masked` gives any piece its mask.
+magnitudes, and Σ|δ| before and after where what is kept is rescaled by it. Then `sparsified` does any piece on its own.
+
+Chance is dealt in steps of 1/`LEVELS`, and never less than one step: a probability is met to half a step, and what is
+divided by it is divided by the probability that was dealt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -15,93 +19,141 @@ import torch
 from torch import Tensor
 
 from merges.methods.draws import LEVELS, uniforms
-from merges.methods.measures import KEPT
-from merges.methods.ranks import CUTS, order_passes
+from merges.methods.measures import KEPT, Count
+from merges.methods.ranks import CUTS, as_floats, order_passes
 from surgery.dtypes import n_elements
 from surgery.plan import Pass, Place
 
 Sparsifier = Literal["none", "magnitude", "outliers", "random", "ranked"]
 SCALES = "scales"  # in `Place.known`: per model, what its kept elements are multiplied by
-_NEGLIGIBLE = 1e-7  # an L1 norm below this is not divided by
+_NEGLIGIBLE = 1e-7  # an L1 norm below this is not divided by, as in mergekit
+_LOW_HALF, _HIGH_HALF = (0, 1) if np.little_endian else (1, 0)
 
 
-def passes(kind: Sparsifier, density: Sequence[float], *, rescale: bool) -> tuple[Pass, ...]:
+def passes(kind: Sparsifier, density: Sequence[float], *, rescale: bool, paper: bool) -> tuple[Pass, ...]:
     """The passes that `sparsified` needs for these densities; none where nothing is dropped."""
-    if kind == "none" or all(d >= 1 for d in density):
+    if kind == "none" or not any(0 < d < 1 for d in density):
         return ()
-    ordered = order_passes(_magnitudes, _wanted) if kind in ("magnitude", "outliers") else ()
-    # Of what chance keeps, only counting tells how much it was.
-    return (*ordered, Pass(_gather_norms, _settle_norms)) if rescale or not ordered else ordered
+    if kind in ("random", "ranked"):
+        return (Pass(_gather_norms, _settle_norms),) if rescale and not paper else ()
+    ordered = order_passes(_magnitudes, _wanted)
+    return (*ordered, Pass(_gather_norms, _settle_norms)) if rescale else ordered
 
 
 def sparsified(
-    delta: Tensor, i: int, place: Place, *, kind: Sparsifier, density: Sequence[float], **params: Any
+    delta: Tensor,
+    i: int,
+    place: Place,
+    *,
+    kind: Sparsifier,
+    density: Sequence[float],
+    rescale: bool,
+    paper: bool,
+    **params: Any,
 ) -> Tensor:
-    """The piece of δᵢ at `place` with what is dropped set to zero and the rest rescaled. Overwrites `delta`."""
+    """The piece of δᵢ at `place` with what is dropped set to zero and, with `rescale`, the rest made larger.
+
+    What chance kept is divided by its probability where `paper` says so; else all of it is multiplied by Σ|δ| before
+    over Σ|δ| after. Overwrites `delta`.
+    """
     if kind == "none" or density[i] >= 1:
         return delta
     if density[i] <= 0:
         return delta.zero_()
-    kept = _masked(delta, i, place, kind=kind, density=density, **params)
-    if params["paper"] and kind == "random":
-        return kept.div_(density[i])
-    if params["paper"] and kind == "ranked":
-        return kept  # each element was divided by its own probability
-    return kept.mul_(place.known[SCALES][i]) if params["rescale"] else kept
+    by_chance = kind in ("random", "ranked")
+    inverse = by_chance and rescale and paper
+    kept = delta.mul_(_chosen(delta, i, place, kind=kind, density=density, inverse=inverse, **params))
+    return kept.mul_(place.known[SCALES][i]) if rescale and not inverse else kept
 
 
-def _masked(
-    delta: Tensor, i: int, place: Place, *, kind: Sparsifier, density: Sequence[float], **params: Any
+def counter(kind: Sparsifier, needed: Sequence[Pass]) -> Count | None:
+    """`Measures.count` for what chance keeps; where passes are needed these have counted already."""
+    return partial(_count_dealt, kind=kind) if kind in ("random", "ranked") and not needed else None
+
+
+def _chosen(
+    delta: Tensor,
+    i: int,
+    place: Place,
+    *,
+    kind: Sparsifier,
+    density: Sequence[float],
+    inverse: bool = False,
+    **params: Any,
 ) -> Tensor:
+    """1 for what is kept, or with `inverse` one over the probability that chance gave it; 0 for the rest."""
+    if kind == "ranked":
+        return _ranked(delta, i, place, density=density, inverse=inverse, **params).to(delta.device)
     if kind == "random":
-        mask = _uniforms(delta, i, place, params["seed"]) < round(density[i] * LEVELS)
-    elif kind == "ranked":
-        factors = _ranked(delta, i, place, density=density[i], **params)
-        return delta.mul_(torch.from_numpy(factors).to(delta.device))
+        limit = _limit(density[i])
+        mask = _dealt(delta, i, place, **params) < limit
+        factor = LEVELS / limit if inverse else 1
     else:
-        scores = magnitudes(delta)
-        cuts = place.known[CUTS][i]
+        scores, cuts, factor = as_floats(delta.abs()), place.known[CUTS][i], 1
         mask = cuts[0].largest(scores, place.begin)
         if kind == "outliers":
-            mask &= ~cuts[1].largest(scores, place.begin)
-    return delta.mul_(torch.from_numpy(mask.view(np.uint8)).to(delta.device).view(delta.shape))
+            mask ^= cuts[1].largest(scores, place.begin)  # what is dropped again lies among the largest
+    chosen = torch.from_numpy(mask.view(np.uint8)).to(delta.device).view(delta.shape)
+    return chosen.to(delta.dtype).mul_(factor) if inverse else chosen
 
 
-def _uniforms(delta: Tensor, i: int, place: Place, seed: int) -> Any:
+def _limit(probability: float) -> int:
+    """How many of the LEVELS numbers that are dealt mean "kept"."""
+    return max(round(probability * LEVELS), 1)
+
+
+def _limits(width: int, density: float, epsilon: float) -> npt.NDArray[np.uint32]:
+    """`_limit` by rank in the row, from the smallest: d − ε + 2ε·rank/(width − 1).   (width,)"""
+    share = np.arange(width) / (width - 1) if width > 1 else np.full(1, 0.5)
     # In 32 bits, because LEVELS itself, which means "always", has no place in 16.
+    return np.maximum(np.rint((density - epsilon + 2 * epsilon * share) * LEVELS), 1).astype(np.uint32)
+
+
+def _dealt(delta: Tensor, i: int, place: Place, *, seed: int, **_: Any) -> npt.NDArray[np.uint16]:
     return uniforms(seed, place.tensor, i, place.begin, place.begin + delta.numel())
 
 
 def _ranked(
-    delta: Tensor, i: int, place: Place, *, density: float, epsilon: Sequence[float], seed: int, paper: bool, **_: Any
-) -> npt.NDArray[np.uint8] | npt.NDArray[np.float32]:
-    """DELLA's choice for whole rows: kept with probability d − ε + 2ε·rank/(width − 1), rank 0 the smallest in its row.
+    delta: Tensor,
+    i: int,
+    place: Place,
+    *,
+    density: Sequence[float],
+    epsilon: Sequence[float],
+    inverse: bool,
+    **params: Any,
+) -> Tensor:
+    """DELLA's choice for whole rows: 1 for what is kept, or with `inverse` one over its probability; 0 for the rest.
 
-    Returns 0 and 1, or in the paper's way 0 and 1/probability: (rows, width).
+    (rows, width) → the same, on the CPU
     """
     rows, width = delta.shape
     # The bits of a non-negative float order as it does; the column below them makes equals differ, and comes back.
-    keys = magnitudes(delta).view(np.uint32).astype(np.uint64).reshape(rows, width)
-    keys <<= 32
-    keys |= np.arange(width, dtype=np.uint64)
+    keys = np.empty((rows, width), np.uint64)
+    halves = keys.view(np.uint32)
+    halves[:, _HIGH_HALF::2] = as_floats(delta.abs()).view(np.uint32).reshape(rows, width)
+    halves[:, _LOW_HALF::2] = np.arange(width, dtype=np.uint32)
     keys.sort(axis=1)
-    columns = keys.view(np.uint32)[:, _LOW_HALF::2]
-    share = np.arange(width) / (width - 1) if width > 1 else np.full(1, 0.5)
-    probability = density - epsilon[i] + 2 * epsilon[i] * share
+    columns = torch.from_numpy(halves[:, _LOW_HALF::2].astype(np.int64))
+    limits = _limits(width, density[i], epsilon[i])
     # Uniform numbers are independent, so that it is all one whether they are dealt by column or by rank.
-    kept = _uniforms(delta, i, place, seed).reshape(rows, width) < np.rint(probability * LEVELS).astype(np.uint16)
-    chosen = np.empty((rows, width), np.float32 if paper else np.uint8)
-    np.put_along_axis(chosen, columns, kept / probability.astype(np.float32) if paper else kept, axis=1)
-    return chosen
+    kept = torch.from_numpy((_dealt(delta, i, place, **params).reshape(rows, width) < limits).view(np.uint8))
+    factors = kept * torch.from_numpy(LEVELS / limits).to(delta.dtype) if inverse else kept
+    return torch.empty_like(factors).scatter_(1, columns, factors)
 
 
-_LOW_HALF = 0 if np.little_endian else 1
-
-
-def magnitudes(delta: Tensor) -> npt.NDArray[np.float32]:
-    """|δ| in fp32 on the CPU, 1-D."""
-    flat: npt.NDArray[np.float32] = delta.abs().reshape(-1).to("cpu", torch.float32).numpy()
-    return flat
+def _count_dealt(
+    delta: Tensor, i: int, place: Place, *, kind: Sparsifier, density: Sequence[float], **params: Any
+) -> int:
+    """How many of the elements from `place.begin` on are kept: chance is dealt by rank, whatever δ is."""
+    if not 0 < density[i] < 1:
+        return delta.numel() if density[i] >= 1 else 0
+    dealt = _dealt(delta, i, place, **params)
+    if kind == "random":
+        return int(np.count_nonzero(dealt < _limit(density[i])))
+    width = max(place.shape[-1] if place.shape else 1, 1)
+    limits = np.roll(_limits(width, density[i], params["epsilon"][i]), -(place.begin % width))
+    return int(np.count_nonzero(dealt < np.resize(limits, len(dealt))))
 
 
 def _magnitudes(tensors: Sequence[Tensor], place: Place, *, density: Sequence[float], **_: Any) -> list[Tensor | None]:
@@ -125,14 +177,21 @@ def _wanted(
     return wanted
 
 
-def _gather_norms(tensors: Sequence[Tensor], place: Place, **params: Any) -> list[tuple[float, float, int]]:
+def _gather_norms(
+    tensors: Sequence[Tensor], place: Place, *, density: Sequence[float], rescale: bool, paper: bool, **params: Any
+) -> list[tuple[float, float, int]]:
+    """Per model of the piece: Σ|δ| before and after, where either is needed, and how many elements are kept."""
     base, *models = tensors
     found = []
     for i, model in enumerate(models):
-        delta = model - base
-        before = delta.abs().sum().item()
-        kept = sparsified(delta, i, place, **{**params, "rescale": False, "paper": False})
-        found.append((before, kept.abs().sum().item(), int(np.count_nonzero(kept.cpu().numpy()))))
+        if not 0 < density[i] < 1:
+            found.append((0.0, 0.0, base.numel() if density[i] >= 1 else 0))
+            continue
+        magnitude = (model - base).abs_()
+        before = magnitude.sum().item()
+        chosen = _chosen(magnitude, i, place, density=density, **params)
+        kept = int(np.count_nonzero(chosen.cpu().numpy()))
+        found.append((before, magnitude.mul_(chosen).sum().item(), kept))
     return found
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from merges.methods.linear import weighted_sum
-from merges.methods.measures import Measures
+from merges.methods.measures import measured
 from merges.methods.registry import Params, register
 from merges.settings import MethodSpec, ParameterSpec
 from surgery.errors import SurgeryError
@@ -31,7 +31,8 @@ Axis = Literal["whole", "rows", "columns"]
 
 COEFFICIENTS = "coefficients"
 _SAME_DIRECTION = 0.9995  # |cos| above which slerp is a straight line
-_TINY = 1e-8
+_PARALLEL = 1e-12  # sin² of the angle up to which nuslerp takes two vectors to lie on one line
+_TINY = 1e-8  # a length up to this is no direction to slerp
 
 
 def combine(
@@ -49,17 +50,21 @@ def combine(
     else:
         found = formula(gram(vectors, axis), place, **params) if axis == "rows" else place.known[COEFFICIENTS]
         shaped = torch.from_numpy(found).to(vectors[0]).unsqueeze(2 if axis == "rows" else 1)
-        total = torch.stack([v * c for v, c in zip(vectors, shaped, strict=True)]).sum(dim=0)
+        total = vectors[0] * shaped[0]
+        for vector, coefficient in zip(vectors[1:], shaped[1:], strict=True):
+            total.addcmul_(vector, coefficient)
     return total if base is None else total.add_(base)
 
 
 def gram(vectors: Sequence[Tensor], axis: Axis) -> Matrix:
     """Inner products in fp64: (k, k), with a last axis over rows or columns.   k × (…) or k × (rows, width)"""
     k = len(vectors)
+    # Directions that cancel leave only what the products were rounded by: in fp32 that would be seen in the result.
+    exact = [vector.double() for vector in vectors]
     products: list[list[Any]] = [[None] * k for _ in range(k)]
     for i in range(k):
         for j in range(i + 1):
-            products[i][j] = products[j][i] = _inner(vectors[i], vectors[j], axis)
+            products[i][j] = products[j][i] = _inner(exact[i], exact[j], axis)
     return np.array(products, np.float64)
 
 
@@ -71,7 +76,7 @@ def _axis_of(axis: Axis, place: Place) -> Axis:
 def _inner(a: Tensor, b: Tensor, axis: Axis) -> Any:
     if axis == "whole":
         return torch.dot(a.reshape(-1), b.reshape(-1)).item()
-    return (a.double() * b.double()).sum(dim=1 if axis == "rows" else 0).cpu().numpy()
+    return (a * b).sum(dim=1 if axis == "rows" else 0).cpu().numpy()
 
 
 def slerp(g: Matrix, place: Place, *, t: float, **_: Any) -> Matrix:
@@ -86,7 +91,10 @@ def slerp(g: Matrix, place: Place, *, t: float, **_: Any) -> Matrix:
 
 
 def nuslerp(g: Matrix, place: Place, *, weight: Sequence[float], **_: Any) -> Matrix:
-    """As `slerp` with t = a₂/(a₁ + a₂) (½ where they cancel), straight only where the two are parallel.
+    """As `slerp` with t = a₂/(a₁ + a₂) (½ where they cancel), straight only where the two lie on one line.
+
+    mergekit goes straight where sin² θ ≤ 1e-16. That is below what rounding leaves of two opposite vectors, whose sum
+    over sin θ would then be noise times 1e8; at 1e-12 arc and chord still agree to 12 digits where θ is small.
 
     g: (2, 2) or (2, 2, vectors) → (2,) or (2, vectors)
     """
@@ -94,24 +102,31 @@ def nuslerp(g: Matrix, place: Place, *, weight: Sequence[float], **_: Any) -> Ma
     t = 0.5 if abs(total) < 1e-6 else weight[1] / total
     lengths = np.sqrt(np.maximum(np.stack([g[0, 0], g[1, 1]]), 1e-14))
     cos = np.clip(g[0, 1] / (lengths[0] * lengths[1]), -1, 1)
-    return _between(cos, t, straight=1 - cos * cos <= _TINY**2)
+    return _between(cos, t, straight=1 - cos * cos <= _PARALLEL)
 
 
 def multislerp(
     g: Matrix, place: Place, *, weight: Sequence[float], normalize_weights: bool, eps: float, **_: Any
 ) -> Matrix:
-    """Directions' weighted mean m; their tangents at m, averaged; back to the sphere; times the mean length."""
+    """Directions' weighted mean m; their tangents at m, averaged; back to the sphere; times the mean length.
+
+    One model alone stays as it is, and vectors that are all zero (tensors that no model changed) stay zero.
+
+    Raises:
+        SurgeryError: the directions of three or more models cancel. Two are then added up by their weights.
+    """
     if len(weight) == 1:
         return np.ones(1)
     a = np.array(weight, np.float64)
     if normalize_weights:
         a /= a.sum()
     lengths = np.sqrt(np.diagonal(g))
-    unit = np.diag(1 / (lengths + eps))  # row i: the coefficients of direction i
+    reach = lengths + eps
+    unit = np.diag(np.where(reach > 0, 1 / np.where(reach > 0, reach, 1), 0))  # row i: direction i's coefficients
     mean = a @ unit
     size = _length(mean, g)
-    if size < eps:
-        if len(a) == 2:
+    if size <= eps:
+        if len(a) == 2 or not lengths.any():
             return a
         raise SurgeryError(
             "the models' directions cancel under these weights, so their mean has none",
@@ -121,7 +136,8 @@ def multislerp(
     mean /= size
     tangent = a @ (unit - np.outer(unit @ g @ mean, mean))
     step = _length(tangent, g) + eps
-    result: Matrix = (mean * np.cos(step) + tangent * (np.sin(step) / step)) * (lengths @ a)
+    # numpy's sinc(x) is sin(πx)/(πx), and 1 at 0.
+    result: Matrix = (mean * np.cos(step) + tangent * np.sinc(step / np.pi)) * (lengths @ a)
     return result
 
 
@@ -129,13 +145,14 @@ def karcher(g: Matrix, place: Place, *, max_iter: int, tol: float, **_: Any) -> 
     """The point on the sphere whose tangents towards all directions cancel, times the mean length.
 
     Steps along the mean tangent until it is shorter than `tol`, at most `max_iter` times. All models count alike, as
-    in mergekit; those of length zero have no direction but count for the mean length.
+    in mergekit; those no longer than `tol` have no direction but count for the mean length, and where all are such
+    their mean is taken (mergekit: zero). No way to a direction opposite to the point is the shortest: it does not pull.
     """
     k = len(g)
     lengths = np.sqrt(np.diagonal(g))
     valid = np.flatnonzero(lengths > tol)
     if k == 1 or not len(valid):
-        return np.ones(1) if k == 1 else np.zeros(k)
+        return np.full(k, 1 / k)
     units = np.zeros((len(valid), k))
     units[np.arange(len(valid)), valid] = 1 / lengths[valid]
     mean = units.mean(axis=0)
@@ -144,8 +161,8 @@ def karcher(g: Matrix, place: Place, *, max_iter: int, tol: float, **_: Any) -> 
     for _step in range(max_iter):
         cos = np.clip(units @ g @ mean, -1, 1)
         theta = np.arccos(cos)
-        far = theta >= tol
-        pull = np.where(far, theta / np.where(far, np.sin(theta), 1), 0) / len(valid)
+        pulls = np.sin(theta) >= tol
+        pull = np.where(pulls, theta / np.where(pulls, np.sin(theta), 1), 0) / len(valid)
         tangent = pull @ (units - np.outer(cos, mean))
         step = _length(tangent, g)
         if step < tol:
@@ -200,16 +217,14 @@ def _settle(gathered: Sequence[Matrix], place: Place, *, formula: Coefficients, 
 def _kernel(
     name: str, formula: Coefficients, models: int, based: bool, *, origin: bool, axis: Axis = "whole"
 ) -> Kernel:
-    measures = Measures(models, based)
     fixed: dict[str, Any] = {"origin": origin, "axis": axis, "formula": formula}
     one = Pass(partial(_gather, origin=origin, axis=axis), partial(_settle, formula=formula))
-    return Kernel(
+    return measured(
         name,
         partial(combine, **fixed),
-        kind="elementwise" if axis == "whole" else "rows",
-        measures=measures.names,
-        measure=measures.measure,
-        placed=True,
+        models,
+        based=based,
+        rows=axis != "whole",
         passes=() if axis == "rows" else (one,),
     )
 

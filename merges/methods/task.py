@@ -11,7 +11,7 @@
 Deviations from the papers, as mergekit has them and people's configs expect (`compat: mergekit`, the default): the vote
 is taken on the weighted δ, and what sparsifying took away is made up for by the ratio of the L1 norms before and after,
 where `rescale` says so. `compat: paper` votes on δ before it is weighted, and divides what chance kept by the
-probability that it had.
+probability that it had, also where `rescale` says so.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merges.methods.measures import Measures
+from merges.methods.linear import weighted_sum
+from merges.methods.measures import measured
 from merges.methods.registry import Params, register
-from merges.methods.sparsify import Sparsifier, passes, sparsified
+from merges.methods.signs import elected
+from merges.methods.sparsify import Sparsifier, counter, passes, sparsified
 from merges.settings import MethodSpec, ParameterSpec
 from surgery.plan import Kernel, Pass, Place
 
@@ -45,56 +47,33 @@ def combine(
 ) -> Tensor:
     """w + λ·Σᵢ aᵢ·sparse(δᵢ), over the sum of the weights where `normalize` says so.   w, x₁ … xₖ: (…) → (…)"""
     base, *models = tensors
-    changes = []
-    for i, model in enumerate(models):
-        change = sparsified(model - base, i, place, paper=paper, **sparsifier)
-        changes.append(change if vote and paper else change.mul_(weight[i]))
-    if vote:
-        mixed = _elected(changes, weight, normalize=normalize, weighted=not paper)
-    else:
-        mixed = changes[0]
-        for change in changes[1:]:
-            mixed.add_(change)
+    changes = [sparsified(model - base, i, place, paper=paper, **sparsifier) for i, model in enumerate(models)]
+    if not vote:
+        mixed = weighted_sum(changes, weight)
         total = sum(weight)
         if normalize and abs(total) >= _NEGLIGIBLE:
             mixed.div_(total)
+    else:
+        if not paper:
+            changes = [change.mul_(a) for change, a in zip(changes, weight, strict=True)]
+        mixed, divisor = elected(changes, weight if paper else [1.0] * len(changes), weight)
+        if normalize:
+            mixed.div_(divisor.add_(torch.eq(divisor, 0, out=torch.empty_like(divisor))))  # 0 → 1
     return mixed.mul_(lambda_).add_(base) if lambda_ != 1 else mixed.add_(base)
 
 
-def _elected(changes: Sequence[Tensor], weight: Sequence[float], *, normalize: bool, weighted: bool) -> Tensor:
-    """Σ of the changes whose sign is that of the sum of all (0 counts as +), over the sum of their weights.
-
-    The sign of a change that is 0 agrees with none: it adds nothing to the divisor.
-    """
-    total = changes[0].clone()
-    for change in changes[1:]:
-        total.add_(change)
-    majority = (total >= 0).to(total.dtype).mul_(2).sub_(1)
-    mixed = torch.zeros_like(total)
-    divisor = torch.zeros_like(total)
-    for change, a in zip(changes, weight, strict=True):
-        agreeing = change.mul_(majority).relu_()
-        mixed.add_(agreeing, alpha=1.0 if weighted else a)
-        if normalize:
-            divisor.add_(agreeing.sign_(), alpha=a)
-    if normalize:
-        mixed.div_(divisor.add_((divisor == 0).to(divisor.dtype)))
-    return mixed.mul_(majority)
-
-
 def _build(params: Params, models: int, based: bool, *, name: str, kind: Sparsifier, vote: bool) -> Kernel:
-    density = params["density"]
+    density, rescale, paper = params["density"], bool(params["rescale"]), bool(params["paper"])
     assert isinstance(density, tuple)
-    measures = Measures(models, based)
-    needed = passes(kind, [float(d) for d in density], rescale=bool(params["rescale"]))
-    return Kernel(
+    needed = passes(kind, [float(d) for d in density], rescale=rescale, paper=paper)
+    return measured(
         name,
         partial(combine, vote=vote, kind=kind),
-        kind="rows" if kind == "ranked" else "elementwise",
-        measures=measures.names,
-        measure=measures.measure,
-        placed=True,
+        models,
+        based=based,
+        rows=kind == "ranked",
         passes=tuple(Pass(partial(p.gather, kind=kind), partial(p.settle, kind=kind)) for p in needed),
+        count=counter(kind, needed),
     )
 
 

@@ -109,8 +109,8 @@ def test_text_with_a_brace_is_taken_as_it_stands() -> None:
 def test_tokens_that_the_template_needs_and_the_output_lacks_are_named() -> None:
     _, warnings = set_chat_template(FILES, "llama3", folders={}, vocabulary=VOCABULARY)
     assert warnings == (
-        "chat_template: llama3 marks its turns with <|start_header_id|>, <|end_header_id|>, <|eot_id|>, and the output has "
-        "no such token: the marks are cut into pieces that no model was trained on.",
+        "chat_template: llama3 marks its turns with <|start_header_id|>, <|end_header_id|>, <|eot_id|>, and the output "
+        "has no such token: the marks are cut into pieces that no model was trained on.",
     )
 
 

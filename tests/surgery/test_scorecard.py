@@ -73,7 +73,8 @@ def test_the_picture_has_a_panel_per_score_and_darkens_every_best(monkeypatch):
         drawn.update(panels=panels, best=best)
 
     monkeypatch.setattr("surgery.plots.score_bars", keep)
-    scores = [Score(model, "sums", "acc", value, 0.0, 1.0, 9, True) for model, value in (("a", 1.0), ("b", 1.0), ("c", 0.5))]
+    values = {"a": 1.0, "b": 1.0, "c": 0.5}
+    scores = [Score(model, "sums", "acc", value, 0.0, 1.0, 9, True) for model, value in values.items()]
     score_figure(scores)
     assert drawn["best"] == {"sums, acc ↑": ["a", "b"]}
     assert list(drawn["panels"]["sums, acc ↑"]) == ["a", "b", "c"]

@@ -1,0 +1,101 @@
+"""One merge method on given tensors, through real files and the real engine, cut wherever a test wants it cut."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from merges.methods import METHODS, argument
+from surgery.execute import Options, Outcome, execute
+from surgery.plan import Parameter, Plan, PlannedTensor, plan_files
+from surgery.refs import open_checkpoint
+from surgery.stream import Input
+
+SAFETENSORS = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
+SEGMENT_READERS = ("surgery.stream", "surgery.compute", "surgery.plan")
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge wrote: its tensors as stored, what was measured of each, and all that the engine reports."""
+
+    tensors: Mapping[str, Tensor]
+    outcome: Outcome
+
+
+Merge = Callable[..., Merged]
+
+
+@pytest.fixture(scope="session")
+def merge(tmp_path_factory: pytest.TempPathFactory) -> Merge:
+    """`merge(method, models, base, …)`: see `Merger`."""
+    return Merger(tmp_path_factory.mktemp("merges"))
+
+
+class Merger:
+    """Runs one method on tensors by name; session-wide, because every call has a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folders = (folder / str(i) for i in itertools.count())
+
+    def __call__(
+        self,
+        method: str,
+        models: Sequence[Mapping[str, Tensor]],
+        base: Mapping[str, Tensor] | None = None,
+        *,
+        stored: torch.dtype | None = None,
+        segment: int = 1 << 20,
+        block: int = 1 << 18,
+        threads: int = 1,
+        out: Path | None = None,
+        params: Mapping[str, object] | None = None,
+    ) -> Merged:
+        """The merge of `models`, in tensors of dtype `stored`, by default the first input's.
+
+        Args:
+            segment, block: elements that the engine takes at once; tiny ones cut rows in the middle.
+            out: where it is written; the same folder again continues what was interrupted there.
+            params: those of the method that differ from their defaults, per-model ones as one number or a tuple;
+                `seed` and `paper` too.
+        """
+        folder = out or next(self._folders)
+        folder.mkdir(parents=True, exist_ok=True)
+        roles = {**({} if base is None else {"base": base}), **{f"model{i}": model for i, model in enumerate(models)}}
+        for role, tensors in roles.items():
+            if not (folder / f"{role}.safetensors").exists():  # a rewritten source would be another job
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"{role}.safetensors")
+        sources = {role: open_checkpoint(folder / f"{role}.safetensors") for role in roles}
+        filled = parameters(method, len(models), params or {})
+        kernel = METHODS[method].kernel(filled, len(models), based=base is not None)
+        planned = []
+        for name in models[0]:
+            inputs = tuple(Input(source.tensors[name]) for source in sources.values())
+            dtype = SAFETENSORS[stored] if stored else inputs[0].tensor.dtype
+            planned.append(PlannedTensor(name, dtype, inputs[0].shape, inputs, kernel, filled))
+        with pytest.MonkeyPatch.context() as patch:
+            for module in SEGMENT_READERS:
+                patch.setattr(f"{module}.SEGMENT", segment)
+            patch.setattr("surgery.compute.BLOCK", block)
+            plan = Plan({"name": "merge", "method": method}, sources, plan_files(planned))
+            outcome = execute(plan, folder / "out", Options(threads=threads), finish=lambda folder, outcome: None)
+        return Merged(load_file(folder / "out/model.safetensors"), outcome)
+
+
+def parameters(method: str, models: int, given: Mapping[str, object]) -> dict[str, Parameter]:
+    """All that a kernel of `method` is called with: what is given, and the defaults for the rest."""
+    filled: dict[str, object] = {"seed": 0, "paper": False}
+    names = {spec.name for spec in METHODS[method].spec.parameters} | set(filled)
+    assert set(given) <= names, f"{method} has no {sorted(set(given) - names)}"
+    for spec in METHODS[method].spec.parameters:
+        value = given.get(spec.name, spec.default)
+        assert value is not None, f"{method} needs {spec.name}"
+        filled[argument(spec.name)] = (value,) * models if spec.per_model and not isinstance(value, tuple) else value
+    return filled | {name: given[name] for name in ("seed", "paper") if name in given}  # type: ignore[return-value]
