@@ -1,4 +1,4 @@
-"""Merges from config to loadable folder: every architecture, however it is run, and refused before a byte is written."""
+"""Merges from config to loadable folder: every architecture, however it is run; refused before a byte is written."""
 
 from __future__ import annotations
 
@@ -529,7 +529,11 @@ def build_deep(folder: Path) -> None:
             "self_attn.q_norm", "self_attn.k_norm",
         )
     }  # fmt: skip
-    outside = {"model.embed_tokens.weight": torch.ones(9, 4), "model.norm.weight": torch.ones(4), "lm_head.weight": torch.ones(9, 4)}
+    outside = {
+        "model.embed_tokens.weight": torch.ones(9, 4),
+        "model.norm.weight": torch.ones(4),
+        "lm_head.weight": torch.ones(9, 4),
+    }
     folder.mkdir()
     save_file({**layers, **outside}, folder / "model.safetensors", metadata={"format": "pt"})
     config = {"model_type": "llama", "num_hidden_layers": 33, "hidden_size": 4, "vocab_size": 9}

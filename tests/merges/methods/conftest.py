@@ -71,7 +71,9 @@ class Merger:
         roles = {**({} if base is None else {"base": base}), **{f"model{i}": model for i, model in enumerate(models)}}
         for role, tensors in roles.items():
             if not (folder / f"{role}.safetensors").exists():  # a rewritten source would be another job
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"{role}.safetensors")
+                save_file(
+                    {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"{role}.safetensors"
+                )
         sources = {role: open_checkpoint(folder / f"{role}.safetensors") for role in roles}
         filled = parameters(method, len(models), params or {})
         kernel = METHODS[method].kernel(filled, len(models), based=base is not None)
