@@ -53,7 +53,7 @@ Values = list[str] | None
 
 @app.command(
     name=WEIGHTS,
-    epilog="Example: surgery merge slerp lab:grpo --base lab:sft --t '[0, 0.5, 1]' --dtype bfloat16 -o out",
+    epilog="Example: surgery merge weights slerp lab:grpo --base lab:sft --t '[0, 0.5, 1]' --dtype bfloat16 -o out",
 )
 def weights(
     what: Annotated[str, typer.Argument(metavar="CONFIG.yml | METHOD", help="See `surgery merge methods`.")],

@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from surgery.checkpoint import MANIFEST, Checkpoint, read_json
 from surgery.errors import SurgeryError
 from surgery.execute import Outcome
@@ -84,18 +86,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def write_card(folder: Path, manifest: Mapping[str, Any], sources: Mapping[str, Checkpoint], card: Card) -> None:
     """Writes README.md, a model card as the Hub reads it: metadata, what was done, how to do it again."""
-    from huggingface_hub import ModelCard, ModelCardData
-
     hub_ids = list(dict.fromkeys(c.repo_id for c in sources.values() if c.repo_id))
-    data = ModelCardData(
-        base_model=hub_ids or None,
-        library_name="transformers" if manifest["kind"] == "model" else None,
-        tags=["model-surgery", *card.tags],
-    )
+    library = "transformers" if manifest["kind"] in ("model", "ensemble") else None
+    # As huggingface_hub's ModelCardData writes it, whose import takes longer than everything else here.
+    data = {"base_model": hub_ids or None, "library_name": library, "tags": ["model-surgery", *card.tags]}
+    metadata = yaml.safe_dump({key: value for key, value in data.items() if value}, sort_keys=False).strip()
     inputs = "\n".join(_input_line(role, entry) for role, entry in manifest["inputs"].items())
     versions = ", ".join(f"{name} {number}" for name, number in manifest["versions"].items())
     text = f"""---
-{data.to_yaml()}
+{metadata}
 ---
 
 # {card.title}
@@ -119,7 +118,7 @@ def write_card(folder: Path, manifest: Mapping[str, Any], sources: Mapping[str, 
 With {versions}. `{MANIFEST}` in this folder has every option and the hash of every tensor; `surgery verify` checks
 them.
 """
-    ModelCard(text).save(folder / "README.md")
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def command_record(name: str, arguments: Sequence[str], **options: Any) -> dict[str, Any]:

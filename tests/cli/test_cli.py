@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 COMMANDS = {
     "inspect", "diff", "verify", "eval", "vector extract", "vector apply", "vector transfer", "vector compare",
-    "vector sweep", "lab list", "lab build",
+    "vector sweep", "lab list", "lab build", "merge weights", "merge methods", "merge logits", "merge unpack",
 }  # fmt: skip
 
 
@@ -68,6 +68,14 @@ def test_the_list_of_commands_and_options_is_frozen() -> None:
     assert set(found) == COMMANDS
     frozen = Path(__file__).parent / "options.json"
     assert found == json.loads(frozen.read_text()), "a change of the command line: update options.json and the README"
+
+
+def test_the_installed_program_leaves_with_the_commands_exit_code_and_all_of_its_output() -> None:
+    script = "from cli.main import program; program()"
+    for words, code in ((["lab", "list", "--json"], 0), (["inspect", "no-such-model"], 2)):
+        done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=300)
+        assert done.returncode == code
+        assert ("substrate" in done.stdout) == (code == 0) and ("error:" in done.stderr) == (code == 2)
 
 
 def test_help_imports_neither_torch_nor_transformers() -> None:

@@ -1,0 +1,163 @@
+"""`surgery merge` as people type it: what it prints, what it refuses, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from architectures import add_tokenizer, build, sibling
+from safetensors.torch import load_file, save_file
+
+from cli.main import run
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`base`, and its children `a` and `b`."""
+    folder = tmp_path_factory.mktemp("family")
+    base = add_tokenizer(build("llama", folder / "base", dtype=torch.float32))
+    for seed, name in enumerate("ab", start=1):
+        sibling(base, folder / name, seed=seed)
+    return folder
+
+
+def surgery(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """Runs the command line; returns its exit code."""
+    monkeypatch.setattr("sys.argv", ["surgery", *map(str, words)])
+    with pytest.raises(SystemExit) as left:
+        run()
+    return int(left.value.code or 0)
+
+
+def refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: Path, code: int, *words: object
+) -> str:
+    """What a refused command says; it must have written nothing."""
+    assert surgery(monkeypatch, *words, "-o", out) == code
+    assert not out.exists() and not out.with_name(out.name + ".partial").exists()
+    return capsys.readouterr().err
+
+
+def test_a_method_by_name_prints_the_models_shares(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["merge", "ties", family / "a", family / "b", "--base", family / "base", "--weight", "0.5"]
+    assert surgery(monkeypatch, *words, "--weight", "[0, 1]", "--density", "0.4", "-o", out) == 0
+    printed = capsys.readouterr()
+    assert "What went into the merge" in printed.out and "39.9 %" in printed.out
+    assert f"Wrote {out}" in printed.err
+    assert (out / "README.md").read_text().count("ties") > 1
+
+
+def test_one_json_object_and_a_picture(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture, out = tmp_path / "far.png", tmp_path / "out"
+    words = ["merge", "slerp", family / "a", "--base", family / "base", "--t", "[0, 0.5, 1]", "-o", out]
+    assert surgery(monkeypatch, *words, "--plot", picture, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["method"] == "slerp" and len(report["models"]) == 1
+    assert picture.read_bytes().startswith(PNG)
+
+
+def test_a_config_is_merged_wherever_the_options_stand(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "linear.yml"
+    models = [{"model": str(family / name), "parameters": {"weight": 1.0}} for name in "ab"]
+    config.write_text(yaml.dump({"merge_method": "linear", "models": models}))
+    assert surgery(monkeypatch, "merge", config, "-o", tmp_path / "one") == 0
+    assert surgery(monkeypatch, "merge", "-o", tmp_path / "two", config) == 0
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    a, b = (load_file(family / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor.double(), (a[name].double() + b[name].double()) / 2, rtol=1e-6, atol=1e-7)
+
+
+def test_a_dry_run_writes_nothing(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["merge", "linear", family / "a", family / "b", "--weight", "1", "--dry-run", "-o", tmp_path / "out"]
+    assert surgery(monkeypatch, *words) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_method_is_listed_with_its_parameters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert surgery(monkeypatch, "merge", "methods") == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("breadcrumbs_ties", "epsilon*=0.15", "arXiv:2306.01708", "required"))
+
+
+def test_faults_of_a_config_name_key_and_line(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "bad.yml"
+    config.write_text(
+        f"merge_method: ties\nbase_model: {family / 'base'}\nmodels:\n- model: {family / 'a'}\n"
+        "  parameters:\n    weight: 1\n    densty: 0.5\n    density: 1.5\ndtypo: float32\n"
+    )
+    said = refused(monkeypatch, capsys, tmp_path / "out", 2, "merge", config)
+    assert "bad.yml:7: models[0].parameters.densty: unknown key" in said and '"density"' in said
+    assert "bad.yml:8: models[0].parameters.density: got 1.5, expected a number in [0, 1]" in said
+    assert "bad.yml:9: dtypo: unknown key" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["ties", "A", "B", "--weight", "1"], "ties needs a base model"),
+        (["linear", "A", "B", "--weight", "1", "--weight", "2", "--weight", "3"], "got 3 values for 2 models"),
+        (["tise", "A", "--weight", "1"], "ties"),
+        (["linear", "A", "B", "--weight", "2001-99-99"], "--weight"),
+        (["linear", "A", "B", "--weight", "&a [*a]"], "--weight"),
+        (["linear", "A", "B"], "--weight: linear needs a number, and none is given"),
+    ],
+)
+def test_a_wrong_command_is_refused_by_the_name_of_its_option(
+    words: list[str],
+    said: str,
+    family: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    filled = [str(family / word.lower()) if word in ("A", "B") else word for word in words]
+    assert said in refused(monkeypatch, capsys, tmp_path / "out", 2, "merge", *filled)
+
+
+def test_nan_in_a_source_is_found_before_anything_is_written(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ill = sibling(family / "a", tmp_path / "ill", seed=9)
+    tensors = load_file(ill / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, ill / "model.safetensors", metadata={"format": "pt"})
+    words = ["merge", "linear", family / "b", ill, "--weight", "1"]
+    said = refused(monkeypatch, capsys, tmp_path / "out", 1, *words)
+    assert f'NaN or infinite values: 1 in "model.norm.weight" of {ill}' in said
+    assert surgery(monkeypatch, *words, "--allow-nonfinite", "-o", tmp_path / "out") == 0
+
+
+def test_weights_that_sum_to_zero_are_refused(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["merge", "linear", family / "a", family / "b", "--weight", "1", "--weight", "-1"]
+    assert "sum to zero" in refused(monkeypatch, capsys, tmp_path / "out", 1, *words)
+
+
+def test_different_vocabularies_name_the_option(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = sibling(family / "a", tmp_path / "other", seed=4)
+    add_tokenizer(other, [f"w{i}" for i in reversed(range(4, 96))])
+    words = ["merge", "linear", family / "b", other, "--weight", "1"]
+    said = refused(monkeypatch, capsys, tmp_path / "out", 1, *words)
+    assert "vocabularies" in said and "tokenizer_source" in said
+    assert surgery(monkeypatch, *words, "--tokenizer-source", "union", "-o", tmp_path / "out") == 0
