@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 ALLOWED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
 # The one folder that tokenizers read from. All others hold copies: original/, onnx/, training checkpoints.
 TEMPLATES = "additional_chat_templates"
+# What a logit ensemble keeps of its members besides their weights, to give them back as they were.
+MEMBERS = "members"
+MEMBER_FILES = (*(pattern for pattern in ALLOWED if pattern != "*.safetensors"), "*.md", "LICENSE*", "NOTICE*")
 # Mistral's own format, beside the same weights as model-0000k-of-n.safetensors.
 DUPLICATES = "consolidated*"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -179,6 +182,8 @@ def _is_allowed(name: str) -> bool:
     folder, _, file = name.rpartition("/")
     if folder == TEMPLATES:
         return file.endswith(".jinja")
+    if folder == MEMBERS or folder.startswith(f"{MEMBERS}/"):
+        return any(fnmatchcase(file, pattern) for pattern in MEMBER_FILES)
     return not folder and any(fnmatchcase(file, pattern) for pattern in ALLOWED)
 
 

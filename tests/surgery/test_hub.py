@@ -33,6 +33,9 @@ FETCHED = {
     "qwen.tiktoken": b"YQ== 0",
     "chat_template.jinja": b"{{ messages }}",
     "additional_chat_templates/tools.jinja": b"{{ tools }}",
+    "members/0.json": b"{}",
+    "members/0/config.json": b"{}",
+    "members/0/README.md": b"# member",
 }
 LEFT_ALONE = {
     "pytorch_model.bin": b"pickle",
@@ -44,6 +47,8 @@ LEFT_ALONE = {
     "consolidated.safetensors": b"the same weights",
     "original/consolidated.safetensors": b"the same weights",
     "onnx/config.json": b"{}",
+    "members/0/model.safetensors": b"weights",
+    "members/0/modeling_tiny.py": b"raise SystemExit",
     "additional_chat_templates/run.py": b"raise SystemExit",
 }
 
