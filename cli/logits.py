@@ -58,7 +58,7 @@ def unpack(
     threads: o.Threads = None,
     as_json: o.Json = False,
 ) -> None:
-    """Write an ensemble's members back, each to OUT/<name>, bit for bit as they were."""
+    """Write an ensemble's members back, each to OUT/NAME, bit for bit as they were."""
     from merges.unpack import unpack as restore
 
     report = restore(ensemble, out, options=o.options(threads))

@@ -67,9 +67,14 @@ class _Models:
         self.layers: dict[str, list[dict[str, str]]] = {}
         for ref, shape in self.anatomies.items():
             self.layers[ref] = [
-                {name.removeprefix(f"{shape.stack}.{layer.index}."): name for name in layer.names}
+                {name.removeprefix(f"{_start(shape.stack)}{layer.index}."): name for name in layer.names}
                 for layer in shape.blocks
             ]
+        # Under every name by which one of the models stores a head, or a final norm.
+        self.heads = sorted({head for shape in self.anatomies.values() for head in shape.lm_heads})
+        self.ends: dict[str, str] = {}
+        for shape in self.anatomies.values():
+            self.ends |= {name: part for name, part in shape.group_by_name.items() if part in (FINAL_NORM, LM_HEAD)}
 
     def in_layer(self, ref: str, index: int) -> dict[str, StoredTensor]:
         """Name inside the layer → tensor."""
@@ -78,8 +83,7 @@ class _Models:
 
     def beyond(self, ref: str, name: str) -> tuple[int, str] | None:
         """For a tensor of a layer behind the last that counts: how far behind it is, from 0, and its inner name."""
-        stack, held = self.anatomies[ref].stack, len(self.layers[ref])
-        start = f"{stack}." if stack else ""
+        start, held = _start(self.anatomies[ref].stack), len(self.layers[ref])
         number, _, inner = name.removeprefix(start).partition(".")
         if not held or not name.startswith(start) or not NUMBER.fullmatch(number):
             return None
@@ -92,11 +96,6 @@ class _Models:
         if shape.tied and len(shape.token_embeddings) == 1:
             found |= {head: tensors[shape.token_embeddings[0]] for head in self.heads if head not in found}
         return found
-
-    @property
-    def heads(self) -> list[str]:
-        """Every name under which one of the models stores an output head."""
-        return sorted({head for shape in self.anatomies.values() for head in shape.lm_heads})
 
 
 def lay_out(preflight: Preflight, config: MergeConfig, checkpoints: Mapping[str, Checkpoint]) -> Layout:
@@ -191,12 +190,11 @@ class _Builder:
         """What comes after the layers that a tensor is part of: the final norm, the head, more layers; else None."""
         if self.models.beyond(ref, name) is not None:
             return BEYOND
-        part = LM_HEAD if name in self.models.heads else self.models.anatomies[ref].group_of(name)
-        return part if part in (FINAL_NORM, LM_HEAD) else None
+        return self.models.ends.get(name)
 
     def prefix(self, layer: int) -> str:
         """What the names of an output layer's tensors begin with."""
-        return f"{self.models.stack}.{layer}." if self.models.stack else f"{layer}."
+        return f"{_start(self.models.stack)}{layer}."
 
     def meet(
         self,
@@ -219,7 +217,7 @@ class _Builder:
                 self.miss(prefix + name, holders, refs)
                 continue
             per_token = group is None and inputs[0].name in shape.token_rows
-            part = group or (LM_HEAD if name in self.models.heads else shape.group_of(inputs[0].name))
+            part = group or self.models.ends.get(name) or shape.group_of(inputs[0].name)
             self.slots.append(Slot(prefix + name, part, section, t, inputs, per_token))
 
     def miss(self, name: str, holders: Sequence[StoredTensor | None], refs: Sequence[str]) -> None:
@@ -235,3 +233,8 @@ class _Builder:
     def settle(self) -> None:
         """Adds the faults of single tensors to those of the whole."""
         self.preflight.faults += self.missing.sentences()
+
+
+def _start(stack: str | None) -> str:
+    """What stands before a layer's number in the names of a stack."""
+    return f"{stack}." if stack else ""

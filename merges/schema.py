@@ -131,47 +131,6 @@ class MergeConfig(Frozen):
         """Where parameters of this section's tensors are looked up."""
         return Scope(self, section)
 
-    def with_models(self, refs: Mapping[str, str]) -> MergeConfig:
-        """The same merge with references replaced: those of documents by where their results lie, as `{name: folder}`.
-
-        `NAME+ADAPTER` is replaced in its first part.
-        """
-
-        def at(ref: str) -> str:
-            base, plus, adapter = ref.partition("+")
-            return refs[ref] if ref in refs else f"{refs.get(base, base)}{plus}{adapter}"
-
-        def maybe(ref: str | None) -> str | None:
-            return None if ref is None else at(ref)
-
-        def token(rule: TokenRule) -> TokenRule:
-            if isinstance(rule.source, str):
-                return rule.model_copy(update={"source": at(rule.source)})
-            if isinstance(rule.source, ModelToken):
-                return rule.model_copy(
-                    update={"source": rule.source.model_copy(update={"model": at(rule.source.model)})}
-                )
-            return rule
-
-        sections = tuple(
-            section.model_copy(
-                update={
-                    "base_model": maybe(section.base_model),
-                    "sources": tuple(s.model_copy(update={"model": at(s.model)}) for s in section.sources),
-                }
-            )
-            for section in self.sections
-        )
-        tokenizer = self.tokenizer and self.tokenizer.model_copy(
-            update={
-                "source": source if (source := self.tokenizer.source) in (UNION, BASE) else at(source),
-                "tokens": {name: token(rule) for name, rule in self.tokenizer.tokens.items()},
-            }
-        )
-        return self.model_copy(
-            update={"sections": sections, "base_model": maybe(self.base_model), "tokenizer": tokenizer}
-        )
-
 
 @dataclass(frozen=True)
 class Scope:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,7 +76,13 @@ def _most_varied(place: Place, positive: Sequence[int], *, select_topk: float, *
 
 
 def _gather_energies(tensors: Sequence[Tensor], place: Place, *, select_topk: float, **_: Any) -> list[float]:
-    return [float(torch.dot(delta, delta)) for delta in _selected(tensors, place, select_topk)]
+    return [_energy(delta.reshape(-1)) for delta in _selected(tensors, place, select_topk)]
+
+
+def _energy(delta: Tensor) -> float:
+    squares = torch.dot(delta, delta).item()
+    # Beyond 3e38 only fp64 tells how the models compare.
+    return squares if math.isfinite(squares) else torch.dot(delta.double(), delta.double()).item()
 
 
 def _settle_energies(gathered: Sequence[list[float]], place: Place, *, paper: bool, **_: Any) -> Mapping[str, Any]:

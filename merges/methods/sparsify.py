@@ -67,8 +67,8 @@ def sparsified(
 
 
 def counter(kind: Sparsifier, needed: Sequence[Pass]) -> Count | None:
-    """`Measures.count` for what chance keeps; where passes are needed these have counted already."""
-    return partial(_count_dealt, kind=kind) if kind in ("random", "ranked") and not needed else None
+    """`Measures.count` for a sparsifier; where passes are needed these have counted already."""
+    return partial(_count_kept, kind=kind) if kind != "none" and not needed else None
 
 
 def _chosen(
@@ -142,12 +142,13 @@ def _ranked(
     return torch.empty_like(factors).scatter_(1, columns, factors)
 
 
-def _count_dealt(
+def _count_kept(
     delta: Tensor, i: int, place: Place, *, kind: Sparsifier, density: Sequence[float], **params: Any
 ) -> int:
-    """How many of the elements from `place.begin` on are kept: chance is dealt by rank, whatever δ is."""
+    """How many of the elements from `place.begin` on are kept: all, none, or what chance deals, whatever δ is."""
     if not 0 < density[i] < 1:
         return delta.numel() if density[i] >= 1 else 0
+    assert kind in ("random", "ranked"), "cuts have passes, and those count"
     dealt = _dealt(delta, i, place, **params)
     if kind == "random":
         return int(np.count_nonzero(dealt < _limit(density[i])))

@@ -95,6 +95,41 @@ def test_every_method_is_listed_with_its_parameters(
     assert all(word in printed for word in ("breadcrumbs_ties", "epsilon*=0.15", "arXiv:2306.01708", "required"))
 
 
+def test_methods_as_json_and_help_behind_a_method(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert surgery(monkeypatch, "merge", "methods", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert listed["ties"]["base"] == "required" and listed["slerp"]["models"] == [1, 1]
+    assert surgery(monkeypatch, "merge", "ties", "--help") == 0
+    assert "--density" in capsys.readouterr().out
+
+
+def test_what_is_typed_comes_back_in_the_card_without_what_changes_no_byte(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(family)
+    words = ["merge", "linear", "a", "b", "--weight", "-0.5", "--weight", "[1, 2]", "--no-normalize", "--seed", "3"]
+    for threads in (1, 2):
+        assert surgery(monkeypatch, *words, "--threads", threads, "-o", tmp_path / str(threads)) == 0
+    one, two = ((tmp_path / str(n) / "README.md").read_text() for n in (1, 2))
+    assert one == two
+    assert "surgery merge linear a b --seed 3 --weight -0.5 --weight '[1, 2]' --no-normalize -o OUT\n" in one
+
+
+def test_nothing_may_stand_beside_a_config_that_says_it_itself(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "c.yml"
+    config.write_text(f"merge_method: passthrough\nmodels: [{{model: {family / 'a'}}}]\n")
+    words = ["merge", config, family / "b", "--weight", "1", "--seed", "3"]
+    said = refused(monkeypatch, capsys, tmp_path / "out", 2, *words)
+    assert f"a config says all of this itself: {family / 'b'}, --weight, --seed. Edit the config." in said
+    picture = tmp_path / "far.png"
+    assert surgery(monkeypatch, "merge", config, "--plot", picture, "-o", tmp_path / "out") == 0
+    assert "No picture: every tensor is a copy" in capsys.readouterr().err and not picture.exists()
+
+
 def test_faults_of_a_config_name_key_and_line(
     family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -543,20 +543,6 @@ def test_documents_run_after_those_they_use() -> None:
     assert [config.where for config in configs] == [f"c.yml: document {i}" for i in (1, 2, 3)]
 
 
-def test_names_give_way_to_where_the_results_lie() -> None:
-    config = parse_configs(DOCUMENTS, "c.yml", methods=METHODS)[0].with_models({"ours": "/o", "half": "/h"})
-    assert config.models == ("a/base", "/o", "/h+a/lora")
-    assert config.sections[0].base_index == 2
-    assert config.tokenizer is not None and config.tokenizer.source == "/o"
-    assert [rule.source for rule in config.tokenizer.tokens.values()] == ["/o", ModelToken(model="/o", token="z")]
-
-
-def test_words_of_the_tokenizer_are_no_names() -> None:
-    config = parse(linear("tokenizer_source: base\nbase_model: a/b")).with_models({"base": "/o", "a/b": "/b"})
-    assert config.tokenizer is not None and config.tokenizer.source == "base"
-    assert config.base_model == "/b"
-
-
 def test_the_only_document_may_have_a_name() -> None:
     configs = parse_configs(linear("name: mine"), "c.yml", methods=METHODS)
     assert ordered(configs) == configs and configs[0].name == "mine"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,12 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, add_tokenizer, build, sibling
 from merging import config_of, family, files_of, logits_of, run, set_tensor, tensors_of
+from safetensors.torch import save_file
 
 import surgery.execute
-from merges.config import parse_configs
 from merges.job import Job
 from surgery.checkpoint import MANIFEST
 from surgery.errors import SurgeryError
-from surgery.execute import Options
 
 LINEAR = """\
 models:
@@ -367,8 +365,6 @@ def test_different_shapes_and_missing_tensors_at_once(own: Path, tmp_path: Path)
     set_tensor(own / "b", "model.layers.1.mlp.up_proj.weight", lambda x: x[:40].clone())
     path = own / "a/model.safetensors"
     tensors = tensors_of(own / "a")
-    from safetensors.torch import save_file
-
     save_file({n: x for n, x in tensors.items() if n != "model.norm.weight"}, path, metadata={"format": "pt"})
     found = refusal(LINEAR.replace("0.3", "-1.0"), own, tmp_path / "out").split("\n  ")
     assert found[0] == 'c.yml: "model.norm.weight": in b and not in a. Merge models of one layout.'
@@ -378,8 +374,6 @@ def test_different_shapes_and_missing_tensors_at_once(own: Path, tmp_path: Path)
 
 def test_a_tensor_that_nobody_understands_may_be_missing(own: Path, tmp_path: Path) -> None:
     tensors = {**tensors_of(own / "a"), "v_head.summary": torch.ones(3)}
-    from safetensors.torch import save_file
-
     save_file(tensors, own / "a/model.safetensors", metadata={"format": "pt"})
     report = run(LINEAR, own, tmp_path / "out")
     note = "left out, as not all models have them and nothing says what they are: v_head.summary"
@@ -438,8 +432,6 @@ def test_a_part_of_a_model_is_no_model(own: Path, tmp_path: Path) -> None:
     run("models: [{model: ⟨a⟩}]\nmerge_method: passthrough", own, own / "part")
     for name in ("a", "b"):
         tensors = {n: x for n, x in tensors_of(own / name).items() if "layers.0." not in n}
-        from safetensors.torch import save_file
-
         save_file(tensors, own / name / "model.safetensors", metadata={"format": "pt"})
     found = refusal(LINEAR, own, tmp_path / "out")
     assert "a holds 1 layers from 1 to 1: a part of a model. Give the whole." in found
@@ -494,47 +486,3 @@ def test_the_card_tells_people_what_was_merged(llama: Path, tmp_path: Path) -> N
 
 
 # -- speed ------------------------------------------------------------------------------------------------------------
-
-
-def test_planning_three_hundred_tensors_takes_a_moment(tmp_path: Path) -> None:
-    for name in ("base", "a", "b"):
-        build_deep(tmp_path / name)
-    text = TIES.replace("⟨", f"{tmp_path}/").replace("⟩", "")
-    config = parse_configs(text, "c.yml", methods=merging_specs())[0]
-    best = min(timed(config, tmp_path) for _ in range(3))
-    assert best < 0.2, f"{best:.3f} s"
-
-
-def merging_specs() -> dict[str, Any]:
-    from merging import SPECS
-
-    return SPECS
-
-
-def timed(config: Any, tmp_path: Path) -> float:
-    begin = time.perf_counter()
-    planned = Job(config, {}, ["surgery"]).plan(tmp_path / "out", Options())
-    assert len(planned.plan.tensors) == 300
-    return time.perf_counter() - begin
-
-
-def build_deep(folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    layers = {
-        f"model.layers.{i}.{part}.weight": torch.ones(4, 4)
-        for i in range(33)
-        for part in (
-            *(f"self_attn.{p}_proj" for p in "qkvo"), *(f"mlp.{p}_proj" for p in ("gate", "up", "down")),
-            "self_attn.q_norm", "self_attn.k_norm",
-        )
-    }  # fmt: skip
-    outside = {
-        "model.embed_tokens.weight": torch.ones(9, 4),
-        "model.norm.weight": torch.ones(4),
-        "lm_head.weight": torch.ones(9, 4),
-    }
-    folder.mkdir()
-    save_file({**layers, **outside}, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {"model_type": "llama", "num_hidden_layers": 33, "hidden_size": 4, "vocab_size": 9}
-    (folder / "config.json").write_text(json.dumps(config))
