@@ -9,7 +9,7 @@ from surgery.checkpoint import Checkpoint, StoredTensor
 from surgery.errors import SurgeryError, listing
 from surgery.execute import Options
 from surgery.preflight import Preflight, check_config
-from surgery.stream import Reader, SourceFiles, count_nonfinite, default_threads, run, segments
+from surgery.stream import Reader, SourceFiles, count_nonfinite, run, segments
 from surgery.vocab import Vocabulary, read_vocabulary
 
 ALIGN = "Say `tokenizer_source: union`, `base` or a model: rows are then aligned by token."
@@ -103,7 +103,7 @@ def check_finite(tensors: Mapping[str, Sequence[StoredTensor]], options: Options
         SourceFiles({tensor.file for _, tensor, _, _ in units}) as files,
         options.progress("Checking", total) as advance,
     ):
-        for ref, tensor, size, count in run(units, look, files, threads=options.threads or default_threads()):
+        for ref, tensor, size, count in run(units, look, files, threads=options.threads):
             advance(size)
             if count:
                 bad[ref, tensor.name] = bad.get((ref, tensor.name), 0) + count

@@ -27,7 +27,7 @@ from surgery.manifest import build_manifest, write_card, write_manifest
 from surgery.plan import Plan, check_output, plan_files
 from surgery.preflight import Preflight, check_quantised, check_space
 from surgery.refs import open_checkpoint
-from surgery.stream import SourceFiles, default_threads
+from surgery.stream import SourceFiles
 
 _EXAMPLES = 5
 
@@ -108,7 +108,7 @@ class Job:
         planned = [tensor.planned for tensor in merged]
         like = layout.template if {t.name for t in planned} <= layout.template.tensors.keys() else None
         plan = Plan(self.command, self._roles(checkpoints), plan_files(planned, like=like), beside.copied)
-        check_space(preflight, plan, out, options.threads or default_threads())
+        check_space(preflight, plan, out, options.threads)
         preflight.settle(self.where)
         return Planned(plan, merged, layout, beside, preflight)
 
@@ -217,6 +217,5 @@ def _read_tensors(plan: Plan) -> dict[str, list[StoredTensor]]:
     for planned in plan.tensors:
         for source in planned.inputs:
             for stored in source.tensors:
-                updates = (stored.update.a, stored.update.b) if stored.update else ()
-                found.setdefault(owner[id(stored)], {}).update({id(part): part for part in (stored, *updates)})
+                found.setdefault(owner[id(stored)], {}).update({id(part): part for part in stored.parts})
     return {ref: list(tensors.values()) for ref, tensors in found.items()}

@@ -33,7 +33,6 @@ from surgery.plan import Plan, check_output, copied, plan_files
 from surgery.preflight import Preflight, check_quantised, check_space
 from surgery.refs import open_checkpoint
 from surgery.report import Column, Table, format_value
-from surgery.stream import default_threads
 
 CONFIG = "config.json"
 CARD = "README.md"
@@ -130,7 +129,7 @@ def average(
     command = command_record("merge logits", models, weight=list(weights or ()), mode=mode, **chosen)
     config = _config(members, given, mode, vocab_size, shared)
     plan = _plan(command, members, sources, shared)
-    check_space(preflight, plan, out, options.threads or default_threads())
+    check_space(preflight, plan, out, options.threads)
     preflight.settle("merge logits")
     report = _report(out, preflight, members, config, shared, plan)
     if dry_run:

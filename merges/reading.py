@@ -14,10 +14,10 @@ from merges.fields import (
     read_scalar,
     read_text,
 )
-from merges.fit import check_section
 from merges.parameters import ParameterReader
 from merges.schema import BASE, UNION, MergeConfig, ModelToken, Section, Source, TokenizerRule, TokenRule, ZeroToken
 from merges.settings import MethodSpec, ParameterSpec, shown
+from merges.sources import check_section
 from merges.yaml_lines import Faults, Node
 from surgery.dtypes import TORCH_NAMES
 from surgery.errors import listing

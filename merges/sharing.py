@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
 from surgery.checkpoint import StoredTensor
 from surgery.execute import Options
-from surgery.stream import Reader, SourceFiles, default_threads, digest, hash_tensor, run
+from surgery.stream import Reader, SourceFiles, digest, hash_tensor, run
 
 SKETCH = 4096  # elements; tensors that differ at all nearly always differ here, and need no reading as a whole
 
@@ -31,7 +31,6 @@ def find_shared(members: Sequence[Mapping[str, StoredTensor]], options: Options)
     groups = _across([list(tensors)], lambda key: (tensors[key].dtype, tensors[key].shape))
     candidates = {key: tensors[key] for group in groups for key in group}
     paths = {tensor.file for tensor in candidates.values()}
-    threads = options.threads or default_threads()
 
     def sketch(key: Key, reader: Reader) -> tuple[Key, str]:
         tensor = candidates[key]
@@ -41,12 +40,12 @@ def find_shared(members: Sequence[Mapping[str, StoredTensor]], options: Options)
         return key, hash_tensor(reader, candidates[key])
 
     with SourceFiles(paths) as files:
-        sketches = dict(run(list(candidates), sketch, files, threads=threads))
+        sketches = dict(run(list(candidates), sketch, files, threads=options.threads))
         groups = _across(groups, sketches.__getitem__)
         likely = [key for group in groups for key in group]
         hashes = {}
         with options.progress("Comparing", sum(candidates[key].n_bytes for key in likely)) as advance:
-            for key, found in run(likely, whole, files, threads=threads):
+            for key, found in run(likely, whole, files, threads=options.threads):
                 hashes[key] = found
                 advance(candidates[key].n_bytes)
     return {alias: name for group in _across(groups, hashes.__getitem__) for alias, name in _aliases(group)}

@@ -9,6 +9,7 @@ import torch
 
 from merges.tokens import TokenPlan
 from surgery.checkpoint import StoredTensor
+from surgery.errors import SurgeryError
 from surgery.stream import SEGMENT, Input, Reader, SourceFiles
 
 
@@ -27,20 +28,28 @@ class TokenInputs:
         """`tensor`, which `ref` has for the output tensor `name`, with one row per row of the output.
 
         Reads `tensor` where some rows are to be the mean of the others.
+
+        Raises:
+            SurgeryError: a model that rows are to be taken from has no such tensor.
         """
         if self.plan.unchanged(ref, tensor.shape[0]):
             return Input(tensor)
         contributions = self.plan.contributions(ref)
-        others = tuple(
-            (self._outside[other][name], rows)
-            for other, rows in contributions.items()
-            if other != ref and name in self._outside[other]
-        )
+        others = tuple((self._tensor(other, name), rows) for other, rows in contributions.items() if other != ref)
         aligned = Input(tensor, contributions[ref], others)
         if not len(self.plan.averaged):
             return aligned
         mean = self._mean(aligned, self.plan.averaged)
         return Input(tensor, contributions[ref], others, (self.plan.averaged, mean))
+
+    def _tensor(self, ref: str, name: str) -> StoredTensor:
+        if name not in self._outside[ref]:
+            raise SurgeryError(
+                f'has no "{name}", and others are to take rows of it for tokens that they lack',
+                where=ref,
+                hint="Name another model for these tokens under `tokenizer: tokens:`.",
+            )
+        return self._outside[ref][name]
 
     def _mean(self, source: Input, without: np.ndarray) -> np.ndarray:
         """The mean of the rows that are not in `without`: (width,) fp64."""

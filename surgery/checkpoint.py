@@ -60,9 +60,14 @@ class StoredTensor:
         return n_elements(self.shape)
 
     @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        """Every tensor that reading this one touches: itself, and the two factors of its update."""
+        return (self,) if self.update is None else (self, self.update.a, self.update.b)
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """Every file that reading this tensor touches."""
-        return (self.file,) if self.update is None else (self.file, self.update.a.file, self.update.b.file)
+        return tuple(part.file for part in self.parts)
 
     @property
     def is_float(self) -> bool:

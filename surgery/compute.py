@@ -17,7 +17,7 @@ from torch import Tensor
 
 from surgery.dtypes import is_float, n_bytes, n_elements
 from surgery.errors import usage_error
-from surgery.plan import Kernel, Place, PlannedTensor
+from surgery.plan import Kernel, Place, PlannedTensor, row_width
 from surgery.stream import BLOCK, SEGMENT, TORCH_DTYPES, Input, Reader, compute_dtype, digest
 
 
@@ -79,7 +79,7 @@ def gather(
     """What the kernel's pass `number` gathers of a segment, piece by piece; a row counts to where it begins."""
     begin, end = bounds(tensor, segment)
     if kernel_of(tensor).kind == "rows":
-        width = _width(tensor.shape)
+        width = row_width(tensor.shape)
         begin, end = -(-begin // width) * width, -(-end // width) * width
     values = [reader.values(source, begin, end, slot) for slot, source in enumerate(tensor.inputs)]
     collect = tensor.passes[number].gather
@@ -133,7 +133,7 @@ def _pieces(
     count = values[0].numel()
     dtype = _compute_dtype(tensor)
     rows = kernel_of(tensor).kind == "rows"
-    width = _width(tensor.shape) if rows else 1
+    width = row_width(tensor.shape) if rows else 1
     piece = max((BLOCK if device.type == "cpu" else count) // width, 1) * width
     for at in range(0, count, piece):
         inputs = [value[at : at + piece].to(device, non_blocking=True).to(dtype) for value in values]
@@ -144,13 +144,8 @@ def _rows_around(tensor: PlannedTensor, begin: int, end: int) -> tuple[int, int]
     """The elements that the kernel must see for its output's elements [begin, end)."""
     if kernel_of(tensor).kind != "rows":
         return begin, end
-    width = _width(tensor.shape)
+    width = row_width(tensor.shape)
     return begin // width * width, -(-end // width) * width
-
-
-def _width(shape: Sequence[int]) -> int:
-    """Elements in a row; a vector is one row."""
-    return max(shape[-1] if shape else 1, 1)
 
 
 def _compute_dtype(tensor: PlannedTensor) -> torch.dtype:

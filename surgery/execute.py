@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from surgery.checkpoint import StoredTensor
 from surgery.commit import check_free, commit, copy_file, partial_of
 from surgery.compute import Computed, bounds, compute, compute_whole, gather, is_plain, torch_device
 from surgery.dtypes import n_bytes, n_elements
@@ -31,6 +32,7 @@ from surgery.stream import (
     default_threads,
     digest,
     hash_tensor,
+    n_segments,
     octets,
     read_into,
     run,
@@ -187,7 +189,7 @@ class _Job:
                 )
                 wholes.setdefault(call, []).append(index)
             else:
-                parts = range(len(list(segments(n_elements(tensor.shape)))))
+                parts = range(n_segments(n_elements(tensor.shape)))
                 if tensor.passes and all(self.journal.record(index, part) for part in parts):
                     # Only looked at: should a segment not be what the journal says, the passes are run after all.
                     units += [_Unit((index,), part) for part in parts]
@@ -205,10 +207,9 @@ class _Job:
 
     def _stage(self, index: int, place: Place, number: int | None) -> list[_Unit]:
         """One pass over a tensor, or its writing, segment by segment."""
-        parts = range(len(list(segments(n_elements(place.shape)))))
         if number is not None:
             self.gathered[index] = {}
-        return [_Unit((index,), part, number, place) for part in parts]
+        return [_Unit((index,), part, number, place) for part in range(n_segments(n_elements(place.shape)))]
 
     def _next(self, done: _Gathered) -> list[_Unit]:
         """What is to be done after a pass has seen a segment: nothing yet, or the next stage of its tensor."""
@@ -217,7 +218,7 @@ class _Job:
         index = unit.tensors[0]
         tensor, pieces = self.tensors[index], self.gathered[index]
         pieces[unit.segment] = done.pieces
-        if len(pieces) < len(list(segments(n_elements(place.shape)))):
+        if len(pieces) < n_segments(n_elements(place.shape)):
             return []
         inorder = [piece for part in sorted(pieces) for piece in pieces[part]]
         found = tensor.passes[number].settle(inorder, place, **tensor.params)
@@ -250,7 +251,7 @@ class _Job:
         records = []
         for index in unit.tensors:
             count = n_elements(self.tensors[index].shape)
-            parts = range(len(list(segments(count)))) if unit.segment is None else (unit.segment,)
+            parts = range(n_segments(count)) if unit.segment is None else (unit.segment,)
             for part in parts:
                 record = self.journal.record(index, part)
                 if record is None:
@@ -325,13 +326,10 @@ class _Job:
 
     def _source_hashes(self, known: dict[int, str]) -> dict[str, dict[str, str]]:
         """Hashes of all source tensors that entered the plan; those not seen segment by segment are read again."""
-        entered = {}
+        entered: dict[int, StoredTensor] = {}
         for tensor in self.tensors:
             for source in tensor.inputs:
-                for stored in source.tensors:
-                    update = (stored.update.a, stored.update.b) if stored.update is not None else ()
-                    for part in (stored, *update):
-                        entered[id(part)] = part
+                entered |= {id(part): part for stored in source.tensors for part in stored.parts}
         reader = Reader(self.files)
         for key, stored in entered.items():
             if key not in known:
@@ -340,8 +338,7 @@ class _Job:
         for role, checkpoint in self.plan.sources.items():
             held = by_role[role] = {}
             for stored in checkpoint.tensors.values():
-                update = (stored.update.a, stored.update.b) if stored.update is not None else ()
-                held.update({part.name: known[id(part)] for part in (stored, *update) if id(part) in known})
+                held.update({part.name: known[id(part)] for part in stored.parts if id(part) in known})
         return by_role
 
     def _position(self, index: int) -> int:

@@ -24,7 +24,7 @@ from surgery.plan import Plan, PlannedTensor, check_output, plan_files
 from surgery.preflight import Preflight, check_ancestor, check_config, check_quantised, check_space, sketch
 from surgery.refs import open_checkpoint
 from surgery.report import Column, Table
-from surgery.stream import Input, Reader, SourceFiles, default_threads, run, segments
+from surgery.stream import Input, Reader, SourceFiles, run, segments
 from surgery.vectors import DONOR, FORMAT, SKETCH, STEM
 
 
@@ -157,7 +157,7 @@ class Extraction:
 
     def settle(self, plan: Plan, out: Path, options: Options) -> None:
         """The checks that need the plan. Raises SurgeryError."""
-        check_space(self.preflight, plan, out, options.threads or default_threads())
+        check_space(self.preflight, plan, out, options.threads)
         self.preflight.settle(self.name)
 
 
@@ -213,7 +213,7 @@ def _moved(fitted: Mapping[str, tuple[Input, ...]], options: Options) -> list[st
 
     with SourceFiles(files) as opened, options.progress("Comparing", len(fitted), "steps") as advance:
         moved = set()
-        for name, moves in run(list(fitted), differs, opened, threads=options.threads or default_threads()):
+        for name, moves in run(list(fitted), differs, opened, threads=options.threads):
             advance(1)
             if moves:
                 moved.add(name)

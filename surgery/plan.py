@@ -24,6 +24,11 @@ DEFAULT_SHARD_BYTES = 5_000_000_000  # what transformers writes, and what the Hu
 PYTORCH = {"format": "pt"}  # transformers refuses files whose metadata does not say so
 
 
+def row_width(shape: Sequence[int]) -> int:
+    """Elements in a row; a vector is one row. At least 1."""
+    return max(shape[-1] if shape else 1, 1)
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the piece that a kernel sees lies, and what the kernel's passes found out about the whole.
@@ -36,6 +41,11 @@ class Place:
     begin: int
     shape: tuple[int, ...]
     known: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def width(self) -> int:
+        """Elements in a row of the tensor."""
+        return row_width(self.shape)
 
 
 @dataclass(frozen=True)

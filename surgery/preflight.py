@@ -19,7 +19,7 @@ from surgery.commit import partial_of
 from surgery.errors import SurgeryError, listing
 from surgery.plan import Plan
 from surgery.report import format_value
-from surgery.stream import Input, Reader, SourceFiles
+from surgery.stream import Input, Reader, SourceFiles, default_threads
 
 # Two matrices drawn independently have a cosine within a few hundredths of 0; fine-tuning leaves it above 0.9. What
 # lies between has been trained for long from a common start, and may still carry a vector.
@@ -140,7 +140,7 @@ def check_ancestor(
         )
 
 
-def check_space(preflight: Preflight, plan: Plan, out: Path, threads: int) -> None:
+def check_space(preflight: Preflight, plan: Plan, out: Path, threads: int | None) -> None:
     """Compares what the job needs with the disk; what a `.partial` already holds counts as free."""
     parent = next(folder for folder in (out.parent, *out.absolute().parents) if folder.exists())
     side = sum(path.stat().st_size for path in plan.side_files.values())
@@ -149,7 +149,9 @@ def check_space(preflight: Preflight, plan: Plan, out: Path, threads: int) -> No
     held = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file()) if partial.exists() else 0
     free = shutil.disk_usage(parent).free + held
     preflight.facts["disk"] = f"{_size(needed)} needed, {_size(free)} free"
-    preflight.facts["memory"] = f"about {_size(plan.memory_bytes(threads))} of buffers beside Python and torch"
+    preflight.facts["memory"] = (
+        f"about {_size(plan.memory_bytes(threads or default_threads()))} of buffers beside Python and torch"
+    )
     if needed > free:
         preflight.faults.append(
             f"not enough disk at {parent}: {_size(needed)} needed, {_size(free)} free. "

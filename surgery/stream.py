@@ -97,6 +97,11 @@ def segments(count: int) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + SEGMENT, count)
 
 
+def n_segments(count: int) -> int:
+    """How many segments a tensor of `count` elements has."""
+    return -(-count // SEGMENT)
+
+
 def compute_dtype(dtypes: Iterable[str]) -> torch.dtype:
     """fp64 where any of `dtypes` is F64, else fp32."""
     return torch.float64 if "F64" in set(dtypes) else torch.float32
@@ -312,14 +317,15 @@ def run(
     work: Callable[[Work, Reader], Result],
     files: SourceFiles,
     *,
-    threads: int,
+    threads: int | None,
     pinned: bool = False,
 ) -> Iterator[Result]:
     """Does `work` on every unit on `threads` threads, each with a reader of its own; yields as units finish.
 
     Units are taken from the front. Where `units` is a deque, whoever takes the results may add to it meanwhile.
-    The first error stops the rest and is raised here.
+    The first error stops the rest and is raised here. threads: None for one per processor.
     """
+    threads = threads or default_threads()
     local = threading.local()
     stop = threading.Event()
 

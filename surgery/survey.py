@@ -15,7 +15,6 @@ from surgery.stream import (
     Reader,
     SourceFiles,
     compute_dtype,
-    default_threads,
     run,
     segments,
 )
@@ -65,7 +64,7 @@ def survey(
 
     with SourceFiles(path for tensors in jobs.values() for t in tensors for path in t.files) as files:
         with progress(label, total) as advance:
-            for name, part, read, row in run(units, work, files, threads=threads or default_threads()):
+            for name, part, read, row in run(units, work, files, threads=threads):
                 sums[name][part] = row
                 advance(read)
         files.check_unchanged()

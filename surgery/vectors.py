@@ -39,7 +39,7 @@ from surgery.preflight import (
     sketch,
 )
 from surgery.refs import open_checkpoint
-from surgery.stream import Input, default_threads
+from surgery.stream import Input
 
 FORMAT = 1
 STEM = "vector"
@@ -204,7 +204,7 @@ def _add(
         preflight.faults.append(
             "nothing to do: every scale is 0, or the vector is zero where the mask lets it through."
         )
-    check_space(preflight, plan, out, options.threads or default_threads())
+    check_space(preflight, plan, out, options.threads)
     preflight.settle(str(command["name"]))
     report = EditReport(out, preflight.facts, preflight.warnings, len(edited), len(planned), dry_run=dry_run)
     if dry_run:

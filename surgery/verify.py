@@ -16,7 +16,6 @@ from surgery.stream import (
     Reader,
     SourceFiles,
     count_nonfinite,
-    default_threads,
     digest,
     run,
     segments,
@@ -91,9 +90,7 @@ def verify(model: str, *, options: Options = Options()) -> VerifyReport:
     changed, bad = [], {}
     tensors = checkpoint.tensors
     with SourceFiles(checkpoint.files) as files, options.progress("Verifying", checkpoint.n_bytes) as advance:
-        for tensor, found, nonfinite in run(
-            list(tensors.values()), check, files, threads=options.threads or default_threads()
-        ):
+        for tensor, found, nonfinite in run(list(tensors.values()), check, files, threads=options.threads):
             advance(tensor.n_bytes)
             if nonfinite:
                 bad[tensor.name] = nonfinite

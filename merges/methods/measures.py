@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.dtypes import n_elements
 from surgery.plan import Kernel, Pass, Place, Sums
 
 KEPT = "kept"  # in `Place.known`: per model, how many of its elements the method let through
@@ -42,7 +43,7 @@ class Measures:
     def measure(self, tensors: Sequence[Tensor], stored: Tensor, place: Place, **params: Any) -> Sums:
         """The sums over one piece; `stored` is the merged, rounded piece."""
         base, models = (tensors[0], tensors[1:]) if self.based else (None, tensors)
-        share = stored.numel() / max(torch.Size(place.shape).numel(), 1)
+        share = stored.numel() / max(n_elements(place.shape), 1)
         kept: Tensor | float
         sums: list[Tensor | float] = [] if base is None else [torch.dot(base, base)]
         for i, model in enumerate(models):

@@ -184,7 +184,7 @@ def _importances(tensors: Sequence[Tensor], place: Place, **_: Any) -> list[Tens
 
 
 def _count_important(delta: Tensor, i: int, place: Place, **_: Any) -> int:
-    width = max(place.shape[-1] if place.shape else 1, 1)
+    width = place.width
     first, end = place.begin // width, place.begin + delta.numel()
     divergence = torch.from_numpy(place.known[_DIVERGENCES][first : -(-end // width)]).to(delta)
     mine = divergence[:, None].expand(-1, width).reshape(-1)[place.begin - first * width : end - first * width]

@@ -152,7 +152,7 @@ def _count_kept(
     dealt = _dealt(delta, i, place, **params)
     if kind == "random":
         return int(np.count_nonzero(dealt < _limit(density[i])))
-    width = max(place.shape[-1] if place.shape else 1, 1)
+    width = place.width
     limits = np.roll(_limits(width, density[i], params["epsilon"][i]), -(place.begin % width))
     return int(np.count_nonzero(dealt < np.resize(limits, len(dealt))))
 
