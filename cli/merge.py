@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from cli import console, logits
 from cli import options as o
+from surgery.wording import option_of, option_words
 
 if TYPE_CHECKING:
     from merges.report import MergeReport
@@ -101,7 +102,7 @@ def weights(
     as_json: o.Json = False,
 ) -> None:
     """Write the merge of models' weights, from a mergekit config or by a method's name."""
-    from merges.config import read_configs
+    from merges.config import parse_configs, read_config
     from merges.merge import merge
 
     given: dict[str, Any] = {
@@ -121,8 +122,8 @@ def weights(
     configs: tuple[MergeConfig, ...]
     if what.endswith(CONFIGS) or (what not in _specs() and Path(what).is_file()):
         _refuse_beside_config(what, models or (), [*parameters, *settings])
-        configs = read_configs(Path(what), methods=_specs())
-        text = Path(what).read_text(encoding="utf-8-sig")
+        text = read_config(Path(what))
+        configs = parse_configs(text, what, methods=_specs())
     else:
         configs = (_config(what, models or (), parameters, settings),)
     line = _line([what, *(models or ())], {**settings, **parameters})
@@ -164,7 +165,7 @@ def _refuse_beside_config(config: str, models: Sequence[str], names: Sequence[st
     """What a config says is said there alone: an option beside it would have to win, or to be lost in silence."""
     from surgery.errors import listing, usage_error
 
-    stray = [*models, *map(_option, names)]
+    stray = [*models, *map(option_of, names)]
     if stray:
         raise usage_error(f"a config says all of this itself: {listing(stray)}", where=config, hint="Edit the config.")
 
@@ -176,7 +177,7 @@ def _config(
     from merges.config import config_for_method
 
     values = {
-        name: [_value(_option(name), text) for text in given] if isinstance(given, list) else [given]
+        name: [_value(option_of(name), text) for text in given] if isinstance(given, list) else [given]
         for name, given in parameters.items()
     }
     compat = cast("Compat", settings.get("compat", "mergekit"))
@@ -198,21 +199,9 @@ def _value(option: str, text: str) -> object:
     return nodes[0].plain
 
 
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def _line(words: Sequence[str], given: Mapping[str, Any]) -> list[str]:
     """The words that type the merge again: without what changes no byte, so that they are the same for every run."""
-    line = ["surgery", "merge", *words]
-    for name, value in given.items():
-        if isinstance(value, bool):
-            line.append(_option(name) if value else _option(f"no_{name}"))
-        else:
-            line += [
-                word for one in (value if isinstance(value, list) else [value]) for word in (_option(name), str(one))
-            ]
-    return [*line, "-o", "OUT"]
+    return ["surgery", "merge", *words, *option_words(given), "-o", "OUT"]
 
 
 def _draw(report: MergeReport, path: Path) -> None:

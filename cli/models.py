@@ -11,6 +11,7 @@ import typer
 
 from cli import console
 from cli import options as o
+from surgery.wording import option_words
 
 if TYPE_CHECKING:
     from surgery.checkpoint import Checkpoint
@@ -133,8 +134,6 @@ def _know_ensembles(checkpoints: Iterable[Checkpoint]) -> None:
 
 def _eval_line(models: Sequence[str], tasks: Sequence[str], texts: Sequence[Path], limit: int | None) -> str:
     """The command line that gives these scores again."""
-    words = ["surgery", "eval", *models]
-    words += [word for task in tasks for word in ("--task", task)]
-    words += [word for text in texts for word in ("--perplexity", str(text))]
-    words += [] if limit is None else ["--limit", str(limit)]
+    options = {"task": list(tasks), "perplexity": list(texts), "limit": limit}
+    words = ["surgery", "eval", *models, *option_words(options)]
     return shlex.join(words)

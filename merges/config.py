@@ -21,6 +21,7 @@ from merges.schema import Compat, MergeConfig, ModelToken, Scope, Section, Sourc
 from merges.settings import MethodSpec
 from merges.yaml_lines import Faults, Node, read_documents, tree
 from surgery.errors import usage_error
+from surgery.wording import option_of
 
 __all__ = [
     "MergeConfig",
@@ -34,6 +35,7 @@ __all__ = [
     "config_for_method",
     "ordered",
     "parse_configs",
+    "read_config",
     "read_configs",
 ]
 
@@ -46,13 +48,17 @@ def read_configs(path: Path, *, methods: Mapping[str, MethodSpec]) -> tuple[Merg
     Raises:
         SurgeryError: it cannot be read; else as `parse_configs`.
     """
+    return parse_configs(read_config(path), str(path), methods=methods)
+
+
+def read_config(path: Path) -> str:
+    """The text of a config file. Raises SurgeryError where it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise usage_error(f"is not UTF-8 text (byte {error.start})", where=path) from error
     except OSError as error:
         raise usage_error(f"cannot be read ({error.strerror})", where=path) from error
-    return parse_configs(text, str(path), methods=methods)
 
 
 def parse_configs(text: str, where: str, *, methods: Mapping[str, MethodSpec]) -> tuple[MergeConfig, ...]:
@@ -158,7 +164,7 @@ def _check_given(spec: MethodSpec, base: str | None, given: Collection[str], fau
     for parameter in spec.parameters:
         if parameter.default is None and parameter.name not in given:
             faults.add(
-                Node(_option(parameter.name), None, None), f"{spec.name} needs {parameter.rule}, and none is given"
+                Node(option_of(parameter.name), None, None), f"{spec.name} needs {parameter.rule}, and none is given"
             )
 
 
@@ -169,7 +175,7 @@ def _shared_out(
     shared: dict[str, Node] = {}
     own: list[dict[str, Node]] = [{} for _ in range(n_models)]
     for name, values in given.items():
-        option = _option(name)
+        option = option_of(name)
         known = spec.parameter(name) if spec else None
         if len(values) == 1:
             shared[name] = tree(values[0], option)
@@ -181,10 +187,6 @@ def _shared_out(
             for entry, value in zip(own, values, strict=True):
                 entry[name] = tree(value, option)
     return shared, own
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _check_names(drafts: Sequence[Draft], faults: Faults) -> list[tuple[str, ...]]:

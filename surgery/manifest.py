@@ -18,6 +18,7 @@ from surgery.execute import Outcome
 from surgery.hashing import KEY, hash_tensors
 from surgery.jsonable import to_json
 from surgery.plan import Plan
+from surgery.wording import option_words
 
 SCHEMA = 1
 
@@ -123,15 +124,7 @@ them.
 
 def command_record(name: str, arguments: Sequence[str], **options: Any) -> dict[str, Any]:
     """How the manifest records a command: its name, its options, and the line that types it again."""
-    words = ["surgery", *name.split(), *map(str, arguments), "-o", "OUT"]
-    for option, value in options.items():
-        flag = "--" + option.replace("_", "-")
-        if isinstance(value, Mapping):
-            words += [word for glob, number in value.items() for word in (flag, f"{glob}={number!r}")]
-        elif isinstance(value, (list, tuple)):
-            words += [word for item in value for word in (flag, str(item))]
-        elif value is not None:
-            words += [flag, str(value)]
+    words = ["surgery", *name.split(), *map(str, arguments), "-o", "OUT", *option_words(options)]
     return {
         "name": name,
         "arguments": list(map(str, arguments)),

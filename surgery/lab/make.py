@@ -135,11 +135,9 @@ def seed_of(recipe: AnyRecipe, name: str) -> int:
     return random.Random(f"{recipe.seed}/{name}/torch").getrandbits(63)
 
 
-def _card(name: str, form: Format, recipe: Recipe, curve: Curve, right: float) -> str:
-    before, after = SURFACES[form]
-    plan = ", ".join(f"{key} {value}" for key, value in asdict(_plan(recipe, name)).items())
-    parent = MEMBERS[name].parent
-    origin = f"`lab:{parent}`" if parent else "random weights"
+def card_head(name: str) -> str:
+    """What every lab model's card begins with: metadata, name, and what it is in a sentence."""
+    summary = MEMBERS[name].summary
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -147,8 +145,16 @@ tags: [synthetic, model-surgery-lab]
 ---
 # lab:{name}
 
-{MEMBERS[name].summary[0].upper() + MEMBERS[name].summary[1:]}.
+{summary[0].upper() + summary[1:]}.
+"""
 
+
+def _card(name: str, form: Format, recipe: Recipe, curve: Curve, right: float) -> str:
+    before, after = SURFACES[form]
+    plan = ", ".join(f"{key} {value}" for key, value in asdict(_plan(recipe, name)).items())
+    parent = MEMBERS[name].parent
+    origin = f"`lab:{parent}`" if parent else "random weights"
+    return f"""{card_head(name)}
 A tiny Qwen2 (about 0.3 M parameters) trained on this machine by model surgery's lab, on synthetic sums modulo 7 only.
 It is test material: it knows nothing else.
 

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from surgery.lab.family import MEMBERS
-from surgery.lab.make import DIGITS, WEIGHTS, bar, load, save, seed_of
+from surgery.lab.make import DIGITS, WEIGHTS, bar, card_head, load, save, seed_of
 from surgery.lab.recipe import Domain, Specialists, Study
 from surgery.lab.sorting import SORTING_CHARACTERS, sorting_exam
 from surgery.lab.sums import exam
@@ -78,15 +78,7 @@ def _card(
         how = ", ".join(f"{key} {value}" for key, value in asdict(plan).items())
         origin = f"""- Trained from: `lab:{MEMBERS[name].parent}`, all but the token embedding, with {how}
 - Final loss: {losses[-1]:.4f}, noise included"""
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [synthetic, model-surgery-lab]
----
-# lab:{name}
-
-{MEMBERS[name].summary[0].upper() + MEMBERS[name].summary[1:]}.
-
+    return f"""{card_head(name)}
 A tiny Qwen2 (about 0.3 M parameters) made on this machine by model surgery's lab, on synthetic problems only. It is
 test material: it knows nothing else.
 

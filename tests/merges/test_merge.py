@@ -110,18 +110,6 @@ merge_method: task_arithmetic
 """
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A family of Llamas in fp32; for reading only."""
-    return family("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-def own(llama: Path, tmp_path: Path) -> Path:
-    """A copy of `llama` that a test may damage."""
-    return shutil.copytree(llama, tmp_path / "own")
-
-
 def refusal(text: str, folder: Path, out: Path, **options: Any) -> str:
     """The error's text; nothing may have been written."""
     with pytest.raises(SurgeryError) as caught:

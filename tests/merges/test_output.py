@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
-from merging import config_of, family, files_of, run
+from merging import config_of, files_of, run
 
 from merges.templates import CHATML
 from surgery.errors import SurgeryError
@@ -19,17 +18,6 @@ models: [{model: ⟨a⟩, parameters: {weight: 1}}, {model: ⟨b⟩, parameters:
 """
 UNION = LINEAR.replace("⟨b⟩", "⟨other⟩") + "tokenizer_source: union\n"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return family("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-def own(llama: Path, tmp_path: Path) -> Path:
-    """A copy of `llama` that a test may change."""
-    return shutil.copytree(llama, tmp_path / "own")
 
 
 def test_side_files_are_the_template_s_to_the_byte(llama: Path, tmp_path: Path) -> None:
