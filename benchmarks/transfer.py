@@ -16,6 +16,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -93,15 +94,36 @@ def make(name: str) -> None:
 
 
 def timed(command: list[str]) -> tuple[float, float]:
-    """(seconds, peak resident MB) of a whole process."""
+    """(seconds, peak resident MB) of a whole process; what its forks hold is counted, shared pages once."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    peaks: list[int] = []
+    ended = threading.Event()
+    watch = threading.Thread(target=lambda: peaks.extend(iter(lambda: _together(process.pid, ended), -1)))
+    watch.start()
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
+    ended.set()
+    watch.join()
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"failed: {' '.join(command)}")
-    return seconds, usage.ru_maxrss / 1024
+    return seconds, max([usage.ru_maxrss, *peaks]) / 1024
+
+
+def _together(parent: int, ended: threading.Event) -> int:
+    """kB held by a process and its children, as they are a fifth of a second later; −1 once it has ended."""
+    if ended.wait(0.2):
+        return -1
+    held = 0
+    try:
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        for process in (parent, *children):
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+            held += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    except (OSError, StopIteration):  # one of them has just ended
+        pass
+    return held
 
 
 def contestants(folder: Path, mergekit: str | None) -> dict[str, tuple[list[str], Path]]:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from cli import console, lab, merge, models, vector
+from surgery import process
 from surgery.errors import FAILED, SurgeryError
 
 app = typer.Typer(
@@ -52,6 +53,7 @@ def program() -> None:
     Taking the interpreter and torch apart object by object takes a few tenths of a second and serves nobody: what a
     command writes is on the disk when it returns.
     """
+    process.claim()
     try:
         run()
     except SystemExit as left:

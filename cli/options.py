@@ -38,7 +38,7 @@ Vocab = Annotated[
 Unrelated = Annotated[bool, typer.Option("--allow-unrelated", help="Go on where the models share no ancestor.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Stop after the checks; write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads; by default one per processor.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Processors to work on; by default all.")]
 Device = Annotated[str, typer.Option(help="Where the arithmetic runs: cpu or cuda[:N].")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an OUT that surgery wrote.")]
 AllowNonfinite = Annotated[
@@ -56,7 +56,5 @@ def options(
     """The library's `Options`, with a progress bar on stderr."""
     from surgery.execute import Options
     from surgery.progress import terminal
-    from surgery.stream import keep_freed_memory
 
-    keep_freed_memory()
     return Options(threads, device, overwrite, allow_nonfinite, terminal)

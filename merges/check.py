@@ -9,8 +9,9 @@ from surgery.checkpoint import Checkpoint, StoredTensor
 from surgery.errors import SurgeryError, listing
 from surgery.execute import Options
 from surgery.preflight import Preflight, check_config
-from surgery.stream import Reader, SourceFiles, count_nonfinite, run, segments
+from surgery.stream import Reader, SourceFiles, count_nonfinite, segments
 from surgery.vocab import Vocabulary, read_vocabulary
+from surgery.workers import run
 
 ALIGN = "Say `tokenizer_source: union`, `base` or a model: rows are then aligned by token."
 _EXAMPLES = 3

@@ -7,7 +7,8 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
 from surgery.checkpoint import StoredTensor
 from surgery.execute import Options
-from surgery.stream import Reader, SourceFiles, digest, hash_tensor, run
+from surgery.stream import Reader, SourceFiles, digest, hash_tensor
+from surgery.workers import run
 
 SKETCH = 4096  # elements; tensors that differ at all nearly always differ here, and need no reading as a whole
 

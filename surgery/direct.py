@@ -1,9 +1,10 @@
-"""Writing large files past the page cache, from any number of threads, in any order, at any offset.
+"""Writing large files past the page cache, by any number of workers, in any order, at any offset.
 
 A checkpoint is written once and not read back: through the page cache each byte would be copied into memory that the
 system has to find first, at the price of the sources' pages that are about to be read. Direct writes need whole,
-aligned blocks. What a piece of data covers of a block only partly is kept until its neighbours bring the rest; what is
-still incomplete at the end goes through the page cache, when nothing else writes any more.
+aligned blocks. What a piece of data covers of a block only partly, an `Edge`, is handed to whoever collects the pieces'
+results, and kept there until the neighbours bring the rest; what is still incomplete at the end goes through the page
+cache, when nothing else writes any more.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import errno
 import mmap
 import os
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 BLOCK = 4096  # bytes: what direct writes are aligned to, on disks of today
@@ -20,31 +22,46 @@ DIRECT_FROM = 64 << 20  # bytes of a file from which the detour pays
 _NOT_SUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
+@dataclass(frozen=True)
+class Edge:
+    """A piece of data inside one block, at `position` bytes from the start of the file."""
+
+    position: int
+    data: bytes
+
+
 class DirectFile:
     """A file of known size that is written past the page cache.
 
-    A kill loses of what was written at most the blocks that were still incomplete. Every method may be called from any
-    thread, but `flush` only when no `write` is at work. Raises OSError as the system does.
+    A kill loses of what was written at most the blocks that were still incomplete. `write` may be called from any
+    thread, and in a forked process; `complete` and `flush` are for one thread of one process, and `flush` is the last.
+    Raises OSError as the system does.
     """
 
     def __init__(self, descriptor: int, buffered: int) -> None:
         """`descriptor` was opened with O_DIRECT, `buffered` without, both on the same file; the caller closes them."""
         self._descriptor = descriptor
         self._buffered = buffered
-        self._lock = threading.Lock()
         self._edges: dict[int, dict[int, bytes]] = {}  # block → offset in it → data
         self._local = threading.local()
 
-    def write(self, position: int, data: memoryview) -> None:
-        """Writes `data` at `position` bytes from the start of the file."""
+    def write(self, position: int, data: memoryview) -> list[Edge]:
+        """Writes what of `data`, at `position` bytes from the file's start, covers whole blocks; returns the rest."""
         head = min(-position % BLOCK, len(data))
         body = (len(data) - head) // BLOCK * BLOCK
-        if head:
-            self._edge(position, data[:head])
         if body:
             self._aligned(position + head, data[head : head + body])
-        if head + body < len(data):
-            self._edge(position + head + body, data[head + body :])
+        ends = ((0, head), (head + body, len(data)))
+        return [Edge(position + begin, bytes(data[begin:end])) for begin, end in ends if begin < end]
+
+    def complete(self, edge: Edge) -> None:
+        """Takes what `write` left, and writes its block if that is whole now."""
+        block, offset = divmod(edge.position, BLOCK)
+        pieces = self._edges.setdefault(block, {})
+        pieces[offset] = edge.data
+        if sum(map(len, pieces.values())) == BLOCK:
+            del self._edges[block]
+            self._aligned(block * BLOCK, memoryview(b"".join(pieces[at] for at in sorted(pieces))))
 
     def flush(self) -> None:
         """Writes what is left of incomplete blocks."""
@@ -55,17 +72,6 @@ class DirectFile:
                     count = os.pwrite(self._buffered, view, block * BLOCK + offset)
                     view, offset = view[count:], offset + count
         self._edges.clear()
-
-    def _edge(self, position: int, piece: memoryview) -> None:
-        """Takes a piece that lies inside one block, and writes the block if it is whole now."""
-        block, offset = divmod(position, BLOCK)
-        with self._lock:
-            pieces = self._edges.setdefault(block, {})
-            pieces[offset] = bytes(piece)
-            if sum(map(len, pieces.values())) < BLOCK:
-                return
-            del self._edges[block]
-        self._aligned(block * BLOCK, memoryview(b"".join(pieces[at] for at in sorted(pieces))))
 
     def _aligned(self, position: int, data: memoryview) -> None:
         """Writes whole blocks, from memory that begins at a page."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 FAILED = 1
 WRONG_USAGE = 2
@@ -32,10 +33,18 @@ class SurgeryError(Exception):
         self.exit_code = exit_code
         super().__init__(str(self))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are pickled by their positional arguments alone, which would lose all but the text.
+        return _rebuilt, (self.what, self.where, self.hint, self.exit_code)
+
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         stop = "" if self.what.endswith((".", "!", "?")) else "."
         return f"{place}{self.what}{stop} {self.hint}" if self.hint else f"{place}{self.what}"
+
+
+def _rebuilt(what: str, where: str | None, hint: str | None, exit_code: int) -> SurgeryError:
+    return SurgeryError(what, where=where, hint=hint, exit_code=exit_code)
 
 
 def usage_error(what: str, *, where: object | None = None, hint: str | None = None) -> SurgeryError:

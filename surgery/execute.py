@@ -1,4 +1,4 @@
-"""Streams a plan to disk: segments over threads, a journal beside the weights, one atomic rename at the end.
+"""Streams a plan to disk: segments over workers, a journal beside the weights, one atomic rename at the end.
 
 OUT appears whole or not at all. Until then everything lies in `OUT.partial/`, where `journal.jsonl` names each segment
 that was written, with its hash. A run that was killed at any moment is continued by the same command: journaled
@@ -20,6 +20,7 @@ from torch import Tensor
 from surgery.checkpoint import StoredTensor
 from surgery.commit import check_free, commit, copy_file, partial_of
 from surgery.compute import Computed, bounds, compute, compute_whole, gather, is_plain, torch_device
+from surgery.direct import Edge
 from surgery.dtypes import n_bytes, n_elements
 from surgery.errors import SurgeryError
 from surgery.hashing import hash_parts
@@ -29,16 +30,17 @@ from surgery.progress import Progress, silent
 from surgery.stream import (
     Reader,
     SourceFiles,
-    default_threads,
     digest,
     hash_tensor,
     n_segments,
     octets,
     read_into,
-    run,
     segments,
 )
+from surgery.workers import run
 from surgery.writer import ShardWriter, disk_error
+
+_Written = tuple[Record, list[Edge]]  # what is journaled of a segment, and what must still be given to the writer
 
 
 @dataclass(frozen=True)
@@ -146,8 +148,6 @@ class _Job:
         self.journal = journal
         self.options = options
         self.device = torch_device(options.device)
-        # One more than there are processors: a thread that waits for the disk leaves its processor to another.
-        self.threads = options.threads or default_threads() + 1
         self.tensors = plan.tensors
         self.file_of = [file.name for file in plan.files for _ in file.tensors]
         self.restarted: set[int] = set()
@@ -159,7 +159,8 @@ class _Job:
         queue = deque(self._units())
         work = sum(n_bytes(tensor.dtype, tensor.shape) * (1 + len(tensor.passes)) for tensor in self.tensors)
         with self.options.progress("Writing", work) as advance:
-            for done in run(queue, self._work, self.files, threads=self.threads, pinned=self.device.type == "cuda"):
+            pinned = self.device.type == "cuda"
+            for done in run(queue, self._work, self.files, threads=self.options.threads, pinned=pinned):
                 if isinstance(done, _Lost):
                     queue.extendleft(reversed(self._again(done.tensor)))
                     continue
@@ -167,7 +168,8 @@ class _Job:
                     queue.extendleft(reversed(self._next(done)))
                     advance(self._size(done.unit.tensors[0], done.unit.segment or 0))
                     continue
-                for record in done:
+                for record, edges in done:
+                    self.writer.complete(self.file_of[record.tensor], edges)
                     size = self._size(record.tensor, record.segment)
                     if not self.journal.has(record):
                         self.journal.append(record)
@@ -226,18 +228,18 @@ class _Job:
         more = replace(place, known={**place.known, **found})
         return self._stage(index, more, number + 1 if number + 1 < len(tensor.passes) else None)
 
-    def _work(self, unit: _Unit, reader: Reader) -> list[Record] | _Gathered | _Lost:
+    def _work(self, unit: _Unit, reader: Reader) -> list[_Written] | _Gathered | _Lost:
         if unit.number is not None:
             tensor, place = self.tensors[unit.tensors[0]], unit.place
             assert place is not None and unit.segment is not None
             return _Gathered(unit, gather(tensor, unit.segment, unit.number, place, reader, self.device))
         held = self._held(unit, reader)
         if held is not None:
-            return held
+            return [(record, []) for record in held]
         if unit.segment is None:
             group = [self.tensors[index] for index in unit.tensors]
             wholes = zip(unit.tensors, compute_whole(group, reader, self.device), strict=True)
-            return [record for index, computed in wholes for record in self._store_whole(index, computed)]
+            return [written for index, computed in wholes for written in self._store_whole(index, computed)]
         index = unit.tensors[0]
         tensor, place = self.tensors[index], unit.place
         if tensor.kernel is None:
@@ -262,29 +264,29 @@ class _Job:
                 records.append(record)
         return records
 
-    def _copy(self, index: int, part: int, reader: Reader) -> Record:
+    def _copy(self, index: int, part: int, reader: Reader) -> _Written:
         tensor, source = self.tensors[index], self.tensors[index].inputs[0].tensor
         begin, end = bounds(tensor, part)
         first = n_bytes(tensor.dtype, (begin,))
         file, position = self.file_of[index], self._position(index) + first
         if self.writer.is_direct(file):
             data = reader.raw(source, begin, end, "copy")
-            self.writer.write(file, position, octets(data))
+            edges = self.writer.write(file, position, octets(data))
         else:
             size = n_bytes(tensor.dtype, (end,)) - first
             self.writer.copy(self.files.descriptor(source.file), source.start + first, file, position, size)
-            data = self._written(index, begin, end, reader)
+            data, edges = self._written(index, begin, end, reader), []
         hexdigest = digest(data).hex()
-        return Record(index, part, hexdigest, (hexdigest,))
+        return Record(index, part, hexdigest, (hexdigest,)), edges
 
-    def _store_whole(self, index: int, computed: Computed) -> list[Record]:
-        records = []
+    def _store_whole(self, index: int, computed: Computed) -> list[_Written]:
+        written = []
         for part, (begin, end) in enumerate(segments(computed.values.numel())):
             sums = computed.sums if part == 0 else [0.0] * len(computed.sums)
-            records.append(self._store(index, part, Computed(computed.values[begin:end], sums)))
-        return records
+            written.append(self._store(index, part, Computed(computed.values[begin:end], sums)))
+        return written
 
-    def _store(self, index: int, part: int, computed: Computed) -> Record:
+    def _store(self, index: int, part: int, computed: Computed) -> _Written:
         tensor, data = self.tensors[index], computed.values
         begin, _ = bounds(tensor, part)
         nonfinite = int(computed.sums[1])
@@ -295,8 +297,8 @@ class _Job:
                 hint="Look for them in the inputs with `surgery verify`; --allow-nonfinite writes them all the same.",
             )
         position = self._position(index) + n_bytes(tensor.dtype, (begin,))
-        self.writer.write(self.file_of[index], position, octets(data))
-        return Record(index, part, digest(data).hex(), computed.input_hashes, tuple(computed.sums))
+        edges = self.writer.write(self.file_of[index], position, octets(data))
+        return Record(index, part, digest(data).hex(), computed.input_hashes, tuple(computed.sums)), edges
 
     def _written(self, index: int, begin: int, end: int, reader: Reader) -> Tensor:
         tensor = self.tensors[index]

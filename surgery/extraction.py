@@ -24,8 +24,9 @@ from surgery.plan import Plan, PlannedTensor, check_output, plan_files
 from surgery.preflight import Preflight, check_ancestor, check_config, check_quantised, check_space, sketch
 from surgery.refs import open_checkpoint
 from surgery.report import Column, Table
-from surgery.stream import Input, Reader, SourceFiles, run, segments
+from surgery.stream import Input, Reader, SourceFiles, segments
 from surgery.vectors import DONOR, FORMAT, SKETCH, STEM
+from surgery.workers import run
 
 
 @dataclass(frozen=True)

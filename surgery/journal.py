@@ -12,14 +12,17 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from surgery.checkpoint import MANIFEST
 from surgery.errors import SurgeryError
 
 VERSION = 1
 NAME = "journal.jsonl"
+_TRIES, _PAUSE = 40, 0.05  # for the lock; seconds between two tries
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,7 @@ class Journal:
         self._path.unlink()
 
     def _begin(self, folder: Path, fingerprint: str, discard: bool) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise SurgeryError("another process is writing to it", where=folder) from error
+        _lock(self._file, folder)
         self._file.seek(0)
         lines = self._file.read().split(b"\n")
         header = json.dumps({"version": VERSION, "fingerprint": fingerprint}).encode()
@@ -110,6 +110,17 @@ class Journal:
                     "is damaged", where=self._path, hint="Remove the .partial folder and start anew."
                 ) from error
             self._records[tensor, segment] = Record(tensor, segment, digest, tuple(inputs), tuple(sums))
+
+
+def _lock(file: BinaryIO, folder: Path) -> None:
+    # Forked workers hold the lock too, and outlive a parent that was killed by what their last write takes.
+    for _ in range(_TRIES):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(_PAUSE)
+    raise SurgeryError("another process is writing to it", where=folder)
 
 
 def _remove(path: Path) -> None:

@@ -19,7 +19,8 @@ from surgery.commit import partial_of
 from surgery.errors import SurgeryError, listing
 from surgery.plan import Plan
 from surgery.report import format_value
-from surgery.stream import Input, Reader, SourceFiles, default_threads
+from surgery.stream import Input, Reader, SourceFiles
+from surgery.workers import default_threads
 
 # Two matrices drawn independently have a cosine within a few hundredths of 0; fine-tuning leaves it above 0.9. What
 # lies between has been trained for long from a common start, and may still carry a vector.

@@ -1,4 +1,4 @@
-"""Reading slices of stored tensors, many at once: the one loop under every job that touches weights.
+"""Reading slices of stored tensors: what lies under every job that touches weights.
 
 Tensors are cut into segments of `SEGMENT` elements, whatever their dtype, so that the inputs and the output of an
 elementwise kernel are cut at the same places; a segment is the unit of reading, hashing, writing and resuming. Its
@@ -7,16 +7,11 @@ bounds depend on the tensor alone, never on threads, which is what makes results
 
 from __future__ import annotations
 
-import ctypes
 import os
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,12 +41,6 @@ _FINITE: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
     "F16": (np.uint16, 0x7BFF),
     "BF16": (np.uint16, 0x7F7F),
 }
-
-_LIBC = ctypes.CDLL(None)
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-
-Work = TypeVar("Work")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +150,7 @@ def _stamp(status: os.stat_result) -> tuple[int, int]:
 
 
 class Reader:
-    """Reads segments into buffers of its own, which it uses again for the next one. One per thread.
+    """Reads segments into buffers of its own, which it uses again for the next one. One per worker.
 
     What a method returns is valid until the next call with the same `slot`. With `pinned`, buffers are page-locked,
     so that a GPU copies from them asynchronously.
@@ -305,72 +294,3 @@ def count_nonfinite(data: Tensor, dtype: str) -> int:
         return 0 if bits.max() <= greatest else int(np.count_nonzero(bits > greatest))
     values = data.view(TORCH_DTYPES[dtype]).float()
     return values.numel() - int(torch.isfinite(values).sum())
-
-
-def default_threads() -> int:
-    """Threads for a job when the user names none: the processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-
-
-def run(
-    units: Iterable[Work],
-    work: Callable[[Work, Reader], Result],
-    files: SourceFiles,
-    *,
-    threads: int | None,
-    pinned: bool = False,
-) -> Iterator[Result]:
-    """Does `work` on every unit on `threads` threads, each with a reader of its own; yields as units finish.
-
-    Units are taken from the front. Where `units` is a deque, whoever takes the results may add to it meanwhile.
-    The first error stops the rest and is raised here. threads: None for one per processor.
-    """
-    threads = threads or default_threads()
-    local = threading.local()
-    stop = threading.Event()
-
-    def task(unit: Work) -> Result | None:
-        if stop.is_set():
-            return None
-        if not hasattr(local, "reader"):
-            # OpenMP's team is per calling thread: without this each of our threads would start a team of its own.
-            torch.set_num_threads(1)
-            local.reader = Reader(files, pinned=pinned)
-        return work(unit, local.reader)
-
-    with one_thread_per_operation(), ThreadPoolExecutor(threads, thread_name_prefix="surgery") as pool:
-        pending: set[Future[Result | None]] = set()
-        queue = units if isinstance(units, deque) else deque(units)
-        try:
-            while queue or pending:
-                while queue and len(pending) < 2 * threads:
-                    pending.add(pool.submit(task, queue.popleft()))
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done:
-                    result = future.result()
-                    assert result is not None
-                    yield result
-        finally:
-            stop.set()
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory for the next piece instead of handing it back to the system each time.
-
-    Kernels allocate and free the same few hundred kilobytes thousands of times; without this, page faults take a
-    quarter of a job. It holds for the whole process, so only programs call it, not the library.
-    """
-    if hasattr(_LIBC, "mallopt"):
-        _LIBC.mallopt(_M_MMAP_THRESHOLD, 64 << 20)
-        _LIBC.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
-
-
-@contextmanager
-def one_thread_per_operation() -> Iterator[None]:
-    """Keeps torch from splitting single operations over threads while segments already fill the processors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -15,9 +15,9 @@ from surgery.stream import (
     Reader,
     SourceFiles,
     compute_dtype,
-    run,
     segments,
 )
+from surgery.workers import run
 
 Measure = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 

@@ -17,9 +17,9 @@ from surgery.stream import (
     SourceFiles,
     count_nonfinite,
     digest,
-    run,
     segments,
 )
+from surgery.workers import run
 
 
 @dataclass(frozen=True)

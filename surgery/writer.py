@@ -1,4 +1,4 @@
-"""Safetensors files whose size is known beforehand, written at any offset in any order, by any number of threads."""
+"""Safetensors files whose size is known beforehand, written at any offset in any order, by any number of workers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from surgery.direct import BLOCK, DIRECT_FROM, DirectFile, open_direct
+from surgery.direct import BLOCK, DIRECT_FROM, DirectFile, Edge, open_direct
 from surgery.errors import SurgeryError
 from surgery.plan import PlannedFile
 
@@ -49,8 +49,16 @@ class ShardWriter:
         while self._direct_descriptors:
             os.close(self._direct_descriptors.pop())
 
+    def complete(self, file: str, edges: Iterable[Edge]) -> None:
+        """Takes what a `write` to `file` left over; for one thread of one process."""
+        for edge in edges:
+            try:
+                self._direct[file].complete(edge)
+            except OSError as error:
+                raise disk_error(error, self.folder / file) from error
+
     def flush(self) -> None:
-        """Writes what was held back; to be called once, when no thread writes any more."""
+        """Writes what was held back; to be called once, when nothing else writes any more."""
         for name, direct in self._direct.items():
             try:
                 direct.flush()
@@ -69,19 +77,22 @@ class ShardWriter:
         """Where in `file` the bytes of `tensor` begin."""
         return self._starts[file][tensor]
 
-    def write(self, file: str, position: int, data: memoryview) -> None:
-        """Writes `data` at `position` bytes from the start of `file`, and starts it on its way to the disk."""
+    def write(self, file: str, position: int, data: memoryview) -> list[Edge]:
+        """Writes `data` at `position` bytes from the start of `file`, and starts it on its way to the disk.
+
+        Returns what must be given to `complete`, in the process that made this writer.
+        """
         descriptor, direct = self._descriptors[file], self._direct.get(file)
         done = 0
         try:
             if direct is not None:
-                direct.write(position, data)
-                return
+                return direct.write(position, data)
             while done < len(data):
                 done += os.pwrite(descriptor, data[done:], position + done)
         except OSError as error:
             raise disk_error(error, self.folder / file) from error
         start_writeback(descriptor, position, len(data))
+        return []
 
     def copy(self, source: int, source_position: int, file: str, position: int, size: int) -> None:
         """Copies `size` bytes between files inside the kernel, where the file systems allow it.
@@ -124,7 +135,7 @@ class ShardWriter:
         self._direct[file.name] = DirectFile(direct, buffered)
         # The header's last bytes share a block with the first tensor: that block is then known whole.
         rest = len(file.header.raw) // BLOCK * BLOCK
-        self._direct[file.name].write(rest, memoryview(file.header.raw)[rest:])
+        self.complete(file.name, self.write(file.name, rest, memoryview(file.header.raw)[rest:]))
 
 
 def disk_error(error: OSError, path: Path) -> SurgeryError:

@@ -32,6 +32,11 @@ def opened(path: Path, size: int) -> Iterator[DirectFile]:
         os.close(buffered)
 
 
+def put(file: DirectFile, position: int, data: memoryview) -> None:
+    for edge in file.write(position, data):
+        file.complete(edge)
+
+
 @settings(max_examples=40, deadline=None)
 @given(size=st.integers(1, 6 * BLOCK), cuts=st.lists(st.integers(1, 6 * BLOCK), max_size=12), seed=st.integers(0, 9))
 def test_pieces_in_any_order_make_the_whole_file(
@@ -44,7 +49,9 @@ def test_pieces_in_any_order_make_the_whole_file(
     path = tmp_path_factory.mktemp("direct") / "file"
     with opened(path, size) as file:
         with ThreadPoolExecutor(3) as pool:
-            list(pool.map(lambda piece: file.write(piece[0], memoryview(data)[piece[0] : piece[1]]), pieces))
+            for left in pool.map(lambda piece: file.write(piece[0], memoryview(data)[piece[0] : piece[1]]), pieces):
+                for edge in left:
+                    file.complete(edge)
         file.flush()
     assert path.read_bytes() == data
 
@@ -52,21 +59,21 @@ def test_pieces_in_any_order_make_the_whole_file(
 def test_a_block_is_written_as_soon_as_it_is_whole(tmp_path: Path) -> None:
     data = random.Random(0).randbytes(2 * BLOCK)
     with opened(tmp_path / "file", len(data)) as file:
-        file.write(100, memoryview(data)[100:])
+        put(file, 100, memoryview(data)[100:])
         assert (tmp_path / "file").read_bytes() == bytes(BLOCK) + data[BLOCK:]
-        file.write(0, memoryview(data)[:100])
+        put(file, 0, memoryview(data)[:100])
         assert (tmp_path / "file").read_bytes() == data
 
 
 def test_what_an_earlier_run_wrote_of_a_block_stays(tmp_path: Path) -> None:
     data = random.Random(0).randbytes(BLOCK)
     with opened(tmp_path / "file", BLOCK) as file:
-        file.write(0, memoryview(data)[:1000])
+        put(file, 0, memoryview(data)[:1000])
         file.flush()
     descriptors = open_direct(tmp_path / "file"), os.open(tmp_path / "file", os.O_RDWR)
     assert descriptors[0] is not None
     again = DirectFile(descriptors[0], descriptors[1])
-    again.write(1000, memoryview(data)[1000:])
+    put(again, 1000, memoryview(data)[1000:])
     again.flush()
     for descriptor in descriptors:
         os.close(descriptor)

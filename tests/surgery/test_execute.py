@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import surgery.stream
+from surgery import process
 from surgery.arithmetic import ADD_DIFFERENCE
 from surgery.errors import SurgeryError
 from surgery.execute import Options, Outcome, execute
@@ -101,11 +102,16 @@ def test_bytes_do_not_depend_on_threads_or_chunks(
     assert (folder / "odd/target.safetensors").read_bytes() == (folder / "plain/target.safetensors").read_bytes()
 
 
-def test_hashes_and_sums_do_not_depend_on_threads(tmp_path: Path, small_segments: int) -> None:
+def test_hashes_and_sums_do_not_depend_on_threads_or_forks(
+    tmp_path: Path, small_segments: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_models(tmp_path, shapes=SHAPES)
     one = run(plan_transfer(tmp_path), tmp_path / "one", threads=1)
     four = run(plan_transfer(tmp_path), tmp_path / "four", threads=4)
     assert one == four
+    monkeypatch.setitem(process._state, "claimed", True)
+    assert run(plan_transfer(tmp_path), tmp_path / "forked", threads=2) == one
+    assert (tmp_path / "forked/target.safetensors").read_bytes() == (tmp_path / "one/target.safetensors").read_bytes()
     assert set(one.source_hashes["tuned"]) == set(SHAPES)
 
 
@@ -140,13 +146,17 @@ KILLED = textwrap.dedent(
         setattr(__import__(module, fromlist=["SEGMENT"]), "SEGMENT", 64)
     from surgery.execute import Options, execute
     from test_execute import plan_transfer
-    countdown = int(sys.argv[2])
+    countdown, parent = int(sys.argv[2]), os.getpid()
+    if sys.argv[3] == "forks":
+        from surgery import process
+        process.claim()
     def counted(call):
         def wrapper(*arguments, **keywords):
             global countdown
             countdown -= 1
             if countdown == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(parent, signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGSTOP)  # a worker goes no further: its parent's end is its own
             return call(*arguments, **keywords)
         return wrapper
     for name in ("pwrite", "write", "fsync", "rename", "unlink", "copy_file_range"):
@@ -160,7 +170,8 @@ KILLED = textwrap.dedent(
 )
 
 
-def test_killed_at_any_write_it_resumes_to_identical_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["threads", "forks"])
+def test_killed_at_any_write_it_resumes_to_identical_bytes(tmp_path: Path, form: str) -> None:
     write_models(tmp_path, shapes=SHAPES)
     script = tmp_path / "killed.py"
     script.write_text(KILLED.format(tests=str(Path(__file__).parent)))
@@ -168,12 +179,13 @@ def test_killed_at_any_write_it_resumes_to_identical_bytes(tmp_path: Path) -> No
 
     def attempt(countdown: int) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, script, tmp_path, str(countdown)], capture_output=True, text=True, timeout=120,
+            [sys.executable, script, tmp_path, str(countdown), form], capture_output=True, text=True, timeout=120,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )  # fmt: skip
 
     kills = 0
-    for countdown in [1, 2, *generator.sample(range(3, 90), 8)]:
+    writes = 90 if form == "threads" else 30  # each process counts its own
+    for countdown in [1, 2, *generator.sample(range(3, writes), 8)]:
         result = attempt(countdown)
         if result.returncode == 0:
             break

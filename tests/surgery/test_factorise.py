@@ -19,7 +19,8 @@ from surgery.errors import SurgeryError
 from surgery.execute import Options
 from surgery.factorise import AdapterReport, extract_adapter, low_rank
 from surgery.refs import open_checkpoint
-from surgery.stream import Input, Reader, SourceFiles, one_thread_per_operation
+from surgery.stream import Input, Reader, SourceFiles
+from surgery.workers import one_thread_per_operation
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from surgery.stream import (
     count_nonfinite,
     digest,
     hash_tensor,
-    run,
     segments,
 )
 
@@ -103,16 +101,6 @@ def test_values_that_are_not_finite_are_counted(dtype: str) -> None:
     assert count_nonfinite(values[:0].view(torch.uint8), dtype) == 0
 
 
-def test_units_added_while_results_come_in_are_done_too(stored: tuple[Checkpoint, torch.Tensor]) -> None:
-    queue, seen = deque([3, 2]), []
-    with SourceFiles(stored[0].files) as files:
-        for done in run(queue, lambda unit, _: unit, files, threads=2):
-            seen.append(done)
-            if done > 1:
-                queue.append(done - 1)
-    assert sorted(seen) == [1, 1, 2, 2, 3]
-
-
 def test_segments_cover_a_tensor_once() -> None:
     bounds = list(segments(5 * (1 << 20) + 3))
     assert bounds[0][0] == 0 and bounds[-1][1] == 5 * (1 << 20) + 3
@@ -135,23 +123,6 @@ def test_hashes_are_xxh3_over_the_digests_of_segments(
 def test_float64_is_computed_in_float64_and_the_rest_in_float32() -> None:
     assert compute_dtype(["BF16", "F64"]) == torch.float64
     assert compute_dtype(["BF16", "F8_E4M3"]) == torch.float32
-
-
-def test_the_first_error_of_a_thread_is_raised(stored: tuple[Checkpoint, torch.Tensor]) -> None:
-    def work(unit: int, reader: Reader) -> int:
-        if unit == 3:
-            raise SurgeryError("three")
-        return unit
-
-    with SourceFiles(stored[0].files) as files, pytest.raises(SurgeryError, match="three"):
-        list(run(range(1000), work, files, threads=3))
-
-
-def test_torch_gets_its_threads_back(stored: tuple[Checkpoint, torch.Tensor]) -> None:
-    before = torch.get_num_threads()
-    with SourceFiles(stored[0].files) as files:
-        assert sorted(run(range(10), lambda unit, _: unit, files, threads=2)) == list(range(10))
-    assert torch.get_num_threads() == before
 
 
 def test_a_file_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
