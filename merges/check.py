@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from surgery.checkpoint import Checkpoint, StoredTensor
@@ -15,6 +15,7 @@ from surgery.workers import run
 
 ALIGN = "Say `tokenizer_source: union`, `base` or a model: rows are then aligned by token."
 _EXAMPLES = 3
+_AT_ONCE = 8  # segments that a worker looks at for NaN in one go
 
 
 class TensorFaults:
@@ -85,29 +86,30 @@ def check_finite(tensors: Mapping[str, Sequence[StoredTensor]], options: Options
 
     tensors: model → the tensors that are read of it.
     """
-    units = [
-        (ref, tensor, begin, end)
-        for ref, stored in tensors.items()
-        for tensor in stored
-        if tensor.is_float
-        for begin, end in segments(tensor.n_elements)
-    ]
+    held = [(ref, tensor) for ref, stored in tensors.items() for tensor in stored if tensor.is_float]
+    parts = [(number, list(segments(tensor.n_elements))) for number, (_, tensor) in enumerate(held)]
+    # Looking at a segment takes less time than handing it to a worker: so several at once, and told by number.
+    units = [(number, bounds[i : i + _AT_ONCE]) for number, bounds in parts for i in range(0, len(bounds), _AT_ONCE)]
 
-    def look(unit: tuple[str, StoredTensor, int, int], reader: Reader) -> tuple[str, StoredTensor, int, int]:
-        ref, tensor, begin, end = unit
-        data = reader.raw(tensor, begin, end, "look")
-        return ref, tensor, data.numel(), count_nonfinite(data, tensor.dtype)
+    def look(unit: tuple[int, list[tuple[int, int]]], reader: Reader) -> tuple[int, int, int]:
+        number, bounds = unit
+        tensor = held[number][1]
+        size = count = 0
+        for begin, end in bounds:
+            data = reader.raw(tensor, begin, end, "look")
+            size += data.numel()
+            count += count_nonfinite(data, tensor.dtype)
+        return number, size, count
 
-    bad: dict[tuple[str, str], int] = {}
-    total = sum(tensor.n_bytes * (end - begin) // tensor.n_elements for _, tensor, begin, end in units)
+    counts = Counter[int]()
     with (
-        SourceFiles({tensor.file for _, tensor, _, _ in units}) as files,
-        options.progress("Checking", total) as advance,
+        SourceFiles({tensor.file for _, tensor in held}) as files,
+        options.progress("Checking", sum(tensor.n_bytes for _, tensor in held)) as advance,
     ):
-        for ref, tensor, size, count in run(units, look, files, threads=options.threads):
+        for number, size, count in run(units, look, files, threads=options.threads):
             advance(size)
-            if count:
-                bad[ref, tensor.name] = bad.get((ref, tensor.name), 0) + count
+            counts[number] += count
+    bad = {(held[number][0], held[number][1].name): count for number, count in counts.items() if count}
     if bad:
         found = [f'{count:,} in "{name}" of {ref}' for (ref, name), count in sorted(bad.items())]
         raise SurgeryError(

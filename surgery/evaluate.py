@@ -8,49 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import io
-import logging
 import math
 import random
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import SurgeryError, listing, usage_error
+from surgery.progress import Progress, silent
+from surgery.scoring import Loaded, Measure, Score, Z, quiet, score_models
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 TASK_FOLDER = Path(__file__).parent / "lab" / "tasks"
-# The 97.5 % quantile of the normal distribution: the half-width of a 95 % interval in standard errors.
-Z = 1.959963984540054
 # Only for metrics that are no means, such as BLEU; the harness's own default of 100,000 takes minutes.
 BOOTSTRAPS = 1000
 STDERR = "_stderr"
 NEAREST = 3
-
-
-@dataclass(frozen=True)
-class Score:
-    """One metric of one model on one task, with its 95 % interval.
-
-    `low` and `high` are Wilson's for a mean of zeros and ones, else `value` ± 1.96 standard errors as the harness
-    estimates them (from the samples, by bootstrap for metrics that are no means, pooled for groups); NaN where it
-    gives none. `metric` names the harness's filter too where the task has more than one. `n` counts samples.
-    `higher_is_better` is None where nobody says.
-    """
-
-    model: str
-    task: str
-    metric: str
-    value: float
-    low: float
-    high: float
-    n: int
-    higher_is_better: bool | None = None
 
 
 def evaluate(
@@ -63,71 +40,48 @@ def evaluate(
     dtype: str = "auto",
     chat: bool | None = None,
     seed: int = 0,
+    progress: Progress = silent,
 ) -> list[Score]:
     """Scores every model on every task, one model in memory at a time.
 
     Args:
         models: display name → folder with a model and its tokenizer.
-        tasks: names of tasks, groups or tags; a tag stands for its tasks.
-        limit: only the first samples of each task, at most this many.
-        batch_size: samples at a time.
         dtype: that the model computes in; `auto` is the one it is stored in.
-        chat: whether prompts go through the tokenizer's chat template. None follows the task: on where its metadata
-            says `chat_template: true` and the tokenizer has a template, else off, as the harness does by default, so
-            that scores compare with published ones.
-        seed: of few-shot examples, sampling and bootstrap.
+        tasks, limit, batch_size, chat, seed: as for `on_tasks`.
 
     Raises:
-        SurgeryError: the extra `eval` is missing; a task is unknown; a model cannot be loaded; `chat` is asked of a
-            tokenizer without template.
+        SurgeryError: no model was given, or one cannot be loaded; else as `on_tasks`.
     """
-    if not models:
-        raise usage_error("no model to evaluate was given.")
-    manager = _find_tasks(tasks)
-    scores = []
-    for name, folder in models.items():
-        model, tokenizer = load_model(folder, name, device=device, dtype=dtype)
-        scores += _score(
-            model, tokenizer, name, tasks, manager, limit=limit, batch_size=batch_size, chat=chat, seed=seed
-        )
-    return scores
+    measures = on_tasks(tasks, limit=limit, batch_size=batch_size, chat=chat, seed=seed)
+    return score_models(models, measures, device=device, dtype=dtype, progress=progress)
 
 
-def load_model(folder: Path | str, name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
-    """The transformers model in `folder`, ready to be scored, and its tokenizer.
-
-    Raises:
-        SurgeryError: it cannot be loaded.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder))
-            model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).to(device).eval()
-        except (OSError, ValueError) as fault:
-            raise SurgeryError(f"cannot be loaded to be evaluated: {fault}", where=name) from fault
-    return model, tokenizer
-
-
-def evaluate_loaded(
-    model: Any,
-    tokenizer: Any,
-    name: str,
+def on_tasks(
     tasks: Sequence[str],
     *,
     limit: int | None = None,
     batch_size: int = 64,
     chat: bool | None = None,
     seed: int = 0,
-) -> list[Score]:
-    """Scores a transformers model that is in memory, where it is; the arguments are those of `evaluate`.
+) -> list[Measure]:
+    """What `score_models` takes to score models on `tasks`: a measurement for each.
+
+    Args:
+        tasks: names of tasks, groups or tags; a tag stands for its tasks.
+        limit: only the first samples of each task, at most this many.
+        batch_size: samples at a time.
+        chat: whether prompts go through the tokenizer's chat template. None follows the task: on where its metadata
+            says `chat_template: true` and the tokenizer has a template, else off, as the harness does by default, so
+            that scores compare with published ones.
+        seed: of few-shot examples, sampling and bootstrap; each task begins with it.
 
     Raises:
-        SurgeryError: as `evaluate`.
+        SurgeryError: the extra `eval` is missing; a task is unknown; once measured, `chat` is asked of a tokenizer
+            without template.
     """
     manager = _find_tasks(tasks)
-    return _score(model, tokenizer, name, tasks, manager, limit=limit, batch_size=batch_size, chat=chat, seed=seed)
+    asked = _Asked(manager, limit, batch_size, chat, seed)
+    return [partial(_score, task=task, asked=asked) for task in dict.fromkeys(tasks)]
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
@@ -140,45 +94,43 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     return max(0.0, min(share, low)), min(1.0, max(share, high))
 
 
-def _score(
-    model: Any,
-    tokenizer: Any,
-    name: str,
-    tasks: Sequence[str],
-    manager: TaskManager,
-    *,
-    limit: int | None,
-    batch_size: int,
-    chat: bool | None,
-    seed: int,
-) -> list[Score]:
+@dataclass(frozen=True)
+class _Asked:
+    """How tasks are asked; see `on_tasks`."""
+
+    manager: TaskManager
+    limit: int | None
+    batch_size: int
+    chat: bool | None
+    seed: int
+
+
+def _score(loaded: Loaded, *, task: str, asked: _Asked) -> list[Score]:
+    model, tokenizer = loaded.model, loaded.tokenizer
     templated = getattr(tokenizer, "chat_template", None) is not None
-    if chat and not templated:
-        raise usage_error("the tokenizer has no chat template.", where=name, hint="Leave the option out.")
-    scores = []
-    with quiet(), _seeded(seed):
+    if asked.chat and not templated:
+        raise usage_error("the tokenizer has no chat template.", where=loaded.name, hint="Leave the option out.")
+    with quiet(), _seeded(asked.seed):
         from lm_eval.evaluator import evaluate as run
         from lm_eval.models.huggingface import HFLM
 
         # Computing on the model's own device: the harness moves a model only if it loads it itself.
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
-        for asked in dict.fromkeys(tasks):
-            loaded = manager.load([asked])
-            for task in loaded["tasks"].values():
-                if task.get_config("num_fewshot") is None:
-                    task.set_config(key="num_fewshot", value=0)
-                task.set_fewshot_seed(seed=seed)
-            results = run(
-                lm=wrapped,
-                task_dict=loaded,
-                limit=limit,
-                bootstrap_iters=BOOTSTRAPS,
-                log_samples=True,
-                apply_chat_template=chat if chat is not None else templated and _wants_chat(loaded["tasks"]),
-                fewshot_as_multiturn=True,
-            )
-            scores += _read(name, asked, results)
-    return scores
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=asked.batch_size, device=str(model.device))
+        found = asked.manager.load([task])
+        for one in found["tasks"].values():
+            if one.get_config("num_fewshot") is None:
+                one.set_config(key="num_fewshot", value=0)
+            one.set_fewshot_seed(seed=asked.seed)
+        results = run(
+            lm=wrapped,
+            task_dict=found,
+            limit=asked.limit,
+            bootstrap_iters=BOOTSTRAPS,
+            log_samples=True,
+            apply_chat_template=asked.chat if asked.chat is not None else templated and _wants_chat(found["tasks"]),
+            fewshot_as_multiturn=True,
+        )
+    return _read(loaded.name, task, results)
 
 
 def _read(model: str, asked: str, results: Mapping[str, Any]) -> list[Score]:
@@ -260,19 +212,6 @@ def _index(defaults: bool) -> TaskManager:
                 hint="Install it: pip install 'model-surgery[eval]'.",
             ) from fault
         return TaskManager(include_path=str(TASK_FOLDER), include_defaults=defaults)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps the harness's and its libraries' logs, bars and warnings off the terminal; errors still get out."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from surgery.errors import SurgeryError, usage_error
-from surgery.evaluate import Score, Z, load_model, quiet
 from surgery.progress import Progress, silent
+from surgery.scoring import Loaded, Measure, Score, Z, quiet, score_models
 
 JSONL = ".jsonl"
 FIELD = "text"
@@ -90,29 +91,35 @@ def perplexity(
 
     Args:
         models: display name → folder with a model and its tokenizer.
-        limit: only the first documents of each text, at most this many.
-        batch_size: windows at a time; fewer where their logits would not fit in a GiB.
         dtype: that the model computes in; `auto` is the one it is stored in. The loss is always taken in fp32.
+        texts, limit, batch_size: as for `on_texts`.
 
     Raises:
         SurgeryError: no model or no text was given; a model cannot be loaded; a text is shorter than two tokens.
     """
-    if not models:
-        raise usage_error("no model to evaluate was given.")
+    measures = on_texts(texts, limit=limit, batch_size=batch_size, progress=progress)
+    return score_models(models, measures, device=device, dtype=dtype, progress=progress)
+
+
+def on_texts(
+    texts: Sequence[Text], *, limit: int | None = None, batch_size: int = 64, progress: Progress = silent
+) -> list[Measure]:
+    """What `score_models` takes to score models on `texts`: a measurement for each, which is `perplexity_of`.
+
+    Args:
+        limit: only the first documents of each text, at most this many.
+        batch_size: windows at a time; fewer where their logits would not fit in a GiB.
+
+    Raises:
+        SurgeryError: no text was given; once measured, a text is shorter than two tokens.
+    """
     if not texts:
         raise usage_error("no text was given.")
-    scores = []
-    for name, folder in models.items():
-        model, tokenizer = load_model(folder, name, device=device, dtype=dtype)
-        for text in texts:
-            scores += perplexity_of(model, tokenizer, name, text, limit=limit, batch_size=batch_size, progress=progress)
-    return scores
+    return [partial(perplexity_of, text=text, limit=limit, batch_size=batch_size, progress=progress) for text in texts]
 
 
 def perplexity_of(
-    model: Any,
-    tokenizer: Any,
-    name: str,
+    loaded: Loaded,
     text: Text,
     *,
     limit: int | None = None,
@@ -134,8 +141,8 @@ def perplexity_of(
     Raises:
         SurgeryError: the text is shorter than two tokens.
     """
-    documents = text.documents[:limit]
-    windows, n_bytes = _cut(model, tokenizer, documents)
+    name, model, tokenizer = loaded.name, loaded.model, loaded.tokenizer
+    windows, n_bytes = _cut(model, tokenizer, text.documents[:limit])
     if not windows:
         raise SurgeryError(
             f"is shorter than two tokens of {name}, so that there is nothing to predict", where=text.name

@@ -11,9 +11,9 @@ from typing import Literal
 
 from surgery.checkpoint import MANIFEST, Checkpoint
 from surgery.errors import SurgeryError
-from surgery.evaluate import Score
 from surgery.perplexity import BITS, PERPLEXITY
 from surgery.report import Column, Figure, Table, Value, format_value
+from surgery.scoring import Score
 from surgery.writer import disk_error, sync
 
 CARD = "README.md"

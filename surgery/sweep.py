@@ -20,7 +20,7 @@ from surgery.arithmetic import ADD_VECTOR
 from surgery.checkpoint import MANIFEST, Checkpoint, loadable_folder
 from surgery.commit import check_free
 from surgery.errors import SurgeryError, listing, usage_error
-from surgery.evaluate import Score, evaluate_loaded, load_model
+from surgery.evaluate import on_tasks
 from surgery.execute import Options
 from surgery.fit import Side, VocabPolicy, check_policy, fit, side
 from surgery.jsonable import to_json
@@ -30,6 +30,7 @@ from surgery.plots import scale_curve
 from surgery.preflight import Preflight, check_ancestor, check_config, check_quantised
 from surgery.refs import open_checkpoint
 from surgery.report import Column, Figure, Report, Table
+from surgery.scoring import Loaded, Score, load_model
 from surgery.stream import Input, Reader, SourceFiles, compute_dtype
 from surgery.vectors import SKETCH, open_vector
 

@@ -7,7 +7,6 @@ import pytest
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import SurgeryError
-from surgery.evaluate import Score
 from surgery.scorecard import BEGIN, END, is_result, losses, score_figure, score_table, write_scores
 
 NAN = math.nan
