@@ -94,21 +94,22 @@ def evaluate(
     from surgery import scorecard
     from surgery.checkpoint import loadable_folder
     from surgery.errors import usage_error
-    from surgery.evaluate import evaluate as score
-    from surgery.perplexity import perplexity as score_texts
-    from surgery.perplexity import read_text
+    from surgery.evaluate import on_tasks
+    from surgery.perplexity import on_texts, read_text
     from surgery.progress import terminal
     from surgery.refs import open_checkpoint
+    from surgery.scoring import score_models
 
     if not task and not perplexity:
         raise usage_error("nothing to score the models on.", hint="Add --task TASK, --perplexity TEXT, or both.")
-    texts = [read_text(path) for path in perplexity or ()]
+    measures = on_tasks(task, limit=limit, batch_size=batch_size) if task else []
+    if perplexity:
+        texts = [read_text(path) for path in perplexity]
+        measures += on_texts(texts, limit=limit, batch_size=batch_size, progress=terminal)
     opened = {model: open_checkpoint(model) for model in models}
     folders = {model: loadable_folder(checkpoint) for model, checkpoint in opened.items()}
     _know_ensembles(opened.values())
-    scores = score(folders, task, limit=limit, batch_size=batch_size, device=device) if task else []
-    if texts:
-        scores += score_texts(folders, texts, limit=limit, batch_size=batch_size, device=device, progress=terminal)
+    scores = score_models(folders, measures, device=device, progress=terminal)
     if as_json:
         console.show_json({"scores": scores})
     else:

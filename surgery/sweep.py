@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from surgery.plots import scale_curve
 from surgery.preflight import Preflight, check_ancestor, check_config, check_quantised
 from surgery.refs import open_checkpoint
 from surgery.report import Column, Figure, Report, Table
-from surgery.scoring import Loaded, Score, load_model
+from surgery.scoring import Score, load_model
 from surgery.stream import Input, Reader, SourceFiles, compute_dtype
 from surgery.vectors import SKETCH, open_vector
 
@@ -180,10 +180,13 @@ def sweep(
     check_ancestor(preflight, model, load_file(opened.donor / SKETCH), allow_unrelated=allow_unrelated)
     preflight.settle("vector sweep")
 
+    measures = on_tasks(tasks, limit=limit, batch_size=batch_size)
+
     with _Bench(model, {name: inputs[0] for name, inputs in fitted.items()}, mask, options.device) as bench:
 
         def score(point: str) -> list[Score]:
-            return evaluate_loaded(bench.model, bench.tokenizer, point, tasks, limit=limit, batch_size=batch_size)
+            named = replace(bench.loaded, name=point)
+            return [found for measure in measures for found in measure(named)]
 
         with options.progress("Scoring", len(scales) + controls, "steps") as advance:
             points = []
@@ -208,7 +211,7 @@ class _Bench:
     """The target in memory, and the means to set it to θ + α·v or to θ + α·(random of v's norm)."""
 
     def __init__(self, checkpoint: Checkpoint, vector: Mapping[str, Input], mask: Mask, device: str) -> None:
-        self.model, self.tokenizer = load_model(loadable_folder(checkpoint), checkpoint.ref, device=device)
+        self.loaded = load_model(loadable_folder(checkpoint), checkpoint.ref, device=device)
         self._checkpoint, self._vector, self._mask = checkpoint, vector, mask
         self._live = dict(self._reach())
         paths = {path for source in vector.values() for path in source.tensor.files}
@@ -236,8 +239,8 @@ class _Bench:
 
     def _reach(self) -> Iterator[tuple[str, Tensor]]:
         """The live tensor of every name on disk; fused or renamed ones cannot be set and are refused."""
-        live = self.model.state_dict()
-        prefix = getattr(self.model, "base_model_prefix", "")
+        live = self.loaded.model.state_dict()
+        prefix = getattr(self.loaded.model, "base_model_prefix", "")
         lost = []
         for name in self._vector:
             found = live.get(name, live.get(f"{prefix}.{name}"))

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from surgery import evaluate as module
 from surgery.errors import WRONG_USAGE, SurgeryError
-from surgery.evaluate import Score, evaluate, evaluate_loaded, wilson
+from surgery.evaluate import evaluate, on_tasks, wilson
 from surgery.lab.family import MEMBERS, RECIPE
+from surgery.scoring import Loaded, Score
 
 pytest.importorskip("lm_eval")
 
@@ -59,9 +60,16 @@ def test_a_model_in_memory_scores_as_its_folder_does():
     folder = family()["grpo"]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    loaded = evaluate_loaded(model, tokenizer, "grpo", ["lab_sums"], limit=40)
-    assert loaded == evaluate({"grpo": folder}, ["lab_sums"], limit=40)
-    assert loaded[0].n == 40
+    (measure,) = on_tasks(["lab_sums"], limit=40)
+    scores = measure(Loaded("grpo", model, tokenizer))
+    assert scores == evaluate({"grpo": folder}, ["lab_sums"], limit=40)
+    assert scores[0].n == 40
+
+
+def test_a_score_does_not_depend_on_what_else_is_asked():
+    models = {"grpo": family()["grpo"]}
+    both = evaluate(models, ["lab_sums", "lab_sorting", "lab_sums"], limit=20)
+    assert both == evaluate(models, ["lab_sums"], limit=20) + evaluate(models, ["lab_sorting"], limit=20)
 
 
 def test_the_prompt_goes_through_the_template_unless_told_not_to(monkeypatch):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from surgery import perplexity as module
 from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.perplexity import Text, cut, perplexity, perplexity_of, ratio_interval, read_text
+from surgery.scoring import Loaded
 
 CONTEXT = 64
 BOS = 2
@@ -131,7 +132,8 @@ def test_every_model_on_every_text_in_order(folder, folder_with_bos):
 def test_a_model_of_equal_logits_has_the_perplexity_of_its_vocabulary(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     torch.nn.init.zeros_(model.lm_head.weight)
-    found = by_metric(perplexity_of(model, AutoTokenizer.from_pretrained(folder), "m", Text("t", [words(100)])))
+    loaded = Loaded("m", model, AutoTokenizer.from_pretrained(folder))
+    found = by_metric(perplexity_of(loaded, Text("t", [words(100)])))
     assert found["perplexity"].value == pytest.approx(96, rel=1e-6)
     assert (found["perplexity"].low, found["perplexity"].high) == pytest.approx((96, 96), rel=1e-6)
 
@@ -164,7 +166,7 @@ def test_progress_counts_windows_and_nothing_is_said(folder, capfd):
         yield seen.append
 
     perplexity({"m": folder}, [Text("t", [words(150)])], batch_size=3, progress=progress)
-    assert seen == [("m: t", 4, "steps"), 3, 1]
+    assert seen == [("Scoring", 1, "steps"), ("m: t", 4, "steps"), 3, 1, 1]
     assert capfd.readouterr() == ("", "")
 
 

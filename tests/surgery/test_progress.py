@@ -22,6 +22,22 @@ def test_the_bar_is_drawn_on_stderr_alone(
     assert "/s" in err
 
 
+def test_a_bar_inside_another_is_drawn_below_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    with terminal("Scoring", 2, "steps") as outer:
+        with terminal("m: text", 4, "steps") as inner:
+            inner(4)
+        outer(1)
+        with terminal("n: text", 4 << 20) as inner:
+            inner(4 << 20)
+        outer(1)
+    err = capsys.readouterr().err.replace("\x1b[0m", "").replace("\x1b[32m", "")
+    assert "Scoring" in err and "2/2" in err and "m: text" in err and "n: text" in err
+
+
 def test_nothing_is_drawn_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
     with terminal("Writing", 10) as advance:
         advance(10)

@@ -8,6 +8,7 @@ import pytest
 from surgery.checkpoint import Checkpoint
 from surgery.errors import SurgeryError
 from surgery.scorecard import BEGIN, END, is_result, losses, score_figure, score_table, write_scores
+from surgery.scoring import Score
 
 NAN = math.nan
 MEMBER = Score("A", "sums", "acc", 0.9, 0.85, 0.94, 400, True)

@@ -70,7 +70,7 @@ def test_the_model_in_memory_is_the_one_that_apply_writes(vector: Path, tmp_path
     with _Bench(model, {name: inputs[0] for name, inputs in fitted.items()}, mask, "cpu") as bench:
         bench.set(-2.0)  # what came before leaves no trace
         bench.set(0.6)
-        live = bench.model.state_dict()
+        live = bench.loaded.model.state_dict()
     assert live.keys() == written.keys()
     assert all(torch.equal(live[name], written[name]) for name in live)
 
