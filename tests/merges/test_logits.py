@@ -12,6 +12,7 @@ import architectures
 import pytest
 import torch
 import typer
+from hub_server import HubServer
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -116,6 +117,15 @@ def test_several_files_load_and_verify(pair: tuple[str, str], out: Path, tmp_pat
     assert verify(str(tmp_path / "sharded")).ok
     unpack(str(tmp_path / "sharded"), tmp_path / "members")
     assert _same_files(Path(pair[0]), tmp_path / "members" / "a")
+
+
+def test_an_ensemble_on_the_hub_gives_its_members_back(
+    pair: tuple[str, str], out: Path, tmp_path: Path, server: HubServer
+) -> None:
+    server.add("org/ensemble", out)
+    unpack("org/ensemble", tmp_path / "members")
+    for folder in map(Path, pair):
+        assert _same_files(folder, tmp_path / "members" / folder.name)
 
 
 def test_the_folder_verifies_and_carries_what_a_model_needs(pair: tuple[str, str], out: Path) -> None:

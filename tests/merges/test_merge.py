@@ -324,6 +324,13 @@ def test_models_of_different_depth_need_slices(own: Path, tmp_path: Path) -> Non
     assert found == f"c.yml: {what}"
 
 
+def test_several_modules_are_refused_by_name(llama: Path, tmp_path: Path) -> None:
+    modules = "".join(f"  {module}:\n    models: [{{model: ⟨a⟩}}]\n" for module in ("text_decoder", "vision_tower"))
+    text = f"merge_method: linear\nmodules:\n{modules}parameters: {{weight: 1}}\n"
+    found = refusal(text, llama, tmp_path / "out")
+    assert "modules: got text_decoder, vision_tower, expected one" in found
+
+
 def test_weights_that_sum_to_zero(llama: Path, tmp_path: Path) -> None:
     found = refusal(LINEAR.replace("0.3", "-1.0"), llama, tmp_path / "out")
     assert found == (
@@ -417,7 +424,7 @@ def test_out_that_exists_and_out_inside_a_source(own: Path, tmp_path: Path) -> N
 
 
 def test_a_part_of_a_model_is_no_model(own: Path, tmp_path: Path) -> None:
-    run("models: [{model: ⟨a⟩}]\nmerge_method: passthrough", own, own / "part")
+    run("models: [{{model: ⟨a⟩}}]\nmerge_method: passthrough", own, own / "part")
     for name in ("a", "b"):
         tensors = {n: x for n, x in tensors_of(own / name).items() if "layers.0." not in n}
         save_file(tensors, own / name / "model.safetensors", metadata={"format": "pt"})
