@@ -92,6 +92,17 @@ def test_layers_that_predict_further_ahead_stay_behind_the_last(tmp_path: Path) 
     assert {tensor.file.parent.name for tensor in behind.values()} == {"B"}
 
 
+def test_rows_of_tokens_in_layers_that_predict_further_ahead_are_known(tmp_path: Path) -> None:
+    per_token = ["model.layers.2.embed_tokens.weight", "model.layers.2.shared_head.head.weight"]
+    rows = shapes(2)["model.embed_tokens.weight"]
+    ahead = {**dict.fromkeys(per_token, rows), **{f"model.layers.2.{part}": s for part, s in PARTS.items()}}
+    for name in "AB":
+        write(tmp_path / name, {**shapes(2), **ahead}, num_hidden_layers=2, num_nextn_predict_layers=1)
+    layout, faults = laid_out(tmp_path, LINEAR)
+    known = [slot.name for slot in layout.slots if slot.per_token]
+    assert not faults and known == ["model.embed_tokens.weight", "lm_head.weight", *per_token]
+
+
 def test_stacks_of_other_names_meet_inside_their_layers(tmp_path: Path) -> None:
     write(tmp_path / "A", shapes(2), num_hidden_layers=2)
     write(tmp_path / "B", shapes(2, "model.decoder.layers"), num_hidden_layers=2)
