@@ -424,7 +424,7 @@ def test_out_that_exists_and_out_inside_a_source(own: Path, tmp_path: Path) -> N
 
 
 def test_a_part_of_a_model_is_no_model(own: Path, tmp_path: Path) -> None:
-    run("models: [{{model: ⟨a⟩}}]\nmerge_method: passthrough", own, own / "part")
+    run("models: [{model: ⟨a⟩}]\nmerge_method: passthrough", own, own / "part")
     for name in ("a", "b"):
         tensors = {n: x for n, x in tensors_of(own / name).items() if "layers.0." not in n}
         save_file(tensors, own / name / "model.safetensors", metadata={"format": "pt"})
