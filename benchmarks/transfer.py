@@ -99,7 +99,7 @@ def timed(command: list[str]) -> tuple[float, float]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     peaks: list[int] = []
     ended = threading.Event()
-    watch = threading.Thread(target=lambda: peaks.extend(iter(lambda: _together(process.pid, ended), -1)))
+    watch = threading.Thread(target=_watch, args=(process.pid, ended, peaks))
     watch.start()
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
@@ -111,10 +111,14 @@ def timed(command: list[str]) -> tuple[float, float]:
     return seconds, max([usage.ru_maxrss, *peaks]) / 1024
 
 
-def _together(parent: int, ended: threading.Event) -> int:
-    """kB held by a process and its children, as they are a fifth of a second later; −1 once it has ended."""
-    if ended.wait(0.2):
-        return -1
+def _watch(process: int, ended: threading.Event, held: list[int]) -> None:
+    """Adds what a process and its children hold to `held`, five times a second until `ended`."""
+    while not ended.wait(0.2):
+        held.append(_together(process))
+
+
+def _together(parent: int) -> int:
+    """kB held by a process and its children."""
     held = 0
     try:
         children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()

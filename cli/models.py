@@ -102,12 +102,13 @@ def evaluate(
 
     if not task and not perplexity:
         raise usage_error("nothing to score the models on.", hint="Add --task TASK, --perplexity TEXT, or both.")
-    measures = on_tasks(task, limit=limit, batch_size=batch_size) if task else []
-    if perplexity:
-        texts = [read_text(path) for path in perplexity]
-        measures += on_texts(texts, limit=limit, batch_size=batch_size, progress=terminal)
+    texts = [read_text(path) for path in perplexity or ()]
     opened = {model: open_checkpoint(model) for model in models}
     folders = {model: loadable_folder(checkpoint) for model, checkpoint in opened.items()}
+    # After the models' own faults, which show at once: finding a task takes the harness seconds.
+    measures = on_tasks(task, limit=limit, batch_size=batch_size) if task else []
+    if texts:
+        measures += on_texts(texts, limit=limit, batch_size=batch_size, progress=terminal)
     _know_ensembles(opened.values())
     scores = score_models(folders, measures, device=device, progress=terminal)
     if as_json:

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import SurgeryError, listing, usage_error
-from surgery.progress import Progress, silent
-from surgery.scoring import Loaded, Measure, Score, Z, quiet, score_models
+from surgery.scoring import Loaded, Measure, Score, Z, quiet
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -28,32 +27,6 @@ TASK_FOLDER = Path(__file__).parent / "lab" / "tasks"
 BOOTSTRAPS = 1000
 STDERR = "_stderr"
 NEAREST = 3
-
-
-def evaluate(
-    models: Mapping[str, Path | str],
-    tasks: Sequence[str],
-    *,
-    limit: int | None = None,
-    batch_size: int = 64,
-    device: str = "cpu",
-    dtype: str = "auto",
-    chat: bool | None = None,
-    seed: int = 0,
-    progress: Progress = silent,
-) -> list[Score]:
-    """Scores every model on every task, one model in memory at a time.
-
-    Args:
-        models: display name → folder with a model and its tokenizer.
-        dtype: that the model computes in; `auto` is the one it is stored in.
-        tasks, limit, batch_size, chat, seed: as for `on_tasks`.
-
-    Raises:
-        SurgeryError: no model was given, or one cannot be loaded; else as `on_tasks`.
-    """
-    measures = on_tasks(tasks, limit=limit, batch_size=batch_size, chat=chat, seed=seed)
-    return score_models(models, measures, device=device, dtype=dtype, progress=progress)
 
 
 def on_tasks(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from surgery.errors import SurgeryError, usage_error
 from surgery.progress import Progress, silent
-from surgery.scoring import Loaded, Measure, Score, Z, quiet, score_models
+from surgery.scoring import Loaded, Measure, Score, Z, quiet
 
 JSONL = ".jsonl"
 FIELD = "text"
@@ -75,30 +75,6 @@ def read_text(path: Path) -> Text:
     if not any(document.strip() for document in documents):
         raise usage_error("is empty", where=path, hint="Give a file with text to be predicted.")
     return Text(str(path), documents)
-
-
-def perplexity(
-    models: Mapping[str, Path | str],
-    texts: Sequence[Text],
-    *,
-    limit: int | None = None,
-    batch_size: int = 64,
-    device: str = "cpu",
-    dtype: str = "auto",
-    progress: Progress = silent,
-) -> list[Score]:
-    """Scores every model on every text, one model in memory at a time; see `perplexity_of`.
-
-    Args:
-        models: display name → folder with a model and its tokenizer.
-        dtype: that the model computes in; `auto` is the one it is stored in. The loss is always taken in fp32.
-        texts, limit, batch_size: as for `on_texts`.
-
-    Raises:
-        SurgeryError: no model or no text was given; a model cannot be loaded; a text is shorter than two tokens.
-    """
-    measures = on_texts(texts, limit=limit, batch_size=batch_size, progress=progress)
-    return score_models(models, measures, device=device, dtype=dtype, progress=progress)
 
 
 def on_texts(

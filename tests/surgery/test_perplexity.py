@@ -14,12 +14,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from surgery import perplexity as module
 from surgery.errors import WRONG_USAGE, SurgeryError
-from surgery.perplexity import Text, cut, perplexity, perplexity_of, ratio_interval, read_text
-from surgery.scoring import Loaded
+from surgery.perplexity import Text, cut, on_texts, perplexity_of, ratio_interval, read_text
+from surgery.progress import silent
+from surgery.scoring import Loaded, score_models
 
 CONTEXT = 64
 BOS = 2
 WORDS = [f"w{i}" for i in range(4, 96)]
+
+
+def perplexity(models, texts, progress=silent, **asked):
+    return score_models(models, on_texts(texts, progress=progress, **asked), progress=progress)
 
 
 def words(count, seed=0):
