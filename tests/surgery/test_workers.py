@@ -87,7 +87,7 @@ ORPHANS = textwrap.dedent(
     from surgery.workers import run
 
     def work(unit, reader):
-        print(os.getpid(), flush=True)
+        os.write(1, f"{os.getpid()}\\n".encode())  # in one piece: two workers share the pipe
         time.sleep(600)
 
     process.claim()
