@@ -10,7 +10,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-NAMES = {"cli", "merges", "surgery"}
+NAMES = {"cli", "merges", "probes", "surgery"}
 
 
 def test_the_wheel_holds_our_packages_and_their_data(tmp_path: Path) -> None:

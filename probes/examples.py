@@ -1,0 +1,93 @@
+"""The examples that models are probed with, and where the parts of each lie among its tokens.
+
+An `Example` is a row of the user's data: a conversation up to its last question and, once known, what the model thought
+and answered. A `TokenSequence` is the same as token ids, cut into four segments: prompt (opening marker included),
+thinking, closing template (`"\\n</think>\\n\\n"`), answer. The last token before the answer is where refusal is
+decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Topic = Literal["harmful", "harmless"]
+Segment = Literal["prompt", "thinking", "closing", "answer"]
+SEGMENTS: tuple[Segment, ...] = ("prompt", "thinking", "closing", "answer")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of data.
+
+    key: stable and unique within its data set; examples are named by it in caches and results.
+    messages: the conversation up to and including the last user message, as chat templates take it.
+    thinking, closing, response: the model's own or the given text; None where it is not known yet. `closing` is the
+        exact text between thinking and response; None stands for the model's closing template.
+    topic: what is asked for. refused: whether the response refuses. None where nobody has said yet.
+    group: examples of one group are never on both sides of a train/test split.
+    row: the record as it stood in the file.
+    """
+
+    key: str
+    messages: tuple[Mapping[str, Any], ...]
+    group: str
+    thinking: str | None = None
+    closing: str | None = None
+    response: str | None = None
+    topic: Topic | None = None
+    refused: bool | None = None
+    row: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def prompt(self) -> str:
+        """The last user message."""
+        return str(self.messages[-1]["content"])
+
+    @property
+    def cell(self) -> str:
+        """`harmful/refused` and the like; `unknown` stands for what nobody has said."""
+        verdict = "unknown" if self.refused is None else ("refused" if self.refused else "complied")
+        return f"{self.topic or 'unknown'}/{verdict}"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Examples and where they are from; `revision` is the commit of a Hub data set, `digest` the hash of the rows."""
+
+    ref: str
+    examples: tuple[Example, ...]
+    digest: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """An example as token ids, without a second BOS.
+
+    ends: where the segments prompt, thinking, closing and answer end: 0 < ends[0] ≤ ends[1] ≤ ends[2] ≤ ends[3] =
+        len(ids). Segments may be empty, but never the prompt.
+    """
+
+    key: str
+    ids: tuple[int, ...]
+    ends: tuple[int, int, int, int]
+
+    @property
+    def decision(self) -> int:
+        """The position of the last token before the answer."""
+        return self.ends[2] - 1
+
+    def span(self, segment: Segment) -> range:
+        """The positions of `segment`."""
+        at = SEGMENTS.index(segment)
+        return range(self.ends[at - 1] if at else 0, self.ends[at])
+
+    @property
+    def before_answer(self) -> tuple[int, ...]:
+        """The ids up to and including `decision`."""
+        return self.ids[: self.ends[2]]
+
+
+Examples = Sequence[Example]
