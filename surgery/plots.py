@@ -52,7 +52,7 @@ def layer_movement(
 
     groups, relative: (n,). measure: what the fraction is.
     """
-    canvas, axes = _axes(title, height=3.6)
+    canvas, axes = titled_axes(title, height=3.6)
     colours = [SOFT if _layer_number(group) is None else BLUE for group in groups]
     heights = [100 * value if math.isfinite(value) else 0.0 for value in relative]
     axes.bar(range(len(groups)), heights, width=0.72, color=colours)
@@ -66,10 +66,10 @@ def layer_movement(
                 "fontsize": 8,
             }
             axes.annotate(text, (at, heights[at]), (0, 3), **place)
-    _group_ticks(axes, groups)
+    group_ticks(axes, groups)
     axes.set_ylabel(f"{measure}  (%)")
     axes.set_ylim(bottom=0)
-    return _figure(canvas, title, caption)
+    return finished(canvas, title, caption)
 
 
 def similarity(
@@ -79,16 +79,16 @@ def similarity(
 
     series: name of the pair → (n groups,).
     """
-    canvas, axes = _axes(title, height=4.0)
+    canvas, axes = titled_axes(title, height=4.0)
     labels = _lines(axes, series)
     lowest = min([0.0, *_known(series)])
     # The axis is that of cosines, not of these ones: a small difference must not look like a large one.
     axes.set_ylim(min(-0.05, lowest - 0.05), 1.05)
     axes.axhline(0, color=SOFT, linewidth=0.8)
-    _group_ticks(axes, groups)
+    group_ticks(axes, groups)
     axes.set_ylabel("cosine")
-    _name_lines(axes, labels)
-    return _figure(canvas, title, caption)
+    name_lines(axes, labels)
+    return finished(canvas, title, caption)
 
 
 def distances(
@@ -98,14 +98,14 @@ def distances(
 
     series: name of the model → (n groups,).
     """
-    canvas, axes = _axes(title, height=4.0)
+    canvas, axes = titled_axes(title, height=4.0)
     percent = {name: [None if value is None else 100 * value for value in values] for name, values in series.items()}
     labels = _lines(axes, percent)
     axes.set_ylim(bottom=0)
-    _group_ticks(axes, groups)
+    group_ticks(axes, groups)
     axes.set_ylabel("distance ‖OUT−x‖ / ‖x‖  (%)")
-    _name_lines(axes, labels)
-    return _figure(canvas, title, caption)
+    name_lines(axes, labels)
+    return finished(canvas, title, caption)
 
 
 def _lines(axes: Axes, series: Mapping[str, Sequence[float | None]]) -> list[Label]:
@@ -140,7 +140,7 @@ def scale_curve(
         lines: name → a score that does not depend on α: the target unchanged, the donor.
         name: of the curve. score: what the vertical axis shows, with its unit.
     """
-    canvas, axes = _axes(title, height=4.2)
+    canvas, axes = titled_axes(title, height=4.2)
     labels: list[Label] = []
     points = sorted(curve, key=lambda point: point[0])
     scales, scores = [scale for scale, _ in points], [point for _, point in points]
@@ -160,8 +160,8 @@ def scale_curve(
     axes.set_xlabel("scale α")
     axes.set_ylabel(score)
     axes.margins(x=0.03, y=0.08)
-    _name_lines(axes, labels)
-    return _figure(canvas, title, caption)
+    name_lines(axes, labels)
+    return finished(canvas, title, caption)
 
 
 def score_bars(
@@ -176,13 +176,11 @@ def score_bars(
     panels: what is measured → model → its score; a model that a panel lacks has no bar there.
     """
     models = list(dict.fromkeys(model for scores in panels.values() for model in scores))
-    canvas = _canvas(1.3 + 0.36 * len(models))
-    title_at: dict[str, Any] = {"x": 0.012, "ha": "left", "fontsize": 11.5, "fontweight": "bold"}
-    canvas.figure.suptitle(title, color=INK, parse_math=False, **title_at)
+    canvas = blank_canvas(1.3 + 0.36 * len(models), title=title)
     inner = canvas.figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (panel, scores) in zip(inner, panels.items(), strict=True):
         _bar_panel(axes, panel, models, scores, (best or {}).get(panel, ()))
-    return _figure(canvas, title, caption)
+    return finished(canvas, title, caption)
 
 
 def _bar_panel(
@@ -212,20 +210,32 @@ def _bar_panel(
     axes.set_axisbelow(True)
 
 
-def _canvas(height: float) -> Canvas:
+def blank_canvas(height: float, *, title: str = "") -> Canvas:
+    """A white canvas of `height` inches, with a title above all its panels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Picture
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     room = ConstrainedLayoutEngine(w_pad=PAD, h_pad=PAD)
-    return FigureCanvasAgg(Picture(figsize=(WIDTH, height), dpi=DPI, facecolor="white", layout=room))
+    canvas = FigureCanvasAgg(Picture(figsize=(WIDTH, height), dpi=DPI, facecolor="white", layout=room))
+    if title:
+        title_at: dict[str, Any] = {"x": 0.012, "ha": "left", "fontsize": 11.5, "fontweight": "bold"}
+        canvas.figure.suptitle(title, color=INK, parse_math=False, **title_at)
+    return canvas
 
 
-def _axes(title: str, *, height: float) -> tuple[Canvas, Axes]:
-    canvas = _canvas(height)
+def titled_axes(title: str, *, height: float) -> tuple[Canvas, Axes]:
+    """A canvas of `height` inches with one panel in our style."""
+    canvas = blank_canvas(height)
     axes = canvas.figure.add_subplot()
     # A model's name may hold a dollar sign; it is not mathematics.
     axes.set_title(title, loc="left", color=INK, fontsize=11.5, fontweight="bold", pad=12, parse_math=False)
+    style(axes)
+    return canvas, axes
+
+
+def style(axes: Axes) -> None:
+    """Our look: no box, pale lines across."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(SOFT)
     axes.tick_params(colors=INK, labelsize=9, length=0)
@@ -233,10 +243,10 @@ def _axes(title: str, *, height: float) -> tuple[Canvas, Axes]:
     axes.yaxis.label.set_color(INK)
     axes.grid(axis="y", color=LINE, linewidth=0.8)
     axes.set_axisbelow(True)
-    return canvas, axes
 
 
-def _figure(canvas: Canvas, title: str, caption: str) -> Figure:
+def finished(canvas: Canvas, title: str, caption: str) -> Figure:
+    """What is on the canvas, drawn."""
     buffer = io.BytesIO()
     # Without the name of matplotlib's version, which would change the bytes and nothing else.
     canvas.figure.savefig(buffer, format="png", metadata={"Software": None})
@@ -248,7 +258,7 @@ def _layer_number(group: str) -> int | None:
     return int(number) if number != group and number.isdecimal() else None
 
 
-def _group_ticks(axes: Axes, groups: Sequence[str]) -> None:
+def group_ticks(axes: Axes, groups: Sequence[str]) -> None:
     """Layers by number, as many as fit; other groups by name."""
     numbers = [_layer_number(group) for group in groups]
     step = max(1, math.ceil(sum(number is not None for number in numbers) / MOST_TICKS))
@@ -263,16 +273,19 @@ def _group_ticks(axes: Axes, groups: Sequence[str]) -> None:
         axes.set_xlabel("layer")
 
 
-def _name_lines(axes: Axes, labels: Sequence[Label]) -> None:
-    """Names at the right edge, level with their lines; those that would overlap stand around their mean."""
+def name_lines(axes: Axes, labels: Sequence[Label], *, spacing: float = LABEL_HEIGHT) -> None:
+    """Names at the right edge, level with their lines; those that would overlap stand around their mean.
+
+    spacing: the height of a name as a share of the axes.
+    """
     low, high = axes.get_ylim()
     ordered = sorted(labels, key=lambda label: label[0])
     stacks: list[list[float]] = []  # wished heights, as shares of the axes, of names that stand on each other
     for height, _, _ in ordered:
         stacks.append([(height - low) / (high - low)])
-        while len(stacks) > 1 and _places(stacks[-2])[-1] + LABEL_HEIGHT > _places(stacks[-1])[0]:
+        while len(stacks) > 1 and _places(stacks[-2], spacing)[-1] + spacing > _places(stacks[-1], spacing)[0]:
             stacks[-2:] = [stacks[-2] + stacks[-1]]
-    heights = [place for stack in stacks for place in _places(stack)]
+    heights = [place for stack in stacks for place in _places(stack, spacing)]
     for place, (_, name, colour) in zip(heights, ordered, strict=True):
         where: dict[str, Any] = {
             "xycoords": "axes fraction",
@@ -283,6 +296,6 @@ def _name_lines(axes: Axes, labels: Sequence[Label]) -> None:
         axes.annotate(name, (1.012, place), color=colour, fontsize=9, **where)
 
 
-def _places(stack: Sequence[float]) -> list[float]:
-    bottom = sum(stack) / len(stack) - LABEL_HEIGHT * (len(stack) - 1) / 2
-    return [bottom + LABEL_HEIGHT * at for at in range(len(stack))]
+def _places(stack: Sequence[float], spacing: float) -> list[float]:
+    bottom = sum(stack) / len(stack) - spacing * (len(stack) - 1) / 2
+    return [bottom + spacing * at for at in range(len(stack))]
