@@ -5,6 +5,7 @@
     HEAD /ORG/NAME/resolve/REV/PATH              commit and hash; safetensors redirect to /blobs/SHA256
     GET  /ORG/NAME/resolve/REV/PATH, /blobs/…    the bytes, from `Range` on
 
+Data sets are the repositories added as datasets/ORG/NAME; their paths begin with /api/datasets and /datasets.
 Repositories are read from folders when they are added. `requests` logs what was asked; `fail` and `cut`
 make the next matching requests go wrong.
 """
@@ -24,6 +25,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 Files = dict[str, bytes]
 LARGE = ".safetensors"  # what the Hub keeps outside git
+DATASETS = "datasets"
 
 
 @dataclass(frozen=True)
@@ -179,14 +181,16 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(fault.status, fault.body, dict(fault.headers))
         if path.startswith("/blobs/"):
             return self._send_file(self.hub.blobs[path.removeprefix("/blobs/")], {})
-        if path.startswith("/api/models/"):
-            org, name, *rest = path.removeprefix("/api/models/").split("/")
-            return self._answer_api(f"{org}/{name}", rest, parse_qs(parts.query))
-        org, name, verb, *rest = [*path.strip("/").split("/"), "", "", ""]
+        if path.startswith(("/api/models/", f"/api/{DATASETS}/")):
+            kind, org, name, *rest = path.removeprefix("/api/").split("/")
+            kind = f"{DATASETS}/" if kind == DATASETS else ""
+            return self._answer_api(f"{kind}{org}/{name}", rest, parse_qs(parts.query))
+        kind = f"{DATASETS}/" if path.startswith(f"/{DATASETS}/") else ""
+        org, name, verb, *rest = [*path.removeprefix(f"/{kind}").strip("/").split("/"), "", "", ""]
         if verb == "resolve":
             # A revision with a slash (refs/pr/1) is quoted in the URL, so it is split off before unquoting.
-            revision = unquote(parts.path.strip("/").split("/")[3])
-            return self._answer_resolve(f"{org}/{name}", revision, path.split(f"/resolve/{revision}/")[1])
+            revision = unquote(parts.path.removeprefix(f"/{kind}").strip("/").split("/")[3])
+            return self._answer_resolve(f"{kind}{org}/{name}", revision, path.split(f"/resolve/{revision}/")[1])
         return self._error(404, "", "Not Found")
 
     def _answer_api(self, repo_id: str, rest: list[str], query: Mapping[str, list[str]]) -> None:
@@ -194,12 +198,16 @@ class _Handler(BaseHTTPRequestHandler):
         if repo is None:
             return None
         kind, revision = (rest[0], "/".join(rest[1:])) if rest else ("revision", "main")
+        folder = ""
+        if kind == "tree" and rest[1] in repo.commits:
+            revision, folder = rest[1], "".join(f"{name}/" for name in rest[2:])
         commit = self._commit(repo, revision)
         if commit is None:
             return None
         files = repo.commits[commit]
         if kind == "tree":
-            return self._send_json([_tree_entry(name, data) for name, data in sorted(files.items())])
+            found = [_tree_entry(name, data) for name, data in sorted(files.items()) if name.startswith(folder)]
+            return self._send_json(found) if found else self._error(404, "EntryNotFound", "Entry not found")
         sizes = "blobs" in query
         siblings = [
             {"rfilename": name, **({"size": len(data)} if sizes else {})} for name, data in sorted(files.items())
