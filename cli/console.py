@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from surgery.process import is_main
+
 if TYPE_CHECKING:
     from surgery.report import Table
 
@@ -15,7 +17,25 @@ DEBUG = "SURGERY_DEBUG"
 
 def tell(text: str) -> None:
     """A line for people, on stderr."""
-    typer.echo(text, err=True)
+    if is_main():
+        typer.echo(text, err=True)
+
+
+def warn(text: str) -> None:
+    """A line for people that asks for attention."""
+    if is_main():
+        typer.secho("warning: ", fg="yellow", nl=False, err=True)
+        typer.echo(text, err=True)
+
+
+def scored_token(text: str, score: float) -> None:
+    """A piece of text that is being written, from red (0) over yellow to green (1), on stdout."""
+    if is_main():
+        typer.secho(text, fg=_scale(score), nl=False)
+
+
+def _scale(score: float) -> tuple[int, int, int]:
+    return round(220 * min(1, 2 - 2 * score)), round(190 * min(1, 2 * score)), 60
 
 
 def error(text: str) -> None:
@@ -28,6 +48,8 @@ def show(*tables: Table) -> None:
     """Result tables, on stdout."""
     from rich.console import Console
 
+    if not is_main():
+        return
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)  # a file or a pipe has no edge to wrap at
@@ -39,7 +61,8 @@ def show_json(value: Any) -> None:
     """One JSON object on stdout."""
     from surgery.jsonable import to_json
 
-    typer.echo(to_json(value, indent=2), nl=False)
+    if is_main():
+        typer.echo(to_json(value, indent=2), nl=False)
 
 
 def show_preflight(facts: Mapping[str, str], warnings: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cli import console, lab, merge, models, vector
+from cli import console, edit, lab, merge, models, probe, vector
 from surgery import process
 from surgery.errors import FAILED, SurgeryError
 
@@ -27,6 +27,8 @@ app = typer.Typer(
 models.register(app)
 app.add_typer(vector.app, name="vector")
 app.add_typer(merge.app, name="merge")
+app.add_typer(probe.app, name="probe")
+app.add_typer(edit.app, name="edit")
 app.add_typer(lab.app, name="lab")
 
 # Importing torch makes a few hundred thousand objects that stay; looking through them again and again for garbage takes
@@ -88,3 +90,7 @@ def _leave(error: BaseException, line: str, code: int) -> None:
         raise error
     console.error(line)
     sys.exit(code)
+
+
+if __name__ == "__main__":  # accelerate launch -m cli.main …
+    program()

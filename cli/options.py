@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from surgery.wording import option_of
 
 if TYPE_CHECKING:
     from surgery.execute import Options
@@ -58,3 +62,26 @@ def options(
     from surgery.progress import terminal
 
     return Options(threads, device, overwrite, allow_nonfinite, terminal)
+
+
+def choice(value: str, allowed: Sequence[str], name: str) -> str:
+    """`value`, which must be one of `allowed`. Raises SurgeryError with the nearest one."""
+    from surgery.errors import usage_error
+
+    if value in allowed:
+        return value
+    near = difflib.get_close_matches(value, allowed, n=1)
+    raise usage_error(
+        f"got {value!r}, expected {' or '.join(allowed)}",
+        where=option_of(name),
+        hint=f"Did you mean {near[0]}?" if near else None,
+    )
+
+
+def count(value: str, name: str) -> int:
+    """`value` as a whole number from 1 on. Raises SurgeryError."""
+    from surgery.errors import usage_error
+
+    if not value.isdecimal() or int(value) < 1:
+        raise usage_error(f"got {value!r}, expected a whole number from 1 on, or all", where=option_of(name))
+    return int(value)

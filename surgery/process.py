@@ -1,8 +1,10 @@
-"""Whether this process is a program of ours, which may be forked and keeps the memory that it frees."""
+"""What this process is: a program of ours, which may be forked and keeps the memory that it frees; or one of several that
+a launcher started."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 
 _LIBC = ctypes.CDLL(None)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -25,3 +27,18 @@ def claim() -> None:
 def is_claimed() -> bool:
     """Whether `claim` was called."""
     return _state["claimed"]
+
+
+def n_processes() -> int:
+    """How many processes share the work; 1 unless a launcher says otherwise."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Which of them this one is, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and talks."""
+    return rank() == 0

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from surgery.process import is_main
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.progress import Progress as Display
@@ -74,5 +76,5 @@ def _display() -> Display:
         bars.TextColumn("{task.description}"), bars.BarColumn(),
         ByUnit(bars.DownloadColumn(binary_units=True), bars.MofNCompleteColumn()),
         ByUnit(bars.TransferSpeedColumn(), StepRate()), bars.TimeRemainingColumn(),
-        console=console, transient=True, disable=not console.is_terminal,
+        console=console, transient=True, disable=not (console.is_terminal and is_main()),
     )  # fmt: skip

@@ -19,6 +19,7 @@ from surgery.progress import Advance, Progress, silent
 
 # The 97.5 % quantile of the normal distribution: the half-width of a 95 % interval in standard errors.
 Z = 1.959963984540054
+AUTO = "auto"  # as a device: wherever accelerate's device map puts the layers
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,10 @@ def score_models(
 
 
 def load_model(folder: Path | str, name: str, *, device: str = "cpu", dtype: str = "auto") -> Loaded:
-    """The transformers model in `folder`, ready to be scored.
+    """The transformers model in `folder`, ready to be run.
+
+    Args:
+        device: cpu, cuda[:N], or auto, which spreads the layers over the devices that there are.
 
     Raises:
         SurgeryError: it cannot be loaded.
@@ -90,9 +94,11 @@ def load_model(folder: Path | str, name: str, *, device: str = "cpu", dtype: str
     with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder))
-            model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).to(device).eval()
+            spread = {"device_map": AUTO} if device == AUTO else {}
+            model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, **spread).eval()
+            model = model if spread else model.to(device)
         except (OSError, ValueError) as fault:
-            raise SurgeryError(f"cannot be loaded to be evaluated: {fault}", where=name) from fault
+            raise SurgeryError(f"cannot be loaded: {fault}", where=name) from fault
     return Loaded(name, model, tokenizer)
 
 

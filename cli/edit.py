@@ -1,0 +1,97 @@
+"""`surgery edit …`: parts of one model scaled in its weights, and the way back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from cli import console
+from cli import options as o
+
+app = typer.Typer(
+    help="Edits one model's weights in place of hooks: only the tensors that must change do.", no_args_is_help=True
+)
+
+
+@app.command(epilog="Example: surgery edit heads lab:cliff --from cliff --top 3 -o repaired")
+def heads(
+    model: o.Model,
+    out: o.Out,
+    run: Annotated[
+        Path | None, typer.Option("--from", metavar="RUN", help="Findings of this model, by `surgery probe refusal`.")
+    ] = None,
+    top: Annotated[
+        str | None, typer.Option(metavar="SHARE|COUNT", help="The heads of RUN that write most against refusal.")
+    ] = None,
+    proven: Annotated[bool, typer.Option("--proven", help="The set that `surgery probe heads` grew in RUN.")] = False,
+    head: Annotated[
+        list[str] | None,
+        typer.Option(metavar="L12H7[=γ]", help="A query head by layer and number, both from 0; may be repeated."),
+    ] = None,
+    scale: Annotated[float, typer.Option(help="γ: what the heads' outputs are multiplied by; 0 removes them.")] = 0.0,
+    mode: Annotated[
+        str, typer.Option(help="scale, or mean: RUN's mean outputs in place of the heads' (needs biases).")
+    ] = "scale",
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Labelled prompts to measure on; by default those of RUN.")
+    ] = None,
+    no_measure: Annotated[
+        bool, typer.Option("--no-measure", help="Keep the result without measuring what it does; the card says so.")
+    ] = False,
+    examples: Annotated[int, typer.Option(min=1, help="Prompts of each topic to measure on, at most.")] = 64,
+    force: Annotated[
+        bool, typer.Option("--force", help="Keep a result in which refusal of harmful prompts fell.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="What models compute in while measuring: auto, float32, …")] = "auto",
+    dry_run: o.DryRun = False,
+    overwrite: o.Overwrite = False,
+    threads: o.Threads = None,
+    device: o.Device = "cpu",
+    as_json: o.Json = False,
+) -> None:
+    """Scale attention heads in the checkpoint, exactly, and measure refusals, KL and perplexity before keeping it."""
+    from probes.repair import Choice, Measuring, Mode, edit_heads
+    from surgery.edit import edit_table
+
+    repair = edit_heads(
+        model, out,
+        choice=Choice(
+            run=run, top=top, proven=proven, heads=head or (), scale=scale,
+            mode=cast("Mode", o.choice(mode, ("scale", "mean"), "mode")),
+        ),
+        measuring=Measuring(data=data, wanted=not no_measure, examples=examples, force=force),
+        dtype=dtype, dry_run=dry_run, options=o.options(threads, device, overwrite=overwrite),
+    )  # fmt: skip
+    if as_json:
+        console.show_json(repair)
+        return
+    console.show_preflight(repair.report.preflight, repair.report.warnings)
+    if repair.report.dry_run:
+        console.tell(f"Heads: {', '.join(repair.heads)}. Nothing written (--dry-run).")
+        return
+    console.show(edit_table(repair.report))
+    if repair.measured is None:
+        console.warn("what the edit does to the model was not measured: give --from RUN or --data DATA.")
+    else:
+        console.show(repair.measured.table())
+    console.tell(f"Scaled {', '.join(repair.heads)}. Wrote {out}; `surgery edit undo {out} -o …` leads back.")
+
+
+@app.command(epilog="Example: surgery edit undo repaired -o original")
+def undo(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder that `surgery edit heads` wrote.")],
+    out: o.Out,
+    overwrite: o.Overwrite = False,
+    threads: o.Threads = None,
+    as_json: o.Json = False,
+) -> None:
+    """Write the model as it was before the edit, bit for bit."""
+    from surgery.undo import undo as restore
+
+    report = restore(model, out, options=o.options(threads, overwrite=overwrite))
+    if as_json:
+        console.show_json(report)
+    else:
+        console.tell(f"Wrote {report.out}")

@@ -1,0 +1,234 @@
+"""`surgery probe …`: what models do inside; so far, where and by which heads reasoning models lose their refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from cli import console
+from cli import options as o
+
+if TYPE_CHECKING:
+    from probes.findings import Findings
+    from surgery.execute import Options
+
+app = typer.Typer(
+    help="Looks into models: refusal cliffs of reasoning models, and the heads that make them (arXiv 2510.06036).\n\n"
+    "Everything here is for repairing safety: heads are ranked by how much they write against refusal of harmful "
+    "requests, and side effects are measured.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+
+Run = Annotated[Path, typer.Option("--from", metavar="RUN", help="A folder that `surgery probe refusal` wrote.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N examples.")]
+Dtype = Annotated[str, typer.Option(help="What the model computes in: auto (as stored), float32, bfloat16, …")]
+BatchTokens = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of a batch, padding included; by default what fits.")
+]
+DATA = "A .jsonl, .json, .csv, .parquet or .txt file, org/name[@revision]:split[a:b] on the Hub, or lab:NAME."
+
+
+@app.command(epilog="Example: surgery probe refusal lab:cliff --data lab:cliff -o cliff")
+def refusal(
+    model: o.Model,
+    data: Annotated[str | None, typer.Option(metavar="DATA", help=DATA)] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="RUN", help="The folder for results, report and pictures.")
+    ] = None,
+    transfer: Annotated[
+        str | None, typer.Option(metavar="DATA", help="A second data set that the probes are tested on.")
+    ] = None,
+    cells: Annotated[
+        str, typer.Option(help="Train on all four cells, or paper: harmful/refused against harmless/complied.")
+    ] = "all",
+    attribution: Annotated[
+        str, typer.Option(help="How heads are scored: exact (final norm folded in), or paper.")
+    ] = "exact",
+    folds: Annotated[int, typer.Option(min=2, help="Of the grouped cross-validation.")] = 5,
+    strength: Annotated[float, typer.Option(help="C of the logistic regression: inverse penalty.")] = 1.0,
+    limit: Limit = None,
+    think_open: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What the model writes before its thinking; found by default.")
+    ] = None,
+    think_close: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What it writes after it; found by default.")
+    ] = None,
+    no_thinking: Annotated[
+        bool, typer.Option("--no-thinking", help="The model does not think: answers follow the prompt.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of thinking and answer, where they are generated; 1024, or what fits.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="Of generation; 0 is greedy.")] = 0.0,
+    generation_batch: Annotated[int, typer.Option(min=1, help="Prompts that are completed at a time.")] = 16,
+    engine: Annotated[str, typer.Option(help="What generates: transformers or vllm.")] = "transformers",
+    refusal_phrases: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="One phrase per line that marks a refusal, for the built-in list."),
+    ] = None,
+    guard: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="A guard model that judges answers, given prompt and whole answer."),
+    ] = None,
+    live: Annotated[
+        str | None,
+        typer.Option(metavar="PROMPT", help="Watch one prompt being answered, with the probe of --from RUN."),
+    ] = None,
+    run: Annotated[Path | None, typer.Option("--from", metavar="RUN", help="With --live: whose probe.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of folds, bootstrap and draws.")] = 0,
+    dtype: Dtype = "auto",
+    batch_tokens: BatchTokens = None,
+    overwrite: o.Overwrite = False,
+    threads: o.Threads = None,
+    device: o.Device = "cpu",
+    as_json: o.Json = False,
+) -> None:
+    """Train refusal probes, trace every token, measure the cliffs, score all heads; one run, one report."""
+    from surgery.errors import usage_error
+
+    options = o.options(threads, device, overwrite=overwrite)
+    if live is not None:
+        if run is None or data is not None or out is not None:
+            raise usage_error("--live takes the probe of a run: give --from RUN, and neither --data nor -o.")
+        _watch(model, run, live, max_new_tokens, dtype, options, as_json=as_json)
+        return
+    if data is None or out is None or run is not None:
+        raise usage_error(
+            "what is to be probed, and where do the findings go?", hint="Add --data DATA and -o RUN (or --live PROMPT)."
+        )
+    from probes.generation import Engine
+    from probes.preparing import Asking
+    from probes.refusal import Cells, Form, Training, probe_refusal
+
+    asking = Asking(
+        think_open=think_open, think_close=think_close, no_thinking=no_thinking, max_new_tokens=max_new_tokens,
+        temperature=temperature, seed=seed, batch_size=generation_batch, engine=cast("Engine", o.choice(engine, ("transformers", "vllm"), "engine")),
+        phrases=refusal_phrases, guard=guard,
+    )  # fmt: skip
+    training = Training(
+        cells=cast("Cells", o.choice(cells, ("all", "paper"), "cells")), folds=folds, strength=strength, seed=seed
+    )
+    findings = probe_refusal(
+        model, data, out, transfer=transfer, asking=asking, training=training,
+        attribution=cast("Form", o.choice(attribution, ("exact", "paper"), "attribution")), limit=limit, dtype=dtype,
+        batch_tokens=batch_tokens, options=options,
+    )  # fmt: skip
+    _show(findings, out, as_json=as_json)
+
+
+@app.command(epilog="Example: surgery probe heads lab:cliff --from cliff --top 10%")
+def heads(
+    model: o.Model,
+    run: Run,
+    top: Annotated[
+        str,
+        typer.Option(metavar="SHARE|COUNT", help="Candidates for sets: the lowest heads of the screen, 6 at least."),
+    ] = "5%",
+    ablate: Annotated[
+        str, typer.Option(help="z ← γ·z (scale), its mean (mean), or a harmless example's (resample).")
+    ] = "scale",
+    scale: Annotated[float, typer.Option(help="γ of --ablate scale; 0 removes.")] = 0.0,
+    positions: Annotated[
+        str, typer.Option(metavar="K|all", help="Where single heads are ablated: the last K before the answer, or all.")
+    ] = "4",
+    kl_budget: Annotated[
+        float, typer.Option(min=0, help="KL on harmless answers that no set may exceed, in nats per token.")
+    ] = 0.1,
+    controls: Annotated[int, typer.Option(min=0, help="Random sets as the control.")] = 5,
+    examples: Annotated[int, typer.Option(min=1, help="Examples of each kind at most.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random sets.")] = 0,
+    dtype: Dtype = "auto",
+    batch_tokens: BatchTokens = None,
+    threads: o.Threads = None,
+    device: o.Device = "cpu",
+    as_json: o.Json = False,
+) -> None:
+    """Prove by ablation which of the screened heads suppress refusal: one by one, in greedy sets, against random heads."""
+    from probes.causal import Kind, Proof, prove_heads
+
+    proof = Proof(
+        top=top, kind=cast("Kind", o.choice(ablate, ("scale", "mean", "resample"), "ablate")), scale=scale,
+        positions=None if positions == "all" else o.count(positions, "positions"), budget=kl_budget, controls=controls,
+        examples=examples, seed=seed,
+    )  # fmt: skip
+    findings = prove_heads(
+        model, run, proof=proof, dtype=dtype, batch_tokens=batch_tokens, options=o.options(threads, device)
+    )
+    _show(findings, run, as_json=as_json, last=1)
+
+
+@app.command(
+    epilog="Example: surgery probe judge lab:cliff --from cliff --data lab:cliff/pool --top 5% -o subset.jsonl"
+)
+def judge(
+    model: o.Model,
+    run: Run,
+    data: Annotated[str, typer.Option(metavar="POOL", help=DATA)],
+    top: Annotated[str, typer.Option(metavar="SHARE|COUNT", help="How many of the pool to keep.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The .jsonl file to write.")],
+    style: Annotated[str, typer.Option(help="Rows for trl (messages) or llama-factory (alpaca).")] = "trl",
+    limit: Limit = None,
+    dtype: Dtype = "auto",
+    batch_tokens: BatchTokens = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
+    threads: o.Threads = None,
+    device: o.Device = "cpu",
+    as_json: o.Json = False,
+) -> None:
+    """Choose the few examples worth training on: those with the deepest cliffs (Cliff-as-a-Judge)."""
+    from probes import judge as judging
+
+    selection = judging.judge(
+        model, run, data, out, top=top, style=cast("judging.Style", o.choice(style, ("trl", "llama-factory"), "style")),
+        limit=limit, dtype=dtype, batch_tokens=batch_tokens, options=o.options(threads, device, overwrite=overwrite),
+    )  # fmt: skip
+    if as_json:
+        console.show_json(selection)
+        return
+    console.show(selection.table())
+    console.tell(f"Wrote {selection.out}")
+
+
+@app.command(epilog="Example: surgery probe show cliff")
+def show(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `surgery probe refusal` wrote.")],
+    as_json: o.Json = False,
+) -> None:
+    """The tables of a run; its report.html has the pictures."""
+    from probes.findings import read_findings
+
+    _show(read_findings(run), run, as_json=as_json)
+
+
+def _show(findings: Findings, run: Path, *, as_json: bool, last: int = 0) -> None:
+    """The tables, or only the last ones."""
+    from probes.findings import REPORT
+    from probes.report import sentences, tables
+
+    if as_json:
+        console.show_json(findings.model_dump(mode="json"))
+        return
+    for warning in findings.warnings:
+        console.warn(warning)
+    console.show(*tables(findings)[-last:])
+    for sentence in sentences(findings)[-last:]:
+        console.tell(sentence)
+    console.tell(f"Report: {run / REPORT}")
+
+
+def _watch(
+    model: str, run: Path, prompt: str, max_new_tokens: int | None, dtype: str, options: Options, *, as_json: bool
+) -> None:
+    from probes.watching import watch
+
+    found = watch(
+        model, run, prompt, max_new_tokens=max_new_tokens, dtype=dtype, options=options,
+        tell=(lambda text, score: None) if as_json else console.scored_token,
+    )  # fmt: skip
+    if as_json:
+        console.show_json(found)
+        return
+    console.tell("\n" + found.sentence())

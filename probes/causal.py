@@ -1,0 +1,281 @@
+"""The causal proof of a screen: heads ablated one by one, then in greedy sets, beside random sets of the same sizes.
+
+In come the findings of `refusal.probe_refusal` and the same model; out come the findings with what the ablations did:
+single heads' effects on the probe's logit (and how well the screen ranked them), sets that grow by the head that helps
+most while KL on harmless answers stays within a budget, with the refusals that they bring back, and the control.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from probes.ablation import Ablation, Sweep, all_heads, sweep
+from probes.activations import states_at
+from probes.effects import Rate, Subject, answer, divergences
+from probes.examples import Example, TokenSequence
+from probes.findings import (
+    HEADS,
+    PROBES,
+    CausalRecord,
+    EffectRecord,
+    Findings,
+    Interval,
+    StepRecord,
+    check_model,
+    interval,
+    parse_top,
+    read_examples,
+    read_findings,
+    write_findings,
+)
+from probes.generation import context_of
+from probes.heads import head_inputs
+from probes.linear import Probes
+from probes.live import LiveModel, open_live
+from probes.markers import Markers
+from probes.parallel import is_main, wait
+from probes.preparing import asking_of, judge_with
+from probes.statistics import Estimate, bootstrap_mean, spearman
+from probes.templates import build_sequences
+from surgery.errors import SurgeryError, usage_error
+from surgery.execute import Options
+from surgery.heads import Head
+from surgery.refs import open_checkpoint
+
+Kind = Literal["scale", "mean", "resample"]
+HARMLESS = "harmless/complied"
+# A head that adds less than this share of what the set has gained already is not worth its side effects.
+LEAST_GAIN = 0.05
+LEAST_CANDIDATES = 6
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How heads are put to the proof.
+
+    Args:
+        top: how many of the lowest heads of the screen are candidates for sets, as a share or a count; at least 6.
+        kind: z ← scale · z; z ← its mean over the scored examples; or z ← that of a harmless example (resample).
+        scale: γ of kind `scale`; 0 removes.
+        positions: where single heads are ablated: so many last positions before the answer, or None for all. Sets
+            are always ablated at all positions, as baking does; sets of kind `resample`, which cannot be baked, are
+            scaled.
+        budget: KL(original ‖ ablated) on harmless answers that no set may exceed, in nats per token.
+        controls: random sets, of heads that are no candidates.
+        examples: at most so many of each kind.
+    """
+
+    top: str = "5%"
+    kind: Kind = "scale"
+    scale: float = 0.0
+    positions: int | None = 4
+    budget: float = 0.1
+    controls: int = 5
+    examples: int = 32
+    seed: int = 0
+
+
+def prove_heads(
+    model: str,
+    run: Path,
+    *,
+    proof: Proof = Proof(),
+    dtype: str = "auto",
+    batch_tokens: int | None = None,
+    options: Options = Options(),
+) -> Findings:
+    """Ablates heads of `model`, adds what that did to the findings in `run`, and writes their report anew.
+
+    Raises:
+        SurgeryError: `run` holds findings of another model, or none; an option is out of range; no harmful example
+            was scored.
+    """
+    findings = read_findings(run)
+    count = len(findings.heads)
+    wanted = max(parse_top(proof.top, count), min(LEAST_CANDIDATES, count))
+    check_model(findings, open_checkpoint(model), run, options=options)
+    live = open_live(model, device=options.device, dtype=dtype)
+    bench = _Bench(live, findings, run, proof, batch_tokens, options)
+    effects = bench.single()
+    screen = [findings.score_of(row) for row in findings.heads]
+    means = effects.effects.mean(0)
+    by_head = {head: float(value) for head, value in zip(effects.heads, means, strict=True)}
+    ranks = spearman([-score for score in screen], [by_head[row.name] for row in findings.heads])
+    candidates = [row.name for row in findings.ranked[:wanted] if findings.score_of(row) < 0]
+    if not candidates:
+        raise SurgeryError("no head writes against refusal: every attribution is above 0", where=run)
+    base = bench.step(())
+    steps, stopped = bench.grow(candidates)
+    sizes = len(steps)
+    control = (
+        [bench.random(candidates, sizes, proof.seed + number) for number in range(proof.controls)] if sizes else []
+    )
+    bands = bootstrap_mean(effects.effects.numpy(), groups=bench.groups)
+    causal = CausalRecord(
+        ablation=proof.kind if proof.kind != "scale" else f"scale {proof.scale:g}",
+        positions="all" if proof.positions is None else f"last {bench.last}",
+        method=effects.method, cell=findings.heads_cell, n=len(bench.sequences),
+        effects=[
+            EffectRecord(
+                layer=head.layer, head=head.index,
+                effect=interval(Estimate(bands.mean[at], bands.low[at], bands.high[at]), len(bench.sequences)),
+            )
+            for at, head in enumerate(effects.heads)
+        ],
+        spearman=interval(ranks, count), candidates=[str(head) for head in candidates], base=base, steps=steps,
+        stopped=stopped, control=control, kl_budget=proof.budget,
+    )  # fmt: skip
+    proven = findings.model_copy(update={"causal": causal})
+    if is_main():
+        write_findings(run, proven)
+        from probes.report import write_report
+
+        write_report(run, name=str(run))
+    wait()
+    return proven
+
+
+class _Bench:
+    """The model, the examples that heads are tried on, and the measures that are taken of every set."""
+
+    def __init__(
+        self,
+        live: LiveModel,
+        findings: Findings,
+        run: Path,
+        proof: Proof,
+        batch_tokens: int | None,
+        options: Options,
+    ) -> None:
+        self.live, self.proof, self.options, self.batch_tokens = live, proof, options, batch_tokens
+        self.judge = judge_with(asking_of(findings.settings), device=options.device, progress=options.progress)
+        self.run, self.heads = run, all_heads(live)
+        probes = Probes.load(run / PROBES)
+        self.weight, self.bias = probes.weights[findings.depth], float(probes.biases[findings.depth])
+        examples = read_examples(run)
+        markers = None if findings.markers is None else Markers(**findings.markers)
+        scored = [e for e in examples if e.cell == findings.heads_cell][: proof.examples]
+        benign = [e for e in examples if e.cell == HARMLESS and e.response][: proof.examples]
+
+        def encoded(rows: Sequence[Example]) -> list[TokenSequence]:
+            return build_sequences(live.tokenizer, rows, markers, max_tokens=context_of(live.model), where=str(run))
+
+        self.scored, self.benign = scored, benign
+        self.sequences, self.harmless = encoded(scored), encoded(benign)
+        self.groups = [example.group for example in scored]
+        shortest = min(len(sequence.before_answer) for sequence in self.sequences)
+        self.last = None if proof.positions is None else min(proof.positions, shortest - 1)
+        if self.last is not None and self.last < 1:
+            raise usage_error("the shortest example has one token", where="--positions", hint="Use all.")
+
+    def single(self) -> Sweep:
+        """Every head by itself."""
+        return sweep(
+            self.live, self.sequences, self.heads, self.weight, self.bias, ablation=self._ablation(), last=self.last,
+            max_tokens=self.batch_tokens, progress=self.options.progress,
+        )  # fmt: skip
+
+    def grow(self, candidates: Sequence[Head]) -> tuple[list[StepRecord], str]:
+        """Greedy sets: the head that raises the probe's logit most comes next, while the budget holds."""
+        chosen: list[Head] = []
+        steps: list[StepRecord] = []
+        gained = 0.0
+        with self.options.progress("Growing a set", len(candidates), "steps") as advance:
+            while len(chosen) < len(candidates):
+                rest = [head for head in candidates if head not in chosen]
+                with self._subject(chosen).running():
+                    tried = sweep(
+                        self.live, self.sequences, rest, self.weight, self.bias, ablation=self._at_all_positions(),
+                        max_tokens=self.batch_tokens,
+                    )  # fmt: skip
+                gains = tried.effects.mean(0)
+                best = int(gains.argmax())
+                gain = float(gains[best])
+                if gain <= LEAST_GAIN * gained or gain <= 0:
+                    return steps, f"no further head adds {LEAST_GAIN:.0%} of what the set has gained"
+                step = self.step((*chosen, rest[best]))
+                if step.kl is not None and step.kl.value is not None and step.kl.value > self.proof.budget:
+                    return steps, f"{rest[best]} would take KL to {step.kl.value:.3g}, over {self.proof.budget:g}"
+                chosen.append(rest[best])
+                steps.append(step)
+                gained += gain
+                advance(1)
+        return steps, "all candidates are in the set"
+
+    def random(self, candidates: Sequence[Head], sizes: int, seed: int) -> list[StepRecord]:
+        """Random heads that are no candidates, in sets of 1 to `sizes`; side effects are measured of the last."""
+        others = [head for head in self.heads if head not in set(candidates)]
+        if len(others) < sizes:
+            raise SurgeryError(
+                f"{len(others)} heads are left for random sets of {sizes}", where=self.run, hint="Use a smaller --top."
+            )
+        drawn = random.Random(f"{seed}/control").sample(others, sizes)
+        return [self.step(drawn[:size], whole=size == sizes) for size in range(1, sizes + 1)]
+
+    def step(self, heads: Sequence[Head], *, whole: bool = True) -> StepRecord:
+        """What a set does to the probe's score; `whole`: to answers and to harmless text, too."""
+        subject = self._subject(heads)
+        with subject.running():
+            score = self._score()
+        record = StepRecord(heads=[str(head) for head in heads], score=score)
+        if not whole:
+            return record
+        own = self._refused(subject, self.scored, self.sequences)
+        update: dict[str, object] = {"refusal": own, "harmless_refusal": None}
+        if self.harmless:
+            plain = Subject(self.live)
+            update["harmless_refusal"] = self._refused(subject, self.benign, self.harmless)
+            away = divergences(
+                plain, {"set": subject}, self.harmless, max_tokens=self.batch_tokens,
+            )["set"]  # fmt: skip
+            kl = away.mean_kl([example.group for example in self.benign])
+            update |= {"kl": interval(kl, len(self.benign)), "perplexity": away.perplexities[1]}
+        return record.model_copy(update=update)
+
+    def _refused(self, subject: Subject, rows: Sequence[Example], sequences: Sequence[TokenSequence]) -> Interval:
+        """The share of examples that the subject refuses behind their own thinking."""
+        texts = answer(subject, sequences)
+        fresh = [replace(row, response=text, refused=None) for row, text in zip(rows, texts, strict=True)]
+        rate = Rate.of([bool(row.refused) for row in self.judge(fresh)])
+        return interval(rate, rate.n)
+
+    def _score(self) -> Interval:
+        positions = [[sequence.decision] for sequence in self.sequences]
+        states = states_at(self.live, self.sequences, positions, max_tokens=self.batch_tokens)[:, 0, -1]
+        scores = torch.sigmoid(states.double() @ self.weight.double() + self.bias)
+        band = bootstrap_mean(scores[:, None].numpy(), groups=self.groups)
+        return interval(Estimate(band.mean[0], band.low[0], band.high[0]), len(self.sequences))
+
+    def _subject(self, heads: Sequence[Head]) -> Subject:
+        scale = self.proof.scale if self.proof.kind == "scale" else 0.0
+        return Subject(self.live, dict.fromkeys(heads, scale), self._means() if self.proof.kind == "mean" else None)
+
+    def _means(self) -> Mapping[int, Tensor]:
+        stored = load_file(self.run / HEADS)
+        return {layer: stored[f"layer.{layer}"].flatten() for layer in self.live.projections}
+
+    def _at_all_positions(self) -> Ablation:
+        return Ablation(self.proof.scale) if self.proof.kind == "resample" else self._ablation()
+
+    def _ablation(self) -> Ablation:
+        if self.proof.kind == "scale":
+            return Ablation(self.proof.scale)
+        count = len(self.sequences)
+        if self.proof.kind == "mean":
+            return Ablation(values={layer: mu.expand(count, 1, -1) for layer, mu in self._means().items()})
+        if self.last is None or not self.harmless:
+            raise usage_error(
+                "resampling takes a harmless example's last positions", where="--ablate resample",
+                hint="Give --positions a number, and data with harmless/complied examples.",
+            )  # fmt: skip
+        donors = head_inputs(self.live, self.harmless, self.last, max_tokens=self.batch_tokens)
+        picks = random.Random(f"{self.proof.seed}/donors").choices(range(len(self.harmless)), k=count)
+        return Ablation(values={layer: rows[picks] for layer, rows in donors.items()})

@@ -1,0 +1,299 @@
+"""Heads scaled in a checkpoint, and the result measured before it is kept (arXiv 2510.06036, baked instead of hooked).
+
+In come a model and which heads: by name, or the lowest of a run's findings; out comes the edited checkpoint of
+`surgery.edits`, with what the edit did in its card: refusals, KL and perplexity against the original. A result in which
+refusal of harmful prompts fell is not kept, unless that is asked for.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from probes.effects import Rate, Subject, divergences, refusal_rates
+from probes.examples import Example
+from probes.findings import HEADS, Findings, check_model, parse_top, read_examples, read_findings
+from probes.generation import complete, context_of
+from probes.live import LiveModel, open_live
+from probes.markers import Markers, never_closed
+from probes.parallel import n_processes
+from probes.preparing import Asking, asking_of, generation_settings, judge_with, markers_of
+from probes.prompts import read_data
+from probes.templates import build_sequences
+from surgery.checkpoint import Checkpoint
+from surgery.edit import EditReport
+from surgery.edits import EditNotes, Measure, mean_heads, scale_heads
+from surgery.errors import SurgeryError, usage_error
+from surgery.execute import Options
+from surgery.heads import Head, parse_scales
+from surgery.jsonable import jsonable
+from surgery.refs import open_checkpoint
+from surgery.report import Column, Table
+
+Mode = Literal["scale", "mean"]
+TOPICS = ("harmful", "harmless")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which heads, and what becomes of them.
+
+    Args:
+        run: a folder with findings of the model; its examples are measured on, too.
+        top: the lowest heads of the run, as a share or a count.
+        proven: the set that `surgery probe heads` grew instead.
+        heads: heads by name, each L12H7 or L12H7=γ.
+        scale: γ of heads that do not name one. mode: mean puts the run's mean outputs in their place.
+    """
+
+    run: Path | None = None
+    top: str | None = None
+    proven: bool = False
+    heads: Sequence[str] = ()
+    scale: float = 0.0
+    mode: Mode = "scale"
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What the result is measured on.
+
+    Args:
+        data: examples that say which topic they are of; None takes the run's.
+        wanted: False leaves measuring out, and the card says so.
+        examples: prompts of each topic at most.
+        force: keep a result in which refusal of harmful prompts fell.
+    """
+
+    data: str | None = None
+    wanted: bool = True
+    examples: int = 64
+    force: bool = False
+    asking: Asking | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An edited model beside its original: topic → refusals, KL and perplexity; and thinking that never closed."""
+
+    refusal: Mapping[str, tuple[Rate, Rate]]
+    kl: Mapping[str, tuple[float, float, float]]
+    perplexity: Mapping[str, tuple[float, float]]
+    never_closed: tuple[Rate, Rate]
+
+    def table(self) -> Table:
+        """Before and after, a row per measure."""
+        rows: list[tuple[str, str, str, str | None]] = []
+        for topic, (before, after) in self.refusal.items():
+            rows.append((f"refusal of {topic} prompts", _share(before), _share(after), _counts(before, after)))
+        for topic, (value, low, high) in self.kl.items():
+            rows.append((f"KL on {topic} answers (nats/token)", "0", f"{value:.4g} [{low:.4g}, {high:.4g}]", None))
+        for topic, (before_ppl, after_ppl) in self.perplexity.items():
+            rows.append((f"perplexity of its {topic} answers", f"{before_ppl:.4g}", f"{after_ppl:.4g}", None))
+        before, after = self.never_closed
+        rows.append(("thinking never closed", _share(before), _share(after), _counts(before, after)))
+        columns = [Column("measure"), Column("original"), Column("edited"), Column("prompts")]
+        note = (
+            "In brackets: 95 % intervals. Answers are the models' own, greedy, from the prompt on; KL and perplexity "
+        )
+        return Table("Side effects", columns, rows, note=note + "are taken on the original's answers.")
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What an edit of heads did to the weights, and to the model; `measured` is None where that was not looked at."""
+
+    report: EditReport
+    heads: Mapping[str, float]
+    measured: Measured | None
+
+
+def edit_heads(
+    model: str,
+    out: Path,
+    *,
+    choice: Choice,
+    measuring: Measuring,
+    dtype: str = "auto",
+    dry_run: bool = False,
+    options: Options = Options(),
+) -> Repair:
+    """Writes `model` with the chosen heads scaled, or replaced by their means, to `out`; measures it before it is kept.
+
+    Raises:
+        SurgeryError: no heads, or heads that are not there; findings of another model; means without a bias to hold
+            them; refusal of harmful prompts fell; else as `surgery.edits.scale_heads`.
+    """
+    if n_processes() > 1:
+        raise usage_error("runs in one process", where="edit heads", hint="Start it without accelerate launch.")
+    checkpoint = open_checkpoint(model)
+    findings = None if choice.run is None else read_findings(choice.run)
+    if findings is not None and choice.run is not None:
+        check_model(findings, checkpoint, choice.run, options=options)
+    scales = _chosen(choice, findings)
+    kept: list[Measured] = []
+    measure = None
+    if measuring.wanted and not dry_run and (choice.run is not None or measuring.data is not None):
+        measure = _measure(model, checkpoint, choice.run, findings, measuring, dtype, options, kept)
+    # The device is the models': scaling a few columns is no work for it.
+    writing = replace(options, device="cpu")
+    if choice.mode == "mean":
+        if choice.run is None:
+            raise usage_error("mean ablation takes the means of a run", where="--mode mean", hint="Add --from RUN.")
+        report = mean_heads(
+            model, out, heads=scales, means=choice.run / HEADS, measure=measure, dry_run=dry_run, options=writing
+        )
+    else:
+        report = scale_heads(model, out, scales=scales, measure=measure, dry_run=dry_run, options=writing)
+    named = {str(head): scale for head, scale in sorted(scales.items())}
+    return Repair(report, named, kept[0] if kept else None)
+
+
+def _chosen(choice: Choice, findings: Findings | None) -> dict[Head, float]:
+    if choice.heads and (choice.top or choice.proven):
+        raise usage_error("--head names heads, --top and --proven choose them: give one of them.")
+    if choice.heads:
+        return parse_scales(choice.heads, scale=choice.scale)
+    if findings is None:
+        raise usage_error("no heads were given.", hint="Name them (--head L12H7), or give --from RUN --top 3%.")
+    if choice.proven:
+        if findings.causal is None or not findings.causal.steps:
+            raise usage_error("has no proven set of heads", where=choice.run, hint="Run `surgery probe heads` first.")
+        return {Head.parse(name): choice.scale for name in findings.causal.steps[-1].heads}
+    if choice.top is None:
+        raise usage_error("how many heads?", where=choice.run, hint="Add --top 3%, or --proven after `probe heads`.")
+    count = parse_top(choice.top, len(findings.heads))
+    lowest = findings.ranked[:count]
+    if wrong := [str(row.name) for row in lowest if findings.score_of(row) >= 0]:
+        raise usage_error(
+            f"{len(wrong)} of the {count} lowest heads do not write against refusal: {wrong[0]} has an attribution of "
+            f"{findings.score_of(lowest[-1]):.3g}",
+            where="--top",
+            hint=f"Use --top {count - len(wrong)}." if count > len(wrong) else "There is nothing to repair here.",
+        )
+    return {row.name: choice.scale for row in lowest}
+
+
+def _measure(
+    model: str,
+    checkpoint: Checkpoint,
+    run: Path | None,
+    findings: Findings | None,
+    measuring: Measuring,
+    dtype: str,
+    options: Options,
+    kept: list[Measured],
+) -> Measure:
+    asking = measuring.asking or (asking_of(findings.settings) if findings else Asking())
+    if measuring.data is not None:
+        examples = list(read_data(measuring.data).examples)
+    else:
+        assert run is not None
+        examples = read_examples(run)
+    prompts = _prompts(examples, measuring.examples)
+    if not any(example.topic == "harmful" for example in prompts):
+        raise usage_error(
+            "no example is harmful, so that it cannot be seen whether refusal fell", where=measuring.data or run,
+            hint="Give data with labels, or --no-measure.",
+        )  # fmt: skip
+    judge = judge_with(asking, device=options.device, progress=options.progress)
+
+    def measure(folder: Path) -> EditNotes:
+        before = open_live(model, device=options.device, dtype=dtype)
+        after = open_live(folder, device=options.device, dtype=dtype, name="the edited model")
+        markers = markers_of(before, asking)
+        answers = [_answers(live, prompts, asking, markers, options) for live in (before, after)]
+        lost = [{example.key for example in never_closed(rows)} for rows in answers]
+        judged = [judge([row for row in rows if row.key not in gone]) for rows, gone in zip(answers, lost, strict=True)]
+        rates = [refusal_rates(rows) for rows in judged]
+        refusal = {
+            topic: (rates[0][topic], rates[1][topic]) for topic in TOPICS if topic in rates[0] and topic in rates[1]
+        }
+        away = _away(before, after, judged[0], markers, options)
+        flags = [[row.key in gone for row in rows] for rows, gone in zip(answers, lost, strict=True)]
+        found = Measured(refusal, *away, never_closed=(Rate.of(flags[0]), Rate.of(flags[1])))
+        if not measuring.force:
+            _refuse_a_fall(found, checkpoint.ref)
+        kept[:] = [found]
+        return EditNotes(_record(found), found.table().to_markdown())
+
+    return measure
+
+
+def _prompts(examples: Sequence[Example], most: int) -> list[Example]:
+    """The prompts alone, each once, of each topic the first `most`."""
+    seen: set[tuple[str | None, str]] = set()
+    found: list[Example] = []
+    for example in examples:
+        key = (example.topic, str(example.messages))
+        taken = sum(one.topic == example.topic for one in found)
+        if example.topic is None or key in seen or taken >= most:
+            continue
+        seen.add(key)
+        found.append(replace(example, thinking=None, closing=None, response=None, refused=None))
+    return found
+
+
+def _answers(
+    live: LiveModel, prompts: Sequence[Example], asking: Asking, markers: Markers | None, options: Options
+) -> list[Example]:
+    settings = generation_settings(live, prompts, markers, asking, model_id=live.name)
+    with tempfile.TemporaryDirectory() as folder:
+        return complete(
+            live.loaded, prompts, markers=markers, cache=Path(folder) / "answers.jsonl", settings=settings,
+            progress=options.progress,
+        )  # fmt: skip
+
+
+def _away(
+    before: LiveModel, after: LiveModel, answered: Sequence[Example], markers: Markers | None, options: Options
+) -> tuple[dict[str, tuple[float, float, float]], dict[str, tuple[float, float]]]:
+    kl: dict[str, tuple[float, float, float]] = {}
+    perplexity: dict[str, tuple[float, float]] = {}
+    for topic in TOPICS:
+        rows = [example for example in answered if example.topic == topic and example.response]
+        if not rows:
+            continue
+        sequences = build_sequences(
+            before.tokenizer, rows, markers, max_tokens=context_of(before.model), where=before.name
+        )
+        found = divergences(Subject(before), {"edit": Subject(after)}, sequences, progress=options.progress)["edit"]
+        mean = found.mean_kl([example.group for example in rows])
+        kl[topic] = (mean.value, mean.low, mean.high)
+        perplexity[topic] = found.perplexities
+    return kl, perplexity
+
+
+def _refuse_a_fall(found: Measured, ref: str) -> None:
+    before, after = found.refusal.get("harmful", (None, None))
+    if before is None or after is None:
+        raise SurgeryError(
+            "no harmful prompt came to an answer in both models, so that it cannot be seen whether refusal fell",
+            where=ref, hint="Raise --max-new-tokens, or add --force.",
+        )  # fmt: skip
+    if after.value < before.value:
+        raise SurgeryError(
+            f"refusal of harmful prompts fell from {before.value:.1%} to {after.value:.1%} (n = {after.n}), so the "
+            "result is not kept",
+            where=ref,
+            hint="These heads hold refusal up: choose others, or add --force.",
+        )
+
+
+def _record(found: Measured) -> dict[str, Any]:
+    record = jsonable(found)
+    assert isinstance(record, dict)
+    return record
+
+
+def _counts(before: Rate, after: Rate) -> str:
+    return f"{before.n}" if before.n == after.n else f"{before.n} / {after.n}"
+
+
+def _share(rate: Rate) -> str:
+    if not rate.n:
+        return "–"
+    return f"{100 * rate.value:.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"

@@ -1,0 +1,132 @@
+"""Refusal watched while it is written: a prompt, and the probe's score of every token as the model generates it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from probes.cliffs import Cliff, measure
+from probes.examples import Example, TokenSequence
+from probes.findings import PROBES, check_model, read_findings
+from probes.generation import end_tokens, room
+from probes.linear import Probes
+from probes.live import hidden_out, hooks, open_live
+from probes.markers import Markers
+from probes.templates import encode, render_prompt
+from surgery.errors import SurgeryError
+from surgery.execute import Options
+from surgery.refs import open_checkpoint
+
+Tell = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What was written, token by token, with the refusal score after each: texts and scores of one length."""
+
+    prompt: str
+    tokens: tuple[str, ...]
+    scores: tuple[float, ...]
+    closed: bool
+    cliff: Cliff
+
+    def sentence(self) -> str:
+        """The trace in words."""
+        if not self.closed:
+            return f"The thinking did not close within {len(self.tokens)} tokens."
+        if not self.cliff.thinking:
+            return f"Refusal score before the answer: {self.cliff.final:.3f}. There was no thinking."
+        return (
+            f"Refusal score: {self.cliff.plateau:.3f} at most in {self.cliff.thinking} tokens of thinking, "
+            f"{self.cliff.final:.3f} just before the answer; misalignment {self.cliff.misalignment:.3f}."
+        )
+
+
+def watch(
+    model: str,
+    run: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int | None = None,
+    dtype: str = "auto",
+    tell: Tell = lambda text, score: None,
+    options: Options = Options(),
+) -> Watched:
+    """Lets `model` answer `prompt` greedily; `tell` is called with each token's text and the score at it.
+
+    Raises:
+        SurgeryError: findings of another model; the model does not think as the findings say.
+    """
+    findings = read_findings(run)
+    check_model(findings, open_checkpoint(model), run, options=options)
+    live = open_live(model, device=options.device, dtype=dtype)
+    probes = Probes.load(run / PROBES)
+    weight, bias = probes.weights[findings.depth].to(live.device), float(probes.biases[findings.depth])
+    markers = None if findings.markers is None else Markers(**findings.markers)
+    example = Example("live", ({"role": "user", "content": prompt},), prompt)
+    ids = list(encode(live.tokenizer, render_prompt(live.tokenizer, example, markers)))
+    if not ids:
+        raise SurgeryError("has no tokens", where="--live")
+    limit = max_new_tokens or room(live.model, len(ids))
+    stops = end_tokens(live.loaded)
+    scores: list[float] = []
+    texts: list[str] = []
+
+    def see(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        logit = float(hidden_out(output)[0, -1].float() @ weight) + bias
+        scores.append(1 / (1 + math.exp(-logit)) if logit > -700 else 0.0)
+
+    written: list[int] = []
+    cache = None
+    before = live.tokenizer.decode(ids)
+    with torch.inference_mode(), hooks(live.final_norm.register_forward_hook(see)):
+        fed = ids
+        while len(written) <= limit:
+            output = live.model(
+                input_ids=torch.tensor([fed], device=live.device), past_key_values=cache, use_cache=True,
+                logits_to_keep=1,
+            )  # fmt: skip
+            cache = output.past_key_values
+            if written:
+                whole = live.tokenizer.decode([*ids, *written])
+                texts.append(whole[len(before) :])
+                before = whole
+                tell(texts[-1], scores[-1])
+            token = int(output.logits[0, -1].argmax())
+            if token in stops:
+                break
+            written.append(token)
+            fed = [token]
+    scores = scores[1:]
+    sequence, closed = _cut(len(ids), texts, markers)
+    return Watched(
+        prompt, tuple(texts), tuple(scores), closed,
+        measure(sequence, [0.0] * len(ids) + scores, cell="live", group="live"),
+    )  # fmt: skip
+
+
+def _cut(n_prompt: int, texts: list[str], markers: Markers | None) -> tuple[TokenSequence, bool]:
+    """Where thinking and closing template end among what was written."""
+    total = n_prompt + len(texts)
+    ids = (0,) * total
+    if markers is None:
+        return TokenSequence("live", ids, (n_prompt, n_prompt, n_prompt, total)), True
+    whole, ends = "", []
+    for text in texts:
+        whole += text
+        ends.append(len(whole))
+    at = whole.find(markers.close)
+    if at < 0:
+        return TokenSequence("live", ids, (n_prompt, total, total, total)), False
+    begin = len(whole[:at].rstrip())
+    stop = at + len(markers.close)
+    stop += len(whole[stop:]) - len(whole[stop:].lstrip())
+    thinking = sum(end <= begin for end in ends)
+    closing = sum(end <= stop for end in ends)
+    return TokenSequence("live", ids, (n_prompt, n_prompt + thinking, n_prompt + closing, total)), True
