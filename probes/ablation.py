@@ -14,22 +14,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from probes.activations import CPU_TOKENS, GPU_TOKENS
 from probes.examples import TokenSequence
-from probes.live import LiveModel, Projection, hidden_in, hidden_out, hooks
+from probes.live import LiveModel, Projection, hidden_in, hooks
 from probes.parallel import share
+from probes.resuming import Reader, prefix_cache, prefix_fault, restore, resume_at, resuming_fault
 from surgery.errors import SurgeryError, usage_error
 from surgery.heads import Head
 from surgery.progress import Progress, silent
 
 Method = Literal["cached prefix", "resumed layers", "one forward per head"]
-# How far the logit that is read over a cached prefix may be from the plain one, relative to its size.
-AGREEMENT = {torch.float32: 1e-4, torch.float64: 1e-8}
+METHODS: tuple[Method, ...] = get_args(Method)  # the fastest first
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,16 @@ def sweep(
         weight, bias: the probe on the final norm's output; (D,) and a number.
         last: ablate at so many last positions before the answer; None for all positions.
         method: None takes the fastest that is right for the model: a cached prefix only counts where every layer
-            keeps keys and values, and where it gives the plain forward's logit.
+            keeps keys and values, and both it and resuming a layer only where they give the plain forward's state.
         max_tokens: rows × tokens of a batch.
 
     Raises:
-        SurgeryError: a head is not there; `last` is longer than a sequence; values do not fit.
+        SurgeryError: a head is not there; `last` is longer than a sequence; values do not fit; `method` is wrong here.
     """
     _check(live, sequences, heads, ablation, last)
     budget = max_tokens or (GPU_TOKENS if live.device.type == "cuda" else CPU_TOKENS)
-    reader = _Reader(live, weight.float(), bias)
-    chosen = method or _fastest(reader, sequences[0], last)
-    if chosen == "cached prefix" and last is None:
-        raise usage_error("a cached prefix only serves ablation at the last positions", where="method")
+    reader = Reader(live, weight.float(), bias)
+    chosen = _method(reader, sequences, last, method)
     run = {"cached prefix": _over_prefix, "resumed layers": _resumed, "one forward per head": _plainly}[chosen]
     work = partial(_one_sequence, run, reader, sequences, tuple(heads), ablation, last, budget)
     rows = share(
@@ -105,7 +103,16 @@ def heads_edited(
     """Inside, every forward pass runs with z ← scale · z of these heads, at all positions: what baking does.
 
     means: layer → (W,); with it, the slices of these heads are replaced by its, and scales are not used.
+
+    Raises:
+        SurgeryError: a head is not there, or its mean is missing or of another width.
     """
+    _check_heads(live, list(scales))
+    if means is not None:
+        for layer in sorted({head.layer for head in scales}):
+            width = live.projections[layer].n_heads * live.projections[layer].head_dim
+            if layer not in means or means[layer].shape != (width,):
+                raise usage_error(f"layer {layer} needs means of {width} numbers", where="means")
     factors: dict[int, Tensor] = {}
     for head, scale in scales.items():
         projection = live.projections[head.layer]
@@ -125,58 +132,13 @@ def all_heads(live: LiveModel) -> list[Head]:
     return [Head(layer, index) for layer, p in sorted(live.projections.items()) for index in range(p.n_heads)]
 
 
-class _Reader:
-    """Reads the probe's logit at the last position of every row, and what layers are resumed from."""
-
-    def __init__(self, live: LiveModel, weight: Tensor, bias: float) -> None:
-        self.live, self.weight, self.bias = live, weight, bias
-
-    def logits(self, ids: Tensor, cache: Any = None) -> Tensor:
-        """(B,) of a run over `ids` (B, T), behind `cache` where there is one."""
-        found: list[Tensor] = []
-
-        def see(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            found.append(hidden_out(output)[:, -1].float() @ self.weight.to(ids.device) + self.bias)
-
-        with hooks(self.live.final_norm.register_forward_hook(see)):
-            self._run(ids, cache)
-        return found[0]
-
-    def inputs(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, list[Tensor], list[bool]]:
-        """The logit; every layer's input (1, T, D); and whether each layer's output comes in a tuple."""
-        entering: list[Tensor] = []
-        tupled: list[bool] = []
-
-        def see_in(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            entering.append(hidden_in(arguments, keywords))
-
-        def see_out(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            tupled.append(isinstance(output, tuple))
-
-        handles = [layer.register_forward_pre_hook(see_in, with_kwargs=True) for layer in self.live.layers]
-        handles += [layer.register_forward_hook(see_out) for layer in self.live.layers]
-        with hooks(*handles):
-            logit = self.logits(ids, cache)
-        return logit, entering, tupled
-
-    def _run(self, ids: Tensor, cache: Any) -> None:
-        before = cache.get_seq_length() if cache is not None else 0
-        length = before + ids.shape[1]
-        positions = torch.arange(before, length, device=ids.device).expand(len(ids), -1)
-        mask = torch.ones(len(ids), length, dtype=torch.long, device=ids.device)
-        self.live.body(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-            use_cache=cache is not None,
-        )  # fmt: skip
-
-
 _Run = Callable[..., tuple[Tensor, Tensor]]
 
 
 @torch.inference_mode()
 def _one_sequence(
     run: _Run,
-    reader: _Reader,
+    reader: Reader,
     sequences: Sequence[TokenSequence],
     heads: tuple[Head, ...],
     ablation: Ablation,
@@ -218,29 +180,29 @@ class _Edit:
 
 
 def _over_prefix(
-    reader: _Reader, ids: Tensor, heads: tuple[Head, ...], edit: _Edit, budget: int
+    reader: Reader, ids: Tensor, heads: tuple[Head, ...], edit: _Edit, budget: int
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of all but the last positions once; then, layer by layer, those positions with a row a head."""
     assert edit.last is not None
     prefix, tail = ids[:, : -edit.last], ids[:, -edit.last :]
-    cache = _prefix_cache(reader, prefix)
+    cache = prefix_cache(reader.live, prefix)
     kept = [dict(vars(layer)) for layer in cache.layers]
     base, entering, tupled = reader.inputs(tail, cache)
 
     def logits(rows: Tensor) -> Tensor:
-        _restore(cache, kept, len(rows))
+        restore(cache, kept, len(rows))
         return reader.logits(rows, cache)
 
     return base[0], _each_layer(reader, tail, heads, edit, entering, tupled, budget // ids.shape[1], logits)
 
 
-def _resumed(reader: _Reader, ids: Tensor, heads: tuple[Head, ...], edit: _Edit, budget: int) -> tuple[Tensor, Tensor]:
+def _resumed(reader: Reader, ids: Tensor, heads: tuple[Head, ...], edit: _Edit, budget: int) -> tuple[Tensor, Tensor]:
     """Every layer resumed on the whole sequence, with a row a head."""
     base, entering, tupled = reader.inputs(ids)
     return base[0], _each_layer(reader, ids, heads, edit, entering, tupled, budget // ids.shape[1], reader.logits)
 
 
-def _plainly(reader: _Reader, ids: Tensor, heads: tuple[Head, ...], edit: _Edit, budget: int) -> tuple[Tensor, Tensor]:
+def _plainly(reader: Reader, ids: Tensor, heads: tuple[Head, ...], edit: _Edit, budget: int) -> tuple[Tensor, Tensor]:
     """The reference: a whole forward pass for every head."""
     base = reader.logits(ids)
     found = []
@@ -251,7 +213,7 @@ def _plainly(reader: _Reader, ids: Tensor, heads: tuple[Head, ...], edit: _Edit,
 
 
 def _each_layer(
-    reader: _Reader,
+    reader: Reader,
     ids: Tensor,
     heads: tuple[Head, ...],
     edit: _Edit,
@@ -266,73 +228,40 @@ def _each_layer(
         for start in range(0, len(numbers), max(1, rows_at_most)):
             part = numbers[start : start + max(1, rows_at_most)]
             edited = edit.hook(reader.live.projections[layer], [heads[number] for number in part])
-            with _resume_at(reader.live, layer, entering[layer], tupled, len(part)), hooks(edited):
+            with resume_at(reader.live, layer, entering[layer], tupled, len(part)), hooks(edited):
                 found[part] = logits(ids.expand(len(part), -1)).to(found)
     return found
 
 
-@contextmanager
-def _resume_at(live: LiveModel, layer: int, entering: Tensor, tupled: Sequence[bool], rows: int) -> Iterator[None]:
-    """Inside, the layers below `layer` are not computed: the last of them puts out `entering`, in so many rows."""
-    skipped = live.layers[:layer]
-    before = {module: vars(module).get("forward") for module in skipped}
-    held = entering.expand(rows, -1, -1)
-
-    def standing_in(at: int) -> Callable[..., Any]:
-        def forward(*arguments: Any, **keywords: Any) -> Any:
-            out = held if at == layer - 1 else hidden_in(arguments, keywords)
-            return (out,) if tupled[at] else out
-
-        return forward
-
-    for at, module in enumerate(skipped):
-        module.forward = standing_in(at)
-    try:
-        yield
-    finally:
-        for module, forward in before.items():
-            if forward is None:
-                del module.forward
-            else:  # accelerate's hooks on models that are spread over devices stand here
-                module.forward = forward
+def _method(reader: Reader, sequences: Sequence[TokenSequence], last: int | None, asked: Method | None) -> Method:
+    """What is asked for, or the fastest that is right. Raises SurgeryError where what is asked for is wrong."""
+    if asked is not None and asked not in METHODS:
+        raise usage_error(f"got {asked!r}, expected {' or '.join(METHODS)}", where="method")
+    for method in METHODS if asked is None else (asked,):
+        fault = _fault(reader, sequences, last, method)
+        if fault is None:
+            return method
+        if asked is not None:
+            raise usage_error(
+                f"{method!r} would be wrong: {fault}", where=reader.live.name, hint="Leave the method to choose itself."
+            )
+    raise AssertionError("the last method has no fault")
 
 
-def _prefix_cache(reader: _Reader, prefix: Tensor) -> Any:
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=reader.live.model.config.get_text_config())
-    reader.live.body(input_ids=prefix, attention_mask=torch.ones_like(prefix), past_key_values=cache, use_cache=True)
-    return cache
-
-
-def _restore(cache: Any, kept: Sequence[dict[str, Any]], rows: int) -> None:
-    """The cache as it was behind the prefix, in so many rows. Updates make new tensors, so the old ones are whole."""
-    for layer, state in zip(cache.layers, kept, strict=True):
-        vars(layer).clear()
-        vars(layer).update(state)
-        layer.keys = state["keys"].expand(rows, *state["keys"].shape[1:])
-        layer.values = state["values"].expand(rows, *state["values"].shape[1:])
-
-
-@torch.inference_mode()
-def _fastest(reader: _Reader, sequence: TokenSequence, last: int | None) -> Method:
-    """A cached prefix where it can be used and gives the plain forward's logit, else resumed layers."""
-    from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
-
-    ids = torch.tensor([sequence.before_answer], device=reader.live.device)
-    if last is None or last >= ids.shape[1] or reader.live.skipped:
-        return "resumed layers"
-    cache = _prefix_cache(reader, ids[:, :-last])
-    for layer in cache.layers:
-        if not isinstance(layer, DynamicLayer) or isinstance(layer, LinearAttentionCacheLayerMixin):
-            return "resumed layers"
-        if not layer.is_initialized:  # layers that share another's keys and values
-            return "resumed layers"
-    plain, behind = reader.logits(ids), reader.logits(ids[:, -last:], cache)
-    dtype = reader.live.model.dtype
-    size = float(reader.weight.norm()) if dtype not in AGREEMENT else max(1.0, float(plain.abs()))
-    near = float((plain - behind).abs()) <= AGREEMENT.get(dtype, 5e-2) * size
-    return "cached prefix" if near else "resumed layers"
+def _fault(reader: Reader, sequences: Sequence[TokenSequence], last: int | None, method: Method) -> str | None:
+    """Why `method` would not give what plain forward passes give, or None where it does."""
+    if method == "one forward per head":
+        return None
+    lengths = [len(sequence.before_answer) for sequence in sequences]
+    # The longest: what lies outside a sliding window shows nowhere else.
+    ids = torch.tensor([sequences[lengths.index(max(lengths))].before_answer], device=reader.live.device)
+    if method == "resumed layers":
+        return resuming_fault(reader, ids)
+    if last is None:
+        return "a cached prefix only serves ablation at the last positions"
+    if last >= min(lengths):
+        return f"nothing stands before the last {last} tokens of the shortest example"
+    return prefix_fault(reader, ids, last)
 
 
 def _check(
@@ -342,15 +271,29 @@ def _check(
         raise SurgeryError("no example is left to ablate on", where=live.name)
     if not heads:
         raise usage_error("no head was given.")
+    _check_heads(live, heads)
+    shortest = min(len(sequence.before_answer) for sequence in sequences)
+    if last is not None and not 0 < last <= shortest:
+        raise usage_error(f"got {last}, expected 1 to {shortest}, the tokens of the shortest example", where="last")
+    if ablation.values is None:
+        return
+    if last is None and any(rows.shape[1] != 1 for rows in ablation.values.values()):
+        raise usage_error("values for the last positions cannot stand for all positions", where="ablation")
+    for layer in sorted({head.layer for head in heads}):
+        width = live.projections[layer].n_heads * live.projections[layer].head_dim
+        found = None if layer not in ablation.values else tuple(ablation.values[layer].shape)
+        if found not in ((len(sequences), 1, width), (len(sequences), last or 1, width)):
+            raise usage_error(
+                f"the values of layer {layer} have shape {found}, expected {(len(sequences), last or 1, width)}",
+                where="ablation",
+            )
+
+
+def _check_heads(live: LiveModel, heads: Sequence[Head]) -> None:
     missing = [head for head in heads if head.layer not in live.projections]
     missing += [h for h in heads if h.layer in live.projections and h.index >= live.projections[h.layer].n_heads]
     if missing:
         raise usage_error(f"has no head {missing[0]}", where=live.name)
-    shortest = min(len(sequence.before_answer) for sequence in sequences)
-    if last is not None and not 0 < last <= shortest:
-        raise usage_error(f"got {last}, expected 1 to {shortest}, the tokens of the shortest example", where="last")
-    if ablation.values is not None and last is None and any(rows.shape[1] != 1 for rows in ablation.values.values()):
-        raise usage_error("values for the last positions cannot stand for all positions", where="ablation")
 
 
 def _editing(factor: Tensor, addend: Tensor | None) -> Callable[..., Any]:

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from probes.examples import TokenSequence
 from probes.live import LiveModel, hidden_in, hidden_out, hooks
-from probes.parallel import share
-from surgery.errors import SurgeryError
+from probes.parallel import n_processes, share
+from surgery.errors import SurgeryError, usage_error
 from surgery.progress import Progress, silent
 
-# Tokens in a batch, padding included. More gains nothing on a processor; a GPU tries the larger number first and
-# halves it until the heaviest batch fits.
-CPU_TOKENS, GPU_TOKENS = 4096, 65536
+# Tokens in a batch, padding included. On a processor more cost 5 to 30 % (activations leave its caches: measured at
+# widths of 64 to 1024); a GPU tries the larger number first and halves it until the heaviest batch fits.
+CPU_TOKENS, GPU_TOKENS = 1024, 65536
 
 Padding = Literal["right", "left"]
 Look = Callable[[int, Tensor], None]  # (depth, hidden states (N, T, D)) → nothing
@@ -77,6 +77,8 @@ def make_batches(
 def token_budget(live: LiveModel, longest: int, trial: Callable[[int], object], *, start: int | None = None) -> int:
     """How many tokens a batch may hold: tried on the heaviest phase, and halved until it fits a GPU's memory.
 
+    With several processes it is what fits all of them: they must make the same batches.
+
     Args:
         longest: tokens of the longest sequence, which every batch must have room for.
         trial: runs the heaviest phase with so many tokens.
@@ -86,33 +88,53 @@ def token_budget(live: LiveModel, longest: int, trial: Callable[[int], object], 
     """
     if live.device.type != "cuda":
         return max(start or CPU_TOKENS, longest)
-    tokens = max(start or GPU_TOKENS, longest)
-    while True:
-        try:
-            trial(tokens)
-        except torch.OutOfMemoryError as error:
-            if tokens <= longest:
-                raise SurgeryError(
-                    f"one sequence of {longest:,} tokens does not fit the memory of {live.device}",
-                    where=live.name,
-                    hint="Use --device auto, which spreads the model, or shorter examples.",
-                ) from error
+
+    def fitting(process: int) -> int:
+        tokens = max(start or GPU_TOKENS, longest)
+        while True:
+            try:
+                trial(tokens)
+            except torch.OutOfMemoryError as error:
+                if tokens <= longest:
+                    raise SurgeryError(
+                        f"one sequence of {longest:,} tokens does not fit the memory of {live.device}",
+                        where=live.name,
+                        hint="Use --device auto, which spreads the model, or shorter examples.",
+                    ) from error
+            else:
+                return tokens
+            # Outside the handler: the error holds the failed pass's tensors.
             torch.cuda.empty_cache()
             tokens = max(tokens // 2, longest)
-        else:
-            return tokens
+
+    return min(share(range(n_processes()), fitting))
 
 
 @torch.inference_mode()
 def look_at(live: LiveModel, batch: Batch, look: Look, *, depths: Sequence[int] | None = None) -> None:
-    """One forward pass without logits; `look` is called with every depth's hidden states as they come by."""
+    """One forward pass without logits; `look` is called with every depth's hidden states as they come by.
+
+    Raises:
+        SurgeryError: the model keeps no residual stream of one vector per token (Gemma 3n has several).
+    """
     wanted = range(live.n_depths) if depths is None else depths
+    expected = (*batch.ids.shape, live.width)
+
+    def checked(depth: int, hidden: Tensor) -> None:
+        if hidden.shape != expected:
+            raise SurgeryError(
+                f"the hidden states at depth {depth} have shape {tuple(hidden.shape)}, expected {expected}: it keeps "
+                "another residual stream than one vector per token",
+                where=live.name,
+            )
+        look(depth, hidden)
+
     handles = []
     for depth in wanted:
         if depth < len(live.layers):
-            handles.append(live.layers[depth].register_forward_pre_hook(_see_input(depth, look), with_kwargs=True))
+            handles.append(live.layers[depth].register_forward_pre_hook(_see_input(depth, checked), with_kwargs=True))
         else:
-            handles.append(live.final_norm.register_forward_hook(_see_output(depth, look)))
+            handles.append(live.final_norm.register_forward_hook(_see_output(depth, checked)))
     with hooks(*handles):
         live.body(**batch.inputs(live.device), use_cache=False)
 
@@ -131,14 +153,24 @@ def states_at(
     Args:
         positions: N × K positions in the sequence, each below its length.
         max_tokens: in a batch, padding included; None tries what fits.
+
+    Raises:
+        SurgeryError: a position is not in its sequence; or as `token_budget`.
     """
+    for sequence, row in zip(sequences, positions, strict=True):
+        wrong = [position for position in row if not 0 <= position < len(sequence.ids)]
+        if wrong or len(row) != len(positions[0]):
+            what = f"position {wrong[0]}" if wrong else f"{len(row)} positions, where others have {len(positions[0])},"
+            raise usage_error(f"got {what} for a sequence of {len(sequence.ids)} tokens", where=sequence.key)
+    if not sequences:
+        raise SurgeryError("no example is left to read states of", where=live.name)
     shape = (len(sequences), len(positions[0]), live.n_depths, live.width)
     found = torch.empty(shape, dtype=torch.float32)
-    where = torch.tensor([list(row) for row in positions])
-    batches = _batches(live, [sequence.ids for sequence in sequences], max_tokens, padding)
-    rows = share(batches, partial(_states, live, where), label="Reading states", size=_n_sequences, progress=progress)
-    for batch, row in zip(batches, rows, strict=True):
-        found[list(batch.numbers)] = row
+    work = partial(_states, live, torch.tensor([list(row) for row in positions]))
+    batches = _batches(live, [sequence.ids for sequence in sequences], max_tokens, padding, work)
+    rows = share(batches, work, label="Reading states", size=_n_sequences, progress=progress)
+    for batch, states in zip(batches, rows, strict=True):
+        found[list(batch.numbers)] = states
     return found
 
 
@@ -156,8 +188,8 @@ def project(
 
     weights: (L, D), biases: (L,). The states themselves never leave their device.
     """
-    batches = _batches(live, [sequence.ids for sequence in sequences], max_tokens, padding)
     work = partial(_projections, live, weights, biases)
+    batches = _batches(live, [sequence.ids for sequence in sequences], max_tokens, padding, work)
     found: dict[int, Tensor] = {}
     for batch, rows in zip(
         batches, share(batches, work, label="Tracing", size=_n_sequences, progress=progress), strict=True
@@ -166,12 +198,18 @@ def project(
     return [found[number] for number in range(len(sequences))]
 
 
-def _batches(live: LiveModel, ids: Sequence[Sequence[int]], max_tokens: int | None, padding: Padding) -> list[Batch]:
+def _batches(
+    live: LiveModel,
+    ids: Sequence[Sequence[int]],
+    max_tokens: int | None,
+    padding: Padding,
+    work: Callable[[Batch], object],
+) -> list[Batch]:
     longest = max((len(sequence) for sequence in ids), default=1)
 
     def trial(tokens: int) -> None:
-        dummy = [[0] * longest] * max(1, tokens // longest)
-        look_at(live, _pad(range(len(dummy)), dummy, 0, padding), lambda depth, hidden: None)
+        rows = max(1, tokens // longest)
+        work(_pad([0] * rows, [[0] * longest] * rows, 0, padding))
 
     budget = token_budget(live, longest, trial) if max_tokens is None else max_tokens
     return make_batches(ids, max_tokens=budget, padding=padding)

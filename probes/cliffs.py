@@ -16,6 +16,7 @@ import numpy as np
 
 from probes.examples import TokenSequence
 from probes.statistics import Band, Estimate, Floats, align_ends, bootstrap_mean
+from surgery.errors import SurgeryError
 
 LAST = 8  # tokens of thinking that the mean at its end is taken over
 PERCENTILE = 90
@@ -73,6 +74,11 @@ class Curve:
 def measure(sequence: TokenSequence, scores: Sequence[float] | Floats, *, cell: str, group: str) -> Cliff:
     """One example's cliff. scores: at least up to the last token before the answer."""
     trace = np.asarray(scores, dtype=np.float64)[: sequence.decision + 1]
+    if len(trace) <= sequence.decision:
+        raise SurgeryError(
+            f"its trace has {len(trace)} scores, and {sequence.decision + 1} tokens stand before the answer",
+            where=sequence.key,
+        )
     final = float(trace[-1])
     thinking = trace[sequence.span("thinking").start : sequence.span("thinking").stop]
     if not len(thinking):

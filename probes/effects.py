@@ -27,6 +27,7 @@ from probes.generation import generate_texts
 from probes.live import LiveModel
 from probes.parallel import share
 from probes.statistics import Estimate, Floats, bootstrap_mean
+from surgery.errors import SurgeryError
 from surgery.evaluate import wilson
 from surgery.heads import Head
 from surgery.progress import Progress, silent
@@ -103,10 +104,16 @@ def divergences(
     """How far each of `afters` is from `before` on the first `tokens` tokens of the answers in `sequences`.
 
     Sequences without an answer must be left out. The original's logits are made once per batch and shared.
+
+    Raises:
+        SurgeryError: a sequence has no answer, there is none at all, or the logits are not finite.
     """
+    if not sequences:
+        raise SurgeryError("no answer is left to compare on", where=before.live.name)
     cut = [sequence.ids[: min(sequence.ends[2] + tokens, sequence.ends[3])] for sequence in sequences]
     answers = [len(ids) - sequence.ends[2] for ids, sequence in zip(cut, sequences, strict=True)]
-    assert all(count > 0 for count in answers), "a sequence without an answer"
+    if 0 in answers:
+        raise SurgeryError("has no answer to compare on", where=sequences[answers.index(0)].key)
     batches = make_batches(cut, max_tokens=max_tokens or CPU_TOKENS, padding="left")
     work = partial(_compare, before, afters, answers)
     found = share(batches, work, label="Comparing answers", size=lambda batch: len(batch.numbers), progress=progress)
@@ -151,9 +158,14 @@ def _compare(
             targets = batch.ids[row, -count:].to(original.device)
             p, q = original[row, -count - 1 : -1].double(), edited[row, -count - 1 : -1].double().to(original.device)
             p, q = p.log_softmax(-1), q.log_softmax(-1)
-            kl = (p.exp() * (p - q)).sum(-1).mean()
+            # Tokens that the model rules out (a logit of -inf) add nothing; -inf - -inf would be NaN.
+            kl = torch.where(p == -math.inf, 0.0, p.exp() * (p - q)).sum(-1).mean()
             losses = [-x.gather(-1, targets[:, None]).sum() for x in (p, q)]
             rows.append([float(kl), float(losses[0]), float(losses[1]), float(count)])
+            if math.isnan(sum(rows[-1])):  # no budget would ever stop a NaN
+                raise SurgeryError(
+                    f"the logits of {name} are not numbers", where=before.live.name, hint="Try --dtype float32."
+                )
         columns = np.array(rows, dtype=np.float64).T
         found[name] = (columns[0], columns[1], columns[2], columns[3])
     return found

@@ -23,6 +23,7 @@ from probes.examples import TokenSequence
 from probes.live import LiveModel, hidden_in, hidden_out, hooks
 from probes.parallel import share
 from probes.residual import Piece, Stream
+from surgery.errors import SurgeryError, usage_error
 from surgery.progress import Progress, silent
 
 
@@ -68,7 +69,12 @@ def attribute(
     Args:
         weight, bias: the probe on the final norm's output; (D,) and a number.
         stream: how the residual stream is made (`residual.read_stream`); without it only the paper's form is given.
+
+    Raises:
+        SurgeryError: there is no sequence; or as `activations.token_budget`.
     """
+    if not sequences:
+        raise SurgeryError("no example is left to score heads on", where=live.name)
     ids = [sequence.before_answer for sequence in sequences]
     sight = _Sight(live, weight.float(), bias, stream)
     longest = max(map(len, ids))
@@ -78,8 +84,8 @@ def attribute(
         (batch,) = make_batches([[0] * longest] * rows, max_tokens=rows * longest)
         _attribute(sight, batch)
 
-    budget = token_budget(live, longest, trial) if max_tokens is None else max(max_tokens, longest)
-    batches = make_batches(ids, max_tokens=budget or CPU_TOKENS)
+    budget = token_budget(live, longest, trial) if max_tokens is None else max_tokens
+    batches = make_batches(ids, max_tokens=budget)
     work = partial(_attribute, sight)
     found = share(batches, work, label="Scoring heads", size=lambda batch: len(batch.numbers), progress=progress)
     order = torch.tensor([number for batch in batches for number in batch.numbers]).argsort()
@@ -108,7 +114,16 @@ def head_inputs(
     max_tokens: int | None = None,
     progress: Progress = silent,
 ) -> dict[int, Tensor]:
-    """z at the last positions before the answer: layer → (N, last, W) fp32 on the CPU."""
+    """z at the last positions before the answer: layer → (N, last, W) fp32 on the CPU.
+
+    Raises:
+        SurgeryError: there is no sequence, or one has fewer than `last` tokens before its answer.
+    """
+    if not sequences:
+        raise SurgeryError("no example is left to read heads on", where=live.name)
+    shortest = min(len(sequence.before_answer) for sequence in sequences)
+    if not 0 < last <= shortest:
+        raise usage_error(f"got {last}, expected 1 to {shortest}, the tokens of the shortest example", where="last")
     ids = [sequence.before_answer for sequence in sequences]
     batches = make_batches(ids, max_tokens=max_tokens or CPU_TOKENS)
 
@@ -182,9 +197,10 @@ def _attribute(sight: _Sight, batch: Batch) -> Attribution:
         made = hidden_out(output)
         seen[module, "out"] = pick(made if made.dim() > 2 else made.view(*batch.ids.shape, -1))
 
-    inputs = {live.final_norm, live.layers[0], *(p.module for p in live.projections.values())}
+    inputs = {p.module for p in live.projections.values()}
     outputs = {live.final_norm}
     if stream:
+        inputs |= {live.final_norm, live.layers[0]}
         chains = [module for pieces in stream.pieces for piece in pieces for module in piece.modules]
         outputs |= set(chains)
     handles = [m.register_forward_pre_hook(keep_input, with_kwargs=True) for m in inputs]

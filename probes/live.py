@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from probes.parallel import own_device
 from surgery.anatomy import Anatomy, anatomy
 from surgery.checkpoint import Checkpoint, loadable_folder
 from surgery.errors import SurgeryError, listing
@@ -112,14 +113,16 @@ def open_live(ref: str | Path, *, device: str = "cpu", dtype: str = "auto", name
     """Loads the model `ref` with transformers and finds its parts.
 
     Args:
-        device: cpu, cuda[:N], or auto, which spreads the layers over what there is (accelerate's device_map).
+        device: cpu, cuda[:N], or auto, which spreads the layers over what there is (accelerate's device_map). With
+            several processes, `cuda` is a GPU for each.
         name: what the model is called in messages; by default `ref`.
 
     Raises:
         SurgeryError: `ref` is no model folder, cannot be loaded, or has no layers that are understood.
     """
     checkpoint = open_checkpoint(ref)
-    return wrap(load_model(loadable_folder(checkpoint), name or str(ref), device=device, dtype=dtype), checkpoint)
+    folder, device = loadable_folder(checkpoint), own_device(device)
+    return wrap(load_model(folder, name or str(ref), device=device, dtype=dtype), checkpoint)
 
 
 def wrap(loaded: Loaded, checkpoint: Checkpoint) -> LiveModel:
@@ -144,22 +147,24 @@ def wrap(loaded: Loaded, checkpoint: Checkpoint) -> LiveModel:
         projections[index] = Projection(index, module, heads.n_heads, heads.head_dim, heads.transposed)
     skipped = tuple(index for index in range(len(layers)) if index not in projections)
     return LiveModel(
-        loaded, checkpoint, found, model.base_model, tuple(layers), _final_norm(owner, layers, loaded.name),
+        loaded, checkpoint, found, model.base_model, tuple(layers), _final_norm(model, owner, layers, loaded.name),
         projections, skipped,
     )  # fmt: skip
 
 
 def hidden_in(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
     """The hidden states among a layer's arguments."""
-    found = arguments[0] if arguments else keywords["hidden_states"]
-    assert isinstance(found, Tensor)
+    found = arguments[0] if arguments else keywords.get("hidden_states")
+    if not isinstance(found, Tensor):
+        raise SurgeryError(f"a layer takes in {type(found).__name__}, where hidden states were expected")
     return found
 
 
 def hidden_out(output: Any) -> Tensor:
     """The hidden states in a module's output, which some families return in a tuple."""
-    found = output[0] if isinstance(output, tuple) else output
-    assert isinstance(found, Tensor)
+    found = output[0] if isinstance(output, tuple) and output else output
+    if not isinstance(found, Tensor):
+        raise SurgeryError(f"a part puts out {type(found).__name__}, where hidden states were expected")
     return found
 
 
@@ -205,13 +210,26 @@ def _submodule(root: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _final_norm(owner: nn.Module, layers: list[nn.Module], name: str) -> nn.Module:
-    """The norm beside the list of layers that is not the embedding's."""
-    found = [
-        module
-        for word, module in owner.named_children()
-        if NORM.search(word.lower()) and "embed" not in word.lower() and module not in layers
-    ]
-    if not found:
+def _final_norm(model: Any, owner: nn.Module, layers: list[nn.Module], name: str) -> nn.Module:
+    """The norm beside the list of layers that runs behind the last of them."""
+    beside = {word.lower(): module for word, module in owner.named_children() if NORM.search(word.lower())}
+    likely = [module for word, module in beside.items() if "embed" not in word]
+    if len(likely) != 1:
+        # Names alone mislead: Gemma 3n has one for its per-layer inputs, and LFM2 calls the final one embedding_norm.
+        likely = _behind(model, list(beside.values()), layers[-1])[-1:]
+    if not likely:
         raise SurgeryError("no final norm was found beside its layers", where=name)
-    return found[-1]
+    return likely[0]
+
+
+@torch.inference_mode()
+def _behind(model: Any, modules: list[nn.Module], layer: nn.Module) -> list[nn.Module]:
+    """Which of `modules` run after `layer`, in that order: seen in one short run."""
+    ran: list[nn.Module] = []
+
+    def see(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        ran.append(module)
+
+    with hooks(*(module.register_forward_hook(see) for module in (*modules, layer))):
+        model.base_model(input_ids=torch.tensor([[1, 2, 3]], device=model.device), use_cache=False)
+    return ran[ran.index(layer) + 1 :]

@@ -5,13 +5,15 @@ Batches are made before they are dealt out, so that each is computed as one proc
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from surgery.errors import SurgeryError, usage_error
 from surgery.process import is_main, n_processes, rank
 from surgery.progress import Progress, silent
 
-__all__ = ["is_main", "n_processes", "share", "wait"]
+__all__ = ["is_main", "n_processes", "own_device", "share", "wait"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -29,18 +31,49 @@ def share(
 
     Args:
         size: what the progress bar counts an item as.
+
+    Raises:
+        SurgeryError: another process could not do its share. What `work` raises here is raised here, once all
+            processes know of it: none is left waiting.
     """
     world = n_processes()
     mine = range(rank(), len(items), world)
     done: list[tuple[int, Result]] = []
-    with progress(label, sum(size(items[at]) for at in mine), "steps") as advance:
-        for at in mine:
-            done.append((at, work(items[at])))
-            advance(size(items[at]))
+    fault: Exception | None = None
+    try:
+        with progress(label, sum(size(items[at]) for at in mine), "steps") as advance:
+            for at in mine:
+                done.append((at, work(items[at])))
+                advance(size(items[at]))
+    except Exception as error:
+        if world == 1:
+            raise
+        fault = error
     if world == 1:
         return [result for _, result in done]
-    results = dict(pair for part in _gather(done) for pair in part)
+    # Faults travel as text: not every exception can be pickled.
+    parts: list[tuple[list[tuple[int, Result]], str | None]] = _gather((done, None if fault is None else str(fault)))
+    if fault is not None:
+        raise fault
+    for number, (_, text) in enumerate(parts):
+        if text is not None:
+            raise SurgeryError(f"process {number} failed: {text}")
+    results = dict(pair for part, _ in parts for pair in part)
     return [results[at] for at in range(len(items))]
+
+
+def own_device(device: str) -> str:
+    """The device of this process: `cuda` is a GPU of its own where a launcher started several.
+
+    Raises:
+        SurgeryError: `auto`, which spreads one model over all GPUs, with several processes.
+    """
+    if n_processes() > 1 and device == "auto":
+        raise usage_error(
+            "auto spreads one model over all devices, which several processes cannot share", where="device",
+            hint="Use cuda, which gives each process a GPU of its own, or start one process.",
+        )  # fmt: skip
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if n_processes() > 1 and device == "cuda" else device
 
 
 def wait() -> None:

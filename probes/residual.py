@@ -22,6 +22,8 @@ from surgery.errors import SurgeryError, listing
 
 # Relative errors that rounding may leave; another structure leaves errors of the size of the values.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+# How many roundings a sum of a layer's parts may be off by.
+ROUNDINGS = 4
 TRIAL_TOKENS = 5
 
 
@@ -91,9 +93,14 @@ class Stream:
 
 @dataclass(frozen=True)
 class _Call:
+    """One run of a part. Who made and who takes in a tensor is told by `inputs` and `output` themselves; their values
+    by copies, because some families add to an output in place (Falcon)."""
+
     module: nn.Module
     inputs: tuple[Tensor, ...]
     output: Tensor
+    given: tuple[Tensor, ...]
+    made: Tensor
 
 
 @torch.inference_mode()
@@ -105,35 +112,46 @@ def read_stream(live: LiveModel) -> Stream:
             is linear but for its scale.
     """
     calls: dict[int, list[_Call]] = {index: [] for index in range(len(live.layers))}
-    ends: dict[int, tuple[Tensor, Tensor]] = {}
+    entering: dict[int, Tensor] = {}
+    starts: dict[int, Tensor] = {}
+    ends: dict[int, Tensor] = {}
     norms: list[tuple[Tensor, Tensor]] = []
     outputs: dict[int, Tensor] = {}
 
     def watch(index: int) -> Any:
         def see(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
             given = tuple(x for x in (*arguments, *keywords.values()) if isinstance(x, Tensor))
-            calls[index].append(_Call(module, given, hidden_out(output)))
+            made = hidden_out(output)
+            calls[index].append(_Call(module, given, made, tuple(x.clone() for x in given), made.clone()))
 
         return see
 
-    def watch_layer(index: int) -> Any:
-        def see(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-            ends[index] = hidden_in(arguments, keywords), hidden_out(output)
+    def watch_start(index: int) -> Any:
+        def see(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            entering[index] = hidden_in(arguments, keywords)
+            starts[index] = entering[index].clone()
 
         return see
 
-    def watch_norm(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        norms.append((arguments[0], hidden_out(output)))
+    def watch_end(index: int) -> Any:
+        def see(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            ends[index] = hidden_out(output).clone()
+
+        return see
+
+    def watch_norm(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        norms.append((hidden_in(arguments, keywords), hidden_out(output)))
 
     def watch_projection(index: int) -> Any:
         def see(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            outputs[index] = hidden_out(output)
+            outputs[index] = hidden_out(output).clone()
 
         return see
 
-    handles = [live.final_norm.register_forward_hook(watch_norm)]
+    handles: list[Any] = [live.final_norm.register_forward_hook(watch_norm, with_kwargs=True)]
     for index, layer in enumerate(live.layers):
-        handles.append(layer.register_forward_hook(watch_layer(index), with_kwargs=True))
+        handles.append(layer.register_forward_pre_hook(watch_start(index), with_kwargs=True))
+        handles.append(layer.register_forward_hook(watch_end(index)))
         handles += [child.register_forward_hook(watch(index), with_kwargs=True) for child in layer.children()]
     handles += [p.module.register_forward_hook(watch_projection(index)) for index, p in live.projections.items()]
     with hooks(*handles):
@@ -148,8 +166,8 @@ def read_stream(live: LiveModel) -> Stream:
         faults.append("the final norm")
     pieces, factors, attention = [], [], {}
     for index in range(len(live.layers)):
-        found = _pieces(calls[index], ends[index][0], live.width, tolerance)
-        factor = _factor(found, calls[index], *ends[index], tolerance)
+        found = _pieces(calls[index], entering[index], live.width, tolerance)
+        factor = _factor(found, calls[index], starts[index], ends[index])
         if factor is None:
             faults.append(f"layer {index}")
             factor = 1.0
@@ -207,7 +225,7 @@ def _pieces(calls: list[_Call], layer_input: Tensor, width: int, tolerance: floa
         # Backwards through norms that stand behind a block.
         while (source := _source(here, by_output, layer_input)) is not None:
             fold = fold_norm(here.module, width) if _is_norm(here.module, width) else None
-            if fold is None or not fold.fits(here.inputs[0].float(), here.output.float(), tolerance):
+            if fold is None or not fold.fits(here.given[0].float(), here.made.float(), tolerance):
                 break
             folds.append(fold)
             chain.append(source.module)
@@ -226,26 +244,33 @@ def _is_norm(module: nn.Module, width: int) -> bool:
     return bool(shapes) and all(shape == (width,) for shape in shapes)
 
 
-def _factor(
-    pieces: tuple[Piece, ...], calls: list[_Call], before: Tensor, after: Tensor, tolerance: float
-) -> float | None:
+def _factor(pieces: tuple[Piece, ...], calls: list[_Call], before: Tensor, after: Tensor) -> float | None:
     """The factor on the pieces, or None where the layer's output is not input plus factor times pieces."""
-    outputs = {call.module: call.output for call in calls}
-    if not pieces:
+    outputs = {call.module: call.made for call in calls}
+    parts = [outputs[piece.end].float() for piece in pieces]
+    if not parts or after.shape != before.shape or any(part.numel() != before.numel() for part in parts):
         return None
-    total = sum((outputs[piece.end].float() for piece in pieces), torch.zeros_like(before, dtype=torch.float32))
+    parts = [part.view_as(before) for part in parts]  # some families lay all tokens in one row
+    eps = max(torch.finfo(outputs[piece.end].dtype).eps for piece in pieces)
+    eps = max(eps, torch.finfo(after.dtype).eps)
+    total = torch.stack(parts).sum(0)
     written = after.float() - before.float()
-    factor = float((written * total).sum() / total.square().sum())
-    if abs(factor - 1) <= tolerance:
+    # Rounding happens at the size of what is added up. Some dimensions of the stream are thousands of times larger
+    # than others, and would drown what is written to those.
+    size = before.float().abs() + torch.stack(parts).abs().sum(0)
+    size = size.clamp(min=float(size.mean()) * 1e-6 + torch.finfo(torch.float32).tiny)
+    written, total = written / size, total / size
+    weight = float(total.square().sum())
+    factor = float((written * total).sum()) / weight if weight else 1.0
+    if weight and abs(factor - 1) <= ROUNDINGS * eps * max(1.0, weight**-0.5):
         factor = 1.0
-    # Rounding happens at the size of the stream, not of what is added to it.
-    scale = torch.maximum(after.float().norm(), total.norm())
-    return factor if bool((written - factor * total).norm() <= tolerance * scale) else None
+    error = float((written - factor * total).square().mean().sqrt())
+    return factor if error <= ROUNDINGS * eps else None
 
 
 def _writes(piece: Piece, calls: list[_Call], projected: Tensor, tolerance: float) -> bool:
     """Whether what the attention block puts out is what its output projection made."""
-    made = next(call.output for call in calls if call.module is piece.block)
+    made = next(call.made for call in calls if call.module is piece.block)
     if made.shape != projected.shape:
         made = made.reshape(projected.shape)
     return bool((made.float() - projected.float()).norm() <= tolerance * projected.float().norm())

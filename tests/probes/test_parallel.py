@@ -1,0 +1,170 @@
+"""Promises of probes.parallel: two real processes find what one finds, and neither waits for one that failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from probing import make_sequences, open_folder, probe_for, save
+from safetensors.torch import load_file
+from torch import Tensor
+
+from probes.ablation import all_heads, sweep
+from probes.activations import project, states_at
+from probes.effects import Subject, answer, divergences
+from probes.heads import attribute, head_inputs
+from probes.live import LiveModel
+from probes.parallel import own_device, share
+from probes.residual import read_stream
+from surgery.errors import SurgeryError
+from surgery.heads import Head
+
+ROOT = Path(__file__).parents[2]
+PROCESSES = 2
+# What a process may take before it counts as hanging; it takes about ten.
+SECONDS = 120
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from safetensors.torch import save_file
+
+sys.path[:0] = sys.argv[3:]
+from test_parallel import everything
+from probing import open_folder
+from probes.activations import token_budget
+from probes.parallel import own_device, share, wait
+from surgery.process import rank
+
+torch.set_num_threads(1)
+folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+tensors, texts = everything(open_folder(folder))
+save_file(tensors, out / f"{rank()}.safetensors")
+
+room = (9000, 3000)[rank()]
+def trial(tokens):
+    if tokens > room:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+card = SimpleNamespace(device=torch.device("cuda"), name="card")
+budget = token_budget(card, 100, trial, start=16000)
+(out / f"{rank()}.json").write_text(json.dumps({"texts": texts, "budget": budget, "device": own_device("cuda")}))
+wait()
+
+def fail(item):
+    if item == 3:
+        raise ValueError("item 3 is no good")
+    return item
+
+share(range(4), fail)
+"""
+
+
+def everything(live: LiveModel) -> tuple[dict[str, Tensor], list[str]]:
+    """All that is shared between processes, of more batches than there are processes."""
+    sequences = make_sequences((9, 5, 12, 7, 12), answer=3)
+    weight, bias = probe_for(live)
+    found = {"states": states_at(live, sequences, [[0, 4]] * 5, max_tokens=20)}
+    traces = project(live, sequences, torch.ones(live.n_depths, live.width), torch.zeros(live.n_depths), max_tokens=20)
+    found |= {f"trace {number}": trace for number, trace in enumerate(traces)}
+    scores = attribute(live, sequences, weight, bias, stream=read_stream(live), max_tokens=20)
+    found |= {f"exact {layer}": row for layer, row in scores.exact.items()} | {"total": scores.total}
+    found |= {f"z {layer}": row for layer, row in head_inputs(live, sequences, 3, max_tokens=20).items()}
+    found["ablated"] = sweep(live, sequences, all_heads(live), weight, bias, last=3).ablated
+    edited = Subject(live, {Head(0, 1): 0.0})
+    away = divergences(Subject(live), {"set": edited}, sequences, max_tokens=20)["set"]
+    found["kl"] = torch.from_numpy(away.kl.copy())
+    return {name: tensor.contiguous().clone() for name, tensor in found.items()}, answer(edited, sequences, tokens=4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save("qwen3", tmp_path_factory.mktemp("shared") / "m")
+
+
+@pytest.fixture(scope="module")
+def launched(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int], list[str]]:
+    """Where two processes that know of each other wrote what they found; their exit codes and complaints."""
+    out = tmp_path_factory.mktemp("out")
+    script = out / "script.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
+    running = []
+    for rank in range(PROCESSES):
+        known = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": PROCESSES,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        environment = os.environ | {name: str(value) for name, value in known.items()} | {"OMP_NUM_THREADS": "1"}
+        running.append(
+            subprocess.Popen(
+                [sys.executable, script, folder, out, *paths], env=environment, stderr=subprocess.PIPE, text=True
+            )
+        )
+    try:
+        complaints = [process.communicate(timeout=SECONDS)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return out, [process.returncode for process in running], complaints
+
+
+def test_every_process_has_the_results_of_one(folder, launched):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as there: sums are split by threads
+    try:
+        tensors, texts = everything(open_folder(folder))
+    finally:
+        torch.set_num_threads(threads)
+    for rank in range(PROCESSES):
+        found = load_file(launched[0] / f"{rank}.safetensors")
+        assert sorted(found) == sorted(tensors)
+        for name, tensor in tensors.items():
+            assert torch.equal(found[name], tensor), name
+        assert json.loads((launched[0] / f"{rank}.json").read_text())["texts"] == texts
+
+
+def test_all_processes_take_the_batches_that_fit_the_smallest_card(launched):
+    found = [json.loads((launched[0] / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
+    assert [row["budget"] for row in found] == [2000, 2000]
+    assert [row["device"] for row in found] == ["cuda:0", "cuda:1"]
+
+
+def test_a_fault_in_one_process_ends_all_of_them(launched):
+    _, codes, complaints = launched
+    assert codes == [1, 1]
+    assert "SurgeryError: process 1 failed: item 3 is no good" in complaints[0]
+    assert "ValueError: item 3 is no good" in complaints[1]
+
+
+def test_one_process_works_in_order_and_raises_what_is_raised():
+    assert share([3, 1, 2], lambda item: item * item) == [9, 1, 4]
+    assert share([], lambda item: item) == []
+    with pytest.raises(ZeroDivisionError):
+        share([1, 0], lambda item: 1 / item)
+
+
+def test_one_process_takes_the_device_it_is_given():
+    assert [own_device(device) for device in ("cpu", "cuda", "cuda:1", "auto")] == ["cpu", "cuda", "cuda:1", "auto"]
+
+
+def test_a_spread_model_is_not_shared(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SurgeryError, match="device: auto spreads one model over all devices"):
+        own_device("auto")
+    assert own_device("cpu") == "cpu"
