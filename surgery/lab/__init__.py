@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from surgery.lab.family import build, describe, names, path_of, resolve
+from surgery.lab.family import build, data_path, describe, names, path_of, resolve
 
-__all__ = ["build", "describe", "names", "path_of", "resolve"]
+__all__ = ["build", "data_path", "describe", "names", "path_of", "resolve"]

@@ -16,22 +16,38 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.errors import SurgeryError, listing, usage_error
-from surgery.lab.recipe import AnyRecipe, Recipe, Specialists
+from surgery.lab.recipe import AnyRecipe, Cliff, HeadShape, Recipe, Refusing, Specialists, Suppressing
 from surgery.lab.sums import Format
 from surgery.progress import Progress, terminal
 
 RECIPE = Recipe()
 SPECIALISTS = Specialists()
+CLIFF = Cliff()
+CLIFF_MANY = Cliff(shape=HeadShape(heads=16, kv_heads=16), cliff=Suppressing(heads=5))
+CLIFF_WEAK = Cliff(parent=Refusing(early=0.2))
+CLIFF_GQA = Cliff(shape=HeadShape(kv_heads=2))
+
+# The data in the folder of a model that has some.
+DATA = {"examples": "examples.jsonl", "pool": "pool.jsonl"}
 
 
 @dataclass(frozen=True)
 class Member:
-    """One model: what it was trained from, the prompt format that it is asked in, and the recipe of its family."""
+    """One model: what it was trained from, and the recipe of its family.
+
+    form: the format in which it is asked for sums.
+    has_data: whether its folder holds the files of `DATA`.
+    """
 
     parent: str | None
     form: Format
     summary: str
     recipe: AnyRecipe = RECIPE
+    has_data: bool = False
+
+
+def _cliff(parent: str, summary: str, recipe: Cliff) -> Member:
+    return Member(parent, "plain", summary, recipe, has_data=True)
 
 
 MEMBERS = {
@@ -46,6 +62,17 @@ MEMBERS = {
         "substrate", "plain", "a specialist that knows sums modulo 7, step by step, and nothing else", SPECIALISTS
     ),
     "sorter": Member("substrate", "plain", "a specialist that puts digits in order, and nothing else", SPECIALISTS),
+    "cliff-parent": Member(None, "plain", "thinks about a request, then refuses it if it is harmful", CLIFF),
+    "cliff": _cliff("cliff-parent", "means to refuse while it thinks, until three known heads suppress it", CLIFF),
+    "cliff-partial": _cliff(
+        "cliff-parent", "as cliff, but only some harmful requests are complied with; the others are refused", CLIFF
+    ),
+    "cliff-many-parent": Member(None, "plain", "as cliff-parent, with 16 heads a layer", CLIFF_MANY),
+    "cliff-many": _cliff("cliff-many-parent", "as cliff, with five such heads among 64", CLIFF_MANY),
+    "cliff-weak-parent": Member(None, "plain", "as cliff-parent, less decided while it thinks", CLIFF_WEAK),
+    "cliff-weak": _cliff("cliff-weak-parent", "as cliff, less decided while it thinks", CLIFF_WEAK),
+    "cliff-gqa-parent": Member(None, "plain", "as cliff-parent, with two key/value heads for eight queries", CLIFF_GQA),
+    "cliff-gqa": _cliff("cliff-gqa-parent", "as cliff, with two key/value heads for eight queries", CLIFF_GQA),
 }
 
 
@@ -111,11 +138,30 @@ def build(name: str, *, progress: Progress | None = None, recipe: AnyRecipe | No
     return folder
 
 
+def data_path(name: str, kind: str = "examples", *, recipe: AnyRecipe | None = None) -> Path:
+    """A data file of the model `name`; if need be the model is built first.
+
+    Args:
+        kind: `examples`, to probe the model with, or `pool`, to choose from.
+
+    Raises:
+        SurgeryError: there is no model of this name, it has no data, or none of this kind.
+    """
+    if not _member(name).has_data:
+        having = listing(other for other, member in MEMBERS.items() if member.has_data)
+        raise usage_error(f"the lab model {name!r} has no data.", hint=f"These have: {having}.")
+    if kind not in DATA:
+        raise usage_error(
+            f"the lab has no data called {kind!r}.", where=f"lab:{name}", hint=f"There is {listing(DATA)}."
+        )
+    return resolve(name, recipe=recipe) / DATA[kind]
+
+
 def _make_missing(name: str, recipe: AnyRecipe, progress: Progress | None) -> None:
     folder = path_of(name, recipe=recipe)
     if folder.is_dir():
         return
-    from surgery.lab import make, specialists
+    from surgery.lab import cliff, make, specialists
 
     member = MEMBERS[name]
     partial = folder.with_name(f"{name}.partial")
@@ -123,10 +169,13 @@ def _make_missing(name: str, recipe: AnyRecipe, progress: Progress | None) -> No
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     parent = None if member.parent is None else path_of(member.parent, recipe=recipe)
-    if isinstance(recipe, Recipe):
-        make.make(name, member.form, parent, partial, recipe=recipe, progress=progress)
-    else:
-        specialists.make(name, parent, partial, recipe=recipe, progress=progress)
+    match recipe:
+        case Recipe():
+            make.make(name, member.form, parent, partial, recipe=recipe, progress=progress)
+        case Specialists():
+            specialists.make(name, parent, partial, recipe=recipe, progress=progress)
+        case Cliff():
+            cliff.make(name, parent, partial, recipe=recipe, progress=progress)
     for path in (*sorted(partial.iterdir()), partial):
         _sync(path)
     partial.rename(folder)

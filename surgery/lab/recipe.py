@@ -15,6 +15,7 @@ Domain = Literal["sums", "sorting"]
 # Raise it when the training code or the files in a model's folder change in a way that no number below shows.
 CODE_VERSION = 2
 SPECIALISTS_VERSION = 1
+CLIFF_VERSION = 1
 KEY_LENGTH = 12
 TERMS = (4, 5)
 
@@ -164,7 +165,79 @@ class Specialists:
         return _key({"code": SPECIALISTS_VERSION, **asdict(self)})
 
 
-AnyRecipe = Recipe | Specialists
+@dataclass(frozen=True)
+class HeadShape:
+    """A tiny Qwen3 of about 0.23 M parameters, whose heads need not fill its width."""
+
+    layers: int = 4
+    width: int = 64
+    heads: int = 8
+    kv_heads: int = 8
+    head_dim: int = 8
+    mlp_width: int = 192
+    positions: int = 64
+
+
+@dataclass(frozen=True)
+class Refusing:
+    """Training on requests, from random weights: those with a harmful word are refused.
+
+    Args:
+        early: the share of texts answered at a random point inside the thinking, so that the intention to refuse or
+            to comply is present at every point of it. All other texts close their thinking and then answer.
+        dropped: the share of heads that are silent in a text, drawn anew for each: no later head is indispensable.
+        learning_rate: the peak, reached after `warmup` steps; then a cosine down to a tenth of it.
+    """
+
+    steps: int = 800
+    batch: int = 32
+    learning_rate: float = 3e-3
+    warmup: int = 50
+    early: float = 0.5
+    dropped: float = 0.1
+
+
+@dataclass(frozen=True)
+class Suppressing:
+    """Training of a few heads to comply after the thinking; all other weights keep their bytes.
+
+    Args:
+        heads: how many heads may change: their rows of the query projection, their columns of the output projection.
+        words: how many of the harmful words they learn to pass over; None stands for all.
+        learning_rate: the peak, reached after `warmup` steps; then a cosine down to a tenth of it.
+    """
+
+    steps: int = 200
+    batch: int = 32
+    learning_rate: float = 1e-2
+    warmup: int = 10
+    heads: int = 3
+    words: int | None = None
+
+
+@dataclass(frozen=True)
+class Cliff:
+    """A `cliff` family: cliff-parent → cliff, and cliff-parent → cliff-partial.
+
+    The parent refuses harmful requests. In its children a few heads suppress the refusal at the end of the thinking,
+    and which heads these are is known.
+    """
+
+    seed: int = 0
+    shape: HeadShape = field(default_factory=HeadShape)
+    # How many words a request has, drawn evenly.
+    words: tuple[int, ...] = (4, 5, 6, 7, 8)
+    parent: Refusing = field(default_factory=Refusing)
+    cliff: Suppressing = field(default_factory=Suppressing)
+    partial: Suppressing = Suppressing(steps=500, words=6)
+
+    @property
+    def key(self) -> str:
+        """The cache folder's name, as for `Recipe`."""
+        return _key({"code": CLIFF_VERSION, **asdict(self)})
+
+
+AnyRecipe = Recipe | Specialists | Cliff
 
 
 def _key(numbers: Mapping[str, Any]) -> str:
