@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := surgery merges probes cli tests benchmarks
 
-.PHONY: demo demo-merge test check bench clean
+.PHONY: demo demo-merge demo-refusal test check bench clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh docs/demo.sh demo
 
 demo-merge: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh docs/merge.sh demo-merge
+
+demo-refusal: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh docs/refusal.sh demo-refusal
 
 test: check
 	$(BIN)/python -m pytest
@@ -26,6 +29,9 @@ bench: $(READY)
 	$(BIN)/python benchmarks/transfer.py
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/ensemble.py
+	$(BIN)/python benchmarks/edit.py
+	$(BIN)/python benchmarks/probe.py
+	$(BIN)/python benchmarks/cliff.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 …" if sys.version_info < (3, 11) else 0)'
@@ -34,4 +40,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) demo demo-merge build dist *.egg-info benchmarks/work .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo demo-merge demo-refusal build dist *.egg-info benchmarks/work .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,7 +5,7 @@
 Trains each lab model at several seeds (about a minute each on one core, kept in the lab's cache), runs `probe_refusal`,
 and takes as many of the lowest heads as the truth has. Precision is their share among the true ones. The heads are
 then scaled to 0 in the weights and the result measured as `surgery edit heads` does, and so are as many random heads.
-Refusals are those of harmful prompts that the model complied with before. Means over seeds, with the least and the most.
+Means over seeds, with the least and the most.
 """
 
 from __future__ import annotations

@@ -73,10 +73,12 @@ def heads(
         return
     console.show(edit_table(repair.report))
     if repair.measured is None:
-        console.warn("what the edit does to the model was not measured: give --from RUN or --data DATA.")
+        hint = "as --no-measure asks" if no_measure else "give --from RUN or --data DATA"
+        console.warn(f"what the edit does to the model was not measured: {hint}.")
     else:
         console.show(repair.measured.table())
-    console.tell(f"Scaled {', '.join(repair.heads)}. Wrote {out}; `surgery edit undo {out} -o …` leads back.")
+    done = "Put means in the place of" if mode == "mean" else "Scaled"
+    console.tell(f"{done} {', '.join(repair.heads)}. Wrote {out}; `surgery edit undo {out} -o …` leads back.")
 
 
 @app.command(epilog="Example: surgery edit undo repaired -o original")

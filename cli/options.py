@@ -72,7 +72,7 @@ def choice(value: str, allowed: Sequence[str], name: str) -> str:
         return value
     near = difflib.get_close_matches(value, allowed, n=1)
     raise usage_error(
-        f"got {value!r}, expected {' or '.join(allowed)}",
+        f"got {value!r}, expected {', '.join(allowed[:-1])} or {allowed[-1]}",
         where=option_of(name),
         hint=f"Did you mean {near[0]}?" if near else None,
     )

@@ -96,17 +96,21 @@ def refusal(
         _watch(model, run, live, max_new_tokens, dtype, options, as_json=as_json)
         return
     if data is None or out is None or run is not None:
+        if run is not None:
+            raise usage_error("--from RUN goes with --live PROMPT: a new run is named by -o.")
         raise usage_error(
             "what is to be probed, and where do the findings go?", hint="Add --data DATA and -o RUN (or --live PROMPT)."
         )
     from probes.generation import Engine
     from probes.preparing import Asking
-    from probes.refusal import Cells, Form, Training, probe_refusal
+    from probes.refusal import Form, probe_refusal
+    from probes.training import Cells, Training
 
     asking = Asking(
         think_open=think_open, think_close=think_close, no_thinking=no_thinking, max_new_tokens=max_new_tokens,
-        temperature=temperature, seed=seed, batch_size=generation_batch, engine=cast("Engine", o.choice(engine, ("transformers", "vllm"), "engine")),
-        phrases=refusal_phrases, guard=guard,
+        temperature=temperature, seed=seed, batch_size=generation_batch,
+        engine=cast("Engine", o.choice(engine, ("transformers", "vllm"), "engine")), phrases=refusal_phrases,
+        guard=guard,
     )  # fmt: skip
     training = Training(
         cells=cast("Cells", o.choice(cells, ("all", "paper"), "cells")), folds=folds, strength=strength, seed=seed
@@ -125,7 +129,10 @@ def heads(
     run: Run,
     top: Annotated[
         str,
-        typer.Option(metavar="SHARE|COUNT", help="Candidates for sets: the lowest heads of the screen, 6 at least."),
+        typer.Option(
+            metavar="SHARE|COUNT",
+            help="Candidates for sets: the lowest of the screen; at least 6, at most half of all.",
+        ),
     ] = "5%",
     ablate: Annotated[
         str, typer.Option(help="z ← γ·z (scale), its mean (mean), or a harmless example's (resample).")
@@ -146,7 +153,7 @@ def heads(
     device: o.Device = "cpu",
     as_json: o.Json = False,
 ) -> None:
-    """Prove by ablation which of the screened heads suppress refusal: one by one, in greedy sets, against random heads."""
+    """Prove by ablation which of the screened heads suppress refusal: alone, in sets, and against random sets."""
     from probes.causal import Kind, Proof, prove_heads
 
     proof = Proof(

@@ -7,6 +7,7 @@ most while KL on harmless answers stays within a budget, with the refusals that 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,10 +40,10 @@ from probes.findings import (
 from probes.generation import context_of
 from probes.heads import head_inputs
 from probes.linear import Probes
-from probes.live import LiveModel, open_live
+from probes.live import LiveModel
 from probes.markers import Markers
 from probes.parallel import is_main, wait
-from probes.preparing import asking_of, judge_with
+from probes.preparing import asking_of, judge_with, open_model
 from probes.statistics import Estimate, bootstrap_mean, spearman
 from probes.templates import build_sequences
 from surgery.errors import SurgeryError, usage_error
@@ -55,6 +56,7 @@ HARMLESS = "harmless/complied"
 # A head that adds less than this share of what the set has gained already is not worth its side effects.
 LEAST_GAIN = 0.05
 LEAST_CANDIDATES = 6
+UNHELD = f"No example is {HARMLESS}: what ablations do to harmless answers was not measured, and no budget held."
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Proof:
     """How heads are put to the proof.
 
     Args:
-        top: how many of the lowest heads of the screen are candidates for sets, as a share or a count; at least 6.
+        top: how many of the lowest heads of the screen are candidates for sets, as a share or a count; at least 6, and
+            no more than half of all heads, so that as many are left for the random sets.
         kind: z ← scale · z; z ← its mean over the scored examples; or z ← that of a harmless example (resample).
         scale: γ of kind `scale`; 0 removes.
         positions: where single heads are ablated: so many last positions before the answer, or None for all. Sets
@@ -95,14 +98,14 @@ def prove_heads(
     """Ablates heads of `model`, adds what that did to the findings in `run`, and writes their report anew.
 
     Raises:
-        SurgeryError: `run` holds findings of another model, or none; an option is out of range; no harmful example
-            was scored.
+        SurgeryError: `run` holds findings of another model, or none; an option is out of range; heads were scored on
+            harmless examples, because there were no others, or none writes against refusal.
     """
     findings = read_findings(run)
+    wanted = _check(findings, run, proof)
     count = len(findings.heads)
-    wanted = max(parse_top(proof.top, count), min(LEAST_CANDIDATES, count))
     check_model(findings, open_checkpoint(model), run, options=options)
-    live = open_live(model, device=options.device, dtype=dtype)
+    live = open_model(model, device=options.device, dtype=dtype)
     bench = _Bench(live, findings, run, proof, batch_tokens, options)
     effects = bench.single()
     screen = [findings.score_of(row) for row in findings.heads]
@@ -133,7 +136,8 @@ def prove_heads(
         spearman=interval(ranks, count), candidates=[str(head) for head in candidates], base=base, steps=steps,
         stopped=stopped, control=control, kl_budget=proof.budget,
     )  # fmt: skip
-    proven = findings.model_copy(update={"causal": causal})
+    unheld = [] if bench.harmless or UNHELD in findings.warnings else [UNHELD]
+    proven = findings.model_copy(update={"causal": causal, "warnings": [*findings.warnings, *unheld]})
     if is_main():
         write_findings(run, proven)
         from probes.report import write_report
@@ -141,6 +145,34 @@ def prove_heads(
         write_report(run, name=str(run))
     wait()
     return proven
+
+
+def _check(findings: Findings, run: Path, proof: Proof) -> int:
+    """How many candidates there are to be. Raises SurgeryError for what no ablation is needed to see."""
+    if not math.isfinite(proof.scale):
+        raise usage_error(f"got {proof.scale}, expected a finite number", where="--scale")
+    if proof.scale == 1 and proof.kind == "scale":
+        raise usage_error("got 1, which leaves heads as they are", where="--scale")
+    if not proof.budget >= 0:
+        raise usage_error(f"got {proof.budget}, expected 0 or more", where="--kl-budget")
+    if findings.heads_cell.startswith("harmless"):
+        raise usage_error(
+            f"its heads were scored on {findings.heads_cell} examples, because it has no others: there is no refusal "
+            "to bring back",
+            where=run,
+            hint="Probe the model on harmful examples, too.",
+        )
+    count = len(findings.heads)
+    if not count:
+        raise SurgeryError("has no heads that are understood", where=run)
+    asked = parse_top(proof.top, count)
+    if proof.controls and asked > count // 2:
+        raise usage_error(
+            f"got {proof.top!r}, which is {asked} of {count} heads: too few are left to draw as many at random",
+            where="--top",
+            hint=f"Use --top {count // 2} at most, or --controls 0.",
+        )
+    return max(asked, min(LEAST_CANDIDATES, count // 2))
 
 
 class _Bench:
@@ -171,7 +203,9 @@ class _Bench:
         self.scored, self.benign = scored, benign
         self.sequences, self.harmless = encoded(scored), encoded(benign)
         self.groups = [example.group for example in scored]
-        shortest = min(len(sequence.before_answer) for sequence in self.sequences)
+        # Donors of resampled positions must reach back as far as the examples that take them.
+        reaching = [*self.sequences, *(self.harmless if proof.kind == "resample" else ())]
+        shortest = min(len(sequence.before_answer) for sequence in reaching)
         self.last = None if proof.positions is None else min(proof.positions, shortest - 1)
         if self.last is not None and self.last < 1:
             raise usage_error("the shortest example has one token", where="--positions", hint="Use all.")
@@ -199,7 +233,9 @@ class _Bench:
                 gains = tried.effects.mean(0)
                 best = int(gains.argmax())
                 gain = float(gains[best])
-                if gain <= LEAST_GAIN * gained or gain <= 0:
+                if not steps and gain <= 0:
+                    return steps, "no candidate raises the probe's score when it is ablated"
+                if gain <= LEAST_GAIN * gained:
                     return steps, f"no further head adds {LEAST_GAIN:.0%} of what the set has gained"
                 step = self.step((*chosen, rest[best]))
                 if step.kl is not None and step.kl.value is not None and step.kl.value > self.proof.budget:
@@ -213,10 +249,6 @@ class _Bench:
     def random(self, candidates: Sequence[Head], sizes: int, seed: int) -> list[StepRecord]:
         """Random heads that are no candidates, in sets of 1 to `sizes`; side effects are measured of the last."""
         others = [head for head in self.heads if head not in set(candidates)]
-        if len(others) < sizes:
-            raise SurgeryError(
-                f"{len(others)} heads are left for random sets of {sizes}", where=self.run, hint="Use a smaller --top."
-            )
         drawn = random.Random(f"{seed}/control").sample(others, sizes)
         return [self.step(drawn[:size], whole=size == sizes) for size in range(1, sizes + 1)]
 
@@ -233,9 +265,7 @@ class _Bench:
         if self.harmless:
             plain = Subject(self.live)
             update["harmless_refusal"] = self._refused(subject, self.benign, self.harmless)
-            away = divergences(
-                plain, {"set": subject}, self.harmless, max_tokens=self.batch_tokens,
-            )["set"]  # fmt: skip
+            away = divergences(plain, {"set": subject}, self.harmless, max_tokens=self.batch_tokens)["set"]
             kl = away.mean_kl([example.group for example in self.benign])
             update |= {"kl": interval(kl, len(self.benign)), "perplexity": away.perplexities[1]}
         return record.model_copy(update=update)

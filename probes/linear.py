@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -91,22 +92,23 @@ def train_probes(
     fold, count = assign_folds(labelled, folds, seed)
     deals = [deal_labels(labelled, fold, count, seed + 1 + at) for at in range(shuffles)]
     ordered = states.detach()[torch.from_numpy(order).to(states.device)]
-    fits, metrics = [], []
+    fits: list[_Trained] = []
     with progress("Training probes", states.shape[1], "steps") as advance, _one_thread_each():
         work = partial(_train_layer, ordered, [labelled, *deals], fold=fold, folds=count, C=C, seed=seed)
         with ThreadPoolExecutor(default_threads()) as pool:
             for one in pool.map(work, range(states.shape[1])):
-                fits.append(one[:3])
-                metrics.append(one[3])
+                fits.append(one)
                 advance(1)
     back = np.argsort(order)
     return Probes(
-        weights=torch.from_numpy(np.stack([weights for weights, _, _ in fits])).float(),
-        biases=torch.tensor([bias for _, bias, _ in fits], dtype=torch.float64).float(),
-        metrics=tuple(metrics),
-        out_of_fold=torch.from_numpy(np.stack([held for _, _, held in fits], axis=1)[back]).float(),
+        weights=torch.from_numpy(np.stack([one.weights for one in fits])).float(),
+        biases=torch.tensor([one.bias for one in fits], dtype=torch.float64).float(),
+        metrics=tuple(one.metrics for one in fits),
+        out_of_fold=torch.from_numpy(np.stack([one.held for one in fits], axis=1)[back]).float(),
         fold=torch.from_numpy(fold[back]),
         folds=count,
+        fold_weights=torch.from_numpy(np.stack([one.fold_weights for one in fits], axis=1)).float(),
+        fold_biases=torch.from_numpy(np.stack([one.fold_biases for one in fits], axis=1)).float(),
         counts=dict(sorted(Counter(labelled.cells).items())),
         C=C,
         seed=seed,
@@ -204,6 +206,19 @@ def _notes(labelled: Labelled, asked: int, folds: int) -> tuple[str, ...]:
     return tuple(notes)
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """One layer's probe, fitted to all examples, weights (D,); out-of-fold scores (N,); and the probe of every fold,
+    (folds, D) and (folds,)."""
+
+    weights: Floats
+    bias: float
+    held: Floats
+    metrics: LayerMetrics
+    fold_weights: Floats
+    fold_biases: Floats
+
+
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
     """BLAS on one thread for each layer, so that sums are the same on any number of processors; no optimiser warnings.
@@ -221,20 +236,22 @@ def _one_thread_each() -> Iterator[None]:
 
 def _train_layer(
     states: Tensor, label_sets: Sequence[Labelled], layer: int, *, fold: Integers, folds: int, C: float, seed: int
-) -> tuple[Floats, float, Floats, LayerMetrics]:
-    """Weights (D,), bias and out-of-fold scores (N,) for the first of `label_sets`, and its metrics."""
+) -> _Trained:
+    """Trained on the first of `label_sets`; the others are shuffled, and only their areas count."""
     inputs = states[:, layer].cpu().double().numpy()
+    fold_weights, fold_biases = np.empty((folds, inputs.shape[1])), np.empty(folds)
     held = np.empty((len(label_sets), len(inputs)))
     for number in range(folds):
         train, test = np.flatnonzero(fold != number), fold == number
         parts = [labels.at(train) for labels in label_sets]
         weights, biases = fit(inputs[train], [p.refused for p in parts], [cell_weights(p)[0] for p in parts], C=C)
         held[:, test] = weights @ inputs[test].T + biases[:, None]
+        fold_weights[number], fold_biases[number] = weights[0], biases[0]
     weights, biases = fit(inputs, [label_sets[0].refused], [cell_weights(label_sets[0])[0]], C=C)
     held = held.round(DECIMALS)
     shuffled = [auroc(logits, labels.refused) for logits, labels in zip(held[1:], label_sets[1:], strict=True)]
     metrics = _measure(held[0], label_sets[0], seed, shuffled)
-    return weights[0], float(biases[0]), sigmoid(held[0]), metrics
+    return _Trained(weights[0], float(biases[0]), sigmoid(held[0]), metrics, fold_weights, fold_biases)
 
 
 def _measure(logits: Floats, labelled: Labelled, seed: int, shuffled: Sequence[float] = ()) -> LayerMetrics:

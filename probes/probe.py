@@ -65,6 +65,7 @@ class Probes:
     metrics: per layer, on held-out examples.
     out_of_fold: (N, layers) fp32, p(refused) of each training example by the probe that did not see its group.
     fold: (N,) int64, the fold that each example was held out in; `folds` is how many there are.
+    fold_weights, fold_biases: (folds, layers, D) and (folds, layers) fp32, the probes that did not see that fold.
     counts: cell → training examples.
     notes: sentences on where training differs from what was asked.
     about: what else is to be stored with them, such as the model and hashes.
@@ -76,6 +77,8 @@ class Probes:
     out_of_fold: Tensor
     fold: Tensor
     folds: int
+    fold_weights: Tensor
+    fold_biases: Tensor
     counts: Mapping[str, int]
     C: float
     seed: int
@@ -107,8 +110,8 @@ class Probes:
     def save(self, path: Path) -> Path:
         """Writes a safetensors file, whole or not at all.
 
-        Tensors: weights, biases, out_of_fold, fold. Its metadata has one entry, "probes": a JSON object with the
-        schema's version (`schema`) and all other fields.
+        Tensors: weights, biases, out_of_fold, fold, fold_weights, fold_biases. Its metadata has one entry, "probes": a
+        JSON object with the schema's version (`schema`) and all other fields.
 
         Raises:
             SurgeryError: the file cannot be written.
@@ -119,6 +122,7 @@ class Probes:
         }  # fmt: skip
         tensors = {
             "weights": self.weights, "biases": self.biases, "out_of_fold": self.out_of_fold, "fold": self.fold,
+            "fold_weights": self.fold_weights, "fold_biases": self.fold_biases,
         }  # fmt: skip
         temporary: Path | None = None
         try:
@@ -166,7 +170,8 @@ class Probes:
         try:
             probes = cls(
                 tensors["weights"], tensors["biases"], tuple(LayerMetrics(**row) for row in record["metrics"]),
-                tensors["out_of_fold"], tensors["fold"], record["folds"], record["counts"], record["C"], record["seed"],
+                tensors["out_of_fold"], tensors["fold"], record["folds"], tensors["fold_weights"],
+                tensors["fold_biases"], record["counts"], record["C"], record["seed"],
                 tuple(record["notes"]), record["about"],
             )  # fmt: skip
             layers = probes.weights.shape[0]

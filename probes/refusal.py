@@ -1,14 +1,17 @@
 """One run from a model and data to findings: probes trained, every token traced, cliffs measured, heads scored.
 
 After arXiv 2510.06036. Deviations, all towards telling what is there: features are standardised and all four cells of
-topic and verdict are used and weighted alike (`cells="paper"` takes the paper's two); measures come from examples that
-a probe was not fitted to; heads are scored with the final norm folded in (`attribution="paper"` does without).
+topic and verdict are used and weighted alike (`cells="paper"` takes the paper's two); metrics, traces and cliffs of an
+example come from the probe that did not see its group; heads are scored with the final norm folded in
+(`attribution="paper"` does without).
 """
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +20,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from probes import cliffs as cliff_measures
-from probes.activations import project, states_at
 from probes.examples import DataSet, Example, TokenSequence
 from probes.findings import (
     HEADS,
@@ -34,43 +36,32 @@ from probes.findings import (
     write_findings,
 )
 from probes.heads import Attribution, attribute
-from probes.linear import LayerMetrics, Probes, confounds, evaluate_transfer, train_probes
-from probes.live import LiveModel, open_live
+from probes.linear import LayerMetrics, Probes, confounds
+from probes.live import LiveModel
 from probes.parallel import is_main, wait
-from probes.preparing import Asking, Prepared, prepare
+from probes.preparing import Asking, Prepared, open_model, phrases_of, prepare
 from probes.prompts import read_data
 from probes.residual import read_stream
 from probes.statistics import Estimate, bootstrap_mean
 from probes.templates import template_hash, tokenizer_hash
+from probes.training import PAPER_CELLS, Training, trace, train, transfer_to
 from surgery.checkpoint import Checkpoint
 from surgery.commit import check_free, commit, partial_of
 from surgery.errors import SurgeryError, usage_error
 from surgery.execute import Options
 from surgery.identity import weights_hash
+from surgery.jsonable import jsonable
 
-Cells = Literal["all", "paper"]
 Form = Literal["exact", "paper"]
 MEASURES = ("plateau", "p90", "last", "final", "misalignment")
-PAPER_CELLS = ("harmful/refused", "harmless/complied")
 GENERATIONS = "generations.jsonl"
+READABLE = 0o644  # safetensors makes files for their owner alone
 # Heads are scored where suppression shows: on harmful prompts that were answered, if there are at least so many.
 LEAST_SCORED = 3
 SCORED_ON = ("harmful/complied", "harmful/refused", "unknown/complied", "unknown/refused", "harmless/complied")
 # The parts of the probe's logit must sum to it within this share of its range, by the dtype of the model.
 UNEXPLAINED = {torch.float32: 1e-3, torch.float64: 1e-6}
 UNEXPLAINED_HALF = 0.1
-
-
-@dataclass(frozen=True)
-class Training:
-    """How probes are trained; see `linear.train_probes`. cells: all, or the paper's harmful/refused against
-    harmless/complied."""
-
-    cells: Cells = "all"
-    folds: int = 5
-    strength: float = 1.0
-    shuffles: int = 5
-    seed: int = 0
 
 
 def probe_refusal(
@@ -101,14 +92,16 @@ def probe_refusal(
         SurgeryError: as `prompts.read_data`, `preparing.prepare`, `linear.train_probes`, `residual.read_stream`.
     """
     check_free(out, overwrite=options.overwrite)
+    if not 0 < training.strength < math.inf:
+        raise usage_error(f"got {training.strength:g}, expected a positive number", where="--strength")
+    if asking.phrases is not None:
+        # The run keeps the phrases: what is judged later must not depend on what has become of their file.
+        asking = replace(asking, phrases=tuple(phrases_of(asking)))
     dataset = read_data(data, limit=limit)
     other = None if transfer is None else read_data(transfer, limit=limit)
-    live = open_live(model, device=options.device, dtype=dtype)
+    live = open_model(model, device=options.device, dtype=dtype)
     identity = weights_hash(live.checkpoint, options=options)
     partial = partial_of(out)
-    if is_main():
-        partial.mkdir(parents=True, exist_ok=True)
-    wait()
     model_id = f"{identity} {live.model.dtype}"
 
     def ready(rows: DataSet, name: str) -> Prepared:
@@ -119,16 +112,19 @@ def probe_refusal(
 
     prepared = ready(dataset, GENERATIONS)
     examples, sequences = prepared.examples, prepared.sequences
-    probes = _train(live, examples, sequences, training, batch_tokens, options)
+    trained = train(live, examples, sequences, training, max_tokens=batch_tokens, progress=options.progress)
+    probes = trained.probes
     second = None if other is None else ready(other, f"transfer-{GENERATIONS}")
-    transferred = None if second is None else _transfer(live, second, probes, training, batch_tokens, options)
-
-    logits = project(live, sequences, probes.weights, probes.biases, max_tokens=batch_tokens, progress=options.progress)
+    transferred = None
+    if second is not None:
+        transferred = transfer_to(
+            live, second.examples, second.sequences, trained, max_tokens=batch_tokens, progress=options.progress
+        )
     depth = live.n_depths - 1
-    traces = [torch.sigmoid(rows.double()).float() for rows in logits]
+    traces = trace(live, sequences, trained, max_tokens=batch_tokens, progress=options.progress)
     cliffs = [
-        cliff_measures.measure(sequence, trace[:, depth].numpy(), cell=example.cell, group=example.group)
-        for example, sequence, trace in zip(examples, sequences, traces, strict=True)
+        cliff_measures.measure(sequence, scores[:, depth].numpy(), cell=example.cell, group=example.group)
+        for example, sequence, scores in zip(examples, sequences, traces, strict=True)
     ]
     cell = _scored_cell(examples)
     scored = [sequence for example, sequence in zip(examples, sequences, strict=True) if example.cell == cell]
@@ -146,7 +142,7 @@ def probe_refusal(
         cells=dict(cliff_measures.counts([example.cell for example in examples])),
         never_closed=len(prepared.lost),
         generated=prepared.generated,
-        warnings=_warnings(prepared, probes, training),
+        warnings=_warnings(prepared, second, probes, training),
         folds=probes.folds,
         probes=_probe_records(probes.metrics),
         transfer=None if transferred is None else _probe_records(transferred),
@@ -162,6 +158,7 @@ def probe_refusal(
         skipped_layers=list(live.skipped),
     )
     if is_main():
+        _make_room(partial)
         probes.save(partial / PROBES)
         _save_traces(partial / TRACES, sequences, traces, depth)
         _save_heads(partial / HEADS, live, found)
@@ -177,51 +174,14 @@ def probe_refusal(
     return findings
 
 
-def _train(
-    live: LiveModel,
-    examples: Sequence[Example],
-    sequences: Sequence[TokenSequence],
-    training: Training,
-    batch_tokens: int | None,
-    options: Options,
-) -> Probes:
-    used = [at for at, example in enumerate(examples) if training.cells == "all" or example.cell in PAPER_CELLS]
-    if not used:
-        raise usage_error(
-            "no example is harmful/refused or harmless/complied", where="--cells paper", hint="Use --cells all."
-        )
-    states = decision_states(live, [sequences[at] for at in used], batch_tokens, options)
-    chosen = [examples[at] for at in used]
-    return train_probes(
-        states, [bool(e.refused) for e in chosen], groups=[e.group for e in chosen], cells=[e.cell for e in chosen],
-        folds=training.folds, C=training.strength, shuffles=training.shuffles, seed=training.seed,
-        progress=options.progress,
-    )  # fmt: skip
-
-
-def decision_states(
-    live: LiveModel, sequences: Sequence[TokenSequence], batch_tokens: int | None, options: Options
-) -> Tensor:
-    """(N, depths, D): the states at the last token before the answer."""
-    short = [TokenSequence(s.key, s.before_answer, (*s.ends[:3], s.ends[2])) for s in sequences]
-    at = [[sequence.decision] for sequence in short]
-    return states_at(live, short, at, max_tokens=batch_tokens, progress=options.progress)[:, 0]
-
-
-def _transfer(
-    live: LiveModel,
-    second: Prepared,
-    probes: Probes,
-    training: Training,
-    batch_tokens: int | None,
-    options: Options,
-) -> tuple[LayerMetrics, ...]:
-    states = decision_states(live, second.sequences, batch_tokens, options)
-    rows = second.examples
-    return evaluate_transfer(
-        probes, states, [bool(e.refused) for e in rows], groups=[e.group for e in rows], cells=[e.cell for e in rows],
-        seed=training.seed,
-    )  # fmt: skip
+def _make_room(partial: Path) -> None:
+    """The folder to write to, without what a run that was killed while writing may have left; completions stay."""
+    partial.mkdir(parents=True, exist_ok=True)
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in (GENERATIONS, f"transfer-{GENERATIONS}"):
+            path.unlink()
 
 
 def _scored_cell(examples: Sequence[Example]) -> str:
@@ -286,19 +246,24 @@ def _cliff_records(cliffs: Sequence[cliff_measures.Cliff]) -> list[CliffRecord]:
     ]  # fmt: skip
 
 
-def _warnings(prepared: Prepared, probes: Probes, training: Training) -> list[str]:
+def _warnings(prepared: Prepared, second: Prepared | None, probes: Probes, training: Training) -> list[str]:
     cells = [e.cell for e in prepared.examples if training.cells == "all" or e.cell in PAPER_CELLS]
     found = [*confounds(cells), *probes.notes]
-    if prepared.lost:
+    last = probes.metrics[-1]
+    if not last.auroc_low > 0.5:
         found.append(
-            f"{len(prepared.lost)} examples were left out: their thinking never closed. Raise --max-new-tokens."
+            f"The probe after the final norm is no better than chance on examples that it was not fitted to (AUROC "
+            f"{last.auroc:.3f} [{last.auroc_low:.3f}, {last.auroc_high:.3f}]): its cliffs and heads mean nothing."
         )
+    for part, name in ((prepared, "examples"), (second, "examples of the second data set")):
+        if part is not None and part.lost:
+            found.append(f"{len(part.lost)} {name} were left out: their thinking never closed. Raise --max-new-tokens.")
     return found
 
 
 def _settings(asking: Asking, training: Training, attribution: Form, limit: int | None) -> dict[str, Any]:
     return {
-        "asking": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(asking).items()},
+        "asking": jsonable(asdict(asking)),
         "training": asdict(training),
         "attribution": attribution,
         "limit": limit,
@@ -326,6 +291,7 @@ def _save_traces(path: Path, sequences: Sequence[TokenSequence], traces: Sequenc
         },
         path,
     )
+    path.chmod(READABLE)
 
 
 def _save_heads(path: Path, live: LiveModel, found: Attribution) -> None:
@@ -341,3 +307,4 @@ def _save_heads(path: Path, live: LiveModel, found: Attribution) -> None:
         projection = live.projections[layer]
         tensors[f"layer.{layer}"] = inputs.mean(0).view(projection.n_heads, projection.head_dim).contiguous()
     save_file(tensors, path)
+    path.chmod(READABLE)

@@ -17,10 +17,10 @@ from probes.effects import Rate, Subject, divergences, refusal_rates
 from probes.examples import Example
 from probes.findings import HEADS, Findings, check_model, parse_top, read_examples, read_findings
 from probes.generation import complete, context_of
-from probes.live import LiveModel, open_live
+from probes.live import LiveModel
 from probes.markers import Markers, never_closed
 from probes.parallel import n_processes
-from probes.preparing import Asking, asking_of, generation_settings, judge_with, markers_of
+from probes.preparing import Asking, asking_of, generation_settings, judge_with, markers_of, open_model
 from probes.prompts import read_data
 from probes.templates import build_sequences
 from surgery.checkpoint import Checkpoint
@@ -129,6 +129,8 @@ def edit_heads(
     """
     if n_processes() > 1:
         raise usage_error("runs in one process", where="edit heads", hint="Start it without accelerate launch.")
+    if measuring.data is not None and not measuring.wanted:
+        raise usage_error("--data says what to measure on, --no-measure not to measure: give one of them.")
     checkpoint = open_checkpoint(model)
     findings = None if choice.run is None else read_findings(choice.run)
     if findings is not None and choice.run is not None:
@@ -141,8 +143,7 @@ def edit_heads(
     # The device is the models': scaling a few columns is no work for it.
     writing = replace(options, device="cpu")
     if choice.mode == "mean":
-        if choice.run is None:
-            raise usage_error("mean ablation takes the means of a run", where="--mode mean", hint="Add --from RUN.")
+        assert choice.run is not None  # `_chosen` saw to it
         report = mean_heads(
             model, out, heads=scales, means=choice.run / HEADS, measure=measure, dry_run=dry_run, options=writing
         )
@@ -153,24 +154,55 @@ def edit_heads(
 
 
 def _chosen(choice: Choice, findings: Findings | None) -> dict[Head, float]:
-    if choice.heads and (choice.top or choice.proven):
-        raise usage_error("--head names heads, --top and --proven choose them: give one of them.")
+    """Head → γ. Raises SurgeryError for a choice that says nothing, or two things."""
+    ways = [name for name, on in (("--head", choice.heads), ("--top", choice.top), ("--proven", choice.proven)) if on]
+    if len(ways) > 1:
+        raise usage_error(f"{' and '.join(ways)} all choose heads: give one of them.")
+    if findings is None and ways and not choice.heads:
+        raise usage_error("chooses among the heads of a run", where=ways[0], hint="Add --from RUN.")
+    if findings is None and choice.mode == "mean":
+        raise usage_error("mean ablation takes the means of a run", where="--mode mean", hint="Add --from RUN.")
     if choice.heads:
-        return parse_scales(choice.heads, scale=choice.scale)
-    if findings is None:
+        scales = parse_scales(choice.heads, scale=choice.scale)
+    elif findings is None:
         raise usage_error("no heads were given.", hint="Name them (--head L12H7), or give --from RUN --top 3%.")
-    if choice.proven:
-        if findings.causal is None or not findings.causal.steps:
-            raise usage_error("has no proven set of heads", where=choice.run, hint="Run `surgery probe heads` first.")
-        return {Head.parse(name): choice.scale for name in findings.causal.steps[-1].heads}
-    if choice.top is None:
+    elif choice.proven:
+        scales = _proven(choice, findings)
+    elif choice.top is None:
         raise usage_error("how many heads?", where=choice.run, hint="Add --top 3%, or --proven after `probe heads`.")
-    count = parse_top(choice.top, len(findings.heads))
-    lowest = findings.ranked[:count]
-    if wrong := [str(row.name) for row in lowest if findings.score_of(row) >= 0]:
+    else:
+        scales = _lowest(choice, choice.top, findings)
+    if choice.mode == "mean" and any(scales.values()):
+        raise usage_error("means take the place of heads' outputs, and no γ scales them", where="--mode mean")
+    return scales
+
+
+def _proven(choice: Choice, findings: Findings) -> dict[Head, float]:
+    causal = findings.causal
+    if causal is None:
+        raise usage_error("has no proven set of heads", where=choice.run, hint="Run `surgery probe heads` first.")
+    if not causal.steps:
         raise usage_error(
-            f"{len(wrong)} of the {count} lowest heads do not write against refusal: {wrong[0]} has an attribution of "
-            f"{findings.score_of(lowest[-1]):.3g}",
+            f"no set of heads was proven to bring refusal back ({causal.stopped})", where=choice.run,
+            hint="Choose heads with --top or --head, or run `surgery probe heads` with other options.",
+        )  # fmt: skip
+    # Sets of `resample` were scaled by 0, for what is resampled cannot be written into weights.
+    proven = "scale 0" if causal.ablation == "resample" else causal.ablation
+    if proven != (choice.mode if choice.mode == "mean" else f"scale {choice.scale:g}"):
+        raise usage_error(
+            f"the set was proven with the ablation {causal.ablation}, and would be edited otherwise", where="--proven",
+            hint="Add --mode mean." if proven == "mean" else f"Use --mode scale --{proven}.",
+        )  # fmt: skip
+    return {Head.parse(name): choice.scale for name in causal.steps[-1].heads}
+
+
+def _lowest(choice: Choice, top: str, findings: Findings) -> dict[Head, float]:
+    count = parse_top(top, len(findings.heads))
+    lowest = findings.ranked[:count]
+    if wrong := [row for row in lowest if findings.score_of(row) >= 0]:
+        raise usage_error(
+            f"{len(wrong)} of the {count} lowest heads do not write against refusal: {wrong[0].name} has an "
+            f"attribution of {findings.score_of(wrong[0]):.3g}",
             where="--top",
             hint=f"Use --top {count - len(wrong)}." if count > len(wrong) else "There is nothing to repair here.",
         )
@@ -202,8 +234,8 @@ def _measure(
     judge = judge_with(asking, device=options.device, progress=options.progress)
 
     def measure(folder: Path) -> EditNotes:
-        before = open_live(model, device=options.device, dtype=dtype)
-        after = open_live(folder, device=options.device, dtype=dtype, name="the edited model")
+        before = open_model(model, device=options.device, dtype=dtype)
+        after = open_model(folder, device=options.device, dtype=dtype, name="the edited model")
         markers = markers_of(before, asking)
         answers = [_answers(live, prompts, asking, markers, options) for live in (before, after)]
         lost = [{example.key for example in never_closed(rows)} for rows in answers]

@@ -17,6 +17,7 @@ from probes.findings import (
     TRACES,
     CausalRecord,
     Findings,
+    HeadRecord,
     Interval,
     ProbeRecord,
     StepRecord,
@@ -28,7 +29,9 @@ from probes.statistics import Estimate, Floats
 from surgery.heads import Head
 from surgery.report import Column, Figure, Report, Table, Value
 
+PICTURES = ("cliffs", "heads", "probes", "misalignment", "cumulative", "screen")
 SHOWN_HEADS = 12
+MARKED = 0.1  # of the lowest head's contribution: what is less is told from 0 and is next to nothing all the same
 SHOWN_PROBES = 6
 
 
@@ -54,7 +57,7 @@ def sentences(findings: Findings) -> list[str]:
     ]
     row = next((cliff for cliff in findings.cliffs if cliff.cell == findings.heads_cell), None)
     if row is not None:
-        onset = "" if row.onset is None else f"; it falls {-row.onset:g} tokens before the answer"
+        onset = "" if row.onset is None else f"; it falls {_before_answer(row.onset)}"
         said.append(
             f"On {row.cell} examples (n = {row.n}) refusal stands at {_range(row.plateau)} in the thinking and at "
             f"{_range(row.final)} just before the answer{onset}."
@@ -63,13 +66,12 @@ def sentences(findings: Findings) -> list[str]:
         calm = next((cliff for cliff in findings.cliffs if cliff.cell == "harmless/complied"), None)
         if calm is not None and calm is not row:
             said.append(f"For comparison, {calm.cell} (n = {calm.n}): {_range(calm.plateau)} and {_range(calm.final)}.")
-    lowest = findings.ranked[0]
-    said.append(
-        f"The head that writes most against refusal there is {lowest.name} "
-        f"({findings.score_of(lowest):.3g} on the probe's logit)."
-        if findings.attribution == "exact"
-        else f"The head that writes most against refusal there is {lowest.name}."
-    )
+    lowest = next(iter(findings.ranked), None)
+    if lowest is not None and findings.score_of(lowest) < 0:
+        size = f" ({findings.score_of(lowest):.3g} on the probe's logit)" if findings.attribution == "exact" else ""
+        said.append(f"The head that writes most against refusal there is {lowest.name}{size}.")
+    else:
+        said.append("No head writes against refusal there." if findings.heads else "No head is understood.")
     if findings.causal is not None:
         said.append(_verdict(findings.causal))
     return said
@@ -81,6 +83,8 @@ def write_report(folder: Path, *, name: str) -> Path:
     page = Report(f"The refusal cliff of {findings.model.ref}", " ".join(sentences(findings)))
     for warning in findings.warnings:
         page.add(f"Note: {warning}")
+    for name in PICTURES:
+        (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report, which had more to show
     shown = dict(zip(("cells", "probes", *_rest(findings)), tables(findings), strict=True))
     page.add(shown.pop("cells"))
     for key, figure in figures(folder, findings).items():
@@ -113,14 +117,15 @@ def figures(folder: Path, findings: Findings) -> dict[str, Figure]:
             caption="Mean of the probe's score at each position, aligned at the last token before the answer; bands "
             "are 95 % intervals by bootstrap over groups. Curves end where fewer than three examples reach back.",
         )
-    found["heads"] = plots.head_map(
-        "What each head writes along the probe, at the last token before the answer",
-        _head_values(findings),
-        marked=[(row.layer, row.head) for row in findings.ranked[:SHOWN_HEADS] if _is_below(row.exact or row.paper)],
-        measure="contribution to the refusal logit" if findings.attribution == "exact" else "along the unit probe",
-        caption=f"Mean over {findings.heads_n} {findings.heads_cell} examples. Outlined: of the {SHOWN_HEADS} lowest, "
-        "those whose interval lies below 0.",
-    )
+    if findings.heads:
+        found["heads"] = plots.head_map(
+            "What each head writes along the probe, at the last token before the answer",
+            _head_values(findings),
+            marked=_marked(findings),
+            measure="contribution to the refusal logit" if findings.attribution == "exact" else "along the unit probe",
+            caption=f"Mean over {findings.heads_n} {findings.heads_cell} examples. Outlined: of the {SHOWN_HEADS} lowest, "
+            f"those whose interval lies below 0, and that write at least {MARKED:.0%} of what the lowest does.",
+        )
     found["probes"] = plots.layer_auroc(
         "Where refusal can be read",
         [_estimate(row.auroc) for row in findings.probes],
@@ -210,7 +215,7 @@ def _heads(findings: Findings) -> Table:
     ]  # fmt: skip
     rows: list[Sequence[Value]] = []
     for row in findings.ranked[:SHOWN_HEADS]:
-        chosen = row.exact or row.paper
+        chosen = _shown(row)
         rows.append((str(row.name), chosen.value, chosen.low, chosen.high, row.paper.value))
     note = f"The lowest of {len(findings.heads)} heads on {findings.heads_n} {findings.heads_cell} examples. "
     if findings.unexplained is not None:
@@ -252,7 +257,7 @@ def _step(name: str, step: StepRecord) -> Sequence[Value]:
 
 def _verdict(causal: CausalRecord) -> str:
     if not causal.steps:
-        return "Ablating no candidate raised refusal: the screen found no cause."
+        return f"No set of heads was found: {causal.stopped}."
     before, after = causal.base.refusal, causal.steps[-1].refusal
     ends = [steps[-1].refusal for steps in causal.control]
     most = max((rate.value for rate in ends if rate is not None and rate.value is not None), default=None)
@@ -311,6 +316,12 @@ def _misalignment(
     return found
 
 
+def _marked(findings: Findings) -> list[tuple[int, int]]:
+    most = findings.score_of(findings.ranked[0])
+    lowest = [row for row in findings.ranked[:SHOWN_HEADS] if findings.score_of(row) <= MARKED * most]
+    return [(row.layer, row.head) for row in lowest if _is_below(row)]
+
+
 def _head_values(findings: Findings) -> Floats:
     layers = 1 + max((*(row.layer for row in findings.heads), *findings.skipped_layers))
     values = np.full((layers, 1 + max(row.head for row in findings.heads)), np.nan)
@@ -319,8 +330,20 @@ def _head_values(findings: Findings) -> Floats:
     return values
 
 
-def _is_below(interval: Interval) -> bool:
-    return interval.high is not None and interval.high < 0
+def _before_answer(onset: float) -> str:
+    """An onset in words: 0 is the last token before the answer."""
+    if onset == 0:
+        return "at the last token before the answer"
+    return f"{-onset:g} token{'s' * (onset != -1)} earlier"
+
+
+def _shown(row: HeadRecord) -> Interval:
+    return row.exact or row.paper
+
+
+def _is_below(row: HeadRecord) -> bool:
+    high = _shown(row).high
+    return high is not None and high < 0
 
 
 def _estimate(interval: Interval) -> Estimate:

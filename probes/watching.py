@@ -14,12 +14,13 @@ from torch import nn
 from probes.cliffs import Cliff, measure
 from probes.examples import Example, TokenSequence
 from probes.findings import PROBES, check_model, read_findings
-from probes.generation import end_tokens, room
+from probes.generation import context_of, end_tokens, room
 from probes.linear import Probes
-from probes.live import hidden_out, hooks, open_live
-from probes.markers import Markers
+from probes.live import LiveModel, hidden_out, hooks
+from probes.markers import Markers, split_completion
+from probes.preparing import open_model
 from probes.templates import encode, render_prompt
-from surgery.errors import SurgeryError
+from surgery.errors import usage_error
 from surgery.execute import Options
 from surgery.refs import open_checkpoint
 
@@ -28,7 +29,10 @@ Tell = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Watched:
-    """What was written, token by token, with the refusal score after each: texts and scores of one length."""
+    """What was written, token by token, with the refusal score at each: texts and scores of one length.
+
+    closed: whether the thinking came to an end; without it the cliff's final score is that of the last token.
+    """
 
     prompt: str
     tokens: tuple[str, ...]
@@ -61,54 +65,67 @@ def watch(
     """Lets `model` answer `prompt` greedily; `tell` is called with each token's text and the score at it.
 
     Raises:
-        SurgeryError: findings of another model; the model does not think as the findings say.
+        SurgeryError: findings of another model; the model does not think as the findings say; the prompt, or what is
+            to follow it, does not fit the model's context.
     """
     findings = read_findings(run)
     check_model(findings, open_checkpoint(model), run, options=options)
-    live = open_live(model, device=options.device, dtype=dtype)
+    live = open_model(model, device=options.device, dtype=dtype)
     probes = Probes.load(run / PROBES)
-    weight, bias = probes.weights[findings.depth].to(live.device), float(probes.biases[findings.depth])
+    weight, bias = probes.weights[findings.depth].double(), float(probes.biases[findings.depth])
     markers = None if findings.markers is None else Markers(**findings.markers)
     example = Example("live", ({"role": "user", "content": prompt},), prompt)
     ids = list(encode(live.tokenizer, render_prompt(live.tokenizer, example, markers)))
     if not ids:
-        raise SurgeryError("has no tokens", where="--live")
+        raise usage_error("the prompt has no tokens", where="--live")
+    context = context_of(live.model)
+    if context is not None and len(ids) + (max_new_tokens or 1) > context:
+        raise usage_error(
+            f"the prompt has {len(ids):,} tokens, and {max_new_tokens or 1:,} more do not fit the model's context of "
+            f"{context:,}",
+            where="--live",
+        )
     limit = max_new_tokens or room(live.model, len(ids))
     stops = end_tokens(live.loaded)
     scores: list[float] = []
     texts: list[str] = []
 
     def see(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        logit = float(hidden_out(output)[0, -1].float() @ weight) + bias
+        logit = float(hidden_out(output)[0, -1].double().cpu() @ weight) + bias
         scores.append(1 / (1 + math.exp(-logit)) if logit > -700 else 0.0)
 
     written: list[int] = []
     cache = None
-    before = live.tokenizer.decode(ids)
+    before = _text(live, ids)
     with torch.inference_mode(), hooks(live.final_norm.register_forward_hook(see)):
         fed = ids
-        while len(written) <= limit:
+        while True:
             output = live.model(
                 input_ids=torch.tensor([fed], device=live.device), past_key_values=cache, use_cache=True,
                 logits_to_keep=1,
             )  # fmt: skip
             cache = output.past_key_values
             if written:
-                whole = live.tokenizer.decode([*ids, *written])
+                whole = _text(live, [*ids, *written])
                 texts.append(whole[len(before) :])
                 before = whole
                 tell(texts[-1], scores[-1])
             token = int(output.logits[0, -1].argmax())
-            if token in stops:
+            if token in stops or len(written) == limit:
                 break
             written.append(token)
             fed = [token]
-    scores = scores[1:]
     sequence, closed = _cut(len(ids), texts, markers)
-    return Watched(
-        prompt, tuple(texts), tuple(scores), closed,
-        measure(sequence, [0.0] * len(ids) + scores, cell="live", group="live"),
-    )  # fmt: skip
+    # The first score is that of the prompt's last token, at which a model that does not think decides.
+    trace = [0.0] * (len(ids) - 1) + scores
+    cliff = measure(sequence, trace, cell="live", group="live")
+    return Watched(prompt, tuple(texts), tuple(scores[1:]), closed, cliff)
+
+
+def _text(live: LiveModel, ids: list[int]) -> str:
+    """The text of `ids` without the beginning of a character that further tokens complete."""
+    text = live.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return str(text).rstrip("\ufffd")
 
 
 def _cut(n_prompt: int, texts: list[str], markers: Markers | None) -> tuple[TokenSequence, bool]:
@@ -121,12 +138,11 @@ def _cut(n_prompt: int, texts: list[str], markers: Markers | None) -> tuple[Toke
     for text in texts:
         whole += text
         ends.append(len(whole))
-    at = whole.find(markers.close)
-    if at < 0:
+    _, template, answer = split_completion(whole, markers)
+    if not template:
         return TokenSequence("live", ids, (n_prompt, total, total, total)), False
-    begin = len(whole[:at].rstrip())
-    stop = at + len(markers.close)
-    stop += len(whole[stop:]) - len(whole[stop:].lstrip())
+    stop = len(whole) - len(answer)
+    begin = stop - len(template)
     thinking = sum(end <= begin for end in ends)
     closing = sum(end <= stop for end in ends)
     return TokenSequence("live", ids, (n_prompt, n_prompt + thinking, n_prompt + closing, total)), True

@@ -22,7 +22,6 @@ from surgery.inspection import (
     N_EXPERTS,
     N_HEADS,
     N_KV_HEADS,
-    N_LAYERS,
     NORM,
     NUMBER,
     Experts,
@@ -32,6 +31,7 @@ from surgery.inspection import (
     experts_of,
     heads_of,
     language_config,
+    layer_count,
     number,
     parts_of,
     roles_of,
@@ -206,7 +206,7 @@ def _stacks(tensors: Shapes, config: Mapping[str, Any]) -> tuple[str | None, lis
                 suffixes.setdefault(prefix, Counter())[".".join(parts[at + 1 :])] += 1
                 break  # what is numbered inside a layer (experts) is no stack of its own
 
-    wanted = number(config, N_LAYERS)
+    wanted = layer_count(config)
 
     def attends(prefix: str) -> bool:
         return any(ATTENTION.search(suffix.lower()) for suffix in suffixes[prefix])
@@ -214,7 +214,8 @@ def _stacks(tensors: Shapes, config: Mapping[str, Any]) -> tuple[str | None, lis
     def is_stack(prefix: str) -> bool:
         found = numbers[prefix]
         shared = [suffix for suffix, count in suffixes[prefix].items() if 2 * count > len(found)]
-        return len(shared) > 1
+        # Layers of several kinds (Nemotron-H) may share their norm alone; as many as the config says are still layers.
+        return len(shared) > (0 if len(found) == wanted else 1)
 
     def likelihood(prefix: str) -> tuple[bool, bool, bool, int]:
         aside = any(word in prefix.lower() for word in SIDE_WORDS)
@@ -238,7 +239,7 @@ def _members(
         if name.startswith(start) and NUMBER.fullmatch(part := name[len(start) :].split(".")[0]):
             members.setdefault(int(part), []).append(name)
     members = {index: members[index] for index in sorted(members)}
-    wanted, ahead = number(config, N_LAYERS), number(config, ("num_nextn_predict_layers",)) or 0
+    wanted, ahead = layer_count(config), number(config, ("num_nextn_predict_layers",)) or 0
     extra: list[str] = []
     if wanted is not None and ahead and len(members) == wanted + ahead:
         extra = [f"{start}{index}" for index in members if index >= wanted]

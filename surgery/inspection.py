@@ -78,6 +78,7 @@ LEAVES = (
     *("weight", "bias", "qweight", "qzeros", "scales", "g_idx", "blocks", "absmax", "input_scale"),
     *("weight_scale", "weight_scale_inv", "weight_packed", "weight_shape", "weight_zero_point"),
 )
+VALUES = ("weight", "qweight", "weight_packed", "blocks")  # those that hold values; the rest tells how to read them
 NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")  # six digits at most: no stack is deeper, and int() stays cheap
 NORM = re.compile(r"norm|^ln(_|\d|$)")
 ATTENTION = re.compile(r"attn|attention|^att_")
@@ -85,6 +86,7 @@ CROSS_ATTENTION = re.compile(r"cross|encdec")
 
 # One number, under every name that configs give it.
 N_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYER_KINDS = ("layer_types", "layers_block_type")
 N_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 N_KV_HEADS = ("num_key_value_heads", "n_head_kv", "kv_n_heads", "n_kv_heads", "num_kv_heads")
 HEAD_DIM = ("v_head_dim", "head_dim")  # MLA's head_dim is the rotary part of the keys; values decide
@@ -124,7 +126,7 @@ class Experts:
     """A layer's routed experts, their routers, and the experts that every token passes (`shared`).
 
     `down` are the matrices that write the experts' output: one per expert in order, or, where all are fused
-    into 3-D tensors (n, …, …), the one tensor that holds them all.
+    into 3-D tensors (n, …, …) or stacked into 2-D ones (n·…, …), the one tensor that holds them all.
     """
 
     layout: Literal["per-expert", "fused"]
@@ -149,6 +151,12 @@ def number(config: Mapping[str, Any], names: Sequence[str]) -> int | None:
     """The first of `names` that the config gives as a positive whole number."""
     values = (config.get(name) for name in names)
     return next((value for value in values if type(value) is int and value > 0), None)
+
+
+def layer_count(config: Mapping[str, Any]) -> int | None:
+    """How many layers the config says there are, as a number or as a list of their kinds."""
+    kinds = next((config[key] for key in LAYER_KINDS if isinstance(config.get(key), list)), None)
+    return number(config, N_LAYERS) or (len(kinds) if kinds else None)
 
 
 def parts_of(name: str) -> list[str]:
@@ -210,7 +218,11 @@ def roles_outside(
 
 
 def experts_of(parts: Mapping[str, Parts], tensors: Shapes, config: Mapping[str, Any]) -> Experts | None:
-    """The experts of one layer, whose tensors' names are given in `parts`; None where it is dense."""
+    """The experts of one layer, whose tensors' names are given in `parts`; None where it is dense.
+
+    Experts of attention (JetMoE's) are left out: they are no feed-forward experts, and routers of their own serve them.
+    """
+    parts = {name: words for name, words in parts.items() if not any(ATTENTION.search(word) for word in words)}
     inside: dict[int, list[str]] = {}
     fused: list[str] = []
     for name, words in parts.items():
@@ -231,11 +243,15 @@ def experts_of(parts: Mapping[str, Parts], tensors: Shapes, config: Mapping[str,
         stated = number(config, N_EXPERTS)
         solid = [name for name in fused or parts if len(tensors[name].shape) > 2]
         counts = Counter(tensors[name].shape[0] for name in solid if fused or tensors[name].shape[0] == stated)
-        if not counts:
+        if counts:
+            ((n, _),) = counts.most_common(1)
+            names = [name for name in fused or solid if tensors[name].shape[:1] == (n,)]
+            down = [name for name in names if _is_down(parts[name]) and len(tensors[name].shape) > 2]
+        elif stated is not None and (stacked := _stacked(fused, tensors, stated)):
+            n, names = stated, stacked
+            down = [name for name in names if _is_down(parts[name])]
+        else:
             return None
-        ((n, _),) = counts.most_common(1)
-        names = [name for name in fused or solid if tensors[name].shape[:1] == (n,)]
-        down = [name for name in names if _is_down(parts[name]) and len(tensors[name].shape) > 2]
     routers = [
         name
         for name, words in parts.items()
@@ -245,8 +261,16 @@ def experts_of(parts: Mapping[str, Parts], tensors: Shapes, config: Mapping[str,
     return Experts(layout, n, tuple(names), tuple(down), tuple(routers), tuple(shared))
 
 
+def _stacked(names: Sequence[str], tensors: Shapes, n: int) -> list[str]:
+    """Those of `names` that are matrices of n experts' rows, one expert after the other (DBRX)."""
+    shapes = {name: tensors[name].shape for name in names}
+    return [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] > n and shape[0] % n == 0]
+
+
 def _is_down(parts: Parts) -> bool:
-    return MLP_WORDS.get(word_of(parts).removesuffix("_blocks")) == "mlp out"
+    word = word_of(parts)
+    values = parts[-1] in VALUES or parts[-1] == word
+    return values and MLP_WORDS.get(word.removesuffix("_blocks").removesuffix("_weight")) == "mlp out"
 
 
 def roles_of(parts: Mapping[str, Parts], tensors: Shapes, experts: Experts | None) -> dict[str, Role]:

@@ -1,5 +1,4 @@
-"""What this process is: a program of ours, which may be forked and keeps the memory that it frees; or one of several that
-a launcher started."""
+"""What this process is: a program of ours, which may be forked and keeps what it frees; one of several of a launcher."""
 
 from __future__ import annotations
 

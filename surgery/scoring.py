@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.compute import torch_device
 from surgery.errors import SurgeryError, usage_error
 from surgery.progress import Advance, Progress, silent
 
 # The 97.5 % quantile of the normal distribution: the half-width of a 95 % interval in standard errors.
 Z = 1.959963984540054
-AUTO = "auto"  # as a device: wherever accelerate's device map puts the layers
+AUTO = "auto"  # as a device: wherever accelerate's device map puts the layers; as a dtype: the stored one
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,16 @@ def load_model(folder: Path | str, name: str, *, device: str = "cpu", dtype: str
         device: cpu, cuda[:N], or auto, which spreads the layers over the devices that there are.
 
     Raises:
-        SurgeryError: it cannot be loaded.
+        SurgeryError: it cannot be loaded; there is no such device or dtype.
     """
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    kind = getattr(torch, dtype, None)
+    if dtype != AUTO and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise usage_error(f"got {dtype!r}, expected auto, float32, bfloat16 or float16", where="--dtype")
+    if device != AUTO:
+        torch_device(device)
 
     with quiet():
         try:

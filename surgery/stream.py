@@ -32,6 +32,9 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    # No floats: packed values and the exponents of block scales, which a few kernels see as whole numbers 0 to 255.
+    "U8": torch.uint8,
+    "F8_E8M0": torch.uint8,
 }
 
 # Unsigned type of the same width, and the bits of the greatest finite value.

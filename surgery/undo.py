@@ -1,10 +1,11 @@
-"""The way back from an edit of heads: what was overwritten is kept beside the result, and put in its place again.
+"""The way back from an edit of heads or experts: what was overwritten is kept beside the result, and put back.
 
 `OUT/undo/undo.safetensors` holds, per edited tensor and under its name, the stored bytes of the edited heads' blocks
 in ascending order of the heads: (out, k·d) of an output projection (out, n·d), (k·d, out) of a transposed (n·d, out),
-and a whole bias. Its metadata has "model_surgery_undo", the format's version, and "edits", JSON: tensor → {"heads",
-"n_heads", "transposed", "before", "after"}, the last two being hashes of the tensor's bytes. It lies in a folder of its
-own because loaders take every safetensors file beside the weights for a shard.
+and a whole bias. Experts that are stored as one tensor, (n, …), are kept as the heads of a transposed one, (k, …); a
+tensor of one expert's own as a whole. Its metadata has "model_surgery_undo", the format's version, and "edits", JSON:
+tensor → {"heads", "n_heads", "transposed", "before", "after"}, the last two being hashes of the tensor's bytes. It lies
+in a folder of its own because loaders take every safetensors file beside the weights for a shard.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ T = TypeVar("T")
 class Blocks:
     """The part of a stored tensor that an edit overwrites: `heads`, ascending, of `n_heads` along the heads' axis.
 
-    A tensor that is overwritten as a whole has one head.
+    That axis is the last one, or the first where `transposed`. A tensor that is overwritten as a whole has one head.
     """
 
     tensor: StoredTensor
@@ -70,6 +71,8 @@ class Blocks:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape that the undo file keeps it in."""
+        if self.n_heads == 1:  # and perhaps no axis at all
+            return self.tensor.shape
         axis = 0 if self.transposed else -1
         shape = list(self.tensor.shape)
         shape[axis] = shape[axis] // self.n_heads * len(self.heads)
@@ -122,7 +125,7 @@ def write_undo(folder: Path, blocks: Sequence[Blocks], outcome: Outcome, *, role
 
 
 def undo(model: str, out: Path, *, dry_run: bool = False, options: Options = Options()) -> EditReport:
-    """Writes the model that `surgery edit heads` made `model` from to the folder `out`, bit for bit.
+    """Writes the model that an edit of heads or experts made `model` from to the folder `out`, bit for bit.
 
     The weight files have the bytes that they had, where the edit read a model and no adapter: an adapter's update
     stays in the weights.
@@ -242,13 +245,16 @@ def _stored(reader: Reader, tensor: StoredTensor, begin: int, end: int) -> torch
 
 def _undo_file(edited: Checkpoint) -> Path:
     if edited.folder is None or edited.adapter is not None:
-        raise usage_error("is no folder that an edit wrote", where=edited.ref, hint="Give OUT of `surgery edit heads`.")
+        raise usage_error(
+            "is no folder that an edit wrote", where=edited.ref, hint="Give OUT of `surgery edit heads` or `experts`."
+        )
     path = edited.folder / UNDO
     if not path.is_file():
         raise usage_error(
             f"has no {UNDO}, so nothing can be undone",
             where=edited.ref,
-            hint="Give OUT of `surgery edit heads`; of a model on the Hub, a local copy of the whole repository.",
+            hint="Give OUT of `surgery edit heads` or `experts`; of a model on the Hub, a local copy of the whole "
+            "repository.",
         )
     return path
 
@@ -291,9 +297,9 @@ def _checked(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _blocks(name: str, fields: Mapping[str, Any], edited: Checkpoint, kept: Checkpoint) -> Blocks:
     tensor, found = edited.tensors.get(name), kept.tensors.get(name)
     blocks = None
-    if tensor is not None and found is not None and tensor.shape:
+    if tensor is not None and found is not None and (tensor.shape or fields["n_heads"] == 1):
         blocks = Blocks(tensor, fields["heads"], fields["n_heads"], fields["transposed"])
-        axis = tensor.shape[0 if blocks.transposed else -1]
+        axis = tensor.shape[0 if blocks.transposed else -1] if tensor.shape else 1
         fits = axis % blocks.n_heads == 0 and (blocks.shape, tensor.dtype) == (found.shape, found.dtype)
         blocks = blocks if fits else None
     if blocks is None:
@@ -316,7 +322,7 @@ def _foreign(path: Path, names: Sequence[str]) -> SurgeryError:
     return SurgeryError(
         f"belongs to other weights: {listing(names, 3)} is not what the edit wrote",
         where=path,
-        hint="Undo works on the folder as `surgery edit heads` wrote it.",
+        hint="Undo works on the folder as `surgery edit` wrote it.",
     )
 
 

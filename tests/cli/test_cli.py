@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 COMMANDS = {
     "inspect", "diff", "verify", "eval", "vector extract", "vector apply", "vector transfer", "vector compare",
     "vector sweep", "lab list", "lab build", "merge weights", "merge methods", "merge logits", "merge unpack",
+    "probe refusal", "probe heads", "probe judge", "probe show", "edit heads", "edit undo",
 }  # fmt: skip
 
 
@@ -83,7 +84,8 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
         "import sys; sys.argv = ['surgery', '--help']\n"
         "from cli.main import app\n"
         "try: app()\nexcept SystemExit: pass\n"
-        "print(sorted({'torch', 'transformers', 'matplotlib', 'numpy', 'huggingface_hub'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'sklearn', 'pydantic', 'matplotlib', 'numpy', 'huggingface_hub'}"
+        " & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"

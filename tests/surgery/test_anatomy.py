@@ -94,6 +94,67 @@ def test_down_projections_are_in_the_order_of_the_experts(tmp_path: Path) -> Non
     assert experts.down == tuple(f"{start}.{index}.w2.weight" for index in range(12))
 
 
+def test_scales_and_biases_of_experts_are_no_down_projections(tmp_path: Path) -> None:
+    def quantise(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith(".w2.weight")]:
+            tensors[f"{name}_scale_inv"] = torch.ones(4, 6)
+            tensors[f"{name.removesuffix('.weight')}.bias"] = torch.zeros(32)
+
+    experts = anatomy(open_checkpoint(rewrite(build("mixtral", tmp_path), quantise))).experts[1]
+    start = "model.layers.1.block_sparse_moe.experts"
+    assert experts.down == tuple(f"{start}.{index}.w2.weight" for index in range(EXPERTS))
+    assert f"{start}.0.w2.weight_scale_inv" in experts.names
+
+
+def test_experts_may_lie_stacked_in_one_matrix(tmp_path: Path) -> None:
+    def stack(tensors: Tensors) -> None:
+        for name in [name for name in tensors if ".block_sparse_moe.experts." in name]:
+            del tensors[name]
+        for layer in (0, 1):
+            for word in ("w1", "v1", "w2"):
+                tensors[f"model.layers.{layer}.ffn.experts.mlp.{word}"] = torch.zeros(EXPERTS * 48, 32)
+
+    folder = rewrite(build("mixtral", tmp_path), stack)
+    experts = anatomy(open_checkpoint(folder)).experts[0]
+    assert (experts.layout, experts.n_experts) == ("fused", EXPERTS)
+    assert experts.down == ("model.layers.0.ffn.experts.mlp.w2",)
+    assert anatomy(open_checkpoint(reconfigure(folder, num_local_experts=5))).experts == {}
+
+
+def test_experts_of_attention_are_not_those_of_the_layer(tmp_path: Path) -> None:
+    def as_jetmoe(tensors: Tensors) -> None:
+        for name in [name for name in tensors if ".block_sparse_moe." in name]:
+            del tensors[name]
+        for layer in (0, 1):
+            for place in ("self_attention.experts", "mlp"):
+                tensors[f"model.layers.{layer}.{place}.input_linear.weight"] = torch.zeros(EXPERTS, 96, 32)
+                tensors[f"model.layers.{layer}.{place}.output_linear.weight"] = torch.zeros(EXPERTS, 32, 48)
+                tensors[f"model.layers.{layer}.{place}.router.layer.weight"] = torch.zeros(EXPERTS, 32)
+
+    experts = anatomy(open_checkpoint(rewrite(build("mixtral", tmp_path), as_jetmoe))).experts[0]
+    assert experts.down == ("model.layers.0.mlp.output_linear.weight",)
+    assert experts.routers == ("model.layers.0.mlp.router.layer.weight",)
+
+
+def test_layers_of_several_kinds_may_share_their_norm_alone(tmp_path: Path) -> None:
+    def as_nemotron(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.startswith("model.layers.")]:
+            del tensors[name]
+        for layer in range(4):
+            tensors[f"model.layers.{layer}.norm.weight"] = torch.ones(32)
+        tensors["model.layers.0.mixer.in_proj.weight"] = torch.zeros(164, 32)
+        tensors["model.layers.2.mixer.o_proj.weight"] = torch.zeros(32, 32)
+        for layer in (1, 3):
+            for index in range(EXPERTS):
+                tensors[f"model.layers.{layer}.mixer.experts.{index}.down_proj.weight"] = torch.zeros(32, 24)
+
+    folder = rewrite(build("mixtral", tmp_path), as_nemotron)
+    kinds = ["mamba", "moe", "attention", "moe"]
+    for said in ({"num_hidden_layers": 4}, {"num_hidden_layers": None, "layers_block_type": kinds}):
+        found = anatomy(open_checkpoint(reconfigure(folder, **said)))
+        assert (found.stack, found.layers, list(found.experts)) == ("model.layers", 4, [1, 3])
+
+
 def test_single_file_without_config(tmp_path: Path) -> None:
     build("llama", tmp_path)
     found = anatomy(open_checkpoint(tmp_path / "model.safetensors"))

@@ -20,8 +20,8 @@ def test_undo_needs_the_folder_that_the_edit_wrote(tmp_path: Path) -> None:
     with pytest.raises(SurgeryError) as caught:
         undo(str(base), tmp_path / "restored")
     assert str(caught.value) == (
-        f"{base}: has no undo/undo.safetensors, so nothing can be undone. Give OUT of `surgery edit heads`; of a model "
-        "on the Hub, a local copy of the whole repository."
+        f"{base}: has no undo/undo.safetensors, so nothing can be undone. Give OUT of `surgery edit heads` or "
+        "`experts`; of a model on the Hub, a local copy of the whole repository."
     )
     with pytest.raises(SurgeryError, match="is no folder that an edit wrote"):
         undo(str(base / "model.safetensors"), tmp_path / "restored")
@@ -36,7 +36,7 @@ def test_undo_refuses_other_weights(tmp_path: Path) -> None:
         undo(str(tmp_path / "other"), tmp_path / "restored")
     assert str(caught.value) == (
         f"{tmp_path / 'other' / UNDO}: belongs to other weights: model.layers.0.self_attn.o_proj.weight is not what "
-        "the edit wrote. Undo works on the folder as `surgery edit heads` wrote it."
+        "the edit wrote. Undo works on the folder as `surgery edit` wrote it."
     )
     wider = build("qwen3", tmp_path / "wider")
     (wider / UNDO).parent.mkdir()
