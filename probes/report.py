@@ -123,8 +123,8 @@ def figures(folder: Path, findings: Findings) -> dict[str, Figure]:
             _head_values(findings),
             marked=_marked(findings),
             measure="contribution to the refusal logit" if findings.attribution == "exact" else "along the unit probe",
-            caption=f"Mean over {findings.heads_n} {findings.heads_cell} examples. Outlined: of the {SHOWN_HEADS} lowest, "
-            f"those whose interval lies below 0, and that write at least {MARKED:.0%} of what the lowest does.",
+            caption=f"Mean over {findings.heads_n} {findings.heads_cell} examples. Outlined: of the {SHOWN_HEADS} "
+            f"lowest, those whose interval lies below 0, and that write at least {MARKED:.0%} of what the lowest does.",
         )
     found["probes"] = plots.layer_auroc(
         "Where refusal can be read",

@@ -1,4 +1,4 @@
-"""What this process is: a program of ours, which may be forked and keeps what it frees; one of several of a launcher."""
+"""What this process is: a program of ours, which may be forked and keeps what it frees; or one of a launcher's."""
 
 from __future__ import annotations
 
