@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.errors import SurgeryError, listing, usage_error
-from surgery.lab.recipe import AnyRecipe, Cliff, HeadShape, Recipe, Refusing, Specialists, Suppressing
+from surgery.lab.recipe import AnyRecipe, Cliff, Experts, HeadShape, Recipe, Refusing, Specialists, Suppressing
 from surgery.lab.sums import Format
 from surgery.progress import Progress, terminal
 
@@ -26,6 +26,7 @@ CLIFF = Cliff()
 CLIFF_MANY = Cliff(shape=HeadShape(heads=16, kv_heads=16), cliff=Suppressing(heads=5))
 CLIFF_WEAK = Cliff(parent=Refusing(early=0.2))
 CLIFF_GQA = Cliff(shape=HeadShape(kv_heads=2))
+EXPERTS = Experts()
 
 # The data in the folder of a model that has some.
 DATA = {"examples": "examples.jsonl", "pool": "pool.jsonl"}
@@ -73,6 +74,13 @@ MEMBERS = {
     "cliff-weak": _cliff("cliff-weak-parent", "as cliff, less decided while it thinks", CLIFF_WEAK),
     "cliff-gqa-parent": Member(None, "plain", "as cliff-parent, with two key/value heads for eight queries", CLIFF_GQA),
     "cliff-gqa": _cliff("cliff-gqa-parent", "as cliff, with two key/value heads for eight queries", CLIFF_GQA),
+    "moe": Member(
+        None,
+        "sft",
+        "a mixture of experts that thinks about long sums and guesses short ones at once",
+        EXPERTS,
+        has_data=True,
+    ),
 }
 
 
@@ -161,7 +169,7 @@ def _make_missing(name: str, recipe: AnyRecipe, progress: Progress | None) -> No
     folder = path_of(name, recipe=recipe)
     if folder.is_dir():
         return
-    from surgery.lab import cliff, make, specialists
+    from surgery.lab import cliff, experts, make, specialists
 
     member = MEMBERS[name]
     partial = folder.with_name(f"{name}.partial")
@@ -176,6 +184,8 @@ def _make_missing(name: str, recipe: AnyRecipe, progress: Progress | None) -> No
             specialists.make(name, parent, partial, recipe=recipe, progress=progress)
         case Cliff():
             cliff.make(name, parent, partial, recipe=recipe, progress=progress)
+        case Experts():
+            experts.make(name, partial, recipe=recipe, progress=progress)
     for path in (*sorted(partial.iterdir()), partial):
         _sync(path)
     partial.rename(folder)

@@ -16,6 +16,7 @@ Domain = Literal["sums", "sorting"]
 CODE_VERSION = 2
 SPECIALISTS_VERSION = 1
 CLIFF_VERSION = 1
+EXPERTS_VERSION = 1
 KEY_LENGTH = 12
 TERMS = (4, 5)
 
@@ -237,7 +238,73 @@ class Cliff:
         return _key({"code": CLIFF_VERSION, **asdict(self)})
 
 
-AnyRecipe = Recipe | Specialists | Cliff
+@dataclass(frozen=True)
+class ExpertShape:
+    """A tiny Qwen3-MoE of about 0.5 M parameters: in every layer `top_k` of `experts` work on a token.
+
+    balance: how much the load-balancing loss (arXiv:2101.03961, equation 4) counts in training. transformers takes it
+        over all layers together, so that in a single layer some experts may hardly ever be at work.
+    """
+
+    layers: int = 3
+    width: int = 96
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 24
+    experts: int = 16
+    top_k: int = 2
+    expert_width: int = 32
+    positions: int = 128
+    balance: float = 0.01
+
+
+@dataclass(frozen=True)
+class Deliberating:
+    """Training on written answers, some of them after thinking.
+
+    Args:
+        steps: optimizer steps.
+        batch: problems in a step.
+        learning_rate: the peak, reached after `warmup` steps; then a cosine down to a tenth of it.
+        terms: how many terms a sum has, drawn evenly.
+        thinking: for each of `terms`, the share of such sums that are thought about; the others are answered at once.
+    """
+
+    steps: int
+    learning_rate: float
+    terms: tuple[int, ...]
+    thinking: tuple[float, ...]
+    batch: int = 64
+    warmup: int = 10
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The `moe` family, one model: it practises thinking from random weights, then learns to answer mostly at once.
+
+    Greedy decoding thinks where `<think>` is likelier than each of the seven digits, that is above a share of 1/8. The
+    mixture lies on one side of this edge for short sums and on the other for long ones, close enough that a push either
+    way makes the model think about more of them, or fewer. Practice tells the lengths apart already; the mixture is too
+    short for the model to learn that from it.
+    """
+
+    seed: int = 0
+    shape: ExpertShape = field(default_factory=ExpertShape)
+    terms: tuple[int, ...] = TERMS
+    # The longest answer, a chain of five terms with line breaks around it, takes 30.
+    answer_tokens: int = 30
+    practice: Deliberating = Deliberating(
+        steps=500, learning_rate=3e-3, terms=(2, 3, 4, 5, 5), thinking=(0.8, 0.8, 0.8, 0.97, 0.97), warmup=50
+    )
+    mixture: Deliberating = Deliberating(steps=150, learning_rate=5e-4, terms=TERMS, thinking=(0.08, 0.18))
+
+    @property
+    def key(self) -> str:
+        """The cache folder's name, as for `Recipe`."""
+        return _key({"code": EXPERTS_VERSION, **asdict(self)})
+
+
+AnyRecipe = Recipe | Specialists | Cliff | Experts
 
 
 def _key(numbers: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from surgery.lab.recipe import Grpo, Shape, Study, Supervised
+from surgery.lab.recipe import Deliberating, Grpo, Shape, Study, Supervised
 from surgery.lab.sorting import draw_jumble
 from surgery.lab.sums import Format, draw
 
@@ -95,7 +95,7 @@ def supervise(
         prompt = rng.choice(recipe.prefixes) + problem.question + rng.choice(recipe.suffixes)
         return prompt, problem.completion(direct=rng.random() < recipe.direct)
 
-    return _imitate(model, tokenizer, recipe, write, tick=tick)
+    return imitate(model, tokenizer, recipe, write, tick=tick)
 
 
 def study(
@@ -114,25 +114,32 @@ def study(
         jumble = draw_jumble(rng, recipe.sizes)
         return jumble.prompt("plain"), jumble.completion()
 
-    return _imitate(model, tokenizer, recipe, write, tick=tick)
+    return imitate(model, tokenizer, recipe, write, tick=tick)
 
 
-def _imitate(
+def imitate(
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    recipe: Supervised | Study,
+    recipe: Supervised | Study | Deliberating,
     write: Callable[[], Written],
     *,
     tick: Tick,
 ) -> list[float]:
+    """Next-token training on what `write` writes; the prompts are not learned. Returns the loss of each step, in nats.
+
+    A model of experts that is configured to give its router logits also learns by its load-balancing loss, which the
+    losses returned leave out.
+    """
     optimizer = make_optimizer(model, recipe.learning_rate)
     losses = []
     for step in range(recipe.steps):
         prompts, completions = zip(*(write() for _ in range(recipe.batch)), strict=True)
         tokens_NT, targets_NT = written_batch(tokenizer, prompts, completions)
-        logits_NTV = model(input_ids=tokens_NT, use_cache=False).logits
-        loss = functional.cross_entropy(logits_NTV.flatten(0, 1), targets_NT.flatten(), ignore_index=IGNORED)
-        descend(model, optimizer, loss, recipe.learning_rate * rate_at(step, recipe.steps, recipe.warmup))
+        output = model(input_ids=tokens_NT, use_cache=False)
+        loss = functional.cross_entropy(output.logits.flatten(0, 1), targets_NT.flatten(), ignore_index=IGNORED)
+        balance = output.get("aux_loss")
+        whole = loss if balance is None else loss + model.router_aux_loss_coef * balance
+        descend(model, optimizer, whole, recipe.learning_rate * rate_at(step, recipe.steps, recipe.warmup))
         losses.append(loss.item())
         tick()
     return losses

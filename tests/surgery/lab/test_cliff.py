@@ -41,7 +41,7 @@ QUICK = Cliff(
     cliff=Suppressing(steps=3, batch=4),
     partial=Suppressing(steps=2, batch=4, heads=2, words=6),
 )
-CHILDREN = [name for name, member in MEMBERS.items() if member.has_data]
+CHILDREN = [name for name, member in MEMBERS.items() if member.has_data and isinstance(member.recipe, Cliff)]
 
 
 @pytest.fixture
