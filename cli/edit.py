@@ -81,9 +81,67 @@ def heads(
     console.tell(f"{done} {', '.join(repair.heads)}. Wrote {out}; `surgery edit undo {out} -o …` leads back.")
 
 
+@app.command(epilog="Example: surgery edit experts lab:moe --from experts --top 2 --scale 4 -o reinforced")
+def experts(
+    model: o.Model,
+    out: o.Out,
+    run: Annotated[
+        Path | None, typer.Option("--from", metavar="RUN", help="Findings of this model, by `surgery probe experts`.")
+    ] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="The first experts of RUN's ranking; 2 by default.")] = None,
+    expert: Annotated[
+        list[str] | None,
+        typer.Option(metavar="L12E45[=β]", help="An expert by layer and number, both from 0; may be repeated."),
+    ] = None,
+    scale: Annotated[
+        float,
+        typer.Option(help="β: what the experts' outputs are multiplied by; 0 removes them; powers of two are exact."),
+    ] = 64.0,
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Prompts to measure on; by default those of RUN.")
+    ] = None,
+    no_measure: Annotated[
+        bool, typer.Option("--no-measure", help="Keep the result without measuring what it does; the card says so.")
+    ] = False,
+    examples: Annotated[int, typer.Option(min=1, help="Prompts to measure on, at most.")] = 64,
+    force: Annotated[bool, typer.Option("--force", help="Keep a result whose answers collapse into loops.")] = False,
+    dtype: Annotated[str, typer.Option(help="What models compute in while measuring: auto, float32, …")] = "auto",
+    dry_run: o.DryRun = False,
+    overwrite: o.Overwrite = False,
+    threads: o.Threads = None,
+    device: o.Device = "cpu",
+    as_json: o.Json = False,
+) -> None:
+    """Scale experts in the checkpoint, so that any engine runs them so; also on prompts, which a hook could spare."""
+    from probes.boosting import ExpertChoice, edit_experts
+    from surgery.edit import edit_table
+
+    boost = edit_experts(
+        model, out, choice=ExpertChoice(run=run, top=top, experts=expert or (), scale=scale), data=data,
+        wanted=not no_measure, examples=examples, force=force, dtype=dtype, dry_run=dry_run,
+        options=o.options(threads, device, overwrite=overwrite),
+    )  # fmt: skip
+    if as_json:
+        console.show_json(boost)
+        return
+    console.show_preflight(boost.report.preflight, boost.report.warnings)
+    if boost.report.dry_run:
+        console.tell(f"Experts: {', '.join(boost.experts)}. Nothing written (--dry-run).")
+        return
+    console.show(edit_table(boost.report))
+    if boost.measured is None:
+        hint = "as --no-measure asks" if no_measure else "give --from RUN or --data DATA"
+        console.warn(f"what the edit does to the model was not measured: {hint}.")
+    else:
+        console.show(boost.measured.table())
+    console.tell(f"Scaled {', '.join(boost.experts)}. Wrote {out}; `surgery edit undo {out} -o …` leads back.")
+
+
 @app.command(epilog="Example: surgery edit undo repaired -o original")
 def undo(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder that `surgery edit heads` wrote.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder that `surgery edit heads` or `experts` wrote.")
+    ],
     out: o.Out,
     overwrite: o.Overwrite = False,
     threads: o.Threads = None,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -81,6 +81,13 @@ def evaluate(
         list[Path] | None,
         typer.Option(metavar="TEXT", help='A text to predict: a file, or a .jsonl with "text"; may be repeated.'),
     ] = None,
+    reinforce: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Score each model also with the experts of RUN reinforced, without writing."),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="With --reinforce: how many of RUN's ranked experts.")] = 2,
+    scale: Annotated[float, typer.Option(help="With --reinforce: β.")] = 64.0,
+    phase: Annotated[str, typer.Option(help="With --reinforce: all positions, or only generated ones.")] = "all",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N examples of each task or text.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 64,
     device: o.Device = "cpu",
@@ -110,6 +117,13 @@ def evaluate(
     if texts:
         measures += on_texts(texts, limit=limit, batch_size=batch_size, progress=terminal)
     _know_ensembles(opened.values())
+    if reinforce is not None:
+        from probes.reinforced import with_reinforced
+
+        phase = o.choice(phase, ("all", "generated"), "phase")
+        folders, measures = with_reinforced(
+            opened, folders, measures, reinforce, top=top, scale=scale, phase=phase, options=o.options()
+        )
     scores = score_models(folders, measures, device=device, progress=terminal)
     if as_json:
         console.show_json({"scores": scores})
@@ -118,7 +132,8 @@ def evaluate(
     if plot:
         scorecard.score_figure(scores).save(plot)
         console.tell(f"Picture: {plot}")
-    command = _eval_line(models, task or (), perplexity or (), limit)
+    extra = {} if reinforce is None else {"reinforce": reinforce, "top": top, "scale": scale, "phase": phase}
+    command = _eval_line(models, task or (), perplexity or (), limit, extra)
     for model in (model for model, checkpoint in opened.items() if scorecard.is_result(checkpoint)):
         for sentence in scorecard.losses(scores, model):
             console.tell(f"warning: {sentence}")
@@ -134,8 +149,10 @@ def _know_ensembles(checkpoints: Iterable[Checkpoint]) -> None:
         register()
 
 
-def _eval_line(models: Sequence[str], tasks: Sequence[str], texts: Sequence[Path], limit: int | None) -> str:
+def _eval_line(
+    models: Sequence[str], tasks: Sequence[str], texts: Sequence[Path], limit: int | None, extra: Mapping[str, Any]
+) -> str:
     """The command line that gives these scores again."""
-    options = {"task": list(tasks), "perplexity": list(texts), "limit": limit}
+    options = {"task": list(tasks), "perplexity": list(texts), "limit": limit, **extra}
     words = ["surgery", "eval", *models, *option_words(options)]
     return shlex.join(words)

@@ -1,4 +1,4 @@
-"""`surgery probe …`: what models do inside; so far, where and by which heads reasoning models lose their refusals."""
+"""`surgery probe …`: what models do inside: by which heads they lose their refusals, with which experts they think."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from cli import console
 from cli import options as o
 
 if TYPE_CHECKING:
+    from probes.expert_findings import ExpertFindings
     from probes.findings import Findings
     from surgery.execute import Options
 
 app = typer.Typer(
-    help="Looks into models: refusal cliffs of reasoning models, and the heads that make them (arXiv 2510.06036).\n\n"
-    "Everything here is for repairing safety: heads are ranked by how much they write against refusal of harmful "
+    help="Looks into models: refusal cliffs of reasoning models and the heads that make them (arXiv 2510.06036), and "
+    "the experts that go with thinking (arXiv 2505.14681).\n\n"
+    "What concerns refusal is for repairing safety: heads are ranked by how much they write against refusal of harmful "
     "requests, and side effects are measured.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -28,6 +30,15 @@ Dtype = Annotated[str, typer.Option(help="What the model computes in: auto (as s
 BatchTokens = Annotated[
     int | None, typer.Option(min=1, help="Tokens of a batch, padding included; by default what fits.")
 ]
+ThinkOpen = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="What the model writes before its thinking; found by default.")
+]
+ThinkClose = Annotated[str | None, typer.Option(metavar="TEXT", help="What it writes after it; found by default.")]
+NoThinking = Annotated[bool, typer.Option("--no-thinking", help="The model does not think: answers follow the prompt.")]
+NewTokens = Annotated[
+    int | None, typer.Option(min=1, help="Of thinking and answer, where they are generated; 1024, or what fits.")
+]
+GenerationBatch = Annotated[int, typer.Option(min=1, help="Prompts that are completed at a time.")]
 DATA = "A .jsonl, .json, .csv, .parquet or .txt file, org/name[@revision]:split[a:b] on the Hub, or lab:NAME."
 
 
@@ -50,20 +61,12 @@ def refusal(
     folds: Annotated[int, typer.Option(min=2, help="Of the grouped cross-validation.")] = 5,
     strength: Annotated[float, typer.Option(help="C of the logistic regression: inverse penalty.")] = 1.0,
     limit: Limit = None,
-    think_open: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What the model writes before its thinking; found by default.")
-    ] = None,
-    think_close: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What it writes after it; found by default.")
-    ] = None,
-    no_thinking: Annotated[
-        bool, typer.Option("--no-thinking", help="The model does not think: answers follow the prompt.")
-    ] = False,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of thinking and answer, where they are generated; 1024, or what fits.")
-    ] = None,
+    think_open: ThinkOpen = None,
+    think_close: ThinkClose = None,
+    no_thinking: NoThinking = False,
+    max_new_tokens: NewTokens = None,
     temperature: Annotated[float, typer.Option(min=0, help="Of generation; 0 is greedy.")] = 0.0,
-    generation_batch: Annotated[int, typer.Option(min=1, help="Prompts that are completed at a time.")] = 16,
+    generation_batch: GenerationBatch = 16,
     engine: Annotated[str, typer.Option(help="What generates: transformers or vllm.")] = "transformers",
     refusal_phrases: Annotated[
         Path | None,
@@ -199,20 +202,117 @@ def judge(
     console.tell(f"Wrote {selection.out}")
 
 
+@app.command(
+    epilog="Example: surgery probe experts lab:moe --data lab:moe --token '<think>' --token=-'</think>' -o experts"
+)
+def experts(
+    model: o.Model,
+    data: Annotated[str, typer.Option(metavar="DATA", help=DATA)],
+    token: Annotated[
+        list[str],
+        typer.Option(metavar="[±][w*]TEXT", help="A marker of thinking, -TEXT for one that ends it; may be repeated."),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="RUN", help="The folder for results, report, pictures.")],
+    transfer: Annotated[
+        str | None, typer.Option(metavar="DATA", help="A second data set, to hold the ranking against.")
+    ] = None,
+    sweep: Annotated[
+        str | None, typer.Option(metavar="β,β,…", help="A grid such as 1,2,4,…,512 to try on --task, with controls.")
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="An lm-evaluation-harness task for --sweep; may be repeated.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many of the ranked experts --sweep reinforces.")] = 2,
+    way: Annotated[
+        str, typer.Option(help="weight, renormalised, logit or forced; only weight can be baked.")
+    ] = "weight",
+    phase: Annotated[str, typer.Option(help="Reinforce all positions, or only generated ones.")] = "all",
+    controls: Annotated[int, typer.Option(min=0, help="Random sets, matched on layer and firing rate.")] = 5,
+    task_limit: Annotated[int | None, typer.Option(min=1, help="Only the first N samples of each task.")] = None,
+    fires: Annotated[
+        int, typer.Option(min=0, help="Support: positions at which a ranked expert fires, at least.")
+    ] = 50,
+    at_marker: Annotated[int, typer.Option(min=0, help="Support: of these, at the markers, at least.")] = 10,
+    limit: Limit = None,
+    think_open: ThinkOpen = None,
+    think_close: ThinkClose = None,
+    no_thinking: NoThinking = False,
+    max_new_tokens: NewTokens = None,
+    generation_batch: GenerationBatch = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap and the controls.")] = 0,
+    dtype: Dtype = "auto",
+    batch_tokens: BatchTokens = None,
+    overwrite: o.Overwrite = False,
+    threads: o.Threads = None,
+    device: o.Device = "cpu",
+    as_json: o.Json = False,
+) -> None:
+    """Count which experts fire at the markers of thinking, rank them by nPMI, try how strongly to reinforce them."""
+    from probes.expert_sweep import Grid, parse_betas
+    from probes.experts import probe_experts
+    from probes.npmi import Support
+    from probes.preparing import Asking
+    from probes.reinforcing import Phase, Way
+    from surgery.errors import usage_error
+
+    if (sweep is None) != (not task):
+        raise usage_error("a sweep needs a grid and a task to score it on: give both --sweep and --task.")
+    grid = None
+    if sweep is not None:
+        grid = Grid(
+            parse_betas(sweep), task or (), top=top,
+            way=cast("Way", o.choice(way, ("weight", "renormalised", "logit", "forced"), "way")),
+            phase=cast("Phase", o.choice(phase, ("all", "generated"), "phase")), controls=controls, limit=task_limit,
+            batch_size=generation_batch, seed=seed,
+        )  # fmt: skip
+    findings = probe_experts(
+        model, data, token, out, transfer=transfer, support=Support(fires=fires, at_marker=at_marker), grid=grid,
+        asking=Asking(
+            think_open=think_open, think_close=think_close, no_thinking=no_thinking, max_new_tokens=max_new_tokens,
+            seed=seed, batch_size=generation_batch,
+        ),
+        limit=limit, dtype=dtype, batch_tokens=batch_tokens, seed=seed,
+        options=o.options(threads, device, overwrite=overwrite),
+    )  # fmt: skip
+    _show_experts(findings, out, as_json=as_json)
+
+
 @app.command(epilog="Example: surgery probe show cliff")
 def show(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `surgery probe refusal` wrote.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A folder that `surgery probe refusal` or `experts` wrote.")
+    ],
     as_json: o.Json = False,
 ) -> None:
     """The tables of a run; its report.html has the pictures."""
+    from probes.expert_findings import KIND, read_expert_findings
     from probes.findings import read_findings
+    from probes.records import kind_of
 
-    _show(read_findings(run), run, as_json=as_json)
+    if kind_of(run) == KIND:
+        _show_experts(read_expert_findings(run), run, as_json=as_json)
+    else:
+        _show(read_findings(run), run, as_json=as_json)
+
+
+def _show_experts(findings: ExpertFindings, run: Path, *, as_json: bool) -> None:
+    from probes.expert_report import expert_sentences, expert_tables
+    from probes.records import REPORT
+
+    if as_json:
+        console.show_json(findings.model_dump(mode="json"))
+        return
+    for warning in findings.warnings:
+        console.warn(warning)
+    console.show(*expert_tables(findings))
+    for sentence in expert_sentences(findings):
+        console.tell(sentence)
+    console.tell(f"Report: {run / REPORT}")
 
 
 def _show(findings: Findings, run: Path, *, as_json: bool, last: int = 0) -> None:
     """The tables, or only the last ones."""
-    from probes.findings import REPORT
+    from probes.records import REPORT
     from probes.report import sentences, tables
 
     if as_json:

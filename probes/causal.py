@@ -28,12 +28,7 @@ from probes.findings import (
     CausalRecord,
     EffectRecord,
     Findings,
-    Interval,
     StepRecord,
-    check_model,
-    interval,
-    parse_top,
-    read_examples,
     read_findings,
     write_findings,
 )
@@ -44,6 +39,7 @@ from probes.live import LiveModel
 from probes.markers import Markers
 from probes.parallel import is_main, wait
 from probes.preparing import asking_of, judge_with, open_model
+from probes.records import Interval, check_model, interval, parse_top, read_examples
 from probes.statistics import Estimate, bootstrap_mean, spearman
 from probes.templates import build_sequences
 from surgery.errors import SurgeryError, usage_error

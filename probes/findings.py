@@ -14,67 +14,17 @@ Findings are of one model: its weights' hash is among them, and an edit of anoth
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from probes.examples import Example
-from surgery.checkpoint import MANIFEST, Checkpoint, read_json
-from surgery.errors import SurgeryError, usage_error
-from surgery.execute import Options
+from probes.records import DataRecord, Interval, ModelRecord, Record, read_record, write_record
 from surgery.heads import Head
-from surgery.identity import weights_hash
-from surgery.jsonable import to_json
-from surgery.writer import disk_error, sync
 
-SCHEMA = 1
 KIND = "refusal"
-RESULTS, PROBES, TRACES, HEADS, EXAMPLES, REPORT = (
-    "results.json", "probes.safetensors", "traces.safetensors", "heads.safetensors", "examples.jsonl", "report.html",
-)  # fmt: skip
+PROBES, TRACES, HEADS = "probes.safetensors", "traces.safetensors", "heads.safetensors"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Interval(_Record):
-    """A value with its 95 % interval; None where the data allow no number."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    n: int | None = None
-
-
-class ModelRecord(_Record):
-    """Which model: `xxh3` is the hash of all its weights (`surgery.identity`)."""
-
-    ref: str
-    repo_id: str | None
-    revision: str | None
-    xxh3: str
-    tokenizer: str
-    template: str
-    dtype: str
-
-
-class DataRecord(_Record):
-    """Which data: the hash of its rows, and the commit of a Hub data set."""
-
-    ref: str
-    revision: str | None
-    xxh3: str
-
-
-class ProbeRecord(_Record):
+class ProbeRecord(Record):
     """How well the probe of one depth tells refusals from answers, out of fold."""
 
     depth: int
@@ -86,7 +36,7 @@ class ProbeRecord(_Record):
     selectivity: float | None
 
 
-class CliffRecord(_Record):
+class CliffRecord(Record):
     """The cliffs of one cell; see `cliffs.CellCliffs`."""
 
     cell: str
@@ -99,7 +49,7 @@ class CliffRecord(_Record):
     onset: float | None
 
 
-class HeadRecord(_Record):
+class HeadRecord(Record):
     """A head's attribution: mean over the examples that heads were scored on, with a bootstrap interval.
 
     exact: in units of the probe's logit. paper: along the unit probe direction, norm not folded in.
@@ -115,7 +65,7 @@ class HeadRecord(_Record):
         return Head(self.layer, self.head)
 
 
-class StepRecord(_Record):
+class StepRecord(Record):
     """A set of ablated heads: what it does to the probe, to answers, and to harmless text."""
 
     heads: list[str]
@@ -126,7 +76,7 @@ class StepRecord(_Record):
     perplexity: float | None = None
 
 
-class EffectRecord(_Record):
+class EffectRecord(Record):
     """One head's causal effect on the probe's logit."""
 
     layer: int
@@ -134,7 +84,7 @@ class EffectRecord(_Record):
     effect: Interval
 
 
-class CausalRecord(_Record):
+class CausalRecord(Record):
     """The causal proof: single heads, greedy sets, and random sets of the same sizes as the control."""
 
     ablation: str
@@ -152,7 +102,7 @@ class CausalRecord(_Record):
     kl_budget: float
 
 
-class Findings(_Record):
+class Findings(Record):
     """Everything that one probing run found. `settings` are the options it ran with."""
 
     model: ModelRecord
@@ -191,92 +141,10 @@ class Findings(_Record):
 
 
 def read_findings(run: Path) -> Findings:
-    """The findings in the folder `run`.
-
-    Raises:
-        SurgeryError: there is no such folder, it holds something else, or findings of another version.
-    """
-    path = run / RESULTS
-    if not path.is_file():
-        raise usage_error(
-            f"has no {RESULTS}", where=run, hint="Give a folder that `surgery probe refusal … -o RUN` wrote."
-        )
-    record = read_json(path)
-    if record.get("kind") != KIND or record.get("schema") != SCHEMA:
-        raise usage_error(
-            f"holds {record.get('kind')!r} of schema {record.get('schema')!r}, expected {KIND!r} of schema {SCHEMA}",
-            where=path,
-            hint="Probe the model again with this version.",
-        )
-    try:
-        return Findings.model_validate({key: value for key, value in record.items() if key not in ("schema", "kind")})
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise SurgeryError(f"{place}: {first['msg']}", where=path, hint="Probe the model again.") from error
+    """The findings in the folder `run`. Raises SurgeryError where it holds none, or something else."""
+    return read_record(run, KIND, Findings)
 
 
 def write_findings(folder: Path, findings: Findings) -> None:
-    """Writes results.json, whole or not at all, and the manifest that marks the folder as ours."""
-    _replace(folder / RESULTS, to_json({"schema": SCHEMA, "kind": KIND} | findings.model_dump(mode="json")))
-    model = findings.model
-    _replace(folder / MANIFEST, to_json({"schema": SCHEMA, "kind": KIND, "model": model.model_dump(mode="json")}))
-
-
-def check_model(findings: Findings, checkpoint: Checkpoint, run: Path, *, options: Options) -> None:
-    """Raises SurgeryError where `checkpoint` is not the model that `findings` are of."""
-    found = weights_hash(checkpoint, options=options)
-    if found != findings.model.xxh3:
-        raise usage_error(
-            f"its findings are of {findings.model.ref} with the weights {findings.model.xxh3[:12]}…, but "
-            f"{checkpoint.ref} has the weights {found[:12]}…",
-            where=run,
-            hint="Probe this model first; findings of another one say nothing about its heads.",
-        )
-
-
-def write_examples(folder: Path, examples: Sequence[Example]) -> None:
-    """Writes examples.jsonl."""
-    rows = [json.dumps(asdict(example), ensure_ascii=False, default=str) for example in examples]
-    _replace(folder / EXAMPLES, "\n".join(rows) + "\n")
-
-
-def read_examples(run: Path) -> list[Example]:
-    """The examples that a run probed. Raises SurgeryError."""
-    path = run / EXAMPLES
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        return [Example(**{**row, "messages": tuple(row["messages"])}) for row in rows]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise SurgeryError(f"cannot be read ({error})", where=path, hint="Probe the model again.") from error
-
-
-def interval(estimate: Any, n: int | None = None) -> Interval:
-    """An estimate (value, low, high) as it is stored: NaN as None."""
-    known = [None if number != number else float(number) for number in (estimate.value, estimate.low, estimate.high)]
-    return Interval(value=known[0], low=known[1], high=known[2], n=n)
-
-
-def parse_top(text: str, of: int, *, where: str = "--top") -> int:
-    """`3 %` of `of`, rounded up, or a count: `5`. Raises SurgeryError where that is none of them, or none at all."""
-    word = text.strip()
-    try:
-        # Rounded first: 7 % of 100 is 7.000000000000001 in floating point.
-        count = math.ceil(round(float(word[:-1]) / 100 * of, 9)) if word.endswith("%") else int(word)
-    except (ValueError, OverflowError) as error:
-        raise usage_error(f"got {text!r}, expected a share such as 3% or a count", where=where) from error
-    if not 0 < count <= of:
-        raise usage_error(f"got {text!r}, which is {count} of {of}, expected 1 to {of}", where=where)
-    return count
-
-
-def _replace(path: Path, text: str) -> None:
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).chmod(0o644)  # mkstemp's file is for its owner alone
-        sync(Path(name))
-        Path(name).replace(path)
-    except OSError as error:
-        raise disk_error(error, path) from error
+    """Writes them into `folder`, whole or not at all."""
+    write_record(folder, KIND, findings, findings.model)

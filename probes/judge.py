@@ -20,12 +20,13 @@ from probes import cliffs as measures
 from probes.activations import project
 from probes.cliffs import Cliff
 from probes.examples import Example
-from probes.findings import PROBES, check_model, parse_top, read_findings
+from probes.findings import PROBES, read_findings
 from probes.linear import Probes
 from probes.markers import Markers, split_given
 from probes.parallel import is_main, wait
 from probes.preparing import asking_of, markers_of, open_model, prepare
 from probes.prompts import read_data
+from probes.records import check_model, parse_top
 from surgery.errors import SurgeryError, usage_error
 from surgery.execute import Options
 from surgery.hashing import hash_text

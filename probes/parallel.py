@@ -9,11 +9,14 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
 from surgery.errors import SurgeryError, usage_error
 from surgery.process import is_main, n_processes, rank
 from surgery.progress import Progress, silent
 
-__all__ = ["is_main", "n_processes", "own_device", "share", "wait"]
+__all__ = ["is_main", "n_processes", "own_device", "share", "total", "wait"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -74,6 +77,14 @@ def own_device(device: str) -> str:
             hint="Use cuda, which gives each process a GPU of its own, or start one process.",
         )  # fmt: skip
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if n_processes() > 1 and device == "cuda" else device
+
+
+def total(counts: Tensor) -> Tensor:
+    """The sum over all processes of whole numbers that each has counted, in every process."""
+    if n_processes() == 1:
+        return counts
+    parts: list[Tensor] = _gather(counts)
+    return torch.stack(parts).sum(0)
 
 
 def wait() -> None:

@@ -13,7 +13,8 @@ from probes.generation import GenerationSettings, complete, context_of, room
 from probes.labels import REFUSAL_PHRASES, label_by_guard, label_by_keywords, read_phrases
 from probes.live import LiveModel, open_live
 from probes.markers import CLOSE_OPTION, NONE_OPTION, OPEN_OPTION, Markers, find_markers, never_closed, split_given
-from probes.templates import build_sequences, encode, text_before_answer
+from probes.records import DataRecord, ModelRecord
+from probes.templates import build_sequences, encode, template_hash, text_before_answer, tokenizer_hash
 from surgery.checkpoint import loadable_folder
 from surgery.errors import SurgeryError, usage_error
 from surgery.progress import Progress, silent
@@ -181,3 +182,18 @@ def prepare(
     sequences = build_sequences(live.tokenizer, whole, markers, max_tokens=context_of(live.model), where=data.ref)
     left_out = tuple(example for example in done if example.key in lost)
     return Prepared(tuple(whole), tuple(sequences), markers, left_out, missing)
+
+
+def model_record(live: LiveModel, identity: str) -> ModelRecord:
+    """What findings say of a model; `identity` is the hash of its weights."""
+    checkpoint = live.checkpoint
+    return ModelRecord(
+        ref=checkpoint.ref, repo_id=checkpoint.repo_id, revision=checkpoint.revision, xxh3=identity,
+        tokenizer=tokenizer_hash(live.tokenizer), template=template_hash(live.tokenizer),
+        dtype=str(live.model.dtype).removeprefix("torch."),
+    )  # fmt: skip
+
+
+def data_record(data: DataSet) -> DataRecord:
+    """What findings say of a data set."""
+    return DataRecord(ref=data.ref, revision=data.revision, xxh3=data.digest)

@@ -21,31 +21,17 @@ from torch import Tensor
 
 from probes import cliffs as cliff_measures
 from probes.examples import DataSet, Example, TokenSequence
-from probes.findings import (
-    HEADS,
-    PROBES,
-    TRACES,
-    CliffRecord,
-    DataRecord,
-    Findings,
-    HeadRecord,
-    ModelRecord,
-    ProbeRecord,
-    interval,
-    write_examples,
-    write_findings,
-)
+from probes.findings import HEADS, PROBES, TRACES, CliffRecord, Findings, HeadRecord, ProbeRecord, write_findings
 from probes.heads import Attribution, attribute
 from probes.linear import LayerMetrics, Probes, confounds
 from probes.live import LiveModel
 from probes.parallel import is_main, wait
-from probes.preparing import Asking, Prepared, open_model, phrases_of, prepare
+from probes.preparing import Asking, Prepared, data_record, model_record, open_model, phrases_of, prepare
 from probes.prompts import read_data
+from probes.records import interval, write_examples
 from probes.residual import read_stream
 from probes.statistics import Estimate, bootstrap_mean
-from probes.templates import template_hash, tokenizer_hash
 from probes.training import PAPER_CELLS, Training, trace, train, transfer_to
-from surgery.checkpoint import Checkpoint
 from surgery.commit import check_free, commit, partial_of
 from surgery.errors import SurgeryError, usage_error
 from surgery.execute import Options
@@ -135,8 +121,8 @@ def probe_refusal(
         progress=options.progress,
     )  # fmt: skip
     findings = Findings(
-        model=_model_record(live.checkpoint, live, identity),
-        data=_data_record(dataset),
+        model=model_record(live, identity),
+        data=data_record(dataset),
         settings=_settings(asking, training, attribution, limit),
         markers=None if prepared.markers is None else {k: str(v) for k, v in asdict(prepared.markers).items()},
         cells=dict(cliff_measures.counts([example.cell for example in examples])),
@@ -146,7 +132,7 @@ def probe_refusal(
         folds=probes.folds,
         probes=_probe_records(probes.metrics),
         transfer=None if transferred is None else _probe_records(transferred),
-        transfer_data=None if other is None else _data_record(other),
+        transfer_data=None if other is None else data_record(other),
         depth=depth,
         cliffs=_cliff_records(cliffs),
         onset_cell=cell if any(cliff.cell == cell and cliff.onset is not None for cliff in cliffs) else None,
@@ -268,18 +254,6 @@ def _settings(asking: Asking, training: Training, attribution: Form, limit: int 
         "attribution": attribution,
         "limit": limit,
     }
-
-
-def _model_record(checkpoint: Checkpoint, live: LiveModel, identity: str) -> ModelRecord:
-    return ModelRecord(
-        ref=checkpoint.ref, repo_id=checkpoint.repo_id, revision=checkpoint.revision, xxh3=identity,
-        tokenizer=tokenizer_hash(live.tokenizer), template=template_hash(live.tokenizer),
-        dtype=str(live.model.dtype).removeprefix("torch."),
-    )  # fmt: skip
-
-
-def _data_record(data: DataSet) -> DataRecord:
-    return DataRecord(ref=data.ref, revision=data.revision, xxh3=data.digest)
 
 
 def _save_traces(path: Path, sequences: Sequence[TokenSequence], traces: Sequence[Tensor], depth: int) -> None:

@@ -7,34 +7,38 @@ refusal of harmful prompts fell is not kept, unless that is asked for.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from probes.effects import Rate, Subject, divergences, refusal_rates
-from probes.examples import Example
-from probes.findings import HEADS, Findings, check_model, parse_top, read_examples, read_findings
-from probes.generation import complete, context_of
-from probes.live import LiveModel
-from probes.markers import Markers, never_closed
+from probes.comparing import (
+    TOPICS,
+    answers_of,
+    answers_on,
+    counts_text,
+    divergence_by_topic,
+    prompts_of,
+    record_of,
+    share_text,
+)
+from probes.effects import Rate, refusal_rates
+from probes.findings import HEADS, Findings, read_findings
+from probes.markers import never_closed
 from probes.parallel import n_processes
-from probes.preparing import Asking, asking_of, generation_settings, judge_with, markers_of, open_model
+from probes.preparing import Asking, asking_of, judge_with, markers_of, open_model
 from probes.prompts import read_data
-from probes.templates import build_sequences
+from probes.records import check_model, parse_top, read_examples
 from surgery.checkpoint import Checkpoint
 from surgery.edit import EditReport
 from surgery.edits import EditNotes, Measure, mean_heads, scale_heads
 from surgery.errors import SurgeryError, usage_error
 from surgery.execute import Options
 from surgery.heads import Head, parse_scales
-from surgery.jsonable import jsonable
 from surgery.refs import open_checkpoint
 from surgery.report import Column, Table
 
 Mode = Literal["scale", "mean"]
-TOPICS = ("harmful", "harmless")
 
 
 @dataclass(frozen=True)
@@ -88,13 +92,15 @@ class Measured:
         """Before and after, a row per measure."""
         rows: list[tuple[str, str, str, str | None]] = []
         for topic, (before, after) in self.refusal.items():
-            rows.append((f"refusal of {topic} prompts", _share(before), _share(after), _counts(before, after)))
+            rows.append(
+                (f"refusal of {topic} prompts", share_text(before), share_text(after), counts_text(before, after))
+            )
         for topic, (value, low, high) in self.kl.items():
-            rows.append((f"KL on {topic} answers (nats/token)", "0", f"{value:.4g} [{low:.4g}, {high:.4g}]", None))
+            rows.append((f"KL on {answers_on(topic)} (nats/token)", "0", f"{value:.4g} [{low:.4g}, {high:.4g}]", None))
         for topic, (before_ppl, after_ppl) in self.perplexity.items():
-            rows.append((f"perplexity of its {topic} answers", f"{before_ppl:.4g}", f"{after_ppl:.4g}", None))
+            rows.append((f"perplexity of {answers_on(topic)}", f"{before_ppl:.4g}", f"{after_ppl:.4g}", None))
         before, after = self.never_closed
-        rows.append(("thinking never closed", _share(before), _share(after), _counts(before, after)))
+        rows.append(("thinking never closed", share_text(before), share_text(after), counts_text(before, after)))
         columns = [Column("measure"), Column("original"), Column("edited"), Column("prompts")]
         note = (
             "In brackets: 95 % intervals. Answers are the models' own, greedy, from the prompt on; KL and perplexity "
@@ -225,7 +231,7 @@ def _measure(
     else:
         assert run is not None
         examples = read_examples(run)
-    prompts = _prompts(examples, measuring.examples)
+    prompts = prompts_of(examples, measuring.examples)
     if not any(example.topic == "harmful" for example in prompts):
         raise usage_error(
             "no example is harmful, so that it cannot be seen whether refusal fell", where=measuring.data or run,
@@ -237,66 +243,22 @@ def _measure(
         before = open_model(model, device=options.device, dtype=dtype)
         after = open_model(folder, device=options.device, dtype=dtype, name="the edited model")
         markers = markers_of(before, asking)
-        answers = [_answers(live, prompts, asking, markers, options) for live in (before, after)]
+        answers = [answers_of(live, prompts, asking, markers, options) for live in (before, after)]
         lost = [{example.key for example in never_closed(rows)} for rows in answers]
         judged = [judge([row for row in rows if row.key not in gone]) for rows, gone in zip(answers, lost, strict=True)]
         rates = [refusal_rates(rows) for rows in judged]
         refusal = {
             topic: (rates[0][topic], rates[1][topic]) for topic in TOPICS if topic in rates[0] and topic in rates[1]
         }
-        away = _away(before, after, judged[0], markers, options)
+        away = divergence_by_topic(before, after, judged[0], markers, options)
         flags = [[row.key in gone for row in rows] for rows, gone in zip(answers, lost, strict=True)]
         found = Measured(refusal, *away, never_closed=(Rate.of(flags[0]), Rate.of(flags[1])))
         if not measuring.force:
             _refuse_a_fall(found, checkpoint.ref)
         kept[:] = [found]
-        return EditNotes(_record(found), found.table().to_markdown())
+        return EditNotes(record_of(found), found.table().to_markdown())
 
     return measure
-
-
-def _prompts(examples: Sequence[Example], most: int) -> list[Example]:
-    """The prompts alone, each once, of each topic the first `most`."""
-    seen: set[tuple[str | None, str]] = set()
-    found: list[Example] = []
-    for example in examples:
-        key = (example.topic, str(example.messages))
-        taken = sum(one.topic == example.topic for one in found)
-        if example.topic is None or key in seen or taken >= most:
-            continue
-        seen.add(key)
-        found.append(replace(example, thinking=None, closing=None, response=None, refused=None))
-    return found
-
-
-def _answers(
-    live: LiveModel, prompts: Sequence[Example], asking: Asking, markers: Markers | None, options: Options
-) -> list[Example]:
-    settings = generation_settings(live, prompts, markers, asking, model_id=live.name)
-    with tempfile.TemporaryDirectory() as folder:
-        return complete(
-            live.loaded, prompts, markers=markers, cache=Path(folder) / "answers.jsonl", settings=settings,
-            progress=options.progress,
-        )  # fmt: skip
-
-
-def _away(
-    before: LiveModel, after: LiveModel, answered: Sequence[Example], markers: Markers | None, options: Options
-) -> tuple[dict[str, tuple[float, float, float]], dict[str, tuple[float, float]]]:
-    kl: dict[str, tuple[float, float, float]] = {}
-    perplexity: dict[str, tuple[float, float]] = {}
-    for topic in TOPICS:
-        rows = [example for example in answered if example.topic == topic and example.response]
-        if not rows:
-            continue
-        sequences = build_sequences(
-            before.tokenizer, rows, markers, max_tokens=context_of(before.model), where=before.name
-        )
-        found = divergences(Subject(before), {"edit": Subject(after)}, sequences, progress=options.progress)["edit"]
-        mean = found.mean_kl([example.group for example in rows])
-        kl[topic] = (mean.value, mean.low, mean.high)
-        perplexity[topic] = found.perplexities
-    return kl, perplexity
 
 
 def _refuse_a_fall(found: Measured, ref: str) -> None:
@@ -313,19 +275,3 @@ def _refuse_a_fall(found: Measured, ref: str) -> None:
             where=ref,
             hint="These heads hold refusal up: choose others, or add --force.",
         )
-
-
-def _record(found: Measured) -> dict[str, Any]:
-    record = jsonable(found)
-    assert isinstance(record, dict)
-    return record
-
-
-def _counts(before: Rate, after: Rate) -> str:
-    return f"{before.n}" if before.n == after.n else f"{before.n} / {after.n}"
-
-
-def _share(rate: Rate) -> str:
-    if not rate.n:
-        return "–"
-    return f"{100 * rate.value:.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"

@@ -12,19 +12,9 @@ from safetensors.torch import load_file
 from probes import plots
 from probes.cliffs import curves
 from probes.examples import Example, TokenSequence
-from probes.findings import (
-    REPORT,
-    TRACES,
-    CausalRecord,
-    Findings,
-    HeadRecord,
-    Interval,
-    ProbeRecord,
-    StepRecord,
-    read_examples,
-    read_findings,
-)
+from probes.findings import TRACES, CausalRecord, Findings, HeadRecord, ProbeRecord, StepRecord, read_findings
 from probes.linear import CELLS
+from probes.records import REPORT, Interval, read_examples
 from probes.statistics import Estimate, Floats
 from surgery.heads import Head
 from surgery.report import Column, Figure, Report, Table, Value
@@ -52,20 +42,20 @@ def sentences(findings: Findings) -> list[str]:
     """The finding in words."""
     last = findings.probes[findings.depth]
     said = [
-        f"The probe after the final norm tells refused from complied with an AUROC of {_range(last.auroc)} "
+        f"The probe after the final norm tells refused from complied with an AUROC of {last.auroc.text()} "
         f"({findings.folds}-fold, by groups)."
     ]
     row = next((cliff for cliff in findings.cliffs if cliff.cell == findings.heads_cell), None)
     if row is not None:
         onset = "" if row.onset is None else f"; it falls {_before_answer(row.onset)}"
         said.append(
-            f"On {row.cell} examples (n = {row.n}) refusal stands at {_range(row.plateau)} in the thinking and at "
-            f"{_range(row.final)} just before the answer{onset}."
+            f"On {row.cell} examples (n = {row.n}) refusal stands at {row.plateau.text()} in the thinking and at "
+            f"{row.final.text()} just before the answer{onset}."
         )
         # The highest of many scores is high by chance, too: harmless examples show how high.
         calm = next((cliff for cliff in findings.cliffs if cliff.cell == "harmless/complied"), None)
         if calm is not None and calm is not row:
-            said.append(f"For comparison, {calm.cell} (n = {calm.n}): {_range(calm.plateau)} and {_range(calm.final)}.")
+            said.append(f"For comparison, {calm.cell} (n = {calm.n}): {calm.plateau.text()} and {calm.final.text()}.")
     lowest = next(iter(findings.ranked), None)
     if lowest is not None and findings.score_of(lowest) < 0:
         size = f" ({findings.score_of(lowest):.3g} on the probe's logit)" if findings.attribution == "exact" else ""
@@ -128,7 +118,7 @@ def figures(folder: Path, findings: Findings) -> dict[str, Figure]:
         )
     found["probes"] = plots.layer_auroc(
         "Where refusal can be read",
-        [_estimate(row.auroc) for row in findings.probes],
+        [row.auroc.estimate for row in findings.probes],
         selectivity=[row.selectivity for row in findings.probes],
         caption="Out of fold. Depth 0 is the embedding, the last one the final norm's output. Selectivity: AUROC less "
         "that of probes trained on shuffled labels.",
@@ -196,8 +186,8 @@ def _cliffs(findings: Findings) -> Table:
     ]  # fmt: skip
     rows: list[Sequence[Value]] = [
         (
-            row.cell, row.n, _range(row.plateau), row.p90.value, row.last.value, _range(row.final),
-            _range(row.misalignment), row.onset,
+            row.cell, row.n, row.plateau.text(), row.p90.value, row.last.value, row.final.text(),
+            row.misalignment.text(), row.onset,
         )
         for row in findings.cliffs
     ]  # fmt: skip
@@ -241,7 +231,7 @@ def _proof(causal: CausalRecord) -> Table:
         f"Ablation: {causal.ablation}, at all positions. Score: the probe's, just before the answer, on {causal.n} "
         f"{causal.cell} examples; refusal: of their answers. KL on harmless answers, nats per token. Stopped: "
         f"{causal.stopped}. Single heads were ablated at {causal.positions} positions ({causal.method}); rank "
-        f"correlation of screen and proof {_range(causal.spearman)}."
+        f"correlation of screen and proof {causal.spearman.text()}."
     )
     return Table("Heads ablated, set by set", columns, rows, note=note)
 
@@ -264,13 +254,13 @@ def _verdict(causal: CausalRecord) -> str:
     control = "" if most is None else f"; as many random heads give at most {most:.0%}"
     heads = ", ".join(causal.steps[-1].heads)
     if before is None or after is None:
-        return f"Ablating {heads} raises the probe's score to {_range(causal.steps[-1].score)}."
+        return f"Ablating {heads} raises the probe's score to {causal.steps[-1].score.text()}."
     return f"Ablating {heads} takes refusal from {before.value:.0%} to {after.value:.0%}{control}."
 
 
 def _proof_figures(findings: Findings, causal: CausalRecord) -> dict[str, Figure]:
     sizes = list(range(len(causal.steps) + 1))
-    bands, costs = [_estimate(causal.base.score)], []
+    bands, costs = [causal.base.score.estimate], []
     for size in range(len(causal.steps)):
         values = [steps[size].score.value or 0.0 for steps in causal.control]
         if values:
@@ -281,7 +271,7 @@ def _proof_figures(findings: Findings, causal: CausalRecord) -> dict[str, Figure
         found["cumulative"] = plots.cumulative_figure(
             "Heads ablated, set by set",
             sizes,
-            [_estimate(step.score) for step in (causal.base, *causal.steps)],
+            [step.score.estimate for step in (causal.base, *causal.steps)],
             random=bands if causal.control else (),
             kl=[0.0, *costs],
             budget=causal.kl_budget,
@@ -344,16 +334,3 @@ def _shown(row: HeadRecord) -> Interval:
 def _is_below(row: HeadRecord) -> bool:
     high = _shown(row).high
     return high is not None and high < 0
-
-
-def _estimate(interval: Interval) -> Estimate:
-    known = [float("nan") if x is None else x for x in (interval.value, interval.low, interval.high)]
-    return Estimate(known[0], known[1], known[2])
-
-
-def _range(interval: Interval) -> str:
-    if interval.value is None:
-        return "–"
-    if interval.low is None or interval.high is None:
-        return f"{interval.value:.3f}"
-    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"

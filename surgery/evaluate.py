@@ -36,6 +36,7 @@ def on_tasks(
     batch_size: int = 64,
     chat: bool | None = None,
     seed: int = 0,
+    part: tuple[int, int] | None = None,
 ) -> list[Measure]:
     """What `score_models` takes to score models on `tasks`: a measurement for each.
 
@@ -47,13 +48,14 @@ def on_tasks(
             says `chat_template: true` and the tokenizer has a template, else off, as the harness does by default, so
             that scores compare with published ones.
         seed: of few-shot examples, sampling and bootstrap; each task begins with it.
+        part: (number, of): only every of-th sample, from `number` on; what is chosen on one part is tested on another.
 
     Raises:
         SurgeryError: the extra `eval` is missing; a task is unknown; once measured, `chat` is asked of a tokenizer
             without template.
     """
     manager = _find_tasks(tasks)
-    asked = _Asked(manager, limit, batch_size, chat, seed)
+    asked = _Asked(manager, limit, batch_size, chat, seed, part)
     return [partial(_score, task=task, asked=asked) for task in dict.fromkeys(tasks)]
 
 
@@ -76,6 +78,7 @@ class _Asked:
     batch_size: int
     chat: bool | None
     seed: int
+    part: tuple[int, int] | None
 
 
 def _score(loaded: Loaded, *, task: str, asked: _Asked) -> list[Score]:
@@ -97,13 +100,25 @@ def _score(loaded: Loaded, *, task: str, asked: _Asked) -> list[Score]:
         results = run(
             lm=wrapped,
             task_dict=found,
-            limit=asked.limit,
+            limit=None if asked.part else asked.limit,
+            samples=None if asked.part is None else _samples(found["tasks"], asked.limit, *asked.part),
             bootstrap_iters=BOOTSTRAPS,
             log_samples=True,
             apply_chat_template=asked.chat if asked.chat is not None else templated and _wants_chat(found["tasks"]),
             fewshot_as_multiturn=True,
         )
     return _read(loaded.name, task, results)
+
+
+def _samples(tasks: Mapping[str, Any], limit: int | None, number: int, of: int) -> dict[str, list[int]]:
+    """Task → the numbers of its samples that are in a part."""
+    found: dict[str, list[int]] = {}
+    for name, task in tasks.items():
+        count = len(task.eval_docs)
+        found[name] = list(range(number, min(count, limit or count), of))
+        if not found[name]:
+            raise usage_error(f"has {min(count, limit or count)} samples, too few for {of} parts", where=name)
+    return found
 
 
 def _read(model: str, asked: str, results: Mapping[str, Any]) -> list[Score]:

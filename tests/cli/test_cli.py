@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 COMMANDS = {
     "inspect", "diff", "verify", "eval", "vector extract", "vector apply", "vector transfer", "vector compare",
     "vector sweep", "lab list", "lab build", "merge weights", "merge methods", "merge logits", "merge unpack",
-    "probe refusal", "probe heads", "probe judge", "probe show", "edit heads", "edit undo",
+    "probe refusal", "probe heads", "probe judge", "probe experts", "probe show", "edit heads", "edit experts",
+    "edit undo",
 }  # fmt: skip
 
 

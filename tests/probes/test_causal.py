@@ -14,9 +14,10 @@ from refusing import ONE_THREAD, SUPPRESSORS, make_model, make_run, no_pictures,
 
 from probes.ablation import heads_edited
 from probes.causal import UNHELD, Proof, prove_heads
-from probes.findings import EXAMPLES, CausalRecord, Findings, read_examples, read_findings, write_examples
+from probes.findings import CausalRecord, Findings, read_findings
 from probes.linear import Probes
 from probes.preparing import open_model
+from probes.records import EXAMPLES, read_examples, write_examples
 from probes.report import sentences
 from probes.templates import build_sequences, find_markers
 from probes.training import decision_states

@@ -13,25 +13,27 @@ from hypothesis import strategies as st
 
 from probes.examples import Example
 from probes.findings import (
-    EXAMPLES,
-    RESULTS,
     CausalRecord,
     CliffRecord,
-    DataRecord,
     EffectRecord,
     Findings,
     HeadRecord,
-    Interval,
-    ModelRecord,
     ProbeRecord,
     StepRecord,
+    read_findings,
+    write_findings,
+)
+from probes.records import (
+    EXAMPLES,
+    RESULTS,
+    DataRecord,
+    Interval,
+    ModelRecord,
     check_model,
     interval,
     parse_top,
     read_examples,
-    read_findings,
     write_examples,
-    write_findings,
 )
 from probes.statistics import Estimate
 from surgery.errors import FAILED, WRONG_USAGE, SurgeryError
@@ -159,7 +161,7 @@ def test_another_models_findings_are_refused(tmp_path):
         check_model(known, open_checkpoint(other), tmp_path / "run", options=Options())
     assert str(other) in str(error.value)
     assert error.value.exit_code == WRONG_USAGE
-    assert error.value.hint == "Probe this model first; findings of another one say nothing about its heads."
+    assert error.value.hint == "Probe this model first; findings of another one say nothing about it."
 
 
 def test_heads_are_ranked_by_the_attribution_in_use_ties_by_name():

@@ -34,10 +34,11 @@ from transformers import MambaConfig, MambaForCausalLM
 from probes.cache import Cache, Completion
 from probes.cliffs import measure
 from probes.examples import Example, TokenSequence
-from probes.findings import EXAMPLES, PROBES, REPORT, RESULTS, TRACES, Findings, read_examples, read_findings
 from probes.findings import HEADS as HEADS_FILE
+from probes.findings import PROBES, TRACES, Findings, read_findings
 from probes.linear import Probes
 from probes.preparing import Asking, open_model
+from probes.records import EXAMPLES, REPORT, RESULTS, read_examples
 from probes.refusal import GENERATIONS, probe_refusal
 from probes.report import read_traces
 from probes.statistics import Floats

@@ -12,7 +12,8 @@ import refusing
 from refusing import ONE_THREAD, make_model, make_run, rows_of
 
 from probes.causal import Proof, prove_heads
-from probes.findings import REPORT, CausalRecord, Findings, Interval, read_findings, write_findings
+from probes.findings import CausalRecord, Findings, read_findings, write_findings
+from probes.records import REPORT, Interval
 from probes.report import PICTURES, read_traces, sentences, tables, write_report
 from surgery.report import Table
 

@@ -1,0 +1,96 @@
+"""An edited model beside its original: both answer the same prompts on their own, and what differs is measured.
+
+In come two live models and examples; out come their answers from the bare prompts on, and KL and perplexity on the
+original's answers.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from probes.effects import Rate, Subject, divergences
+from probes.examples import Example
+from probes.generation import complete, context_of
+from probes.live import LiveModel
+from probes.markers import Markers
+from probes.preparing import Asking, generation_settings
+from probes.templates import build_sequences
+from surgery.execute import Options
+from surgery.jsonable import jsonable
+
+TOPICS = ("harmful", "harmless")
+ALL = "all"  # the topic of examples that do not say theirs
+
+
+def prompts_of(examples: Sequence[Example], most: int, *, any_topic: bool = False) -> list[Example]:
+    """The prompts alone, each once, of each topic the first `most`; those without one only with `any_topic`."""
+    seen: set[tuple[str | None, str]] = set()
+    found: list[Example] = []
+    for example in examples:
+        key = (example.topic, str(example.messages))
+        taken = sum(one.topic == example.topic for one in found)
+        if (example.topic is None and not any_topic) or key in seen or taken >= most:
+            continue
+        seen.add(key)
+        found.append(replace(example, thinking=None, closing=None, response=None, refused=None))
+    return found
+
+
+def answers_of(
+    live: LiveModel, prompts: Sequence[Example], asking: Asking, markers: Markers | None, options: Options
+) -> list[Example]:
+    """What the model makes of bare prompts, thinking included."""
+    settings = generation_settings(live, prompts, markers, asking, model_id=live.name)
+    with tempfile.TemporaryDirectory() as folder:
+        return complete(
+            live.loaded, prompts, markers=markers, cache=Path(folder) / "answers.jsonl", settings=settings,
+            progress=options.progress,
+        )  # fmt: skip
+
+
+def divergence_by_topic(
+    before: LiveModel, after: LiveModel, answered: Sequence[Example], markers: Markers | None, options: Options
+) -> tuple[dict[str, tuple[float, float, float]], dict[str, tuple[float, float]]]:
+    """Topic → KL(original ‖ edited) with its interval, and perplexities, on the original's answers."""
+    kl: dict[str, tuple[float, float, float]] = {}
+    perplexity: dict[str, tuple[float, float]] = {}
+    for topic in (*TOPICS, ALL):
+        rows = [example for example in answered if (example.topic or ALL) == topic and example.response]
+        if not rows:
+            continue
+        sequences = build_sequences(
+            before.tokenizer, rows, markers, max_tokens=context_of(before.model), where=before.name
+        )
+        found = divergences(Subject(before), {"edit": Subject(after)}, sequences, progress=options.progress)["edit"]
+        mean = found.mean_kl([example.group for example in rows])
+        kl[topic] = (mean.value, mean.low, mean.high)
+        perplexity[topic] = found.perplexities
+    return kl, perplexity
+
+
+def record_of(found: Any) -> dict[str, Any]:
+    """What was measured, as the manifest keeps it."""
+    record = jsonable(found)
+    assert isinstance(record, dict)
+    return record
+
+
+def counts_text(before: Rate, after: Rate) -> str:
+    """How many prompts two rates are of."""
+    return f"{before.n}" if before.n == after.n else f"{before.n} / {after.n}"
+
+
+def share_text(rate: Rate) -> str:
+    """A share with its interval, in percent."""
+    if not rate.n:
+        return "–"
+    return f"{100 * rate.value:.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+
+
+def answers_on(topic: str) -> str:
+    """What a table calls the original's answers on a topic."""
+    return "its answers" if topic == ALL else f"its {topic} answers"
