@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := surgery merges probes cli tests benchmarks
 
-.PHONY: demo demo-merge demo-refusal test check bench clean
+.PHONY: demo demo-merge demo-refusal demo-experts test check bench clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh docs/demo.sh demo
@@ -15,6 +15,9 @@ demo-merge: $(READY)
 
 demo-refusal: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh docs/refusal.sh demo-refusal
+
+demo-experts: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh docs/experts.sh demo-experts
 
 test: check
 	$(BIN)/python -m pytest
@@ -32,6 +35,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/edit.py
 	$(BIN)/python benchmarks/probe.py
 	$(BIN)/python benchmarks/cliff.py
+	$(BIN)/python benchmarks/experts.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 …" if sys.version_info < (3, 11) else 0)'
@@ -40,4 +44,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) demo demo-merge demo-refusal build dist *.egg-info benchmarks/work .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo demo-merge demo-refusal demo-experts build dist *.egg-info benchmarks/work .pytest_cache .mypy_cache .ruff_cache .hypothesis

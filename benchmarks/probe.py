@@ -13,81 +13,49 @@ Usage:
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
 
 import torch
+from measuring import KEEPING, child, compare, peak_of, ratios, spread, table, take_turns
+from passes import bare, draw, load, make_random
 from torch import Tensor
 from transfer import machine
 
 from probes.ablation import all_heads, sweep
-from probes.activations import CPU_TOKENS, make_batches, states_at
+from probes.activations import CPU_TOKENS, states_at
 from probes.examples import TokenSequence
 from probes.heads import attribute
-from probes.live import LiveModel, wrap
+from probes.live import LiveModel
 from probes.residual import read_stream
-from surgery.refs import open_checkpoint
-from surgery.scoring import Loaded
 
 TOKENS = 512
 SEQUENCES = 16
 VOCABULARY = 32_000
 POSITIONS = 4
 BIAS = 0.3
-# Threads that spin while they wait for each other take the processors from whatever else runs: on a machine that was
-# shared, one row of 512 tokens took ten times as long. Both contestants wait in the same way.
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
-# Where glibc hands freed memory back and fetches it anew, that takes up to a fifth of a forward pass, and whether it
-# does is a matter of luck: 0 or 420,000 page faults in the same pass. While times are taken it keeps what it has.
-KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
-
 LEAST_SPEED, MOST_EXTRA, MOST_ATTRIBUTION = 0.9, 200.0, 1.05  # of a bare forward; MB; of a bare forward
 LEAST_LAST, LEAST_ALL, MOST_DIFFERENCE = 10.0, 1.7, 1e-5  # times as fast, twice; of the range of ablated logits
-
-Times = list[tuple[float, float]]  # of every round: seconds by the clock, seconds of the processors
 
 
 def make(folder: Path, family: str, hidden: int, layers: int) -> None:
     """Writes a model with random weights: 64-wide heads, half as many keys and values, an MLP three times as wide."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
-    from transformers.utils.logging import disable_progress_bar
+    from transformers import LlamaConfig, Qwen3Config
 
-    disable_progress_bar()
     kind = {"qwen3": Qwen3Config, "llama": LlamaConfig}[family]
     config = kind(
         hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64,
         num_key_value_heads=hidden // 128, head_dim=64, vocab_size=VOCABULARY, max_position_embeddings=2 * TOKENS,
         tie_word_embeddings=True,
     )  # fmt: skip
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    make_random(folder, config)
 
 
-def load(folder: Path) -> LiveModel:
-    """The model in `folder`; it has no tokenizer, and none is needed."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    return wrap(Loaded("random", model, None), open_checkpoint(str(folder)))
-
-
-def draw(count: int) -> list[TokenSequence]:
+def texts(count: int) -> list[TokenSequence]:
     """Random sequences without an answer, so that everything reads the same tokens."""
-    ids = torch.randint(VOCABULARY, (count, TOKENS), generator=torch.Generator().manual_seed(1))
-    half = TOKENS // 2
-    return [
-        TokenSequence(str(at), tuple(row), (half, TOKENS - POSITIONS, TOKENS, TOKENS))
-        for at, row in enumerate(ids.tolist())
-    ]
+    return draw(count, VOCABULARY, (TOKENS // 2, TOKENS - POSITIONS, TOKENS, TOKENS))
 
 
 def probe(live: LiveModel) -> Tensor:
@@ -96,60 +64,14 @@ def probe(live: LiveModel) -> Tensor:
     return direction / direction.norm()
 
 
-def bare(live: LiveModel, sequences: list[TokenSequence], *, keep: bool = False) -> None:
-    """The reference: forward passes over the same batches, without logits; with `keep`, all hidden states are made."""
-    with torch.inference_mode():
-        for batch in make_batches([sequence.ids for sequence in sequences], max_tokens=CPU_TOKENS):
-            live.body(**batch.inputs(live.device), use_cache=False, output_hidden_states=keep)
-
-
 def collect(live: LiveModel, sequences: list[TokenSequence]) -> Tensor:
     """States at the last positions, all depths."""
     return states_at(live, sequences, [range(TOKENS - POSITIONS, TOKENS)] * len(sequences))
 
 
-def take_turns(plain: Callable[[], object], ours: Callable[[], object], rounds: int) -> tuple[Times, Times]:
-    """Runs both in every round, one after the other."""
-    times: tuple[Times, Times] = ([], [])
-    for _ in range(rounds):
-        for contestant, found in zip((plain, ours), times, strict=True):
-            start, begun = time.perf_counter(), time.process_time()
-            contestant()
-            found.append((time.perf_counter() - start, time.process_time() - begun))
-    return times
-
-
-def ratios(over: Times, under: Times) -> list[str]:
-    """`over` ÷ `under` round by round: by the clock, and by the processors."""
-    return [spread([a[clock] / b[clock] for a, b in zip(over, under, strict=True)]) for clock in (0, 1)]
-
-
-def seconds(times: Times) -> list[str]:
-    """Seconds by the clock, and of the processors."""
-    return [spread([time[clock] for time in times]) for clock in (0, 1)]
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    """Median (min–max)."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
-
-
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints one table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    print(f"\n{title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines), flush=True)
-
-
-def compare(title: str, names: tuple[str, str], times: tuple[Times, Times], found: Sequence[str], wanted: str) -> None:
-    """Prints both contestants' times, and `found`: their ratio by the clock and by the processors."""
-    header = ("", "seconds", "processor seconds", "ratio", "of processor seconds", "wanted")
-    plain, ours = times
-    table(title, header, [(names[0], *seconds(plain), "", "", ""), (names[1], *seconds(ours), *found, wanted)])
-
-
 def collection(folder: Path, rounds: int) -> None:
     """`states_at` against the bare forward."""
-    live, sequences = load(folder), draw(SEQUENCES)
+    live, sequences = load(folder), texts(SEQUENCES)
     collect(live, sequences)
     times = take_turns(lambda: bare(live, sequences), lambda: collect(live, sequences), rounds)
     title = f"Collection at {POSITIONS} positions × {live.n_depths} depths of {SEQUENCES} × {TOKENS} tokens: speed"
@@ -162,7 +84,7 @@ def memory(folder: Path, rounds: int) -> None:
     peaks: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(rounds):
         for kind in kinds:
-            peaks[kind].append(float(child("--peak", kind, "--model", str(folder))))
+            peaks[kind].append(float(own("--peak", kind, "--model", str(folder))))
     rows = []
     for kind in kinds:
         extra = [a - b for a, b in zip(peaks[kind], peaks["bare forward"], strict=True)]
@@ -173,20 +95,16 @@ def memory(folder: Path, rounds: int) -> None:
 
 
 def peak(folder: Path, kind: str) -> float:
-    """Peak resident MB of one pass, loading not counted. Linux only."""
-    live, sequences = load(folder), draw(SEQUENCES)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    """Peak resident MB of one pass, loading not counted."""
+    live, sequences = load(folder), texts(SEQUENCES)
     if kind == "states_at":
-        collect(live, sequences)
-    else:
-        bare(live, sequences, keep=kind == "output_hidden_states")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+        return peak_of(lambda: collect(live, sequences))
+    return peak_of(lambda: bare(live, sequences, keep=kind == "output_hidden_states"))
 
 
 def attribution(folder: Path, rounds: int) -> None:
     """`attribute`, exact form, against the bare forward; and whether its parts sum to the probe's logit."""
-    live, sequences = load(folder), draw(SEQUENCES)
+    live, sequences = load(folder), texts(SEQUENCES)
     weight, stream = probe(live), read_stream(live)
     found = attribute(live, sequences, weight, BIAS, stream=stream)
     plain, ours = take_turns(
@@ -202,7 +120,7 @@ def attribution(folder: Path, rounds: int) -> None:
 
 def causal(folder: Path, rounds: int, *, last: int | None, prompts: int) -> None:
     """`sweep` against one forward pass for every head."""
-    live, sequences = load(folder), draw(prompts)
+    live, sequences = load(folder), texts(prompts)
     weight, heads = probe(live), all_heads(live)
     found: dict[str, Tensor] = {}
 
@@ -227,11 +145,9 @@ def causal(folder: Path, rounds: int, *, last: int | None, prompts: int) -> None
     compare(title, names, times, ratios(*times), f"≥ {LEAST_ALL if last is None else LEAST_LAST}")
 
 
-def child(*arguments: str, more: Mapping[str, str] = MappingProxyType({})) -> str:
+def own(*arguments: str, more: Mapping[str, str] = MappingProxyType({})) -> str:
     """What this program prints in a process of its own, with the same number of threads and `more` environment."""
-    command = [sys.executable, __file__, "--threads", str(torch.get_num_threads()), *arguments]
-    plain = {name: value for name, value in os.environ.items() if name not in KEEPING}
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=plain | WAITING | more).stdout
+    return child(__file__, "--threads", str(torch.get_num_threads()), *arguments, more=more)
 
 
 def main() -> None:
@@ -271,7 +187,7 @@ def main() -> None:
         make(Path(folder), options.family, options.hidden, options.layers)
         chosen = ("--rounds", str(options.rounds), "--sweep-rounds", str(options.sweep_rounds))
         for name in options.only.split(","):
-            print(child("--table", name, "--model", folder, *chosen, more=KEEPING), end="", flush=True)
+            print(own("--table", name, "--model", folder, *chosen, more=KEEPING), end="", flush=True)
 
 
 if __name__ == "__main__":
