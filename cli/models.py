@@ -11,7 +11,7 @@ import typer
 
 from cli import console
 from cli import options as o
-from surgery.wording import option_words
+from surgery.wording import option_of, option_words
 
 if TYPE_CHECKING:
     from surgery.checkpoint import Checkpoint
@@ -85,9 +85,13 @@ def evaluate(
         Path | None,
         typer.Option(metavar="RUN", help="Score each model also with the experts of RUN reinforced, without writing."),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="With --reinforce: how many of RUN's ranked experts.")] = 2,
-    scale: Annotated[float, typer.Option(help="With --reinforce: β.")] = 64.0,
-    phase: Annotated[str, typer.Option(help="With --reinforce: all positions, or only generated ones.")] = "all",
+    top: Annotated[
+        int | None, typer.Option(min=1, help="With --reinforce: how many of RUN's ranked experts; 2 by default.")
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="With --reinforce: β; 64 by default.")] = None,
+    phase: Annotated[
+        str | None, typer.Option(help="With --reinforce: all positions (the default), or only generated ones.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N examples of each task or text.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 64,
     device: o.Device = "cpu",
@@ -107,6 +111,13 @@ def evaluate(
     from surgery.refs import open_checkpoint
     from surgery.scoring import score_models
 
+    given = {"top": top, "scale": scale, "phase": phase}
+    if reinforce is None and (stray := [name for name, value in given.items() if value is not None]):
+        raise usage_error("goes with --reinforce RUN", where=option_of(stray[0]))
+    strength: Any = {
+        "top": 2 if top is None else top, "scale": 64.0 if scale is None else scale,
+        "phase": o.choice(phase or "all", ("all", "generated"), "phase"),
+    }  # fmt: skip
     if not task and not perplexity:
         raise usage_error("nothing to score the models on.", hint="Add --task TASK, --perplexity TEXT, or both.")
     texts = [read_text(path) for path in perplexity or ()]
@@ -120,10 +131,7 @@ def evaluate(
     if reinforce is not None:
         from probes.reinforced import with_reinforced
 
-        phase = o.choice(phase, ("all", "generated"), "phase")
-        folders, measures = with_reinforced(
-            opened, folders, measures, reinforce, top=top, scale=scale, phase=phase, options=o.options()
-        )
+        folders, measures = with_reinforced(opened, folders, measures, reinforce, options=o.options(), **strength)
     scores = score_models(folders, measures, device=device, progress=terminal)
     if as_json:
         console.show_json({"scores": scores})
@@ -132,7 +140,7 @@ def evaluate(
     if plot:
         scorecard.score_figure(scores).save(plot)
         console.tell(f"Picture: {plot}")
-    extra = {} if reinforce is None else {"reinforce": reinforce, "top": top, "scale": scale, "phase": phase}
+    extra = {} if reinforce is None else {"reinforce": reinforce, **strength}
     command = _eval_line(models, task or (), perplexity or (), limit, extra)
     for model in (model for model, checkpoint in opened.items() if scorecard.is_result(checkpoint)):
         for sentence in scorecard.losses(scores, model):

@@ -9,6 +9,7 @@ import typer
 
 from cli import console
 from cli import options as o
+from surgery.wording import option_of
 
 if TYPE_CHECKING:
     from probes.expert_findings import ExpertFindings
@@ -222,13 +223,26 @@ def experts(
     task: Annotated[
         list[str] | None, typer.Option(help="An lm-evaluation-harness task for --sweep; may be repeated.")
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many of the ranked experts --sweep reinforces.")] = 2,
+    top: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --sweep: how many of the ranked experts are reinforced; 2 by default."),
+    ] = None,
     way: Annotated[
-        str, typer.Option(help="weight, renormalised, logit or forced; only weight can be baked.")
-    ] = "weight",
-    phase: Annotated[str, typer.Option(help="Reinforce all positions, or only generated ones.")] = "all",
-    controls: Annotated[int, typer.Option(min=0, help="Random sets, matched on layer and firing rate.")] = 5,
-    task_limit: Annotated[int | None, typer.Option(min=1, help="Only the first N samples of each task.")] = None,
+        str | None,
+        typer.Option(
+            help="With --sweep: weight (the default), renormalised, logit or forced; only weight can be baked."
+        ),
+    ] = None,
+    phase: Annotated[
+        str | None, typer.Option(help="With --sweep: all positions (the default), or only generated ones.")
+    ] = None,
+    controls: Annotated[
+        int | None,
+        typer.Option(min=0, help="With --sweep: random sets, matched on layer and firing rate; 5 by default."),
+    ] = None,
+    task_limit: Annotated[
+        int | None, typer.Option(min=1, help="With --sweep: only the first N samples of each task.")
+    ] = None,
     fires: Annotated[
         int, typer.Option(min=0, help="Support: positions at which a ranked expert fires, at least.")
     ] = 50,
@@ -257,13 +271,17 @@ def experts(
 
     if (sweep is None) != (not task):
         raise usage_error("a sweep needs a grid and a task to score it on: give both --sweep and --task.")
+    asked = {"top": top, "way": way, "phase": phase, "controls": controls, "task_limit": task_limit}
+    if sweep is None and (stray := [name for name, value in asked.items() if value is not None]):
+        raise usage_error("goes with --sweep", where=option_of(stray[0]))
     grid = None
     if sweep is not None:
+        ways, phases = ("weight", "renormalised", "logit", "forced"), ("all", "generated")
         grid = Grid(
-            parse_betas(sweep), task or (), top=top,
-            way=cast("Way", o.choice(way, ("weight", "renormalised", "logit", "forced"), "way")),
-            phase=cast("Phase", o.choice(phase, ("all", "generated"), "phase")), controls=controls, limit=task_limit,
-            batch_size=generation_batch, seed=seed,
+            parse_betas(sweep), task or (), top=2 if top is None else top,
+            way=cast("Way", o.choice(way or "weight", ways, "way")),
+            phase=cast("Phase", o.choice(phase or "all", phases, "phase")),
+            controls=5 if controls is None else controls, limit=task_limit, batch_size=generation_batch, seed=seed,
         )  # fmt: skip
     findings = probe_experts(
         model, data, token, out, transfer=transfer, support=Support(fires=fires, at_marker=at_marker), grid=grid,

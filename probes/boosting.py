@@ -17,13 +17,13 @@ from probes.effects import Rate
 from probes.examples import Example
 from probes.expert_findings import ExpertFindings, read_expert_findings
 from probes.live import LiveModel
-from probes.markers import never_closed
+from probes.markers import find_markers, never_closed
 from probes.parallel import n_processes
-from probes.preparing import Asking, asking_of, markers_of, open_model
+from probes.preparing import TOKENIZER_FILES, Asking, asking_of, markers_of, open_model
 from probes.prompts import read_data
 from probes.records import check_model, read_examples
 from probes.repetition import loops
-from surgery.checkpoint import Checkpoint
+from surgery.checkpoint import Checkpoint, loadable_folder
 from surgery.edit import EditReport
 from surgery.errors import SurgeryError, usage_error
 from surgery.execute import Options
@@ -32,6 +32,7 @@ from surgery.experts import Expert, parse_scales
 from surgery.part_edits import EditNotes, Measure
 from surgery.refs import open_checkpoint
 from surgery.report import Column, Table
+from surgery.scoring import quiet
 
 # How much larger the share of answers that loop may become before a result is not kept.
 MORE_LOOPS = 0.1
@@ -108,7 +109,8 @@ def edit_experts(
 
     Raises:
         SurgeryError: no experts, or experts that are not there; findings of another model; β is not finite or below 0;
-            the answers collapse; else as `surgery.expert_edits.scale_experts`.
+            without a run, the tokenizer does not say how the model thinks; the answers collapse; else as
+            `surgery.expert_edits.scale_experts`.
     """
     if n_processes() > 1:
         raise usage_error("runs in one process", where="edit experts", hint="Start it without accelerate launch.")
@@ -123,6 +125,8 @@ def edit_experts(
     measure = None
     if wanted and not dry_run and (choice.run is not None or data is not None):
         asking = asking_of(findings.settings) if findings else Asking()
+        if findings is None:
+            _check_thinking(checkpoint)
         rows = read_data(data).examples if data is not None else read_examples(choice.run or Path())
         measure = _measure(model, checkpoint, list(rows), asking, examples, force, dtype, options, kept)
     # The device is the models': scaling a few matrices is no work for it.
@@ -151,6 +155,26 @@ def chosen_experts(choice: ExpertChoice, findings: ExpertFindings | None) -> dic
     return {row.name: choice.scale for row in ranked[:count]}
 
 
+def _check_thinking(checkpoint: Checkpoint) -> None:
+    """Raises SurgeryError where it cannot be known how the model thinks: before anything is written, not after."""
+    from transformers import AutoTokenizer
+
+    if not {path.name for path in checkpoint.side_files} & set(TOKENIZER_FILES):
+        raise usage_error(
+            "has no tokenizer beside its weights", where=checkpoint.ref,
+            hint="Copy its tokenizer.json into the folder, or add --no-measure.",
+        )  # fmt: skip
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(str(loadable_folder(checkpoint)))
+    try:
+        find_markers(tokenizer, where=checkpoint.ref)
+    except SurgeryError as error:
+        raise usage_error(
+            error.what, where=checkpoint.ref,
+            hint="Give --from RUN, which says how it thinks (or with --no-thinking that it does not), or --no-measure.",
+        ) from error  # fmt: skip
+
+
 def _measure(
     model: str,
     checkpoint: Checkpoint,
@@ -169,7 +193,8 @@ def _measure(
         after = open_model(folder, device=options.device, dtype=dtype, name="the edited model")
         markers = markers_of(before, asking)
         first, second = (answers_of(live, prompts, asking, markers, options) for live in (before, after))
-        whole = [row for row in first if row not in never_closed(first)]
+        lost = {row.key for row in never_closed(first)}
+        whole = [row for row in first if row.key not in lost]
         kl, perplexity = divergence_by_topic(before, after, whole, markers, options)
         found = ExpertMeasured(
             loops=(_looping(before, first), _looping(before, second)),

@@ -76,6 +76,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = load_file(folder / "other/model.safetensors")
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, folder / "other/model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(folder / "m", folder / "mute", ignore=shutil.ignore_patterns("token*", "chat*"))
+    shutil.copytree(folder / "m", folder / "plain")
+    make_tokenizer(marks=()).save_pretrained(folder / "plain")
     (folder / "refusal").mkdir()
     (folder / "refusal/results.json").write_text('{"schema": 1, "kind": "refusal"}')
     with pytest.MonkeyPatch.context() as patch:
@@ -206,6 +209,9 @@ WRONG: list[tuple[Sequence[str], str]] = [
     ([*EDIT, "--from", "refusal"], "refusal/results.json: holds 'refusal' of schema 1, expected 'experts'"),
     (EDIT, "no experts were given. Name them (--expert L12E45), or give --from RUN --top 2."),
     ([*EDIT, "--top", "1"], "no experts were given"),
+    (["edit", "experts", "mute", "-o", "X", "--expert", "L0E0", "--data", "d.jsonl"], "mute: has no tokenizer"),
+    (["edit", "experts", "plain", "-o", "X", "--expert", "L0E0", "--data", "d.jsonl"],
+     "plain: no thinking markers are known from its tokens or its chat template. Give --from RUN, which says how"),
     ([*EDIT, "--from", "m"], "m: has no results.json. Give a folder that `surgery probe experts"),
     ([*EDIT, "--from", "run", "--top", "99"], "experts have evidence enough to be ranked, 99 were asked for"),
     ([*EDIT, "--from", "run", "--top", "0"], "'--top'"),
@@ -230,6 +236,9 @@ WRONG: list[tuple[Sequence[str], str]] = [
     ([*EVAL, "run", "--phase", "generated"], "so that --phase generated changed nothing"),
     (["eval", "other", "--perplexity", "text.txt", "--reinforce", "run"], "run: its findings are of m"),
     (["eval", "m", "--reinforce", "run"], "nothing to score the models on"),
+    (["eval", "m", "--perplexity", "text.txt", "--scale", "2"], "--scale: goes with --reinforce RUN"),
+    ([*PROBE, "-o", "X", "--top", "3"], "--top: goes with --sweep"),
+    ([*PROBE, "-o", "X", "--task-limit", "3"], "--task-limit: goes with --sweep"),
 ]  # fmt: skip
 FAILED: list[tuple[Sequence[str], str]] = [
     ([*EDIT, "--from", "run", "--top", "1", "--scale", "1048576", "--examples", "2"],
