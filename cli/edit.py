@@ -15,6 +15,12 @@ app = typer.Typer(
 )
 
 
+NoMeasure = Annotated[
+    bool, typer.Option("--no-measure", help="Keep the result without measuring what it does; the card says so.")
+]
+MeasureDtype = Annotated[str, typer.Option(help="What models compute in while measuring: auto, float32, …")]
+
+
 @app.command(epilog="Example: surgery edit heads lab:cliff --from cliff --top 3 -o repaired")
 def heads(
     model: o.Model,
@@ -37,14 +43,12 @@ def heads(
     data: Annotated[
         str | None, typer.Option(metavar="DATA", help="Labelled prompts to measure on; by default those of RUN.")
     ] = None,
-    no_measure: Annotated[
-        bool, typer.Option("--no-measure", help="Keep the result without measuring what it does; the card says so.")
-    ] = False,
+    no_measure: NoMeasure = False,
     examples: Annotated[int, typer.Option(min=1, help="Prompts of each topic to measure on, at most.")] = 64,
     force: Annotated[
         bool, typer.Option("--force", help="Keep a result in which refusal of harmful prompts fell.")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="What models compute in while measuring: auto, float32, …")] = "auto",
+    dtype: MeasureDtype = "auto",
     dry_run: o.DryRun = False,
     overwrite: o.Overwrite = False,
     threads: o.Threads = None,
@@ -100,12 +104,10 @@ def experts(
     data: Annotated[
         str | None, typer.Option(metavar="DATA", help="Prompts to measure on; by default those of RUN.")
     ] = None,
-    no_measure: Annotated[
-        bool, typer.Option("--no-measure", help="Keep the result without measuring what it does; the card says so.")
-    ] = False,
+    no_measure: NoMeasure = False,
     examples: Annotated[int, typer.Option(min=1, help="Prompts to measure on, at most.")] = 64,
     force: Annotated[bool, typer.Option("--force", help="Keep a result whose answers collapse into loops.")] = False,
-    dtype: Annotated[str, typer.Option(help="What models compute in while measuring: auto, float32, …")] = "auto",
+    dtype: MeasureDtype = "auto",
     dry_run: o.DryRun = False,
     overwrite: o.Overwrite = False,
     threads: o.Threads = None,

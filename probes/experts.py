@@ -27,20 +27,19 @@ from probes.expert_sweep import Grid, check_tasks, sweep
 from probes.live import LiveModel
 from probes.npmi import Scored, Support, check_markers, overlap, score_experts
 from probes.parallel import is_main, wait
-from probes.preparing import Asking, Prepared, data_record, model_record, open_model, prepare
+from probes.preparing import CACHES, Asking, Prepared, data_record, model_record, open_model, prepare, run_folder
 from probes.prompts import read_data
 from probes.records import interval, write_examples
 from probes.routers import Router, find_routers
 from probes.routing import PARTS, Counts, Marker, count, parse_marker
 from probes.statistics import Estimate
 from probes.templates import encode, render_prompt
-from surgery.commit import check_free, commit, partial_of
+from surgery.commit import check_free, partial_of
 from surgery.errors import usage_error
 from surgery.execute import Options
 from surgery.identity import weights_hash
 from surgery.jsonable import jsonable
 
-GENERATIONS = "generations.jsonl"
 MEASURED = 10  # of the ranked experts, whose share of the residual stream is measured
 COMPARED = 10  # experts at the top of two data sets
 
@@ -98,8 +97,8 @@ def probe_experts(
         counts = count(live, routers, prepared.sequences, markers, max_tokens=batch_tokens, progress=options.progress)
         return prepared, counts, score_experts(counts, markers, support=support, seed=seed)
 
-    prepared, counts, scored = counted(dataset, GENERATIONS)
-    second = None if other is None else counted(other, f"transfer-{GENERATIONS}")
+    prepared, counts, scored = counted(dataset, CACHES[0])
+    second = None if other is None else counted(other, CACHES[1])
     records = _records(live, routers, prepared, counts, scored, batch_tokens, options)
     ranked = [row for row in records if row.rank is not None]
     swept = None
@@ -130,13 +129,10 @@ def probe_experts(
         sweep=swept,
     )
     if is_main():
-        partial.mkdir(parents=True, exist_ok=True)
-        write_examples(partial, prepared.examples)
-        write_expert_findings(partial, findings)
-        write_expert_report(partial, name=str(out))
-        for name in (GENERATIONS, f"transfer-{GENERATIONS}"):
-            (partial / name).unlink(missing_ok=True)
-        commit(partial, out, overwrite=options.overwrite)
+        with run_folder(out, overwrite=options.overwrite) as folder:
+            write_examples(folder, prepared.examples)
+            write_expert_findings(folder, findings)
+            write_expert_report(folder, name=str(out))
     wait()
     return findings
 

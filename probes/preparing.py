@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +18,7 @@ from probes.markers import CLOSE_OPTION, NONE_OPTION, OPEN_OPTION, Markers, find
 from probes.records import DataRecord, ModelRecord
 from probes.templates import build_sequences, encode, template_hash, text_before_answer, tokenizer_hash
 from surgery.checkpoint import loadable_folder
+from surgery.commit import commit, partial_of
 from surgery.errors import SurgeryError, usage_error
 from surgery.progress import Progress, silent
 from surgery.refs import open_checkpoint
@@ -30,6 +33,11 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "tekken.json",
 )
+
+
+# Completions of the data, and of the second data set, until a run is whole.
+GENERATIONS = "generations.jsonl"
+CACHES = (GENERATIONS, f"transfer-{GENERATIONS}")
 
 
 @dataclass(frozen=True)
@@ -197,3 +205,22 @@ def model_record(live: LiveModel, identity: str) -> ModelRecord:
 def data_record(data: DataSet) -> DataRecord:
     """What findings say of a data set."""
     return DataRecord(ref=data.ref, revision=data.revision, xxh3=data.digest)
+
+
+@contextmanager
+def run_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """The folder in which a run is written; at the end of the block it is made durable, and becomes `out`.
+
+    What a run that was killed while writing left in it is removed first, but for the completions, and these last.
+    """
+    partial = partial_of(out)
+    partial.mkdir(parents=True, exist_ok=True)
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in CACHES:
+            path.unlink()
+    yield partial
+    for name in CACHES:
+        (partial / name).unlink(missing_ok=True)
+    commit(partial, out, overwrite=overwrite)

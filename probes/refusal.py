@@ -9,7 +9,6 @@ example come from the probe that did not see its group; heads are scored with th
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,13 +25,23 @@ from probes.heads import Attribution, attribute
 from probes.linear import LayerMetrics, Probes, confounds
 from probes.live import LiveModel
 from probes.parallel import is_main, wait
-from probes.preparing import Asking, Prepared, data_record, model_record, open_model, phrases_of, prepare
+from probes.preparing import (
+    CACHES,
+    Asking,
+    Prepared,
+    data_record,
+    model_record,
+    open_model,
+    phrases_of,
+    prepare,
+    run_folder,
+)
 from probes.prompts import read_data
 from probes.records import interval, write_examples
 from probes.residual import read_stream
 from probes.statistics import Estimate, bootstrap_mean
 from probes.training import PAPER_CELLS, Training, trace, train, transfer_to
-from surgery.commit import check_free, commit, partial_of
+from surgery.commit import check_free, partial_of
 from surgery.errors import SurgeryError, usage_error
 from surgery.execute import Options
 from surgery.identity import weights_hash
@@ -40,7 +49,6 @@ from surgery.jsonable import jsonable
 
 Form = Literal["exact", "paper"]
 MEASURES = ("plateau", "p90", "last", "final", "misalignment")
-GENERATIONS = "generations.jsonl"
 READABLE = 0o644  # safetensors makes files for their owner alone
 # Heads are scored where suppression shows: on harmful prompts that were answered, if there are at least so many.
 LEAST_SCORED = 3
@@ -96,11 +104,11 @@ def probe_refusal(
             progress=options.progress,
         )  # fmt: skip
 
-    prepared = ready(dataset, GENERATIONS)
+    prepared = ready(dataset, CACHES[0])
     examples, sequences = prepared.examples, prepared.sequences
     trained = train(live, examples, sequences, training, max_tokens=batch_tokens, progress=options.progress)
     probes = trained.probes
-    second = None if other is None else ready(other, f"transfer-{GENERATIONS}")
+    second = None if other is None else ready(other, CACHES[1])
     transferred = None
     if second is not None:
         transferred = transfer_to(
@@ -144,30 +152,17 @@ def probe_refusal(
         skipped_layers=list(live.skipped),
     )
     if is_main():
-        _make_room(partial)
-        probes.save(partial / PROBES)
-        _save_traces(partial / TRACES, sequences, traces, depth)
-        _save_heads(partial / HEADS, live, found)
-        write_examples(partial, examples)
-        write_findings(partial, findings)
         from probes.report import write_report
 
-        write_report(partial, name=str(out))
-        for name in (GENERATIONS, f"transfer-{GENERATIONS}"):
-            (partial / name).unlink(missing_ok=True)
-        commit(partial, out, overwrite=options.overwrite)
+        with run_folder(out, overwrite=options.overwrite) as folder:
+            probes.save(folder / PROBES)
+            _save_traces(folder / TRACES, sequences, traces, depth)
+            _save_heads(folder / HEADS, live, found)
+            write_examples(folder, examples)
+            write_findings(folder, findings)
+            write_report(folder, name=str(out))
     wait()
     return findings
-
-
-def _make_room(partial: Path) -> None:
-    """The folder to write to, without what a run that was killed while writing may have left; completions stay."""
-    partial.mkdir(parents=True, exist_ok=True)
-    for path in partial.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name not in (GENERATIONS, f"transfer-{GENERATIONS}"):
-            path.unlink()
 
 
 def _scored_cell(examples: Sequence[Example]) -> str:

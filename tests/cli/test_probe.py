@@ -208,7 +208,7 @@ WRONG: list[tuple[Sequence[str], str]] = [
     ([*REFUSAL, "--guard", "m", "--refusal-phrases", "d.jsonl"], "--guard and --refusal-phrases are two ways to judge"),
     ([*REFUSAL, "--transfer", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["probe", "heads", "m", "--from", "nowhere"], "nowhere: has no results.json. Give a folder that"),
-    (["probe", "heads", "plain", "--from", "run"], "findings of another one say nothing about its heads"),
+    (["probe", "heads", "plain", "--from", "run"], "findings of another one say nothing about it"),
     ([*PROVE, "--top", "0"], "--top: got '0', which is 0 of 12, expected 1 to 12"),
     ([*PROVE, "--top", "200%"], "--top: got '200%', which is 24 of 12, expected 1 to 12"),
     ([*PROVE, "--top", "abc"], "--top: got 'abc', expected a share such as 3% or a count"),

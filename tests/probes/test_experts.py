@@ -31,9 +31,9 @@ from routing_models import (
 from probes.cache import Cache, Completion
 from probes.expert_findings import ExpertFindings, read_expert_findings
 from probes.expert_sweep import CHOICE, Grid
-from probes.experts import GENERATIONS, probe_experts
+from probes.experts import probe_experts
 from probes.npmi import Support
-from probes.preparing import Asking
+from probes.preparing import GENERATIONS, Asking
 from probes.records import check_model, read_examples
 from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.execute import Options

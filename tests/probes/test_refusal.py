@@ -37,9 +37,9 @@ from probes.examples import Example, TokenSequence
 from probes.findings import HEADS as HEADS_FILE
 from probes.findings import PROBES, TRACES, Findings, read_findings
 from probes.linear import Probes
-from probes.preparing import Asking, open_model
+from probes.preparing import GENERATIONS, Asking, open_model
 from probes.records import EXAMPLES, REPORT, RESULTS, read_examples
-from probes.refusal import GENERATIONS, probe_refusal
+from probes.refusal import probe_refusal
 from probes.report import read_traces
 from probes.statistics import Floats
 from probes.templates import build_sequences, find_markers
