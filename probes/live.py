@@ -97,11 +97,9 @@ class LiveModel:
     @property
     def width(self) -> int:
         """The width of the residual stream."""
-        return (
-            int(self.model.get_input_embeddings().weight.shape[1])
-            if self.anatomy.hidden_size is None
-            else (self.anatomy.hidden_size)
-        )
+        if self.anatomy.hidden_size is not None:
+            return self.anatomy.hidden_size
+        return int(self.model.get_input_embeddings().weight.shape[1])
 
     @property
     def n_heads(self) -> int:
