@@ -114,9 +114,11 @@ def prove_heads(
     base = bench.step(())
     steps, stopped = bench.grow(candidates)
     sizes = len(steps)
-    control = (
-        [bench.random(candidates, sizes, proof.seed + number) for number in range(proof.controls)] if sizes else []
-    )
+    control = []
+    with options.progress("Random heads", proof.controls, "steps") as advance:
+        for number in range(proof.controls if sizes else 0):
+            control.append(bench.random(candidates, sizes, proof.seed + number))
+            advance(1)
     bands = bootstrap_mean(effects.effects.numpy(), groups=bench.groups)
     causal = CausalRecord(
         ablation=proof.kind if proof.kind != "scale" else f"scale {proof.scale:g}",
