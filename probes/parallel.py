@@ -5,8 +5,10 @@ Batches are made before they are dealt out, so that each is computed as one proc
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -102,7 +104,18 @@ def _gather(value: Any) -> list[Any]:
     return parts
 
 
+@cache
 def _state() -> Any:
     from accelerate import PartialState
 
-    return PartialState()
+    state = PartialState()
+    # Left to the interpreter's end, the connection's threads may outlive what they use, which aborts the process.
+    atexit.register(_disconnect)
+    return state
+
+
+def _disconnect() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
