@@ -12,7 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from probes.comparing import answers_of, answers_on, counts_text, divergence_by_topic, prompts_of, record_of, share_text
+from probes.comparing import (
+    EffectRow,
+    answers_of,
+    counts_text,
+    divergence_by_topic,
+    divergence_rows,
+    effects_table,
+    prompts_of,
+    record_of,
+    share_text,
+)
 from probes.effects import Rate
 from probes.examples import Example
 from probes.expert_findings import ExpertFindings, read_expert_findings
@@ -31,7 +41,7 @@ from surgery.expert_edits import scale_experts
 from surgery.experts import Expert, parse_scales
 from surgery.part_edits import EditNotes, Measure
 from surgery.refs import open_checkpoint
-from surgery.report import Column, Table
+from surgery.report import Table
 from surgery.scoring import quiet
 
 # How much larger the share of answers that loop may become before a result is not kept.
@@ -60,23 +70,15 @@ class ExpertMeasured:
 
     def table(self) -> Table:
         """Before and after, a row per measure."""
-        rows: list[tuple[str, str, str, str | None]] = []
+        rows: list[EffectRow] = []
         for name, (before, after) in (
             ("answers that end in a loop", self.loops),
             ("thinking never closed", self.never_closed),
         ):
             rows.append((name, share_text(before), share_text(after), counts_text(before, after)))
         rows.append(("tokens of an answer", f"{self.tokens[0]:.1f}", f"{self.tokens[1]:.1f}", None))
-        for topic, (value, low, high) in self.kl.items():
-            rows.append((f"KL on {answers_on(topic)} (nats/token)", "0", f"{value:.4g} [{low:.4g}, {high:.4g}]", None))
-        for topic, (first, second) in self.perplexity.items():
-            rows.append((f"perplexity of {answers_on(topic)}", f"{first:.4g}", f"{second:.4g}", None))
-        columns = [Column("measure"), Column("original"), Column("edited"), Column("prompts")]
-        note = (
-            "In brackets: 95 % intervals. Answers are the models' own, greedy, from the prompt on; KL and perplexity "
-            "are taken on the original's answers."
-        )
-        return Table("Side effects", columns, rows, note=note)
+        rows += divergence_rows(self.kl, self.perplexity)
+        return effects_table(rows)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -284,8 +285,9 @@ class _Bench:
 
     def _subject(self, heads: Sequence[Head]) -> Subject:
         scale = self.proof.scale if self.proof.kind == "scale" else 0.0
-        return Subject(self.live, dict.fromkeys(heads, scale), self._means() if self.proof.kind == "mean" else None)
+        return Subject(self.live, dict.fromkeys(heads, scale), self._means if self.proof.kind == "mean" else None)
 
+    @cached_property
     def _means(self) -> Mapping[int, Tensor]:
         stored = load_file(self.run / HEADS)
         return {layer: stored[f"layer.{layer}"].flatten() for layer in self.live.projections}
@@ -298,7 +300,7 @@ class _Bench:
             return Ablation(self.proof.scale)
         count = len(self.sequences)
         if self.proof.kind == "mean":
-            return Ablation(values={layer: mu.expand(count, 1, -1) for layer, mu in self._means().items()})
+            return Ablation(values={layer: mu.expand(count, 1, -1) for layer, mu in self._means.items()})
         if self.last is None or not self.harmless:
             raise usage_error(
                 "resampling takes a harmless example's last positions", where="--ablate resample",

@@ -7,7 +7,7 @@ original's answers.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from probes.preparing import Asking, generation_settings
 from probes.templates import build_sequences
 from surgery.execute import Options
 from surgery.jsonable import jsonable
+from surgery.report import Column, Table
 
 TOPICS = ("harmful", "harmless")
+EffectRow = tuple[str, str, str, str | None]  # measure, original, edited, prompts
 ALL = "all"  # the topic of examples that do not say theirs
 
 
@@ -91,6 +93,27 @@ def share_text(rate: Rate) -> str:
     return f"{100 * rate.value:.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
 
 
-def answers_on(topic: str) -> str:
-    """What a table calls the original's answers on a topic."""
+def divergence_rows(
+    kl: Mapping[str, tuple[float, float, float]], perplexity: Mapping[str, tuple[float, float]]
+) -> list[EffectRow]:
+    """What `divergence_by_topic` found, as rows of `effects_table`."""
+    rows: list[EffectRow] = []
+    for topic, (value, low, high) in kl.items():
+        rows.append((f"KL on {_answers_on(topic)} (nats/token)", "0", f"{value:.4g} [{low:.4g}, {high:.4g}]", None))
+    for topic, (before, after) in perplexity.items():
+        rows.append((f"perplexity of {_answers_on(topic)}", f"{before:.4g}", f"{after:.4g}", None))
+    return rows
+
+
+def effects_table(rows: Sequence[EffectRow]) -> Table:
+    """The original beside the edited model, a row per measure."""
+    columns = [Column("measure"), Column("original"), Column("edited"), Column("prompts")]
+    note = (
+        "In brackets: 95 % intervals. Answers are the models' own, greedy, from the prompt on; KL and perplexity are "
+        "taken on the original's answers."
+    )
+    return Table("Side effects", columns, rows, note=note)
+
+
+def _answers_on(topic: str) -> str:
     return "its answers" if topic == ALL else f"its {topic} answers"

@@ -8,7 +8,7 @@ decided.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -88,6 +88,3 @@ class TokenSequence:
     def before_answer(self) -> tuple[int, ...]:
         """The ids up to and including `decision`."""
         return self.ids[: self.ends[2]]
-
-
-Examples = Sequence[Example]

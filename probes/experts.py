@@ -9,12 +9,13 @@ of a task and tested on the other.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from probes.comparing import prompts_of
 from probes.contributions import norm_ratios
-from probes.examples import DataSet, Example
+from probes.examples import DataSet
 from probes.expert_findings import (
     ExpertFindings,
     ExpertRecord,
@@ -165,11 +166,8 @@ def _records(
 
 def _prompts(live: LiveModel, prepared: Prepared) -> list[tuple[int, ...]]:
     """Each prompt once, as ids, without what was answered."""
-    bare = [replace(e, thinking=None, closing=None, response=None) for e in prepared.examples]
-    seen: dict[str, Example] = {str(example.messages): example for example in bare}
-    return [
-        encode(live.tokenizer, render_prompt(live.tokenizer, example, prepared.markers)) for example in seen.values()
-    ]
+    bare = prompts_of(prepared.examples, len(prepared.examples), any_topic=True)
+    return [encode(live.tokenizer, render_prompt(live.tokenizer, example, prepared.markers)) for example in bare]
 
 
 def _warnings(

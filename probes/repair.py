@@ -14,10 +14,12 @@ from typing import Literal
 
 from probes.comparing import (
     TOPICS,
+    EffectRow,
     answers_of,
-    answers_on,
     counts_text,
     divergence_by_topic,
+    divergence_rows,
+    effects_table,
     prompts_of,
     record_of,
     share_text,
@@ -36,7 +38,7 @@ from surgery.errors import SurgeryError, usage_error
 from surgery.execute import Options
 from surgery.heads import Head, parse_scales
 from surgery.refs import open_checkpoint
-from surgery.report import Column, Table
+from surgery.report import Table
 
 Mode = Literal["scale", "mean"]
 
@@ -90,22 +92,15 @@ class Measured:
 
     def table(self) -> Table:
         """Before and after, a row per measure."""
-        rows: list[tuple[str, str, str, str | None]] = []
+        rows: list[EffectRow] = []
         for topic, (before, after) in self.refusal.items():
             rows.append(
                 (f"refusal of {topic} prompts", share_text(before), share_text(after), counts_text(before, after))
             )
-        for topic, (value, low, high) in self.kl.items():
-            rows.append((f"KL on {answers_on(topic)} (nats/token)", "0", f"{value:.4g} [{low:.4g}, {high:.4g}]", None))
-        for topic, (before_ppl, after_ppl) in self.perplexity.items():
-            rows.append((f"perplexity of {answers_on(topic)}", f"{before_ppl:.4g}", f"{after_ppl:.4g}", None))
+        rows += divergence_rows(self.kl, self.perplexity)
         before, after = self.never_closed
         rows.append(("thinking never closed", share_text(before), share_text(after), counts_text(before, after)))
-        columns = [Column("measure"), Column("original"), Column("edited"), Column("prompts")]
-        note = (
-            "In brackets: 95 % intervals. Answers are the models' own, greedy, from the prompt on; KL and perplexity "
-        )
-        return Table("Side effects", columns, rows, note=note + "are taken on the original's answers.")
+        return effects_table(rows)
 
 
 @dataclass(frozen=True)
