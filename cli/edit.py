@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from cli import console
 from cli import options as o
+
+if TYPE_CHECKING:
+    from probes.boosting import Boost
+    from probes.repair import Repair
 
 app = typer.Typer(
     help="Edits one model's weights in place of hooks: only the tensors that must change do.", no_args_is_help=True
@@ -57,7 +62,6 @@ def heads(
 ) -> None:
     """Scale attention heads in the checkpoint, exactly, and measure refusals, KL and perplexity before keeping it."""
     from probes.repair import Choice, Measuring, Mode, edit_heads
-    from surgery.edit import edit_table
 
     repair = edit_heads(
         model, out,
@@ -68,21 +72,8 @@ def heads(
         measuring=Measuring(data=data, wanted=not no_measure, examples=examples, force=force),
         dtype=dtype, dry_run=dry_run, options=o.options(threads, device, overwrite=overwrite),
     )  # fmt: skip
-    if as_json:
-        console.show_json(repair)
-        return
-    console.show_preflight(repair.report.preflight, repair.report.warnings)
-    if repair.report.dry_run:
-        console.tell(f"Heads: {', '.join(repair.heads)}. Nothing written (--dry-run).")
-        return
-    console.show(edit_table(repair.report))
-    if repair.measured is None:
-        hint = "as --no-measure asks" if no_measure else "give --from RUN or --data DATA"
-        console.warn(f"what the edit does to the model was not measured: {hint}.")
-    else:
-        console.show(repair.measured.table())
     done = "Put means in the place of" if mode == "mean" else "Scaled"
-    console.tell(f"{done} {', '.join(repair.heads)}. Wrote {out}; `surgery edit undo {out} -o …` leads back.")
+    _show(repair, "Heads", repair.heads, done, out, no_measure=no_measure, as_json=as_json)
 
 
 @app.command(epilog="Example: surgery edit experts lab:moe --from experts --top 2 --scale 4 -o reinforced")
@@ -116,27 +107,13 @@ def experts(
 ) -> None:
     """Scale experts in the checkpoint, so that any engine runs them so; also on prompts, which a hook could spare."""
     from probes.boosting import ExpertChoice, edit_experts
-    from surgery.edit import edit_table
 
     boost = edit_experts(
         model, out, choice=ExpertChoice(run=run, top=top, experts=expert or (), scale=scale), data=data,
         wanted=not no_measure, examples=examples, force=force, dtype=dtype, dry_run=dry_run,
         options=o.options(threads, device, overwrite=overwrite),
     )  # fmt: skip
-    if as_json:
-        console.show_json(boost)
-        return
-    console.show_preflight(boost.report.preflight, boost.report.warnings)
-    if boost.report.dry_run:
-        console.tell(f"Experts: {', '.join(boost.experts)}. Nothing written (--dry-run).")
-        return
-    console.show(edit_table(boost.report))
-    if boost.measured is None:
-        hint = "as --no-measure asks" if no_measure else "give --from RUN or --data DATA"
-        console.warn(f"what the edit does to the model was not measured: {hint}.")
-    else:
-        console.show(boost.measured.table())
-    console.tell(f"Scaled {', '.join(boost.experts)}. Wrote {out}; `surgery edit undo {out} -o …` leads back.")
+    _show(boost, "Experts", boost.experts, "Scaled", out, no_measure=no_measure, as_json=as_json)
 
 
 @app.command(epilog="Example: surgery edit undo repaired -o original")
@@ -157,3 +134,25 @@ def undo(
         console.show_json(report)
     else:
         console.tell(f"Wrote {report.out}")
+
+
+def _show(
+    edited: Repair | Boost, what: str, names: Iterable[str], done: str, out: Path, *, no_measure: bool, as_json: bool
+) -> None:
+    """What an edit of `names` did to the weights, and to the model."""
+    from surgery.edit import edit_table
+
+    if as_json:
+        console.show_json(edited)
+        return
+    console.show_preflight(edited.report.preflight, edited.report.warnings)
+    if edited.report.dry_run:
+        console.tell(f"{what}: {', '.join(names)}. Nothing written (--dry-run).")
+        return
+    console.show(edit_table(edited.report))
+    if edited.measured is None:
+        hint = "as --no-measure asks" if no_measure else "give --from RUN or --data DATA"
+        console.warn(f"what the edit does to the model was not measured: {hint}.")
+    else:
+        console.show(edited.measured.table())
+    console.tell(f"{done} {', '.join(names)}. Wrote {out}; `surgery edit undo {out} -o …` leads back.")

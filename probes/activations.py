@@ -110,6 +110,25 @@ def token_budget(live: LiveModel, longest: int, trial: Callable[[int], object], 
     return min(share(range(n_processes()), fitting))
 
 
+def fitting_batches(
+    live: LiveModel,
+    ids: Sequence[Sequence[int]],
+    work: Callable[[Batch], object],
+    *,
+    max_tokens: int | None = None,
+    padding: Padding = "right",
+) -> list[Batch]:
+    """Batches of `max_tokens`, or, where that is None, of as many as `work` is found to fit (`token_budget`)."""
+    longest = max((len(sequence) for sequence in ids), default=1)
+
+    def trial(tokens: int) -> None:
+        rows = max(1, tokens // longest)
+        work(_pad([0] * rows, [[0] * longest] * rows, 0, padding))
+
+    budget = token_budget(live, longest, trial) if max_tokens is None else max_tokens
+    return make_batches(ids, max_tokens=budget, padding=padding)
+
+
 @torch.inference_mode()
 def look_at(live: LiveModel, batch: Batch, look: Look, *, depths: Sequence[int] | None = None) -> None:
     """One forward pass without logits; `look` is called with every depth's hidden states as they come by.
@@ -167,7 +186,8 @@ def states_at(
     shape = (len(sequences), len(positions[0]), live.n_depths, live.width)
     found = torch.empty(shape, dtype=torch.float32)
     work = partial(_states, live, torch.tensor([list(row) for row in positions]))
-    batches = _batches(live, [sequence.ids for sequence in sequences], max_tokens, padding, work)
+    ids = [sequence.ids for sequence in sequences]
+    batches = fitting_batches(live, ids, work, max_tokens=max_tokens, padding=padding)
     rows = share(batches, work, label="Reading states", size=_n_sequences, progress=progress)
     for batch, states in zip(batches, rows, strict=True):
         found[list(batch.numbers)] = states
@@ -189,30 +209,14 @@ def project(
     weights: (L, D), biases: (L,). The states themselves never leave their device.
     """
     work = partial(_projections, live, weights, biases)
-    batches = _batches(live, [sequence.ids for sequence in sequences], max_tokens, padding, work)
+    ids = [sequence.ids for sequence in sequences]
+    batches = fitting_batches(live, ids, work, max_tokens=max_tokens, padding=padding)
     found: dict[int, Tensor] = {}
     for batch, rows in zip(
         batches, share(batches, work, label="Tracing", size=_n_sequences, progress=progress), strict=True
     ):
         found |= dict(zip(batch.numbers, rows, strict=True))
     return [found[number] for number in range(len(sequences))]
-
-
-def _batches(
-    live: LiveModel,
-    ids: Sequence[Sequence[int]],
-    max_tokens: int | None,
-    padding: Padding,
-    work: Callable[[Batch], object],
-) -> list[Batch]:
-    longest = max((len(sequence) for sequence in ids), default=1)
-
-    def trial(tokens: int) -> None:
-        rows = max(1, tokens // longest)
-        work(_pad([0] * rows, [[0] * longest] * rows, 0, padding))
-
-    budget = token_budget(live, longest, trial) if max_tokens is None else max_tokens
-    return make_batches(ids, max_tokens=budget, padding=padding)
 
 
 def _states(live: LiveModel, where: Tensor, batch: Batch) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from probes.activations import CPU_TOKENS, Batch, make_batches, token_budget
+from probes.activations import CPU_TOKENS, Batch, fitting_batches, make_batches
 from probes.examples import TokenSequence
 from probes.live import LiveModel, hidden_in, hidden_out, hooks
 from probes.parallel import share
@@ -77,16 +77,8 @@ def attribute(
         raise SurgeryError("no example is left to score heads on", where=live.name)
     ids = [sequence.before_answer for sequence in sequences]
     sight = _Sight(live, weight.float(), bias, stream)
-    longest = max(map(len, ids))
-
-    def trial(tokens: int) -> None:
-        rows = max(1, tokens // longest)
-        (batch,) = make_batches([[0] * longest] * rows, max_tokens=rows * longest)
-        _attribute(sight, batch)
-
-    budget = token_budget(live, longest, trial) if max_tokens is None else max_tokens
-    batches = make_batches(ids, max_tokens=budget)
     work = partial(_attribute, sight)
+    batches = fitting_batches(live, ids, work, max_tokens=max_tokens)
     found = share(batches, work, label="Scoring heads", size=lambda batch: len(batch.numbers), progress=progress)
     order = torch.tensor([number for batch in batches for number in batch.numbers]).argsort()
 

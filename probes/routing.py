@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probes.activations import Batch, make_batches, token_budget
+from probes.activations import Batch, fitting_batches
 from probes.examples import SEGMENTS, TokenSequence
 from probes.live import LiveModel
 from probes.parallel import share, total
@@ -167,7 +167,12 @@ def count(
             live.body(**batch.inputs(live.device), use_cache=False)
 
     ids = [sequence.ids for sequence in sequences]
-    batches = make_batches(ids, max_tokens=max_tokens or _budget(live, ids))
+
+    def bare(batch: Batch) -> None:  # what counting takes beside the pass itself is small, and a trial must not count
+        with torch.inference_mode():
+            live.body(**batch.inputs(live.device), use_cache=False)
+
+    batches = fitting_batches(live, ids, bare, max_tokens=max_tokens)
     share(batches, work, label="Counting experts", size=lambda batch: len(batch.numbers), progress=progress)
     empty = torch.zeros(size, dtype=torch.int64)
     found = total(torch.stack([hits[r.layer].cpu() if r.layer in hits else empty for r in routers]))
@@ -212,14 +217,3 @@ def _once(index: Tensor, none: int) -> Tensor:
     chosen = index.clamp(max=none).sort(1).values
     chosen[:, 1:].masked_fill_(chosen[:, 1:] == chosen[:, :-1], none)
     return chosen
-
-
-def _budget(live: LiveModel, ids: Sequence[Sequence[int]]) -> int:
-    longest = max(map(len, ids))
-
-    def trial(tokens: int) -> None:
-        rows = [[0] * longest] * max(1, tokens // longest)
-        with torch.inference_mode():
-            live.body(**make_batches(rows, max_tokens=tokens)[0].inputs(live.device), use_cache=False)
-
-    return token_budget(live, longest, trial)
