@@ -21,12 +21,12 @@ from pathlib import Path
 
 from probes.ablation import all_heads
 from probes.findings import Findings
-from probes.live import open_live
 from probes.refusal import probe_refusal
 from probes.repair import Choice, Measured, Measuring, edit_heads
 from surgery import lab
 from surgery.heads import Head
 from surgery.lab import family
+from surgery.live import open_live
 from surgery.progress import terminal
 
 VARIANTS = ("cliff", "cliff-many", "cliff-weak", "cliff-gqa", "cliff-partial")

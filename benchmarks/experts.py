@@ -33,8 +33,8 @@ from surgery.header import build_header
 
 if TYPE_CHECKING:  # torch is left to the processes that need it: see `measuring`
     from probes.examples import TokenSequence
-    from probes.live import LiveModel
     from probes.routing import Counts, Marker
+    from surgery.live import LiveModel
 
 TOKENS, SEQUENCES, FEW_SEQUENCES = 512, 8, 2
 VOCABULARY = 32_000

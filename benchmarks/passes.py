@@ -10,7 +10,7 @@ import torch
 
 from probes.activations import CPU_TOKENS, make_batches
 from probes.examples import TokenSequence
-from probes.live import LiveModel, wrap
+from surgery.live import LiveModel, wrap
 from surgery.refs import open_checkpoint
 from surgery.scoring import Loaded
 

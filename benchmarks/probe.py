@@ -28,8 +28,8 @@ from probes.ablation import all_heads, sweep
 from probes.activations import CPU_TOKENS, states_at
 from probes.examples import TokenSequence
 from probes.heads import attribute
-from probes.live import LiveModel
 from probes.residual import read_stream
+from surgery.live import LiveModel
 
 TOKENS = 512
 SEQUENCES = 16

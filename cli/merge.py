@@ -189,8 +189,8 @@ def _config(
 
 
 def _value(option: str, text: str) -> object:
-    from merges.yaml_lines import read_documents
     from surgery.errors import usage_error
+    from surgery.yaml_lines import read_documents
 
     nodes, faults = read_documents(text, option)
     faults.settle()

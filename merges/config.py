@@ -19,9 +19,9 @@ from merges.fields import nearest
 from merges.reading import Draft, read_document
 from merges.schema import Compat, MergeConfig, ModelToken, Scope, Section, Source, TokenizerRule, TokenRule, ZeroToken
 from merges.settings import MethodSpec
-from merges.yaml_lines import Faults, Node, read_documents, tree
 from surgery.errors import usage_error
 from surgery.wording import option_of
+from surgery.yaml_lines import Faults, Node, read_documents, tree
 
 __all__ = [
     "MergeConfig",

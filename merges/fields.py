@@ -10,8 +10,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 from merges.settings import ParameterSpec, Scalar, shown
-from merges.yaml_lines import Faults, Node
 from surgery.errors import listing
+from surgery.yaml_lines import Faults, Node
 
 NO_MODEL = ""  # stands in for a reference that could not be read
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from merges.layout import LM_HEAD, Layout
-from merges.structure import unsayable, untied, with_layers
 from merges.templates import set_chat_template
 from merges.token_ids import remap_ids, resized
 from merges.tokenizer_files import is_tokenizer_file, read_tokenizer_files
@@ -18,6 +17,7 @@ from surgery.anatomy import anatomy
 from surgery.checkpoint import Checkpoint, read_json
 from surgery.errors import SurgeryError
 from surgery.preflight import Preflight
+from surgery.structure import unsayable, untied, with_layers
 from surgery.vocab import read_vocabulary
 
 CONFIG, GENERATION = "config.json", "generation_config.json"

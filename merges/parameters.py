@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from merges.fields import nearest, read_fields, read_mapping, read_scalar
 from merges.schema import Settings
 from merges.settings import EVERYTHING, INT8_MASK, MethodSpec, ParameterSpec, Rule, Scalar, Setting, shown
-from merges.yaml_lines import Faults, Node
+from surgery.yaml_lines import Faults, Node
 
 
 @dataclass(frozen=True)

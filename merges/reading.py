@@ -18,9 +18,9 @@ from merges.parameters import ParameterReader
 from merges.schema import BASE, UNION, MergeConfig, ModelToken, Section, Source, TokenizerRule, TokenRule, ZeroToken
 from merges.settings import MethodSpec, ParameterSpec, shown
 from merges.sources import check_section
-from merges.yaml_lines import Faults, Node
 from surgery.dtypes import TORCH_NAMES
 from surgery.errors import listing
+from surgery.yaml_lines import Faults, Node
 
 CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
 AUTO = "auto"

@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 from merges.fields import NO_MODEL
 from merges.schema import Section, merged_sources
 from merges.settings import MethodSpec
-from merges.yaml_lines import Faults, Node
 from surgery.errors import listing
+from surgery.yaml_lines import Faults, Node
 
 
 def check_section(

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from probes.activations import CPU_TOKENS, GPU_TOKENS
 from probes.examples import TokenSequence
-from probes.live import LiveModel, Projection, hidden_in, hooks
-from probes.parallel import share
 from probes.resuming import Reader, prefix_cache, prefix_fault, restore, resume_at, resuming_fault
 from surgery.errors import SurgeryError, usage_error
 from surgery.heads import Head
+from surgery.live import LiveModel, Projection, hidden_in, hooks
+from surgery.parallel import share
 from surgery.progress import Progress, silent
 
 Method = Literal["cached prefix", "resumed layers", "one forward per head"]

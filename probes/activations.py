@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from probes.examples import TokenSequence
-from probes.live import LiveModel, hidden_in, hidden_out, hooks
-from probes.parallel import n_processes, share
 from surgery.errors import SurgeryError, usage_error
+from surgery.live import LiveModel, hidden_in, hidden_out, hooks
+from surgery.parallel import n_processes, share
 from surgery.progress import Progress, silent
 
 # Tokens in a batch, padding included. On a processor more cost 5 to 30 % (activations leave its caches: measured at

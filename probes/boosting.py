@@ -26,9 +26,7 @@ from probes.comparing import (
 from probes.effects import Rate
 from probes.examples import Example
 from probes.expert_findings import ExpertFindings, read_expert_findings
-from probes.live import LiveModel
 from probes.markers import find_markers, never_closed
-from probes.parallel import n_processes
 from probes.preparing import TOKENIZER_FILES, Asking, asking_of, markers_of, open_model
 from probes.prompts import read_data
 from probes.records import check_model, read_examples
@@ -39,6 +37,8 @@ from surgery.errors import SurgeryError, usage_error
 from surgery.execute import Options
 from surgery.expert_edits import scale_experts
 from surgery.experts import Expert, parse_scales
+from surgery.live import LiveModel
+from surgery.parallel import n_processes
 from surgery.part_edits import EditNotes, Measure
 from surgery.refs import open_checkpoint
 from surgery.report import Table

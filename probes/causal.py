@@ -36,9 +36,7 @@ from probes.findings import (
 from probes.generation import context_of
 from probes.heads import head_inputs
 from probes.linear import Probes
-from probes.live import LiveModel
 from probes.markers import Markers
-from probes.parallel import is_main, wait
 from probes.preparing import asking_of, judge_with, open_model
 from probes.records import Interval, check_model, interval, parse_top, read_examples
 from probes.statistics import Estimate, bootstrap_mean, spearman
@@ -46,6 +44,8 @@ from probes.templates import build_sequences
 from surgery.errors import SurgeryError, usage_error
 from surgery.execute import Options
 from surgery.heads import Head
+from surgery.live import LiveModel
+from surgery.parallel import is_main, wait
 from surgery.refs import open_checkpoint
 
 Kind = Literal["scale", "mean", "resample"]

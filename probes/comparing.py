@@ -15,12 +15,12 @@ from typing import Any
 from probes.effects import Rate, Subject, divergences
 from probes.examples import Example
 from probes.generation import complete, context_of
-from probes.live import LiveModel
 from probes.markers import Markers
 from probes.preparing import Asking, generation_settings
 from probes.templates import build_sequences
 from surgery.execute import Options
 from surgery.jsonable import jsonable
+from surgery.live import LiveModel
 from surgery.report import Column, Table
 
 TOPICS = ("harmful", "harmless")

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from probes.activations import CPU_TOKENS, Batch, make_batches
 from probes.examples import TokenSequence
-from probes.live import LiveModel, hidden_in, hidden_out, hooks
-from probes.parallel import share
 from probes.routers import Router
 from surgery.experts import Expert
+from surgery.live import LiveModel, hidden_in, hidden_out, hooks
+from surgery.parallel import share
 from surgery.progress import Progress, silent
 
 

@@ -24,12 +24,12 @@ from probes.ablation import heads_edited
 from probes.activations import CPU_TOKENS, Batch, make_batches
 from probes.examples import Example, TokenSequence
 from probes.generation import generate_texts
-from probes.live import LiveModel
-from probes.parallel import share
 from probes.statistics import Estimate, Floats, bootstrap_mean
 from surgery.errors import SurgeryError
 from surgery.evaluate import wilson
 from surgery.heads import Head
+from surgery.live import LiveModel
+from surgery.parallel import share
 from surgery.progress import Progress, silent
 
 TOKENS = 32  # of an answer that KL is taken over

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from probes.effects import Rate
 from probes.expert_findings import ExpertRecord, PointRecord, SweepRecord
 from probes.generation import MOST_NEW, generate_texts, room
-from probes.live import LiveModel
 from probes.records import Interval, interval
 from probes.reinforcing import Phase, Reinforcement, Way, reinforced
 from probes.repetition import loops
@@ -23,6 +22,7 @@ from probes.routers import Router
 from surgery.errors import SurgeryError, usage_error
 from surgery.evaluate import on_tasks
 from surgery.experts import Expert
+from surgery.live import LiveModel
 from surgery.progress import Progress, silent
 from surgery.scoring import Score
 from surgery.wording import option_of

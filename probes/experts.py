@@ -25,9 +25,7 @@ from probes.expert_findings import (
 )
 from probes.expert_report import write_expert_report
 from probes.expert_sweep import Grid, check_tasks, sweep
-from probes.live import LiveModel
 from probes.npmi import Scored, Support, check_markers, overlap, score_experts
-from probes.parallel import is_main, wait
 from probes.preparing import CACHES, Asking, Prepared, data_record, model_record, open_model, prepare, run_folder
 from probes.prompts import read_data
 from probes.records import interval, write_examples
@@ -40,6 +38,8 @@ from surgery.errors import usage_error
 from surgery.execute import Options
 from surgery.identity import weights_hash
 from surgery.jsonable import jsonable
+from surgery.live import LiveModel
+from surgery.parallel import is_main, wait
 
 MEASURED = 10  # of the ranked experts, whose share of the residual stream is measured
 COMPARED = 10  # experts at the top of two data sets

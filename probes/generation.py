@@ -21,10 +21,10 @@ from probes.cache import Cache, Completion
 from probes.examples import Example
 from probes.faults import Faults
 from probes.markers import Markers, check_split, never_closed, split_completion, split_given
-from probes.parallel import n_processes, share, wait
 from probes.templates import encode, text_before_answer
 from surgery.errors import SurgeryError, usage_error
 from surgery.hashing import hash_text
+from surgery.parallel import n_processes, share, wait
 from surgery.progress import Progress, silent
 from surgery.scoring import Loaded, quiet
 

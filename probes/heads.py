@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from probes.activations import CPU_TOKENS, Batch, fitting_batches, make_batches
 from probes.examples import TokenSequence
-from probes.live import LiveModel, hidden_in, hidden_out, hooks
-from probes.parallel import share
 from probes.residual import Piece, Stream
 from surgery.errors import SurgeryError, usage_error
+from surgery.live import LiveModel, hidden_in, hidden_out, hooks
+from surgery.parallel import share
 from surgery.progress import Progress, silent
 
 

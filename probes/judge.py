@@ -23,13 +23,13 @@ from probes.examples import Example
 from probes.findings import PROBES, read_findings
 from probes.linear import Probes
 from probes.markers import Markers, split_given
-from probes.parallel import is_main, wait
 from probes.preparing import asking_of, markers_of, open_model, prepare
 from probes.prompts import read_data
 from probes.records import check_model, parse_top
 from surgery.errors import SurgeryError, usage_error
 from surgery.execute import Options
 from surgery.hashing import hash_text
+from surgery.parallel import is_main, wait
 from surgery.refs import open_checkpoint
 from surgery.report import Column, Table
 from surgery.writer import disk_error

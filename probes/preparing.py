@@ -13,13 +13,13 @@ from probes.examples import DataSet, Example, TokenSequence
 from probes.faults import Faults
 from probes.generation import GenerationSettings, complete, context_of, room
 from probes.labels import REFUSAL_PHRASES, label_by_guard, label_by_keywords, read_phrases
-from probes.live import LiveModel, open_live
 from probes.markers import CLOSE_OPTION, NONE_OPTION, OPEN_OPTION, Markers, find_markers, never_closed, split_given
 from probes.records import DataRecord, ModelRecord
 from probes.templates import build_sequences, encode, template_hash, text_before_answer, tokenizer_hash
 from surgery.checkpoint import loadable_folder
 from surgery.commit import commit, partial_of
 from surgery.errors import SurgeryError, usage_error
+from surgery.live import LiveModel, open_live
 from surgery.progress import Progress, silent
 from surgery.refs import open_checkpoint
 from surgery.scoring import Loaded, load_model

@@ -23,8 +23,6 @@ from probes.examples import DataSet, Example, TokenSequence
 from probes.findings import HEADS, PROBES, TRACES, CliffRecord, Findings, HeadRecord, ProbeRecord, write_findings
 from probes.heads import Attribution, attribute
 from probes.linear import LayerMetrics, Probes, confounds
-from probes.live import LiveModel
-from probes.parallel import is_main, wait
 from probes.preparing import (
     CACHES,
     Asking,
@@ -46,6 +44,8 @@ from surgery.errors import SurgeryError, usage_error
 from surgery.execute import Options
 from surgery.identity import weights_hash
 from surgery.jsonable import jsonable
+from surgery.live import LiveModel
+from surgery.parallel import is_main, wait
 
 Form = Literal["exact", "paper"]
 MEASURES = ("plateau", "p90", "last", "final", "misalignment")

@@ -9,12 +9,12 @@ from typing import cast
 
 from probes.boosting import ExpertChoice, chosen_experts
 from probes.expert_findings import read_expert_findings
-from probes.live import wrap
 from probes.records import check_model
 from probes.reinforcing import Phase, Reinforcement, reinforced
 from probes.routers import find_routers
 from surgery.checkpoint import Checkpoint
 from surgery.execute import Options
+from surgery.live import wrap
 from surgery.scoring import Loaded, Measure, Score
 
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from probes.live import LiveModel, hooks
 from probes.routers import Router, routed, run_trial
 from surgery.errors import usage_error
 from surgery.experts import Expert
+from surgery.live import LiveModel, hooks
 
 Way = Literal["weight", "renormalised", "logit", "forced"]
 Phase = Literal["all", "generated"]

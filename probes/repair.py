@@ -27,7 +27,6 @@ from probes.comparing import (
 from probes.effects import Rate, refusal_rates
 from probes.findings import HEADS, Findings, read_findings
 from probes.markers import never_closed
-from probes.parallel import n_processes
 from probes.preparing import Asking, asking_of, judge_with, markers_of, open_model
 from probes.prompts import read_data
 from probes.records import check_model, parse_top, read_examples
@@ -37,6 +36,7 @@ from surgery.edits import EditNotes, Measure, mean_heads, scale_heads
 from surgery.errors import SurgeryError, usage_error
 from surgery.execute import Options
 from surgery.heads import Head, parse_scales
+from surgery.parallel import n_processes
 from surgery.refs import open_checkpoint
 from surgery.report import Table
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from probes.live import LiveModel, hidden_in, hidden_out, hooks
 from surgery.errors import SurgeryError, listing
+from surgery.live import LiveModel, hidden_in, hidden_out, hooks
 
 # Relative errors that rounding may leave; another structure leaves errors of the size of the values.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 6e-2}

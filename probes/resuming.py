@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from probes.live import LiveModel, hidden_in, hidden_out, hooks
+from surgery.live import LiveModel, hidden_in, hidden_out, hooks
 
 # Tokens that every layer is resumed on to see whether it can be: what layers hand each other shows on few.
 TRIAL_TOKENS = 16

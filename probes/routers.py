@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from probes.live import LiveModel, hooks
 from surgery.errors import usage_error
+from surgery.live import LiveModel, hooks
 
 TRIAL_TOKENS = 7  # odd and small: no number of experts, heads or widths is mistaken for it
 

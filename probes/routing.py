@@ -20,10 +20,10 @@ from torch import Tensor
 
 from probes.activations import Batch, fitting_batches
 from probes.examples import SEGMENTS, TokenSequence
-from probes.live import LiveModel
-from probes.parallel import share, total
 from probes.routers import Router, routed
 from surgery.errors import SurgeryError, usage_error
+from surgery.live import LiveModel
+from surgery.parallel import share, total
 from surgery.progress import Progress, silent
 
 BLOCKS = 20  # enough for intervals

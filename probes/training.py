@@ -17,8 +17,8 @@ from torch import Tensor
 from probes.activations import project, states_at
 from probes.examples import Example, TokenSequence
 from probes.linear import LayerMetrics, Probes, evaluate_transfer, train_probes
-from probes.live import LiveModel
 from surgery.errors import usage_error
+from surgery.live import LiveModel
 from surgery.progress import Progress, silent
 
 Cells = Literal["all", "paper"]

@@ -16,13 +16,13 @@ from probes.examples import Example, TokenSequence
 from probes.findings import PROBES, read_findings
 from probes.generation import context_of, end_tokens, room
 from probes.linear import Probes
-from probes.live import LiveModel, hidden_out, hooks
 from probes.markers import Markers, split_completion
 from probes.preparing import open_model
 from probes.records import check_model
 from probes.templates import encode, render_prompt
 from surgery.errors import usage_error
 from surgery.execute import Options
+from surgery.live import LiveModel, hidden_out, hooks
 from surgery.refs import open_checkpoint
 
 Tell = Callable[[str, float], None]

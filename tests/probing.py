@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from probes.examples import TokenSequence
-from probes.live import LiveModel, wrap
+from surgery.live import LiveModel, wrap
 from surgery.refs import open_checkpoint
 from surgery.scoring import Loaded
 

@@ -24,11 +24,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from probes.examples import TokenSequence
-from probes.live import LiveModel
 from probes.reinforcing import Reinforcement, reinforced
 from probes.routers import Router
 from surgery.errors import SurgeryError
 from surgery.experts import Expert
+from surgery.live import LiveModel
 from surgery.scoring import Score
 
 EXPERTS, TOP_K, HIDDEN, VOCABULARY = 8, 2, 32, 96

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from probes.ablation import Ablation, all_heads, heads_edited, sweep
 from probes.heads import head_inputs
-from probes.live import hidden_out, hooks
 from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.heads import Head
+from surgery.live import hidden_out, hooks
 
 LENGTHS = (19, 12)
 LAST = 3

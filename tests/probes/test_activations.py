@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from probing import FAMILIES, MORE, hook_count, make_sequences, maker
 
 from probes.activations import CPU_TOKENS, GPU_TOKENS, look_at, make_batches, project, states_at, token_budget
-from probes.live import hooks
 from surgery.errors import WRONG_USAGE, SurgeryError
+from surgery.live import hooks
 
 LENGTHS = (23, 5, 17, 11, 17)
 # The states here are about 1 in size.

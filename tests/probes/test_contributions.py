@@ -11,9 +11,9 @@ from routing_models import EXPERTS, PLANTED, TOP_K, plant, texts, watch_experts
 from torch import Tensor
 
 from probes.contributions import norm_ratios
-from probes.live import LiveModel
 from probes.routers import find_routers
 from surgery.experts import Expert
+from surgery.live import LiveModel
 
 
 def brute(live: LiveModel, expert: Expert, sequences: list) -> float | None:

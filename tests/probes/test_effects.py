@@ -14,9 +14,9 @@ from probes.ablation import heads_edited
 from probes.effects import Rate, Subject, answer, divergences, refusal_rates
 from probes.examples import Example
 from probes.generation import end_tokens
-from probes.live import hooks
 from surgery.errors import SurgeryError
 from surgery.heads import Head
+from surgery.live import hooks
 
 LENGTHS = (19, 6, 12)
 ANSWER = 5

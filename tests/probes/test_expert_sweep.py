@@ -24,13 +24,13 @@ from routing_models import (
 from probes.expert_findings import ExpertRecord, SweepRecord
 from probes.expert_report import _verdict
 from probes.expert_sweep import CHOICE, NEAREST, TEST, Grid, check_tasks, matched, parse_betas, sweep
-from probes.live import LiveModel
 from probes.preparing import open_model
 from probes.records import Interval
 from probes.routers import find_routers
 from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.evaluate import on_tasks
 from surgery.experts import Expert
+from surgery.live import LiveModel
 from surgery.scoring import Loaded, load_model
 
 IDS = torch.tensor([[2, 4, 20, 21, 22, 3, 5, 6, 8]])

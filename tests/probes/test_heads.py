@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from probes.activations import states_at
 from probes.examples import TokenSequence
 from probes.heads import attribute, head_inputs
-from probes.live import hidden_out, hooks
 from probes.residual import read_stream
 from surgery.errors import SurgeryError
+from surgery.live import hidden_out, hooks
 
 PLAIN = [name for name in {**FAMILIES, **MORE} if name not in NOT_PLAIN]
 NORM_BEHIND = {

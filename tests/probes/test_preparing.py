@@ -13,11 +13,11 @@ import refusing
 from refusing import CLOSE, COMPLIES, CONTEXT, OPEN, REFUSES, make_model, rows_of, write_rows
 
 from probes.examples import Example
-from probes.live import LiveModel
 from probes.preparing import Asking, Prepared, asking_of, generation_settings, markers_of, open_model, prepare
 from probes.prompts import read_data
 from surgery.errors import SurgeryError
 from surgery.jsonable import jsonable
+from surgery.live import LiveModel
 
 
 @pytest.fixture(scope="module")

@@ -24,12 +24,12 @@ from routing_models import (
 )
 from torch import Tensor, nn
 
-from probes.live import LiveModel
 from probes.reinforcing import Phase, Reinforcement, Way, reinforced
 from probes.routers import find_routers
 from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.expert_edits import scale_experts
 from surgery.experts import Expert
+from surgery.live import LiveModel
 
 IDS = torch.tensor([sequence.ids[:18] for sequence in texts(6)])
 # Of layer 1, which all families have experts in. Every token meets two experts of eight.

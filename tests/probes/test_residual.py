@@ -10,9 +10,9 @@ from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from probes.live import hidden_in, hidden_out, hooks
 from probes.residual import fold_norm, read_stream
 from surgery.errors import SurgeryError
+from surgery.live import hidden_in, hidden_out, hooks
 
 PLAIN = [name for name in {**FAMILIES, **MORE} if name not in NOT_PLAIN]
 NORMS_BEHIND = ("gemma2", "gemma3", "gemma4", "glm4", "olmo2")  # families with norms behind their blocks

@@ -32,11 +32,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from probes.examples import TokenSequence
-from probes.live import LiveModel
 from probes.npmi import score_experts
 from probes.routers import find_routers, routed
 from probes.routing import BLOCKS, PARTS, Counts, Marker, count, fitting_blocks, parse_marker
 from surgery.errors import WRONG_USAGE, SurgeryError
+from surgery.live import LiveModel
 
 ROOT = Path(__file__).parents[2]
 PHRASE, AGAIN = (11, 12), (12, 11, 13)

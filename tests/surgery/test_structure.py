@@ -10,10 +10,10 @@ from architectures import ARCHITECTURES, build
 from merging import config_of, logits_of, run
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from merges.structure import unsayable, untied, with_layers
 from surgery.anatomy import Anatomy, anatomy
 from surgery.inspection import N_LAYERS
 from surgery.refs import open_checkpoint
+from surgery.structure import unsayable, untied, with_layers
 
 STACKED = """\
 merge_method: passthrough

@@ -1,4 +1,4 @@
-"""Promises of probes.live: a model's parts are found by structure, and what is not found is said."""
+"""Promises of surgery.live: a model's parts are found by structure, and what is not found is said."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from probing import FAMILIES, MORE, hook_count, make_live, maker, open_folder, s
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from probes.live import hooks, open_live, wrap
 from surgery.errors import SurgeryError
+from surgery.live import hooks, open_live, wrap
 from surgery.refs import open_checkpoint
 
 

@@ -18,7 +18,7 @@ from surgery.errors import SurgeryError, usage_error
 MAX_NODES = 200_000
 MAX_DEPTH = 50  # of mappings and lists inside each other; real configs reach 10
 MAX_BITS = 64  # of whole numbers; Python takes long to write longer ones, or refuses
-TOO_DEEP = "is nested too deeply to be a merge config"
+TOO_DEEP = "is nested too deeply"
 _TAGS = "tag:yaml.org,2002:"
 _MERGE = f"{_TAGS}merge"
 
@@ -154,7 +154,7 @@ class _Tree:
         if len(self.open) >= MAX_DEPTH:
             raise usage_error(TOO_DEEP, where=f"{self.faults.where}:{line}")
         if source.tag not in (f"{_TAGS}map", f"{_TAGS}seq"):
-            return self.wrong(path, line, f"has the tag {source.tag}, which no config needs")
+            return self.wrong(path, line, f"has the tag {source.tag}, which means nothing here")
         self.open.append(source)
         value: object
         if isinstance(source, yaml.MappingNode):

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from probes.parallel import own_device
 from surgery.anatomy import Anatomy, anatomy
 from surgery.checkpoint import Checkpoint, loadable_folder
 from surgery.errors import SurgeryError, listing
 from surgery.inspection import NORM
+from surgery.parallel import own_device
 from surgery.refs import open_checkpoint
 from surgery.scoring import Loaded, load_model
 

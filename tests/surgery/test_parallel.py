@@ -1,4 +1,4 @@
-"""Promises of probes.parallel: two real processes find what one finds, and neither waits for one that failed."""
+"""Promises of surgery.parallel: two real processes find what one finds, and neither waits for one that failed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from probes.ablation import all_heads, sweep
 from probes.activations import project, states_at
 from probes.effects import Subject, answer, divergences
 from probes.heads import attribute, head_inputs
-from probes.live import LiveModel
-from probes.parallel import own_device, share
 from probes.residual import read_stream
 from surgery.errors import SurgeryError
 from surgery.heads import Head
+from surgery.live import LiveModel
+from surgery.parallel import own_device, share
 
 ROOT = Path(__file__).parents[2]
 PROCESSES = 2
@@ -42,7 +42,7 @@ sys.path[:0] = sys.argv[3:]
 from test_parallel import everything
 from probing import open_folder
 from probes.activations import token_budget
-from probes.parallel import own_device, share, wait
+from surgery.parallel import own_device, share, wait
 from surgery.process import rank
 
 torch.set_num_threads(1)

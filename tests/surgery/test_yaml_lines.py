@@ -7,8 +7,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merges.yaml_lines import MAX_NODES, Node, read_documents, tree
 from surgery.errors import WRONG_USAGE, SurgeryError
+from surgery.yaml_lines import MAX_NODES, Node, read_documents, tree
 
 TEXT = """\
 # a comment first
@@ -92,7 +92,7 @@ def test_all_faults_are_named_with_lines_and_documents() -> None:
         "c.yml:6: document 2: the key […] is not text",
         'c.yml:8: document 2: d: cannot be read as timestamp: "2001-99-99"',
         'c.yml:9: document 2: e: cannot be read as python/name:os.system: ""',
-        "c.yml:10: document 2: f: has the tag !mine, which no config needs",
+        "c.yml:10: document 2: f: has the tag !mine, which means nothing here",
     ]
 
 
@@ -108,8 +108,8 @@ def test_all_faults_are_named_with_lines_and_documents() -> None:
         (f"a: {2**64}\n", "c.yml:1: a: is a whole number of more than 64 bits"),
         (f"a: 0x{'f' * 9999}\n", "c.yml:1: a: is a whole number of more than 64 bits"),
         (f"a: {'9' * 9999}\n", 'c.yml:1: a: cannot be read as int: "9'),
-        (f"a:\n  {'[' * 60}{']' * 60}", "c.yml:2: is nested too deeply to be a merge config"),
-        ("[" * 5000, "c.yml: is nested too deeply to be a merge config"),
+        (f"a:\n  {'[' * 60}{']' * 60}", "c.yml:2: is nested too deeply"),
+        ("[" * 5000, "c.yml: is nested too deeply"),
     ],
 )
 def test_what_is_no_config_is_said_in_one_line(text: str, message: str) -> None:
