@@ -7,8 +7,6 @@ pool says of a row is kept; scores are added, and `messages` where there are non
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,11 +26,11 @@ from probes.prompts import read_data
 from probes.records import check_model, parse_top
 from surgery.errors import SurgeryError, usage_error
 from surgery.execute import Options
+from surgery.files import replacing
 from surgery.hashing import hash_text
 from surgery.parallel import is_main, wait
 from surgery.refs import open_checkpoint
 from surgery.report import Column, Table
-from surgery.writer import disk_error
 
 Style = Literal["trl", "llama-factory"]
 
@@ -167,12 +165,5 @@ def _row(example: Example, cliff: Cliff, style: Style, markers: Markers | None) 
 
 
 def _write(out: Path, rows: Sequence[dict[str, Any]]) -> None:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-        Path(name).chmod(0o644)  # mkstemp's file is for its owner alone
-        Path(name).replace(out)
-    except OSError as error:
-        raise disk_error(error, out) from error
+    with replacing(out) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)

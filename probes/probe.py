@@ -5,8 +5,6 @@ far they can be trusted. In come states of the same layers, out come refusal sco
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from probes.statistics import Estimate
 from surgery.errors import SurgeryError, usage_error
+from surgery.files import replacing
 from surgery.jsonable import jsonable
 
 SCHEMA = 1
@@ -124,21 +123,12 @@ class Probes:
             "weights": self.weights, "biases": self.biases, "out_of_fold": self.out_of_fold, "fold": self.fold,
             "fold_weights": self.fold_weights, "fold_biases": self.fold_biases,
         }  # fmt: skip
-        temporary: Path | None = None
+        metadata = {RECORD: json.dumps(jsonable(record), ensure_ascii=False)}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            os.close(handle)
-            temporary = Path(name)
-            metadata = {RECORD: json.dumps(jsonable(record), ensure_ascii=False)}
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata)
-            temporary.chmod(0o644)  # mkstemp's file is for its owner alone
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or error
-            raise SurgeryError(f"cannot be written ({reason})", where=path) from error
+            with replacing(path) as temporary:
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:
+            raise SurgeryError(f"cannot be written ({error})", where=path) from error
         return path
 
     @classmethod

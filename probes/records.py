@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,10 +19,10 @@ from probes.statistics import Estimate
 from surgery.checkpoint import MANIFEST, Checkpoint, read_json
 from surgery.errors import SurgeryError, usage_error
 from surgery.execute import Options
+from surgery.files import write_file
 from surgery.identity import weights_hash
 from surgery.jsonable import to_json
 from surgery.report import MISSING
-from surgery.writer import disk_error, sync
 
 SCHEMA = 1
 RESULTS, EXAMPLES, REPORT = "results.json", "examples.jsonl", "report.html"
@@ -117,8 +115,8 @@ def read_record(run: Path, kind: str, record: type[R]) -> R:
 
 def write_record(folder: Path, kind: str, record: Record, model: ModelRecord) -> None:
     """Writes results.json, whole or not at all, and the manifest that marks the folder as ours."""
-    _replace(folder / RESULTS, to_json({"schema": SCHEMA, "kind": kind} | record.model_dump(mode="json")))
-    _replace(folder / MANIFEST, to_json({"schema": SCHEMA, "kind": kind, "model": model.model_dump(mode="json")}))
+    write_file(folder / RESULTS, to_json({"schema": SCHEMA, "kind": kind} | record.model_dump(mode="json")))
+    write_file(folder / MANIFEST, to_json({"schema": SCHEMA, "kind": kind, "model": model.model_dump(mode="json")}))
 
 
 def kind_of(run: Path) -> str | None:
@@ -143,7 +141,7 @@ def check_model(findings: OfModel, checkpoint: Checkpoint, run: Path, *, options
 def write_examples(folder: Path, examples: Sequence[Example]) -> None:
     """Writes examples.jsonl."""
     rows = [json.dumps(asdict(example), ensure_ascii=False, default=str) for example in examples]
-    _replace(folder / EXAMPLES, "\n".join(rows) + "\n")
+    write_file(folder / EXAMPLES, "\n".join(rows) + "\n")
 
 
 def read_examples(run: Path) -> list[Example]:
@@ -173,15 +171,3 @@ def parse_top(text: str, of: int, *, where: str = "--top") -> int:
     if not 0 < count <= of:
         raise usage_error(f"got {text!r}, which is {count} of {of}, expected 1 to {of}", where=where)
     return count
-
-
-def _replace(path: Path, text: str) -> None:
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).chmod(0o644)  # mkstemp's file is for its owner alone
-        sync(Path(name))
-        Path(name).replace(path)
-    except OSError as error:
-        raise disk_error(error, path) from error

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from surgery.checkpoint import MANIFEST
 from surgery.errors import usage_error
-from surgery.writer import disk_error, sync
+from surgery.files import disk_error, sync
 
 
 def partial_of(out: Path) -> Path:

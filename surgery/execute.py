@@ -23,6 +23,7 @@ from surgery.compute import Computed, bounds, compute, compute_whole, gather, is
 from surgery.direct import Edge
 from surgery.dtypes import n_bytes, n_elements
 from surgery.errors import SurgeryError
+from surgery.files import disk_error
 from surgery.hashing import hash_parts
 from surgery.journal import Journal, Record
 from surgery.plan import Place, Plan, write_index
@@ -38,7 +39,7 @@ from surgery.stream import (
     segments,
 )
 from surgery.workers import run
-from surgery.writer import ShardWriter, disk_error
+from surgery.writer import ShardWriter
 
 _Written = tuple[Record, list[Edge]]  # what is journaled of a segment, and what must still be given to the writer
 

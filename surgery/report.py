@@ -9,14 +9,12 @@ from __future__ import annotations
 import base64
 import html
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from surgery.errors import SurgeryError
+from surgery.files import write_file
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -171,7 +169,7 @@ class Figure:
 
     def save(self, path: Path) -> Path:
         """Writes the picture to `path`, whole or not at all. Raises SurgeryError where that fails."""
-        return _write(path, self.png)
+        return write_file(path, self.png)
 
 
 @dataclass
@@ -196,24 +194,7 @@ class Report:
 
     def write(self, path: Path) -> Path:
         """Writes the page to `path`, whole or not at all. Raises SurgeryError where that fails."""
-        return _write(path, self.to_html().encode())
-
-
-def _write(path: Path, content: bytes) -> Path:
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        temporary.chmod(0o644)  # mkstemp's file is for its owner alone; a report is to be passed on
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise SurgeryError(f"cannot be written ({error.strerror})", where=path) from error
-    return path
+        return write_file(path, self.to_html().encode())
 
 
 def _markdown_cell(text: str) -> str:

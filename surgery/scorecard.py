@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from surgery.checkpoint import MANIFEST, Checkpoint
 from surgery.errors import SurgeryError
+from surgery.files import disk_error, write_file
 from surgery.perplexity import BITS, PERPLEXITY
 from surgery.report import Column, Figure, Table, Value, format_value
 from surgery.scoring import Score
-from surgery.writer import disk_error, sync
 
 CARD = "README.md"
 BEGIN, END = "<!-- surgery eval: begin -->", "<!-- surgery eval: end -->"
@@ -88,7 +86,7 @@ def write_scores(folder: Path, scores: Sequence[Score], command: str) -> Path:
     section = f"{BEGIN}\n## Scores\n\n{table}\n\n```\n{command}\n```\n{END}\n"
     try:
         card = path.read_text(encoding="utf-8") if path.exists() else ""
-        _replace(path, _with_section(card, section, path))
+        write_file(path, _with_section(card, section, path))
     except UnicodeDecodeError as error:
         raise SurgeryError("is not UTF-8", where=path) from error
     except OSError as error:
@@ -157,19 +155,3 @@ def _with_section(card: str, section: str, path: Path) -> str:
             hint="Remove what is left of the section, or leave the card alone with --no-card.",
         )
     return before + section.rstrip("\n") + after
-
-
-def _replace(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        # mkstemp's file is for its owner alone; a card is to be read by whoever reads the weights.
-        temporary.chmod(path.stat().st_mode if path.exists() else 0o644)
-        sync(temporary)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)

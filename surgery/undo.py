@@ -27,6 +27,7 @@ from surgery.dtypes import DTYPES
 from surgery.edit import EditReport, edit_report, edit_table
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.execute import Options, Outcome, execute
+from surgery.files import disk_error
 from surgery.hashing import hash_parts
 from surgery.header import build_header
 from surgery.manifest import Card, build_manifest, command_record, write_card, write_manifest
@@ -44,7 +45,6 @@ from surgery.stream import (
     octets,
     segments,
 )
-from surgery.writer import disk_error
 
 UNDO = Path("undo") / "undo.safetensors"
 VERSION = "1"

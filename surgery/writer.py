@@ -10,6 +10,7 @@ from pathlib import Path
 
 from surgery.direct import BLOCK, DIRECT_FROM, DirectFile, Edge, open_direct
 from surgery.errors import SurgeryError
+from surgery.files import disk_error
 from surgery.plan import PlannedFile
 
 _SYNC_FILE_RANGE_WRITE = 2
@@ -138,17 +139,6 @@ class ShardWriter:
         self.complete(file.name, self.write(file.name, rest, memoryview(file.header.raw)[rest:]))
 
 
-def disk_error(error: OSError, path: Path) -> SurgeryError:
-    """The `SurgeryError` for a failed write to `path`."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return SurgeryError(
-            "the disk is full",
-            where=path,
-            hint="Free some space and run the same command again: it goes on where it stopped.",
-        )
-    return SurgeryError(f"cannot be written ({error.strerror})", where=path)
-
-
 def start_writeback(descriptor: int, position: int, size: int) -> None:
     """Starts writing a range to the disk without waiting, so that the fsync at the end finds little left to do.
 
@@ -156,17 +146,6 @@ def start_writeback(descriptor: int, position: int, size: int) -> None:
     """
     if hasattr(_LIBC, "sync_file_range"):
         _LIBC.sync_file_range(descriptor, ctypes.c_int64(position), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE)
-
-
-def sync(path: Path) -> None:
-    """Returns once the file or folder `path` is on the disk. Raises SurgeryError where it cannot be written."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        raise disk_error(error, path) from error
-    finally:
-        os.close(descriptor)
 
 
 def _reserve(descriptor: int, size: int) -> None:

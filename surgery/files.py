@@ -1,0 +1,67 @@
+"""Small files on the disk: written whole or not at all, durably, with errors that say what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from surgery.errors import SurgeryError
+
+
+def disk_error(error: OSError, path: Path) -> SurgeryError:
+    """The `SurgeryError` for a failed write to `path`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return SurgeryError(
+            "the disk is full",
+            where=path,
+            hint="Free some space and run the same command again: it goes on where it stopped.",
+        )
+    return SurgeryError(f"cannot be written ({error.strerror})", where=path)
+
+
+def sync(path: Path) -> None:
+    """Returns once the file or folder `path` is on the disk. Raises SurgeryError where it cannot be written."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to be written in the block, which at its end takes the place of `path`, with the mode that `path` had.
+
+    Raises:
+        SurgeryError: it cannot be written; then, as after any error in the block, `path` is what it was.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        # mkstemp's file is for its owner alone; results are to be passed on.
+        temporary.chmod(path.stat().st_mode if path.exists() else 0o644)
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: bytes | str) -> Path:
+    """Writes `content` (text in UTF-8) to `path`, whole or not at all. Raises SurgeryError."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
