@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cli import console, edit, lab, merge, models, probe, vector
+from cli import console, edit, grow, lab, merge, models, probe, vector
 from surgery import process
 from surgery.errors import FAILED, SurgeryError
 
@@ -29,6 +29,7 @@ app.add_typer(vector.app, name="vector")
 app.add_typer(merge.app, name="merge")
 app.add_typer(probe.app, name="probe")
 app.add_typer(edit.app, name="edit")
+app.add_typer(grow.app, name="grow")
 app.add_typer(lab.app, name="lab")
 
 # Importing torch makes a few hundred thousand objects that stay; looking through them again and again for garbage takes

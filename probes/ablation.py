@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from probes.activations import CPU_TOKENS, GPU_TOKENS
 from probes.examples import TokenSequence
-from probes.resuming import Reader, prefix_cache, prefix_fault, restore, resume_at, resuming_fault
+from probes.resuming import Reader, prefix_cache, prefix_fault, restore, resuming_fault
 from surgery.errors import SurgeryError, usage_error
 from surgery.heads import Head
 from surgery.live import LiveModel, Projection, hidden_in, hooks
 from surgery.parallel import share
 from surgery.progress import Progress, silent
+from surgery.splice import entering
 
 Method = Literal["cached prefix", "resumed layers", "one forward per head"]
 METHODS: tuple[Method, ...] = get_args(Method)  # the fastest first
@@ -187,19 +188,19 @@ def _over_prefix(
     prefix, tail = ids[:, : -edit.last], ids[:, -edit.last :]
     cache = prefix_cache(reader.live, prefix)
     kept = [dict(vars(layer)) for layer in cache.layers]
-    base, entering, tupled = reader.inputs(tail, cache)
+    base, inputs, tupled = reader.inputs(tail, cache)
 
     def logits(rows: Tensor) -> Tensor:
         restore(cache, kept, len(rows))
         return reader.logits(rows, cache)
 
-    return base[0], _each_layer(reader, tail, heads, edit, entering, tupled, budget // ids.shape[1], logits)
+    return base[0], _each_layer(reader, tail, heads, edit, inputs, tupled, budget // ids.shape[1], logits)
 
 
 def _resumed(reader: Reader, ids: Tensor, heads: tuple[Head, ...], edit: _Edit, budget: int) -> tuple[Tensor, Tensor]:
     """Every layer resumed on the whole sequence, with a row a head."""
-    base, entering, tupled = reader.inputs(ids)
-    return base[0], _each_layer(reader, ids, heads, edit, entering, tupled, budget // ids.shape[1], reader.logits)
+    base, inputs, tupled = reader.inputs(ids)
+    return base[0], _each_layer(reader, ids, heads, edit, inputs, tupled, budget // ids.shape[1], reader.logits)
 
 
 def _plainly(reader: Reader, ids: Tensor, heads: tuple[Head, ...], edit: _Edit, budget: int) -> tuple[Tensor, Tensor]:
@@ -217,7 +218,7 @@ def _each_layer(
     ids: Tensor,
     heads: tuple[Head, ...],
     edit: _Edit,
-    entering: Sequence[Tensor],
+    inputs: Sequence[Tensor],
     tupled: Sequence[bool],
     rows_at_most: int,
     logits: Callable[[Tensor], Tensor],
@@ -228,7 +229,8 @@ def _each_layer(
         for start in range(0, len(numbers), max(1, rows_at_most)):
             part = numbers[start : start + max(1, rows_at_most)]
             edited = edit.hook(reader.live.projections[layer], [heads[number] for number in part])
-            with resume_at(reader.live, layer, entering[layer], tupled, len(part)), hooks(edited):
+            rows = inputs[layer].expand(len(part), -1, -1).contiguous()
+            with entering(reader.live, layer, rows, tupled), hooks(edited):
                 found[part] = logits(ids.expand(len(part), -1)).to(found)
     return found
 

@@ -8,19 +8,15 @@ Shapes: B rows of a batch, T tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from surgery.live import LiveModel, hidden_in, hidden_out, hooks
-
-# Tokens that every layer is resumed on to see whether it can be: what layers hand each other shows on few.
-TRIAL_TOKENS = 16
-# How far a method's hidden state may be from the plain forward's, relative to its norm.
-AGREEMENT = {torch.float32: 1e-4, torch.float64: 1e-8}
+from surgery import splice
+from surgery.live import LiveModel
 
 
 class Reader:
@@ -35,41 +31,18 @@ class Reader:
 
     def states(self, ids: Tensor, cache: Any = None) -> Tensor:
         """The final norm's output of the same run: (B, D) fp32, where that norm lies."""
-        found: list[Tensor] = []
-
-        def see(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            found.append(hidden_out(output)[:, -1].float())
-
-        with hooks(self.live.final_norm.register_forward_hook(see)):
-            self._run(ids, cache)
-        return found[0]
+        return splice.final_states(self.live, partial(self.run, ids, cache))[:, -1].float()
 
     def inputs(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, list[Tensor], list[bool]]:
         """The logit; every layer's input (1, T, D); and whether each layer's output comes in a tuple."""
-        states, entering, tupled = self.watch(ids, cache)
-        return self._logits_of(states).to(ids.device), entering, tupled
-
-    def watch(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, list[Tensor], list[bool]]:
-        """As `inputs`, with the final norm's output instead of the logit."""
-        entering: list[Tensor] = []
-        tupled: list[bool] = []
-
-        def see_in(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            entering.append(hidden_in(arguments, keywords).clone())  # some layers may add to it in place
-
-        def see_out(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            tupled.append(isinstance(output, tuple))
-
-        handles = [layer.register_forward_pre_hook(see_in, with_kwargs=True) for layer in self.live.layers]
-        handles += [layer.register_forward_hook(see_out) for layer in self.live.layers]
-        with hooks(*handles):
-            states = self.states(ids, cache)
-        return states, entering, tupled
+        states, inputs, tupled = splice.watch(self.live, partial(self.run, ids, cache))
+        return self._logits_of(states[:, -1].float()).to(ids.device), inputs, tupled
 
     def _logits_of(self, states: Tensor) -> Tensor:
         return states @ self.weight.to(states.device) + self.bias
 
-    def _run(self, ids: Tensor, cache: Any) -> None:
+    def run(self, ids: Tensor, cache: Any = None) -> None:
+        """A forward pass over `ids` (B, T), behind `cache` where there is one."""
         before = cache.get_seq_length() if cache is not None else 0
         length = before + ids.shape[1]
         positions = torch.arange(before, length, device=ids.device).expand(len(ids), -1)
@@ -78,32 +51,6 @@ class Reader:
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
             use_cache=cache is not None,
         )  # fmt: skip
-
-
-@contextmanager
-def resume_at(live: LiveModel, layer: int, entering: Tensor, tupled: Sequence[bool], rows: int) -> Iterator[None]:
-    """Inside, the layers below `layer` are not computed: the last of them puts out `entering`, in so many rows."""
-    skipped = live.layers[:layer]
-    before = {module: vars(module).get("forward") for module in skipped}
-    held = entering.expand(rows, -1, -1).contiguous()
-
-    def standing_in(at: int) -> Callable[..., Any]:
-        def forward(*arguments: Any, **keywords: Any) -> Any:
-            out = held if at == layer - 1 else hidden_in(arguments, keywords)
-            return (out,) if tupled[at] else out
-
-        return forward
-
-    for at, module in enumerate(skipped):
-        module.forward = standing_in(at)
-    try:
-        yield
-    finally:
-        for module, forward in before.items():
-            if forward is None:
-                del module.forward
-            else:  # accelerate's hooks on models that are spread over devices stand here
-                module.forward = forward
 
 
 def prefix_cache(live: LiveModel, prefix: Tensor) -> Any:
@@ -124,32 +71,9 @@ def restore(cache: Any, kept: Sequence[dict[str, Any]], rows: int) -> None:
         layer.values = state["values"].expand(rows, *state["values"].shape[1:])
 
 
-@torch.inference_mode()
 def resuming_fault(reader: Reader, ids: Tensor) -> str | None:
-    """Why layers cannot be resumed, seen on the first of `ids` (1, T), and at the last layer on all; None if they can.
-
-    All layers on all tokens would cost half as many forward passes as there are layers, and show nothing more.
-    """
-    n_layers = len(reader.live.layers)
-    few = _layers_fault(reader, ids[:, :TRIAL_TOKENS], range(1, n_layers), lambda: None)
-    return few or _layers_fault(reader, ids, [n_layers - 1], lambda: None)
-
-
-def _layers_fault(reader: Reader, ids: Tensor, layers: Iterable[int], cache: Callable[[], Any]) -> str | None:
-    """Why some of `layers` cannot be resumed on `ids`, behind what `cache` gives, new for every pass."""
-    plain, entering, tupled = reader.watch(ids, cache())
-    if any(hidden.dim() != 3 for hidden in entering):
-        return "it keeps another residual stream than one vector per token"
-    for layer in layers:
-        with resume_at(reader.live, layer, entering[layer], tupled, 1):
-            try:
-                near = _near(reader, plain, reader.states(ids, cache()))
-            except (AttributeError, IndexError, KeyError, TypeError) as error:
-                # Such as Gemma 4's later layers, which use the keys and values of earlier ones.
-                return f"layer {layer} or a later one needs what those below compute ({error!r})"
-            if not near:
-                return "its layers take in more than the residual stream"
-    return None
+    """Why layers cannot be resumed on `ids` (1, T); None if they can."""
+    return splice.fault(reader.live, ids, reader.run)
 
 
 @torch.inference_mode()
@@ -165,13 +89,13 @@ def prefix_fault(reader: Reader, ids: Tensor, last: int) -> str | None:
         return fault
     kept, tail = [dict(vars(layer)) for layer in cache.layers], ids[:, -last:]
 
-    def whole_again() -> Any:
+    def over_tail() -> None:
         restore(cache, kept, 1)
-        return cache
+        reader.run(tail, cache)
 
-    if not _near(reader, reader.states(ids), reader.states(tail, cache)):
+    if not splice.is_near(reader.live, reader.states(ids), reader.states(tail, cache)):
         return "it gives another hidden state"
-    return _layers_fault(reader, tail, range(1, len(reader.live.layers)), whole_again)
+    return splice.layers_fault(reader.live, over_tail, range(1, len(reader.live.layers)))
 
 
 def _cache_fault(cache: Any) -> str | None:
@@ -184,8 +108,3 @@ def _cache_fault(cache: Any) -> str | None:
         if not layer.is_initialized:
             return f"layer {index} keeps no keys and values of its own"
     return None
-
-
-def _near(reader: Reader, plain: Tensor, states: Tensor) -> bool:
-    tolerance = AGREEMENT.get(reader.live.model.dtype, 5e-2)
-    return bool((states - plain).norm() <= tolerance * plain.norm())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,19 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from probes.faults import Faults
-from surgery import hub, lab
+from surgery import hub, hub_data, lab
 from surgery.checkpoint import existing_path
-from surgery.errors import SurgeryError, listing, usage_error
-from surgery.scoring import quiet
+from surgery.errors import listing, usage_error
 
-LAB = "lab:"
 TEXT_FIELD = "prompt"  # of the rows of a .txt file
-_HUB = re.compile(
-    r"(?P<repo>[^/@:\s]+/[^/@:\s]+)(?:/(?P<config>[^/@:\s]+))?(?:@(?P<revision>[^:\s]+))?:(?P<split>[^\[\]:\s]+)"
-    r"(?:\[(?P<first>\d*):(?P<stop>\d*)\])?"
-)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_SHAPE = "org/name[/config][@revision]:split[a:b]"
 
 
 @dataclass(frozen=True)
@@ -62,16 +53,15 @@ def read_rows(source: str, faults: Faults, *, limit: int | None = None) -> Rows:
         raise usage_error("is a folder, expected a file", where=source)
     if path is not None:
         return Rows(_read_file(path, faults, limit))
-    if source.startswith(LAB):
-        name, _, which = source.removeprefix(LAB).partition("/")
-        return Rows(_read_file(lab.data_path(name, which or "examples"), faults, limit))
-    asked = _HUB.fullmatch(source)
-    if asked and hub.is_repo_id(asked["repo"]):
-        return _read_hub(source, asked, limit)
+    if (data := lab.data_of(source)) is not None:
+        return Rows(_read_file(data, faults, limit))
+    asked = hub_data.parse(source)
+    if asked is not None:
+        return _read_hub(asked, limit)
     if hub.is_repo_id(source) and not source.lower().endswith(tuple(_READERS)):
-        raise usage_error("names no split", where=source, hint=f"Give it as {_SHAPE}, e.g. {source}:train[0:200].")
+        raise hub_data.no_split(source)
     raise usage_error(
-        f"no such file, and not a Hub data set ({_SHAPE}) or {LAB}NAME",
+        f"no such file, and not a Hub data set ({hub_data.SHAPE}) or {lab.PREFIX}NAME",
         where=source or '""',
         hint="Slices count rows from 0, as in [0:200].",
     )
@@ -172,11 +162,11 @@ def _read_parquet(path: Path, faults: Faults) -> Iterator[Row]:
         from pyarrow import ArrowException
         from pyarrow.parquet import read_table
     except ImportError as error:
-        raise _no_extra(path) from error
+        raise hub_data.no_extra(path) from error
     try:
         records = read_table(path, partitioning=None).to_pylist()
     except (ArrowException, OSError) as error:
-        raise usage_error(f"cannot be read as Parquet ({_line(error)})", where=path) from error
+        raise usage_error(f"cannot be read as Parquet ({hub_data.first_line(error)})", where=path) from error
     for at, record in enumerate(records):
         yield Row(str(at), f"{path}[{at}]", record)
 
@@ -190,72 +180,11 @@ _READERS: dict[str, Callable[[Path, Faults], Iterator[Row]]] = {
 }
 
 
-def _read_hub(source: str, asked: re.Match[str], limit: int | None) -> Rows:
-    try:
-        import datasets
-    except ImportError as error:
-        raise _no_extra(source) from error
-    repo, split = asked["repo"], asked["split"]
-    commit = _commit(source, repo, asked["revision"], datasets.config.HF_ENDPOINT)
-    try:
-        with quiet():
-            table = datasets.load_dataset(repo, asked["config"], split=split, revision=commit)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise usage_error(f"cannot be loaded ({_line(error)})", where=source) from error
-    first = int(asked["first"] or 0)
-    stop = min(int(asked["stop"] or len(table)), len(table))
-    if first >= stop:
-        raise usage_error(f"the slice is empty: the split has {len(table):,} rows", where=source)
-    if limit is not None:
-        stop = min(stop, first + limit)
-    # As stored: a row's pictures or sounds are not decoded.
-    records = table.with_format("arrow")[first:stop].to_pylist()
-    name = source.partition("[")[0]
-    rows = [Row(str(at), f"{name}[{at}]", record) for at, record in enumerate(records, start=first)]
+def _read_hub(asked: hub_data.HubData, limit: int | None) -> Rows:
+    commit = hub_data.pin(asked)
+    records = hub_data.load(asked, commit, limit=limit)
+    rows = [Row(str(at), f"{asked.name}[{at}]", record) for at, record in enumerate(records, start=asked.first)]
     return Rows(rows, commit)
-
-
-def _commit(source: str, repo: str, revision: str | None, endpoint: str) -> str:
-    """The commit that `revision` names now; the Hub at `endpoint` is not asked where it is one already."""
-    if revision and _COMMIT.fullmatch(revision):
-        return revision
-    from huggingface_hub import HfApi, errors
-
-    hub.parse_repo_ref(f"{repo}@{revision}" if revision else repo)
-    try:
-        info = HfApi(endpoint=endpoint).dataset_info(repo, revision=revision)
-    except errors.OfflineModeIsEnabled as error:
-        raise usage_error(
-            "offline mode is on, so that its commit cannot be looked up", where=source, hint=f"Give {repo}@COMMIT."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise usage_error(f"has no revision {revision!r}", where=source) from error
-    except errors.GatedRepoError as error:
-        raise usage_error(
-            "is gated: its authors ask you to accept terms first", where=source, hint=f"Then {hub.TOKEN_HINT}."
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise usage_error(
-            "no such data set on the Hub, or it is private and needs a token",
-            where=source,
-            hint=f"Check the spelling; for a private one {hub.TOKEN_HINT}.",
-        ) from error
-    except (errors.HfHubHTTPError, vars(errors)["HTTPError"], OSError) as error:
-        # Never its text: it may quote a token.
-        status = f"HTTP {error.response.status_code}" if isinstance(error, errors.HfHubHTTPError) else "no connection"
-        raise SurgeryError(
-            f"the Hub cannot be asked for its commit ({status})", where=source, hint="Check the connection."
-        ) from error
-    return str(info.sha)
-
-
-def _no_extra(where: object) -> SurgeryError:
-    return usage_error("needs the extra `data`", where=where, hint="Install it: pip install 'model-surgery[data]'")
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _kind(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Everything that talks to the Hub: `org/name[@revision]` → a folder in the cache, pinned to one commit.
+"""Reading from the Hub: `org/name[@revision]` → a folder in the cache, pinned to one commit; `surgery.push` writes.
 
 Only what the weights need to be read and used is fetched: safetensors, JSON, tokenizer and chat-template
 files at the top of the repository. `huggingface_hub` is imported inside the functions, or every command,
@@ -74,7 +74,7 @@ def parse_repo_ref(text: str) -> tuple[str, str | None]:
     if not is_repo_id(text):
         raise usage_error(f"got {text!r}, expected org/name or org/name@revision", where="Hub id")
     repo_id, _, revision = text.partition("@")
-    _check_revision(repo_id, revision or None)
+    check_revision(repo_id, revision or None)
     return repo_id, revision or None
 
 
@@ -94,9 +94,9 @@ def fetch(repo_id: str, revision: str | None = None, *, progress: bool = True) -
     """
     if not is_repo_id(repo_id) or "@" in repo_id:
         raise usage_error(f"got {repo_id!r}, expected org/name", where="Hub id")
-    _check_revision(repo_id, revision)
+    check_revision(repo_id, revision)
     ref = _Ref(repo_id, revision)
-    if _is_offline():
+    if is_offline():
         return _cached(ref)
     try:
         return _download(ref, progress)
@@ -123,7 +123,8 @@ class _UnreachableError(SurgeryError):
     """The Hub did not answer, or not as a Hub does."""
 
 
-def _check_revision(repo_id: str, revision: str | None) -> None:
+def check_revision(repo_id: str, revision: str | None) -> None:
+    """Raises SurgeryError where no branch, tag or commit can have the name `revision`."""
     # The cache keeps refs/<revision> as a path: a revision with ".." would be read outside it.
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise usage_error(
@@ -142,7 +143,7 @@ def _download(ref: _Ref, progress: bool) -> HubSnapshot:
             super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
 
     with _hub_errors(ref):
-        info = HfApi(endpoint=_endpoint()).model_info(
+        info = HfApi(endpoint=endpoint()).model_info(
             ref.repo_id, revision=ref.revision, files_metadata=True, timeout=_timeout()
         )
         files = info.siblings or []
@@ -152,8 +153,8 @@ def _download(ref: _Ref, progress: bool) -> HubSnapshot:
             snapshot_download(
                 ref.repo_id,
                 revision=ref.revision,
-                cache_dir=_cache(),
-                endpoint=_endpoint(),
+                cache_dir=cache(),
+                endpoint=endpoint(),
                 allow_patterns=[glob.escape(name) for name in names],
                 tqdm_class=None if progress else Silent,
             )
@@ -214,16 +215,16 @@ def _no_weights(names: Sequence[str], ref: _Ref) -> SurgeryError:
 def _check_space(ref: _Ref, commit: str, files: Sequence[RepoSibling]) -> None:
     from huggingface_hub import try_to_load_from_cache
 
-    cache = _cache()
+    folder = cache()
     needed = sum(
         file.size or 0
         for file in files
-        if try_to_load_from_cache(ref.repo_id, file.rfilename, cache_dir=cache, revision=commit) is None
+        if try_to_load_from_cache(ref.repo_id, file.rfilename, cache_dir=folder, revision=commit) is None
     )
-    existing = next(path for path in (cache, *cache.parents) if path.exists())
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
-        raise _no_space(f"needs {needed:,} bytes in the cache at {cache}, where {free:,} are free", ref)
+        raise _no_space(f"needs {needed:,} bytes in the cache at {folder}, where {free:,} are free", ref)
 
 
 def _no_space(what: str, ref: _Ref) -> SurgeryError:
@@ -234,7 +235,7 @@ def _cached(ref: _Ref) -> HubSnapshot:
     snapshot = _find_cached(ref)
     if snapshot is None:
         raise SurgeryError(
-            f"no complete copy in the cache at {_cache()}, and offline mode is on",
+            f"no complete copy in the cache at {cache()}, and offline mode is on",
             where=ref,
             hint="Unset HF_HUB_OFFLINE once, so that it can be downloaded.",
         )
@@ -250,7 +251,7 @@ def _find_cached(ref: _Ref) -> HubSnapshot | None:
             snapshot_download(
                 ref.repo_id,
                 revision=ref.revision,
-                cache_dir=_cache(),
+                cache_dir=cache(),
                 local_files_only=True,
                 # With these, huggingface_hub tells from its listing of the commit whether a file is missing.
                 allow_patterns=list(ALLOWED),
@@ -263,7 +264,8 @@ def _find_cached(ref: _Ref) -> HubSnapshot | None:
     return HubSnapshot(folder, ref.repo_id, folder.name) if any(folder.glob(f"*{WEIGHTS}")) else None
 
 
-def _is_offline() -> bool:
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids to ask the Hub, now or when huggingface_hub was imported."""
     from huggingface_hub import constants
 
     # The constant is what the variable said when huggingface_hub was imported.
@@ -275,11 +277,13 @@ def _is_offline() -> bool:
     )
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
+    """The Hub's address, without a slash at its end."""
     return os.environ.get("HF_ENDPOINT", "").rstrip("/") or DEFAULT_ENDPOINT
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """The folder that everything fetched is kept in."""
     from huggingface_hub import constants
 
     named = os.environ.get("HF_HUB_CACHE")
@@ -321,10 +325,10 @@ def _explain(error: BaseException, ref: _Ref) -> SurgeryError:
     if isinstance(error, errors.HfHubHTTPError):
         return _explain_status(error, ref)
     if isinstance(error, OSError) and error.errno in NO_SPACE:
-        return _no_space(f"the disk filled up while downloading to {_cache()}", ref)
+        return _no_space(f"the disk filled up while downloading to {cache()}", ref)
     if isinstance(error, PermissionError):
         return SurgeryError(
-            f"the cache at {_cache()} cannot be written",
+            f"the cache at {cache()} cannot be written",
             where=ref,
             hint="Set HF_HUB_CACHE to a folder of yours.",
         )
@@ -334,10 +338,10 @@ def _explain(error: BaseException, ref: _Ref) -> SurgeryError:
         )
     if isinstance(error, errors.FileMetadataError):
         return _unreachable(ref, NOT_A_HUB)
-    return _unreachable(ref, _failure(error))
+    return _unreachable(ref, failure(error))
 
 
-def _failure(error: BaseException) -> str:
+def failure(error: BaseException) -> str:
     """What kept us from the Hub, by kind: the innermost system error's words, else the exception's name."""
     name = type(error).__name__
     inner: BaseException | None = error
@@ -361,14 +365,14 @@ def _refusal(error: HfHubHTTPError, ref: _Ref) -> tuple[str, str]:
     from huggingface_hub import errors, get_token
 
     status = error.response.status_code
-    page = f"{_endpoint()}/{ref.repo_id}"
+    page = f"{endpoint()}/{ref.repo_id}"
     if isinstance(error, errors.GatedRepoError):
         then = "then ask again" if get_token() else f"then {TOKEN_HINT}"
         return "is gated: its authors ask you to accept terms first", f"Accept them at {page}, {then}."
     if isinstance(error, errors.RevisionNotFoundError):
         return "has no such revision", f"Its branches and tags are listed at {page}/tree/main."
     if isinstance(error, errors.RepositoryNotFoundError):
-        what = f"no such model at {_endpoint()}, or it is private and"
+        what = f"no such model at {endpoint()}, or it is private and"
         if get_token():
             return f"{what} your token may not read it", "Check the spelling, and what the token may read."
         return f"{what} needs a token", f"Check the spelling; for a private model {TOKEN_HINT}."
@@ -386,4 +390,4 @@ def _unreachable(ref: _Ref, reason: str) -> _UnreachableError:
     hint = "Check the connection (and HF_ENDPOINT, if set), or give a local folder."
     if copy := _find_cached(ref):
         hint = f"Set HF_HUB_OFFLINE=1 to use the copy in your cache, of commit {copy.revision}."
-    return _UnreachableError(f"cannot reach the Hub at {_endpoint()} ({reason})", where=ref, hint=hint)
+    return _UnreachableError(f"cannot reach the Hub at {endpoint()} ({reason})", where=ref, hint=hint)

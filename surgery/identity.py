@@ -16,6 +16,11 @@ def weights_hash(checkpoint: Checkpoint, *, options: Options = Options()) -> str
     Raises:
         SurgeryError: a file cannot be read, or changes while it is read.
     """
+    return hash_tensors(tensor_hashes(checkpoint, options=options))
+
+
+def tensor_hashes(checkpoint: Checkpoint, *, options: Options = Options()) -> dict[str, str]:
+    """The hash of every stored tensor, by name. Errors as in `weights_hash`."""
 
     def work(tensor: StoredTensor, reader: Reader) -> tuple[StoredTensor, str]:
         return tensor, hash_tensor(reader, tensor)
@@ -28,4 +33,4 @@ def weights_hash(checkpoint: Checkpoint, *, options: Options = Options()) -> str
             hashes[tensor.name] = found
             advance(tensor.n_bytes)
         files.check_unchanged()
-    return hash_tensors(hashes)
+    return hashes

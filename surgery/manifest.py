@@ -46,7 +46,7 @@ def build_manifest(plan: Plan, outcome: Outcome, *, kind: str, report: Mapping[s
         "versions": {name: _version(name) for name in ("model-surgery", "torch", "safetensors")}
         | {"python": platform.python_version()},
         "inputs": {
-            role: _input_entry(checkpoint, outcome.source_hashes.get(role, {}))
+            role: input_entry(checkpoint, outcome.source_hashes.get(role, {}))
             for role, checkpoint in plan.sources.items()
         },
         "report": report,
@@ -60,6 +60,51 @@ def build_manifest(plan: Plan, outcome: Outcome, *, kind: str, report: Mapping[s
             }
             for tensor in sorted(plan.tensors, key=lambda t: t.name)
         },
+    }
+
+
+def made_manifest(
+    kind: str,
+    command: Mapping[str, Any],
+    *,
+    inputs: Mapping[str, Mapping[str, Any]],
+    report: Mapping[str, Any],
+    files: Mapping[str, int],
+    tensors: Mapping[str, tuple[str, tuple[int, ...], str]],
+    versions: Mapping[str, str],
+) -> dict[str, Any]:
+    """The manifest of an output that was made rather than streamed from a plan, in the form of `build_manifest`.
+
+    Args:
+        inputs: role → what it was made of, each with its hash.
+        files: name → size in bytes.
+        tensors: name → dtype, shape and hash.
+        versions: of what else decided the bytes.
+    """
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "command": command,
+        "versions": {"model-surgery": _version("model-surgery"), **versions, "python": platform.python_version()},
+        "inputs": inputs,
+        "report": report,
+        "files": dict(sorted(files.items())),
+        "tensors": {
+            name: {"dtype": dtype, "shape": list(shape), KEY: found}
+            for name, (dtype, shape, found) in sorted(tensors.items())
+        },
+    }
+
+
+def input_entry(checkpoint: Checkpoint, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """How a manifest names a checkpoint, of which the tensors in `hashes` (name → hash) were read."""
+    return {
+        "ref": checkpoint.ref,
+        "repo_id": checkpoint.repo_id,
+        "revision": checkpoint.revision,
+        "tensors_read": len(hashes),
+        "tensors": len(checkpoint.tensors),
+        KEY: hash_tensors(hashes),
     }
 
 
@@ -130,17 +175,6 @@ def command_record(name: str, arguments: Sequence[str], **options: Any) -> dict[
         "arguments": list(map(str, arguments)),
         "options": options,
         "line": shlex.join(words),
-    }
-
-
-def _input_entry(checkpoint: Checkpoint, hashes: Mapping[str, str]) -> dict[str, Any]:
-    return {
-        "ref": checkpoint.ref,
-        "repo_id": checkpoint.repo_id,
-        "revision": checkpoint.revision,
-        "tensors_read": len(hashes),
-        "tensors": len(checkpoint.tensors),
-        KEY: hash_tensors(hashes),
     }
 
 

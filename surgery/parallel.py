@@ -92,7 +92,7 @@ def total(counts: Tensor) -> Tensor:
 def wait() -> None:
     """Waits for all processes; nothing with one."""
     if n_processes() > 1:
-        _state().wait_for_everyone()
+        _gather(None)  # accelerate's own waiting does nothing on CPUs unless it was launched with --cpu
 
 
 def _gather(value: Any) -> list[Any]:
@@ -108,7 +108,8 @@ def _gather(value: Any) -> list[Any]:
 def _state() -> Any:
     from accelerate import PartialState
 
-    state = PartialState()
+    # Without being told, it takes several processes on CPUs for unconnected ones.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     # Left to the interpreter's end, the connection's threads may outlive what they use, which aborts the process.
     atexit.register(_disconnect)
     return state

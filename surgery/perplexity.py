@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from surgery import lab
 from surgery.errors import SurgeryError, usage_error
 from surgery.progress import Progress, silent
 from surgery.scoring import Loaded, Measure, Score, Z, quiet
@@ -57,16 +58,19 @@ class Window:
 def read_text(path: Path) -> Text:
     """The documents in `path`: the lines' `text` of a .jsonl file, else the whole file as one.
 
+    `lab:python/docs-held` and the like are texts of the lab, see `surgery.lab.python_text`.
+
     Raises:
         SurgeryError: the file cannot be read, is not UTF-8 or is empty; a line is no JSON object with a `text`.
     """
+    file = lab.data_of(str(path)) or path
     try:
-        content = path.read_text(encoding="utf-8")
+        content = file.read_text(encoding="utf-8")
     except OSError as error:
         raise usage_error(f"cannot be read ({error.strerror})", where=path) from error
     except UnicodeDecodeError as error:
         raise usage_error(f"is not UTF-8 (byte {error.start:,})", where=path, hint="Convert it first.") from error
-    if path.suffix != JSONL:
+    if file.suffix != JSONL:
         documents = [content]
     else:
         # Not splitlines: JSON strings may hold line separators of Unicode.

@@ -1,9 +1,9 @@
-"""How long work tells people how far it is: a `Progress` is handed down, and advanced by bytes or by steps."""
+"""How long work tells people how far it is: a `Progress` is handed down, and advanced by bytes, steps or tokens."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -12,10 +12,15 @@ from surgery.process import is_main
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.progress import Progress as Display
-    from rich.progress import Task
+    from rich.progress import Task, TaskID
 
-Unit = Literal["bytes", "steps"]
-Advance = Callable[[int], None]
+Unit = Literal["bytes", "steps", "tokens"]
+
+
+class Advance(Protocol):
+    """Says that so much more is done; `note` is shown beside the label until another one comes."""
+
+    def __call__(self, amount: int, note: str = "") -> None: ...
 
 
 class Progress(Protocol):
@@ -27,7 +32,7 @@ class Progress(Protocol):
 @contextmanager
 def silent(label: str, total: int, unit: Unit = "bytes") -> Iterator[Advance]:
     """The `Progress` of a library call: nothing is shown."""
-    yield lambda amount: None
+    yield _nothing
 
 
 # The display that is on the terminal, if any: two would draw over each other.
@@ -40,16 +45,37 @@ def terminal(label: str, total: int, unit: Unit = "bytes") -> Iterator[Advance]:
     if _open:
         display = _open[-1]
         task = display.add_task(label, total=total, unit=unit)
-        yield lambda amount: display.advance(task, amount)
+        yield _advancing(display, task, label)
         display.remove_task(task)
         return
     with _display() as display:
         task = display.add_task(label, total=total, unit=unit)
         _open.append(display)
         try:
-            yield lambda amount: display.advance(task, amount)
+            yield _advancing(display, task, label)
         finally:
             _open.pop()
+
+
+def short(number: float) -> str:
+    """A number of tokens as people say it: 950, 12.3k, 4.5M, 1.2B."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def _nothing(amount: int, note: str = "") -> None:
+    pass
+
+
+def _advancing(display: Display, task: TaskID, label: str) -> Advance:
+    def advance(amount: int, note: str = "") -> None:
+        if note:
+            display.update(task, description=f"{label}  {note}")
+        display.advance(task, amount)
+
+    return advance
 
 
 def _display() -> Display:
@@ -62,10 +88,21 @@ def _display() -> Display:
             speed = task.finished_speed or task.speed
             return Text("" if speed is None else f"{speed:.1f}/s")
 
+    class Tokens(bars.ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{short(task.completed)}/{short(task.total or 0)}")
+
+    class TokenRate(bars.ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{short(speed)} tokens/s")
+
     class ByUnit(bars.ProgressColumn):
-        def __init__(self, in_bytes: bars.ProgressColumn, in_steps: bars.ProgressColumn) -> None:
+        def __init__(
+            self, in_bytes: bars.ProgressColumn, in_steps: bars.ProgressColumn, in_tokens: bars.ProgressColumn
+        ) -> None:
             super().__init__()
-            self.columns = {"bytes": in_bytes, "steps": in_steps}
+            self.columns = {"bytes": in_bytes, "steps": in_steps, "tokens": in_tokens}
 
         def render(self, task: Task) -> RenderableType:
             return self.columns[task.fields["unit"]].render(task)
@@ -74,7 +111,7 @@ def _display() -> Display:
     console = Console(file=sys.stderr)
     return bars.Progress(
         bars.TextColumn("{task.description}"), bars.BarColumn(),
-        ByUnit(bars.DownloadColumn(binary_units=True), bars.MofNCompleteColumn()),
-        ByUnit(bars.TransferSpeedColumn(), StepRate()), bars.TimeRemainingColumn(),
+        ByUnit(bars.DownloadColumn(binary_units=True), bars.MofNCompleteColumn(), Tokens()),
+        ByUnit(bars.TransferSpeedColumn(), StepRate(), TokenRate()), bars.TimeRemainingColumn(),
         console=console, transient=True, disable=not (console.is_terminal and is_main()),
     )  # fmt: skip

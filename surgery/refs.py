@@ -14,8 +14,6 @@ from surgery.adapters import add_adapter, base_of
 from surgery.checkpoint import ADAPTER_CONFIG, Checkpoint, existing_path, is_adapter, read_file, read_folder
 from surgery.errors import SurgeryError, usage_error
 
-LAB = "lab:"
-
 
 def open_checkpoint(ref: str | Path) -> Checkpoint:
     """Opens `ref` by its headers alone; nothing is loaded. A Hub model is fetched first, a lab model trained.
@@ -36,8 +34,8 @@ def _open(text: str, *, is_base: bool = False) -> Checkpoint:
         if is_base:
             raise _adapter_on_adapter(text)
         return replace(_open_adapter(_adapter_folder(adapter), base), ref=text)
-    if text.startswith(LAB):
-        return replace(read_folder(lab.resolve(text.removeprefix(LAB))), ref=text)
+    if text.startswith(lab.PREFIX):
+        return replace(read_folder(lab.resolve(text.removeprefix(lab.PREFIX))), ref=text)
     if hub.is_repo_id(text):
         snapshot = hub.fetch(*hub.parse_repo_ref(text))
         opened = _open_folder(snapshot.folder, is_base=is_base)

@@ -1,20 +1,25 @@
-"""Scores of models side by side: the table, what it says against a result, and its place in a model card."""
+"""Scores of models side by side: the table, what it says against a result, and their place beside a result."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from surgery.checkpoint import MANIFEST, Checkpoint
+from surgery.checkpoint import MANIFEST, Checkpoint, read_json
 from surgery.errors import SurgeryError
 from surgery.files import disk_error, write_file
+from surgery.hashing import KEY, hash_tensors
+from surgery.jsonable import to_json
 from surgery.perplexity import BITS, PERPLEXITY
 from surgery.report import Column, Figure, Table, Value, format_value
 from surgery.scoring import Score
 
 CARD = "README.md"
+SCORES = "scores.json"
+SCHEMA = 1
 BEGIN, END = "<!-- surgery eval: begin -->", "<!-- surgery eval: end -->"
 BEST, WORSE = "★", "▽"
 ARROWS = {True: " ↑", False: " ↓", None: ""}
@@ -73,7 +78,7 @@ def write_scores(folder: Path, scores: Sequence[Score], command: str) -> Path:
     """Puts the table of `scores`, and the `command` that made it, under `## Scores` in the folder's README.md.
 
     A section that is there already is replaced, and nothing else is touched; the file changes whole or not at all.
-    Returns the file.
+    The numbers are kept beside it, in scores.json, for `read_scores`. Returns the card.
 
     Raises:
         SurgeryError: the folder has no surgery.json; the markers around the section are damaged; the file cannot be
@@ -91,7 +96,55 @@ def write_scores(folder: Path, scores: Sequence[Score], command: str) -> Path:
         raise SurgeryError("is not UTF-8", where=path) from error
     except OSError as error:
         raise disk_error(error, path) from error
+    # Which of the models side by side the folder holds is known here and now: later, and elsewhere, names lead astray.
+    own = next((score.model for score in scores if Path(score.model).expanduser().resolve() == folder.resolve()), None)
+    record = {"schema": SCHEMA, "command": command, "model": own, "weights": _weights(folder), "scores": scores}
+    write_file(folder / SCORES, to_json(record))
     return path
+
+
+@dataclass(frozen=True)
+class OwnScores:
+    """What a result scored itself, and the command that measured it."""
+
+    command: str
+    scores: tuple[Score, ...]
+
+
+def read_scores(folder: Path) -> OwnScores | None:
+    """The scores of the model in `folder` by its scores.json; None where there are none of the weights it holds now.
+
+    Raises:
+        SurgeryError: scores.json is damaged, or of another schema.
+    """
+    path = folder / SCORES
+    record = read_json(path, missing={})
+    if not record:
+        return None
+    if record.get("schema") != SCHEMA:
+        raise SurgeryError(
+            f"has schema {record.get('schema')!r}, this version reads {SCHEMA}", where=path, hint="Score it again."
+        )
+    if record.get("weights") != _weights(folder):
+        return None  # carried along from the model that this one was made of
+    try:
+        scores = [_score(entry) for entry in record["scores"]]
+        own = tuple(score for score in scores if score.model == record["model"])
+        return OwnScores(str(record["command"]), own) if own else None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SurgeryError("is damaged", where=path, hint="Score the model again, or remove the file.") from error
+
+
+def _score(entry: Mapping[str, Any]) -> Score:
+    # JSON has no NaN.
+    known = {name: math.nan if entry[name] is None else entry[name] for name in ("value", "low", "high")}
+    return Score(**{**{field.name: entry[field.name] for field in fields(Score)}, **known})
+
+
+def _weights(folder: Path) -> str:
+    """The hash of all tensors that the folder's manifest lists."""
+    tensors = read_json(folder / MANIFEST).get("tensors") or {}
+    return hash_tensors({name: entry[KEY] for name, entry in tensors.items()})
 
 
 def _rows(scores: Sequence[Score]) -> dict[tuple[str, str], dict[str, Score]]:

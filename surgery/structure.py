@@ -25,6 +25,8 @@ _PERIODS = (
     *("attn_layer_period", "expert_layer_period", "moe_layer_freq", "interleave_moe_layer_step"),
 )
 _KINDS = ("layer_types", "layers_block_type", "block_types")
+# What a layer does hangs on its number, or on the number of layers, in a way that only holds for the model as it was.
+_BY_NUMBER = ("num_kv_shared_layers", "scale_attn_by_inverse_layer_idx")
 
 
 def with_layers(config: Mapping[str, Any], layers: Sequence[int], template: Anatomy) -> dict[str, Any]:
@@ -43,12 +45,51 @@ def with_layers(config: Mapping[str, Any], layers: Sequence[int], template: Anat
             part[key] = len(layers)
         elif key in _NUMBERS and isinstance(value, list):
             part[key] = [new for new, old in enumerate(layers) if old in value]
-        elif ("layer" in key or key in _PER_LAYER) and isinstance(value, list) and len(value) == template.layers:
+        elif _is_per_layer(key, value) and len(value) == template.layers:
             part[key] = [value[old] for old in layers]
     if _LEADING_DENSE in part:
         part[_LEADING_DENSE] = dense.index(False) if False in dense else len(dense)
     if _EXPERTS_EVERY in part:
         part |= {_EXPERTS_EVERY: 1, _DENSE: [new for new, is_dense in enumerate(dense) if is_dense]}
+    return changed
+
+
+def with_count(config: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """A config of the first `count` layers of `config`.
+
+    Where it has fewer, or none are to be left, the lists that say of which kind they are are dropped: they are of the
+    kinds that the family has by default.
+    """
+    changed = copy.deepcopy(dict(config))
+    part = language_part(changed)
+    held = next((part[key] for key in N_LAYERS if type(part.get(key)) is int), 0)
+    for key, value in list(part.items()):
+        if key in N_LAYERS and isinstance(value, int):
+            part[key] = count
+        elif not (_is_per_layer(key, value) or (key in _NUMBERS and isinstance(value, list))):
+            continue
+        elif not count or count > held:
+            del part[key]
+        elif key in _NUMBERS:
+            part[key] = [number for number in value if number < count]
+        elif len(value) == held:
+            part[key] = value[:count]
+    return changed
+
+
+def spelled_out(config: Mapping[str, Any], whole: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """A config in which the lists stand that say what the model's layers are, also those that it leaves to defaults.
+
+    Args:
+        whole: the language part with every default in it, as the family's own code fills it in.
+        layers: how many the model has.
+    """
+    changed = copy.deepcopy(dict(config))
+    part = language_part(changed)
+    for key, value in whole.items():
+        per_layer = _is_per_layer(key, value) and len(value) == layers
+        if part.get(key) is None and (per_layer or (key in _NUMBERS and isinstance(value, list) and value)):
+            part[key] = copy.deepcopy(value)
     return changed
 
 
@@ -85,6 +126,11 @@ def unsayable(config: Mapping[str, Any], layers: Sequence[int], template: Anatom
             f"a dense layer would follow one with experts, which {_LEADING_DENSE} cannot say. "
             "Choose other layer ranges."
         )
+    found += [
+        f"{key} {part[key]} makes layers depend on where they stand, so none can be moved or added."
+        for key in _BY_NUMBER
+        if part.get(key)
+    ]
     if any(isinstance(part.get(key), list) for key in _KINDS):
         return found
     for key in _PERIODS:
@@ -99,6 +145,10 @@ def unsayable(config: Mapping[str, Any], layers: Sequence[int], template: Anatom
                 f"Move layers by multiples of {period}."
             )
     return found
+
+
+def _is_per_layer(key: str, value: object) -> bool:
+    return ("layer" in key or key in _PER_LAYER) and isinstance(value, list)
 
 
 def _in_order(layers: Sequence[int], template: Anatomy) -> bool:

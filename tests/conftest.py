@@ -1,4 +1,4 @@
-"""What several test files share: a Hub of our own for the real client."""
+"""What several test files share: a Hub of our own for the real client, and for `datasets`."""
 
 from __future__ import annotations
 
@@ -35,3 +35,36 @@ def server(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         yield server
         huggingface_hub.close_session()
+
+
+@pytest.fixture
+def data_server(server: HubServer, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+    """`server`, as `datasets` sees it too: that reads the environment once, when it is imported."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "data")
+    return server
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the tiny models of `pushing.make_results`."""
+    from pushing import make_results
+
+    return make_results(tmp_path_factory.mktemp("results"))
+
+
+@pytest.fixture
+def out(results: Path, tmp_path: Path) -> Path:
+    """A model that surgery wrote, for one test alone."""
+    from pushing import copy_of
+
+    return copy_of(results / "model", tmp_path / "reasoner")
+
+
+@pytest.fixture
+def writable(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token that `server` accepts, and uploads by the protocol that it speaks."""
+    monkeypatch.setenv("HF_TOKEN", server.token)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)

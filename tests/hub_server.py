@@ -5,6 +5,8 @@
     HEAD /ORG/NAME/resolve/REV/PATH              commit and hash; safetensors redirect to /blobs/SHA256
     GET  /ORG/NAME/resolve/REV/PATH, /blobs/…    the bytes, from `Range` on
 
+    What it takes for pushing is in `hub_writing`.
+
 Data sets are the repositories added as datasets/ORG/NAME; their paths begin with /api/datasets and /datasets.
 Repositories are read from folders when they are added. `requests` logs what was asked; `fail` and `cut`
 make the next matching requests go wrong.
@@ -12,10 +14,9 @@ make the next matching requests go wrong.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,8 +24,8 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-Files = dict[str, bytes]
-LARGE = ".safetensors"  # what the Hub keeps outside git
+from hub_writing import LARGE, Files, Writing, git_hash, sha1, sha256
+
 DATASETS = "datasets"
 
 
@@ -55,7 +56,10 @@ class Fault:
     status: int | None = None
     body: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
-    cut_after: int | None = None  # bytes sent before the connection is closed
+    cut_after: int | None = None  # bytes sent, or taken of an upload, before the connection is closed
+    reached: threading.Event | None = None  # set when the request is there, which then is never answered
+    then: Callable[[], object] | None = None  # called before the request is answered as usual
+    mute: bool = False  # what was asked is done, and the connection closed without an answer
 
 
 class HubServer:
@@ -66,6 +70,13 @@ class HubServer:
         self.requests: list[Request] = []
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
+        self.bodies: dict[str, bytes] = {}  # path → what was last sent there
+        # Whom the token may write as, what else it may do, and what the Hub says of cards it is asked about.
+        self.namespaces = {"lab"}
+        self.role = "write"
+        self.writes_attributes = True  # .gitattributes, into a new repository
+        self.card_says: dict[str, list[dict[str, str]]] = {}
+        self.closed = threading.Event()
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -80,6 +91,7 @@ class HubServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.closed.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -115,11 +127,11 @@ class HubServer:
 
     def commit(self, repo_id: str, revision: str, files: Files) -> str:
         """Makes `files` the newest commit of a branch. Returns its hash."""
-        text = json.dumps([repo_id, {name: _sha256(data) for name, data in sorted(files.items())}])
-        commit = hashlib.sha1(text.encode()).hexdigest()
+        text = json.dumps([repo_id, {name: sha256(data) for name, data in sorted(files.items())}])
+        commit = sha1(text.encode())
         self.repos[repo_id].commits[commit] = files
         self.repos[repo_id].revisions[revision] = commit
-        self.blobs |= {_sha256(data): data for name, data in files.items() if name.endswith(LARGE)}
+        self.blobs |= {sha256(data): data for name, data in files.items() if name.endswith(LARGE)}
         return commit
 
     def fail(
@@ -135,9 +147,23 @@ class HubServer:
         """Answers the next `times` requests whose path contains `match` with `status`."""
         self._faults.append(Fault(match, times, method, status, body, headers or {}))
 
-    def cut(self, match: str, after: int, *, times: int = 1) -> None:
-        """Closes the connection of the next `times` downloads that match, after `after` bytes."""
-        self._faults.append(Fault(match, times, cut_after=after))
+    def cut(self, match: str, after: int, *, times: int = 1, method: str = "GET") -> None:
+        """Closes the connection of the next `times` requests that match, after `after` bytes of the larger part."""
+        self._faults.append(Fault(match, times, method, cut_after=after))
+
+    def stall(self, match: str, *, method: str = "PUT") -> threading.Event:
+        """Never answers the next request that matches. Returns what is set when it is there."""
+        reached = threading.Event()
+        self._faults.append(Fault(match, 1, method, reached=reached))
+        return reached
+
+    def lose_answer(self, match: str, *, method: str = "POST") -> None:
+        """Does what the next request that matches asks for, and closes the connection without an answer."""
+        self._faults.append(Fault(match, 1, method, mute=True))
+
+    def before(self, match: str, call: Callable[[], object], *, method: str = "POST", times: int = 1) -> None:
+        """Calls `call` before the next `times` requests that match are answered."""
+        self._faults.append(Fault(match, times, method, then=call))
 
     def asked(self, text: str = "", *, method: str | None = None) -> list[Request]:
         """The requests so far whose path contains `text`."""
@@ -154,12 +180,14 @@ class HubServer:
         return None
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Writing, BaseHTTPRequestHandler):
     """One connection. Answers are made in `_answer`; everything below it writes one kind of answer."""
 
     hub: HubServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # which waits 40 ms between the two writes of an answer
     _cut_after: int | None = None
+    _mute = False
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
         pass
@@ -170,15 +198,34 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        self._answer()
+
+    def do_PUT(self) -> None:
+        self._answer()
+
     def _answer(self) -> None:
         parts = urlsplit(self.path)
         path = unquote(parts.path)
-        fault = self.hub.take_fault(
-            Request(self.command, path, {name.lower(): value for name, value in self.headers.items()})
-        )
+        request = Request(self.command, path, {name.lower(): value for name, value in self.headers.items()})
+        fault = self.hub.take_fault(request)
+        if fault and fault.reached:
+            fault.reached.set()
+            self.hub.closed.wait()
+        if fault and fault.cut_after is not None and self.command in ("POST", "PUT"):
+            self.rfile.read(fault.cut_after)
+        if fault and (fault.reached or (fault.cut_after is not None and self.command in ("POST", "PUT"))):
+            self.close_connection = True
+            return None
+        body = self.hub.bodies[path] = self.read_body()
         self._cut_after = fault.cut_after if fault else None
+        self._mute = bool(fault and fault.mute)
+        if fault and fault.then:
+            fault.then()
         if fault and fault.status is not None:
             return self._send(fault.status, fault.body, dict(fault.headers))
+        if self.command in ("POST", "PUT") or path == "/api/whoami-v2":
+            return self.answer_writing(path, parts.path, parse_qs(parts.query), body)
         if path.startswith("/blobs/"):
             return self._send_file(self.hub.blobs[path.removeprefix("/blobs/")], {})
         if path.startswith(("/api/models/", f"/api/{DATASETS}/")):
@@ -230,8 +277,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(404, "EntryNotFound", "Entry not found")
         headers = {"X-Repo-Commit": commit}
         if not name.endswith(LARGE):
-            return self._send_file(data, {**headers, "ETag": f'"{_git_hash(data)}"'})
-        blob = _sha256(data)
+            return self._send_file(data, {**headers, "ETag": f'"{git_hash(data)}"'})
+        blob = sha256(data)
         linked = {
             "X-Linked-Size": str(len(data)),
             "X-Linked-ETag": f'"{blob}"',
@@ -278,6 +325,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, json.dumps({"error": message}).encode(), headers)
 
     def _send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        if self._mute:
+            self.close_connection = True
+            return
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -297,15 +347,7 @@ def _read(folder: Path) -> Files:
 
 
 def _tree_entry(name: str, data: bytes) -> dict[str, object]:
-    entry: dict[str, object] = {"type": "file", "path": name, "size": len(data), "oid": _git_hash(data)}
+    entry: dict[str, object] = {"type": "file", "path": name, "size": len(data), "oid": git_hash(data)}
     if name.endswith(LARGE):
-        entry["lfs"] = {"oid": _sha256(data), "size": len(data), "pointerSize": 134}
+        entry["lfs"] = {"oid": sha256(data), "size": len(data), "pointerSize": 134}
     return entry
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _git_hash(data: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

@@ -59,16 +59,19 @@ def sizes(checkpoint: Checkpoint, structure: Anatomy, *, sequence: int) -> Sizes
     return Sizes(tuple(layers), FORWARD * float(vocabulary[0].n_elements) if vocabulary else 0.0)
 
 
-def step_cost(size: Sizes, *, trained: Collection[int], head: bool) -> Cost:
-    """The cost of training the layers `trained`, and the head where `head`; all other matrices are frozen."""
-    depth = min(trained, default=len(size.layers))
+def step_cost(size: Sizes, *, depth: int, trained: Collection[int], head: bool) -> Cost:
+    """The cost of training the layers `trained`, and the head where `head`; all other matrices are frozen.
+
+    depth: the first layer in which something trains, be it only a low-rank update, whose own cost is not counted; as
+    many as there are layers where only what follows them does.
+    """
     forward = float(FORWARD)
     above = sum(
         flops / forward * (FORWARD + INPUT_GRADIENT + (OWN_GRADIENT if index in trained else 0))
         for index, flops in enumerate(size.layers)
         if index >= depth
     )
-    gradient = INPUT_GRADIENT if trained else 0
+    gradient = INPUT_GRADIENT if depth < len(size.layers) else 0
     above += size.head / forward * (FORWARD + gradient + (OWN_GRADIENT if head else 0))
     return Cost(sum(size.layers[:depth]), above)
 

@@ -8,30 +8,35 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
+import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from surgery.errors import listing, usage_error
 from surgery.typed_yaml import Strict, parse, read_text
 
 Init = Literal["identity", "random", "copy"]
+INITS: tuple[str, ...] = get_args(Init)
 Trained = Literal["new", "head", "norm", "lora", "embedding", "all"]
 Place = Literal["top", "middle"] | int
 Share = Annotated[float, Field(ge=0, le=1)]
 
 PLANS = "plans"
+PLAN = "plan.yml"  # a run's own, in its folder and in those of its stages
 _UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class Shape(Strict):
-    """The Llama that grows; its width is the frozen embedding's.
+    """The Llama that grows.
 
-    heads: of queries. kv_heads: of keys and values; as many by default. mlp: the MLP's inner width; by default 8/3 of
-    the width, up to the next multiple of 64. context: positions. layers: how many there are before the first stage.
-    config: a config.json to take everything else from, and the family.
+    hidden: its width, which must be the embedding's, and is by default. heads: of queries. kv_heads: of keys and
+    values; as many by default. mlp: the MLP's inner width; by default 8/3 of the width, up to the next multiple of 64. context:
+    positions. layers: how many there are before the first stage. config: a config.json to take everything else from,
+    and the family.
     """
 
+    hidden: PositiveInt | None = None
     heads: PositiveInt | None = None
     kv_heads: PositiveInt | None = None
     mlp: PositiveInt | None = None
@@ -219,6 +224,11 @@ def read_plan(ref: str) -> tuple[GrowthPlan, str]:
     else:
         raise usage_error("no such plan", where=ref, hint=f"Give a YAML file, or one of {listing(plan_names())}.")
     return parse(text, where, GrowthPlan), text
+
+
+def plan_text(plan: GrowthPlan) -> str:
+    """The YAML text that says `plan`: what is not the default."""
+    return yaml.safe_dump(plan.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
 
 
 def _shipped() -> resources.abc.Traversable:

@@ -1,4 +1,4 @@
-"""The lab's models by name: what they are, which one is made from which, and where they are kept.
+"""The lab's models by name: what they are, which one is made from which, and where they are kept; and its text.
 
 A model is made once per recipe and kept in the cache folder (`$SURGERY_CACHE`, else `$XDG_CACHE_HOME/surgery`, else
 `~/.cache/surgery`) under `lab/<recipe>/<name>`. It appears there whole or not at all, also with several processes.
@@ -10,12 +10,13 @@ import difflib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.errors import SurgeryError, listing, usage_error
+from surgery.lab import python_text
 from surgery.lab.recipe import AnyRecipe, Cliff, Experts, HeadShape, Recipe, Refusing, Specialists, Suppressing
 from surgery.lab.sums import Format
 from surgery.progress import Progress, terminal
@@ -29,6 +30,7 @@ CLIFF_GQA = Cliff(shape=HeadShape(kv_heads=2))
 EXPERTS = Experts()
 
 # The data in the folder of a model that has some.
+PREFIX = "lab:"  # of references to what the lab makes
 DATA = {"examples": "examples.jsonl", "pool": "pool.jsonl"}
 
 
@@ -133,63 +135,96 @@ def build(name: str, *, progress: Progress | None = None, recipe: AnyRecipe | No
     folder = path_of(name, recipe=recipe)
     if folder.is_dir():
         return folder
-    try:
-        with _alone(folder.parent):
-            for ancestor in _line(name):
-                _make_missing(ancestor, recipe, progress)
-    except OSError as fault:
-        raise SurgeryError(
-            f"cannot keep the lab's models here: {fault.strerror or fault}.",
-            where=folder.parent,
-            hint="Set SURGERY_CACHE to a folder with room that you may write to.",
-        ) from fault
+    with _kept(folder.parent), _alone(folder.parent):
+        for ancestor in _line(name):
+            _make_missing(ancestor, recipe, progress)
     return folder
 
 
+def data_of(ref: str) -> Path | None:
+    """The data file that `lab:NAME[/KIND]` names; None where `ref` does not begin so. Errors as in `data_path`."""
+    if not ref.startswith(PREFIX):
+        return None
+    name, _, kind = ref.removeprefix(PREFIX).partition("/")
+    return data_path(name, kind) if kind else data_path(name)
+
+
 def data_path(name: str, kind: str = "examples", *, recipe: AnyRecipe | None = None) -> Path:
-    """A data file of the model `name`; if need be the model is built first.
+    """A data file of the model `name`, or of `python`; if need be it is made first.
 
     Args:
-        kind: `examples`, to probe the model with, or `pool`, to choose from.
+        kind: of a model `examples`, to probe it with, or `pool`, to choose from; of `python` a domain of
+            `python_text`: `code`, `docs`, `code-held` or `docs-held`.
 
     Raises:
         SurgeryError: there is no model of this name, it has no data, or none of this kind.
     """
-    if not _member(name).has_data:
-        having = listing(other for other, member in MEMBERS.items() if member.has_data)
-        raise usage_error(f"the lab model {name!r} has no data.", hint=f"These have: {having}.")
-    if kind not in DATA:
+    is_text = name == python_text.NAME
+    if not is_text and not _member(name).has_data:
+        having = [*(other for other, member in MEMBERS.items() if member.has_data), python_text.NAME]
+        raise usage_error(f"the lab model {name!r} has no data.", hint=f"These have: {listing(having)}.")
+    files = python_text.KINDS if is_text else DATA
+    if kind not in files:
         raise usage_error(
-            f"the lab has no data called {kind!r}.", where=f"lab:{name}", hint=f"There is {listing(DATA)}."
+            f"the lab has no data called {kind!r}.", where=f"lab:{name}", hint=f"There is {listing(files)}."
         )
-    return resolve(name, recipe=recipe) / DATA[kind]
+    return (_python_text() if is_text else resolve(name, recipe=recipe)) / files[kind]
+
+
+def _python_text() -> Path:
+    folder = _cache() / "lab" / python_text.key()
+    if not folder.is_dir():
+        with _kept(folder.parent), _alone(folder.parent):
+            _write_whole(folder, python_text.write)
+    return folder
 
 
 def _make_missing(name: str, recipe: AnyRecipe, progress: Progress | None) -> None:
-    folder = path_of(name, recipe=recipe)
-    if folder.is_dir():
-        return
     from surgery.lab import cliff, experts, make, specialists
 
     member = MEMBERS[name]
-    partial = folder.with_name(f"{name}.partial")
+    parent = None if member.parent is None else path_of(member.parent, recipe=recipe)
+
+    def write(partial: Path) -> None:
+        match recipe:
+            case Recipe():
+                make.make(name, member.form, parent, partial, recipe=recipe, progress=progress)
+            case Specialists():
+                specialists.make(name, parent, partial, recipe=recipe, progress=progress)
+            case Cliff():
+                cliff.make(name, parent, partial, recipe=recipe, progress=progress)
+            case Experts():
+                experts.make(name, partial, recipe=recipe, progress=progress)
+
+    _write_whole(path_of(name, recipe=recipe), write)
+
+
+def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
+    """Makes `folder` with what `write` writes, unless it exists."""
+    if folder.is_dir():
+        return
+    partial = folder.with_name(f"{folder.name}.partial")
     # Left behind by a build that was killed; training is too short to be worth continuing.
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    parent = None if member.parent is None else path_of(member.parent, recipe=recipe)
-    match recipe:
-        case Recipe():
-            make.make(name, member.form, parent, partial, recipe=recipe, progress=progress)
-        case Specialists():
-            specialists.make(name, parent, partial, recipe=recipe, progress=progress)
-        case Cliff():
-            cliff.make(name, parent, partial, recipe=recipe, progress=progress)
-        case Experts():
-            experts.make(name, partial, recipe=recipe, progress=progress)
+    write(partial)
     for path in (*sorted(partial.iterdir()), partial):
         _sync(path)
     partial.rename(folder)
     _sync(folder.parent)
+
+
+@contextmanager
+def _kept(folder: Path) -> Iterator[None]:
+    """Says what to do where `folder` cannot be written in the block."""
+    try:
+        yield
+    except OSError as fault:
+        raise SurgeryError(
+            f"cannot keep the lab's models here: {fault.strerror or fault}.",
+            where=folder,
+            hint="Set SURGERY_CACHE to a folder with room that you may write to.",
+        ) from fault
 
 
 @contextmanager

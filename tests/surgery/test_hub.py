@@ -177,7 +177,7 @@ def test_offline_refuses_a_copy_that_lacks_a_file(
 
 def test_a_copy_without_weights_is_no_copy(server: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server.add(REPO, model)
-    huggingface_hub.hf_hub_download(REPO, "config.json", endpoint=server.url, cache_dir=hub._cache())
+    huggingface_hub.hf_hub_download(REPO, "config.json", endpoint=server.url, cache_dir=hub.cache())
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "no complete copy" in failure()
 

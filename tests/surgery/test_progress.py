@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from surgery.progress import Unit, silent, terminal
+from surgery.progress import Unit, short, silent, terminal
 
 
 @pytest.mark.parametrize(("unit", "shown"), [("bytes", "3.0/3.0 MiB"), ("steps", "3145728/3145728")])
@@ -38,9 +38,26 @@ def test_a_bar_inside_another_is_drawn_below_it(
     assert "Scoring" in err and "2/2" in err and "m: text" in err and "n: text" in err
 
 
+def test_tokens_are_counted_as_people_say_them_and_a_note_stands_beside_the_label(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    with terminal("Stage 2", 4_500_000, "tokens") as advance:
+        advance(2_000_000, "loss 3.214")
+        advance(2_000_000)
+        advance(500_000, "loss 3.125")
+    err = capsys.readouterr().err.replace("\x1b[0m", "").replace("\x1b[32m", "")
+    assert "Stage 2  loss 3.125" in err and "4.5M/4.5M" in err and "tokens/s" in err
+
+
+def test_short_numbers() -> None:
+    assert [short(n) for n in (0, 999, 1000, 12_345, 4_500_000, 1.2e9)] == ["0", "999", "1.0k", "12.3k", "4.5M", "1.2B"]
+
+
 def test_nothing_is_drawn_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
     with terminal("Writing", 10) as advance:
-        advance(10)
+        advance(10, "a note")
     with silent("Writing", 10) as advance:
         advance(10)
     assert capsys.readouterr() == ("", "")

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 
 import pytest
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import SurgeryError
-from surgery.scorecard import BEGIN, END, is_result, losses, score_figure, score_table, write_scores
+from surgery.scorecard import BEGIN, END, is_result, losses, read_scores, score_figure, score_table, write_scores
 from surgery.scoring import Score
 
 NAN = math.nan
@@ -107,7 +108,50 @@ def test_the_card_gets_the_table_the_command_and_n(result):
     assert section.startswith(f"\n{BEGIN}\n## Scores\n\n| task | metric | A | B | OUT | n |\n")
     assert "| 0.880 [0.830, 0.920] | 400 |" in section
     assert section.endswith(f"```\n{COMMAND}\n```\n{END}\n")
-    assert sorted(path.name for path in result.iterdir()) == ["README.md", "surgery.json"]
+    assert sorted(path.name for path in result.iterdir()) == ["README.md", "scores.json", "surgery.json"]
+
+
+def test_the_numbers_are_kept_and_read_back_for_the_folder_s_own_model(result):
+    own = [
+        Score(str(result), "sums", "acc", 0.88, 0.83, 0.92, 400, True),
+        Score(str(result), "t", "f", 0.5, NAN, NAN, 5),
+    ]
+    write_scores(result, [MEMBER, *own], COMMAND)
+    found = read_scores(result)
+    assert found.command == COMMAND
+    assert found.scores[0] == own[0]
+    assert math.isnan(found.scores[1].low) and found.scores[1].value == 0.5
+    assert [score.model for score in found.scores] == [str(result)] * 2
+
+
+def test_no_scores_of_its_own_are_none(result):
+    assert read_scores(result) is None
+    write_scores(result, [MEMBER, OTHER], COMMAND)
+    assert read_scores(result) is None
+
+
+def test_scores_of_other_weights_are_never_the_folder_s(result):
+    write_scores(result, [replace(RESULT, model=str(result))], COMMAND)
+    assert read_scores(result) is not None
+    (result / "surgery.json").write_text('{"tensors": {"w": {"xxh3": "0"}}}')
+    assert read_scores(result) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"), [('{"schema": 9}', "schema 9, this version reads 1"), ("[]", "not a JSON object")]
+)
+def test_scores_that_cannot_be_read_are_an_error(result, text, fault):
+    (result / "scores.json").write_text(text)
+    with pytest.raises(SurgeryError, match=rf"scores.json: .*{fault}"):
+        read_scores(result)
+
+
+def test_damaged_scores_are_an_error(result):
+    write_scores(result, [RESULT], COMMAND)
+    path = result / "scores.json"
+    path.write_text(path.read_text().replace('"value"', '"worth"'))
+    with pytest.raises(SurgeryError, match=r"scores.json: is damaged. Score the model again"):
+        read_scores(result)
 
 
 def test_a_second_run_replaces_the_section_and_the_same_run_changes_nothing(result):

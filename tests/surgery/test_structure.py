@@ -13,7 +13,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from surgery.anatomy import Anatomy, anatomy
 from surgery.inspection import N_LAYERS
 from surgery.refs import open_checkpoint
-from surgery.structure import unsayable, untied, with_layers
+from surgery.structure import spelled_out, unsayable, untied, with_count, with_layers
 
 STACKED = """\
 merge_method: passthrough
@@ -117,3 +117,40 @@ def test_layers_with_experts_by_a_period_become_a_list(tmp_path: Path) -> None:
     made = config_of(tmp_path / "out")
     assert (made["decoder_sparse_step"], made["mlp_only_layers"]) == (1, [0])
     logits_of(tmp_path / "out")
+
+
+@pytest.mark.parametrize("key", ["num_kv_shared_layers", "scale_attn_by_inverse_layer_idx"])
+def test_layers_that_hang_on_their_number_cannot_be_moved(key: str, shape: Anatomy) -> None:
+    assert unsayable({key: 1}, [0, 1], shape) == []
+    assert unsayable({key: 0}, [0, 1, 1], shape) == []
+    assert unsayable({key: 1}, [0, 1, 1], shape) == [
+        f"{key} 1 makes layers depend on where they stand, so none can be moved or added."
+    ]
+
+
+def test_a_config_of_fewer_layers_keeps_the_first() -> None:
+    config = {"num_hidden_layers": 3, "layer_types": ["s", "f", "s"], "mlp_only_layers": [0, 2], "eos_token_id": [1, 2]}
+    assert with_count(config, 2) == {
+        "num_hidden_layers": 2, "layer_types": ["s", "f"], "mlp_only_layers": [0], "eos_token_id": [1, 2],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_a_config_of_no_layers_or_more_leaves_their_kinds_to_the_family(count: int) -> None:
+    config = {"n_layer": 3, "layer_types": ["s", "f", "s"], "mlp_only_layers": [0, 2], "n_embd": 3}
+    assert with_count(config, count) == {"n_layer": count, "n_embd": 3}
+    assert config["n_layer"] == 3, "the config itself stays"
+
+
+def test_kinds_that_a_family_fills_in_are_written_down() -> None:
+    whole = {
+        "layer_types": ["s", "f"],
+        "moe_layers": [1],
+        "layers_of_something_else": [1, 2, 3],
+        "eos_token_id": [1, 2],
+    }
+    assert spelled_out({"num_hidden_layers": 2}, whole, 2) == {
+        "num_hidden_layers": 2, "layer_types": ["s", "f"], "moe_layers": [1],
+    }  # fmt: skip
+    own = {"text_config": {"num_hidden_layers": 2, "layer_types": ["f", "f"]}}
+    assert spelled_out(own, whole, 2) == {"text_config": {**own["text_config"], "moe_layers": [1]}}

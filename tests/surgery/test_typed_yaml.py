@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +29,7 @@ class Part(Strict):
 class Whole(Strict):
     name: str
     parts: tuple[Part, ...] = ()
-    named: dict[str, Part] = {}
+    named: Mapping[str, Part] = {}
 
 
 def faults_of(text: str) -> list[str]:

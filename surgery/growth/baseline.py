@@ -1,0 +1,138 @@
+"""What growth is to be compared with: models of the final depth, trained in one go on what the growth saw.
+
+In comes a plan whose growth is done, out come up to four models in the same run: at the same tokens and at the same
+operations, with the embedding frozen and trained. They draw the windows that the growth drew, in the same order. As
+reviewers of arXiv 2507.07129 asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Literal
+
+from torch import Tensor
+
+from surgery.anatomy import anatomy
+from surgery.checkpoint import read_folder
+from surgery.errors import usage_error
+from surgery.growth.begin import Begun, key_of, shape_of
+from surgery.growth.course import Windows
+from surgery.growth.flops import sizes, step_cost
+from surgery.growth.fresh import seed_of
+from surgery.growth.init import init_model
+from surgery.growth.results import Budget, Embedding, Growth, Trained
+from surgery.growth.run import Doing, ground_of, held_growth, kept, publish, remove, scores_of
+from surgery.growth.schedule import Stage
+from surgery.growth.trained import Ground, Job, train_checkpoint
+from surgery.hashing import hash_text
+from surgery.parallel import share
+
+Budgets = Literal["tokens", "flops", "both"]
+Embeddings = Literal["frozen", "trained", "both"]
+
+
+class SameOrder:
+    """The windows that a growth drew, stage after stage; behind the last one they begin again.
+
+    drawn: for each stage the first that it drew, and how many. See `course.Windows`.
+    """
+
+    def __init__(self, store: Windows, drawn: Sequence[tuple[int, int]]) -> None:
+        self._store, self._drawn = store, tuple(drawn)
+        self._total = sum(count for _, count in drawn)
+
+    @property
+    def identity(self) -> str:
+        return hash_text(f"{self._store.identity} {self._drawn}")
+
+    def require(self, n_windows: int) -> None:
+        self._store.require(max(first + count for first, count in self._drawn))
+
+    def number_of(self, drawn: int) -> int:
+        at = drawn % self._total
+        for first, count in self._drawn:
+            if at < count:
+                return self._store.number_of(first + at)
+            at -= count
+        raise AssertionError("unreachable: the counts add up to the total")
+
+    def windows(self, numbers: Sequence[int]) -> Tensor:
+        return self._store.windows(numbers)
+
+
+def train_baselines(
+    begun: Begun, *, budget: Budgets = "both", embedding: Embeddings = "both", doing: Doing = Doing()
+) -> Growth:
+    """Trains the baselines that are not there yet, measures them, and adds them to results and report.
+
+    Args:
+        budget: what they get as much of as the growth had: tokens, operations (as if nothing had been cached), or one
+            model for each.
+        embedding: whether it is frozen, as in the growth, or trains too, or one model for each.
+
+    Raises:
+        SurgeryError: the growth is not done; it deepened a model that was there before, which nothing can be trained
+            like in one go; else as `grow`.
+    """
+    plan, run = begun.plan, begun.run
+    growth = held_growth(run)
+    if plan.embed is None:
+        raise usage_error(
+            "deepens a model whose own training is not known, so that there is nothing to compare with", where="start"
+        )
+    if growth is None or len(growth.stages) < len(plan.expanded):
+        raise usage_error(
+            "holds no growth that is done, of which the baselines take tokens and operations", where=run,
+            hint="`surgery grow run PLAN -o RUN` comes first.",
+        )  # fmt: skip
+    shared = ground_of(begun, doing)
+    drawn = [(s.training.first_window, s.training.steps * plan.batch) for s in growth.stages]
+    ground = Ground(
+        run, SameOrder(shared.store, drawn), shared.sequence, shared.batch, shared.cache, shared.cached_windows,
+        shared.device, shared.save_every, shared.logs, shared.progress,
+    )  # fmt: skip
+    budgets: tuple[Budget, ...] = ("tokens", "flops") if budget == "both" else (budget,)
+    embeddings: tuple[Embedding, ...] = ("frozen", "trained") if embedding == "both" else (embedding,)
+    found = {model.training.name: model for model in growth.baselines}
+    for one, other in product(budgets, embeddings):
+        model = _baseline(begun, growth, ground, one, other, doing)
+        found[model.training.name] = model
+        publish(begun, growth.stages, _ordered(found))
+    return publish(begun, growth.stages, _ordered(found), report=True)
+
+
+def _baseline(
+    begun: Begun, growth: Growth, ground: Ground, budget: Budget, embedding: Embedding, doing: Doing
+) -> Trained:
+    plan, last = begun.plan, growth.stages[-1].training
+    name = f"baseline-{budget}-{embedding}"
+    seed, begins = seed_of(plan.seed, name), begun.run / f"{name}.start"
+    key = key_of(begun.key, last.key, name, plan.training.model_dump(mode="json"))
+    record = kept(begun.run / name, key)
+    if record is None:
+        shape, embed = shape_of(plan, layers=last.layers), str(plan.embed)
+        if not begins.exists():
+            share([None], lambda _: init_model(embed, begins, shape=shape, seed=plan.seed, dtype=plan.dtype))
+        stage = Stage(
+            add=0, init="random", train=("all",) if embedding == "trained" else ("new", "head", "norm"),
+            tokens=_tokens(begun, growth, begins.name, budget), training=plan.training,
+        )  # fmt: skip
+        new = tuple(range(last.layers))
+        record = train_checkpoint(ground, Job(name, begins, stage, new, key, seed, 0, None, plan, embedding, budget))
+        remove(begins)
+    return Trained(training=record, scores=scores_of(begun, record, doing, growth))
+
+
+def _tokens(begun: Begun, growth: Growth, start: str, budget: Budget) -> int:
+    """What the budget comes to in tokens."""
+    if budget == "tokens":
+        return sum(stage.training.tokens for stage in growth.stages)
+    checkpoint = read_folder(begun.run / start)
+    size = sizes(checkpoint, anatomy(checkpoint), sequence=begun.plan.sequence)
+    each = step_cost(size, depth=0, trained=range(len(size.layers)), head=True).whole
+    return max(1, int(sum(stage.training.flops for stage in growth.stages) / each))
+
+
+def _ordered(found: dict[str, Trained]) -> list[Trained]:
+    return [found[name] for name in sorted(found, reverse=True)]

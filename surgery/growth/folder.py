@@ -1,0 +1,61 @@
+"""Folders that are made in one go: in a `.partial` beside them that is begun anew, and renamed when all is written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from surgery.commit import partial_of
+from surgery.errors import usage_error
+from surgery.files import disk_error
+from surgery.growth.tables import Table
+from surgery.hashing import hash_bytes, hash_parts
+from surgery.header import build_header
+from surgery.journal import NAME as JOURNAL
+from surgery.plan import PYTORCH
+from surgery.stream import octets, segments
+
+
+def fresh_partial(out: Path, *, overwrite: bool) -> Path:
+    """An empty folder to make `out` in; what a killed run left there is removed.
+
+    Raises:
+        SurgeryError: a job that can go on lies there, and `overwrite` was not said; the folder cannot be made.
+    """
+    partial = partial_of(out)
+    if (partial / JOURNAL).exists() and not overwrite:
+        raise usage_error(
+            "holds another job's work, which goes on where it stopped", where=partial,
+            hint="Choose another folder, or add --overwrite.",
+        )  # fmt: skip
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise disk_error(error, partial) from error
+    return partial
+
+
+def write_table(path: Path, name: str, table: Table) -> str:
+    """Writes a safetensors file with one tensor; returns its hash, as manifests say it. Raises SurgeryError."""
+    header = build_header([(name, "F32", table.shape)], PYTORCH)
+    flat = table.reshape(-1)
+    digests = []
+    try:
+        with path.open("wb") as file:
+            file.write(header.raw)
+            for begin, end in segments(flat.size):
+                part = octets(torch.from_numpy(flat[begin:end]))
+                digests.append(hash_bytes(part))
+                file.write(part)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    return hash_parts(digests)
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Every file under `folder`, by its path in it, and its size in bytes."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}

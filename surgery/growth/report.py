@@ -1,0 +1,136 @@
+"""A growth for people: tables, sentences on how it compares, pictures, and one HTML page with all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from surgery.growth.results import Growth, ScoreRecord, Trained
+from surgery.perplexity import BITS, LOSS, PERPLEXITY
+from surgery.report import Column, Report, Table, Value, format_value
+
+WHAT = {"frozen": "embedding frozen", "trained": "embedding trained"}
+
+
+def stage_table(growth: Growth) -> Table:
+    """One row per stage: what was added, what trained, and what it cost."""
+    rows: list[list[Value]] = []
+    for model in growth.stages:
+        record = model.training
+        rows.append(
+            [
+                record.name,
+                record.layers,
+                f"{record.stage.init} at {record.stage.at}" if record.new else "none",
+                ", ".join(record.stage.train),
+                record.trained_parameters,
+                record.optimizer_bytes,
+                record.tokens,
+                record.stopped,
+                record.first_loss,
+                record.last_loss,
+                round(record.tokens_per_second),
+                "read" if record.cache.used else "computed",
+            ]
+        )
+    columns: list[Column | str] = [
+        "stage", "layers", "added", "trains", Column("parameters trained"), Column("optimizer state", "bytes"),
+        Column("tokens"), "stopped by", Column("loss at first", "score"), Column("at last", "score"),
+        Column("tokens/s"), "prefix",
+    ]  # fmt: skip
+    proven = sum(model.training.proven for model in growth.stages)
+    note = (
+        f"Losses are means over the first and the last twentieth of a stage. {proven:,} frozen tensors were hashed in "
+        "the checkpoints before and after their stage: every hash is the same."
+    )
+    return Table("Stages", columns, rows, note)
+
+
+def comparison_table(growth: Growth) -> Table:
+    """One row per model: what it took, and what it scores."""
+    scores = [score for model in _models(growth) for score in model.scores]
+    # Of a text's three measures, which follow from each other, the one that is like the training loss.
+    measured = list(dict.fromkeys((s.task, s.metric) for s in scores if s.metric not in (PERPLEXITY, BITS)))
+    rows: list[list[Value]] = []
+    tokens, flops = 0, 0.0
+    for model in growth.stages:
+        tokens, flops = tokens + model.training.tokens, flops + model.training.flops
+        rows.append(_row(model, tokens, flops, measured))
+    rows += [_row(model, model.training.tokens, model.training.flops, measured) for model in growth.baselines]
+    columns: list[Column | str] = [
+        "model", "layers", Column("tokens in all"), Column("operations in all", "number"),
+        Column("training loss", "score"),
+        *(task if metric == LOSS else f"{task}: {metric}" for task, metric in measured),
+    ]  # fmt: skip
+    note = (
+        "Operations (FLOP) count as if nothing were cached. Texts: nats per token, with 95 % intervals. Baselines are "
+        "trained in one go, all layers at once, on the windows that the growth saw, in their order."
+    )
+    return Table("Growth beside training in one go" if growth.baselines else "Models", columns, rows, note)
+
+
+def verdicts(growth: Growth) -> list[str]:
+    """A sentence per baseline and held-out text: who is better, by how much, and whether that is more than noise."""
+    if not growth.baselines:
+        return ["No baseline was trained: `surgery grow baseline PLAN -o RUN` adds them, and the comparison."]
+    sentences = []
+    grown = growth.stages[-1]
+    for baseline in growth.baselines:
+        name = baseline.training.name
+        if not baseline.scores:
+            gap = grown.training.last_loss - baseline.training.last_loss
+            sentences.append(f"Against {name}, in training alone: {_better(gap)}.")
+        for score in baseline.scores:
+            ours = next((s for s in grown.scores if (s.task, s.metric) == (score.task, LOSS)), None)
+            if score.metric == LOSS and ours is not None:
+                clear = "" if _apart(ours, score) else ", within the noise (the 95 % intervals touch)"
+                sentences.append(f"Against {name}, on {score.task}: {_better(ours.value - score.value)}{clear}.")
+    return sentences
+
+
+def growth_report(growth: Growth) -> Report:
+    """The page with everything."""
+    from surgery.growth.plots import depth_figure, loss_figure, speed_figure
+
+    first, last = growth.stages[0].training, growth.stages[-1].training
+    done, planned = len(growth.stages), len(growth.plan.expanded)
+    intro = (
+        f"From {first.layers - len(first.new)} to {last.layers} layers in {done} of {planned} stages, on a frozen "
+        f"embedding (arXiv 2507.07129). Corpus: {', '.join(growth.plan.corpus)}."
+    )
+    report = Report("A transformer grown layer by layer", intro)
+    report.add("\n".join(verdicts(growth)))
+    report.add(comparison_table(growth)).add(depth_figure(growth)).add(loss_figure(growth))
+    report.add(stage_table(growth)).add(speed_figure(growth))
+    return report.add("\n".join(f"{model.training.name}: {model.training.cache.reason}" for model in growth.stages))
+
+
+def _models(growth: Growth) -> Sequence[Trained]:
+    return (*growth.stages, *growth.baselines)
+
+
+def _row(model: Trained, tokens: int, flops: float, measured: Sequence[tuple[str, str]]) -> list[Value]:
+    record = model.training
+    by_what = {(score.task, score.metric): score for score in model.scores}
+    cells: list[Value] = [_cell(by_what[what]) if what in by_what else None for what in measured]
+    return [record.name, record.layers, tokens, flops, record.last_loss, *cells]
+
+
+def _cell(score: ScoreRecord) -> str:
+    value = format_value(score.value, "score")
+    if score.low is None or score.high is None:
+        return value
+    return f"{value} [{format_value(score.low, 'score')}, {format_value(score.high, 'score')}]"
+
+
+def _apart(a: ScoreRecord, b: ScoreRecord) -> bool:
+    if a.low is None or a.high is None or b.low is None or b.high is None:
+        return False
+    return a.low > b.high or b.low > a.high
+
+
+def _better(gap: float) -> str:
+    if math.isclose(gap, 0, abs_tol=5e-4):
+        return "the same loss"
+    word = "worse" if gap > 0 else "better"
+    return f"the grown model is {word} by {abs(gap):.3f} nats per token"

@@ -1,0 +1,195 @@
+"""What a growth left behind, as records: every training of it, what it was measured on, and where its files lie.
+
+A training's own record (`training.json`) lies in the folder of the model that came out, and appears with it. A run's
+`results.json` gathers them, with the scores, for programs and for the report.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from surgery.checkpoint import read_json
+from surgery.errors import SurgeryError, usage_error
+from surgery.files import write_file
+from surgery.growth.schedule import GrowthPlan, Stage
+from surgery.jsonable import to_json
+from surgery.scoring import Score
+
+SCHEMA = 1
+KIND = "growth"
+TRAINING, RESULTS, REPORT = "training.json", "results.json", "report.html"
+MOST_POINTS = 2000  # of a curve that is kept: more cannot be seen
+
+Embedding = Literal["frozen", "trained"]
+Budget = Literal["tokens", "flops"]
+
+
+class Record(BaseModel):
+    """Part of a file: checked when it is read, never changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+R = TypeVar("R", bound=Record)
+
+
+class Point(Record):
+    """The mean loss, in nats per token, of the steps that ended at `tokens` of this training."""
+
+    tokens: int
+    loss: float
+
+
+class CacheUse(Record):
+    """What became of the prefix cache: why it was used or not, and how windows came by their states.
+
+    read, extended, computed: windows since the training last began or went on, in the main process; see
+    `surgery.growth.prefix.Statistics`. bytes: that it took on the disk.
+    """
+
+    used: bool
+    reason: str
+    bytes: int = 0
+    read: int = 0
+    extended: int = 0
+    computed: int = 0
+
+
+class TrainingRecord(Record):
+    """One training, from checkpoint to checkpoint.
+
+    key: hash of all that decides the result. layers: of the model. new: the numbers of those that were added. tokens:
+    trained on here. first_window: where in the corpus it began. first_loss, last_loss: means over the first and last
+    twentieth of the training. flops: operations of this training with nothing cached. tokens_per_second: without
+    loading, saving and measuring. proven: frozen tensors whose hash is the same in the checkpoints before and after.
+    """
+
+    key: str
+    name: str
+    stage: Stage
+    layers: int
+    new: tuple[int, ...]
+    parameters: int
+    trained_parameters: int
+    optimizer_bytes: int
+    steps: int
+    tokens: int
+    first_window: int
+    stopped: Literal["tokens", "plateau"]
+    seconds: float
+    tokens_per_second: float
+    flops: float
+    first_loss: float
+    last_loss: float
+    curve: tuple[Point, ...]
+    cache: CacheUse
+    proven: int
+    processes: int
+    embedding: Embedding = "frozen"
+    budget: Budget | None = None
+
+
+class ScoreRecord(Record):
+    """One measurement of a model; see `surgery.scoring.Score`."""
+
+    task: str
+    metric: str
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+    higher_is_better: bool | None
+
+    @classmethod
+    def of(cls, score: Score) -> ScoreRecord:
+        low, high = (None if math.isnan(end) else end for end in (score.low, score.high))
+        return cls(
+            task=score.task, metric=score.metric, value=score.value, low=low, high=high, n=score.n,
+            higher_is_better=score.higher_is_better,
+        )  # fmt: skip
+
+    def score(self, model: str) -> Score:
+        """The same as a `Score` of `model`."""
+        low, high = (math.nan if end is None else end for end in (self.low, self.high))
+        return Score(model, self.task, self.metric, self.value, low, high, self.n, self.higher_is_better)
+
+
+class Trained(Record):
+    """A model of the run: its training, and its scores."""
+
+    training: TrainingRecord
+    scores: tuple[ScoreRecord, ...] = ()
+
+
+class Growth(Record):
+    """A whole run."""
+
+    plan: GrowthPlan
+    stages: tuple[Trained, ...]
+    baselines: tuple[Trained, ...] = ()
+
+    @property
+    def scores(self) -> list[Score]:
+        """Of every model, the stages first."""
+        return [score.score(model.training.name) for model in (*self.stages, *self.baselines) for score in model.scores]
+
+
+def thinned(losses: Sequence[float], tokens_per_step: int) -> tuple[Point, ...]:
+    """A curve of at most `MOST_POINTS` points, each the mean over equally many steps (the last over what is left)."""
+    size = max(1, -(-len(losses) // MOST_POINTS))
+    return tuple(
+        Point(tokens=tokens_per_step * (start + len(part)), loss=math.fsum(part) / len(part))
+        for start in range(0, len(losses), size)
+        if (part := losses[start : start + size])
+    )
+
+
+def ends(losses: Sequence[float]) -> tuple[float, float]:
+    """The mean loss over the first and over the last twentieth of a training."""
+    size = max(1, len(losses) // 20)
+    return math.fsum(losses[:size]) / size, math.fsum(losses[-size:]) / size
+
+
+def read_training(folder: Path) -> TrainingRecord:
+    """The record of the training that made the model in `folder`. Raises SurgeryError without one."""
+    path = folder / TRAINING
+    if not path.is_file():
+        raise SurgeryError(f"has no {TRAINING}: it is no stage of a growth", where=folder)
+    return _validated(path, TrainingRecord)
+
+
+def read_growth(run: Path) -> Growth:
+    """The results in the folder `run`. Raises SurgeryError without any."""
+    path = run / RESULTS
+    if not path.is_file():
+        raise usage_error(f"has no {RESULTS}", where=run, hint="Give a folder that `surgery grow run … -o RUN` wrote.")
+    return _validated(path, Growth)
+
+
+def write_growth(run: Path, growth: Growth) -> None:
+    """Writes results.json, whole or not at all."""
+    write_file(run / RESULTS, to_json({"schema": SCHEMA, "kind": KIND} | growth.model_dump(mode="json")))
+
+
+def training_text(record: TrainingRecord) -> str:
+    """What training.json holds."""
+    return to_json({"schema": SCHEMA, "kind": KIND} | record.model_dump(mode="json"))
+
+
+def _validated(path: Path, kind: type[R]) -> R:
+    held = read_json(path)
+    if held.get("kind") != KIND or held.get("schema") != SCHEMA:
+        raise usage_error(
+            f"holds {held.get('kind')!r} of schema {held.get('schema')!r}, expected {KIND!r} of {SCHEMA}", where=path
+        )
+    try:
+        return kind.model_validate({name: value for name, value in held.items() if name not in ("schema", "kind")})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise SurgeryError(f"{place}: {first['msg']}", where=path, hint="Grow the model again.") from error

@@ -1,0 +1,235 @@
+"""A whole growth: stage after stage, each from the checkpoint before, in one folder that can be gone on with.
+
+In comes a plan, out comes RUN/ with `stage-1`, `stage-2`, … (plain checkpoints), `results.json`, `report.html`, and the
+tokens that they were trained on. What is done is known by a key, a hash of all that it follows from: a stage that lies
+there with its key is kept, one with another key is never overwritten.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from surgery.errors import usage_error
+from surgery.execute import Options
+from surgery.files import write_file
+from surgery.growth.add import add_layers
+from surgery.growth.begin import TOKENS, Begun, key_of, shape_of
+from surgery.growth.cache import cache_bytes
+from surgery.growth.fresh import seed_of
+from surgery.growth.init import init_model
+from surgery.growth.report import growth_report
+from surgery.growth.results import (
+    REPORT,
+    RESULTS,
+    Growth,
+    ScoreRecord,
+    Trained,
+    TrainingRecord,
+    read_growth,
+    read_training,
+    write_growth,
+)
+from surgery.growth.schedule import PLAN, GrowthPlan, Stage, plan_text
+from surgery.growth.tokens import TokenStore
+from surgery.growth.trained import Ground, Job, train_checkpoint
+from surgery.parallel import own_device, share, wait
+from surgery.perplexity import on_texts
+from surgery.process import is_main
+from surgery.progress import Progress, silent
+from surgery.scoring import score_models
+
+CACHE, START = "cache", "start"
+# What trains below the new layers, so that nothing there can be cached.
+MOVING = {"lora", "embedding", "all"}
+
+
+@dataclass(frozen=True)
+class Doing:
+    """How a growth is run; none of it changes a result beyond rounding.
+
+    device: cpu or cuda[:N]; None takes a GPU where there is one. save_every: minutes between two states to go on from.
+    logs: whether TensorBoard's files are written.
+    """
+
+    device: str | None = None
+    save_every: float = 5.0
+    logs: bool = False
+    progress: Progress = field(default=silent, compare=False)
+
+
+def grow(begun: Begun, doing: Doing = Doing()) -> Growth:
+    """Trains every stage that is not there yet, measures it, and writes results and report; all processes call it.
+
+    Raises:
+        SurgeryError: as `add_layers`, `train_checkpoint` and the measurements; a stage lies there that another plan
+            made.
+    """
+    plan, run = begun.plan, begun.run
+    ground = ground_of(begun, doing)
+    before, key, drawn = _start(begun), begun.key, 0
+    held, done = held_growth(run), list[Trained]()
+    for index, stage in enumerate(plan.expanded, start=1):
+        name = f"stage-{index}"
+        key = key_of(key, stage.model_dump(mode="json"), ground.store.identity)
+        first = drawn if stage.data == "continue" else 0
+        record = kept(run / name, key)
+        if record is None:
+            seed, begins = seed_of(plan.seed, name), run / f"{name}.start"
+            start, new = _deepened(before, stage, begins, seed, doing)
+            passes = _passes(plan, index - 1, ground.cached_windows)
+            record = train_checkpoint(ground, Job(name, start, stage, new, key, seed, first, passes, plan))
+            remove(begins)
+        drawn, before = first + record.steps * plan.batch, run / name
+        done.append(Trained(training=record, scores=scores_of(begun, record, doing, held)))
+        publish(begun, done, held.baselines if held else ())
+    remove(run / CACHE)
+    return publish(begun, done, held.baselines if held else (), report=True)
+
+
+def ground_of(begun: Begun, doing: Doing) -> Ground:
+    """What the trainings of a run share; the corpus is opened, and the run's folder made.
+
+    Raises:
+        SurgeryError: the folder cannot be written; as `TokenStore`; the cache's room does not suffice for anything.
+    """
+    plan, run = begun.plan, begun.run
+    store = TokenStore(
+        run / TOKENS, plan.corpus, begun.tokenizer, sequence=plan.sequence, seed=plan.seed, field=plan.field,
+        eos=begun.tokenizer.eos_token_id, vocab_size=begun.vocab_size, progress=doing.progress,
+    )  # fmt: skip
+    # As many windows as the longest stage draws, where the corpus has so many.
+    drawn = max(_firsts(plan)[at] + steps * plan.batch for at, steps in enumerate(plan.steps_of))
+    least = cache_bytes(1, plan.sequence, begun.width, getattr(torch, plan.cache.dtype))
+    if plan.cache.use != "off" and drawn * least <= plan.cache.disk:
+        store.require(drawn)
+    elif plan.cache.use != "off":
+        # A cache of all of them is too large; the corpus may have fewer, which only reading it would tell.
+        store.require(plan.cache.disk // least + 1)
+    windows = min(drawn, store.count or drawn)
+    return Ground(
+        run, store, plan.sequence, plan.batch, plan.cache, windows, device_of(doing), doing.save_every, doing.logs,
+        doing.progress,
+    )  # fmt: skip
+
+
+def device_of(doing: Doing) -> str:
+    """Where this process trains."""
+    return own_device(doing.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def scores_of(begun: Begun, record: TrainingRecord, doing: Doing, held: Growth | None) -> tuple[ScoreRecord, ...]:
+    """What the plan measures of the model in the run's folder `record.name`; what was measured before is kept."""
+    evaluate, name = begun.plan.evaluate, record.name
+    for model in (*held.stages, *held.baselines) if held and held.plan.evaluate == evaluate else ():
+        if (model.training.name, model.training.key) == (name, record.key) and model.scores:
+            return model.scores
+    measures = on_texts(begun.texts, limit=evaluate.limit, progress=doing.progress) if begun.texts else []
+    if evaluate.tasks:
+        from surgery.evaluate import on_tasks
+
+        measures += on_tasks(evaluate.tasks, limit=evaluate.limit, seed=begun.plan.seed)
+    if not measures:
+        return ()
+
+    def score(_: None) -> list[ScoreRecord]:
+        models = {name: begun.run / name}
+        found = score_models(models, measures, device=device_of(doing), dtype="float32", progress=doing.progress)
+        return [ScoreRecord.of(score) for score in found]
+
+    return tuple(share([None], score)[0])
+
+
+def publish(begun: Begun, stages: Sequence[Trained], baselines: Sequence[Trained], *, report: bool = False) -> Growth:
+    """Writes what there is so far: the results, and the report where it is asked for."""
+    growth = Growth(plan=begun.plan, stages=tuple(stages), baselines=tuple(baselines))
+    if is_main():
+        write_file(begun.run / PLAN, plan_text(begun.plan))
+        write_growth(begun.run, growth)
+        if report:
+            growth_report(growth).write(begun.run / REPORT)
+    wait()
+    return growth
+
+
+def kept(folder: Path, key: str) -> TrainingRecord | None:
+    """The record of the training that made `folder`, where it is the one with this key; None where there is none.
+
+    Raises:
+        SurgeryError: what lies there was made by another plan, or from another corpus.
+    """
+    if not folder.exists():
+        return None
+    record = read_training(folder)
+    if record.key != key:
+        raise usage_error(
+            "was made by another plan, or from another start or corpus, and is never overwritten", where=folder,
+            hint="Choose another RUN, or remove this folder and those after it.",
+        )  # fmt: skip
+    return record
+
+
+def held_growth(run: Path) -> Growth | None:
+    """The results that lie in the run's folder; None where there are none."""
+    return read_growth(run) if (run / RESULTS).exists() else None
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder of the run's own, once for all processes."""
+    if is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+    wait()
+
+
+def _start(begun: Begun) -> Path | str:
+    """The model before the first stage."""
+    plan, folder = begun.plan, begun.run / START
+    if plan.embed is None:
+        return str(plan.start)
+    if not folder.exists():
+        shape, embed = shape_of(plan, layers=begun.layers), plan.embed
+        share([None], lambda _: init_model(embed, folder, shape=shape, seed=plan.seed, dtype=plan.dtype))
+    return folder
+
+
+def _deepened(
+    before: Path | str, stage: Stage, folder: Path, seed: int, doing: Doing
+) -> tuple[Path | str, tuple[int, ...]]:
+    """The model that a stage trains, and the numbers of its new layers."""
+    if not stage.add:
+        return before, ()
+    options = Options(overwrite=True, progress=doing.progress)
+
+    def add(_: None) -> tuple[int, ...]:
+        made = add_layers(
+            str(before), folder, layers=stage.add, at=stage.at, init=stage.init, seed=seed, options=options
+        )
+        return made.new
+
+    return folder, share([None], add)[0]
+
+
+def _firsts(plan: GrowthPlan) -> list[int]:
+    """How many windows were drawn before each stage begins with its first, as far as the plan tells."""
+    firsts, drawn = [], 0
+    for stage, steps in zip(plan.expanded, plan.steps_of, strict=True):
+        firsts.append(drawn if stage.data == "continue" else 0)
+        drawn = firsts[-1] + steps * plan.batch
+    return firsts
+
+
+def _passes(plan: GrowthPlan, at: int, windows: int) -> float | None:
+    """How often a window meets the prefix of stage `at`: in it, and in those after it that build upon that prefix."""
+    stages, drawn = plan.expanded, [steps * plan.batch for steps in plan.steps_of]
+    if plan.cache.use == "off" or MOVING & set(stages[at].train):
+        return None
+    total = longest = drawn[at]
+    for stage, more in zip(stages[at + 1 :], drawn[at + 1 :], strict=True):
+        if stage.data == "continue" or MOVING & set(stage.train) or (stage.add and stage.at != "top"):
+            break
+        total, longest = total + more, max(longest, more)
+    return total / min(longest, windows)
