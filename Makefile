@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := surgery merges probes cli tests benchmarks
 
-.PHONY: demo demo-merge demo-refusal demo-experts test check bench clean
+.PHONY: demo demo-merge demo-refusal demo-experts demo-growth test check bench docs clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh docs/demo.sh demo
@@ -19,6 +19,9 @@ demo-refusal: $(READY)
 demo-experts: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh docs/experts.sh demo-experts
 
+demo-growth: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh docs/growth.sh demo-growth
+
 test: check
 	$(BIN)/python -m pytest
 
@@ -28,6 +31,9 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(READY)
+	$(BIN)/python -m cli.reference docs/commands
+
 bench: $(READY)
 	$(BIN)/python benchmarks/transfer.py
 	$(BIN)/python benchmarks/merge.py
@@ -36,6 +42,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/probe.py
 	$(BIN)/python benchmarks/cliff.py
 	$(BIN)/python benchmarks/experts.py
+	$(BIN)/python benchmarks/growth.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 …" if sys.version_info < (3, 11) else 0)'
@@ -44,4 +51,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) demo demo-merge demo-refusal demo-experts build dist *.egg-info benchmarks/work .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo demo-merge demo-refusal demo-experts demo-growth build dist *.egg-info benchmarks/work .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,8 +11,10 @@ from cli import console
 from cli import options as o
 
 if TYPE_CHECKING:
+    from surgery.growth.add import AddReport
     from surgery.growth.baseline import Budgets, Embeddings
     from surgery.growth.begin import Begun
+    from surgery.growth.init import InitReport
     from surgery.growth.results import Growth
     from surgery.growth.run import Doing
     from surgery.growth.schedule import Init, Place
@@ -23,7 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-PlanRef = Annotated[str, typer.Argument(metavar="PLAN", help="A YAML file; or one-by-one, three-by-three.")]
+PlanRef = Annotated[str, typer.Argument(metavar="PLAN", help="A YAML file; or small, one-by-one, three-by-three.")]
 Embed = Annotated[str | None, typer.Option(metavar="EMB", help="A frozen embedding, in place of the plan's.")]
 Corpus = Annotated[
     list[str] | None,
@@ -51,6 +53,9 @@ def embed(
         str, typer.Option(help="glyphs (pictures of the tokens), bits (of their ids), random, or table.")
     ] = "glyphs",
     width: Annotated[int | None, typer.Option(min=1, help="Entries of a row; a table keeps its own.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows; by default as many as the tokenizer has ids, more are unused.")
+    ] = None,
     font: Annotated[
         Path | None, typer.Option(help="For glyphs: a .ttf, .otf, or Unifont's .hex; else DejaVu Sans Mono.")
     ] = None,
@@ -59,6 +64,9 @@ def embed(
     ] = 32,
     source: Annotated[
         str | None, typer.Option("--from", metavar="MODEL", help="For table: the model whose embedding is taken.")
+    ] = None,
+    normalise: Annotated[
+        bool | None, typer.Option(help="Give rows norm 1; by default for glyphs and random ones.")
     ] = None,
     unique: Annotated[bool, typer.Option("--unique", help="Break ties, so that no two tokens share a row.")] = False,
     seed: Annotated[int, typer.Option(help="Of random rows, and of broken ties.")] = 0,
@@ -70,8 +78,8 @@ def embed(
     from surgery.progress import terminal
 
     report = make_embedding(
-        tokenizer, out, kind=cast("Kind", o.choice(kind, KINDS, "kind")), width=width, font=font, cell=cell,
-        source=source, unique=unique, seed=seed, overwrite=overwrite, progress=terminal,
+        tokenizer, out, kind=cast("Kind", o.choice(kind, KINDS, "kind")), width=width, rows=rows, font=font,
+        cell=cell, source=source, normalise=normalise, unique=unique, seed=seed, overwrite=overwrite, progress=terminal,
     )  # fmt: skip
     if as_json:
         console.show_json(report)
@@ -85,17 +93,26 @@ def tokenizer(
     corpus: Texts,
     out: o.Out,
     vocab: Annotated[int, typer.Option(min=1, help="Tokens in all, 256 bytes among them.")],
+    special: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TOKEN", help="With a meaning of its own; the first ends texts; repeatable. [<|endoftext|>]"
+        ),
+    ] = None,
     field: Field = "text",
     overwrite: o.Overwrite = False,
     as_json: o.Json = False,
 ) -> None:
     """Train a BPE tokenizer that begins with characters and can spell every codepoint."""
     from surgery.growth.corpus import documents
-    from surgery.growth.tokenizer import train_tokenizer
+    from surgery.growth.tokenizer import END, train_tokenizer
     from surgery.progress import terminal
 
     texts = (document.text for document in documents(corpus, field=field))
-    report = train_tokenizer(texts, out, vocab=vocab, refs=corpus, overwrite=overwrite, progress=terminal)
+    report = train_tokenizer(
+        texts, out, vocab=vocab, special=special or (END,), refs=corpus, field=field, overwrite=overwrite,
+        progress=terminal,
+    )  # fmt: skip
     if as_json:
         console.show_json(report)
     else:
@@ -123,16 +140,20 @@ def init(
     """Write the model that a growth begins with: a Llama, or any config, around a frozen embedding."""
     from surgery.growth.init import init_model
     from surgery.growth.schedule import Shape
+    from surgery.parallel import share
 
     said = {
         "hidden": hidden, "heads": heads, "kv_heads": kv_heads, "mlp": mlp, "context": context, "layers": layers,
         "config": config,
     }  # fmt: skip
     shape = Shape.model_validate({name: value for name, value in said.items() if value is not None})
-    report = init_model(
-        embed, out, shape=shape, seed=seed, dtype=dtype, dry_run=dry_run,
-        options=o.options(overwrite=overwrite),
-    )  # fmt: skip
+    options = o.options(overwrite=overwrite)
+
+    def make(_: None) -> InitReport:
+        return init_model(embed, out, shape=shape, seed=seed, dtype=dtype, dry_run=dry_run, options=options)
+
+    # Random weights are drawn in one process, whatever shares the writing.
+    [report] = share([None], make)
     if as_json:
         console.show_json(report)
     else:
@@ -161,11 +182,21 @@ def add(
     """Write a model of any family with layers added; every other tensor keeps its bytes."""
     from surgery.growth.add import add_layers
     from surgery.growth.schedule import INITS
+    from surgery.parallel import share
 
-    report = add_layers(
-        model, out, layers=layers, at=_place(at), init=cast("Init", o.choice(init, INITS, "init")), seed=seed,
-        dtype=dtype, dry_run=dry_run, options=o.options(threads, overwrite=overwrite),
-    )  # fmt: skip
+    place, begins, options = (
+        _place(at),
+        cast("Init", o.choice(init, INITS, "init")),
+        o.options(threads, overwrite=overwrite),
+    )
+
+    def make(_: None) -> AddReport:
+        return add_layers(
+            model, out, layers=layers, at=place, init=begins, seed=seed, dtype=dtype, dry_run=dry_run, options=options
+        )
+
+    # Random layers are drawn in one process, whatever shares the writing.
+    [report] = share([None], make)
     if as_json:
         console.show_json(report)
         return
@@ -185,6 +216,7 @@ def run(
     tokens: Tokens = None,
     seed: Seed = None,
     device: TrainDevice = None,
+    threads: o.Threads = None,
     save_every: SaveEvery = 5.0,
     tensorboard: Logs = False,
     dry_run: o.DryRun = False,
@@ -193,7 +225,7 @@ def run(
     """Grow a model stage by stage, each a checkpoint RUN/stage-k; the same command goes on where it was stopped."""
     from surgery.growth.run import grow
 
-    begun, doing = _begin(plan, out, embed, corpus, tokens, seed, device, save_every, tensorboard)
+    begun, doing = _begin(plan, out, embed, corpus, tokens, seed, device, threads, save_every, tensorboard)
     if dry_run:
         _nothing_done(begun, as_json=as_json)
     else:
@@ -211,6 +243,7 @@ def baseline(
     tokens: Tokens = None,
     seed: Seed = None,
     device: TrainDevice = None,
+    threads: o.Threads = None,
     save_every: SaveEvery = 5.0,
     tensorboard: Logs = False,
     dry_run: o.DryRun = False,
@@ -219,7 +252,7 @@ def baseline(
     """Train models of the final depth in one go, at the growth's tokens and at its operations, and compare."""
     from surgery.growth.baseline import train_baselines
 
-    begun, doing = _begin(plan, out, embed, corpus, tokens, seed, device, save_every, tensorboard)
+    begun, doing = _begin(plan, out, embed, corpus, tokens, seed, device, threads, save_every, tensorboard)
     chosen = cast("Budgets", o.choice(budget, ("tokens", "flops", "both"), "budget"))
     of = cast("Embeddings", o.choice(embedding, ("frozen", "trained", "both"), "embedding"))
     if dry_run:
@@ -236,14 +269,14 @@ def _place(text: str) -> Place:
 
 def _begin(
     plan: str, out: Path, embed: str | None, corpus: list[str] | None, tokens: int | None, seed: int | None,
-    device: str | None, save_every: float, tensorboard: bool,
+    device: str | None, threads: int | None, save_every: float, tensorboard: bool,
 ) -> tuple[Begun, Doing]:  # fmt: skip
     from surgery.growth.begin import begin, plan_of
     from surgery.growth.run import Doing
     from surgery.progress import terminal
 
     begun = begin(plan_of(plan, embed=embed, corpus=corpus, tokens=tokens, seed=seed), out)
-    return begun, Doing(device, save_every, tensorboard, terminal)
+    return begun, Doing(device, threads, save_every, tensorboard, terminal)
 
 
 def _nothing_done(begun: Begun, *, as_json: bool) -> None:

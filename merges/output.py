@@ -11,13 +11,14 @@ from typing import Any
 from merges.layout import LM_HEAD, Layout
 from merges.templates import set_chat_template
 from merges.token_ids import remap_ids, resized
-from merges.tokenizer_files import is_tokenizer_file, read_tokenizer_files
+from merges.tokenizer_files import read_tokenizer_files
 from merges.tokens import TokenPlan
 from surgery.anatomy import anatomy
 from surgery.checkpoint import Checkpoint, read_json
 from surgery.errors import SurgeryError
 from surgery.preflight import Preflight
 from surgery.structure import unsayable, untied, with_layers
+from surgery.tokenizer_files import is_tokenizer_file
 from surgery.vocab import read_vocabulary
 
 CONFIG, GENERATION = "config.json", "generation_config.json"

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from merges.tokenizer_files import CHAT_TEMPLATE, CHAT_TEMPLATES, LEGACY_CHAT_TEMPLATE, dump
+from merges.tokenizer_files import dump
 from surgery.checkpoint import read_json
 from surgery.errors import SurgeryError, listing, usage_error
+from surgery.tokenizer_files import CHAT_TEMPLATE, CHAT_TEMPLATES, LEGACY_CHAT_TEMPLATE
 from surgery.vocab import CONFIG, Vocabulary
 
 AUTO = "auto"

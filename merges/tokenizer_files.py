@@ -15,22 +15,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint import read_json
 from surgery.errors import SurgeryError, listing
-from surgery.vocab import CONFIG, CONVERT, FETCH_AGAIN, OTHER_FORMATS, SENTENCEPIECE, TOKENIZER
-
-SPECIAL_TOKENS = "special_tokens_map.json"
-ADDED_TOKENS = "added_tokens.json"
-CHAT_TEMPLATE = "chat_template.jinja"
-CHAT_TEMPLATES = "additional_chat_templates"
-LEGACY_CHAT_TEMPLATE = "chat_template.json"
-SETTINGS = (CONFIG, SPECIAL_TOKENS, CHAT_TEMPLATE, LEGACY_CHAT_TEMPLATE, f"{CHAT_TEMPLATES}/*.jinja")
-TABLES = (TOKENIZER, ADDED_TOKENS, "vocab.json", "merges.txt", "vocab.txt", *SENTENCEPIECE, *OTHER_FORMATS)
-PATTERNS = (*SETTINGS, *TABLES, "tokenization_*.py")
+from surgery.tokenizer_files import (
+    ADDED_TOKENS,
+    SPECIAL_TOKENS,
+    TABLES,
+    matches,
+    tokenizer_files,
+)
+from surgery.vocab import CONFIG, CONVERT, FETCH_AGAIN, TOKENIZER
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 EXAMPLES = 3
@@ -38,22 +35,14 @@ EXAMPLES = 3
 Entry = Mapping[str, bool]
 
 
-def is_tokenizer_file(name: str) -> bool:
-    """Whether a file of a checkpoint, by its path in the folder, belongs to the tokenizer (chat templates do)."""
-    return _matches(name, PATTERNS)
-
-
 def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
     """The tokenizer's files in `folder`: path in it → content, sorted. Raises SurgeryError for what cannot be read."""
-    inside = [*folder.iterdir(), *(folder / CHAT_TEMPLATES).glob("*.jinja")]
-    found = {path.relative_to(folder).as_posix(): path for path in sorted(inside) if path.is_file()}
     files = {}
-    for name, path in found.items():
-        if is_tokenizer_file(name):
-            try:
-                files[name] = path.read_bytes()
-            except OSError as error:
-                raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
+    for path in tokenizer_files(folder):
+        try:
+            files[path.relative_to(folder).as_posix()] = path.read_bytes()
+        except OSError as error:
+            raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
     return files
 
 
@@ -110,7 +99,7 @@ def extend_tokenizer(
     else:
         ordinary = [token for token in new if token not in added]
         model["vocab"] = [*model["vocab"], *_more_pieces(model["vocab"], ids, ordinary, where / TOKENIZER)]
-    out = {name: data for name, data in files.items() if not _matches(name, TABLES)}
+    out = {name: data for name, data in files.items() if not matches(name, TABLES)}
     out[TOKENIZER] = dump(tokenizer)
     settings = json.loads(files.get(CONFIG, b"{}"))
     if settings.get("added_tokens_decoder"):
@@ -159,10 +148,6 @@ def _special_tokens(settings: Mapping[str, Any]) -> set[str]:
         elif isinstance(value, dict):
             values.extend([value["content"]] if "content" in value else value.values())
     return named
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def dump(value: object) -> bytes:

@@ -16,13 +16,14 @@ from typing import Any, Literal, get_args
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from merges.ensemble_model import LogitEnsembleConfig, LogitEnsembleForCausalLM, combine, head_of
 from surgery.checkpoint import Checkpoint, loadable_folder
 from surgery.compute import torch_device
 from surgery.errors import SurgeryError, usage_error
 from surgery.progress import Advance, Progress
+from surgery.scoring import load_tokenizer
 
 TuneWhat = Literal["weights", "head"]
 HELD_OUT = 0.2  # share of the rows
@@ -134,10 +135,7 @@ def tune_members(
         SurgeryError: a member cannot be loaded; the first has no tokenizer; no row has a token to learn.
     """
     place = torch_device(device)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(loadable_folder(checkpoints[0]))
-    except (OSError, ValueError) as error:
-        raise SurgeryError(f"its tokenizer cannot be loaded: {error}", where=checkpoints[0].ref) from error
+    tokenizer = load_tokenizer(loadable_folder(checkpoints[0]), checkpoints[0].ref)
     model = LogitEnsembleForCausalLM(LogitEnsembleConfig(**config), [_load(one).to(place) for one in checkpoints])
     model.requires_grad_(False).eval()
     return tune(model, tokenizer, rows, what, scratch, progress=progress)

@@ -27,7 +27,7 @@ from probes.effects import Rate
 from probes.examples import Example
 from probes.expert_findings import ExpertFindings, read_expert_findings
 from probes.markers import find_markers, never_closed
-from probes.preparing import TOKENIZER_FILES, Asking, asking_of, markers_of, open_model
+from probes.preparing import Asking, asking_of, markers_of, open_model
 from probes.prompts import read_data
 from probes.records import check_model, read_examples
 from probes.repetition import loops
@@ -42,7 +42,8 @@ from surgery.parallel import n_processes
 from surgery.part_edits import EditNotes, Measure
 from surgery.refs import open_checkpoint
 from surgery.report import Table
-from surgery.scoring import quiet
+from surgery.scoring import load_tokenizer
+from surgery.tokenizer_files import TOKENIZER_FILES
 
 # How much larger the share of answers that loop may become before a result is not kept.
 MORE_LOOPS = 0.1
@@ -114,8 +115,12 @@ def edit_experts(
             without a run, the tokenizer does not say how the model thinks; the answers collapse; else as
             `surgery.expert_edits.scale_experts`.
     """
-    if n_processes() > 1:
-        raise usage_error("runs in one process", where="edit experts", hint="Start it without accelerate launch.")
+    measured = wanted and not dry_run and (choice.run is not None or data is not None)
+    if measured and n_processes() > 1:
+        raise usage_error(
+            "runs in one process where it measures", where="edit experts",
+            hint="Start it without accelerate launch, or add --no-measure.",
+        )  # fmt: skip
     if data is not None and not wanted:
         raise usage_error("--data says what to measure on, --no-measure not to measure: give one of them.")
     checkpoint = open_checkpoint(model)
@@ -125,7 +130,7 @@ def edit_experts(
     scales = chosen_experts(choice, findings)
     kept: list[ExpertMeasured] = []
     measure = None
-    if wanted and not dry_run and (choice.run is not None or data is not None):
+    if measured:
         asking = asking_of(findings.settings) if findings else Asking()
         if findings is None:
             _check_thinking(checkpoint)
@@ -159,15 +164,12 @@ def chosen_experts(choice: ExpertChoice, findings: ExpertFindings | None) -> dic
 
 def _check_thinking(checkpoint: Checkpoint) -> None:
     """Raises SurgeryError where it cannot be known how the model thinks: before anything is written, not after."""
-    from transformers import AutoTokenizer
-
     if not {path.name for path in checkpoint.side_files} & set(TOKENIZER_FILES):
         raise usage_error(
             "has no tokenizer beside its weights", where=checkpoint.ref,
             hint="Copy its tokenizer.json into the folder, or add --no-measure.",
         )  # fmt: skip
-    with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(str(loadable_folder(checkpoint)))
+    tokenizer = load_tokenizer(loadable_folder(checkpoint), checkpoint.ref)
     try:
         find_markers(tokenizer, where=checkpoint.ref)
     except SurgeryError as error:

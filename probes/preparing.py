@@ -23,17 +23,7 @@ from surgery.live import LiveModel, open_live
 from surgery.progress import Progress, silent
 from surgery.refs import open_checkpoint
 from surgery.scoring import Loaded, load_model
-
-# What transformers reads a tokenizer from; one of them is enough.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
-)
-
+from surgery.tokenizer_files import TOKENIZER_FILES
 
 # Completions of the data, and of the second data set, until a run is whole.
 GENERATIONS = "generations.jsonl"

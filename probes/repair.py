@@ -128,8 +128,12 @@ def edit_heads(
         SurgeryError: no heads, or heads that are not there; findings of another model; means without a bias to hold
             them; refusal of harmful prompts fell; else as `surgery.edits.scale_heads`.
     """
-    if n_processes() > 1:
-        raise usage_error("runs in one process", where="edit heads", hint="Start it without accelerate launch.")
+    measured = measuring.wanted and not dry_run and (choice.run is not None or measuring.data is not None)
+    if measured and n_processes() > 1:
+        raise usage_error(
+            "runs in one process where it measures", where="edit heads",
+            hint="Start it without accelerate launch, or add --no-measure.",
+        )  # fmt: skip
     if measuring.data is not None and not measuring.wanted:
         raise usage_error("--data says what to measure on, --no-measure not to measure: give one of them.")
     checkpoint = open_checkpoint(model)
@@ -139,7 +143,7 @@ def edit_heads(
     scales = _chosen(choice, findings)
     kept: list[Measured] = []
     measure = None
-    if measuring.wanted and not dry_run and (choice.run is not None or measuring.data is not None):
+    if measured:
         measure = _measure(model, checkpoint, choice.run, findings, measuring, dtype, options, kept)
     # The device is the models': scaling a few columns is no work for it.
     writing = replace(options, device="cpu")

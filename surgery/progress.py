@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from surgery.process import is_main
+from surgery.told import Teller
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -41,18 +42,24 @@ _open: list[Display] = []
 
 @contextmanager
 def terminal(label: str, total: int, unit: Unit = "bytes") -> Iterator[Advance]:
-    """A bar on stderr with rate and time left, below the one that is open; nothing where stderr is not a terminal."""
+    """A bar on stderr with rate and time left, below the one that is open; nothing where stderr is not a terminal.
+
+    A parent process that listens is told the same.
+    """
+    teller = Teller(label, total, unit) if is_main() else None
     if _open:
         display = _open[-1]
         task = display.add_task(label, total=total, unit=unit)
-        yield _advancing(display, task, label)
-        display.remove_task(task)
+        try:
+            yield _advancing(display, task, label, teller)
+        finally:
+            display.remove_task(task)
         return
     with _display() as display:
         task = display.add_task(label, total=total, unit=unit)
         _open.append(display)
         try:
-            yield _advancing(display, task, label)
+            yield _advancing(display, task, label, teller)
         finally:
             _open.pop()
 
@@ -69,8 +76,10 @@ def _nothing(amount: int, note: str = "") -> None:
     pass
 
 
-def _advancing(display: Display, task: TaskID, label: str) -> Advance:
+def _advancing(display: Display, task: TaskID, label: str, teller: Teller | None) -> Advance:
     def advance(amount: int, note: str = "") -> None:
+        if teller is not None:
+            teller.advance(amount, note)
         if note:
             display.update(task, description=f"{label}  {note}")
         display.advance(task, amount)
@@ -110,7 +119,7 @@ def _display() -> Display:
     # The stream as it is now: libraries that are kept quiet meanwhile must not silence the bar.
     console = Console(file=sys.stderr)
     return bars.Progress(
-        bars.TextColumn("{task.description}"), bars.BarColumn(),
+        bars.TextColumn("{task.description}", markup=False), bars.BarColumn(),
         ByUnit(bars.DownloadColumn(binary_units=True), bars.MofNCompleteColumn(), Tokens()),
         ByUnit(bars.TransferSpeedColumn(), StepRate(), TokenRate()), bars.TimeRemainingColumn(),
         console=console, transient=True, disable=not (console.is_terminal and is_main()),

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.checkpoint import read_json
 from surgery.compute import torch_device
 from surgery.errors import SurgeryError, usage_error
 from surgery.progress import Advance, Progress, silent
+from surgery.vocab import CONFIG, FETCH_AGAIN, TOKENIZER
 
 # The 97.5 % quantile of the normal distribution: the half-width of a 95 % interval in standard errors.
 Z = 1.959963984540054
@@ -91,7 +93,7 @@ def load_model(folder: Path | str, name: str, *, device: str = "cpu", dtype: str
         SurgeryError: it cannot be loaded; there is no such device or dtype.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     kind = getattr(torch, dtype, None)
     if dtype != AUTO and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
@@ -99,15 +101,35 @@ def load_model(folder: Path | str, name: str, *, device: str = "cpu", dtype: str
     if device != AUTO:
         torch_device(device)
 
+    tokenizer = load_tokenizer(folder, name)
     with quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder))
             spread = {"device_map": AUTO} if device == AUTO else {}
-            model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, **spread).eval()
+            # Unsaid, transformers would ask on the terminal whether to run a stranger's code.
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=dtype, trust_remote_code=False, **spread
+            ).eval()
             model = model if spread else model.to(device)
         except (OSError, ValueError) as fault:
             raise SurgeryError(f"cannot be loaded: {fault}", where=name) from fault
     return Loaded(name, model, tokenizer)
+
+
+def load_tokenizer(folder: Path | str, name: str) -> Any:
+    """The tokenizer in `folder`. Raises SurgeryError where it cannot be loaded, or needs code of its own."""
+    from transformers import AutoTokenizer
+
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        except Exception as fault:  # the tokenizers library raises nothing narrower
+            if "AutoTokenizer" in (read_json(Path(folder) / CONFIG, missing={}).get("auto_map") or {}):
+                raise SurgeryError(
+                    "its tokenizer needs code of its own, which is not run", where=name,
+                    hint=f"Give a folder with its {TOKENIZER}, and a {CONFIG} without auto_map.",
+                ) from fault  # fmt: skip
+            reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+            raise SurgeryError(f"its tokenizer cannot be loaded ({reason})", where=name, hint=FETCH_AGAIN) from fault
 
 
 @contextlib.contextmanager

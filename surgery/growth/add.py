@@ -26,6 +26,7 @@ from surgery.dtypes import dtype_name
 from surgery.edit import write_config_dtype
 from surgery.errors import listing, usage_error
 from surgery.execute import Options, Outcome, execute
+from surgery.files import write_file
 from surgery.growth.deepening import COMMAND, Deepening
 from surgery.growth.fresh import folder_for, fresh_layers, transformers_version
 from surgery.growth.schedule import Init, Place
@@ -176,8 +177,8 @@ def add_layers(
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Writes config.json into `folder`."""
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Writes config.json into `folder`. Raises SurgeryError where it cannot be written."""
+    write_file(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def _card(report: AddReport, base: Checkpoint, stored_as: str | None) -> Card:

@@ -16,17 +16,26 @@ from torch import Tensor
 from surgery.anatomy import anatomy
 from surgery.checkpoint import read_folder
 from surgery.errors import usage_error
-from surgery.growth.begin import Begun, key_of, shape_of
+from surgery.growth.begin import Begun, key_of
 from surgery.growth.course import Windows
 from surgery.growth.flops import sizes, step_cost
 from surgery.growth.fresh import seed_of
-from surgery.growth.init import init_model
 from surgery.growth.results import Budget, Embedding, Growth, Trained
-from surgery.growth.run import Doing, ground_of, held_growth, kept, publish, remove, scores_of
+from surgery.growth.run import (
+    Doing,
+    comparable,
+    ground_of,
+    held_growth,
+    kept,
+    made,
+    publish,
+    remove,
+    scores_of,
+    stage_keys,
+)
 from surgery.growth.schedule import Stage
 from surgery.growth.trained import Ground, Job, train_checkpoint
 from surgery.hashing import hash_text
-from surgery.parallel import share
 
 Budgets = Literal["tokens", "flops", "both"]
 Embeddings = Literal["frozen", "trained", "both"]
@@ -87,6 +96,12 @@ def train_baselines(
             hint="`surgery grow run PLAN -o RUN` comes first.",
         )  # fmt: skip
     shared = ground_of(begun, doing)
+    keys = stage_keys(begun, shared)
+    if [stage.training.key for stage in growth.stages] != keys:
+        raise usage_error(
+            "holds a growth of another plan, start or corpus", where=run, hint="Give those that it was grown by."
+        )
+    stages = [Trained(training=s.training, scores=scores_of(begun, s.training, doing, growth)) for s in growth.stages]
     drawn = [(s.training.first_window, s.training.steps * plan.batch) for s in growth.stages]
     ground = Ground(
         run, SameOrder(shared.store, drawn), shared.sequence, shared.batch, shared.cache, shared.cached_windows,
@@ -94,12 +109,12 @@ def train_baselines(
     )  # fmt: skip
     budgets: tuple[Budget, ...] = ("tokens", "flops") if budget == "both" else (budget,)
     embeddings: tuple[Embedding, ...] = ("frozen", "trained") if embedding == "both" else (embedding,)
-    found = {model.training.name: model for model in growth.baselines}
+    found = {model.training.name: model for model in comparable(growth, plan, keys[-1])}
     for one, other in product(budgets, embeddings):
         model = _baseline(begun, growth, ground, one, other, doing)
         found[model.training.name] = model
-        publish(begun, growth.stages, _ordered(found))
-    return publish(begun, growth.stages, _ordered(found), report=True)
+        publish(begun, stages, _ordered(found))
+    return publish(begun, stages, _ordered(found), report=True)
 
 
 def _baseline(
@@ -111,9 +126,7 @@ def _baseline(
     key = key_of(begun.key, last.key, name, plan.training.model_dump(mode="json"))
     record = kept(begun.run / name, key)
     if record is None:
-        shape, embed = shape_of(plan, layers=last.layers), str(plan.embed)
-        if not begins.exists():
-            share([None], lambda _: init_model(embed, begins, shape=shape, seed=plan.seed, dtype=plan.dtype))
+        made(begun, begins, layers=last.layers)
         stage = Stage(
             add=0, init="random", train=("all",) if embedding == "trained" else ("new", "head", "norm"),
             tokens=_tokens(begun, growth, begins.name, budget), training=plan.training,

@@ -16,9 +16,7 @@ from surgery.anatomy import anatomy
 from surgery.checkpoint import Checkpoint, read_json
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.growth.corpus import documents
-from surgery.growth.results import (
-    RESULTS,
-)
+from surgery.growth.results import RESULTS
 from surgery.growth.schedule import GrowthPlan, Shape, read_plan
 from surgery.growth.substrate import open_embedding
 from surgery.growth.surfaces import open_tokenizer
@@ -31,8 +29,12 @@ from surgery.refs import open_checkpoint
 
 COMMAND = "grow run"
 TOKENS = "tokens"
-# What of a plan changes no weights; stages have keys of their own.
-FREE: dict[str, Any] = {"evaluate": True, "cache": {"use", "disk", "folder"}, "stages": True}
+# What of a plan changes no weights, or is known by its content, wherever it lies; stages have keys of their own.
+FREE: dict[str, Any] = {
+    **dict.fromkeys(("evaluate", "stages", "embed", "start", "corpus"), True),
+    "cache": {"use", "disk", "folder"},
+    "model": {"config"},
+}
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ def begin(plan: GrowthPlan, run: Path) -> Begun:
         )
     depth = _check_stages(plan, layers, faults)
     _check_context(plan, open_checkpoint(str(plan.start)) if plan.start else None, faults)
+    _check_corpus(plan, faults)
     texts = tuple(_text(ref, plan, faults) for ref in plan.evaluate.texts)
     if faults:
         raise usage_error("\n  ".join(faults), where=COMMAND)
@@ -135,10 +138,9 @@ def begin(plan: GrowthPlan, run: Path) -> Begun:
         "tokens": f"{total:,} in all, in windows of {plan.sequence:,}",
         "corpus": listing(plan.corpus, 3),
     }
-    return Begun(
-        plan, run, key_of(key, plan.model_dump(mode="json", exclude=FREE)), layers, width, vocab_size, tokenizer,
-        texts, facts,
-    )  # fmt: skip
+    config = read_json(plan.model.config) if plan.model and plan.model.config else None
+    key = key_of(key, plan.model_dump(mode="json", exclude=FREE), config)
+    return Begun(plan, run, key, layers, width, vocab_size, tokenizer, texts, facts)
 
 
 def key_of(*parts: Any) -> str:
@@ -177,6 +179,16 @@ def _check_context(plan: GrowthPlan, start: Checkpoint | None, faults: list[str]
     context = stated if config else shape_of(plan, layers=0).context
     if context is not None and plan.sequence > context:
         faults.append(f"windows of {plan.sequence:,} tokens do not fit into the model's context of {context:,}.")
+
+
+def _check_corpus(plan: GrowthPlan, faults: list[str]) -> None:
+    """Adds a fault where the corpus is not there or holds no text; only its first document is read."""
+    try:
+        next(documents(plan.corpus, field=plan.field))
+    except SurgeryError as error:
+        faults.append(str(error))
+    except StopIteration:
+        faults.append(f"{listing(plan.corpus)}: holds no text to learn from.")
 
 
 def _text(ref: str, plan: GrowthPlan, faults: list[str]) -> Text:

@@ -18,7 +18,8 @@ import json
 import mmap
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from xxhash import xxh3_64_intdigest
 from surgery.errors import SurgeryError, usage_error
 from surgery.files import disk_error, write_file
 from surgery.hashing import hash_text
-from surgery.parallel import share
+from surgery.parallel import n_sharing, share
 from surgery.report import format_value
 
 STATES, WINDOWS, ABOUT = "states.bin", "windows.bin", "cache.json"
@@ -87,20 +88,14 @@ class PrefixCache:
             )
         self.folder, self.windows, self.sequence, self.width, self.dtype = folder, windows, sequence, width, dtype
         self.damaged = 0
+        self.prefixes: dict[int, str] = {}
         self._alone = alone
         self._about = _about(windows, sequence, width, dtype, tokens)
         try:
             self._once(self._prepare)
-            self.prefixes = _recorded(self.folder, self._about) or {}
-            self._states_map, self._windows_map = (_mapped(folder / name) for name in (STATES, WINDOWS))
+            self._each(self._open)
         except OSError as error:
             raise disk_error(error, folder) from error
-        kind = np.float32 if dtype == torch.float32 else np.uint16
-        self._states: NDArray[Any] = np.frombuffer(self._states_map, kind).reshape(windows, sequence, width)
-        records = np.frombuffer(self._windows_map, _RECORD)
-        self._depths: NDArray[np.int64] = records["depth"]
-        self._hashes: NDArray[np.uint64] = records["hash"]
-        self._seeds = _seeds(self.prefixes)
 
     @property
     def bytes_per_window(self) -> int:
@@ -119,7 +114,6 @@ class PrefixCache:
             SurgeryError: the disk cannot be written.
         """
         kept = {at: made for at, made in self.prefixes.items() if prefixes.get(at) == made}
-
         begun = kept | {depth: prefixes[depth]}
 
         def forget_and_record() -> None:
@@ -169,6 +163,10 @@ class PrefixCache:
 
         Args:
             hidden: (B, sequence, width), on any device and of any float dtype; what is returned is like it.
+
+        Raises:
+            SurgeryError: the disk cannot be written. Some file systems find only now that they are full; the windows
+                that were not written then stand nowhere.
         """
         self._check(numbers)
         if tuple(hidden.shape) != (len(numbers), self.sequence, self.width):
@@ -182,7 +180,10 @@ class PrefixCache:
         # In this order: whenever the process is killed, no window says that it stands where it does not.
         self._depths[list(numbers)] = NOTHING
         for row, number in zip(rows, numbers, strict=True):
-            self._states[number] = row
+            try:
+                self._put(row, number)
+            except OSError as error:
+                raise disk_error(error, self.folder) from error
             self._hashes[number] = self._hash(row, depth)
             self._depths[number] = depth
         return rounded.to(hidden.dtype)
@@ -205,18 +206,47 @@ class PrefixCache:
         del self._states, self._depths, self._hashes
         self._states_map.close()
         self._windows_map.close()
+        self._release()
 
     def remove(self) -> None:
         """Closes the cache and deletes its folder; for one process, once the others have closed it."""
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _once(self, work: Any) -> None:
+    def _once(self, work: Callable[[], None]) -> None:
         """`work` in one process, the others waiting for it."""
         if self._alone:
             work()
         else:
             share([work], lambda job: job())
+
+    def _each(self, work: Callable[[], None]) -> None:
+        """`work` in every process; none goes on where it fails in one."""
+        if self._alone:
+            work()
+        else:
+            share(range(n_sharing()), lambda _: work())
+
+    def _open(self) -> None:
+        self.prefixes = _recorded(self.folder, self._about) or {}
+        self._seeds = _seeds(self.prefixes)
+        self._states_file = os.open(self.folder / STATES, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+        self._release = weakref.finalize(self, os.close, self._states_file)
+        self._states_map: mmap.mmap = _mapped(self.folder / STATES)
+        self._windows_map: mmap.mmap = _mapped(self.folder / WINDOWS)
+        kind = np.float32 if self.dtype == torch.float32 else np.uint16
+        shape = self.windows, self.sequence, self.width
+        self._states: NDArray[Any] = np.frombuffer(self._states_map, kind).reshape(shape)
+        records = np.frombuffer(self._windows_map, _RECORD)
+        self._depths: NDArray[np.int64] = records["depth"]
+        self._hashes: NDArray[np.uint64] = records["hash"]
+
+    def _put(self, row: NDArray[Any], number: int) -> None:
+        # Not through the map: where the disk has no room in spite of all, a file says so, and a map kills the process.
+        octets, at = memoryview(row).cast("B"), number * self.bytes_per_window  # type: ignore[arg-type]  # see octets
+        while octets:
+            done = os.pwrite(self._states_file, octets, at)
+            octets, at = octets[done:], at + done
 
     def _prepare(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ A reference is one of
   of every row;
 - a folder: all such files under it by path, but no hidden ones, and none that hold zero bytes, which are no text;
   links to folders are not followed;
-- a glob such as `src/**/*.py`: all such files that it matches;
+- a glob such as `src/**/*.py`: all such files that it matches, each once, however links lead to its folder;
 - a Hub data set `org/name[/config][@revision]:split[a:b]`, streamed at one commit;
 - `lab:python/code` and the like (`surgery.lab.python_text`).
 
@@ -229,8 +229,11 @@ def _matching(ref: str, field: str) -> _Files:
     names = glob.glob(str(pattern), recursive=True)  # noqa: PTH207
     found = [path for path in map(Path, names) if path.is_file()]
     if not found:
-        raise usage_error("matches no file", where=ref, hint=f"Looked in {base.absolute()}.")
-    paths = tuple(sorted(path for path in found if _is_rows(path) or _holds_text(path)))
+        data_set = f" A Hub data set is given as {hub_data.SHAPE}." if ":" in ref else ""
+        raise usage_error("matches no file", where=ref, hint=f"Looked in {base.absolute()}.{data_set}")
+    # Links may lead to a folder in several ways, or in circles: the shortest way counts.
+    ways = {(os.path.realpath(path.parent), path.name): path for path in sorted(found, key=lambda p: -len(p.parts))}
+    paths = tuple(sorted(path for path in ways.values() if _is_rows(path) or _holds_text(path)))
     if not paths:
         raise usage_error(f"holds no text: the {len(found)} files that it matches are all binary", where=ref)
     return _Files(ref, base, paths, field)
@@ -282,11 +285,12 @@ def _jsonl(path: Path, field: str) -> Iterator[Document]:
     with _reading(path), path.open("rb") as file:
         # By bytes: JSON strings may hold line separators of Unicode.
         for number, raw in enumerate(file, start=1):
-            if not raw.strip():
-                continue
             where = f"{path}:{number}"
             try:
-                record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                if line.isspace() or not line:
+                    continue
+                record = json.loads(line)
             except UnicodeDecodeError as error:
                 raise _no_utf8(where, error) from error
             except (ValueError, RecursionError) as error:

@@ -2,8 +2,9 @@
 
 A matrix of P entries costs 2·P per token forward, 2·P for the gradient of its input and 2·P for its own (Kaplan et al.,
 arXiv 2001.08361, section 2.1), and attention over T tokens 2·T·W forward in a layer whose heads are W wide together (of
-the T that a token could see, a causal one sees half). So what trains costs 6·P, what is frozen above it 4·P, and what
-is frozen below it 2·P, or nothing once it is cached. Norms, activations and the loss are left out.
+the T that a token could see, a causal one sees half), and twice that for the gradients of what it multiplies. So what
+trains costs 6·P, what is frozen above it 4·P, and what is frozen below it 2·P, or nothing once it is cached. Norms,
+activations and the loss are left out.
 """
 
 from __future__ import annotations
@@ -36,16 +37,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Operations per token of one forward pass: of every layer, and of the output head."""
+    """Operations per token of one forward pass: of every layer, of its attention alone, and of the output head."""
 
     layers: tuple[float, ...]
+    attention: tuple[float, ...]
     head: float
 
 
 def sizes(checkpoint: Checkpoint, structure: Anatomy, *, sequence: int) -> Sizes:
     """The forward cost of the parts of a model on windows of `sequence` tokens. Of experts, those count that a token
     is sent to."""
-    layers = []
+    layers, attention = [], []
     for layer in structure.blocks:
         entries = 0.0
         for name in layer.names:
@@ -54,24 +56,28 @@ def sizes(checkpoint: Checkpoint, structure: Anatomy, *, sequence: int) -> Sizes
                 entries += checkpoint.tensors[name].n_elements * _share(structure, layer.index, name)
         heads = layer.heads
         width = heads.n_heads * heads.head_dim if heads and heads.n_heads and heads.head_dim else 0
-        layers.append(FORWARD * entries + 2.0 * sequence * width)
+        attention.append(2.0 * sequence * width)
+        layers.append(FORWARD * entries + attention[-1])
     vocabulary = [checkpoint.tensors[name] for name in structure.lm_heads or structure.token_embeddings]
-    return Sizes(tuple(layers), FORWARD * float(vocabulary[0].n_elements) if vocabulary else 0.0)
+    return Sizes(tuple(layers), tuple(attention), FORWARD * float(vocabulary[0].n_elements) if vocabulary else 0.0)
 
 
-def step_cost(size: Sizes, *, depth: int, trained: Collection[int], head: bool) -> Cost:
-    """The cost of training the layers `trained`, and the head where `head`; all other matrices are frozen.
+def step_cost(size: Sizes, *, depth: int, trained: Collection[int], head: bool, norm: bool = False) -> Cost:
+    """The cost of training the layers `trained`, the head where `head`, and the final norm where `norm`; all other
+    matrices are frozen.
 
     depth: the first layer in which something trains, be it only a low-rank update, whose own cost is not counted; as
     many as there are layers where only what follows them does.
     """
     forward = float(FORWARD)
+    # Attention has no matrix of its own: the gradients of both factors of its products are those of inputs.
     above = sum(
-        flops / forward * (FORWARD + INPUT_GRADIENT + (OWN_GRADIENT if index in trained else 0))
+        flops / forward * (FORWARD + INPUT_GRADIENT)
+        + (flops if index in trained else size.attention[index]) / forward * OWN_GRADIENT
         for index, flops in enumerate(size.layers)
         if index >= depth
     )
-    gradient = INPUT_GRADIENT if depth < len(size.layers) else 0
+    gradient = INPUT_GRADIENT if norm or depth < len(size.layers) else 0
     above += size.head / forward * (FORWARD + gradient + (OWN_GRADIENT if head else 0))
     return Cost(sum(size.layers[:depth]), above)
 

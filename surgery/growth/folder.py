@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from surgery.commit import partial_of
-from surgery.errors import usage_error
+from surgery.errors import SurgeryError, usage_error
 from surgery.files import disk_error
 from surgery.growth.tables import Table
 from surgery.hashing import hash_bytes, hash_parts
 from surgery.header import build_header
+from surgery.hub_data import first_line
 from surgery.journal import NAME as JOURNAL
 from surgery.plan import PYTORCH
+from surgery.scoring import quiet
 from surgery.stream import octets, segments
 
 
@@ -53,6 +56,15 @@ def write_table(path: Path, name: str, table: Table) -> str:
     except OSError as error:
         raise disk_error(error, path) from error
     return hash_parts(digests)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Writes a tokenizer of transformers to `folder`, as it saves itself. Raises SurgeryError."""
+    try:
+        with quiet():
+            tokenizer.save_pretrained(folder)
+    except Exception as fault:  # the tokenizers library raises nothing narrower for a full disk
+        raise SurgeryError(f"the tokenizer cannot be written ({first_line(fault)})", where=folder) from fault
 
 
 def file_sizes(folder: Path) -> dict[str, int]:

@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from surgery.errors import SurgeryError
 from surgery.growth.stage import StageModel
@@ -37,10 +38,13 @@ def accelerator_for(model: StageModel, sequence: int) -> Any:
     from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
     device = model.live.device
-    unused = n_processes() > 1 and not is_sharded() and model.leaves_out(min(sequence, TRIAL_TOKENS))
-    ours = DistributedDataParallelKwargs(
-        broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=unused
-    )
+    copies = n_processes() > 1 and not is_sharded()
+    unused = copies and model.leaves_out(min(sequence, TRIAL_TOKENS))
+    ours = DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=unused)
+    if copies:
+        # Buffers, such as rotary frequencies, never change: else the first process would send its own at every step.
+        buffers = [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)  # type: ignore[no-untyped-call]
     try:
         accelerator = Accelerator(
             cpu=device.type == "cpu", mixed_precision="bf16" if autocast_dtype(device) else "no", kwargs_handlers=[ours]

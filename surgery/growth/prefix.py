@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from surgery.errors import usage_error
+from surgery.errors import SurgeryError, usage_error
 from surgery.growth.cache import PrefixCache
 from surgery.growth.states import hashes_of
 from surgery.hashing import hash_tensors, hash_text
@@ -56,6 +56,8 @@ class Prefix:
 
     Raises:
         SurgeryError: there is no such depth; the cache cannot be written.
+
+    Later, a disk that cannot be written ends no training: `fault` then says why, and nothing more is written.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Prefix:
         self._tupled = tupled_layers(live)
         self._stops: tuple[int, ...] = (depth,)
         self._done = Statistics()
+        self.fault: str | None = None
         self._ahead: tuple[tuple[int, ...], Future[tuple[int, Tensor] | None]] | None = None
         self._reader: ThreadPoolExecutor | None = None
         if cache is None:
@@ -167,11 +170,17 @@ class Prefix:
             if cache.depths([number]) == [self.depth] and (states := cache.read([number], self.depth)) is not None
         }
         new = [number for number in first if number not in standing]
-        cache.write(new, self.depth, hidden[[first[number] for number in new]])
+        made = len(new)
+        if self.fault is not None:
+            new = []
+        try:
+            cache.write(new, self.depth, hidden[[first[number] for number in new]])
+        except SurgeryError as error:
+            self.fault, new = error.what, []
         for number, states in standing.items():
             hidden[first[number]] = states[0].to(hidden)
         self._count(
-            read=len(standing), extended=extended * len(new), computed=(not extended) * len(new),
+            read=len(standing), extended=extended * made, computed=(not extended) * made,
             bytes_read=len(standing) * cache.bytes_per_window, bytes_written=len(new) * cache.bytes_per_window,
         )  # fmt: skip
         return hidden if len(first) == len(numbers) else hidden[[first[number] for number in numbers]]

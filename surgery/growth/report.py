@@ -9,8 +9,6 @@ from surgery.growth.results import Growth, ScoreRecord, Trained
 from surgery.perplexity import BITS, LOSS, PERPLEXITY
 from surgery.report import Column, Report, Table, Value, format_value
 
-WHAT = {"frozen": "embedding frozen", "trained": "embedding trained"}
-
 
 def stage_table(growth: Growth) -> Table:
     """One row per stage: what was added, what trained, and what it cost."""
@@ -77,7 +75,7 @@ def verdicts(growth: Growth) -> list[str]:
     grown = growth.stages[-1]
     for baseline in growth.baselines:
         name = baseline.training.name
-        if not baseline.scores:
+        if not any(score.metric == LOSS for score in baseline.scores):
             gap = grown.training.last_loss - baseline.training.last_loss
             sentences.append(f"Against {name}, in training alone: {_better(gap)}.")
         for score in baseline.scores:
@@ -94,9 +92,12 @@ def growth_report(growth: Growth) -> Report:
 
     first, last = growth.stages[0].training, growth.stages[-1].training
     done, planned = len(growth.stages), len(growth.plan.expanded)
+    begins = growth.plan.embed or growth.plan.start
+    frozen = all(model.training.embedding == "frozen" for model in growth.stages)
     intro = (
-        f"From {first.layers - len(first.new)} to {last.layers} layers in {done} of {planned} stages, on a frozen "
-        f"embedding (arXiv 2507.07129). Corpus: {', '.join(growth.plan.corpus)}."
+        f"From {first.layers - len(first.new)} to {last.layers} layers in {done} of {planned} stages, begun with "
+        f"{begins}, the embedding {'frozen' if frozen else 'trained too'} (after arXiv 2507.07129). Corpus: "
+        f"{', '.join(growth.plan.corpus)}."
     )
     report = Report("A transformer grown layer by layer", intro)
     report.add("\n".join(verdicts(growth)))

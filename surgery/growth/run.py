@@ -26,6 +26,7 @@ from surgery.growth.report import growth_report
 from surgery.growth.results import (
     REPORT,
     RESULTS,
+    Embedding,
     Growth,
     ScoreRecord,
     Trained,
@@ -43,7 +44,7 @@ from surgery.process import is_main
 from surgery.progress import Progress, silent
 from surgery.scoring import score_models
 
-CACHE, START = "cache", "start"
+START = "start"
 # What trains below the new layers, so that nothing there can be cached.
 MOVING = {"lora", "embedding", "all"}
 
@@ -52,11 +53,12 @@ MOVING = {"lora", "embedding", "all"}
 class Doing:
     """How a growth is run; none of it changes a result beyond rounding.
 
-    device: cpu or cuda[:N]; None takes a GPU where there is one. save_every: minutes between two states to go on from.
-    logs: whether TensorBoard's files are written.
+    device: cpu or cuda[:N]; None takes a GPU where there is one. threads: of the processor; None leaves torch's number.
+    save_every: minutes between two states to go on from. logs: whether TensorBoard's files are written.
     """
 
     device: str | None = None
+    threads: int | None = None
     save_every: float = 5.0
     logs: bool = False
     progress: Progress = field(default=silent, compare=False)
@@ -71,24 +73,29 @@ def grow(begun: Begun, doing: Doing = Doing()) -> Growth:
     """
     plan, run = begun.plan, begun.run
     ground = ground_of(begun, doing)
-    before, key, drawn = _start(begun), begun.key, 0
-    held, done = held_growth(run), list[Trained]()
-    for index, stage in enumerate(plan.expanded, start=1):
+    keys, held = stage_keys(begun, ground), held_growth(run)
+    baselines = comparable(held, plan, keys[-1])
+    drawn, done = 0, list[Trained]()
+    for index, (stage, key) in enumerate(zip(plan.expanded, keys, strict=True), start=1):
         name = f"stage-{index}"
-        key = key_of(key, stage.model_dump(mode="json"), ground.store.identity)
         first = drawn if stage.data == "continue" else 0
         record = kept(run / name, key)
         if record is None:
+            before = run / f"stage-{index - 1}" if index > 1 else _start(begun)
             seed, begins = seed_of(plan.seed, name), run / f"{name}.start"
             start, new = _deepened(before, stage, begins, seed, doing)
             passes = _passes(plan, index - 1, ground.cached_windows)
-            record = train_checkpoint(ground, Job(name, start, stage, new, key, seed, first, passes, plan))
+            embedding: Embedding = "trained" if {"embedding", "all"} & set(stage.train) else "frozen"
+            job = Job(name, start, stage, new, key, seed, first, passes, plan, embedding)
+            record = train_checkpoint(ground, job)
             remove(begins)
-        drawn, before = first + record.steps * plan.batch, run / name
-        done.append(Trained(training=record, scores=scores_of(begun, record, doing, held)))
-        publish(begun, done, held.baselines if held else ())
-    remove(run / CACHE)
-    return publish(begun, done, held.baselines if held else (), report=True)
+        drawn = first + record.steps * plan.batch
+        model = Trained(training=record, scores=scores_of(begun, record, doing, held))
+        done.append(model)
+        if held is None or model not in held.stages:
+            publish(begun, done, baselines)
+    remove(ground.cache_folder)
+    return publish(begun, done, baselines, report=True)
 
 
 def ground_of(begun: Begun, doing: Doing) -> Ground:
@@ -98,10 +105,14 @@ def ground_of(begun: Begun, doing: Doing) -> Ground:
         SurgeryError: the folder cannot be written; as `TokenStore`; the cache's room does not suffice for anything.
     """
     plan, run = begun.plan, begun.run
+    if doing.threads is not None:
+        torch.set_num_threads(doing.threads)
     store = TokenStore(
         run / TOKENS, plan.corpus, begun.tokenizer, sequence=plan.sequence, seed=plan.seed, field=plan.field,
         eos=begun.tokenizer.eos_token_id, vocab_size=begun.vocab_size, progress=doing.progress,
     )  # fmt: skip
+    # From now on the folder is known as a growth's, whatever ends this run.
+    (run / TOKENS).mkdir(parents=True, exist_ok=True)
     # As many windows as the longest stage draws, where the corpus has so many.
     drawn = max(_firsts(plan)[at] + steps * plan.batch for at, steps in enumerate(plan.steps_of))
     least = cache_bytes(1, plan.sequence, begun.width, getattr(torch, plan.cache.dtype))
@@ -115,6 +126,25 @@ def ground_of(begun: Begun, doing: Doing) -> Ground:
         run, store, plan.sequence, plan.batch, plan.cache, windows, device_of(doing), doing.save_every, doing.logs,
         doing.progress,
     )  # fmt: skip
+
+
+def stage_keys(begun: Begun, ground: Ground) -> list[str]:
+    """The key of every stage: a hash of all that decides its result, the stages before it included."""
+    keys, key = [], begun.key
+    for stage in begun.plan.expanded:
+        key = key_of(key, stage.model_dump(mode="json"), ground.store.identity)
+        keys.append(key)
+    return keys
+
+
+def comparable(held: Growth | None, plan: GrowthPlan, key: str) -> tuple[Trained, ...]:
+    """The baselines that lie in a run, where they belong to a growth whose last stage has this key; without scores
+    where these are of other texts or tasks than the plan's."""
+    if held is None or not held.stages or held.stages[-1].training.key != key:
+        return ()
+    if held.plan.evaluate == plan.evaluate:
+        return held.baselines
+    return tuple(Trained(training=model.training) for model in held.baselines)
 
 
 def device_of(doing: Doing) -> str:
@@ -162,10 +192,9 @@ def kept(folder: Path, key: str) -> TrainingRecord | None:
     Raises:
         SurgeryError: what lies there was made by another plan, or from another corpus.
     """
-    if not folder.exists():
-        return None
-    record = read_training(folder)
-    if record.key != key:
+    # One process looks: the others might see what it writes next.
+    [record] = share([folder], lambda place: read_training(place) if place.exists() else None)
+    if record is not None and record.key != key:
         raise usage_error(
             "was made by another plan, or from another start or corpus, and is never overwritten", where=folder,
             hint="Choose another RUN, or remove this folder and those after it.",
@@ -175,7 +204,8 @@ def kept(folder: Path, key: str) -> TrainingRecord | None:
 
 def held_growth(run: Path) -> Growth | None:
     """The results that lie in the run's folder; None where there are none."""
-    return read_growth(run) if (run / RESULTS).exists() else None
+    [held] = share([run], lambda place: read_growth(place) if (place / RESULTS).exists() else None)
+    return held
 
 
 def remove(folder: Path) -> None:
@@ -187,12 +217,14 @@ def remove(folder: Path) -> None:
 
 def _start(begun: Begun) -> Path | str:
     """The model before the first stage."""
-    plan, folder = begun.plan, begun.run / START
-    if plan.embed is None:
-        return str(plan.start)
-    if not folder.exists():
-        shape, embed = shape_of(plan, layers=begun.layers), plan.embed
-        share([None], lambda _: init_model(embed, folder, shape=shape, seed=plan.seed, dtype=plan.dtype))
+    return made(begun, begun.run / START, layers=begun.layers) if begun.plan.embed else str(begun.plan.start)
+
+
+def made(begun: Begun, folder: Path, *, layers: int) -> Path:
+    """A model on the plan's embedding, begun anew in `folder`: what lies there may be of another plan."""
+    plan, embed, shape = begun.plan, str(begun.plan.embed), shape_of(begun.plan, layers=layers)
+    options = Options(overwrite=True)
+    share([None], lambda _: init_model(embed, folder, shape=shape, seed=plan.seed, dtype=plan.dtype, options=options))
     return folder
 
 
@@ -228,8 +260,9 @@ def _passes(plan: GrowthPlan, at: int, windows: int) -> float | None:
     if plan.cache.use == "off" or MOVING & set(stages[at].train):
         return None
     total = longest = drawn[at]
-    for stage, more in zip(stages[at + 1 :], drawn[at + 1 :], strict=True):
-        if stage.data == "continue" or MOVING & set(stage.train) or (stage.add and stage.at != "top"):
+    firsts = _firsts(plan)
+    for stage, more, first in zip(stages[at + 1 :], drawn[at + 1 :], firsts[at + 1 :], strict=True):
+        if first != firsts[at] or MOVING & set(stage.train) or (stage.add and stage.at != "top"):
             break
         total, longest = total + more, max(longest, more)
     return total / min(longest, windows)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import yaml
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from surgery.errors import listing, usage_error
 from surgery.typed_yaml import Strict, parse, read_text
@@ -21,6 +21,10 @@ INITS: tuple[str, ...] = get_args(Init)
 Trained = Literal["new", "head", "norm", "lora", "embedding", "all"]
 Place = Literal["top", "middle"] | int
 Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+# Lists of one may be written without brackets.
+_LISTED = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+Names = Annotated[tuple[str, ...], _LISTED]
 
 PLANS = "plans"
 PLAN = "plan.yml"  # a run's own, in its folder and in those of its stages
@@ -31,9 +35,9 @@ class Shape(Strict):
     """The Llama that grows.
 
     hidden: its width, which must be the embedding's, and is by default. heads: of queries. kv_heads: of keys and
-    values; as many by default. mlp: the MLP's inner width; by default 8/3 of the width, up to the next multiple of 64. context:
-    positions. layers: how many there are before the first stage. config: a config.json to take everything else from,
-    and the family.
+    values; as many by default. mlp: the MLP's inner width; by default 8/3 of the width, up to the next multiple of 64.
+    context: positions. layers: how many there are before the first stage. config: a config.json to take everything else
+    from, and the family.
     """
 
     hidden: PositiveInt | None = None
@@ -58,7 +62,7 @@ class Training(Strict):
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     final_rate: Share = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     epsilon: PositiveFloat = 1e-8
     clip: PositiveFloat = 1.0
     accumulate: PositiveInt = 1
@@ -92,7 +96,7 @@ class Stage(Strict):
     add: Annotated[int, Field(ge=0)] = 1
     at: Place = "top"
     init: Init = "identity"
-    train: tuple[Trained, ...] = ("new", "head", "norm")
+    train: Annotated[tuple[Trained, ...], _LISTED] = ("new", "head", "norm")
     tokens: PositiveInt
     plateau: Plateau | None = None
     data: Literal["repeat", "continue"] = "repeat"
@@ -112,6 +116,8 @@ class Stage(Strict):
     def _something_trains(cls, train: tuple[Trained, ...]) -> tuple[Trained, ...]:
         if not train:
             raise ValueError("nothing trains; name new, head, norm, lora, embedding or all")
+        if {"lora", "all"} <= set(train):
+            raise ValueError("got lora beside all, which trains the layers themselves")
         return train
 
     @model_validator(mode="after")
@@ -125,7 +131,7 @@ class Cache(Strict):
     """The prefix cache: what comes out of the frozen layers below, kept on disk.
 
     use: auto decides by measuring. dtype: that it is stored in. disk: the most that it may take, such as 20 GB.
-    folder: where it lies; by default in the run's folder.
+    folder: in which every run has one of its own; by default it lies in the run's. It is removed once the run is done.
     """
 
     use: Literal["auto", "on", "off"] = "auto"
@@ -141,7 +147,7 @@ class Cache(Strict):
         number, _, unit = value.strip().partition(" ")
         try:
             return int(float(number) * _UNITS[unit.strip()])
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, OverflowError) as error:
             raise ValueError(f"got {value!r}, expected a number of bytes, or such as 20 GB") from error
 
 
@@ -151,8 +157,8 @@ class Evaluation(Strict):
     limit: documents of a text, or samples of a task, at most.
     """
 
-    texts: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ()
+    texts: Names = ()
+    tasks: Names = ()
     limit: PositiveInt | None = 200
 
 
@@ -167,7 +173,7 @@ class GrowthPlan(Strict):
     embed: str | None = None
     model: Shape | None = None
     start: str | None = None
-    corpus: tuple[str, ...] = ()
+    corpus: Names = ()
     field: str = "text"
     sequence: PositiveInt = 256
     batch: PositiveInt = 16
@@ -177,11 +183,6 @@ class GrowthPlan(Strict):
     stages: tuple[Stage, ...]
     cache: Cache = Cache()
     evaluate: Evaluation = Evaluation()
-
-    @field_validator("corpus", mode="before")
-    @classmethod
-    def _one_or_more(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
 
     @field_validator("stages")
     @classmethod

@@ -1,12 +1,11 @@
 """What trains in a stage of a growth: a live model goes in, of which all is frozen but what the stage names.
 
-Out comes a `StageModel`: token ids → loss. What is frozen has no gradient and no optimizer state, and hashes that prove
-it untouched.
+Out comes a `StageModel`: token ids → loss. What is frozen has no gradient and no optimizer state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,7 +16,6 @@ from surgery.errors import SurgeryError, listing, usage_error
 from surgery.growth.lora import Attached, add_lora
 from surgery.growth.loss import cross_entropy
 from surgery.growth.schedule import Stage
-from surgery.growth.states import hashes_of
 from surgery.live import LiveModel
 from surgery.splice import entering, tupled_layers
 
@@ -89,17 +87,6 @@ class StageModel(nn.Module):
         self.zero_grad(set_to_none=True)
         return missing
 
-    def frozen_hashes(self) -> dict[str, str]:
-        """The xxh3 of each frozen tensor's bytes in memory; under FSDP2 all processes call it."""
-        return hashes_of(self.frozen())
-
-    def check_frozen(self, before: Mapping[str, str]) -> None:
-        """Raises SurgeryError, naming it, where a frozen tensor is not what it was at `frozen_hashes()`."""
-        now = self.frozen_hashes()
-        changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-        if changed:
-            raise SurgeryError(f"frozen, but changed in training: {listing(changed)}", where=self.live.name)
-
     def finish(self) -> list[str]:
         """Merges low-rank updates into their weights. Returns the names of all parameters that the stage changed."""
         names = [name for name in self.trained_names() if self.updates is None or ".lora." not in name]
@@ -134,8 +121,6 @@ def prepare(live: LiveModel, stage: Stage, new: Sequence[int], *, seed: int) -> 
     model, n_layers, train = live.model, len(live.layers), set(stage.train)
     if out := [index for index in new if not 0 <= index < n_layers]:
         raise usage_error(f"there is no layer {out[0]} among {n_layers}", where=live.name)
-    if {"lora", "all"} <= train:
-        raise usage_error("got lora beside all, which trains the layers themselves", where="train")
     embedding, head = model.get_input_embeddings(), _head(model)
     if "head" in train and head is None:
         raise SurgeryError("has no output head that could train", where=live.name)

@@ -20,8 +20,10 @@ from surgery.stream import Input, Reader, SourceFiles, hash_tensor, segments
 from surgery.vocab import differences, read_vocabulary
 
 
-def stored_rows(opened: OpenTokenizer, ref: str, rows: int) -> tuple[Table, str, dict[str, Any]]:
+def stored_rows(opened: OpenTokenizer, ref: str, rows: int) -> tuple[Table, str, dict[str, Any], bool]:
     """The first `rows` rows of the token embedding of the model `ref` in fp32, its name, and the manifest's entry.
+
+    Last, whether the model has a tokenizer whose tokens were compared; where it has none, nothing is known of them.
 
     Raises:
         SurgeryError: the model has no such embedding, or one of fewer rows; its tokens are not those of the tokenizer
@@ -55,7 +57,7 @@ def stored_rows(opened: OpenTokenizer, ref: str, rows: int) -> tuple[Table, str,
         files.check_unchanged()
     if not np.isfinite(table).all():
         raise SurgeryError(f'"{tensor.name}" holds NaN or infinite values', where=ref)
-    return table, tensor.name, entry
+    return table, tensor.name, entry, theirs is not None
 
 
 def _token_embedding(source: Checkpoint) -> StoredTensor:

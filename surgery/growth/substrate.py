@@ -17,13 +17,13 @@ import numpy as np
 from surgery.checkpoint import StoredTensor, read_json
 from surgery.commit import check_free, commit, copy_file
 from surgery.errors import SurgeryError, usage_error
-from surgery.files import disk_error, write_file
+from surgery.files import write_file
 from surgery.growth import tables
-from surgery.growth.folder import file_sizes, fresh_partial, write_table
+from surgery.growth.folder import file_sizes, fresh_partial, save_tokenizer, write_table
 from surgery.growth.glyphs import Glyphs, check_cell, open_font
 from surgery.growth.specimen import specimen
 from surgery.growth.stored import stored_rows
-from surgery.growth.surfaces import OpenTokenizer, open_tokenizer, surfaces, tokenizer_files
+from surgery.growth.surfaces import OpenTokenizer, open_tokenizer, surfaces
 from surgery.growth.tables import Groups, Table
 from surgery.hashing import KEY, hash_bytes, hash_tensors
 from surgery.jsonable import to_json
@@ -32,6 +32,7 @@ from surgery.progress import Progress, silent
 from surgery.refs import open_checkpoint
 from surgery.report import Column
 from surgery.report import Table as Printed
+from surgery.tokenizer_files import tokenizer_files
 from surgery.vocab import CONFIG
 
 Kind = Literal["glyphs", "bits", "random", "table"]
@@ -83,6 +84,7 @@ class EmbeddingReport:
         facts = [
             ("tokens", self.vocab_size), ("width", self.width), ("norm of rows", "1" if self.normalised else "as made"),
             *((name.replace("_", " "), value) for name, value in self.details.items() if name != "font_hash"),
+            *([("rows of zeros", self.zero_rows)] if self.zero_rows else []),
             *([("tokens that shared a row", self.before.rows)] if self.before else []),
             ("tokens that share a row", self.collisions.rows), ("groups that they form", self.collisions.groups),
             ("hash", self.hash),
@@ -132,11 +134,16 @@ def open_embedding(ref: str | Path) -> Embedding:
             f"holds a {manifest.get('kind')}, expected an embedding", where=ref, hint="`surgery grow embed` writes one."
         )
     weight = checkpoint.tensors.get(TENSOR)
-    said = manifest["tensors"].get(TENSOR, {})
-    if weight is None or (weight.dtype, list(weight.shape)) != (said.get("dtype"), said.get("shape")):
+    try:
+        said = manifest["tensors"][TENSOR]
+        as_said = weight is not None and (weight.dtype, list(weight.shape)) == (said["dtype"], said["shape"])
+        found = str(said[KEY])
+    except (KeyError, TypeError):
+        as_said = False
+    if weight is None or not as_said or (weight.dtype, len(weight.shape)) != ("F32", 2):
         raise SurgeryError(f'"{TENSOR}" is not what the manifest says', where=folder, hint="Make the embedding again.")
     vocab_size, width = weight.shape
-    return Embedding(folder, weight, vocab_size, width, said[KEY], manifest)
+    return Embedding(folder, weight, vocab_size, width, found, manifest)
 
 
 def make_embedding(
@@ -176,7 +183,7 @@ def make_embedding(
     _check_options(kind, width, font=font, source=source, cell=cell)
     check_free(out, overwrite=overwrite)
     opened = open_tokenizer(tokenizer)
-    names = surfaces(opened.tokenizer, rows=rows, where="--rows")
+    names = surfaces(opened.tokenizer, rows=rows, where=tokenizer)
     unit = kind in ("glyphs", "random") if normalise is None else normalise
     if kind == "glyphs":
         made = _glyphs(names, width or cell * cell, font=font, cell=cell, normalise=unit, progress=progress)
@@ -233,6 +240,8 @@ def _check_options(kind: str, width: int | None, *, font: Path | None, source: s
     if (source is not None) != (kind == "table"):
         what = "a table needs a model to take it from" if kind == "table" else f"only a table has one, got kind {kind}"
         raise usage_error(what, where="--from")
+    if cell != CELL and kind != "glyphs":
+        raise usage_error(f"only glyphs are drawn, got kind {kind}", where="--cell")
     if width is None and kind in ("bits", "random"):
         raise usage_error(f"{kind} need one", where="--width", hint="Give the width that the model is to have.")
     if width is not None and width < 1:
@@ -273,10 +282,11 @@ def _glyphs(
 
 
 def _stored(opened: OpenTokenizer, source: str, rows: int, width: int | None, *, normalise: bool) -> _Made:
-    table, name, entry = stored_rows(opened, source, rows)
+    table, name, entry, compared = stored_rows(opened, source, rows)
     own = table.shape[1]
     _check_width(width or own, own, f"the width of {source}'s embedding")
-    details: dict[str, Any] = {"source": source, "tensor": name}
+    tokens = "the same" if compared else "not known, for it has no tokenizer"
+    details: dict[str, Any] = {"source": source, "tensor": name, "tokens_of_source": tokens}
     if width is not None and width < own:
         _check_width(width, rows, "the tokens, for rows vary along no more axes")
         table, kept, rank = tables.projected(table, width, normalise=normalise)
@@ -298,7 +308,7 @@ def _specimen(names: Sequence[str], made: _Made, groups: Groups, report: Embeddi
 
 
 def _tokenizer_entry(opened: OpenTokenizer) -> dict[str, Any]:
-    hashes = {path.name: hash_bytes(path.read_bytes()).hex() for path in opened.files}
+    hashes = {path.relative_to(opened.folder).as_posix(): hash_bytes(path.read_bytes()).hex() for path in opened.files}
     place = {"ref": opened.ref, "repo_id": opened.repo_id, "revision": opened.revision}
     return {**place, "files": hashes, KEY: hash_tensors(hashes)}
 
@@ -308,10 +318,7 @@ def _write_tokenizer(folder: Path, opened: OpenTokenizer) -> None:
         copy_file(path, folder / path.relative_to(opened.folder))
     if "tokenizer_class" not in read_json(folder / CONFIG, missing={}):
         # The model's config said what the tokenizer is, special tokens included; here there is none.
-        try:
-            opened.tokenizer.save_pretrained(folder)
-        except OSError as error:
-            raise disk_error(error, folder) from error
+        save_tokenizer(opened.tokenizer, folder)
 
 
 def _write_collisions(path: Path, groups: Groups, names: Sequence[str]) -> None:

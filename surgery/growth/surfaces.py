@@ -12,23 +12,19 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from surgery import hub
 from surgery.checkpoint import existing_path
 from surgery.errors import SurgeryError, usage_error
 from surgery.refs import open_checkpoint
-from surgery.scoring import quiet
-from surgery.vocab import CONFIG as CONFIG
-from surgery.vocab import CONVERT, FETCH_AGAIN, SENTENCEPIECE, TOKENIZER, Vocabulary, read_vocabulary
+from surgery.scoring import load_tokenizer
+from surgery.tokenizer_files import SETTINGS, TABLES, tokenizer_files
+from surgery.vocab import CONVERT, TOKENIZER, Vocabulary, read_vocabulary
 
-# What a tokenizer's folder holds of it; weights, the model's config and everything else stay behind.
-TOKENIZER_FILES = (
-    TOKENIZER, CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "vocab.txt", "chat_template.jinja", "chat_template.json", *SENTENCEPIECE,
-)  # fmt: skip
-TEMPLATES = "additional_chat_templates"
+# What is fetched of a model on the Hub: its config says which tokenizer it is where the tokenizer's own files do not.
+FETCHED = (*SETTINGS, *TABLES, "config.json")
 SPACE = "▁"
 _LONE_BYTE = re.compile("[\udc80-\udcff]")
 
@@ -57,10 +53,9 @@ def open_tokenizer(ref: str | Path) -> OpenTokenizer:
     """Loads the tokenizer in the folder `ref`, or of the model that `ref` names (see `surgery.refs`).
 
     Raises:
-        SurgeryError: there is none, its files are damaged, or it has no tokenizer.json and none can be made.
+        SurgeryError: there is none, its files are damaged, it needs code of its own, or it has no tokenizer.json
+            and none can be made.
     """
-    from transformers import AutoTokenizer
-
     folder, repo_id, revision = _place_of(str(ref))
     vocabulary = read_vocabulary(folder)
     if vocabulary is None:
@@ -69,24 +64,10 @@ def open_tokenizer(ref: str | Path) -> OpenTokenizer:
             where=ref,
             hint=f"Give the folder that has {TOKENIZER}; `surgery grow tokenizer` writes one.",
         )
-    with quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        except Exception as fault:  # the tokenizers library raises nothing narrower
-            raise SurgeryError(f"is no tokenizer that can be loaded ({fault})", where=ref, hint=FETCH_AGAIN) from fault
+    tokenizer = load_tokenizer(folder, str(ref))
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise SurgeryError(f"has no {TOKENIZER}, and none was made of its files", where=ref, hint=CONVERT)
     return OpenTokenizer(str(ref), folder, tokenizer, vocabulary, repo_id, revision)
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The files in `folder` that belong to a tokenizer, chat templates among them; sorted."""
-    inside = [*folder.iterdir(), *(folder / TEMPLATES).glob("*.jinja")]
-    return sorted(
-        path
-        for path in inside
-        if path.is_file() and (path.name in TOKENIZER_FILES or fnmatchcase(str(path), f"*/{TEMPLATES}/*.jinja"))
-    )
 
 
 def surfaces(tokenizer: Any, *, rows: int | None = None, where: object = "the tokenizer") -> list[str]:
@@ -95,15 +76,18 @@ def surfaces(tokenizer: Any, *, rows: int | None = None, where: object = "the to
     Args:
         tokenizer: a fast tokenizer of transformers.
         rows: V; by default as many as the ids need. Ids without a token are `<unused N>`.
+        where: what errors call the tokenizer.
 
     Raises:
-        SurgeryError: `rows` are too few for the ids.
+        SurgeryError: there is no token, or `rows` are too few for the ids.
     """
     backend = tokenizer.backend_tokenizer
     ids: Mapping[str, int] = backend.get_vocab(with_added_tokens=True)
     needed = max(max(ids.values(), default=-1) + 1, len(tokenizer))
+    if not needed:
+        raise SurgeryError("has no tokens", where=where)
     if rows is not None and rows < needed:
-        raise usage_error(f"got {rows:,} rows, expected {needed:,} or more: as many as the tokenizer has", where=where)
+        raise usage_error(f"got {rows:,} rows, expected {needed:,} or more: as many as {where} has", where="--rows")
     found = [f"<unused {number}>" for number in range(needed if rows is None else rows)]
     added = backend.get_added_tokens_decoder()
     read = _reading(json.loads(backend.to_str()))
@@ -122,6 +106,9 @@ def _place_of(ref: str) -> tuple[Path, str | None, str | None]:
         raise usage_error("is a file, expected the folder of a tokenizer", where=ref)
     if path is not None:
         return path, None, None
+    if hub.is_repo_id(ref):
+        found = hub.fetch(*hub.parse_repo_ref(ref), only=FETCHED)
+        return found.folder, found.repo_id, found.revision
     model = open_checkpoint(ref)
     if model.folder is None:
         raise usage_error("no such tokenizer folder", where=ref)

@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +20,8 @@ from typing import IO, Any
 from surgery.commit import check_free, commit
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.files import disk_error
-from surgery.growth.folder import file_sizes, fresh_partial
+from surgery.growth.corpus import FIELD
+from surgery.growth.folder import file_sizes, fresh_partial, save_tokenizer
 from surgery.hashing import KEY, hash_bytes
 from surgery.manifest import command_record, made_manifest, write_manifest
 from surgery.progress import Progress, silent
@@ -77,6 +79,7 @@ def train_tokenizer(
     vocab: int,
     special: Sequence[str] = (END,),
     refs: Sequence[str] = (),
+    field: str = FIELD,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> TokenizerReport:
@@ -89,7 +92,7 @@ def train_tokenizer(
         corpus: texts, read once; a copy is kept in a temporary file while it is learnt from.
         vocab: how many tokens there are to be.
         special: tokens with a meaning of their own; the first of them begins, ends and pads texts.
-        refs: what the texts were read from, for the manifest.
+        refs, field: what the texts were read from, and the column of records, for the manifest.
 
     Raises:
         SurgeryError: the corpus is empty, or holds half a surrogate pair; `vocab` has no room for the alphabet; a
@@ -97,7 +100,7 @@ def train_tokenizer(
     """
     _check_special(special)
     check_free(out, overwrite=overwrite)
-    with tempfile.TemporaryFile("w+", encoding="utf-8", newline="") as spool:
+    with _spool() as spool:
         counts, documents = _count(corpus, spool, progress)
         alphabet = _alphabet(counts)
         fixed = len(special) + N_BYTES
@@ -121,7 +124,9 @@ def train_tokenizer(
         sum(counts[character] for character in alphabet) / characters, found,
     )  # fmt: skip
     named = None if tuple(special) == (END,) else list(special)
-    record = command_record("grow tokenizer", refs, vocab=vocab, special=named)
+    record = command_record(
+        "grow tokenizer", refs, vocab=vocab, special=named, field=None if field == FIELD else field
+    )  # fmt: skip
     manifest = made_manifest(
         KIND, record, inputs={}, files=file_sizes(partial), tensors={}, versions=_versions(),
         report={name: value for name, value in asdict(report).items() if name != "out"} | {f"{TOKENIZER} {KEY}": found},
@@ -154,8 +159,11 @@ def _count(corpus: Iterable[str], spool: IO[str], progress: Progress) -> tuple[C
         for text in corpus:
             documents += 1
             counts.update(text)
-            _keep(text, spool)
+            with _spooling():
+                spool.write(json.dumps(text) + "\n")
             advance(1)
+    with _spooling():
+        spool.flush()
     broken = next((character for character in counts if "\ud800" <= character <= "\udfff"), None)
     if broken is not None:
         raise SurgeryError(
@@ -167,9 +175,22 @@ def _count(corpus: Iterable[str], spool: IO[str], progress: Progress) -> tuple[C
     return counts, documents
 
 
-def _keep(text: str, spool: IO[str]) -> None:
+@contextmanager
+def _spool() -> Iterator[IO[str]]:
+    """A temporary file. Raises SurgeryError where there can be none."""
+    with _spooling():
+        file = tempfile.TemporaryFile("w+", encoding="utf-8", newline="")  # noqa: SIM115
     try:
-        spool.write(json.dumps(text) + "\n")
+        yield file
+    finally:
+        with suppress(OSError):  # of what a full disk could not take, which was said before
+            file.close()
+
+
+@contextmanager
+def _spooling() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise disk_error(error, Path(tempfile.gettempdir())) from error
 
@@ -244,10 +265,7 @@ def _save(tokenizer: Any, special: Sequence[str], folder: Path) -> None:
         tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end, clean_up_tokenization_spaces=False,
         additional_special_tokens=list(special[1:]),
     )  # fmt: skip
-    try:
-        fast.save_pretrained(folder)
-    except OSError as error:
-        raise disk_error(error, folder) from error
+    save_tokenizer(fast, folder)
 
 
 def _versions() -> dict[str, str]:

@@ -132,7 +132,7 @@ def train_stage(
 
     Raises:
         SurgeryError: the batch cannot be divided; nothing trains, or it cannot (`stage.prepare`); a loss is not finite;
-            a state is damaged, or another stage's; something frozen changed; the device has too little memory.
+            a state is damaged, or another stage's; the device has too little memory.
         KeyboardInterrupt: asked for, and the state is saved.
     """
     course = Course(stage, stage.training or Training(), first_window, sequence, batch, seed)
@@ -174,8 +174,7 @@ class _Run:
     ) -> None:  # fmt: skip
         self.model, self.course, self.store, self.prefix, self.folder = model, course, store, prefix, folder
         self.interrupts = interrupts
-        self.frozen = model.frozen_hashes()
-        self.fingerprint = _fingerprint(model, course, self.frozen, store.identity)
+        self.fingerprint = _fingerprint(model, course, store.identity)
         self.n_trained = model.n_trained
         training = course.training
         optimizer = torch.optim.AdamW(
@@ -227,9 +226,8 @@ class _Run:
         return "plateau" if plateau else None
 
     def finish(self) -> StageResult:
-        """Proves what is frozen untouched, and merges what is not in its place yet."""
+        """What it came to; low-rank updates are merged."""
         seconds = self._seconds()
-        self.model.check_frozen(self.frozen)
         moments = [state[key] for state in self.optimizer.state.values() for key in MOMENTS]
         changed = self.model.finish()
         weights = {name: whole(self.model.model.get_parameter(name).detach()) for name in changed}
@@ -347,13 +345,13 @@ def _check_prefix(prefix: Prefix | None, model: StageModel) -> None:
         )
 
 
-def _fingerprint(model: StageModel, course: Course, frozen: Mapping[str, str], identity: str) -> str:
+def _fingerprint(model: StageModel, course: Course, identity: str) -> str:
     """Of all that a state belongs to; the number of processes is not part of it."""
     facts = {
         "stage": course.stage.model_dump(mode="json"),
         "training": course.training.model_dump(mode="json"),
         "sizes": [course.first_window, course.sequence, course.batch, course.seed],
-        "frozen": hash_tensors(frozen),
+        "frozen": hash_tensors(hashes_of(model.frozen())),
         "start": hash_tensors(hashes_of(model.trained())),
         "identity": identity,
     }

@@ -28,10 +28,11 @@ from surgery.growth.fresh import save
 from surgery.growth.logs import tensorboard
 from surgery.growth.prefix import Prefix
 from surgery.growth.results import TRAINING, Budget, CacheUse, Embedding, TrainingRecord, ends, thinned, training_text
-from surgery.growth.schedule import PLAN, Cache, GrowthPlan, Stage, Training, plan_text
+from surgery.growth.schedule import PLAN, Cache, Evaluation, GrowthPlan, Stage, Training, plan_text
 from surgery.growth.states import whole
 from surgery.growth.train import StageResult, Step, autocast_dtype, is_sharded, train_stage
 from surgery.growth.worth import decide
+from surgery.hashing import hash_text
 from surgery.identity import tensor_hashes
 from surgery.live import LiveModel, open_live
 from surgery.manifest import Card, build_manifest, command_record, write_card, write_manifest
@@ -41,7 +42,7 @@ from surgery.process import is_main, n_processes
 from surgery.progress import Progress, silent
 
 BEFORE, TRAINED = "before", "trained"
-LOGS = "logs"
+LOGS, CACHE = "logs", "cache"
 PAPER = "arXiv:2507.07129"
 
 
@@ -63,6 +64,13 @@ class Ground:
     save_every: float = 5.0
     logs: bool = False
     progress: Progress = silent
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where the prefix cache lies: runs that name the same folder do not share it."""
+        if self.cache.folder is None:
+            return self.run / CACHE
+        return self.cache.folder / hash_text(str(self.run.resolve()))
 
 
 @dataclass(frozen=True)
@@ -103,10 +111,20 @@ def train_checkpoint(ground: Ground, job: Job) -> TrainingRecord:
             save_every=ground.save_every, label=job.name, progress=ground.progress, log=log,
         )  # fmt: skip
     use = below.close()
-    state = {name: whole(value).cpu() for name, value in live.model.state_dict().items()} if is_sharded() else None
+    state = _gathered(live) if is_sharded() else None
     # One process writes; all get the record, or its error.
     [record] = share([None], lambda _: _write(ground, job, live, state, result, use, below.depth, work))
     return record
+
+
+def _gathered(live: LiveModel) -> dict[str, Any]:
+    """The weights of a model that is sharded, on the CPU of the process that writes; empty in the others."""
+    state = {}
+    for name, value in live.model.state_dict().items():
+        values = whole(value)
+        if is_main():
+            state[name] = values.cpu()
+    return state
 
 
 class _Sizes(TypedDict):
@@ -137,7 +155,7 @@ class _Below:
         if is_sharded():
             self.use = CacheUse(used=False, reason="no prefix cache: FSDP shards the model")
             return None
-        ground, live, folder = self.ground, self.live, self._folder
+        ground, live, folder = self.ground, self.live, self.ground.cache_folder
         # A training that goes on does as it did: rounded states (bf16) and computed ones are not the same to the bit.
         [decided] = share([None], lambda _: self._decided())
         if decided is not None:
@@ -156,25 +174,28 @@ class _Below:
                 write_file(self._decision, self.use.model_dump_json())
         if not self.use.used:
             return None
-        self._cache = PrefixCache(folder, **self._sizes)
+        try:
+            self._cache = PrefixCache(folder, **self._sizes)
+        except SurgeryError as error:
+            # There was room when it was decided. All processes get the error of the one that takes the room.
+            if ground.cache.use == "on":
+                raise
+            self.use = CacheUse(used=False, reason=f"no prefix cache: {error.what}")
+            return None
         self._prefix = Prefix(live, depth, self._cache, autocast=autocast_dtype(live.device))
         return self._prefix
 
     def close(self) -> CacheUse:
         """Closes the cache; returns what became of it."""
         if self._prefix is not None:
-            done = self._prefix.statistics
+            done, fault = self._prefix.statistics, self._prefix.fault
             self._prefix.close()
-            self.use = self.use.model_copy(
-                update={"read": done.read, "extended": done.extended, "computed": done.computed}
-            )
+            counts = {"read": done.read, "extended": done.extended, "computed": done.computed}
+            reason = self.use.reason if fault is None else f"{self.use.reason}; then its disk failed: {fault}"
+            self.use = self.use.model_copy(update={**counts, "reason": reason})
         if self._cache is not None:
             self._cache.close()
         return self.use
-
-    @property
-    def _folder(self) -> Path:
-        return self.ground.cache.folder or self.ground.run / "cache"
 
     @property
     def _decision(self) -> Path:
@@ -191,7 +212,7 @@ class _Below:
     def _decided(self) -> CacheUse | None:
         """What was decided when this training began, where it goes on."""
         path = self._decision
-        return CacheUse.model_validate_json(path.read_text()) if path.is_file() else None
+        return CacheUse.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _logging(ground: Ground, job: Job) -> AbstractContextManager[Callable[[Step], None] | None]:
@@ -216,7 +237,7 @@ def _write(
     planned = [copied(saved.tensors[name], dtype=tensor.dtype) for name, tensor in before.tensors.items()]
     sources = {BEFORE: before, TRAINED: saved}
     side_files = {path.name: path for path in before.side_files}
-    plan = Plan(_command(job), sources, plan_files(planned, like=before), side_files)
+    plan = Plan(_command(ground, job), sources, plan_files(planned, like=before), side_files)
     hashes = tensor_hashes(before)
     trained = _may_change(before, job)
     record = _record(ground, job, live, result, use, depth, proven=len(before.tensors) - len(trained))
@@ -237,10 +258,21 @@ def _write(
     return record
 
 
-def _command(job: Job) -> dict[str, Any]:
-    """How the manifest records the training: by the plan, which lies beside it."""
-    command = "grow baseline" if job.budget else "grow run"
-    return command_record(command, [PLAN]) | {"plan": job.plan.model_dump(mode="json")}
+def _command(ground: Ground, job: Job) -> dict[str, Any]:
+    """How the manifest records the training: the plan as far as this stage, the commands, and where in RUN it lies.
+
+    On another number of threads sums are split otherwise, so that it is part of the command.
+    """
+    stages = job.plan.expanded
+    done = stages if job.budget else stages[: int(job.name.rpartition("-")[2])]
+    plan = job.plan.model_copy(update={"stages": done, "evaluate": Evaluation()})
+    how = {"device": ground.device.partition(":")[0], "threads": torch.get_num_threads()}
+    record = command_record("grow run", [PLAN], **how)
+    if job.budget:
+        first = record["line"]
+        record = command_record("grow baseline", [PLAN], budget=job.budget, embedding=job.embedding, **how)
+        record["first"] = [first]
+    return record | {"files": {PLAN: plan_text(plan)}, "inside": job.name}
 
 
 def _may_change(before: Checkpoint, job: Job) -> set[str]:
@@ -268,7 +300,9 @@ def _record(
     train, n_layers = set(job.stage.train), len(live.layers)
     layers = range(n_layers) if "all" in train else job.new if "new" in train else ()
     size = sizes(live.checkpoint, anatomy(live.checkpoint), sequence=ground.sequence)
-    cost = step_cost(size, depth=depth, trained=set(layers), head=bool(train & {"head", "all"}))
+    cost = step_cost(
+        size, depth=depth, trained=set(layers), head=bool(train & {"head", "all"}), norm=bool(train & {"norm", "all"})
+    )
     first, last = ends(result.losses)
     return TrainingRecord(
         key=job.key, name=job.name, stage=job.stage, layers=n_layers, new=job.new,
@@ -284,10 +318,11 @@ def _record(
 def _card(job: Job, record: TrainingRecord) -> Card:
     trains = ", ".join(record.stage.train)
     grown = f"{len(record.new)} of {record.layers} layers were added" if record.new else "no layer was added"
+    growth = f"grown layer by layer, its embedding {job.embedding} in this stage, after {PAPER}"
     what = (
         f"trained in one go ({job.budget} as in the growth), its embedding {job.embedding}"
         if job.budget
-        else f"grown layer by layer on a frozen embedding, after {PAPER}: in this stage {grown}, and {trains} trained"
+        else f"{growth}: {grown}, and {trains} trained"
     )
     method = (
         f"A language model {what}, on {record.tokens:,} tokens ({record.steps:,} steps). The loss went from "

@@ -32,6 +32,9 @@ from surgery.report import format_value
 # Bytes that are written and read to time the disk: enough for its cache not to hide it, read in seconds by the slowest.
 SCRATCH = 64 * 10**6
 REPEATS = 3
+# What is left free for the run's own files, in sizes of its model: the trained one as it is saved and as it is kept,
+# and two states of what trains, of three numbers each.
+MODELS = 8
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ def decide(
     depth. That reading goes on behind training is not counted, nor that later stages save more.
 
     All processes call it, with what trains set already; the first one measures, and all get its decision. A read
-    counts as often as there are processes, which share the disk.
+    counts as often as there are processes, which share the disk. Room is left for the run's checkpoints, unless the
+    cache is to be on.
 
     Args:
         folder: where the cache is to lie; after measuring there it is as it was.
@@ -114,14 +118,20 @@ def _decide(
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        obstacle = unfit(live, depth, tokens) or _no_room(folder, size, settings.disk)
+        spare = 0 if settings.use == "on" else max(SCRATCH, MODELS * _n_bytes(live))
+        obstacle = unfit(live, depth, tokens) or _no_room(folder, size, spare, settings.disk)
         if obstacle is not None:
             if settings.use == "on":
                 raise SurgeryError(
                     f"the prefix cache cannot be used: {obstacle}", where=folder, hint="Set cache.use to auto or off."
                 )
             return Decision(False, obstacle, size)
-        write, read = _disk_seconds(live, folder, tokens, dtype)
+        try:
+            write, read = _disk_seconds(live, folder, tokens, dtype, windows)
+        except SurgeryError as error:
+            if settings.use == "on":  # with or without numbers
+                return Decision(True, f"cached as the plan asks; its disk could not be timed: {error.what}", size)
+            return Decision(False, f"not cached, as its disk could not be timed: {error.what}", size)
     except OSError as error:
         raise disk_error(error, folder) from error
     finally:
@@ -146,14 +156,21 @@ def _decide(
     return Decision(worth or settings.use == "on", f"{costs}: {verdict}", size, read, write, computed)
 
 
-def _no_room(folder: Path, size: int, allowed: int) -> str | None:
+def _n_bytes(live: LiveModel) -> int:
+    return sum(parameter.nbytes for parameter in live.model.parameters())
+
+
+def _no_room(folder: Path, size: int, spare: int, allowed: int) -> str | None:
     needed = format_value(size, "bytes")
     if size > allowed:
         return f"it needs {needed}, and the plan allows {format_value(allowed, 'bytes')}"
     # A cache that lies here already is taken over, or gives way.
     states = folder / STATES
     free = shutil.disk_usage(folder).free + (states.stat().st_blocks * 512 if states.is_file() else 0)
-    return f"it needs {needed}, and {format_value(free, 'bytes')} are free" if size > free else None
+    if size + spare <= free:
+        return None
+    beside = f" beside {format_value(spare, 'bytes')} for the run itself" if spare else ""
+    return f"it needs {needed}{beside}, and {format_value(free, 'bytes')} are free"
 
 
 @torch.no_grad()
@@ -181,10 +198,13 @@ def _prefix_seconds(live: LiveModel, depth: int, tokens: Tensor, autocast: torch
         return statistics.median([_seconds(live, run) for _ in range(REPEATS + 1)][1:]) / len(tokens)
 
 
-def _disk_seconds(live: LiveModel, folder: Path, tokens: Tensor, dtype: torch.dtype) -> tuple[float, float]:
-    """Seconds of writing and of reading one window's state, measured on a small cache in `folder`."""
+def _disk_seconds(
+    live: LiveModel, folder: Path, tokens: Tensor, dtype: torch.dtype, windows: int
+) -> tuple[float, float]:
+    """Seconds of writing and of reading one window's state, measured on a small cache in `folder`: one of `SCRATCH`
+    bytes, or of as many windows as there are."""
     rows, length = tokens.shape
-    batches = -(-SCRATCH // (rows * length * live.width * dtype.itemsize))
+    batches = min(-(-SCRATCH // (rows * length * live.width * dtype.itemsize)), -(-windows // rows))
     numbers = [list(range(batch * rows, (batch + 1) * rows)) for batch in range(batches)]
     states = torch.randn(rows, length, live.width, generator=torch.Generator().manual_seed(0))
     scratch = folder / "measured.partial"

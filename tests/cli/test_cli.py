@@ -19,7 +19,8 @@ COMMANDS = {
     "inspect", "diff", "verify", "eval", "vector extract", "vector apply", "vector transfer", "vector compare",
     "vector sweep", "lab list", "lab build", "merge weights", "merge methods", "merge logits", "merge unpack",
     "probe refusal", "probe heads", "probe judge", "probe experts", "probe show", "edit heads", "edit experts",
-    "edit undo",
+    "edit undo", "grow embed", "grow tokenizer", "grow init", "grow add", "grow run", "grow baseline",
+    "push", "reproduce", "run",
 }  # fmt: skip
 
 

@@ -6,61 +6,24 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from architectures import build
 from chatting import make_tokenizer
+from commands import Surgery, commands_in, contents, run_command
 from routing_models import AT_M, AT_THINK, COLLAPSING, make_thinker, no_pictures, rows, stub_tasks, write_rows
 from safetensors.torch import load_file, save_file
 
-from cli import main
-
 PROBE = ("probe", "experts", "m", "--data", "d.jsonl", "--token", "hm", "--token=-</think>", "--threads", "1")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a command printed, and how it left."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Surgery = Callable[..., Result]
-
-
-def run_command(patch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    """Runs a command in this process; its exit code."""
-    patch.setattr(sys, "argv", ["surgery", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        main.run()
-    return int(left.value.code or 0)
 
 
 @pytest.fixture
 def surgery(bench: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Surgery:
     """Runs a command in this process, in the folder `bench`, without pictures."""
     no_pictures(monkeypatch)
-    monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.chdir(bench)
-
-    def run(*arguments: str | Path) -> Result:
-        capsys.readouterr()
-        code = run_command(monkeypatch, *arguments)
-        said = capsys.readouterr()
-        return Result(code, said.out, said.err)
-
-    return run
+    return commands_in(bench, monkeypatch, capsys, columns=160)
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +49,6 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         assert run_command(patch, *PROBE, "-o", "run", "--json") == 0
     return folder
-
-
-def contents(folder: Path) -> dict[str, int]:
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
 
 
 # The whole way

@@ -9,9 +9,8 @@ import pytest
 import torch
 import yaml
 from architectures import add_tokenizer, build, sibling
+from commands import run_command
 from safetensors.torch import load_file, save_file
-
-from cli.main import run
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -26,19 +25,11 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def surgery(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    """Runs the command line; returns its exit code."""
-    monkeypatch.setattr("sys.argv", ["surgery", *map(str, words)])
-    with pytest.raises(SystemExit) as left:
-        run()
-    return int(left.value.code or 0)
-
-
 def refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: Path, code: int, *words: object
 ) -> str:
     """What a refused command says; it must have written nothing."""
-    assert surgery(monkeypatch, *words, "-o", out) == code
+    assert run_command(monkeypatch, *words, "-o", out) == code
     assert not out.exists() and not out.with_name(out.name + ".partial").exists()
     return capsys.readouterr().err
 
@@ -48,7 +39,7 @@ def test_a_method_by_name_prints_the_models_shares(
 ) -> None:
     out = tmp_path / "out"
     words = ["merge", "ties", family / "a", family / "b", "--base", family / "base", "--weight", "0.5"]
-    assert surgery(monkeypatch, *words, "--weight", "[0, 1]", "--density", "0.4", "-o", out) == 0
+    assert run_command(monkeypatch, *words, "--weight", "[0, 1]", "--density", "0.4", "-o", out) == 0
     printed = capsys.readouterr()
     assert "What went into the merge" in printed.out and "39.9 %" in printed.out
     assert f"Wrote {out}" in printed.err
@@ -60,7 +51,7 @@ def test_one_json_object_and_a_picture(
 ) -> None:
     picture, out = tmp_path / "far.png", tmp_path / "out"
     words = ["merge", "slerp", family / "a", "--base", family / "base", "--t", "[0, 0.5, 1]", "-o", out]
-    assert surgery(monkeypatch, *words, "--plot", picture, "--json") == 0
+    assert run_command(monkeypatch, *words, "--plot", picture, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["method"] == "slerp" and len(report["models"]) == 1
     assert picture.read_bytes().startswith(PNG)
@@ -72,8 +63,8 @@ def test_a_config_is_merged_wherever_the_options_stand(
     config = tmp_path / "linear.yml"
     models = [{"model": str(family / name), "parameters": {"weight": 1.0}} for name in "ab"]
     config.write_text(yaml.dump({"merge_method": "linear", "models": models}))
-    assert surgery(monkeypatch, "merge", config, "-o", tmp_path / "one") == 0
-    assert surgery(monkeypatch, "merge", "-o", tmp_path / "two", config) == 0
+    assert run_command(monkeypatch, "merge", config, "-o", tmp_path / "one") == 0
+    assert run_command(monkeypatch, "merge", "-o", tmp_path / "two", config) == 0
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     a, b = (load_file(family / name / "model.safetensors") for name in "ab")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -83,14 +74,14 @@ def test_a_config_is_merged_wherever_the_options_stand(
 
 def test_a_dry_run_writes_nothing(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["merge", "linear", family / "a", family / "b", "--weight", "1", "--dry-run", "-o", tmp_path / "out"]
-    assert surgery(monkeypatch, *words) == 0
+    assert run_command(monkeypatch, *words) == 0
     assert list(tmp_path.iterdir()) == []
 
 
 def test_every_method_is_listed_with_its_parameters(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert surgery(monkeypatch, "merge", "methods") == 0
+    assert run_command(monkeypatch, "merge", "methods") == 0
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("breadcrumbs_ties", "epsilon*=0.15", "arXiv:2306.01708", "required"))
 
@@ -98,10 +89,10 @@ def test_every_method_is_listed_with_its_parameters(
 def test_methods_as_json_and_help_behind_a_method(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert surgery(monkeypatch, "merge", "methods", "--json") == 0
+    assert run_command(monkeypatch, "merge", "methods", "--json") == 0
     listed = json.loads(capsys.readouterr().out)
     assert listed["ties"]["base"] == "required" and listed["slerp"]["models"] == [1, 1]
-    assert surgery(monkeypatch, "merge", "ties", "--help") == 0
+    assert run_command(monkeypatch, "merge", "ties", "--help") == 0
     assert "--density" in capsys.readouterr().out
 
 
@@ -111,7 +102,7 @@ def test_what_is_typed_comes_back_in_the_card_without_what_changes_no_byte(
     monkeypatch.chdir(family)
     words = ["merge", "linear", "a", "b", "--weight", "-0.5", "--weight", "[1, 2]", "--no-normalize", "--seed", "3"]
     for threads in (1, 2):
-        assert surgery(monkeypatch, *words, "--threads", threads, "-o", tmp_path / str(threads)) == 0
+        assert run_command(monkeypatch, *words, "--threads", threads, "-o", tmp_path / str(threads)) == 0
     one, two = ((tmp_path / str(n) / "README.md").read_text() for n in (1, 2))
     assert one == two
     assert "surgery merge linear a b --seed 3 --weight -0.5 --weight '[1, 2]' --no-normalize -o OUT\n" in one
@@ -126,7 +117,7 @@ def test_nothing_may_stand_beside_a_config_that_says_it_itself(
     said = refused(monkeypatch, capsys, tmp_path / "out", 2, *words)
     assert f"a config says all of this itself: {family / 'b'}, --weight, --seed. Edit the config." in said
     picture = tmp_path / "far.png"
-    assert surgery(monkeypatch, "merge", config, "--plot", picture, "-o", tmp_path / "out") == 0
+    assert run_command(monkeypatch, "merge", config, "--plot", picture, "-o", tmp_path / "out") == 0
     assert "No picture: every tensor is a copy" in capsys.readouterr().err and not picture.exists()
 
 
@@ -177,7 +168,7 @@ def test_nan_in_a_source_is_found_before_anything_is_written(
     words = ["merge", "linear", family / "b", ill, "--weight", "1"]
     said = refused(monkeypatch, capsys, tmp_path / "out", 1, *words)
     assert f'NaN or infinite values: 1 in "model.norm.weight" of {ill}' in said
-    assert surgery(monkeypatch, *words, "--allow-nonfinite", "-o", tmp_path / "out") == 0
+    assert run_command(monkeypatch, *words, "--allow-nonfinite", "-o", tmp_path / "out") == 0
 
 
 def test_weights_that_sum_to_zero_are_refused(
@@ -195,4 +186,4 @@ def test_different_vocabularies_name_the_option(
     words = ["merge", "linear", family / "b", other, "--weight", "1"]
     said = refused(monkeypatch, capsys, tmp_path / "out", 1, *words)
     assert "vocabularies" in said and "tokenizer_source" in said
-    assert surgery(monkeypatch, *words, "--tokenizer-source", "union", "-o", tmp_path / "out") == 0
+    assert run_command(monkeypatch, *words, "--tokenizer-source", "union", "-o", tmp_path / "out") == 0

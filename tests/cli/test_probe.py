@@ -7,62 +7,25 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import refusing
 from architectures import build
 from chatting import make_tokenizer
+from commands import Surgery, commands_in, contents, run_command
 from refusing import SUPPRESSORS, make_model, no_pictures, rows_of, write_rows
-
-from cli import main
 
 ROOT = Path(__file__).parents[2]
 TENSORS = ("probes.safetensors", "traces.safetensors", "heads.safetensors")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a command printed, and how it left."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Surgery = Callable[..., Result]
-
-
-def run_command(patch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    """Runs a command in this process; its exit code."""
-    patch.setattr(sys, "argv", ["surgery", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        main.run()
-    return int(left.value.code or 0)
 
 
 @pytest.fixture
 def surgery(bench: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Surgery:
     """Runs a command in this process, in the folder `bench`, without pictures."""
     no_pictures(monkeypatch)
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.chdir(bench)
-
-    def run(*arguments: str | Path) -> Result:
-        capsys.readouterr()
-        code = run_command(monkeypatch, *arguments)
-        said = capsys.readouterr()
-        return Result(code, said.out, said.err)
-
-    return run
+    return commands_in(bench, monkeypatch, capsys, columns=120)
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +50,6 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for words in (["refusal", "m", "--data", "d.jsonl", "-o", "run"], ["heads", "m", "--from", "run"]):
             assert run_command(patch, "probe", *words, "--threads", "1", "--json") == 0
     return folder
-
-
-def contents(folder: Path) -> dict[str, int]:
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
 
 
 # The whole way

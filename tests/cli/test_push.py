@@ -16,12 +16,7 @@ from pushing import REPO, TOKEN, commits, hashes_of, uploads
 
 from surgery import hub
 
-SCRIPT = """
-import typer
-from cli import main, push
-main.app.command(epilog=push.EPILOG)(push.push)
-main.run()
-"""
+SCRIPT = "from cli.main import run; run()"
 
 
 class Command:

@@ -19,7 +19,7 @@ import surgery.journal
 from surgery.anatomy import anatomy
 from surgery.errors import SurgeryError
 from surgery.execute import Options
-from surgery.growth.add import add_layers
+from surgery.growth.add import add_layers, write_config
 from surgery.growth.deepening import origins_of
 from surgery.growth.schedule import Place
 from surgery.hashing import KEY
@@ -401,3 +401,9 @@ def test_a_layer_that_transformers_would_name_otherwise_is_no_template(tmp_path:
     save_file(renamed, path, metadata={"format": "pt"})
     refused(base, "transformers names this layer's tensors otherwise .self_attn.q_proj.weight.")
     refused(base, "layer 1 of .* is not what transformers makes: self_attn.q_proj.weight is missing", init="random")
+
+
+def test_a_config_that_cannot_be_written_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(SurgeryError, match=r"config.json: cannot be written \(Is a directory\)"):
+        write_config(tmp_path, {})

@@ -15,10 +15,10 @@ from hub_server import HubServer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery import lab
 from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.growth import corpus
 from surgery.growth.corpus import Document, commits_of, documents, fingerprint, open_corpus, shuffled
+from surgery.lab import family
 
 
 def texts(*refs: str | Path, field: str = "text") -> list[str]:
@@ -93,6 +93,19 @@ def test_a_glob_gives_the_files_it_matches(tree, monkeypatch):
     assert texts("~/?.txt") == texts("~/a.txt") == ["a.txt"]
 
 
+def test_a_glob_reads_a_file_once_however_links_lead_to_it(tree):
+    (tree / "b" / "circle").symlink_to(tree)
+    (tree / "b" / "linked.md").symlink_to(tree / "b/deep/d.md")
+    assert texts(tree / "**/*.[mp]*") == ["b/c.py", "b/deep/d.md", "b/deep/d.md"]
+    found = [document.where for document in documents([str(tree / "**/*.md")])]
+    assert found == [str(tree / "b/deep/d.md"), str(tree / "b/linked.md")]
+
+
+def test_a_blank_first_line_may_follow_a_mark_of_byte_order(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf\r\n{"text": "x"}\n')
+    assert texts(tmp_path / "a.jsonl") == ["x"]
+
+
 def test_the_lab_has_text_of_its_own(tmp_path, monkeypatch):
     asked = []
 
@@ -101,7 +114,7 @@ def test_the_lab_has_text_of_its_own(tmp_path, monkeypatch):
         return tmp_path / "lab.jsonl"
 
     jsonl(tmp_path / "lab.jsonl", "import this")
-    monkeypatch.setattr(lab, "data_path", data_path)
+    monkeypatch.setattr(family, "data_path", data_path)
     assert texts("lab:python/code", "lab:python/docs-held") == ["import this"] * 2
     assert asked == [("python", "code"), ("python", "docs-held")]
 
@@ -163,6 +176,9 @@ def test_a_folder_or_glob_without_text_says_where_it_looked(tmp_path):
     assert failure(tmp_path) == f"{tmp_path}: holds no text: none of its 1 files is text, JSONL or Parquet"
     assert failure(tmp_path / "*.png") == f"{tmp_path}/*.png: holds no text: the 1 files that it matches are all binary"
     assert failure(tmp_path / "b/*.md") == f"{tmp_path}/b/*.md: matches no file. Looked in {tmp_path}/b."
+    assert failure("org/name:train[:10%]").endswith(
+        "A Hub data set is given as org/name[/config][@revision]:split[a:b]."
+    )
 
 
 def test_a_reference_without_text_is_not_passed_over(tmp_path):

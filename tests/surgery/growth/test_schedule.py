@@ -46,13 +46,19 @@ def test_stages_are_repeated_and_learn_as_the_plan_or_they_say(plan: GrowthPlan)
     assert plan.corpus == ("text.txt",) and plan.cache.disk == 1_500_000
 
 
+def test_lists_of_one_need_no_brackets(tmp_path: Path) -> None:
+    (tmp_path / "plan.yml").write_text("stages: [{tokens: 5, train: head}]\nevaluate: {texts: a.txt, tasks: piqa}")
+    plan, _ = read_plan(str(tmp_path / "plan.yml"))
+    assert (plan.stages[0].train, plan.evaluate.texts, plan.evaluate.tasks) == (("head",), ("a.txt",), ("piqa",))
+
+
 def test_a_stage_takes_the_fewest_steps_that_see_its_tokens(plan: GrowthPlan) -> None:
     assert plan.steps_of == (4, 4, 2)
 
 
 def test_the_papers_schedules_ship_with_the_tool() -> None:
-    assert plan_names() == ["one-by-one", "three-by-three"]
-    one, three = (read_plan(name)[0] for name in plan_names())
+    assert plan_names() == ["one-by-one", "small", "three-by-three"]
+    one, three = (read_plan(name)[0] for name in ("one-by-one", "three-by-three"))
     assert [stage.add for stage in one.expanded] == [1] * 6
     assert [stage.add for stage in three.expanded] == [3] * 3
     assert {stage.init for plan in (one, three) for stage in plan.expanded} == {"random"}
@@ -67,6 +73,15 @@ def test_the_papers_schedules_ship_with_the_tool() -> None:
         ("stages: [{tokens: 5, train: []}]", "stages[0].train: nothing trains; name new, head,"),
         ("stages: [{tokens: 5, train: [heads]}]", "did you mean head?"),
         ("stages: [{tokens: 5, add: 0, train: [new]}]", "stages[0]: trains new layers, but adds none"),
+        ("stages: [{tokens: 5, train: [all, lora]}]", "stages[0].train: got lora beside all, which trains the layers"),
+        (
+            "stages: [{tokens: 5}]\ntraining: {betas: [0.9, 1]}",
+            "p.yml:2: training.betas[1]: got 1, expected less than 1",
+        ),
+        (
+            "stages: [{tokens: 5}]\ncache: {disk: inf GB}",
+            "p.yml:2: cache.disk: got 'inf GB', expected a number of bytes",
+        ),
         ("stages: [{token: 5}]", "p.yml:1: stages[0].token: is not known here; did you mean tokens?"),
         ("stages: [{tokens: 0}]", "stages[0].tokens: got 0, expected greater than 0"),
         ("stages: [{tokens: 5}]\ncache: {disk: 5 XB}", "p.yml:2: cache.disk: got '5 XB', expected a number of bytes"),

@@ -94,9 +94,9 @@ def test_the_same_request_gives_the_same_bytes_on_any_number_of_threads(
 ) -> None:
     code = (
         "import sys; from pathlib import Path; from surgery.growth.substrate import make_embedding; "
-        f"make_embedding({tokenizer!r}, Path(sys.argv[1]), kind={kind!r}, width=32, cell=16, seed=3)"
+        f"make_embedding({tokenizer!r}, Path(sys.argv[1]), kind={kind!r}, width=32, seed=3)"
     )
-    make_embedding(tokenizer, tmp_path / "here", kind=kind, width=32, cell=16, seed=3)
+    make_embedding(tokenizer, tmp_path / "here", kind=kind, width=32, seed=3)
     environment = {**os.environ, "OMP_NUM_THREADS": "3", "OPENBLAS_NUM_THREADS": "3"}
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "there")], check=True, env=environment)
     names = sorted(path.name for path in (tmp_path / "here").iterdir())
@@ -192,6 +192,8 @@ def test_a_table_is_another_models_embedding(tokenizer: str, tmp_path: Path) -> 
     make_embedding(tokenizer, tmp_path / "emb", kind="table", source=str(model))
     assert (table_of(tmp_path / "emb") == weights[: len(VOCAB)]).all()
     assert read_manifest(tmp_path / "emb")["inputs"]["source"]["tensors_read"] == 1
+    alone = make_embedding(tokenizer, tmp_path / "alone", kind="table", source=str(model / "model.safetensors"))
+    assert alone.details["tokens_of_source"] == "not known, for it has no tokenizer"
     make_embedding(tokenizer, tmp_path / "narrow", kind="table", source=str(model), width=8)
     reference = PCA(8, svd_solver="full").fit_transform(weights[: len(VOCAB)].astype(np.float64))
     np.testing.assert_allclose(np.abs(table_of(tmp_path / "narrow")), np.abs(reference), atol=1e-6)
@@ -269,6 +271,7 @@ def test_a_tokenizer_that_only_its_models_config_explains_is_saved_with_its_clas
         ({"kind": "bits", "width": 20}, r"--width: got 20, expected a multiple of 16"),
         ({"kind": "random", "width": 0}, r"--width: got 0, expected 1 or more"),
         ({"kind": "random", "width": 8, "font": Path("x.ttf")}, r"--font: only glyphs are drawn, got kind random"),
+        ({"kind": "bits", "width": 16, "cell": 16}, r"--cell: only glyphs are drawn, got kind bits"),
         ({"kind": "random", "width": 8, "source": "x"}, r"--from: only a table has one"),
         ({"kind": "table"}, r"--from: a table needs a model"),
         ({"font": Path("no.ttf"), "width": 8}, r"no.ttf: cannot be read"),
@@ -292,6 +295,10 @@ def test_what_is_no_embedding_is_not_opened_as_one(tokenizer: str, tmp_path: Pat
     with pytest.raises(SurgeryError, match='"embedding" is not what the manifest says'):
         open_embedding(tmp_path / "emb")
     manifest = json.loads((tmp_path / "emb" / "surgery.json").read_text())
+    for tensors in (None, [], {}, {"embedding": {"dtype": "F32", "shape": [3, 8]}}):
+        (tmp_path / "emb" / "surgery.json").write_text(json.dumps(manifest | {"tensors": tensors}))
+        with pytest.raises(SurgeryError, match='"embedding" is not what the manifest says'):
+            open_embedding(tmp_path / "emb")
     (tmp_path / "emb" / "surgery.json").write_text(json.dumps(manifest | {"kind": "model"}))
     with pytest.raises(SurgeryError, match="holds a model, expected an embedding"):
         open_embedding(tmp_path / "emb")

@@ -117,8 +117,31 @@ def test_what_is_there_is_kept_unless_it_may_be_replaced(tmp_path: Path) -> None
     first = train_tokenizer(CORPUS, tmp_path / "tok", vocab=VOCAB, refs=["texts/*.md"])
     line = read_manifest(tmp_path / "tok")["command"]["line"]
     assert line == f"surgery grow tokenizer 'texts/*.md' -o OUT --vocab {VOCAB}"
+    special = ("<end>", "<user>")
+    train_tokenizer(CORPUS, tmp_path / "chat", vocab=VOCAB, special=special, refs=["a.jsonl"], field="content")
+    line = read_manifest(tmp_path / "chat")["command"]["line"]
+    options = f"--vocab {VOCAB} --special '<end>' --special '<user>' --field content"
+    assert line == f"surgery grow tokenizer a.jsonl -o OUT {options}"
     with pytest.raises(SurgeryError, match="exists already"):
         trained(tmp_path / "tok", ["other"])
     second = train_tokenizer(["other " * 9], tmp_path / "tok", vocab=VOCAB, overwrite=True)
     assert second.hash != first.hash and read_manifest(tmp_path / "tok")["report"]["documents"] == 1
     assert first.table().rows and not (tmp_path / "tok.partial").exists()
+
+
+@pytest.mark.parametrize(("room", "what"), [(10, "cannot be written"), (2000, "the tokenizer cannot be written")])
+@pytest.mark.parametrize("texts", [1, 100])
+def test_a_disk_that_takes_no_more_is_said_in_one_line(tmp_path: Path, room: int, what: str, texts: int) -> None:
+    if (room, texts) == (2000, 100):
+        what = "cannot be written"
+    code = (
+        "import resource, sys, transformers; from pathlib import Path; from surgery.errors import SurgeryError\n"
+        "from surgery.growth.tokenizer import train_tokenizer\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.RLIM_INFINITY))\n"
+        f"try: train_tokenizer(['the cat ' * 200] * {texts}, Path(sys.argv[1]), vocab=300)\n"
+        "except SurgeryError as error: print(error.what)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "tok")], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.startswith(f"{what} (File too large")

@@ -205,14 +205,14 @@ sys.path[:0] = sys.argv[4:]
 import torch
 from growing import train
 from safetensors.torch import save_file
+from accelerate import PartialState
 from surgery.errors import SurgeryError
+from surgery.parallel import wait
 from surgery.process import rank
 from test_train import KINDS
 
 torch.set_num_threads(1)
 model, out, how = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-from accelerate import PartialState
-state = PartialState(cpu=True)
 if how == "fsdp":
     os.environ |= {
         "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
@@ -220,7 +220,8 @@ if how == "fsdp":
     }
     # Accelerate shards on accelerators only: told that these are some, it uses the same code with gloo on CPUs.
     from accelerate.utils import DistributedType
-    state.distributed_type = DistributedType.MULTI_GPU
+    wait()
+    PartialState().distributed_type = DistributedType.MULTI_GPU
 
 found, weights = {}, {}
 for kind in ("accumulate", "lora", "all"):
@@ -330,16 +331,6 @@ def test_an_infinite_gradient_is_not_applied(model: Path, tmp_path: Path) -> Non
         SurgeryError, match=r"step 2: the loss is .*no state was saved yet. Lower the learning rate, wh"
     ):
         train(model, stage, tmp_path / "state")
-
-
-def test_something_frozen_that_changes_is_named(model: Path, tmp_path: Path) -> None:
-    live = open_folder(model)
-
-    def log(step: Step) -> None:
-        live.model.get_parameter("model.embed_tokens.weight").data[0] += 1
-
-    with pytest.raises(SurgeryError, match=r"frozen, but changed in training: model.embed_tokens.weight"):
-        train_live(live, make_stage(), tmp_path / "state", log=log)
 
 
 @pytest.mark.parametrize("other", ["model", "stage", "window", "tokens"])

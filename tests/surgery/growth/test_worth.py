@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections import namedtuple
 
@@ -125,10 +126,14 @@ def test_no_room_on_the_disk_is_not_cached_or_an_error_but_an_old_cache_gives_wa
     timed(read=1, write=1, compute=9)
     monkeypatch.setattr(worth.shutil, "disk_usage", lambda path: Usage(300_000, 200_000, 100_000))
     found = asked(live, tmp_path)
-    assert (found.use, found.reason) == (False, "it needs 245 kB, and 100 kB are free")
+    reason = "it needs 245 kB beside 64 MB for the run itself, and 100 kB are free"
+    assert (found.use, found.reason) == (False, reason)
     with pytest.raises(SurgeryError, match=r"the prefix cache cannot be used: it needs 245 kB, and 100 kB are free"):
         asked(live, tmp_path, use="on")
     PrefixCache(tmp_path, windows=100, sequence=19, width=32, dtype=torch.float32, tokens="", alone=True).close()
+    assert asked(live, tmp_path, use="on").use
+    monkeypatch.setattr(worth.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, worth.SCRATCH))
+    assert not asked(live, tmp_path / "new").use
     assert asked(live, tmp_path).use
 
 
@@ -180,4 +185,16 @@ def test_the_disk_and_the_layers_are_really_timed(live, tmp_path, monkeypatch):
     assert 0 < found.seconds_read < 1
     assert 0 < found.seconds_write < 1
     assert 0 < found.seconds_recompute < 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_while_it_is_timed_ends_nothing(live, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PrefixCache, "_put", full)
+    found = asked(live, tmp_path / "c")
+    assert not found.use and found.reason.startswith("not cached, as its disk could not be timed: ")
+    found = asked(live, tmp_path / "c", use="on")
+    assert found.use and found.reason.startswith("cached as the plan asks; its disk could not be timed: ")
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,30 @@
+"""The pages in docs/commands are what the program says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cli.reference import commands, main, pages
+
+FOLDER = Path(__file__).parents[2] / "docs/commands"
+
+
+def test_every_page_is_up_to_date() -> None:
+    wanted = pages()
+    assert {path.name for path in FOLDER.iterdir()} == set(wanted)
+    for name, text in wanted.items():
+        assert (FOLDER / name).read_text() == text, f"{name}: run `make docs`"
+
+
+def test_a_page_has_every_option_and_the_example() -> None:
+    wanted = pages()
+    for name, command in commands():
+        page = wanted[f"{name.replace(' ', '-')}.md"]
+        assert f"surgery {name}" in page and "## Example" in page
+        assert all(f"`{option}`" in page for p in command.params for option in p.opts if option.startswith("-"))
+
+
+def test_pages_of_commands_that_are_no_more_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "gone.md").write_text("")
+    main(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(pages())
