@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from surgery.process import is_main
+from surgery.process import is_main, rank
 
 if TYPE_CHECKING:
-    from surgery.report import Table
+    from surgery.report import Figure, Table
 
 DEBUG = "SURGERY_DEBUG"
 
@@ -39,9 +40,9 @@ def _scale(score: float) -> tuple[int, int, int]:
 
 
 def error(text: str) -> None:
-    """The one line that explains a failure."""
+    """The one line that explains a failure; of several processes each explains its own."""
     typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-    typer.echo(text, err=True)
+    typer.echo(text if is_main() else f"process {rank()}: {text}", err=True)
 
 
 def show(*tables: Table) -> None:
@@ -57,6 +58,13 @@ def show(*tables: Table) -> None:
         console.print(table.to_rich())
 
 
+def draw(figure: Figure, path: Path) -> None:
+    """A picture in a file."""
+    if is_main():
+        figure.save(path)
+        tell(f"Picture: {path}")
+
+
 def show_json(value: Any) -> None:
     """One JSON object on stdout."""
     from surgery.jsonable import to_json
@@ -69,7 +77,7 @@ def show_preflight(facts: Mapping[str, str], warnings: Sequence[str]) -> None:
     """What was checked before the work began."""
     for label, value in facts.items():
         tell(f"  {label:<14} {value}")
-    for warning in warnings:
+    for warning in warnings if is_main() else ():
         typer.secho(f"  warning        {warning}", fg="yellow", err=True)
 
 

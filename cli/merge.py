@@ -206,7 +206,6 @@ def _line(words: Sequence[str], given: Mapping[str, Any]) -> list[str]:
 
 def _draw(report: MergeReport, path: Path) -> None:
     if report.models:
-        report.figure().save(path)
-        console.tell(f"Picture: {path}")
+        console.draw(report.figure(), path)
     else:
         console.tell("No picture: every tensor is a copy, so there are no distances to draw.")

@@ -11,6 +11,7 @@ import typer
 
 from cli import console
 from cli import options as o
+from surgery.process import is_main
 from surgery.wording import option_of, option_words
 
 if TYPE_CHECKING:
@@ -50,8 +51,7 @@ def diff(
 
     report = compare.diff(a, b, options=o.options(threads))
     if plot:
-        report.figure().save(plot)
-        console.tell(f"Picture: {plot}")
+        console.draw(report.figure(), plot)
     if as_json:
         console.show_json(report)
     else:
@@ -138,14 +138,13 @@ def evaluate(
     else:
         console.show(scorecard.score_table(scores))
     if plot:
-        scorecard.score_figure(scores).save(plot)
-        console.tell(f"Picture: {plot}")
+        console.draw(scorecard.score_figure(scores), plot)
     extra = {} if reinforce is None else {"reinforce": reinforce, **strength}
     command = _eval_line(models, task or (), perplexity or (), limit, extra)
     for model in (model for model, checkpoint in opened.items() if scorecard.is_result(checkpoint)):
         for sentence in scorecard.losses(scores, model):
             console.tell(f"warning: {sentence}")
-        if not no_card:
+        if not no_card and is_main():
             console.tell(f"Scores are in {scorecard.write_scores(folders[model], scores, command)}")
 
 

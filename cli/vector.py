@@ -155,7 +155,7 @@ def compare(
 
     report = comparison.compare(vectors, options=o.options(threads))
     if plot:
-        report.figure().save(plot)
+        console.draw(report.figure(), plot)
     if as_json:
         console.show_json(report)
     else:

@@ -11,7 +11,7 @@ from surgery.execute import Options
 from surgery.preflight import Preflight, check_config
 from surgery.stream import Reader, SourceFiles, count_nonfinite, segments
 from surgery.vocab import Vocabulary, read_vocabulary
-from surgery.workers import run
+from surgery.workers import run_shared
 
 ALIGN = "Say `tokenizer_source: union`, `base` or a model: rows are then aligned by token."
 _EXAMPLES = 3
@@ -106,7 +106,7 @@ def check_finite(tensors: Mapping[str, Sequence[StoredTensor]], options: Options
         SourceFiles({tensor.file for _, tensor in held}) as files,
         options.progress("Checking", sum(tensor.n_bytes for _, tensor in held)) as advance,
     ):
-        for number, size, count in run(units, look, files, threads=options.threads):
+        for number, size, count in run_shared(units, look, files, threads=options.threads):
             advance(size)
             counts[number] += count
     bad = {(held[number][0], held[number][1].name): count for number, count in counts.items() if count}

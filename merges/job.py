@@ -30,6 +30,7 @@ from surgery.refs import open_checkpoint
 from surgery.stream import SourceFiles
 
 _EXAMPLES = 5
+CONFIG_WORD = 2  # of the line: surgery merge CONFIG.yml …
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,12 @@ class Job:
         self.text = text
         # What the models are called, not where they lie: the manifest is the same for every OUT.
         options = config.model_dump(mode="json", exclude={"where", "warnings"})
-        self.command = {
+        self.command: dict[str, Any] = {
             "name": "merge", "arguments": list(config.models), "options": options, "line": shlex.join(line),
         }  # fmt: skip
+        if text:
+            # So that the merge can be made again from its manifest alone: the config's path means nothing elsewhere.
+            self.command["files"] = {line[CONFIG_WORD]: text}
         self.where = config.where or f"merge {config.merge_method}"
 
     def check(self, out: Path, options: Options) -> Planned | None:
@@ -136,20 +140,17 @@ class Job:
         if steps:
             more["steps"] = {name: {"inputs": one["inputs"]} for name, one in steps.items()}
 
-        def finish(folder: Path, outcome: Outcome) -> None:
-            nonlocal report
+        def finish(folder: Path, outcome: Outcome) -> MergeReport:
             planned.side_files.write(folder)
             if stored_as := self.config.out_dtype or self.config.dtype:
                 write_config_dtype(folder, dtype_name(stored_as))
-            report = with_outcome(report, planned.merged, outcome)
-            manifest = build_manifest(plan, outcome, kind="model", report={**report.summary(), **more})
+            done = with_outcome(report, planned.merged, outcome)
+            manifest = build_manifest(plan, outcome, kind="model", report={**done.summary(), **more})
             write_manifest(folder, manifest)
-            write_card(
-                folder, manifest, plan.sources, card(self.config, planned.layout, report, steps or {}, self.text)
-            )
+            write_card(folder, manifest, plan.sources, card(self.config, planned.layout, done, steps or {}, self.text))
+            return done
 
-        execute(plan, out, options, finish=finish)
-        return report
+        return execute(plan, out, options, finish=finish)
 
     def report(self, planned: Planned, out: Path) -> MergeReport:
         """What is known before the work."""

@@ -27,10 +27,12 @@ from merges.sharing import Shared, find_shared
 from merges.tune import Tuned, TuneWhat, check_tuning, tune_members
 from surgery.checkpoint import ADAPTER_CONFIG, MANIFEST, Checkpoint, read_file
 from surgery.commit import check_free
+from surgery.errors import usage_error
 from surgery.execute import Options, Outcome, execute
 from surgery.manifest import Card, build_manifest, command_record, write_card, write_manifest
 from surgery.plan import Plan, check_output, copied, plan_files
 from surgery.preflight import Preflight, check_quantised, check_space
+from surgery.process import n_processes
 from surgery.refs import open_checkpoint
 from surgery.report import Column, Table, format_value
 
@@ -117,6 +119,8 @@ def average(
     check_output(out, sources)
     if not dry_run:
         check_free(out, overwrite=options.overwrite)
+    if tune and n_processes() > 1:
+        raise usage_error("runs in one process", where="--tune", hint="Start it without accelerate launch.")
     rows = check_tuning(tune, tune_what, mode, given) if tune else None
     preflight = Preflight()
     check_quantised(preflight, checkpoints)

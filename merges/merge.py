@@ -17,6 +17,7 @@ from surgery.checkpoint import MANIFEST
 from surgery.commit import check_free, partial_of
 from surgery.execute import Options
 from surgery.manifest import read_manifest
+from surgery.parallel import share
 
 STEPS = ".steps"  # OUT.steps/ holds the results of named documents until the last is done
 
@@ -57,7 +58,7 @@ def merge(
             return _dry_report(job, out, plans)
     done = {name: _step(one, places[name], options) for name, one in zip(places, jobs, strict=True)}
     report = job.run(out, options, steps=done)
-    _remove(steps, places)
+    share([None], lambda _: _remove(steps, places))
     return report
 
 
@@ -74,10 +75,16 @@ def _dry_report(job: Job, out: Path, plans: Sequence[Planned | None]) -> MergeRe
 def _step(job: Job, folder: Path, options: Options) -> Mapping[str, Any]:
     """Merges a document that others need, unless an earlier run has done so; returns the manifest of the result."""
     planned = job.plan(folder, options)
-    if not (folder / MANIFEST).is_file():
-        job.execute(planned, folder, options)
-    elif read_manifest(folder)["report"]["fingerprint"] != planned.fingerprint:
+
+    def is_missing(_: None) -> bool:
+        if not (folder / MANIFEST).is_file():
+            return True
+        if read_manifest(folder)["report"]["fingerprint"] == planned.fingerprint:
+            return False
         shutil.rmtree(folder)  # of another config, or of models that have changed since
+        return True
+
+    if share([None], is_missing)[0]:
         job.execute(planned, folder, options)
     return read_manifest(folder)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from surgery.checkpoint import StoredTensor
 from surgery.execute import Options
 from surgery.stream import Reader, SourceFiles, digest, hash_tensor
-from surgery.workers import run
+from surgery.workers import run_shared
 
 SKETCH = 4096  # elements; tensors that differ at all nearly always differ here, and need no reading as a whole
 
@@ -41,12 +41,12 @@ def find_shared(members: Sequence[Mapping[str, StoredTensor]], options: Options)
         return key, hash_tensor(reader, candidates[key])
 
     with SourceFiles(paths) as files:
-        sketches = dict(run(list(candidates), sketch, files, threads=options.threads))
+        sketches = dict(run_shared(list(candidates), sketch, files, threads=options.threads))
         groups = _across(groups, sketches.__getitem__)
         likely = [key for group in groups for key in group]
         hashes = {}
         with options.progress("Comparing", sum(candidates[key].n_bytes for key in likely)) as advance:
-            for key, found in run(likely, whole, files, threads=options.threads):
+            for key, found in run_shared(likely, whole, files, threads=options.threads):
                 hashes[key] = found
                 advance(candidates[key].n_bytes)
     return {alias: name for group in _across(groups, hashes.__getitem__) for alias, name in _aliases(group)}

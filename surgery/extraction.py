@@ -26,7 +26,7 @@ from surgery.refs import open_checkpoint
 from surgery.report import Column, Table
 from surgery.stream import Input, Reader, SourceFiles, segments
 from surgery.vectors import DONOR, FORMAT, SKETCH, STEM
-from surgery.workers import run
+from surgery.workers import run_shared
 
 
 @dataclass(frozen=True)
@@ -119,30 +119,29 @@ def extract(
     if dry_run:
         return report
 
-    def finish(folder: Path, outcome: Outcome) -> None:
-        nonlocal report
+    def finish(folder: Path, outcome: Outcome) -> ExtractReport:
         norm, against = math.sqrt(outcome.total("squares")), math.sqrt(outcome.total("base_squares"))
-        report = replace(
+        done = replace(
             report,
             norm=norm,
             relative=norm / against if against else math.inf,
             inexact=int(outcome.total("missed")),
             elements=sum(sources["tuned"].tensors[name].n_elements for name in moved),
         )
-        manifest = build_manifest(plan, outcome, kind="vector", report=_extract_summary(report))
+        manifest = build_manifest(plan, outcome, kind="vector", report=_extract_summary(done))
         manifest["vector"] = {"format": FORMAT, "dtype": stored_as, "zero": zero, "left_out": left_out}
         write_manifest(folder, manifest)
         (folder / DONOR).mkdir(exist_ok=True)
         save_file(dict(preparation.sketch), folder / DONOR / SKETCH)
         method = (
             f"The task vector θ_tuned − θ_base (arXiv:2509.01363) of {len(moved)} tensors, stored as {stored_as}; "
-            f"‖v‖ = {norm:.4g}, {report.relative:.3%} of ‖θ_base‖. It is no model: "
+            f"‖v‖ = {norm:.4g}, {done.relative:.3%} of ‖θ_base‖. It is no model: "
             "`surgery vector apply` adds it to one."
         )
         write_card(folder, manifest, sources, Card("Task vector", method, ("task-vector",)))
+        return done
 
-    execute(plan, out, options, finish=finish)
-    return report
+    return execute(plan, out, options, finish=finish)
 
 
 @dataclass(frozen=True)
@@ -214,7 +213,7 @@ def _moved(fitted: Mapping[str, tuple[Input, ...]], options: Options) -> list[st
 
     with SourceFiles(files) as opened, options.progress("Comparing", len(fitted), "steps") as advance:
         moved = set()
-        for name, moves in run(list(fitted), differs, opened, threads=options.threads):
+        for name, moves in run_shared(list(fitted), differs, opened, threads=options.threads):
             advance(1)
             if moves:
                 moved.add(name)

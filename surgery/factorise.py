@@ -111,21 +111,20 @@ def extract_adapter(
     if dry_run:
         return report
 
-    def finish(folder: Path, outcome: Outcome) -> None:
-        nonlocal report
-        report = _with_residual(report, outcome, matrices, preparation.fitted, options)
+    def finish(folder: Path, outcome: Outcome) -> AdapterReport:
+        done = _with_residual(report, outcome, matrices, preparation.fitted, options)
         (folder / ADAPTER_CONFIG).write_text(json.dumps(_config(model, matrices, rank, transposed), indent=2) + "\n")
         numbers = {
             "rank": rank,
-            "residual": report.residual,
-            "residual_of_matrices": report.of_matrices,
+            "residual": done.residual,
+            "residual_of_matrices": done.of_matrices,
             "rest": rest,
         }
         manifest = build_manifest(plan, outcome, kind="adapter", report=numbers)
         write_manifest(folder, manifest)
         method = (
             f"θ_tuned − θ_base (arXiv:2509.01363) as a LoRA adapter of rank {rank} by SVD. It leaves out "
-            f"{report.residual:.2%} of the vector's norm."
+            f"{done.residual:.2%} of the vector's norm."
         )
         sources = preparation.sources
         write_card(
@@ -134,9 +133,9 @@ def extract_adapter(
             sources,
             Card("Task vector as a LoRA adapter", method, ("task-vector", "lora", "peft")),
         )
+        return done
 
-    execute(plan, out, options, finish=finish)
-    return report
+    return execute(plan, out, options, finish=finish)
 
 
 def low_rank(tensors: Sequence[Tensor], *, rank: int, seed: int, transposed: bool) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from surgery.checkpoint import Checkpoint, StoredTensor
 from surgery.execute import Options
 from surgery.hashing import hash_tensors
 from surgery.stream import Reader, SourceFiles, hash_tensor
-from surgery.workers import run
+from surgery.workers import run_shared
 
 
 def weights_hash(checkpoint: Checkpoint, *, options: Options = Options()) -> str:
@@ -29,7 +29,7 @@ def tensor_hashes(checkpoint: Checkpoint, *, options: Options = Options()) -> di
     hashes = {}
     size = sum(tensor.n_bytes for tensor in tensors.values())
     with SourceFiles(checkpoint.files) as files, options.progress("Hashing the model", size) as advance:
-        for tensor, found in run(list(tensors.values()), work, files, threads=options.threads):
+        for tensor, found in run_shared(list(tensors.values()), work, files, threads=options.threads):
             hashes[tensor.name] = found
             advance(tensor.n_bytes)
         files.check_unchanged()

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
@@ -18,10 +20,35 @@ from surgery.errors import SurgeryError, usage_error
 from surgery.process import is_main, n_processes, rank
 from surgery.progress import Progress, silent
 
-__all__ = ["is_main", "n_processes", "own_device", "share", "total", "wait"]
+__all__ = ["alone", "is_main", "n_processes", "n_sharing", "own_device", "share", "total", "wait"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+# How long processes wait for each other: one may tokenise or measure while the others do nothing. One that ends early
+# is no reason to wait less, since the launcher then ends all.
+PATIENCE = timedelta(days=1)
+
+_here = {"alone": False}
+
+
+def n_sharing() -> int:
+    """How many processes would share what is shared now: 1 inside of `alone`, and so inside of what is shared."""
+    return 1 if _here["alone"] else n_processes()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """In the block nothing is shared: what calls `share` there does all of it, and waits for nobody.
+
+    For what one process does while the others do something else.
+    """
+    before = _here["alone"]
+    _here["alone"] = True
+    try:
+        yield
+    finally:
+        _here["alone"] = before
 
 
 def share(
@@ -32,7 +59,7 @@ def share(
     size: Callable[[Item], int] = lambda item: 1,
     progress: Progress = silent,
 ) -> list[Result]:
-    """`work` of every item, in the items' order, in every process.
+    """`work` of every item, in the items' order, in every process. What `work` itself shares it does alone.
 
     Args:
         size: what the progress bar counts an item as.
@@ -41,14 +68,16 @@ def share(
         SurgeryError: another process could not do its share. What `work` raises here is raised here, once all
             processes know of it: none is left waiting.
     """
-    world = n_processes()
-    mine = range(rank(), len(items), world)
+    world = n_sharing()
+    mine = range(rank() if world > 1 else 0, len(items), world)
     done: list[tuple[int, Result]] = []
     fault: Exception | None = None
     try:
         with progress(label, sum(size(items[at]) for at in mine), "steps") as advance:
             for at in mine:
-                done.append((at, work(items[at])))
+                with alone():
+                    result = work(items[at])
+                done.append((at, result))
                 advance(size(items[at]))
     except Exception as error:
         if world == 1:
@@ -83,7 +112,7 @@ def own_device(device: str) -> str:
 
 def total(counts: Tensor) -> Tensor:
     """The sum over all processes of whole numbers that each has counted, in every process."""
-    if n_processes() == 1:
+    if n_sharing() == 1:
         return counts
     parts: list[Tensor] = _gather(counts)
     return torch.stack(parts).sum(0)
@@ -91,7 +120,7 @@ def total(counts: Tensor) -> Tensor:
 
 def wait() -> None:
     """Waits for all processes; nothing with one."""
-    if n_processes() > 1:
+    if n_sharing() > 1:
         _gather(None)  # accelerate's own waiting does nothing on CPUs unless it was launched with --cpu
 
 
@@ -100,7 +129,16 @@ def _gather(value: Any) -> list[Any]:
 
     _state()
     parts: list[Any] = [None] * n_processes()
-    dist.all_gather_object(parts, value)
+    try:
+        dist.all_gather_object(parts, value)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # gloo has no type of its own for a connection that is cut
+        raise SurgeryError(
+            f"another process has ended, or does not answer ({str(error).splitlines()[0]})",
+            where=f"process {rank()}",
+            hint="What that one said last tells why. The same command goes on where this one stopped.",
+        ) from error
     return parts
 
 
@@ -109,7 +147,7 @@ def _state() -> Any:
     from accelerate import PartialState
 
     # Without being told, it takes several processes on CPUs for unconnected ones.
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     # Left to the interpreter's end, the connection's threads may outlive what they use, which aborts the process.
     atexit.register(_disconnect)
     return state

@@ -187,18 +187,17 @@ def write_edit(edit: Edit, out: Path, *, measure: Measure | None, dry_run: bool,
     def judge(folder: Path, _: Outcome) -> EditNotes | None:
         return measure(folder) if measure else None
 
-    def finish(folder: Path, outcome: Outcome, notes: EditNotes | None) -> None:
-        nonlocal report
+    def finish(folder: Path, outcome: Outcome, notes: EditNotes | None) -> EditReport:
         write_undo(folder, [change.blocks for change in edit.changes], outcome, role=MODEL)
-        report = edit_report(report, base, sorted(made), outcome)
-        summary = report.summary() | {edit.nouns: {str(part): scale for part, scale in sorted(edit.scales.items())}}
+        done = edit_report(report, base, sorted(made), outcome)
+        summary = done.summary() | {edit.nouns: {str(part): scale for part, scale in sorted(edit.scales.items())}}
         summary |= {"measured": None if notes is None else notes.measured}
         manifest = build_manifest(plan, outcome, kind="model", report=summary)
         write_manifest(folder, manifest)
-        write_card(folder, manifest, sources, _card(edit, report, notes))
+        write_card(folder, manifest, sources, _card(edit, done, notes))
+        return done
 
-    execute_judged(plan, out, options, judge=judge, finish=finish)
-    return report
+    return execute_judged(plan, out, options, judge=judge, finish=finish)
 
 
 def record(base: Checkpoint, command: str, options: Mapping[str, Any]) -> dict[str, Any]:

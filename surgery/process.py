@@ -33,6 +33,11 @@ def n_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def n_neighbours() -> int:
+    """How many of them run on this machine, this one included; all of them where the launcher does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", n_processes()))
+
+
 def rank() -> int:
     """Which of them this one is, from 0."""
     return int(os.environ.get("RANK", "0"))

@@ -17,7 +17,7 @@ from surgery.stream import (
     compute_dtype,
     segments,
 )
-from surgery.workers import run
+from surgery.workers import run_shared
 
 Measure = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
@@ -64,7 +64,7 @@ def survey(
 
     with SourceFiles(path for tensors in jobs.values() for t in tensors for path in t.files) as files:
         with progress(label, total) as advance:
-            for name, part, read, row in run(units, work, files, threads=threads):
+            for name, part, read, row in run_shared(units, work, files, threads=threads):
                 sums[name][part] = row
                 advance(read)
         files.check_unchanged()

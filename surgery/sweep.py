@@ -25,6 +25,7 @@ from surgery.execute import Options
 from surgery.fit import Side, VocabPolicy, check_policy, fit, side
 from surgery.jsonable import to_json
 from surgery.masks import Mask
+from surgery.parallel import share
 from surgery.plan import check_output
 from surgery.plots import scale_curve
 from surgery.preflight import Preflight, check_ancestor, check_config, check_quantised
@@ -203,7 +204,7 @@ def sweep(
                 advance(1)
     report = SweepReport(vector, target, points, randoms, preflight.facts, preflight.warnings)
     if out is not None:
-        _write(report, out)
+        share([out], lambda folder: _write(report, folder))
     return report
 
 

@@ -54,6 +54,7 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # byt
 _NO_HASH = "0" * 32
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -172,20 +173,19 @@ def undo(model: str, out: Path, *, dry_run: bool = False, options: Options = Opt
                 hint="Fetch the folder again.",
             )  # fmt: skip
 
-    def finish(folder: Path, outcome: Outcome, _: None) -> None:
-        nonlocal report
-        report = edit_report(report, edited, sorted(blocks), outcome)
-        manifest = build_manifest(plan, outcome, kind="model", report=report.summary())
+    def finish(folder: Path, outcome: Outcome, _: None) -> EditReport:
+        done = edit_report(report, edited, sorted(blocks), outcome)
+        manifest = build_manifest(plan, outcome, kind="model", report=done.summary())
         write_manifest(folder, manifest)
         method = (
             f"The edit of {edited.repo_id or edited.ref} is undone: {len(blocks)} of {len(planned)} tensors have the "
             "bytes again that they had before it."
         )
-        table = edit_table(report).to_markdown()
+        table = edit_table(done).to_markdown()
         write_card(folder, manifest, plan.sources, Card("Model with an edit undone", method, ("undo",), table))
+        return done
 
-    execute_judged(plan, out, options, judge=judge, finish=finish)
-    return report
+    return execute_judged(plan, out, options, judge=judge, finish=finish)
 
 
 def execute_judged(
@@ -194,8 +194,8 @@ def execute_judged(
     options: Options,
     *,
     judge: Callable[[Path, Outcome], T],
-    finish: Callable[[Path, Outcome, T], None],
-) -> Outcome:
+    finish: Callable[[Path, Outcome, T], R],
+) -> R:
     """`execute`, with a `judge` who sees the weights first: where he raises SurgeryError nothing is left of them.
 
     Args:
@@ -203,14 +203,14 @@ def execute_judged(
     """
     refused = False
 
-    def judged(folder: Path, outcome: Outcome) -> None:
+    def judged(folder: Path, outcome: Outcome) -> R:
         nonlocal refused
         try:
             verdict = judge(folder, outcome)
         except SurgeryError:
             refused = True
             raise
-        finish(folder, outcome, verdict)
+        return finish(folder, outcome, verdict)
 
     try:
         return execute(plan, out, options, finish=judged)

@@ -210,17 +210,16 @@ def _add(
     if dry_run:
         return report
 
-    def finish(folder: Path, outcome: Outcome) -> None:
-        nonlocal report
-        report = edit_report(report, base, edited, outcome)
-        manifest = build_manifest(plan, outcome, kind="model", report=report.summary())
+    def finish(folder: Path, outcome: Outcome) -> EditReport:
+        done = edit_report(report, base, edited, outcome)
+        manifest = build_manifest(plan, outcome, kind="model", report=done.summary())
         write_manifest(folder, manifest)
         if stored_as:
             write_config_dtype(folder, stored_as)
-        write_card(folder, manifest, sources, _edit_card(report, mask, donors, base))
+        write_card(folder, manifest, sources, _edit_card(done, mask, donors, base))
+        return done
 
-    execute(plan, out, options, finish=finish)
-    return report
+    return execute(plan, out, options, finish=finish)
 
 
 def _edit_card(report: EditReport, mask: Mask, donors: Mapping[str, Checkpoint], target: Checkpoint) -> Card:

@@ -19,7 +19,7 @@ from surgery.stream import (
     digest,
     segments,
 )
-from surgery.workers import run
+from surgery.workers import run_shared
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def verify(model: str, *, options: Options = Options()) -> VerifyReport:
     changed, bad = [], {}
     tensors = checkpoint.tensors
     with SourceFiles(checkpoint.files) as files, options.progress("Verifying", checkpoint.n_bytes) as advance:
-        for tensor, found, nonfinite in run(list(tensors.values()), check, files, threads=options.threads):
+        for tensor, found, nonfinite in run_shared(list(tensors.values()), check, files, threads=options.threads):
             advance(tensor.n_bytes)
             if nonfinite:
                 bad[tensor.name] = nonfinite

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -25,7 +25,8 @@ from typing import Any, TypeVar
 import torch
 
 from surgery.errors import SurgeryError
-from surgery.process import is_claimed
+from surgery.parallel import n_sharing, share
+from surgery.process import is_claimed, n_neighbours, rank
 from surgery.stream import Reader, SourceFiles
 
 Work = TypeVar("Work")
@@ -38,8 +39,12 @@ _worker = threading.local()  # what a worker, be it a thread or a process, holds
 
 
 def default_threads() -> int:
-    """Workers for a job when the user names no number of threads: the processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    """Workers for a job when the user names no number of threads: the processors this process may use.
+
+    Processes that a launcher started side by side share them.
+    """
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(processors // n_neighbours(), 1)
 
 
 def run(
@@ -79,6 +84,39 @@ def run(
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def run_shared(
+    units: Sequence[Work],
+    work: Callable[[Work, Reader], Result],
+    files: SourceFiles,
+    *,
+    threads: int | None,
+) -> Iterator[Result]:
+    """As `run`, each process of a launcher's doing some of the units; each gets all results.
+
+    What another process found comes when all are done. An error in one ends all.
+    """
+    if n_sharing() == 1:
+        yield from run(units, work, files, threads=threads)
+        return
+    found: list[Result] = []
+    fault: Exception | None = None
+    try:
+        for result in run(units[rank() :: n_sharing()], work, files, threads=threads):
+            found.append(result)
+            yield result
+    except Exception as error:
+        fault = error
+
+    def told(_: int) -> list[Result]:
+        if fault is not None:
+            raise fault
+        return found
+
+    for process, theirs in enumerate(share(range(n_sharing()), told)):
+        if process != rank():
+            yield from theirs
 
 
 @contextmanager

@@ -20,11 +20,16 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 class ShardWriter:
     """The weight files of one output folder, created (or, on resuming, reopened) at their full size.
 
+    Several processes may write into one file, each with a writer of its own; the first one made creates the files.
+
+    Args:
+        create: False where another process has created them.
+
     Raises:
         SurgeryError: the disk is full, or a file cannot be written.
     """
 
-    def __init__(self, folder: Path, files: Iterable[PlannedFile]) -> None:
+    def __init__(self, folder: Path, files: Iterable[PlannedFile], *, create: bool = True) -> None:
         self._descriptors: dict[str, int] = {}
         self._direct: dict[str, DirectFile] = {}
         self._direct_descriptors: list[int] = []
@@ -32,7 +37,7 @@ class ShardWriter:
         self.folder = folder
         try:
             for file in files:
-                self._open(file)
+                self._open(file, create=create)
         except BaseException:
             self.close()
             raise
@@ -58,11 +63,28 @@ class ShardWriter:
             except OSError as error:
                 raise disk_error(error, self.folder / file) from error
 
+    def begin(self, file: PlannedFile) -> None:
+        """To be called before the first tensor of `file` is written, in the process that does so.
+
+        The header's last bytes share a block with it: to a direct write that block is then known whole.
+        """
+        if file.name in self._direct:
+            rest = len(file.header.raw) // BLOCK * BLOCK
+            self.complete(file.name, self.write(file.name, rest, memoryview(file.header.raw)[rest:]))
+
     def flush(self) -> None:
-        """Writes what was held back; to be called once, when nothing else writes any more."""
+        """Writes what was held back; to be called once, when no process writes to the files any more."""
         for name, direct in self._direct.items():
             try:
                 direct.flush()
+            except OSError as error:
+                raise disk_error(error, self.folder / name) from error
+
+    def sync(self) -> None:
+        """Returns once all that this machine holds of the files is on the disk."""
+        for name, descriptor in self._descriptors.items():
+            try:
+                os.fsync(descriptor)
             except OSError as error:
                 raise disk_error(error, self.folder / name) from error
 
@@ -113,15 +135,18 @@ class ShardWriter:
             raise disk_error(error, self.folder / file) from error
         start_writeback(descriptor, position, size)
 
-    def _open(self, file: PlannedFile) -> None:
+    def _open(self, file: PlannedFile, *, create: bool) -> None:
         path = self.folder / file.name
         header = file.header
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+            if create:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
+            descriptor = os.open(path, flags | os.O_CREAT if create else flags, 0o644)
             self._descriptors[file.name] = descriptor
-            _reserve(descriptor, file.size)
-            os.pwrite(descriptor, header.raw, 0)
+            if create:
+                _reserve(descriptor, file.size)
+                os.pwrite(descriptor, header.raw, 0)
             if file.size >= DIRECT_FROM and any(tensor.kernel is not None for tensor in file.tensors):
                 self._open_direct(file, descriptor)
         except OSError as error:
@@ -134,9 +159,6 @@ class ShardWriter:
             return
         self._direct_descriptors.append(direct)
         self._direct[file.name] = DirectFile(direct, buffered)
-        # The header's last bytes share a block with the first tensor: that block is then known whole.
-        rest = len(file.header.raw) // BLOCK * BLOCK
-        self.complete(file.name, self.write(file.name, rest, memoryview(file.header.raw)[rest:]))
 
 
 def start_writeback(descriptor: int, position: int, size: int) -> None:

@@ -66,7 +66,7 @@ def plan_transfer(folder: Path, scale: float = 1.0) -> Plan:
 
 
 def run(plan: Plan, out: Path, **options: object) -> Outcome:
-    return execute(plan, out, Options(**options), finish=lambda folder, outcome: None)  # type: ignore[arg-type]
+    return execute(plan, out, Options(**options), finish=lambda folder, outcome: outcome)  # type: ignore[arg-type]
 
 
 BUFFER_BYTES = 70 * 8  # the integer buffer comes first in the file, in two segments
