@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cli import console, edit, grow, lab, merge, models, probe, vector
+from cli import console, edit, grow, lab, merge, models, probe, push, recipes, reproduce, vector
 from surgery import process
 from surgery.errors import FAILED, SurgeryError
 
@@ -31,6 +31,9 @@ app.add_typer(probe.app, name="probe")
 app.add_typer(edit.app, name="edit")
 app.add_typer(grow.app, name="grow")
 app.add_typer(lab.app, name="lab")
+app.command(epilog=recipes.EPILOG)(recipes.run)
+app.command(epilog=push.EPILOG)(push.push)
+app.command(epilog=reproduce.EPILOG)(reproduce.reproduce)
 
 # Importing torch makes a few hundred thousand objects that stay; looking through them again and again for garbage takes
 # a quarter of a second at the default of (700, 10, 10).

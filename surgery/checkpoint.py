@@ -26,7 +26,7 @@ MANIFEST = "surgery.json"
 # manifest describe the weights they came with, and so are written anew.
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 SIDE_PREFIXES = ("LICENSE", "NOTICE", "USE_POLICY")
-NOT_CARRIED = (MANIFEST, "trainer_state.json")
+NOT_CARRIED = (MANIFEST, "trainer_state.json", "training.json", "scores.json")
 _NUMBERED = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors", re.ASCII)
 
 

@@ -1,8 +1,8 @@
 """Reading from the Hub: `org/name[@revision]` → a folder in the cache, pinned to one commit; `surgery.push` writes.
 
 Only what the weights need to be read and used is fetched: safetensors, JSON, tokenizer and chat-template
-files at the top of the repository. `huggingface_hub` is imported inside the functions, or every command,
-`--help` too, would wait for it.
+files at the top of the repository; or only the files asked for. `huggingface_hub` is imported inside the functions,
+or every command, `--help` too, would wait for it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def parse_repo_ref(text: str) -> tuple[str, str | None]:
     return repo_id, revision or None
 
 
-def fetch(repo_id: str, revision: str | None = None, *, progress: bool = True) -> HubSnapshot:
+def fetch(
+    repo_id: str, revision: str | None = None, *, only: Sequence[str] | None = None, progress: bool = True
+) -> HubSnapshot:
     """Downloads what is missing of `repo_id` at `revision` into the Hub's cache, and says where it lies.
 
     Under HF_HUB_OFFLINE=1 nothing is asked of the Hub and the cached copy is returned. A commit that is
@@ -87,15 +89,17 @@ def fetch(repo_id: str, revision: str | None = None, *, progress: bool = True) -
 
     Args:
         revision: a branch, tag or commit; None for the default branch.
+        only: patterns of the files to fetch instead, when no weights are needed; in folders only chat templates.
         progress: whether huggingface_hub draws its bars on stderr.
 
     Raises:
-        SurgeryError: no such repository or revision, no access, no connection, no safetensors, no space.
+        SurgeryError: no such repository or revision, no access, no connection, no safetensors (with `only`: no
+            such file), no space.
     """
     if not is_repo_id(repo_id) or "@" in repo_id:
         raise usage_error(f"got {repo_id!r}, expected org/name", where="Hub id")
     check_revision(repo_id, revision)
-    ref = _Ref(repo_id, revision)
+    ref = _Ref(repo_id, revision, None if only is None else tuple(only))
     if is_offline():
         return _cached(ref)
     try:
@@ -107,9 +111,46 @@ def fetch(repo_id: str, revision: str | None = None, *, progress: bool = True) -
 
 
 @dataclass(frozen=True)
+class Listing:
+    """A repository at one commit, by its listing: bytes of the weights that would be fetched, and of all that is not in
+    the cache yet."""
+
+    repo_id: str
+    revision: str
+    weights: int
+    missing: int
+
+
+def look(repo_id: str, revision: str | None = None) -> Listing:
+    """What `fetch` would download, without doing so; offline, what is in the cache. Raises SurgeryError as `fetch`."""
+    if not is_repo_id(repo_id) or "@" in repo_id:
+        raise usage_error(f"got {repo_id!r}, expected org/name", where="Hub id")
+    check_revision(repo_id, revision)
+    ref = _Ref(repo_id, revision)
+    if is_offline():
+        snapshot = _cached(ref)
+        weights = sum(path.stat().st_size for path in snapshot.folder.glob(f"*{WEIGHTS}"))
+        return Listing(repo_id, snapshot.revision, weights, 0)
+    from huggingface_hub import HfApi
+
+    with _hub_errors(ref):
+        info = HfApi(endpoint=endpoint()).model_info(
+            repo_id, revision=revision, files_metadata=True, timeout=_timeout()
+        )
+        files = info.siblings or []
+        names = _wanted([file.rfilename for file in files], ref)
+        wanted = [file for file in files if file.rfilename in names]
+        weights = sum(file.size or 0 for file in wanted if file.rfilename.endswith(WEIGHTS))
+        return Listing(repo_id, info.sha or "", weights, _missing(ref, info.sha or "", wanted))
+
+
+@dataclass(frozen=True)
 class _Ref:
+    """What is asked for; `only` as in `fetch`."""
+
     repo_id: str
     revision: str | None
+    only: tuple[str, ...] | None = None
 
     @property
     def is_pinned(self) -> bool:
@@ -169,7 +210,16 @@ def _download(ref: _Ref, progress: bool) -> HubSnapshot:
 
 
 def _wanted(names: Sequence[str], ref: _Ref) -> list[str]:
-    """The files of a repository to fetch, sorted. Raises SurgeryError where no safetensors are among them."""
+    """The files of a repository to fetch, sorted. Raises SurgeryError where what is needed is not among them."""
+    if ref.only is not None:
+        near = sorted(name for name in names if name.rpartition("/")[0] in ("", TEMPLATES))
+        chosen = [name for name in near if any(fnmatchcase(name, pattern) for pattern in ref.only)]
+        if not chosen:
+            raise SurgeryError(
+                f"has none of the files that are needed among its {len(names)} files ({listing(sorted(names), 5)})",
+                where=ref,
+            )
+        return chosen
     wanted = sorted(name for name in names if _is_allowed(name))
     weights = [name for name in wanted if name.endswith(WEIGHTS)]
     if not weights:
@@ -212,15 +262,20 @@ def _no_weights(names: Sequence[str], ref: _Ref) -> SurgeryError:
     )
 
 
-def _check_space(ref: _Ref, commit: str, files: Sequence[RepoSibling]) -> None:
+def _missing(ref: _Ref, commit: str, files: Sequence[RepoSibling]) -> int:
+    """Bytes of those files of a commit that are not in the cache."""
     from huggingface_hub import try_to_load_from_cache
 
-    folder = cache()
-    needed = sum(
+    return sum(
         file.size or 0
         for file in files
-        if try_to_load_from_cache(ref.repo_id, file.rfilename, cache_dir=folder, revision=commit) is None
+        if try_to_load_from_cache(ref.repo_id, file.rfilename, cache_dir=cache(), revision=commit) is None
     )
+
+
+def _check_space(ref: _Ref, commit: str, files: Sequence[RepoSibling]) -> None:
+    folder = cache()
+    needed = _missing(ref, commit, files)
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -254,14 +309,16 @@ def _find_cached(ref: _Ref) -> HubSnapshot | None:
                 cache_dir=cache(),
                 local_files_only=True,
                 # With these, huggingface_hub tells from its listing of the commit whether a file is missing.
-                allow_patterns=list(ALLOWED),
+                allow_patterns=list(ref.only or ALLOWED),
                 ignore_patterns=["*/*", DUPLICATES],
             )
         )
     except LocalEntryNotFoundError:
         return None
     # Without that listing (a cache filled by other programs) the folder may hold as little as a config.
-    return HubSnapshot(folder, ref.repo_id, folder.name) if any(folder.glob(f"*{WEIGHTS}")) else None
+    needed = ref.only or (f"*{WEIGHTS}",)
+    found = any(path for pattern in needed for path in folder.glob(pattern))
+    return HubSnapshot(folder, ref.repo_id, folder.name) if found else None
 
 
 def is_offline() -> bool:

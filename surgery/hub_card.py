@@ -41,8 +41,11 @@ class HubCard:
     metadata: Mapping[str, Any]
 
 
-def hub_card(parcel: Parcel, name: str) -> HubCard:
+def hub_card(parcel: Parcel, name: str, *, recipe: tuple[str, str] | None = None) -> HubCard:
     """The card that goes up with `parcel` as the repository `name`.
+
+    Args:
+        recipe: name and YAML text of the recipe that it is a step of; the card ends with it.
 
     Raises:
         SurgeryError: the README.md's metadata are no YAML or not what the Hub can read; scores.json is damaged.
@@ -51,9 +54,20 @@ def hub_card(parcel: Parcel, name: str) -> HubCard:
     completed = {key: value for key, value in _known(parcel, name).items() if value and key not in written}
     tags = list(dict.fromkeys([*_listed(written.get("tags")), TAG]))
     metadata = {**written, **completed, "tags": tags}
+    if recipe is not None:
+        body = f"{body.rstrip()}\n{_recipe(*recipe)}"
     text = f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000).strip()}\n---\n{body}"
     _check(text, parcel)
     return HubCard(text, metadata)
+
+
+def _recipe(name: str, text: str) -> str:
+    fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", text))])
+    return (
+        "\n## The recipe\n\nOf the pipeline that this is a result of. Save it as recipe.yaml, then "
+        f"`surgery run {name} --file recipe.yaml` does all of it again.\n\n"
+        f"{fence}yaml\n{text.rstrip()}\n{fence}\n"
+    )
 
 
 def _read(parcel: Parcel, name: str) -> tuple[dict[str, Any], str]:

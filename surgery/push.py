@@ -92,6 +92,7 @@ def push(
     pr: bool = False,
     message: str | None = None,
     verify: bool = True,
+    recipe: tuple[str, str] | None = None,
     options: Options = Options(),
     notify: Notify = lambda text: None,
     bars: bool = False,
@@ -104,6 +105,7 @@ def push(
         pr: open a pull request with the commit, against main.
         message: the commit's; by default it names the command that made `out`.
         verify: read every tensor and compare its hash with surgery.json's before anything is sent.
+        recipe: name and YAML text of the recipe that `out` is a step of, for the card.
         notify: is told, in a line, what people should know while they wait.
         bars: whether huggingface_hub draws its bars on stderr.
 
@@ -114,7 +116,7 @@ def push(
     to = destination(repo_id, revision, pr)
     token = _token(to)
     parcel = pack(out)
-    card = hub_card(parcel, _name(to))
+    card = hub_card(parcel, _name(to), recipe=recipe)
     _check_secret(parcel, card, token)
     from huggingface_hub import HfApi
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import base64
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import quote
 
 from surgery.files import write_file
 
@@ -172,16 +173,45 @@ class Figure:
         return write_file(path, self.png)
 
 
+@dataclass(frozen=True)
+class Printed:
+    """A step of a longer page: its title, the line that does it, what it printed as it stands, and links.
+
+    text: keeps its columns. links: what is shown → address, relative to the page.
+    """
+
+    title: str
+    line: str = ""
+    text: str = ""
+    note: str = ""
+    links: Mapping[str, str] = field(default_factory=dict)
+
+    def to_html(self) -> str:
+        """The step as an HTML section."""
+        links = " · ".join(f'<a href="{quote(to)}">{html.escape(name)}</a>' for name, to in self.links.items())
+        parts = [
+            f"<h2>{html.escape(self.title)}</h2>",
+            f'<p class="note">{_lines(self.note)}</p>' if self.note else "",
+            f'<div class="wide"><pre class="line">{html.escape(self.line)}</pre></div>' if self.line else "",
+            f'<div class="wide"><pre>{html.escape(self.text)}</pre></div>' if self.text.strip() else "",
+            f'<p class="note">{links}</p>' if links else "",
+        ]
+        return f"<section>{''.join(parts)}</section>"
+
+
+Item = Table | Figure | Printed | str
+
+
 @dataclass
 class Report:
-    """A page that grows: a title, an introduction, then tables, figures and paragraphs as they are added."""
+    """A page that grows: a title, an introduction, then tables, figures, steps and paragraphs as they are added."""
 
     title: str
     intro: str
-    items: list[Table | Figure | str] = field(default_factory=list)
+    items: list[Item] = field(default_factory=list)
 
-    def add(self, item: Table | Figure | str) -> Report:
-        """Appends a table, a figure, or a string as a paragraph; returns the report."""
+    def add(self, item: Item) -> Report:
+        """Appends a table, a figure, a step, or a string as a paragraph; returns the report."""
         self.items.append(item)
         return self
 
@@ -249,6 +279,8 @@ th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 tbody tr:last-child td { border-bottom: 0; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .note, figcaption { color: var(--soft); font-size: .9rem; margin: .8rem 0 0; }
+pre { font: .82rem/1.45 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; margin: 0; }
+pre.line { color: var(--soft); margin: 0 0 .8rem; }
 figure { margin: 0; }
 img { display: block; width: 100%; max-width: 54rem; height: auto; margin: 0 auto;
   border-radius: 6px; background: #fff; }

@@ -14,9 +14,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from merges.schema import TokenizerRule, TokenRule, ZeroToken
-from merges.tokenizer_files import added_tokens, extend_tokenizer, is_tokenizer_file, read_tokenizer_files
+from merges.tokenizer_files import added_tokens, extend_tokenizer, read_tokenizer_files
 from merges.tokens import TokenModel, TokenPlan, plan_tokens
 from surgery.errors import SurgeryError
+from surgery.tokenizer_files import is_tokenizer_file
 from surgery.vocab import read_vocabulary
 
 SPECIAL = ["<unk>", "<s>", "</s>"]

@@ -87,6 +87,33 @@ def test_fetch_gets_exactly_the_files_that_weights_need(server: HubServer, model
         assert not server.asked(f"/resolve/{snapshot.revision}/{name}"), name
 
 
+ONLY = ("tokenizer*", "config.json", "additional_chat_templates/*.jinja")
+
+
+def test_only_some_files_are_fetched_where_no_weights_are_needed(
+    server: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = server.add(REPO, model)
+    chosen = ("config.json", "tokenizer.json", "tokenizer.model", "additional_chat_templates/tools.jinja")
+    snapshot = hub.fetch(REPO, only=ONLY, progress=False)
+    assert content(snapshot.folder) == {name: FETCHED[name] for name in chosen}
+    assert not any(request.path.endswith(".safetensors") for request in server.requests)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub.fetch(REPO, only=ONLY, progress=False) == snapshot
+    assert "no complete copy" in failure()
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    server.fail(f"/api/models/{REPO}", 503)
+    assert hub.fetch(REPO, commit, only=ONLY, progress=False) == snapshot
+    assert content(hub.fetch(REPO, progress=False).folder) == FETCHED
+
+
+def test_files_without_weights_can_be_asked_for_and_must_be_there(server: HubServer, tmp_path: Path) -> None:
+    server.add(REPO, folder_of(tmp_path / "tokenizer", {"tokenizer.json": b"{}", "old/tokenizer.json": b"old"}))
+    assert content(hub.fetch(REPO, only=("*.json",), progress=False).folder) == {"tokenizer.json": b"{}"}
+    with pytest.raises(SurgeryError, match=r"has none of the files that are needed among its 2 files"):
+        hub.fetch(REPO, only=("vocab.txt",), progress=False)
+
+
 def test_consolidated_weights_are_fetched_where_there_are_no_others(server: HubServer, tmp_path: Path) -> None:
     files = {"consolidated.safetensors": b"weights", "params.json": b"{}"}
     server.add(REPO, folder_of(tmp_path / "model", files))

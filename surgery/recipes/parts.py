@@ -1,0 +1,115 @@
+"""What recipes are made of, once read: commands as the command line has them, and the steps of a run one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Scalar = str | int | float | bool
+Value = Scalar | None | tuple[Scalar, ...]
+Kind = Literal["text", "path", "whole", "number", "flag"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """An argument or option of a command, by the name that it has on the command line without dashes.
+
+    name: `scale-for`, `models`. flag: how it is typed, `--scale-for`; None for an argument. off: what switches a flag
+    off (`--no-rescale`). many: takes a list.
+    """
+
+    name: str
+    kind: Kind
+    help: str = ""
+    flag: str | None = None
+    off: str | None = None
+    required: bool = False
+    many: bool = False
+    default: Value = None
+    least: float | None = None
+    most: float | None = None
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that a step may run; its parameters are those of the command line, but for `out`, `json` and the like,
+    which are the engine's.
+
+    writes: the parameter whose folder it makes or changes (`out`); None where it only prints. changes: the parameter
+    that names a folder which it adds to, so that a step works on a copy of it (`from` of `probe heads`). goes_on: its
+    folder fills while it works, and the same command goes on in it; others write theirs whole or not at all. plots: the
+    option that names a picture to write, which is the engine's. suffix: how the name of what it writes ends, where that
+    is a file and no folder.
+    """
+
+    name: str
+    help: str
+    parameters: Mapping[str, Parameter]
+    writes: str | None = None
+    changes: str | None = None
+    goes_on: bool = False
+    plots: str | None = None
+    suffix: str = ""
+
+
+@dataclass(frozen=True)
+class Made:
+    """The output of another node of the run, `step` by its name, or what lies at `inside` in it."""
+
+    step: str
+    inside: str = ""
+
+
+Given = Value | Made | tuple[Scalar | Made, ...]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One step of a run, with everything filled in.
+
+    name: unique in the run, and the name of its folder: `moved`, or `moved.scale=0.5` for one of a matrix. step: as
+    the recipe calls it. given: parameter → value; what another step makes is a `Made`. after: the nodes that it needs.
+    line: where the step stands in the file. memory: bytes that the recipe says it takes at most; None estimates it.
+    """
+
+    name: str
+    step: str
+    command: Command
+    given: Mapping[str, Given]
+    after: tuple[str, ...] = ()
+    line: int | None = None
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Push:
+    """What is to go to the Hub once all steps are done."""
+
+    node: str
+    repo_id: str
+    inside: str = ""
+    private: bool = False
+    revision: str | None = None
+    pr: bool = False
+    message: str | None = None
+
+
+@dataclass(frozen=True)
+class Program:
+    """A recipe that can be run: its nodes in an order in which each comes after those it needs.
+
+    recipe: its name. about: in a line. text: of the recipe alone, as YAML with the values of this run in `vars`, for
+    cards and manifests. settings: the variables' values. needs: what the recipe says it takes.
+    """
+
+    recipe: str
+    about: str
+    file: Path
+    text: str
+    settings: Mapping[str, Value | tuple[Value, ...]]
+    nodes: tuple[Node, ...]
+    needs: Mapping[str, str] = field(default_factory=dict)
+    pushes: tuple[Push, ...] = ()

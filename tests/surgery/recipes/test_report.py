@@ -1,0 +1,113 @@
+"""Promises of surgery.recipes.report and display: what every step printed and drew on one page; lines while it runs."""
+
+from __future__ import annotations
+
+import base64
+import re
+from pathlib import Path
+
+import pytest
+from recipe_runs import Fakes, make, node, program, write_output
+
+from surgery.progress import terminal
+from surgery.recipes.children import Job
+from surgery.recipes.display import Lines, how_far
+from surgery.recipes.engine import run_program
+from surgery.recipes.parts import Made
+from surgery.report import Figure, Report
+from surgery.told import FILE, Told, heard
+
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+)
+OTHER = PNG + b"other"
+
+
+def work(job: Job) -> None:
+    write_output(job)
+    job.place.log.write_text("said\n")
+    if job.node.name == "a":
+        (job.place.out / "curve.png").write_bytes(PNG)
+        Report("Own", "").add(Figure("again", "", PNG)).add(Figure("heads", "", OTHER)).write(
+            job.place.out / "report.html"
+        )
+    if job.node.command.plots:
+        job.place.picture.write_bytes(PNG)
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> str:
+    drawing = make("diff", writes=None, plots="--plot")
+    what = program(
+        node("a", {"text": "<b>"}), node("b", {"inputs": (Made("a"),)}, command=drawing), node("c", {"count": 3})
+    )
+    report = run_program(what, tmp_path / "run", runner=Fakes(work=work, codes={"c": 1}), jobs=1)
+    assert report.report == tmp_path / "run" / "report.html"
+    return report.report.read_text(encoding="utf-8")
+
+
+def test_every_step_is_there_with_its_line_and_what_it_printed(page: str) -> None:
+    assert re.search(r'<pre class="line">surgery make --text &#x27;&lt;b&gt;&#x27; --out \S+steps/a/out</pre>', page)
+    assert "<pre>make --text &lt;b&gt;" in page
+    assert page.index("<h2>a</h2>") < page.index("<h2>b</h2>") < page.index("<h2>c</h2>")
+
+
+def test_pictures_of_the_folder_of_its_report_and_of_the_command_are_inside_once(page: str) -> None:
+    titles = re.findall(r'<img alt="([^"]*)"', page)
+    assert titles == ["a: curve", "a: heads", "b: picture"]
+    assert page.count(base64.b64encode(OTHER).decode()) == 1
+
+
+def test_a_steps_own_report_is_a_link_beside_the_page(page: str) -> None:
+    assert '<a href="steps/a/out/report.html">its own report</a>' in page
+    assert 'href="steps/c/log.txt"' in page
+
+
+def test_what_failed_is_told_with_its_reason(page: str) -> None:
+    assert "Failed. looked<br>error: it is broken" in page
+
+
+def test_what_was_done_before_is_told(tmp_path: Path) -> None:
+    for _ in range(2):
+        report = run_program(program(node("a")), tmp_path / "run", runner=Fakes(), jobs=1)
+    assert report.report is not None
+    assert "Done before, and unchanged since: not done again." in report.report.read_text(encoding="utf-8")
+
+
+def test_the_recipe_ends_the_page(page: str) -> None:
+    assert page.rindex("recipes: {tried: {}}") > page.index("<h2>c</h2>")
+
+
+def test_where_no_table_can_be_drawn_each_beginning_and_end_is_a_line(tmp_path: Path) -> None:
+    said: list[str] = []
+    lines = Lines(said.append)
+    lines.started("a", tmp_path)
+    lines.ended("a", "done", 1.25)
+    lines.ended("b", "unchanged", 0.0)
+    assert said == ["a: started", "a: done (1.2 s)", "b: unchanged"]
+
+
+def test_a_child_tells_its_progress_through_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "progress.json"
+    monkeypatch.setenv(FILE, str(file))
+    with terminal("Writing", 10, "steps") as advance:
+        assert heard(file) == Told("Writing", 0, 10, "steps")
+        advance(4, "loss 2.0")
+        advance(6)
+        assert heard(file) == Told("Writing", 10, 10, "steps", "loss 2.0")
+    assert how_far(heard(file)) == f"{'━' * 20} 10 of 10 Writing loss 2.0"
+    assert [path.name for path in tmp_path.iterdir()] == ["progress.json"]
+
+
+def test_a_child_that_nobody_listens_to_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FILE, raising=False)
+    monkeypatch.chdir(tmp_path)
+    with terminal("Writing", 10, "steps") as advance:
+        advance(10)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_says_nothing_readable_is_no_progress(tmp_path: Path) -> None:
+    (tmp_path / "progress.json").write_text('{"label": ')
+    assert heard(tmp_path / "progress.json") is None
+    assert how_far(None) == ""
