@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SHADES = (BLUE, "#56B4E9")  # of stages in turn, so that one sees where the next begins
-SMOOTHED = 60  # points of a drawn curve, each a mean over its share of the steps
+SMOOTHED = 30  # points of a drawn curve, each a mean over its share of the steps
 GROWN = "grown"
 
 
