@@ -22,8 +22,9 @@ demo-experts: $(READY)
 demo-growth: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh docs/growth.sh demo-growth
 
+# Two processes of one thread each: tests are small, and threads would only wait for each other.
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff format --check $(SOURCES)

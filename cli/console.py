@@ -53,7 +53,7 @@ def show(*tables: Table) -> None:
         return
     console = Console()
     if not console.is_terminal:
-        console = Console(width=200)  # a file or a pipe has no edge to wrap at
+        console = Console(width=2000)  # a file or a pipe has no edge to wrap at
     for table in tables:
         console.print(table.to_rich())
 

@@ -5,16 +5,31 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from cli import console, edit, grow, lab, merge, models, probe, push, recipes, reproduce, vector
 from surgery import process
 from surgery.errors import FAILED, SurgeryError
 
+
+class _StoppedError(Exception):
+    """Ctrl-C, by a name that Typer does not know: it would leave without a word."""
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stopped:
+            raise _StoppedError from stopped
+
+
 app = typer.Typer(
     name="surgery",
+    cls=_Commands,
     help="Takes language-model checkpoints apart and puts them together better, on the weights themselves.\n\n"
     "MODEL is a local folder, a single .safetensors file, org/name[@revision] on the Hub, a PEFT LoRA adapter "
     "folder, BASE+ADAPTER, or lab:NAME.\n\n"
@@ -51,6 +66,10 @@ def main(
     """What all commands share."""
     if debug:
         os.environ[console.DEBUG] = "1"
+    if process.n_processes() > 1:
+        from surgery.parallel import meet
+
+        meet()
 
 
 def program() -> None:
@@ -75,7 +94,7 @@ def run() -> None:
         app()
     except SurgeryError as error:
         _leave(error, str(error), error.exit_code)
-    except KeyboardInterrupt as error:
+    except (_StoppedError, KeyboardInterrupt) as error:
         _leave(error, "stopped. The same command goes on where it was.", 130)
     except OSError as error:
         _leave(error, f"{error.filename or 'the system'}: {error.strerror or error}", FAILED)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,11 +10,14 @@ import typer
 
 from cli import console
 from cli import options as o
+from cli.signatures import signatures
 
 if TYPE_CHECKING:
+    from cli.signatures import Parameter as Taken
+    from cli.signatures import Signature
     from surgery.recipes.engine import RunReport
     from surgery.recipes.outlook import Outlook
-    from surgery.recipes.parts import Command, Kind, Parameter, Value
+    from surgery.recipes.parts import Command, Kind, Parameter
 
 EPILOG = "Example: surgery run reasoning-vector --set scale=0.5 -o runs/half"
 FILE = Path("recipes.yaml")
@@ -31,7 +33,7 @@ CHANGING = {"probe heads": "from", "grow baseline": "out"}
 # Commands whose folder fills while they work.
 FILLING = frozenset({"grow run", "grow baseline"})
 FILE_SUFFIX = ".jsonl"  # of the results that are no folders
-KINDS: dict[str, Kind] = {"str": "text", "Path": "path", "int": "whole", "float": "number", "bool": "flag"}
+KINDS: dict[type, Kind] = {str: "text", Path: "path", int: "whole", float: "number", bool: "flag"}
 
 
 def run(
@@ -70,20 +72,20 @@ def run(
 
     read = program(file, name, commands=commands(), settings=dict(map(_setting, settings or ())))
     folder = RUNS / name if out is None else out
+    again = "The same command" if from_step is None else "The same command without --from"
     try:
         report = run_program(
             read, folder, jobs=jobs, from_step=from_step, dry_run=dry_run, say=console.tell, bars=sys.stderr.isatty(),
             show=(lambda seen: None) if as_json else _show,
         )  # fmt: skip
     except KeyboardInterrupt as stopped:
-        same = "The same command" if from_step is None else "The same command without --from"
-        console.error(f"stopped. {same} goes on where it was.")
+        console.error(f"stopped. {again} goes on where it was.")
         raise typer.Exit(STOPPED) from stopped
     if as_json:
         console.show_json(_record(report, folder))
     elif dry_run:
         console.tell("Nothing done (--dry-run).")
-    fault = report.fault(folder)
+    fault = report.fault(folder, again=again)
     if report.report is not None:
         console.tell(f"Report: {report.report}")
     if fault is not None:
@@ -92,69 +94,46 @@ def run(
 
 def commands() -> dict[str, Command]:
     """The commands that a step may name, from the functions that the command line is made of."""
-    from cli.main import app
-
-    found = dict(_walk(typer.main.get_command(app), ()))
-    return {name: _command(name, each) for name, each in found.items() if name not in NO_STEPS}
+    return {each.name: _command(each) for each in signatures() if each.name not in NO_STEPS}
 
 
-def _walk(command: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    children = getattr(command, "commands", None)
-    if children is None:
-        yield " ".join(path), command
-    for name, child in (children or {}).items():
-        yield from _walk(child, (*path, name))
-
-
-def _command(name: str, command: Any) -> Command:
+def _command(said: Signature) -> Command:
     from surgery.recipes.parts import Command
 
-    parameters = [_parameter(each) for each in command.params]
-    all_of = {each.name: each for each in parameters}
+    name = said.name
+    all_of = {each.name: each for each in map(_parameter, said.parameters)}
     changes = CHANGING.get(name)
     own = {key: each for key, each in all_of.items() if key not in ENGINES or key == changes}
-    metavars = {each.name: each.metavar for each in command.params}
+    is_file = any(each.name == "out" and each.metavar == "FILE" for each in said.parameters)
     return Command(
         name,
-        str(command.help or "").strip(),
+        said.help,
         own,
         writes="out" if "out" in all_of else changes,
         changes=changes,
         goes_on=name in FILLING,
         plots=all_of["plot"].flag if "plot" in all_of else None,
-        suffix=FILE_SUFFIX if metavars.get("out") == "FILE" else "",
+        suffix=FILE_SUFFIX if is_file else "",
     )
 
 
-def _parameter(given: Any) -> Parameter:
+def _parameter(said: Taken) -> Parameter:
     from surgery.recipes.parts import Parameter
 
-    described = given.type_descriptor
-    kind = described.annotation
-    many = getattr(kind, "__origin__", None) is list
-    of = kind.__args__[0] if many else kind
-    long = [name for name in given.opts if name.startswith("--")]
-    limits = described.parameter_info
+    flag = next((name for name in said.flags if name.startswith("--")), None)
+    default = said.default
     return Parameter(
-        name=long[0].removeprefix("--") if long else given.name,
-        kind=KINDS[of.__name__],
-        help=str(given.help or ""),
-        flag=long[0] if long else None,
-        off=given.secondary_opts[0] if given.secondary_opts else None,
-        required=bool(given.required),
-        many=many,
-        default=_default(given.default),
-        least=limits.min,
-        most=limits.max,
+        name=flag.removeprefix("--") if flag else said.name,
+        kind=KINDS[said.kind],
+        help=said.help,
+        flag=flag,
+        off=said.off,
+        required=said.required,
+        many=said.many,
+        default=str(default) if isinstance(default, Path) else default,
+        least=said.least,
+        most=said.most,
     )
-
-
-def _default(value: Any) -> Value:
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, (list, tuple)):
-        return tuple(value)
-    return None if value is None or callable(value) else value
 
 
 def _setting(text: str) -> tuple[str, str]:

@@ -6,91 +6,64 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+from cli.signatures import Parameter, Signature, signatures
 
 INDEX = "README.md"
+METAVARS: dict[type, str] = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 
 
 def pages() -> dict[str, str]:
     """File name → Markdown: a page per command, and an index of them."""
-    found = {f"{name.replace(' ', '-')}.md": _page(name, command) for name, command in commands()}
-    return {INDEX: _index(), **found}
+    commands = list(signatures())
+    return {INDEX: _index(commands), **{_file(command): _page(command) for command in commands}}
 
 
-def commands() -> Iterator[tuple[str, Any]]:
-    """Every command by its full name, with the object that parses it, in the order of `--help`."""
-    import typer
-
-    from cli.main import app
-
-    yield from _walk(typer.main.get_command(app), ())
+def _file(command: Signature) -> str:
+    return f"{command.name.replace(' ', '-')}.md"
 
 
-def _walk(command: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    children = getattr(command, "commands", None)
-    if children is None:
-        yield " ".join(path), command
-    for name, child in (children or {}).items():
-        yield from _walk(child, (*path, name))
-
-
-def _index() -> str:
+def _index(commands: list[Signature]) -> str:
     rows = [
-        f"| [`surgery {name}`]({name.replace(' ', '-')}.md) | {_cell(_summary(command))} |"
-        for name, command in commands()
+        f"| [`surgery {command.name}`]({_file(command)}) | {_cell(command.help.splitlines()[0])} |"
+        for command in commands
     ]
     return "\n".join(["# Commands", "", "| command | what it does |", "|---|---|", *rows, ""])
 
 
-def _page(name: str, command: Any) -> str:
-    arguments = [p for p in command.params if p.param_type_name == "argument"]
-    options = [p for p in command.params if p.param_type_name == "option"]
-    usage = " ".join(["surgery", name, *(_argument(p) for p in arguments), "[OPTIONS]"])
-    parts = [f"# surgery {name}", command.help or "", f"```\n{usage}\n```"]
+def _page(command: Signature) -> str:
+    arguments = [each for each in command.parameters if not each.flags]
+    options = [each for each in command.parameters if each.flags]
+    usage = " ".join(["surgery", command.name, *map(_argument, arguments), "[OPTIONS]"])
+    parts = [f"# surgery {command.name}", command.help, f"```\n{usage}\n```"]
     if arguments:
-        parts.append(_table("argument", [(f"`{_argument(p)}`", p.help or "", p) for p in arguments]))
+        parts.append(_table("argument", [(f"`{_argument(each)}`", each) for each in arguments]))
     if options:
-        parts.append(_table("option", [(_option(p), p.help or "", p) for p in options]))
-    if command.epilog:
-        example = str(command.epilog).removeprefix("Example: ")
-        parts.append(f"## Example\n\n```\n{example}\n```")
+        parts.append(_table("option", [(_option(each), each) for each in options]))
+    if command.example:
+        parts.append(f"## Example\n\n```\n{command.example}\n```")
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-def _table(what: str, rows: list[tuple[str, str, Any]]) -> str:
+def _table(what: str, rows: list[tuple[str, Parameter]]) -> str:
     lines = [f"| {what} | | default |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| {_cell(name)} | {_cell(text)} | {_default(p)} |" for name, text, p in rows)])
+    return "\n".join([*lines, *(f"| {_cell(name)} | {_cell(each.help)} | {_default(each)} |" for name, each in rows)])
 
 
-def _argument(parameter: Any) -> str:
-    return str(parameter.metavar or parameter.name.upper())
+def _argument(parameter: Parameter) -> str:
+    return parameter.metavar or parameter.name.upper()
 
 
-def _option(parameter: Any) -> str:
-    names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
-    if parameter.is_flag:
-        return names
-    return f"{names} {parameter.metavar or _kind(parameter)}"
+def _option(parameter: Parameter) -> str:
+    names = ", ".join(f"`{name}`" for name in (*parameter.flags, parameter.off) if name)
+    return names if parameter.kind is bool else f"{names} {parameter.metavar or METAVARS[parameter.kind]}"
 
 
-def _kind(parameter: Any) -> str:
-    annotation = parameter.type_descriptor.annotation
-    return {"int": "N", "float": "X", "Path": "PATH"}.get(getattr(annotation, "__name__", ""), "TEXT")
-
-
-def _default(parameter: Any) -> str:
+def _default(parameter: Parameter) -> str:
     if parameter.required:
         return "needed"
-    value = parameter.default
-    if value is None or value is False or callable(value):
-        return ""
-    return f"`{value}`"
-
-
-def _summary(command: Any) -> str:
-    return str(command.help or "").strip().splitlines()[0]
+    return "" if parameter.default is None or parameter.default is False else f"`{parameter.default}`"
 
 
 def _cell(text: str) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -39,6 +39,8 @@ def reproduce(
 
 def _run(words: Sequence[str]) -> int:
     """Runs one of our commands in a process of its own; what it says to people is passed on."""
-    console.tell(f"$ surgery {' '.join(words)}")
-    command = [sys.executable, "-m", "cli.main", *words]
-    return subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+    from surgery.recipes.children import program, surroundings
+
+    console.tell(f"$ surgery {shlex.join(words)}")
+    done = subprocess.run(program(words), stdout=subprocess.DEVNULL, env=surroundings(), check=False)
+    return done.returncode

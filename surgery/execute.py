@@ -124,7 +124,7 @@ class _Team:
             return job.stream(self.process, machines, watch)
         except Exception as error:
             if watch is not None:
-                watch.tell(self.process, error)
+                watch.tell(error)
             raise
 
     def settle(self) -> None:

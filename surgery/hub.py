@@ -7,9 +7,7 @@ or every command, `--help` too, would wait for it.
 
 from __future__ import annotations
 
-import errno
 import glob
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -20,10 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.errors import SurgeryError, listing, usage_error
+from surgery.hub_faults import TOKEN_HINT, UnreachableError, explained, no_space
+from surgery.hub_settings import cache, endpoint, is_offline, timeout
 
 if TYPE_CHECKING:
-    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.hf_api import RepoSibling
+
+__all__ = [
+    "ALLOWED", "DUPLICATES", "MEMBERS", "MEMBER_FILES", "PICKLES", "TEMPLATES", "TOKEN_HINT", "WEIGHTS", "HubSnapshot",
+    "Listing", "check_revision", "fetch", "is_repo_id", "look", "parse_repo_ref",
+]  # fmt: skip
 
 # *.safetensors.index.json is among *.json; *.txt is for merges.txt and vocab.txt, *.model for sentencepiece.
 ALLOWED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
@@ -37,11 +41,7 @@ DUPLICATES = "consolidated*"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = ".safetensors"
 
-DEFAULT_ENDPOINT = "https://huggingface.co"
 MAX_ID_LENGTH = 96  # the Hub's own limit
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-NOT_A_HUB = "the answer is not a Hub's"
-TOKEN_HINT = "log in with `hf auth login`, or set HF_TOKEN"
 
 _REPO_ID = re.compile(r"\w[\w.-]*/[\w.-]*\w", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -104,7 +104,7 @@ def fetch(
         return _cached(ref)
     try:
         return _download(ref, progress)
-    except _UnreachableError:
+    except UnreachableError:
         if ref.is_pinned and (snapshot := _find_cached(ref)):
             return snapshot
         raise
@@ -129,14 +129,13 @@ def look(repo_id: str, revision: str | None = None) -> Listing:
     ref = _Ref(repo_id, revision)
     if is_offline():
         snapshot = _cached(ref)
-        weights = sum(path.stat().st_size for path in snapshot.folder.glob(f"*{WEIGHTS}"))
+        names = _wanted([path.name for path in snapshot.folder.iterdir()], ref)
+        weights = sum((snapshot.folder / name).stat().st_size for name in names if name.endswith(WEIGHTS))
         return Listing(repo_id, snapshot.revision, weights, 0)
     from huggingface_hub import HfApi
 
-    with _hub_errors(ref):
-        info = HfApi(endpoint=endpoint()).model_info(
-            repo_id, revision=revision, files_metadata=True, timeout=_timeout()
-        )
+    with _asking(ref):
+        info = HfApi(endpoint=endpoint()).model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout())
         files = info.siblings or []
         names = _wanted([file.rfilename for file in files], ref)
         wanted = [file for file in files if file.rfilename in names]
@@ -160,10 +159,6 @@ class _Ref:
         return f"{self.repo_id}@{self.revision}" if self.revision else self.repo_id
 
 
-class _UnreachableError(SurgeryError):
-    """The Hub did not answer, or not as a Hub does."""
-
-
 def check_revision(repo_id: str, revision: str | None) -> None:
     """Raises SurgeryError where no branch, tag or commit can have the name `revision`."""
     # The cache keeps refs/<revision> as a path: a revision with ".." would be read outside it.
@@ -183,9 +178,9 @@ def _download(ref: _Ref, progress: bool) -> HubSnapshot:
         def __init__(self, *args: object, **options: object) -> None:
             super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
 
-    with _hub_errors(ref):
+    with _asking(ref):
         info = HfApi(endpoint=endpoint()).model_info(
-            ref.repo_id, revision=ref.revision, files_metadata=True, timeout=_timeout()
+            ref.repo_id, revision=ref.revision, files_metadata=True, timeout=timeout()
         )
         files = info.siblings or []
         names = _wanted([file.rfilename for file in files], ref)
@@ -279,11 +274,20 @@ def _check_space(ref: _Ref, commit: str, files: Sequence[RepoSibling]) -> None:
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
-        raise _no_space(f"needs {needed:,} bytes in the cache at {folder}, where {free:,} are free", ref)
+        raise no_space(f"needs {needed:,} bytes in the cache at {folder}, where {free:,} are free", ref)
 
 
-def _no_space(what: str, ref: _Ref) -> SurgeryError:
-    return SurgeryError(what, where=ref, hint="Free some space, or set HF_HUB_CACHE to a folder on a larger disk.")
+@contextmanager
+def _asking(ref: _Ref) -> Iterator[None]:
+    """`explained`, and where the Hub cannot be reached, what the cache has instead."""
+    try:
+        with explained(ref):
+            yield
+    except UnreachableError as error:
+        if copy := _find_cached(ref):
+            hint = f"Set HF_HUB_OFFLINE=1 to use the copy in your cache, of commit {copy.revision}."
+            raise UnreachableError(error.what, where=ref, hint=hint) from error.__cause__
+        raise
 
 
 def _cached(ref: _Ref) -> HubSnapshot:
@@ -319,132 +323,3 @@ def _find_cached(ref: _Ref) -> HubSnapshot | None:
     needed = ref.only or (f"*{WEIGHTS}",)
     found = any(path for pattern in needed for path in folder.glob(pattern))
     return HubSnapshot(folder, ref.repo_id, folder.name) if found else None
-
-
-def is_offline() -> bool:
-    """Whether HF_HUB_OFFLINE forbids to ask the Hub, now or when huggingface_hub was imported."""
-    from huggingface_hub import constants
-
-    # The constant is what the variable said when huggingface_hub was imported.
-    return constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in (
-        "1",
-        "ON",
-        "YES",
-        "TRUE",
-    )
-
-
-def endpoint() -> str:
-    """The Hub's address, without a slash at its end."""
-    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or DEFAULT_ENDPOINT
-
-
-def cache() -> Path:
-    """The folder that everything fetched is kept in."""
-    from huggingface_hub import constants
-
-    named = os.environ.get("HF_HUB_CACHE")
-    if not named and (home := os.environ.get("HF_HOME")):
-        named = f"{home}/hub"
-    return Path(os.path.expandvars(named or constants.HF_HUB_CACHE)).expanduser().absolute()
-
-
-def _timeout() -> float:
-    from huggingface_hub import constants
-
-    return float(constants.HF_HUB_ETAG_TIMEOUT)
-
-
-@contextmanager
-def _hub_errors(ref: _Ref) -> Iterator[None]:
-    """Turns what huggingface_hub raises into one line, never repeating its text: it may quote a token."""
-    from huggingface_hub import errors
-
-    # The base of all that httpx raises; it is httpx2 from some version of huggingface_hub on.
-    transport_error: type[Exception] = vars(errors)["HTTPError"]
-    try:
-        yield
-    except (errors.LocalEntryNotFoundError, OSError, transport_error) as error:
-        raise _explain(error, ref) from error
-    except ValueError as error:  # not JSON: a login page of the network, or a wrong HF_ENDPOINT
-        raise _unreachable(ref, NOT_A_HUB) from error
-    except RuntimeError as error:  # hf_xet, which moves large files, has no class of its own for a failed transfer
-        raise SurgeryError(
-            "the download broke off", where=ref, hint="Run the command again; finished files are kept."
-        ) from error
-
-
-def _explain(error: BaseException, ref: _Ref) -> SurgeryError:
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.LocalEntryNotFoundError):  # "could not ask, and nothing is cached": why not?
-        return _explain(error.__cause__, ref) if error.__cause__ else _unreachable(ref, "no answer")
-    if isinstance(error, errors.HfHubHTTPError):
-        return _explain_status(error, ref)
-    if isinstance(error, OSError) and error.errno in NO_SPACE:
-        return _no_space(f"the disk filled up while downloading to {cache()}", ref)
-    if isinstance(error, PermissionError):
-        return SurgeryError(
-            f"the cache at {cache()} cannot be written",
-            where=ref,
-            hint="Set HF_HUB_CACHE to a folder of yours.",
-        )
-    if isinstance(error, OSError) and "Consistency check failed" in str(error):
-        return SurgeryError(
-            "a file arrived with the wrong size", where=ref, hint="Run the command again to fetch it anew."
-        )
-    if isinstance(error, errors.FileMetadataError):
-        return _unreachable(ref, NOT_A_HUB)
-    return _unreachable(ref, failure(error))
-
-
-def failure(error: BaseException) -> str:
-    """What kept us from the Hub, by kind: the innermost system error's words, else the exception's name."""
-    name = type(error).__name__
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, OSError) and inner.strerror:
-            return inner.strerror
-        inner = inner.__cause__ or inner.__context__
-    return name
-
-
-def _explain_status(error: HfHubHTTPError, ref: _Ref) -> SurgeryError:
-    status = error.response.status_code
-    if status >= 500:
-        return _unreachable(ref, f"HTTP {status}")
-    what, hint = _refusal(error, ref)
-    return SurgeryError(what, where=ref, hint=hint)
-
-
-def _refusal(error: HfHubHTTPError, ref: _Ref) -> tuple[str, str]:
-    """What is wrong, and what to do."""
-    from huggingface_hub import errors, get_token
-
-    status = error.response.status_code
-    page = f"{endpoint()}/{ref.repo_id}"
-    if isinstance(error, errors.GatedRepoError):
-        then = "then ask again" if get_token() else f"then {TOKEN_HINT}"
-        return "is gated: its authors ask you to accept terms first", f"Accept them at {page}, {then}."
-    if isinstance(error, errors.RevisionNotFoundError):
-        return "has no such revision", f"Its branches and tags are listed at {page}/tree/main."
-    if isinstance(error, errors.RepositoryNotFoundError):
-        what = f"no such model at {endpoint()}, or it is private and"
-        if get_token():
-            return f"{what} your token may not read it", "Check the spelling, and what the token may read."
-        return f"{what} needs a token", f"Check the spelling; for a private model {TOKEN_HINT}."
-    if status == 401:
-        return "the Hub does not accept your token", f"To replace it {TOKEN_HINT}; or unset it."
-    if status == 404:
-        return "a file of its listing is not there (HTTP 404)", "Run the command again."
-    if status == 429:
-        hint = f"Wait some minutes; with a token the limit is higher: {TOKEN_HINT}."
-        return "the Hub limits how often you may ask (HTTP 429)", hint
-    return f"the Hub refuses (HTTP {status})", f"See {page} for the reason."
-
-
-def _unreachable(ref: _Ref, reason: str) -> _UnreachableError:
-    hint = "Check the connection (and HF_ENDPOINT, if set), or give a local folder."
-    if copy := _find_cached(ref):
-        hint = f"Set HF_HUB_OFFLINE=1 to use the copy in your cache, of commit {copy.revision}."
-    return _UnreachableError(f"cannot reach the Hub at {endpoint()} ({reason})", where=ref, hint=hint)

@@ -15,8 +15,10 @@ from typing import Any
 
 import yaml
 
-from surgery import hub, hub_data
+from surgery import hub_data
+from surgery.checkpoint import MANIFEST
 from surgery.errors import SurgeryError
+from surgery.hub_settings import cache
 from surgery.outgoing import CARD, Parcel
 from surgery.report import format_value
 from surgery.scorecard import read_scores
@@ -28,6 +30,8 @@ LIBRARIES = {"model": "transformers", "ensemble": "transformers", "adapter": "pe
 # The Hub knows adapter, merge, quantized and finetune. A vector is, like an adapter, no model but what is added to one.
 RELATIONS = {"vector": "adapter", "adapter": "adapter", "ensemble": "merge"}
 MERGING = ("merge", "vector transfer", "vector apply")
+# The key of a plan under which stands what a model is measured on: it has learned nothing from that.
+EVALUATE = "evaluate"
 LICENCE = ("license", "license_name", "license_link")
 
 _FRONT = re.compile(r"\A---[ \t]*\n(?P<yaml>.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
@@ -102,7 +106,7 @@ def _known(parcel: Parcel, name: str) -> dict[str, Any]:
     return {
         "base_model": bases,
         "base_model_relation": _relation(parcel) if bases else None,
-        "datasets": sorted(set(_data_sets(parcel.manifest))),
+        "datasets": _all_data_sets(parcel),
         **_licence(parcel if has_base else None),
         "library_name": LIBRARIES.get(parcel.kind),
         "pipeline_tag": TASK if parcel.kind in LIBRARIES else None,
@@ -118,14 +122,26 @@ def _relation(parcel: Parcel) -> str:
     return "merge" if merged else "finetune"
 
 
+def _all_data_sets(parcel: Parcel) -> list[str]:
+    """The data sets on the Hub that the manifest names, or a plan of which it has the text."""
+    named = [parcel.manifest]
+    for name, text in (parcel.command.get("files") or {}).items():
+        if name.endswith((".yml", ".yaml")):
+            try:
+                named += yaml.safe_load_all(text)
+            except yaml.YAMLError as error:
+                raise SurgeryError(f"its copy of {name} is no YAML", where=parcel.folder / MANIFEST) from error
+    return sorted({name for each in named for name in _data_sets(each)})
+
+
 def _data_sets(value: Any) -> Iterator[str]:
-    """The data sets on the Hub that a manifest names anywhere, by their references."""
+    """The data sets on the Hub that are named anywhere in `value`, by their references."""
     if isinstance(value, str):
         if asked := hub_data.parse(value):
             yield asked.repo
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            if key != "tensors":
+            if key not in ("tensors", EVALUATE):
                 yield from _data_sets(item)
     elif isinstance(value, list):
         for item in value:
@@ -143,7 +159,7 @@ def _licence(parcel: Parcel | None) -> dict[str, Any]:
 def _cached_licence(repo_id: str, revision: str | None) -> dict[str, Any]:
     from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(repo_id, CARD, cache_dir=hub.cache(), revision=revision)
+    path = try_to_load_from_cache(repo_id, CARD, cache_dir=cache(), revision=revision)
     if not isinstance(path, str):
         return {}
     try:

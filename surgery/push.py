@@ -18,6 +18,8 @@ from surgery import hub
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.execute import Options
 from surgery.hub_card import HubCard, hub_card
+from surgery.hub_faults import TOKEN_HINT
+from surgery.hub_settings import endpoint, is_offline
 from surgery.outgoing import CARD, Parcel, check_hashes, pack
 from surgery.push_changes import (
     MAIN,
@@ -121,7 +123,7 @@ def push(
     from huggingface_hub import HfApi
 
     with settled(notify, bars=bars):
-        session = _Session(HfApi(endpoint=hub.endpoint(), token=token), to, token, notify)
+        session = _Session(HfApi(endpoint=endpoint(), token=token), to, token, notify)
         session.check_token()
         check_place(session.look(), to, parcel, private)
         if parcel.local_refs:
@@ -154,7 +156,7 @@ class _Session:
             raise SurgeryError(
                 "your token can only read",
                 where=self._to,
-                hint=f"Make one that may write at {hub.endpoint()}/settings/tokens, and set HF_TOKEN to it.",
+                hint=f"Make one that may write at {endpoint()}/settings/tokens, and set HF_TOKEN to it.",
             )
 
     def look(self) -> Remote | None:
@@ -252,7 +254,7 @@ class _Session:
 
     def _page(self, made: CommitInfo) -> tuple[str, str]:
         """The branch that holds the commit, and the page to look at."""
-        page = f"{hub.endpoint()}/{self._to.repo_id}"
+        page = f"{endpoint()}/{self._to.repo_id}"
         branch = self._to.branch
         if made.pr_url:
             return made.pr_revision or branch, made.pr_url
@@ -284,12 +286,12 @@ class _Session:
 def _token(to: Destination) -> str:
     from huggingface_hub import get_token
 
-    if hub.is_offline():
+    if is_offline():
         raise usage_error("offline mode is on, so nothing can be pushed", where=to, hint="Unset HF_HUB_OFFLINE.")
     with explained(to, ""):
         token = get_token()
     if not token:
-        raise usage_error("pushing needs a token", where=to, hint=f"To give one {hub.TOKEN_HINT}.")
+        raise usage_error("pushing needs a token", where=to, hint=f"To give one {TOKEN_HINT}.")
     return token
 
 

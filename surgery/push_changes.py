@@ -17,6 +17,7 @@ from surgery import hub
 from surgery.checkpoint import MANIFEST
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.hub_card import HubCard
+from surgery.hub_settings import endpoint
 from surgery.outgoing import ATTRIBUTES, CARD, Parcel
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def check_place(remote: Remote | None, to: Destination, parcel: Parcel, private:
         raise usage_error(
             "is there already, and it is public",
             where=to,
-            hint=f"Make it private at {hub.endpoint()}/{to.repo_id}/settings, or push without --private.",
+            hint=f"Make it private at {endpoint()}/{to.repo_id}/settings, or push without --private.",
         )
     foreign = sorted(name for name in remote.files - parcel.names if "/" not in name and _matches(name, FOREIGN))
     if foreign and MANIFEST not in remote.files:

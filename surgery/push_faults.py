@@ -10,10 +10,11 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from surgery import hub
 from surgery.errors import SurgeryError
+from surgery.hub_faults import NO_SPACE, NOT_A_HUB, Repository, failure, transport_error, wrong_token
+from surgery.hub_settings import cache, endpoint
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -24,14 +25,6 @@ MOVED = (409, 412)
 LONGEST_QUOTE = 200  # characters of the Hub's own words that a line repeats
 _WAITING = re.compile(r"(?:Rate limited\. Waiting|Retrying in) ([\d.]+)s")
 _BAD_CARD = "validating metadata in README.md"
-
-
-class Place(Protocol):
-    """Where a push goes: its text is the `where` of errors."""
-
-    @property
-    def repo_id(self) -> str:
-        """org/name."""
 
 
 class MovedError(SurgeryError):
@@ -88,14 +81,13 @@ def seconds_to_wait(error: BaseException, attempt: int, *, again: bool) -> float
 
 
 @contextmanager
-def explained(to: Place, token: str, *, passing: type[Exception] | tuple[type[Exception], ...] = ()) -> Iterator[None]:
+def explained(
+    to: Repository, token: str, *, passing: type[Exception] | tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
     """Turns what huggingface_hub raises in the block into a `SurgeryError`, but for the types in `passing`."""
-    from huggingface_hub import errors
-
-    transport: type[Exception] = vars(errors)["HTTPError"]
     try:
         yield
-    except (OSError, ValueError, RuntimeError, transport) as error:
+    except (OSError, ValueError, RuntimeError, transport_error()) as error:
         if isinstance(error, passing):
             raise
         # A traceback shows the causes' texts, and the Hub's may quote the token.
@@ -103,7 +95,7 @@ def explained(to: Place, token: str, *, passing: type[Exception] | tuple[type[Ex
         raise _explain(error, to, token) from None if quotes else error
 
 
-def _explain(error: BaseException, to: Place, token: str) -> SurgeryError:
+def _explain(error: BaseException, to: Repository, token: str) -> SurgeryError:
     from huggingface_hub import errors
 
     chain = list(_causes(error))
@@ -117,8 +109,8 @@ def _explain(error: BaseException, to: Place, token: str) -> SurgeryError:
         return _refused(refusal, to, token)
     if any(isinstance(each, errors.OfflineModeIsEnabled) for each in chain):
         return SurgeryError("offline mode is on", where=to, hint="Unset HF_HUB_OFFLINE.")
-    if full := next((each for each in chain if isinstance(each, OSError) and each.errno in hub.NO_SPACE), None):
-        where = full.filename or hub.cache()
+    if full := next((each for each in chain if isinstance(each, OSError) and each.errno in NO_SPACE), None):
+        where = full.filename or cache()
         return SurgeryError("the disk filled up while sending", where=where, hint=f"Free some space. {AGAIN}")
     if any(_is_transport(each) for each in chain):
         return _unreachable(to, error)
@@ -126,36 +118,34 @@ def _explain(error: BaseException, to: Place, token: str) -> SurgeryError:
         return SurgeryError(f"cannot be read ({error.strerror or type(error).__name__})", where=error.filename or to)
     if isinstance(error, ValueError):  # not JSON, or not what was asked: a login page, or a wrong HF_ENDPOINT
         return SurgeryError(
-            f"cannot push to {hub.endpoint()} ({hub.NOT_A_HUB})", where=to, hint="Check HF_ENDPOINT and the network."
+            f"cannot push to {endpoint()} ({NOT_A_HUB})", where=to, hint="Check HF_ENDPOINT and the network."
         )
     return SurgeryError("the upload broke off", where=to, hint=AGAIN)  # hf_xet has no class of its own for it
 
 
-def _refused(error: HfHubHTTPError, to: Place, token: str) -> SurgeryError:
+def _refused(error: HfHubHTTPError, to: Repository, token: str) -> SurgeryError:
     """What the Hub's refusal means for a push."""
     from huggingface_hub import errors
 
     status = error.response.status_code
     said = _scrubbed(error.server_message or "", token)
     quoted = f": {said}" if said else ""
-    page, org = f"{hub.endpoint()}/{to.repo_id}", to.repo_id.partition("/")[0]
+    page, org = f"{endpoint()}/{to.repo_id}", to.repo_id.partition("/")[0]
     if status >= 500 or status == 408:
         return SurgeryError(f"the Hub fails (HTTP {status})", where=to, hint=f"Wait a little. {AGAIN}")
     if status == 429:
         wait = _asked_to_wait(error.response.headers)
         hint = f"It asks to wait {wait:,.0f} seconds. {AGAIN}" if wait else f"Wait some minutes. {AGAIN}"
         return SurgeryError("the Hub limits how often you may ask (HTTP 429)", where=to, hint=hint)
-    if not str(error.response.url).startswith(hub.endpoint()):
+    if not str(error.response.url).startswith(endpoint()):
         return SurgeryError(f"the Hub's storage refuses a file (HTTP {status})", where=to, hint=AGAIN)
     if status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
-        return SurgeryError(
-            "the Hub does not accept your token", where=to, hint=f"To replace it {hub.TOKEN_HINT}; or unset it."
-        )
+        return wrong_token(to)
     if status in (401, 403):
         return SurgeryError(
             f"your token may not write here (HTTP {status}{quoted})",
             where=to,
-            hint=f"Use one with write access to {org} ({hub.endpoint()}/settings/tokens), or propose it with --pr.",
+            hint=f"Use one with write access to {org} ({endpoint()}/settings/tokens), or propose it with --pr.",
         )
     if status in MOVED:
         return MovedError(f"somebody else pushed in between (HTTP {status})", where=to, hint=AGAIN)
@@ -170,9 +160,9 @@ def _refused(error: HfHubHTTPError, to: Place, token: str) -> SurgeryError:
     return SurgeryError(f"the Hub refuses (HTTP {status}{quoted})", where=to)
 
 
-def _unreachable(to: Place, error: BaseException) -> SurgeryError:
+def _unreachable(to: Repository, error: BaseException) -> SurgeryError:
     return SurgeryError(
-        f"cannot reach the Hub at {hub.endpoint()} ({hub.failure(error)})",
+        f"cannot reach the Hub at {endpoint()} ({failure(error)})",
         where=to,
         hint=f"Check the connection (and HF_ENDPOINT, if set). {AGAIN}",
     )
@@ -187,10 +177,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _is_transport(error: BaseException) -> bool:
     from huggingface_hub import errors
 
-    # The base of all that httpx raises; it is httpx2 from some version of huggingface_hub on.
-    base: type[Exception] = vars(errors)["HTTPError"]
     offline = isinstance(error, errors.OfflineModeIsEnabled)
-    return isinstance(error, (base, ConnectionError, TimeoutError)) and not offline
+    return isinstance(error, (transport_error(), ConnectionError, TimeoutError)) and not offline
 
 
 def _asked_to_wait(headers: Any) -> float | None:

@@ -1,8 +1,8 @@
 """An output made once more from its manifest, and compared with what it was, hash by hash.
 
 In comes a folder, or a repository on the Hub, that this tool wrote; its command runs again in a folder of its own, on
-inputs pinned to the commits that were read; out comes a `Reproduction`. Only commands of this tool are run, with
-arguments that its own parser reads; never a shell.
+inputs pinned to the commits that were read; out comes a `Reproduction`. A manifest may be a stranger's: only commands
+that make checkpoints are run, with arguments that this tool's own parser reads, into that folder alone; never a shell.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from surgery import hub, lab
@@ -23,7 +23,9 @@ from surgery.report import Column, Table
 
 OUT = "OUT"  # what stands for the output in a recorded line
 PROGRAM = "surgery"
-WITHOUT = ("push", "run", "reproduce")  # commands that no manifest may make us run
+GROUPS = ("vector", "merge", "edit", "grow")  # of the commands that make what has a manifest
+TO = "-o"  # stands before the output
+WRITING = (TO, "--out", "--overwrite", "--plot")  # how the options begin that say where something is written
 
 Runner = Callable[[Sequence[str]], int]
 """Runs one of this tool's commands, given its words; returns the exit code."""
@@ -58,7 +60,9 @@ class Reproduction:
         ]  # fmt: skip
         rows += [(f"input {role}", "is another one now") for role in self.inputs]
         rows += [(name, f"{then} then, {now} now") for name, (then, now) in self.versions.items()]
-        return Table(f"{self.ref}: {'the same' if self.same else 'NOT the same'}", [Column(""), Column("")], rows)
+        title = f"{self.ref}: {'the same' if self.same else 'NOT the same'}"
+        note = f"Compared with what {MANIFEST} says; `surgery verify` compares that with the weights."
+        return Table(title, [Column(""), Column("")], rows, note=note)
 
 
 def reproduce(ref: str, *, run: Runner, scratch: Path | None = None) -> Reproduction:
@@ -78,6 +82,9 @@ def reproduce(ref: str, *, run: Runner, scratch: Path | None = None) -> Reproduc
     command = manifest.get("command") or {}
     if not manifest.get("tensors") or not command.get("line"):
         raise SurgeryError(f"its {MANIFEST} names no tensors, or no command that makes them", where=ref)
+    inside = PurePath(command.get("inside", ""))
+    if inside.is_absolute() or ".." in inside.parts:
+        raise SurgeryError(f"its {MANIFEST} names an output outside of what its command makes: {inside}", where=ref)
     lines = [*command.get("first", ()), command["line"]]
     _check_inputs(manifest, ref)
     with tempfile.TemporaryDirectory(dir=scratch, prefix="surgery-") as name:
@@ -90,7 +97,7 @@ def reproduce(ref: str, *, run: Runner, scratch: Path | None = None) -> Reproduc
                 raise SurgeryError(
                     f"its command failed with exit code {code}: {PROGRAM} {shlex.join(words)}", where=ref
                 )
-        made = read_manifest(place / OUT / command.get("inside", ""))
+        made = read_manifest(place / OUT / inside)
     return _compared(ref, lines[-1], manifest, made)
 
 
@@ -133,22 +140,24 @@ def _words(line: str, manifest: Mapping[str, Any], files: Mapping[str, str], pla
         program, *words = shlex.split(line)
     except ValueError as error:
         raise SurgeryError(f"its command cannot be read ({error})", where=ref) from error
-    if program != PROGRAM or not words or words[0] in WITHOUT or OUT not in words:
+    outputs = [at for at in range(1, len(words)) if words[at - 1 : at + 1] == [TO, OUT]]
+    writing = [word for word in words if word.startswith(WRITING)]
+    if program != PROGRAM or not words or words[0] not in GROUPS or len(outputs) != 1 or writing != [TO]:
         raise SurgeryError(f"its command cannot be run again: {line}", where=ref)
     known = dict(files) | {
         str(entry["ref"]): f"{entry['repo_id']}@{entry['revision']}"
         for entry in manifest.get("inputs", {}).values()
         if entry.get("repo_id") and entry.get("revision")
     }
-    at = words.index(OUT)
-    words[at] = str(place / OUT)
-    return [known.get(word, word) for word in words]
+    words = [known.get(word, word) for word in words]
+    words[outputs[0]] = str(place / OUT)
+    return words
 
 
 def _compared(ref: str, line: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Reproduction:
-    then, now = ({name: entry[KEY] for name, entry in m["tensors"].items()} for m in (old, new))
+    then, now = ({name: entry.get(KEY) for name, entry in m["tensors"].items()} for m in (old, new))
     inputs = new.get("inputs", {})
-    others = {role for role, entry in old.get("inputs", {}).items() if inputs.get(role, {}).get(KEY) != entry[KEY]}
+    others = {role for role, entry in old.get("inputs", {}).items() if inputs.get(role, {}).get(KEY) != entry.get(KEY)}
     versions = {
         name: (version, new["versions"].get(name, "–"))
         for name, version in old.get("versions", {}).items()

@@ -22,6 +22,7 @@ from surgery.direct import Edge
 from surgery.dtypes import n_bytes, n_elements
 from surgery.errors import SurgeryError
 from surgery.journal import Journal, Record
+from surgery.parallel import fault_text
 from surgery.plan import Place, Plan
 from surgery.progress import Progress, silent
 from surgery.stream import Reader, SourceFiles, digest, n_segments, octets, read_into, segments
@@ -100,10 +101,10 @@ class Watch:
         self._path = path
         self._next = 0.0
 
-    def tell(self, process: int, error: Exception) -> None:
+    def tell(self, error: Exception) -> None:
         """Leaves the fault for the others; where that cannot be done they hear of it when they wait for us."""
         with suppress(OSError):
-            self._path.write_text(f"process {process} failed: {error}", encoding="utf-8")
+            self._path.write_text(fault_text(error), encoding="utf-8")
 
     def check(self) -> None:
         """Raises SurgeryError where another process has failed."""

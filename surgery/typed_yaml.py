@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -17,6 +18,7 @@ from surgery.errors import usage_error
 from surgery.yaml_lines import Faults, Node, read_documents
 
 M = TypeVar("M", bound=BaseModel)
+_UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNKNOWN = "extra_forbidden"
 _LITERAL = "literal_error"
 
@@ -63,6 +65,34 @@ def validated(root: Node, faults: Faults, kind: type[M]) -> M:
             faults.add(node, ": ".join(part for part in (rest, _sentence(detail, kind)) if part))
         faults.settle()
         raise
+
+
+def n_bytes(text: str) -> int:
+    """`2 GB` → 2,000,000,000. Raises ValueError."""
+    number, _, unit = text.strip().partition(" ")
+    try:
+        return int(float(number) * _UNITS[unit.strip()])
+    except (KeyError, ValueError, OverflowError) as error:
+        raise ValueError(f"got {text!r}, expected a number of bytes, or such as 2 GB") from error
+
+
+def dump(value: object) -> str:
+    """A plain value as YAML text that reads back the same, whatever characters it holds."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: object) -> bool:
+        """Values that are one object are written out each time, not as an anchor and its aliases."""
+        return True
+
+
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # Left to itself, PyYAML writes some characters, such as U+0085, so that it does not read them again.
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _quoted)
 
 
 def _at(root: Node, location: Sequence[int | str]) -> tuple[Node, str]:

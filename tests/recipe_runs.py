@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,9 @@ from architectures import add_tokenizer, build, sibling
 
 from cli.recipes import commands
 from surgery.recipes.children import Job
+from surgery.recipes.children import program as line_of
 from surgery.recipes.parts import Command, Given, Made, Node, Parameter, Program, Push
 from surgery.recipes.places import MANIFEST
-
-# `surgery run`, also where the console script is not installed.
-DRIVER = """
-from cli import main, recipes
-if "run" not in {each.name or each.callback.__name__ for each in main.app.registered_commands}:
-    main.app.command()(recipes.run)
-main.program()
-"""
 
 RECIPE = """
 recipes:
@@ -163,7 +155,7 @@ def surgery_run(folder: Path, *words: object) -> subprocess.Popen[str]:
     """`surgery run …` as a process of its own, in `folder`."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
     return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, "run", *map(str, words)], cwd=folder, env=environment, text=True,
+        line_of(["run", *map(str, words)]), cwd=folder, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 

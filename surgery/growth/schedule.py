@@ -10,11 +10,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-import yaml
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from surgery.errors import listing, usage_error
-from surgery.typed_yaml import Strict, parse, read_text
+from surgery.typed_yaml import Strict, dump, n_bytes, parse, read_text
 
 Init = Literal["identity", "random", "copy"]
 INITS: tuple[str, ...] = get_args(Init)
@@ -28,7 +27,6 @@ Names = Annotated[tuple[str, ...], _LISTED]
 
 PLANS = "plans"
 PLAN = "plan.yml"  # a run's own, in its folder and in those of its stages
-_UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class Shape(Strict):
@@ -142,13 +140,7 @@ class Cache(Strict):
     @field_validator("disk", mode="before")
     @classmethod
     def _bytes(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        number, _, unit = value.strip().partition(" ")
-        try:
-            return int(float(number) * _UNITS[unit.strip()])
-        except (KeyError, ValueError, OverflowError) as error:
-            raise ValueError(f"got {value!r}, expected a number of bytes, or such as 20 GB") from error
+        return n_bytes(value) if isinstance(value, str) else value
 
 
 class Evaluation(Strict):
@@ -229,7 +221,7 @@ def read_plan(ref: str) -> tuple[GrowthPlan, str]:
 
 def plan_text(plan: GrowthPlan) -> str:
     """The YAML text that says `plan`: what is not the default."""
-    return yaml.safe_dump(plan.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
+    return dump(plan.model_dump(mode="json", exclude_defaults=True))
 
 
 def _shipped() -> resources.abc.Traversable:

@@ -28,6 +28,8 @@ from surgery.recipes.places import Place
 POLL = 0.05  # seconds between two looks at the children
 # Seconds that a child is given after Ctrl-C to leave in order, and after being told more firmly.
 GRACE = ((signal.SIGINT, 20.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
+# By these, rich takes a file for a terminal.
+COLOURING = frozenset({"FORCE_COLOR", "TTY_COMPATIBLE"})
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
@@ -59,6 +61,17 @@ class Child(Protocol):
 Runner = Callable[[Job], Child]
 
 
+def program(words: Sequence[str]) -> list[str]:
+    """What starts the command line of this program in another process, given what follows `surgery`."""
+    # -P: else a folder `cli` where the user stands would be taken for ours.
+    return [sys.executable, "-P", "-m", "cli.main", *words]
+
+
+def surroundings() -> dict[str, str]:
+    """The environment of such a process: ours, without what would make it colour what it writes into files."""
+    return {name: text for name, text in os.environ.items() if name not in COLOURING} | _paths()
+
+
 def start(job: Job) -> Child:
     """The `Runner` of real runs."""
     place = job.place
@@ -66,12 +79,11 @@ def start(job: Job) -> Child:
     text = place.text if rank() == 0 else place.log_of(rank()).with_suffix(".out.txt")
     with text.open("wb") as out, place.log_of(rank()).open("wb") as log:
         process = subprocess.Popen(
-            # -P: else a folder `cli` where the user stands would be taken for ours.
-            [sys.executable, "-P", "-m", "cli.main", *job.words],
+            program(job.words),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=log,
-            env={**os.environ, **_paths(), **job.environment, told.FILE: str(place.told.absolute())},
+            env={**surroundings(), **job.environment, told.FILE: str(place.told.absolute())},
             start_new_session=True,
             pass_fds=job.locks,
             # Nothing of ours runs threads at this point, so that a function may run between fork and exec.

@@ -20,8 +20,17 @@ Say = Callable[[str], None]
 REFRESH = 0.2  # seconds
 SHOWN = 30  # rows; of longer runs, those that matter most
 BAR = 20  # characters
-ORDER = ("running", "failed", "waiting", "done", "unchanged")  # of rows that are shown, where not all can be
-STYLES = {"running": "bold", "failed": "red", "waiting": "dim", "done": "green", "unchanged": "green"}
+ORDER = (
+    "running",
+    "failed",
+    "left out",
+    "waiting",
+    "done",
+    "unchanged",
+)  # of rows that are shown, where not all can be
+STYLES = {
+    "running": "bold", "failed": "red", "left out": "red", "waiting": "dim", "done": "green", "unchanged": "green",
+}  # fmt: skip
 
 
 class Display(Protocol):
@@ -31,7 +40,7 @@ class Display(Protocol):
         """A step begins; it will tell how far it is in the file `told`."""
 
     def ended(self, name: str, state: str, seconds: float) -> None:
-        """A step is done, unchanged, failed, or waits for ever."""
+        """A step is done, unchanged, failed, or left out."""
 
     def look(self) -> None:
         """Some time has gone by."""

@@ -24,13 +24,13 @@ from surgery.recipes.hashes import Hashes
 from surgery.recipes.launched import walk_together
 from surgery.recipes.outlook import MARKING, Outlook, forced_by, outlook
 from surgery.recipes.parts import Node, Program
-from surgery.recipes.places import HASHES, RECIPE, REPORT, Places, makers, typed
+from surgery.recipes.places import HASHES, RECIPE, REPORT, Places, makers, typed, words
 from surgery.recipes.pushing import push_all
 from surgery.recipes.record import Record, StepRecord, locked, read_record
 from surgery.recipes.report import write_report
 from surgery.recipes.sizing import SHARE, check_disk, free_memory
 from surgery.recipes.things import Things
-from surgery.recipes.working import Ending, Working, job_words
+from surgery.recipes.working import Ending, Working, check_sources
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class RunReport:
         """The steps that failed."""
         return tuple(name for name, ending in self.endings.items() if ending == "failed")
 
-    def fault(self, run: Path) -> SurgeryError | None:
-        """The error that says which steps failed, and why; None where none did."""
+    def fault(self, run: Path, *, again: str = "The same command") -> SurgeryError | None:
+        """The error that says which steps failed, why, and that `again` goes on from there; None where none did."""
         if not self.failed:
             return None
         parts = []
@@ -63,7 +63,7 @@ class RunReport:
         left = [name for name, ending in self.endings.items() if ending == "left out"]
         if left:
             parts.append(f"Left out, because they need it: {', '.join(left)}.")
-        parts.append("The same command goes on from there.")
+        parts.append(f"{again} goes on from there.")
         return SurgeryError("\n".join(parts))
 
 
@@ -122,6 +122,7 @@ class _Engine:
         """Looks at everything, shows it, and makes RUN ready."""
         program, run = self.program, self.places.run
         forced = forced_by(program, from_step)
+        check_sources(program)
         self.record = read_record(program, run, {node.name: typed(node, self.places) for node in program.nodes})
         seen = outlook(program, self.places, self.record, forced, hashes=self.hashes, things=self.things)
         self.show(seen)
@@ -194,7 +195,8 @@ class _Scheduler:
         place = working.places.of(node.name)
         self.shown.started(node.name, place.told)
         locks = (self.lock,) if self.lock >= 0 else ()
-        self.children[node.name] = self.runner(Job(node, job_words(working, node), place, {}, locks)), time.monotonic()
+        job = Job(node, words(node, working.places), place, locks=locks)
+        self.children[node.name] = self.runner(job), time.monotonic()
         return True
 
     def _fits(self, node: Node, jobs: int) -> bool:
@@ -219,8 +221,8 @@ class _Scheduler:
 
     def _stop(self) -> None:
         stop([child for child, _ in self.children.values()])
-        for name in self.children:
-            self.working.interrupt(self.nodes[name])
+        for node in self.nodes.values():  # one may have been noted, and not yet started
+            self.working.interrupt(node)
 
 
 def marked(node: Node) -> set[str]:

@@ -12,14 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
-import yaml
-
 from surgery.errors import SurgeryError
 from surgery.recipes.filling import Filling
 from surgery.recipes.language import Reference, meaning, needs_of, read, text_at
 from surgery.recipes.parts import Command, Given, Made, Node, Parameter, Program, Push
 from surgery.recipes.scope import Instance, Scope, Stage, chosen_text, open_scope
 from surgery.recipes.values import shown
+from surgery.typed_yaml import dump
 from surgery.yaml_lines import Node as Tree
 
 _PUSH = {
@@ -66,21 +65,7 @@ def _text(name: str, recipe: Tree, scope: Scope) -> str:
     alone = cast("dict[str, object]", recipe.plain)
     if scope.variables:
         alone = {**alone, "vars": {key: chosen_text(value) for key, value in scope.variables.items()}}
-    return yaml.dump({"recipes": {name: alone}}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
-class _Dumper(yaml.SafeDumper):
-    def ignore_aliases(self, data: object) -> bool:
-        """Values that are one object are written out each time, not as an anchor and its aliases."""
-        return True
-
-
-def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # Left to itself, PyYAML writes some characters, such as U+0085, so that it does not read them again.
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
-
-
-_Dumper.add_representer(str, _quoted)
+    return dump({"recipes": {name: alone}})
 
 
 def _nodes(scope: Scope, filling: Filling) -> list[Node]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from xxhash import xxh3_128
@@ -18,11 +18,12 @@ from surgery.files import write_file
 from surgery.hashing import KEY, hash_tensors, hash_text
 from surgery.header import Header, read_header
 from surgery.jsonable import to_json
-from surgery.recipes.places import Place
+from surgery.recipes.places import STEPS, Place
 from surgery.stream import Reader, SourceFiles, hash_tensor
 from surgery.workers import run
 
 WEIGHTS = ".safetensors"
+RESULTS = "results.json"
 # What people and `surgery eval` write into a finished folder, without making another model of it.
 DESCRIBING = ("README.md", "scores.json")
 SCHEMA = 1
@@ -104,8 +105,8 @@ class Hashes:
 def output_hash(place: Place, files: Mapping[str, str], *, run_folder: Path) -> str:
     """What a step made, as one hash: the same for two runs of a recipe, wherever they lie.
 
-    Over the tensors of every .safetensors file that it wrote; else over the file that it wrote; else over what it
-    printed, but for blanks, lines and the run's own folder.
+    Over the tensors of every .safetensors file and the findings of every probe that it wrote; else over the file that
+    it wrote; else over what it printed, but for blanks, lines and the place of the run's own folders.
 
     Args:
         files: of its output, by `Hashes.of_files`.
@@ -113,16 +114,22 @@ def output_hash(place: Place, files: Mapping[str, str], *, run_folder: Path) -> 
     Raises:
         SurgeryError: what it printed cannot be read.
     """
-    tensors = {name: found for name, found in files.items() if name.endswith(WEIGHTS)}
-    if tensors:
-        return hash_tensors(tensors)
+    told = {name: found for name, found in files.items() if name.endswith(WEIGHTS) or _is_findings(name, files)}
+    if told:
+        return hash_tensors(told)
     if place.out.is_file():
         return files["."]
     try:
         text = place.text.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise SurgeryError(f"cannot be read ({error.strerror})", where=place.text) from error
-    return hash_text(_LAYOUT.sub("", text.replace(str(run_folder), "RUN")))
+    steps = "|".join(re.escape(f"{run}/{STEPS}/") for run in (run_folder.absolute(), run_folder))
+    return hash_text(_LAYOUT.sub("", re.sub(rf"(?<![\w./-])({steps})", "", text)))
+
+
+def _is_findings(name: str, files: Mapping[str, str]) -> bool:
+    """Whether a file holds what a probe found, which has a manifest; that of a growth says how long it took."""
+    return PurePath(name).name == RESULTS and PurePath(name).with_name(MANIFEST).as_posix() in files
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -15,11 +15,14 @@ from importlib.metadata import PackageNotFoundError, version
 from surgery.hashing import hash_text
 from surgery.recipes.parts import Made, Node, Parameter, Scalar
 from surgery.recipes.places import plain, scalars
+from surgery.recipes.sizing import GROWING
 from surgery.recipes.things import Things
 
 # Options that change no byte of a result: how many processors work, how often a training saves what it goes on from,
-# and whether it also writes TensorBoard's logs. `device` is not among them: a GPU rounds otherwise.
-FREE = frozenset({"threads", "save-every", "tensorboard"})
+# and whether it also writes TensorBoard's logs. `device` is not among them: a GPU rounds otherwise; nor are the threads
+# of a training, which split its sums.
+THREADS = "threads"
+FREE = frozenset({THREADS, "save-every", "tensorboard"})
 # Parameters whose values may be globs of files; those of others match names of tensors.
 GLOBS = frozenset({"corpus"})
 
@@ -42,7 +45,7 @@ def key_of(node: Node, done: Mapping[str, Output], things: Things) -> str | None
         return None
     values: dict[str, object] = {}
     for name, parameter in node.command.parameters.items():
-        if name in FREE:
+        if name in FREE and not (name == THREADS and node.command.name in GROWING):
             continue
         found: list[object] = []
         for value in scalars(node.given.get(name, parameter.default)):

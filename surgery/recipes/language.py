@@ -20,7 +20,7 @@ import yaml
 from pydantic import BeforeValidator, Field, PositiveInt, field_validator
 
 from surgery.errors import SurgeryError, listing, usage_error
-from surgery.typed_yaml import Strict, read_text, validated
+from surgery.typed_yaml import Strict, n_bytes, read_text, validated
 from surgery.yaml_lines import Faults, Node, read_documents
 
 # Steps and recipes name folders, so that no name may be hidden, or leave the folder that it is in.
@@ -28,7 +28,6 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 NAME_RULE = "expected letters, digits, `.`, `_` and `-`, the first a letter or digit"
 LONGEST_NAME = 100  # characters, so that a node of a matrix still names a folder
 _REFERENCE = re.compile(rf"\$({NAME})(?:/(.*))?", re.DOTALL)
-_UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 # What YAML 1.1 reads as a number to the base 60 or 8, though most mean the text: `4:8`, `007`.
 _MISREAD = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?|[-+]?0[0-7_]+")
 
@@ -218,15 +217,6 @@ def meaning(text: str) -> str | Reference:
 def escaped(text: str) -> str:
     """The text of a recipe that means `text`."""
     return f"${text}" if text.startswith("$") else text
-
-
-def n_bytes(text: str) -> int:
-    """`2 GB` → 2,000,000,000. Raises ValueError."""
-    number, _, unit = text.strip().partition(" ")
-    try:
-        return int(float(number) * _UNITS[unit.strip()])
-    except (KeyError, ValueError, OverflowError) as error:
-        raise ValueError(f"got {text!r}, expected a number of bytes, or such as 2 GB") from error
 
 
 def nearest(name: str, known: Iterable[str], sign: str = "") -> str:

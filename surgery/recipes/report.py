@@ -1,4 +1,4 @@
-"""The report of a run: one page with every step's line, what it printed, and the pictures that it made.
+"""The report of a run: one page with every step's line, what it printed and told, and the pictures that it made.
 
 In come the program, the record of its run and what became of each step; out comes RUN/report.html, complete in itself.
 A step's own report is a link, relative to the page, and its pictures stand here too.
@@ -9,19 +9,22 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from surgery.errors import SurgeryError
 from surgery.files import write_file
 from surgery.recipes.parts import Node, Program
-from surgery.recipes.places import Place, Places, typed
-from surgery.recipes.record import Record
+from surgery.recipes.places import STEPS, Place, Places, words
+from surgery.recipes.record import Record, last_lines
 from surgery.report import Column, Figure, Printed, Report, Table, Value, format_value
 
 PICTURES = "*.png"
 OWN = "report.html"
 PRINTED = 200_000  # characters of what a step printed that the page shows
+TOLD = 20  # lines of what it told people that the page shows
+LINE = 105  # characters of a line that fit on the page
 MANY = 24  # pictures of a step that the page shows
 LARGEST = 8_000_000  # bytes of one
 _IMAGE = re.compile(r'<img alt="(?P<alt>[^"]*)" src="data:image/png;base64,(?P<data>[A-Za-z0-9+/=]+)">')
@@ -40,7 +43,8 @@ def write_report(program: Program, places: Places, record: Record, endings: Mapp
     for node in program.nodes:
         place, known = places.of(node.name), record.steps[node.name]
         note = " ".join(part for part in (SAID[endings[node.name]], known.error or "") if part)
-        report.add(Printed(node.name, typed(node, places), _printed(place), note, dict(_links(place, path.parent))))
+        line, text = _folded(words(node, places)), _said(place, places.run)
+        report.add(Printed(node.name, line, text, note, dict(_links(place, path.parent))))
         for figure in _figures(node, place):
             report.add(figure)
     report.add(Printed("The recipe, with the values of this run", text=program.text))
@@ -62,6 +66,24 @@ def _table(program: Program, record: Record, endings: Mapping[str, str]) -> Tabl
     seconds = sum(record.steps[node.name].seconds or 0.0 for node in program.nodes)
     note = f"All steps together took {format_value(float(seconds), 'number')} s when they were done."
     return Table("Steps", columns, rows, note=note)
+
+
+def _folded(words: Sequence[str]) -> str:
+    """A step as a person would type it, over as many lines as the page needs."""
+    lines = ["surgery"]
+    for word in map(shlex.quote, words):
+        if len(lines[-1]) + len(word) >= LINE and lines[-1].strip():
+            lines[-1] += " \\"
+            lines.append(f"   {word}")
+        else:
+            lines[-1] += f" {word}"
+    return "\n".join(lines)
+
+
+def _said(place: Place, run: Path) -> str:
+    """What a step printed, and then what it told people (warnings, and what the tables amount to) with paths in RUN."""
+    told = last_lines(place.log, TOLD).replace(f"{run}/{STEPS}/", f"{STEPS}/")
+    return "\n\n".join(part for part in (_printed(place).rstrip(), told) if part)
 
 
 def _printed(place: Place) -> str:
@@ -94,15 +116,17 @@ def _figures(node: Node, place: Place) -> Iterator[Figure]:
             continue
         seen.add(png)
         count += 1
-        yield Figure(f"{node.name}: {title}", f"{node.name}: {title}", png)
+        what = f"{node.name}: {title}" if title else node.name
+        yield Figure(what, what, png)
 
 
 def _pictures(place: Place) -> Iterator[tuple[str, bytes]]:
     files = [place.picture] if place.picture.is_file() else []
     files += sorted(place.out.rglob(PICTURES)) if place.out.is_dir() else []
     for path in files:
+        title = "" if path == place.picture else path.stem.replace("-", " ").replace("_", " ")
         try:
-            yield path.stem.replace("-", " ").replace("_", " "), path.read_bytes()
+            yield title, path.read_bytes()
         except OSError as error:
             raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
     for path in _reports(place):

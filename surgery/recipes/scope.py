@@ -20,12 +20,12 @@ from surgery.recipes.language import (
     escaped,
     meaning,
     misread,
-    n_bytes,
     nearest,
     text_at,
 )
 from surgery.recipes.parts import Command, Scalar, Value
 from surgery.recipes.values import key_of, scalar_fault, shown, text_of
+from surgery.typed_yaml import n_bytes
 from surgery.yaml_lines import Faults, Node, read_documents, tree
 
 # Of one recipe, all matrices expanded. More is a slip, or a file that means harm.

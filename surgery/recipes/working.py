@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 from surgery.checkpoint import existing_path
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, usage_error
 from surgery.files import disk_error, write_file
 from surgery.recipes.hashes import WEIGHTS, Hashes, output_hash
 from surgery.recipes.keys import Output, key_of
 from surgery.recipes.outlook import is_marking, is_whole
-from surgery.recipes.parts import Made, Node, Program
-from surgery.recipes.places import Place, Places, needs, typed, words
+from surgery.recipes.parts import Given, Made, Node, Program
+from surgery.recipes.places import Place, Places, needs, typed
 from surgery.recipes.record import Record, StepRecord, last_lines
 from surgery.recipes.things import Things
 
@@ -105,7 +105,7 @@ class Working:
         self._note(node, StepRecord(node.step, line, "failed", key, seconds, error=why))
 
     def interrupt(self, node: Node) -> None:
-        """Notes that `node` was stopped; what it has done so far stays."""
+        """Notes that `node` was stopped, if it was at work; what it has done so far stays."""
         known = self.record.steps[node.name]
         if known.state == "running":
             self._note(node, replace(known, state="waiting"))
@@ -130,14 +130,9 @@ class Working:
         place.folder.mkdir(parents=True, exist_ok=True)
         write_file(place.key, key)
         if node.command.changes is not None and not place.out.exists():
-            _copy(self._source(node, node.command.changes), place.out)
-
-    def _source(self, node: Node, parameter: str) -> Path:
-        value = node.given.get(parameter)
-        path = self.places.made(value) if isinstance(value, Made) else existing_path(str(value))
-        if path is None or not path.is_dir():
-            raise SurgeryError("no such folder", where=f"{node.name}: {parameter}: {value}")
-        return path
+            value = node.given.get(node.command.changes)
+            source = self.places.made(value) if isinstance(value, Made) else _folder(node, value)
+            _copy(source, place.out)
 
     def _unmark(self, node: Node) -> None:
         """What other steps wrote into the folder of `node` goes with it, so that they must be done again."""
@@ -151,9 +146,20 @@ class Working:
         self.record.write()
 
 
-def job_words(working: Working, node: Node) -> list[str]:
-    """What the command line of `node` says after `surgery`."""
-    return words(node, working.places)
+def check_sources(program: Program) -> None:
+    """Raises SurgeryError where a step is to work on a copy of a folder that is not there."""
+    for node in program.nodes:
+        if node.command.changes is not None:
+            value = node.given.get(node.command.changes)
+            if not isinstance(value, Made):
+                _folder(node, value)
+
+
+def _folder(node: Node, value: Given) -> Path:
+    path = existing_path(str(value))
+    if path is None or not path.is_dir():
+        raise usage_error(f"got {value}, expected a folder that is there", where=f"{node.name}: {node.command.changes}")
+    return path
 
 
 def _under(place: Place, name: str) -> str:

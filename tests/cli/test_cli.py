@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -79,6 +80,23 @@ def test_the_installed_program_leaves_with_the_commands_exit_code_and_all_of_its
         done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=300)
         assert done.returncode == code
         assert ("substrate" in done.stdout) == (code == 0) and ("error:" in done.stderr) == (code == 2)
+
+
+def test_ctrl_c_is_told_in_a_line_and_leaves_with_130() -> None:
+    script = (
+        "import time, surgery.describe\nfrom cli import main, models\n"
+        "def work(*_, **__): print('working', flush=True); time.sleep(60)\n"
+        "models.console.show_json = work\nmain.program()"
+    )
+    words = ["lab", "list", "--json"]
+    with subprocess.Popen(
+        [sys.executable, "-c", script, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout is not None and running.stdout.readline() == "working\n"
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=60)
+    assert (running.returncode, out) == (130, "")
+    assert err == "error: stopped. The same command goes on where it was.\n"
 
 
 def test_help_imports_neither_torch_nor_transformers() -> None:

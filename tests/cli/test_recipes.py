@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from commands import Surgery, commands_in
 from recipe_runs import make_models, write_recipe
 
-from cli import main, recipes
+from cli import recipes
+from surgery.recipes.graph import program
+from surgery.recipes.language import Listed, recipes_in
 
-
-@pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
-    """`surgery run`, also before the command line knows it."""
-    before = list(main.app.registered_commands)
-    if not any(each.callback is recipes.run for each in before):
-        main.app.command()(recipes.run)
-    yield
-    main.app.registered_commands[:] = before
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +79,12 @@ def test_an_unknown_recipe_step_or_variable_names_the_nearest(surgery: Surgery) 
 
 
 def test_a_failing_step_is_told_with_its_log_and_exit_code_1(surgery: Surgery, folder: Path) -> None:
-    said = surgery("run", "reasoning", "-o", "bad", "--set", f"target={folder / 'recipes.yaml'}")
+    said = surgery("run", "reasoning", "-o", "bad", "--set", f"target={folder / 'recipes.yaml'}", "--from", "moved")
     assert said.code == 1
     assert "step moved.scale=0.5 failed:" in said.err
     assert "bad/steps/moved.scale=0.5/log.txt" in said.err
     assert "Left out, because they need it: merged" in said.err
+    assert said.err.rstrip().endswith("The same command without --from goes on from there.")
 
 
 def test_the_schema_is_one_json_object_that_knows_every_command(surgery: Surgery) -> None:
@@ -98,6 +92,23 @@ def test_the_schema_is_one_json_object_that_knows_every_command(surgery: Surgery
     assert json.loads(text)
     for name in recipes.commands():
         assert f'"{name}"' in text
+
+
+@pytest.mark.parametrize("each", recipes_in(ROOT / "recipes.yaml"), ids=lambda each: each.name)
+def test_every_recipe_of_the_project_can_be_run_as_it_stands(each: Listed) -> None:
+    read = program(ROOT / "recipes.yaml", each.name, commands=recipes.commands())
+    assert read.nodes and not read.pushes and each.about
+    assert set(each.needs) == {"disk", "memory", "gpu", "downloads", "time"}
+    pushed = program(ROOT / "recipes.yaml", each.name, commands=recipes.commands(), settings={"repo": "org/name"})
+    assert [push.repo_id for push in pushed.pushes] == ["org/name"]
+
+
+def test_the_example_of_the_documentation_is_a_recipe(tmp_path: Path) -> None:
+    text = (ROOT / "docs/recipes.md").read_text(encoding="utf-8").partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
+    [each] = recipes_in(tmp_path / "r.yaml")
+    read = program(tmp_path / "r.yaml", each.name, commands=recipes.commands(), settings={"repo": "org/name"})
+    assert {node.step for node in read.nodes} == {"vector", "moved", "check", "scores"} and len(read.pushes) == 1
 
 
 def test_commands_come_from_the_functions_of_the_command_line() -> None:

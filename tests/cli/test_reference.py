@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cli.reference import commands, main, pages
+from cli.reference import main, pages
+from cli.signatures import signatures
 
 FOLDER = Path(__file__).parents[2] / "docs/commands"
 
@@ -18,10 +19,10 @@ def test_every_page_is_up_to_date() -> None:
 
 def test_a_page_has_every_option_and_the_example() -> None:
     wanted = pages()
-    for name, command in commands():
-        page = wanted[f"{name.replace(' ', '-')}.md"]
-        assert f"surgery {name}" in page and "## Example" in page
-        assert all(f"`{option}`" in page for p in command.params for option in p.opts if option.startswith("-"))
+    for command in signatures():
+        page = wanted[f"{command.name.replace(' ', '-')}.md"]
+        assert f"surgery {command.name}" in page and "## Example" in page
+        assert all(f"`{flag}`" in page for each in command.parameters for flag in each.flags)
 
 
 def test_pages_of_commands_that_are_no_more_are_removed(tmp_path: Path) -> None:

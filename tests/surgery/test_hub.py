@@ -17,6 +17,7 @@ from huggingface_hub import constants, file_download
 
 from surgery import hub
 from surgery.errors import SurgeryError
+from surgery.hub_settings import cache as hub_cache
 
 tqdm_module = sys.modules["huggingface_hub.utils.tqdm"]  # the package has a class of the same name
 
@@ -204,7 +205,7 @@ def test_offline_refuses_a_copy_that_lacks_a_file(
 
 def test_a_copy_without_weights_is_no_copy(server: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server.add(REPO, model)
-    huggingface_hub.hf_hub_download(REPO, "config.json", endpoint=server.url, cache_dir=hub.cache())
+    huggingface_hub.hf_hub_download(REPO, "config.json", endpoint=server.url, cache_dir=hub_cache())
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "no complete copy" in failure()
 

@@ -38,6 +38,20 @@ def test_the_card_is_completed_and_its_own_words_stay(server: HubServer, out: Pa
     assert json.loads(server.bodies["/api/validate-yaml"])["content"] == files_at(server)["README.md"].decode()
 
 
+def test_the_texts_that_a_plan_trained_on_are_the_card_s_data_sets_and_those_it_was_measured_on_are_not(
+    out: Path,
+) -> None:
+    plan = (
+        "corpus: [open/stories:train, 'open/code/py@main:train[0:9]', notes.txt]\nevaluate: {texts: [open/held:test]}"
+    )
+    files = {"plan.yml": plan, "notes.txt": "a text: [of its own"}
+    edit_manifest(out, lambda found: found["command"].update(files=files))
+    card = preview(out, REPO).card
+    assert ModelCard(card.text).data.datasets == ["open/code", "open/stories"]
+    edit_manifest(out, lambda found: found["command"].update(files={"plan.yml": "a: ["}))
+    assert "surgery.json: its copy of plan.yml is no YAML" in failure(out)
+
+
 def test_what_the_card_says_is_not_overruled(out: Path) -> None:
     (out / "README.md").write_text("---\npipeline_tag: any-to-any\ntags: mine\nlicense: mit\n---\n\n# By hand\n")
     card = preview(out, REPO).card

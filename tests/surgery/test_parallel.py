@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,11 @@ from probes.activations import project, states_at
 from probes.effects import Subject, answer, divergences
 from probes.heads import attribute, head_inputs
 from probes.residual import read_stream
+from surgery import parallel
 from surgery.errors import SurgeryError
 from surgery.heads import Head
 from surgery.live import LiveModel
-from surgery.parallel import own_device, share
+from surgery.parallel import meet, own_device, share
 
 ROOT = Path(__file__).parents[2]
 PROCESSES = 2
@@ -148,8 +150,45 @@ def test_all_processes_take_the_batches_that_fit_the_smallest_card(launched):
 def test_a_fault_in_one_process_ends_all_of_them(launched):
     _, codes, complaints = launched
     assert codes == [1, 1]
-    assert "SurgeryError: process 1 failed: item 3 is no good" in complaints[0]
+    assert "SurgeryError: process 1 failed: ValueError: item 3 is no good" in complaints[0]
     assert "ValueError: item 3 is no good" in complaints[1]
+
+
+@pytest.fixture
+def launched_alone(monkeypatch: pytest.MonkeyPatch) -> int:
+    """As if a launcher had started this process as the first of two; the port at which they would meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    known = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in known.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(parallel, "MEETING", timedelta(seconds=0.3))
+    return port
+
+
+@pytest.mark.parametrize(
+    ("rank", "text"),
+    [("0", "of 2 processes these have not begun: 1, after"), ("1", "nothing answers at 127.0.0.1, port {port}, where")],
+)
+def test_a_process_that_never_begins_is_missed(monkeypatch, launched_alone, rank, text):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SurgeryError, match=f"process {rank}: {text.format(port=launched_alone)}"):
+        share([1, 2], abs)
+
+
+def test_processes_that_are_not_told_where_to_meet_say_so(monkeypatch, launched_alone):
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(SurgeryError, match=r"WORLD_SIZE says that there are 2 processes.* or unset WORLD_SIZE\."):
+        meet()
+
+
+def test_what_is_told_goes_over_gloo_beside_what_a_gpu_trains_over(monkeypatch):
+    assert parallel._backends() == "gloo"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for device, backends in (("cuda", "cpu:gloo,cuda:nccl"), ("mps", "gloo")):
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda kind=device: torch.device(kind))
+        assert parallel._backends() == backends
 
 
 def test_one_process_works_in_order_and_raises_what_is_raised():

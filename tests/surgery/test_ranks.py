@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgery.dealing import Piece, deal
+from surgery.growth.substrate import make_embedding
 from surgery.parallel import alone, n_sharing, share, total, wait
 from surgery.stream import SourceFiles
 from surgery.workers import default_threads, run_shared
@@ -29,44 +31,77 @@ ROOT = Path(__file__).parents[2]
 SECONDS = 120
 
 # Runs the commands in the file argv[1], one a line, one after the other; what each says goes to a file of its own.
+# Without arguments it does so in forks of itself, which need not import all of it again: each line that it reads names
+# a folder, arguments, and the environment of each process; it answers with their exit codes.
 SCRIPT = """
-import contextlib, gc, os, shlex, signal, sys
+import contextlib, gc, json, os, shlex, signal, sys
 from pathlib import Path
-for module in ("surgery.stream", "surgery.compute", "surgery.plan"):
-    setattr(__import__(module, fromlist=["SEGMENT"]), "SEGMENT", 64)
-import surgery.execute, surgery.journal, surgery.streaming, surgery.writer
+import torch.distributed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+import surgery.compute, surgery.execute, surgery.journal, surgery.plan, surgery.stream, surgery.streaming
+import surgery.writer, surgery.growth.add, surgery.growth.init
 from surgery import process
 from cli import main
 
-commands, said, fault = Path(sys.argv[1]).read_text().splitlines(), Path(sys.argv[2]), sys.argv[3]
-rank = process.rank()
-process.claim()
-if fault.startswith("direct"):
-    surgery.writer.DIRECT_FROM = 1
-append, left = surgery.journal.Journal.append, 20
+append = surgery.journal.Journal.append
 
-def failing(self, record):
-    global left
-    left -= 1
-    if left < 0 and fault.endswith(f"killed {rank}"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    if left < 0 and fault == f"full {rank}":
-        raise OSError(28, "No space left on device")
-    append(self, record)
+def work(listed, said, fault):
+    rank = process.rank()
+    for module in (surgery.stream, surgery.compute, surgery.plan):
+        module.SEGMENT = 64 + (rank if fault == "apart" else 0)
+    process.claim()
+    if fault.startswith("direct"):
+        surgery.writer.DIRECT_FROM = 1
+    left = [20]
 
-surgery.journal.Journal.append = failing
-said.mkdir(exist_ok=True)
-for number, command in enumerate(commands):
-    sys.argv = ["surgery", *shlex.split(command)]
-    with open(said / f"{number}.{rank}.txt", "w") as text:
-        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-            try:
-                main.run()
-            except SystemExit as left_with:
-                if left_with.code:
-                    text.flush()
-                    os._exit(left_with.code)
-"""
+    def failing(self, record):
+        left[0] -= 1
+        if left[0] < 0 and fault.endswith(f"killed {rank}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if left[0] < 0 and fault == f"full {rank}":
+            raise OSError(28, "No space left on device")
+        append(self, record)
+
+    surgery.journal.Journal.append = failing
+    said = Path(said)
+    said.mkdir(exist_ok=True)
+    for number, command in enumerate(Path(listed).read_text().splitlines()):
+        sys.argv = ["surgery", *shlex.split(command)]
+        with open(said / f"{number}.{rank}.txt", "w") as text:
+            with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+                try:
+                    main.run()
+                except SystemExit as left_with:
+                    if left_with.code:
+                        text.flush()
+                        os._exit(left_with.code)
+
+def fork(folder, arguments, environment, errors):
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            signal.alarm(SECONDS)
+            os.chdir(folder)
+            os.environ.update(environment)
+            os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 2)
+            work(*arguments)
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+if sys.argv[1:]:
+    work(*sys.argv[1:])
+else:
+    print("ready", flush=True)
+    for line in sys.stdin:
+        folder, arguments, environments = json.loads(line)
+        children = [
+            fork(folder, arguments, each, Path(folder) / f"errors.{at}") for at, each in enumerate(environments)
+        ]
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(each, 0)[1]) for each in children]), flush=True)
+""".replace("SECONDS", str(SECONDS))
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +112,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, name in enumerate(("tuned", "target")):
         add_tokenizer(sibling(base, folder / name, seed=number))
     add_tokenizer(base)
+    make_embedding(str(base), folder / "emb", kind="random", width=16)
     (folder / "single").mkdir()
     for name in ("base", "tuned", "target"):
         shutil.copytree(folder / name, folder / "single" / name)
@@ -102,43 +138,67 @@ def one_file(model: Path) -> None:
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forks(models: Path) -> Iterator[None]:
+    """Starts the script, once for all tests."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, models / "script.py"],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as running:
+        _script.append(running)
+        assert running.stdout is not None and running.stdout.readline() == "ready\n"
+        yield
+        _script.pop()
+
+
+_script: list[subprocess.Popen[str]] = []
+
+
 def launch(
-    folder: Path,
-    commands: Sequence[str],
-    *,
-    processes: int,
-    fault: str = "none",
-    launcher: Sequence[str] | None = None,
+    folder: Path, commands: Sequence[str], *, processes: int, fault: str = "none"
 ) -> tuple[list[int], list[str]]:
-    """Runs `commands` in `folder`; exit codes and complaints of all processes, or of the launcher."""
-    folder.mkdir(exist_ok=True)
-    (folder / "commands").write_text("\n".join(commands), encoding="utf-8")
+    """Runs `commands` in `folder`; exit codes and complaints of all processes."""
+    prepare(folder, commands)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    shared |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    arguments = [str(folder.parent / "script.py"), "commands", "said", fault]
-    running = []
-    for rank in range(1 if launcher else processes):
-        known = {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        }  # fmt: skip
-        environment = shared | ({} if launcher or processes == 1 else known)
-        command = [sys.executable, *(launcher or ()), *arguments]
-        running.append(
-            subprocess.Popen(
-                command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-            )
-        )
-    try:
-        complaints = [process.communicate(timeout=SECONDS)[1] for process in running]
-    finally:
-        for process in running:
-            process.terminate()  # a launcher then ends its processes
-            process.wait(SECONDS)
-    return [process.returncode for process in running], complaints
+    known = [
+        {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        for rank in range(processes)
+    ]  # fmt: skip
+    [script] = _script
+    assert script.stdin is not None and script.stdout is not None
+    asked = [str(folder), ["commands", "said", fault], known if processes > 1 else [{}]]
+    script.stdin.write(f"{json.dumps(asked)}\n")
+    script.stdin.flush()
+    codes = json.loads(script.stdout.readline())
+    return codes, [(folder / f"errors.{rank}").read_text() for rank in range(processes)]
+
+
+def launch_by(
+    launcher: Sequence[str], folder: Path, commands: Sequence[str], *, fault: str = "none"
+) -> tuple[int, str]:
+    """As `launch`, by a real launcher: its exit code and complaints."""
+    prepare(folder, commands)
+    done = subprocess.run(
+        [sys.executable, *launcher, folder.parent / "script.py", "commands", "said", fault], cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=SECONDS, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stderr
+
+
+def prepare(folder: Path, commands: Sequence[str]) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "commands").write_text("\n".join(commands), encoding="utf-8")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -164,6 +224,8 @@ EVERYTHING = [
     "merge unpack ensemble -o members",
     "edit heads ../target --head L0H1 -o edited --no-measure",
     "edit undo ../edited -o undone",
+    "grow add ../target --layers 1 --at middle --init random --seed 3 -o deeper",
+    "grow init --embed ../emb --heads 2 --mlp 24 --layers 2 --seed 3 -o begun",
     "verify ties",
     "diff ../base transferred --plot diff.png",
     "vector compare vector vector",
@@ -195,10 +257,14 @@ def test_two_processes_leave_the_files_of_one(both: tuple[Path, Path]) -> None:
     assert all((folder / picture).is_file() for folder in both for picture in ("diff.png", "pictures.png"))
 
 
+# What differs by the time of day, and by how many threads each process has.
+OWN = r"[\d.]+ GB free|about [\d.]+ k?B of buffers"
+
+
 def test_one_of_two_processes_talks_and_says_what_one_alone_says(both: tuple[Path, Path]) -> None:
     _, two = both
     for number, command in enumerate(EVERYTHING):
-        alone, shared = (re.sub(r"[\d.]+ GB free", "… free", said(folder, number, 0)) for folder in both)
+        alone, shared = (re.sub(OWN, "…", said(folder, number, 0)) for folder in both)
         assert shared == alone, command
         assert said(two, number, 1) == "", command
 
@@ -230,15 +296,44 @@ def test_a_process_that_is_killed_ends_all_and_any_number_of_them_goes_on(
         assert path.read_bytes() == (written / path.name).read_bytes(), path.name
 
 
+OTHERS = {
+    "ensemble": "merge logits ../tuned ../base ../target -o ensemble",
+    "edited": "edit heads ../target --head L0H1 -o edited --no-measure",
+    "deeper": "grow add ../target --layers 1 --at middle --init random --seed 3 -o deeper",
+    "begun": "grow init --embed ../emb --heads 2 --mlp 24 --layers 2 --seed 3 -o begun",
+}
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_kind_of_job_goes_on_after_one_of_two_processes_was_killed(
+    models: Path, both: tuple[Path, Path], name: str, dead: int
+) -> None:
+    folder, expected = models / f"{name} killed {dead}", both[0] / name
+    codes, complaints = launch(folder, [OTHERS[name]], processes=2, fault=f"killed {dead}")
+    if name in ("deeper", "begun") and dead == 1:
+        assert codes == [0, 0], complaints  # only the first one works, so the other one's journal is empty
+    else:
+        assert (codes[dead], codes[1 - dead]) == (-signal.SIGKILL, 1), complaints
+        assert f"process {1 - dead}: another process has ended" in said(folder, 0, 1 - dead)
+        assert not (folder / name).exists() and (folder / f"{name}.partial").is_dir()
+        codes, complaints = launch(folder, [OTHERS[name]], processes=2)
+        assert codes == [0, 0], complaints
+    written = {path.relative_to(folder / name): path for path in (folder / name).rglob("*") if path.is_file()}
+    assert sorted(written) == sorted(path.relative_to(expected) for path in expected.rglob("*") if path.is_file())
+    for at, path in written.items():
+        assert path.read_bytes() == (expected / at).read_bytes(), at
+
+
 def test_a_launcher_ends_all_when_one_is_killed(models: Path, both: tuple[Path, Path]) -> None:
     folder = models / "launched"
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    codes, complaints = launch(folder, SHARDS, processes=2, fault="killed 1", launcher=torchrun)
-    assert codes == [1]
-    assert "Signal 9 (SIGKILL)" in complaints[0]
+    code, complaints = launch_by(torchrun, folder, SHARDS, fault="killed 1")
+    assert code == 1
+    assert "Signal 9 (SIGKILL)" in complaints
     assert not (folder / "out").exists()
-    codes, complaints = launch(folder, SHARDS, processes=2, launcher=torchrun)
-    assert codes == [0], complaints
+    code, complaints = launch_by(torchrun, folder, SHARDS)
+    assert code == 0, complaints
     for path in (both[0] / "transferred").iterdir():
         assert path.read_bytes() == (folder / "out" / path.name).read_bytes(), path.name
 
@@ -258,13 +353,7 @@ def test_a_fault_in_one_process_is_told_by_all(models: Path) -> None:
 def test_processes_that_do_not_see_the_same_sources_write_nothing(models: Path) -> None:
     """As where machines have files of their own, here by another segment size."""
     folder = models / "apart"
-    script = folder.parent / "script.py"
-    text = script.read_text()
-    try:
-        script.write_text(text.replace('"SEGMENT", 64', '"SEGMENT", 64 + int(__import__("os").environ["RANK"])'))
-        codes, _ = launch(folder, TRANSFER, processes=2)
-    finally:
-        script.write_text(text)
+    codes, _ = launch(folder, TRANSFER, processes=2, fault="apart")
     assert codes == [1, 1]
     assert "the processes do not see the same sources" in said(folder, 0, 0)
     assert not (folder / "out.partial").exists()

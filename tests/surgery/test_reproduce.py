@@ -90,8 +90,16 @@ def test_another_input_is_said(bench: Path, surgery: Surgery, again: Again) -> N
     assert "NOT the same" in found.table().title
 
 
-def test_the_command_says_yes_or_no(bench: Path, surgery: Surgery, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+def test_an_input_may_be_called_as_the_output_is_in_recorded_lines(bench: Path, surgery: Surgery, again: Again) -> None:
+    shutil.copytree(bench / "a", bench / "OUT")
+    assert surgery("merge", "linear", "OUT", "b", "--weight", "0.5", "-o", "named", "--threads", "1").code == 0
+    assert again("named").same
+
+
+def test_the_command_says_yes_or_no(bench: Path, surgery: Surgery) -> None:
+    # A folder that is called as our own package is must not be run in its place.
+    (bench / "cli").mkdir()
+    (bench / "cli/main.py").write_text("raise SystemExit(9)")
     if not (bench / "mean").exists():
         assert surgery(*COMMANDS["mean"], "-o", "mean", "--threads", "1").code == 0
     said = surgery("reproduce", "mean", "--json")
@@ -123,6 +131,12 @@ def test_a_repository_is_made_again_from_pinned_inputs(
         ({"command": {"line": "surgery push a org/b -o OUT"}}, "cannot be run again"),
         ({"command": {"line": "surgery merge 'a -o OUT"}}, "its command cannot be read"),
         ({"command": {"line": "surgery inspect a"}}, "cannot be run again"),
+        ({"command": {"line": "surgery merge linear a b -o OUT -o /else"}}, "cannot be run again"),
+        ({"command": {"line": "surgery merge linear a b -o OUT --out=/else --overwrite"}}, "cannot be run again"),
+        ({"command": {"line": "surgery merge linear a b -o OUT --plot /else"}}, "cannot be run again"),
+        ({"command": {"line": "surgery merge linear a OUT"}}, "cannot be run again"),
+        ({"command": {"line": "surgery lab build -o OUT"}}, "cannot be run again"),
+        ({"command": {"line": "surgery merge linear a b -o OUT", "inside": "../b"}}, "outside of what its command"),
         ({"command": {}}, "names no tensors, or no command"),
         ({"tensors": {}}, "names no tensors, or no command"),
         (

@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +18,6 @@ import pytest
 from hub_server import HubServer
 from pushing import REPO, copy_of, files_at
 from recipe_runs import (
-    DRIVER,
     Fakes,
     make,
     make_models,
@@ -33,7 +31,8 @@ from recipe_runs import (
 
 from surgery.errors import SurgeryError
 from surgery.recipes import engine
-from surgery.recipes.children import Job, start
+from surgery.recipes.children import Job, start, surroundings
+from surgery.recipes.children import program as line_of
 from surgery.recipes.engine import RunReport, run_program
 from surgery.recipes.outlook import Outlook
 from surgery.recipes.parts import Made, Program, Push
@@ -216,6 +215,21 @@ def test_a_command_that_changes_a_folder_works_on_a_copy(tmp_path: Path) -> None
     assert fakes.words["b"] == ["change", "--from", str(b)]
 
 
+def test_a_folder_to_be_changed_that_is_not_there_is_an_error_before_anything_runs(tmp_path: Path) -> None:
+    changing = make("change", writes="from", changes="from")
+    what = program(node("a"), node("b", {"from": "gone"}, command=changing))
+    fakes = Fakes()
+    with pytest.raises(SurgeryError, match="b: from: got gone, expected a folder that is there"):
+        go(tmp_path / "run", what, fakes)
+    assert fakes.started == []
+
+
+def test_a_step_does_not_take_its_files_for_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("KEPT", "1")
+    assert "FORCE_COLOR" not in surroundings() and surroundings()["KEPT"] == "1"
+
+
 def test_a_dry_run_shows_everything_and_writes_nothing(tmp_path: Path) -> None:
     seen: list[Outlook] = []
     report, fakes = go(tmp_path / "run", dry_run=True, show=seen.append)
@@ -265,6 +279,7 @@ def test_ctrl_c_stops_the_children_and_the_next_run_goes_on(tmp_path: Path) -> N
         go(tmp_path / "run", program(*CHAIN.nodes[:3], node("slow", {"text": "x"})), fakes)
     record = json.loads((tmp_path / "run" / "run.json").read_text())["steps"]
     assert record["a"]["state"] == record["b"]["state"] == "done"
+    assert record["c"]["state"] == "waiting"
     assert go(tmp_path / "run")[1].started[0] in ("c", "d")
 
 
@@ -371,7 +386,7 @@ def test_two_processes_of_a_launcher_make_what_one_makes(
         environment = os.environ | {name: str(value) for name, value in known.items()} | {"OMP_NUM_THREADS": "1"}
         running.append(
             subprocess.Popen(
-                [sys.executable, "-c", DRIVER, "run", "reasoning", "-o", "run"], cwd=tmp_path, env=environment,
+                line_of(["run", "reasoning", "-o", "run"]), cwd=tmp_path, env=environment,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
         )  # fmt: skip

@@ -32,6 +32,17 @@ def test_options_that_change_no_byte_are_left_out() -> None:
     assert of(threads=1) == of(threads=2) == of()
 
 
+def test_the_threads_of_a_training_count_for_they_split_its_sums() -> None:
+    from cli.recipes import commands
+
+    command = commands()["grow run"]
+    keys = {key(node("a", {"plan": "small", "threads": n}, command=command)) for n in (1, 2)}
+    assert len(keys) == 2
+    assert key(node("a", {"plan": "small", "save-every": 1.0}, command=command)) == key(
+        node("a", {"plan": "small"}, command=command)
+    )
+
+
 def test_a_default_that_is_written_out_is_the_same_key() -> None:
     assert of(count=1, scale=1, text="a") == of()
 
@@ -180,6 +191,28 @@ def test_a_byte_that_flips_is_noticed_though_size_and_name_stay(tmp_path: Path) 
     assert not hashes.is_intact(path.parent, files)
     path.unlink()
     assert not hashes.is_intact(path.parent, files)
+
+
+def test_what_a_probe_found_counts_and_how_long_a_growth_took_does_not(tmp_path: Path) -> None:
+    place = Place(tmp_path, tmp_path / "out")
+    probed = {"a.safetensors": "1", "surgery.json": "2", "results.json": "3"}
+    grown = {"stage-1/model.safetensors": "1", "stage-1/surgery.json": "2", "results.json": "3"}
+    for files, counts in ((probed, True), (grown, False)):
+        found = [output_hash(place, {**files, "results.json": each}, run_folder=tmp_path) for each in "34"]
+        assert (found[0] != found[1]) is counts
+
+
+def test_the_name_of_a_short_run_folder_is_no_part_of_what_was_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for run in (Path("a"), Path("run")):
+        place = Place(run / "steps" / "x", run / "steps" / "x" / "out")
+        place.folder.mkdir(parents=True)
+        place.text.write_text(f"a run of data: {run}/steps/m/out, {run.absolute()}/steps/m/out\n")
+        found.append(output_hash(place, {}, run_folder=run))
+    assert found[0] == found[1]
 
 
 def test_what_was_printed_is_known_wherever_the_run_lies(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgery.errors import SurgeryError
-from surgery.recipes.language import Reference, escaped, meaning, n_bytes, read, recipes_in
+from surgery.recipes.language import Reference, escaped, meaning, read, recipes_in
+from surgery.typed_yaml import n_bytes
 
 TWO = """recipes:
   one:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import base64
+import html
+import io
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from recipe_runs import Fakes, make, node, program, write_output
+from rich.console import Console
 
 from surgery.progress import terminal
 from surgery.recipes.children import Job
-from surgery.recipes.display import Lines, how_far
+from surgery.recipes.display import SHOWN, Lines, Rows, how_far
 from surgery.recipes.engine import run_program
 from surgery.recipes.parts import Made
+from surgery.recipes.report import _folded
 from surgery.report import Figure, Report
 from surgery.told import FILE, Told, heard
 
@@ -47,14 +52,16 @@ def page(tmp_path: Path) -> str:
 
 
 def test_every_step_is_there_with_its_line_and_what_it_printed(page: str) -> None:
-    assert re.search(r'<pre class="line">surgery make --text &#x27;&lt;b&gt;&#x27; --out \S+steps/a/out</pre>', page)
+    lines = re.findall(r'<pre class="line">([^<]*)</pre>', page)
+    words = shlex.split(html.unescape(lines[0]).replace("\\\n", ""))
+    assert words[:-1] == ["surgery", "make", "--text", "<b>", "--out"] and words[-1].endswith("steps/a/out")
     assert "<pre>make --text &lt;b&gt;" in page
     assert page.index("<h2>a</h2>") < page.index("<h2>b</h2>") < page.index("<h2>c</h2>")
 
 
 def test_pictures_of_the_folder_of_its_report_and_of_the_command_are_inside_once(page: str) -> None:
     titles = re.findall(r'<img alt="([^"]*)"', page)
-    assert titles == ["a: curve", "a: heads", "b: picture"]
+    assert titles == ["a: curve", "a: heads", "b"]
     assert page.count(base64.b64encode(OTHER).decode()) == 1
 
 
@@ -76,6 +83,37 @@ def test_what_was_done_before_is_told(tmp_path: Path) -> None:
 
 def test_the_recipe_ends_the_page(page: str) -> None:
     assert page.rindex("recipes: {tried: {}}") > page.index("<h2>c</h2>")
+
+
+def test_a_long_line_is_folded_as_a_shell_reads_it() -> None:
+    words = ["make", "x" * 60, "--text", "two words", "y" * 120, "z"]
+    text = _folded(words)
+    assert shlex.split(text.replace("\\\n", "")) == ["surgery", *words]
+    assert [len(line) > 107 for line in text.split("\n")] == [False, True, False]
+
+
+def test_what_a_step_told_people_stands_below_what_it_printed(tmp_path: Path) -> None:
+    def telling(job: Job) -> None:
+        write_output(job)
+        job.place.text.write_text("a table\n" if job.node.name == "a" else "")
+        job.place.log.write_text("\n".join(f"line {n}" for n in range(30)))
+
+    report = run_program(program(node("a"), node("b")), tmp_path / "run", runner=Fakes(work=telling), jobs=1)
+    assert report.report is not None
+    page = report.report.read_text(encoding="utf-8")
+    assert "<pre>a table\n\nline 10\n" in page and page.count("line 29</pre>") == 2
+
+
+def test_a_table_of_many_steps_shows_those_that_matter(tmp_path: Path) -> None:
+    rows = Rows([f"s{n}" for n in range(SHOWN + 9)], Console(file=io.StringIO()))
+    for n, state in enumerate([*["done"] * 20, "failed", "left out", "unchanged"]):
+        rows.ended(f"s{n}", state, 1.0)
+    rows.started("s30", tmp_path)
+    console = Console(file=io.StringIO(), width=120)
+    console.print(rows.render())
+    shown = console.file.getvalue()
+    assert all(f"s{n} " in shown for n in (20, 21, 30)) and "s22 " not in shown
+    assert "and 9 more: 1 running, 1 failed, 1 left out, 15 waiting, 20 done, 1 unchanged" in " ".join(shown.split())
 
 
 def test_where_no_table_can_be_drawn_each_beginning_and_end_is_a_line(tmp_path: Path) -> None:
