@@ -141,7 +141,7 @@ def total(counts: Tensor) -> Tensor:
 def wait() -> None:
     """Waits for all processes; nothing with one."""
     if n_sharing() > 1:
-        _gather(None)  # accelerate's own waiting does nothing on CPUs unless it was launched with --cpu
+        _gather(None)
 
 
 def meet() -> None:

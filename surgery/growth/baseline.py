@@ -105,7 +105,7 @@ def train_baselines(
     drawn = [(s.training.first_window, s.training.steps * plan.batch) for s in growth.stages]
     ground = Ground(
         run, SameOrder(shared.store, drawn), shared.sequence, shared.batch, shared.cache, shared.cached_windows,
-        shared.device, shared.save_every, shared.logs, shared.progress,
+        shared.device, shared.made_from, shared.save_every, shared.logs, shared.progress,
     )  # fmt: skip
     budgets: tuple[Budget, ...] = ("tokens", "flops") if budget == "both" else (budget,)
     embeddings: tuple[Embedding, ...] = ("frozen", "trained") if embedding == "both" else (embedding,)

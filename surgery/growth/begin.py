@@ -20,9 +20,10 @@ from surgery.growth.results import RESULTS
 from surgery.growth.schedule import GrowthPlan, Shape, read_plan
 from surgery.growth.substrate import open_embedding
 from surgery.growth.surfaces import open_tokenizer
-from surgery.hashing import hash_text
-from surgery.identity import weights_hash
+from surgery.hashing import KEY, hash_text
+from surgery.identity import tensor_hashes
 from surgery.inspection import number
+from surgery.manifest import input_entry
 from surgery.perplexity import Text
 from surgery.process import n_processes
 from surgery.refs import open_checkpoint
@@ -42,7 +43,7 @@ class Begun:
     """A run whose plan fits: what it starts from, and where its tokens come from.
 
     key: hash of what comes before the first stage. layers: of the model it starts from. width: of its embedding. texts:
-    what stages are measured on. facts: what was checked.
+    what stages are measured on. facts: what was checked. made_from: what it begins with, as manifests name it.
     """
 
     plan: GrowthPlan
@@ -54,6 +55,7 @@ class Begun:
     tokenizer: Any
     texts: tuple[Text, ...]
     facts: Mapping[str, str]
+    made_from: Mapping[str, Mapping[str, Any]]
 
 
 def plan_of(
@@ -108,13 +110,15 @@ def begin(plan: GrowthPlan, run: Path) -> Begun:
         embedding = open_embedding(plan.embed)
         folder, key, layers = embedding.folder, embedding.hash, (plan.model or Shape()).layers
         width, vocab_size = embedding.width, embedding.vocab_size
+        made_from = {"embedding": {**dict.fromkeys(("repo_id", "revision")), "ref": plan.embed, KEY: embedding.hash}}
         what = f"{plan.embed}: {vocab_size:,} tokens × {width:,}, frozen"
     else:
         start = open_checkpoint(str(plan.start))
         structure = anatomy(start)
         if start.folder is None:
             raise usage_error("is no model folder, which can be trained", where=plan.start)
-        folder, key, layers = start.folder, weights_hash(start), structure.layers
+        made_from = {"start": input_entry(start, tensor_hashes(start))}
+        folder, key, layers = start.folder, str(made_from["start"][KEY]), structure.layers
         width, vocab_size = structure.hidden_size or 0, structure.vocab_size or 0
         what = f"{plan.start}: {layers} layers of width {width:,}"
     tokenizer = open_tokenizer(str(folder)).tokenizer
@@ -140,7 +144,7 @@ def begin(plan: GrowthPlan, run: Path) -> Begun:
     }
     config = read_json(plan.model.config) if plan.model and plan.model.config else None
     key = key_of(key, plan.model_dump(mode="json", exclude=FREE), config)
-    return Begun(plan, run, key, layers, width, vocab_size, tokenizer, texts, facts)
+    return Begun(plan, run, key, layers, width, vocab_size, tokenizer, texts, facts, made_from)
 
 
 def key_of(*parts: Any) -> str:

@@ -123,8 +123,8 @@ def ground_of(begun: Begun, doing: Doing) -> Ground:
         store.require(plan.cache.disk // least + 1)
     windows = min(drawn, store.count or drawn)
     return Ground(
-        run, store, plan.sequence, plan.batch, plan.cache, windows, device_of(doing), doing.save_every, doing.logs,
-        doing.progress,
+        run, store, plan.sequence, plan.batch, plan.cache, windows, device_of(doing), begun.made_from,
+        doing.save_every, doing.logs, doing.progress,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ frozen has the hash in it that it had before, or there is no folder.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ class Ground:
     """What all trainings of a run share.
 
     run: its folder. batch: windows in a step. cache: the plan's. cached_windows: that the prefix cache has room for.
-    save_every: minutes. logs: whether TensorBoard's files are written.
+    made_from: the inputs, as manifests name them. save_every: minutes. logs: whether TensorBoard's files are written.
     """
 
     run: Path
@@ -61,6 +61,7 @@ class Ground:
     cache: Cache
     cached_windows: int
     device: str
+    made_from: Mapping[str, Mapping[str, Any]]
     save_every: float = 5.0
     logs: bool = False
     progress: Progress = silent
@@ -249,6 +250,8 @@ def _write(
         (folder / TRAINING).write_text(training_text(record), encoding="utf-8")
         (folder / PLAN).write_text(plan_text(job.plan), encoding="utf-8")
         manifest = build_manifest(plan, outcome, kind="model", report=record.model_dump(mode="json", exclude={"curve"}))
+        # What it was copied from is gone in a moment; what the run began with is what others can get.
+        manifest["inputs"] = dict(ground.made_from)
         write_manifest(folder, manifest)
         write_card(folder, manifest, {BEFORE: before}, _card(job, record))
 

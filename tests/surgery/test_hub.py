@@ -115,6 +115,17 @@ def test_files_without_weights_can_be_asked_for_and_must_be_there(server: HubSer
         hub.fetch(REPO, only=("vocab.txt",), progress=False)
 
 
+def test_a_look_counts_weights_once_offline_too(
+    server: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.add(REPO, model)
+    snapshot = hub.fetch(REPO, progress=False)
+    online = hub.look(REPO)
+    (snapshot.folder / "consolidated.safetensors").write_bytes(b"the same weights, which another program fetched")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub.look(REPO) == online == hub.Listing(REPO, snapshot.revision, len(WEIGHTS) + len(b"second"), 0)
+
+
 def test_consolidated_weights_are_fetched_where_there_are_no_others(server: HubServer, tmp_path: Path) -> None:
     files = {"consolidated.safetensors": b"weights", "params.json": b"{}"}
     server.add(REPO, folder_of(tmp_path / "model", files))

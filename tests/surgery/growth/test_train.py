@@ -221,7 +221,7 @@ if how == "fsdp":
     # Accelerate shards on accelerators only: told that these are some, it uses the same code with gloo on CPUs.
     from accelerate.utils import DistributedType
     wait()
-    PartialState().distributed_type = DistributedType.MULTI_GPU
+    PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
 
 found, weights = {}, {}
 for kind in ("accumulate", "lora", "all"):
