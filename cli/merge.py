@@ -102,8 +102,9 @@ def weights(
     as_json: o.Json = False,
 ) -> None:
     """Write the merge of models' weights, from a mergekit config or by a method's name."""
-    from merges.config import parse_configs, read_config
+    from merges.config import parse_configs
     from merges.merge import merge
+    from surgery.typed_yaml import read_text
 
     given: dict[str, Any] = {
         "weight": weight, "density": density, "t": t, "lambda": lambda_, "gamma": gamma, "epsilon": epsilon,
@@ -122,7 +123,7 @@ def weights(
     configs: tuple[MergeConfig, ...]
     if what.endswith(CONFIGS) or (what not in _specs() and Path(what).is_file()):
         _refuse_beside_config(what, models or (), [*parameters, *settings])
-        text = read_config(Path(what))
+        text = read_text(Path(what))
         configs = parse_configs(text, what, methods=_specs())
     else:
         configs = (_config(what, models or (), parameters, settings),)

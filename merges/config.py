@@ -20,6 +20,7 @@ from merges.reading import Draft, read_document
 from merges.schema import Compat, MergeConfig, ModelToken, Scope, Section, Source, TokenizerRule, TokenRule, ZeroToken
 from merges.settings import MethodSpec
 from surgery.errors import usage_error
+from surgery.typed_yaml import read_text
 from surgery.wording import option_of
 from surgery.yaml_lines import Faults, Node, read_documents, tree
 
@@ -35,7 +36,6 @@ __all__ = [
     "config_for_method",
     "ordered",
     "parse_configs",
-    "read_config",
     "read_configs",
 ]
 
@@ -48,17 +48,7 @@ def read_configs(path: Path, *, methods: Mapping[str, MethodSpec]) -> tuple[Merg
     Raises:
         SurgeryError: it cannot be read; else as `parse_configs`.
     """
-    return parse_configs(read_config(path), str(path), methods=methods)
-
-
-def read_config(path: Path) -> str:
-    """The text of a config file. Raises SurgeryError where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise usage_error(f"is not UTF-8 text (byte {error.start})", where=path) from error
-    except OSError as error:
-        raise usage_error(f"cannot be read ({error.strerror})", where=path) from error
+    return parse_configs(read_text(path), str(path), methods=methods)
 
 
 def parse_configs(text: str, where: str, *, methods: Mapping[str, MethodSpec]) -> tuple[MergeConfig, ...]:

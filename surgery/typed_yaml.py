@@ -32,11 +32,11 @@ class Strict(BaseModel):
 def read_text(path: Path) -> str:
     """The text of a YAML file. Raises SurgeryError where it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise usage_error(f"cannot be read ({error.strerror})", where=path) from error
     except UnicodeDecodeError as error:
-        raise usage_error(f"is not UTF-8 (byte {error.start:,})", where=path) from error
+        raise usage_error(f"is not UTF-8 text (byte {error.start:,})", where=path) from error
 
 
 def parse(text: str, where: str, kind: type[M]) -> M:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,10 @@ import huggingface_hub
 import pytest
 from hub_server import HubServer
 from huggingface_hub import constants, file_download
+
+# Commands that run in the background of a shell ignore Ctrl-C, and what they start does too: not so what tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -223,15 +223,15 @@ def test_a_folder_and_a_limit_of_none_are_wrong_usage(tmp_path):
 def test_the_lab_has_data_of_its_own(tmp_path, monkeypatch):
     asked = []
 
-    def data_path(name, which):
-        asked.append((name, which))
+    def data_of(ref):
+        asked.append(ref)
         return tmp_path / "d.jsonl"
 
-    monkeypatch.setattr(lab, "data_path", data_path, raising=False)
+    monkeypatch.setattr(lab, "data_of", data_of)
     jsonl(tmp_path / "d.jsonl", {"prompt": "bomb"})
     assert read_data("lab:cliff").ref == "lab:cliff"
     assert read_data("lab:cliff/pool").examples[0].prompt == "bomb"
-    assert asked == [("cliff", "examples"), ("cliff", "pool")]
+    assert asked == ["lab:cliff", "lab:cliff/pool"]
 
 
 @pytest.mark.parametrize("source", ["d.parquet", "org/name:train"])

@@ -91,5 +91,5 @@ def test_a_file_that_cannot_be_read_is_said(tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match="cannot be read"):
         read_text(tmp_path / "none.yml")
     (tmp_path / "latin.yml").write_bytes(b"name: \xe9")
-    with pytest.raises(SurgeryError, match=r"is not UTF-8 \(byte 6\)"):
+    with pytest.raises(SurgeryError, match=r"is not UTF-8 text \(byte 6\)"):
         read_text(tmp_path / "latin.yml")

@@ -87,7 +87,7 @@ class Merger:
                 patch.setattr(f"{module}.SEGMENT", segment)
             patch.setattr("surgery.compute.BLOCK", block)
             plan = Plan({"name": "merge", "method": method}, sources, plan_files(planned))
-            outcome = execute(plan, folder / "out", Options(threads=threads), finish=lambda folder, outcome: None)
+            outcome = execute(plan, folder / "out", Options(threads=threads), finish=lambda folder, outcome: outcome)
         return Merged(load_file(folder / "out/model.safetensors"), outcome)
 
 
