@@ -44,6 +44,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/cliff.py
 	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/substrate.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 …" if sys.version_info < (3, 11) else 0)'

@@ -9,10 +9,10 @@ another reads ahead, as it always does, and what it takes is in the processor se
 
 Losses: a growth that recomputes and one that caches, both from the same start, fp32, every step compared; windows come
 in another order in each pass. Memory: a process for each depth of a wide model, which trains three steps with the
-cache. Embedding: 65,536 strings of a byte-level vocabulary in many scripts, as glyphs of the default size.
+cache.
 Usage:
 
-    python benchmarks/growth.py [--only speed,losses,memory,embedding] [--rounds 5]
+    python benchmarks/growth.py [--only speed,losses,memory] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from measuring import KEEPING, child, peak_of, ratios, spread, table
+from substrate import make_tokenizer
 from transfer import machine
 
 if TYPE_CHECKING:  # torch is left to the processes that need it: see `measuring`
@@ -44,9 +45,6 @@ VOCABULARY, STAGES, SEED = 512, 8, 0
 FLAT, OF_BOUND, AGREEMENT = 1.25, 0.8, 1e-6  # what is wanted
 SETTLED = 1  # steps after a start that are not timed: memory is fetched in them
 
-TOKENS = 65_536
-THREADS, MOST_SECONDS = 2, 60.0  # of an embedding
-WIDE_SCRIPTS = 0x3000  # whose tokens are short
 DEPTHS = (1, 2, 4, 8)  # of the models whose memory is taken
 FEW_ROUNDS = 2  # of what takes long
 
@@ -365,73 +363,14 @@ def peak(folder: Path) -> None:
     print(json.dumps(found))
 
 
-def strings(count: int) -> list[str]:
-    """Distinct strings such as tokens are: numbers, and pieces of words in many scripts; half begin with a space."""
-    draw = random.Random(SEED)
-    words = [*[(0x61, 0x7B)] * 6, (0x41, 0x5B), (0x30, 0x3A), (0xC0, 0x180), (0x3B1, 0x3CA), (0x430, 0x450)]
-    words += [(0x5D0, 0x5EB), (0x627, 0x64B), (0x905, 0x93A), (0x4E00, 0x9FA6), (0xAC00, 0xD7A4)]
-    found: dict[str, None] = {}
-    while len(found) < count:
-        script = draw.choice(words)
-        length = draw.randint(1, 3 if script[0] > WIDE_SCRIPTS else 12)
-        found[draw.choice(("", " ")) + "".join(chr(draw.randrange(*script)) for _ in range(length))] = None
-    return list(found)
-
-
-def make_tokenizer(folder: Path, count: int) -> None:
-    """A byte-level BPE of `count` tokens: all single bytes, and as many strings as fit."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    pieces = dict.fromkeys(["<eos>", *sorted(spell.alphabet())])
-    for text in strings(count):
-        pieces.setdefault("".join(piece for piece, _ in spell.pre_tokenize_str(text)))
-    vocab = {piece: number for number, piece in enumerate(list(pieces)[:count])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = spell, decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
-
-
-def embed(folder: Path) -> None:
-    """Prints the seconds, the peak resident MB, and what was made, as JSON."""
-    from surgery.growth.substrate import EmbeddingReport, make_embedding
-
-    made: list[EmbeddingReport] = []
-    begun = time.perf_counter()
-    most = peak_of(lambda: made.append(make_embedding(str(folder / "tok"), folder / "emb", overwrite=True)))
-    seconds = time.perf_counter() - begun
-    [report] = made
-    print(json.dumps({
-        "seconds": seconds, "peak": most, "tokens": report.vocab_size, "width": report.width,
-        "alike": report.collisions.rows,
-    }))  # fmt: skip
-
-
-def embedding(rounds: int) -> None:
-    """Glyphs of a whole vocabulary, in a process of its own."""
-    threads = {name: str(THREADS) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    with TemporaryDirectory() as name:
-        child(__file__, "--tokenizer", "--folder", name)
-        found = [json.loads(child(__file__, "--embed", "--folder", name, more=threads)) for _ in range(rounds)]
-    made = found[0]
-    row = (
-        f"{made['tokens']:,}", f"{made['width']:,}", f"{made['alike']:,}",
-        spread([line["seconds"] for line in found], 1), f"≤ {MOST_SECONDS:.0f}",
-        spread([line["peak"] for line in found], 0),
-    )  # fmt: skip
-    header = ("tokens", "width", "rows alike", "seconds", "wanted", "peak MB")
-    table(f"`make_embedding` with its defaults (glyphs), {THREADS} threads", header, [row])
-
-
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="speed,losses,memory,embedding", help="tables, separated by commas")
-    parser.add_argument("--rounds", type=int, default=5, help="of speed; memory and embedding take 2 at most")
+    parser.add_argument("--only", default="speed,losses,memory", help="tables, separated by commas")
+    parser.add_argument("--rounds", type=int, default=5, help="of speed; memory takes 2 at most")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--begin", type=int, help=argparse.SUPPRESS)
-    for hidden in ("--speed", "--losses", "--peak", "--tokenizer", "--embed"):
+    for hidden in ("--speed", "--losses", "--peak"):
         parser.add_argument(hidden, action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.speed:
@@ -442,21 +381,15 @@ def main() -> None:
         begin(options.folder, MEMORY, layers=options.begin)
     elif options.peak:
         peak(options.folder)
-    elif options.tokenizer:
-        make_tokenizer(options.folder / "tok", TOKENS)
-    elif options.embed:
-        embed(options.folder)
     else:
         chosen, few = options.only.split(","), min(options.rounds, FEW_ROUNDS)
-        print(f"{machine()}, {options.rounds} rounds (memory and embedding: {few})", flush=True)
+        print(f"{machine()}, {options.rounds} rounds (memory: {few})", flush=True)
         if "speed" in chosen:
             print(child(__file__, "--speed", "--rounds", str(options.rounds), more=KEEPING), end="", flush=True)
         if "losses" in chosen:
             print(child(__file__, "--losses"), end="", flush=True)
         if "memory" in chosen:
             memory(few)
-        if "embedding" in chosen:
-            embedding(few)
 
 
 if __name__ == "__main__":

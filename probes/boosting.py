@@ -19,6 +19,7 @@ from probes.comparing import (
     divergence_by_topic,
     divergence_rows,
     effects_table,
+    is_measured,
     prompts_of,
     record_of,
     share_text,
@@ -38,7 +39,6 @@ from surgery.execute import Options
 from surgery.expert_edits import scale_experts
 from surgery.experts import Expert, parse_scales
 from surgery.live import LiveModel
-from surgery.parallel import n_processes
 from surgery.part_edits import EditNotes, Measure
 from surgery.refs import open_checkpoint
 from surgery.report import Table
@@ -115,14 +115,7 @@ def edit_experts(
             without a run, the tokenizer does not say how the model thinks; the answers collapse; else as
             `surgery.expert_edits.scale_experts`.
     """
-    measured = wanted and not dry_run and (choice.run is not None or data is not None)
-    if measured and n_processes() > 1:
-        raise usage_error(
-            "runs in one process where it measures", where="edit experts",
-            hint="Start it without accelerate launch, or add --no-measure.",
-        )  # fmt: skip
-    if data is not None and not wanted:
-        raise usage_error("--data says what to measure on, --no-measure not to measure: give one of them.")
+    measured = is_measured("edit experts", wanted=wanted, dry_run=dry_run, run=choice.run, data=data)
     checkpoint = open_checkpoint(model)
     findings = None if choice.run is None else read_expert_findings(choice.run)
     if findings is not None and choice.run is not None:

@@ -18,9 +18,11 @@ from probes.generation import complete, context_of
 from probes.markers import Markers
 from probes.preparing import Asking, generation_settings
 from probes.templates import build_sequences
+from surgery.errors import usage_error
 from surgery.execute import Options
 from surgery.jsonable import jsonable
 from surgery.live import LiveModel
+from surgery.parallel import n_processes
 from surgery.report import Column, Table
 
 TOPICS = ("harmful", "harmless")
@@ -117,3 +119,20 @@ def effects_table(rows: Sequence[EffectRow]) -> Table:
 
 def _answers_on(topic: str) -> str:
     return "its answers" if topic == ALL else f"its {topic} answers"
+
+
+def is_measured(command: str, *, wanted: bool, dry_run: bool, run: Path | None, data: str | None) -> bool:
+    """Whether an edit measures what it does before it is kept: it must be wanted, and there must be prompts.
+
+    Raises:
+        SurgeryError: data are given and measuring is not wanted; several processes would measure.
+    """
+    measured = wanted and not dry_run and (run is not None or data is not None)
+    if measured and n_processes() > 1:
+        raise usage_error(
+            "runs in one process where it measures", where=command,
+            hint="Start it without accelerate launch, or add --no-measure.",
+        )  # fmt: skip
+    if data is not None and not wanted:
+        raise usage_error("--data says what to measure on, --no-measure not to measure: give one of them.")
+    return measured

@@ -12,8 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from probes.examples import Example
 from probes.statistics import Estimate
 from surgery.checkpoint import MANIFEST, Checkpoint, read_json
@@ -22,16 +20,17 @@ from surgery.execute import Options
 from surgery.files import write_file
 from surgery.identity import weights_hash
 from surgery.jsonable import to_json
+from surgery.records import read_record as read_file
+from surgery.records import record_text
 from surgery.report import MISSING
+from surgery.strict import Strict
 
 SCHEMA = 1
 RESULTS, EXAMPLES, REPORT = "results.json", "examples.jsonl", "report.html"
 
 
-class Record(BaseModel):
+class Record(Strict):
     """Part of a results.json: checked when it is read, never changed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Interval(Record):
@@ -98,24 +97,12 @@ def read_record(run: Path, kind: str, record: type[R]) -> R:
         raise usage_error(
             f"has no {RESULTS}", where=run, hint=f"Give a folder that `surgery probe {kind} … -o RUN` wrote."
         )
-    held = read_json(path)
-    if held.get("kind") != kind or held.get("schema") != SCHEMA:
-        raise usage_error(
-            f"holds {held.get('kind')!r} of schema {held.get('schema')!r}, expected {kind!r} of schema {SCHEMA}",
-            where=path,
-            hint="Probe the model again with this version.",
-        )
-    try:
-        return record.model_validate({key: value for key, value in held.items() if key not in ("schema", "kind")})
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise SurgeryError(f"{place}: {first['msg']}", where=path, hint="Probe the model again.") from error
+    return read_file(path, kind, SCHEMA, record, again="Probe the model again")
 
 
 def write_record(folder: Path, kind: str, record: Record, model: ModelRecord) -> None:
     """Writes results.json, whole or not at all, and the manifest that marks the folder as ours."""
-    write_file(folder / RESULTS, to_json({"schema": SCHEMA, "kind": kind} | record.model_dump(mode="json")))
+    write_file(folder / RESULTS, record_text(kind, SCHEMA, record))
     write_file(folder / MANIFEST, to_json({"schema": SCHEMA, "kind": kind, "model": model.model_dump(mode="json")}))
 
 

@@ -20,6 +20,7 @@ from probes.comparing import (
     divergence_by_topic,
     divergence_rows,
     effects_table,
+    is_measured,
     prompts_of,
     record_of,
     share_text,
@@ -36,7 +37,6 @@ from surgery.edits import EditNotes, Measure, mean_heads, scale_heads
 from surgery.errors import SurgeryError, usage_error
 from surgery.execute import Options
 from surgery.heads import Head, parse_scales
-from surgery.parallel import n_processes
 from surgery.refs import open_checkpoint
 from surgery.report import Table
 
@@ -128,14 +128,7 @@ def edit_heads(
         SurgeryError: no heads, or heads that are not there; findings of another model; means without a bias to hold
             them; refusal of harmful prompts fell; else as `surgery.edits.scale_heads`.
     """
-    measured = measuring.wanted and not dry_run and (choice.run is not None or measuring.data is not None)
-    if measured and n_processes() > 1:
-        raise usage_error(
-            "runs in one process where it measures", where="edit heads",
-            hint="Start it without accelerate launch, or add --no-measure.",
-        )  # fmt: skip
-    if measuring.data is not None and not measuring.wanted:
-        raise usage_error("--data says what to measure on, --no-measure not to measure: give one of them.")
+    measured = is_measured("edit heads", wanted=measuring.wanted, dry_run=dry_run, run=choice.run, data=measuring.data)
     checkpoint = open_checkpoint(model)
     findings = None if choice.run is None else read_findings(choice.run)
     if findings is not None and choice.run is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from surgery.errors import usage_error
@@ -21,12 +21,6 @@ M = TypeVar("M", bound=BaseModel)
 _UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNKNOWN = "extra_forbidden"
 _LITERAL = "literal_error"
-
-
-class Strict(BaseModel):
-    """The base of what files may say: it does not change, and knows only its own keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def read_text(path: Path) -> str:

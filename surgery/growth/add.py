@@ -159,21 +159,20 @@ def add_layers(
         if dry_run:
             return report
 
-        def finish(folder: Path, outcome: Outcome) -> None:
-            nonlocal report
-            report = replace(report, resumed_bytes=outcome.resumed_bytes)
+        def finish(folder: Path, outcome: Outcome) -> AddReport:
+            done = replace(report, resumed_bytes=outcome.resumed_bytes)
             if deepening.config:
                 write_config(folder, deepening.config)
             if stored_as:
                 write_config_dtype(folder, stored_as)
-            manifest = build_manifest(plan, outcome, kind="model", report=report.summary())
+            manifest = build_manifest(plan, outcome, kind="model", report=done.summary())
             if deepening.needs_fresh:
                 manifest["versions"] |= transformers_version()
             write_manifest(folder, manifest)
-            write_card(folder, manifest, sources, _card(report, base, stored_as))
+            write_card(folder, manifest, sources, _card(done, base, stored_as))
+            return done
 
-        execute(plan, out, options, finish=finish)
-    return report
+        return execute(plan, out, options, finish=finish)
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:

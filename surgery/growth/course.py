@@ -5,13 +5,10 @@ have come to a plateau, and what makes runs repeatable and safe to interrupt. No
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Protocol
 
 import torch
@@ -131,27 +128,3 @@ def reproducible(device: torch.device) -> Iterator[None]:
         finally:
             torch.use_deterministic_algorithms(strict)
             setattr(deterministic, _FILL, fill)
-
-
-class Interrupts:
-    """Inside, the first Ctrl-C only sets `asked`, so that a step can end and be saved; the next one interrupts.
-
-    Outside the main thread, where no signals are handled, it does nothing.
-    """
-
-    asked = False
-
-    def __enter__(self) -> Interrupts:
-        self._mine = threading.current_thread() is threading.main_thread()
-        if self._mine:
-            self._before = signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._mine:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True

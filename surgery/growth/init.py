@@ -144,17 +144,16 @@ def init_model(
         if dry_run:
             return report
 
-        def finish(folder: Path, outcome: Outcome) -> None:
-            nonlocal report
-            report = replace(report, resumed_bytes=outcome.resumed_bytes)
+        def finish(folder: Path, outcome: Outcome) -> InitReport:
+            done = replace(report, resumed_bytes=outcome.resumed_bytes)
             write_config(folder, config)
-            manifest = build_manifest(plan, outcome, kind="model", report=report.summary())
+            manifest = build_manifest(plan, outcome, kind="model", report=done.summary())
             manifest["versions"] |= transformers_version()
             write_manifest(folder, manifest)
-            write_card(folder, manifest, sources, _card(report, stored_as))
+            write_card(folder, manifest, sources, _card(done, stored_as))
+            return done
 
-        execute(plan, out, options, finish=finish)
-    return report
+        return execute(plan, out, options, finish=finish)
 
 
 def llama_config(width: int, shape: Shape) -> dict[str, Any]:

@@ -9,19 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from surgery.checkpoint import read_json
 from surgery.errors import SurgeryError, usage_error
 from surgery.files import write_file
 from surgery.growth.schedule import GrowthPlan, Stage
-from surgery.jsonable import to_json
+from surgery.records import read_record, record_text
 from surgery.scoring import Score
+from surgery.strict import Strict
 
 SCHEMA = 1
 KIND = "growth"
+AGAIN = "Grow the model again"
 TRAINING, RESULTS, REPORT = "training.json", "results.json", "report.html"
 MOST_POINTS = 2000  # of a curve that is kept: more cannot be seen
 
@@ -29,13 +28,8 @@ Embedding = Literal["frozen", "trained"]
 Budget = Literal["tokens", "flops"]
 
 
-class Record(BaseModel):
-    """Part of a file: checked when it is read, never changed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-R = TypeVar("R", bound=Record)
+class Record(Strict):
+    """Part of a growth's files."""
 
 
 class Point(Record):
@@ -160,7 +154,7 @@ def read_training(folder: Path) -> TrainingRecord:
     path = folder / TRAINING
     if not path.is_file():
         raise SurgeryError(f"has no {TRAINING}: it is no stage of a growth", where=folder)
-    return _validated(path, TrainingRecord)
+    return read_record(path, KIND, SCHEMA, TrainingRecord, again=AGAIN)
 
 
 def read_growth(run: Path) -> Growth:
@@ -168,28 +162,14 @@ def read_growth(run: Path) -> Growth:
     path = run / RESULTS
     if not path.is_file():
         raise usage_error(f"has no {RESULTS}", where=run, hint="Give a folder that `surgery grow run … -o RUN` wrote.")
-    return _validated(path, Growth)
+    return read_record(path, KIND, SCHEMA, Growth, again=AGAIN)
 
 
 def write_growth(run: Path, growth: Growth) -> None:
     """Writes results.json, whole or not at all."""
-    write_file(run / RESULTS, to_json({"schema": SCHEMA, "kind": KIND} | growth.model_dump(mode="json")))
+    write_file(run / RESULTS, record_text(KIND, SCHEMA, growth))
 
 
 def training_text(record: TrainingRecord) -> str:
     """What training.json holds."""
-    return to_json({"schema": SCHEMA, "kind": KIND} | record.model_dump(mode="json"))
-
-
-def _validated(path: Path, kind: type[R]) -> R:
-    held = read_json(path)
-    if held.get("kind") != KIND or held.get("schema") != SCHEMA:
-        raise usage_error(
-            f"holds {held.get('kind')!r} of schema {held.get('schema')!r}, expected {KIND!r} of {SCHEMA}", where=path
-        )
-    try:
-        return kind.model_validate({name: value for name, value in held.items() if name not in ("schema", "kind")})
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise SurgeryError(f"{place}: {first['msg']}", where=path, hint="Grow the model again.") from error
+    return record_text(KIND, SCHEMA, record)

@@ -13,7 +13,8 @@ from typing import Annotated, Literal, get_args
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from surgery.errors import listing, usage_error
-from surgery.typed_yaml import Strict, dump, n_bytes, parse, read_text
+from surgery.strict import Strict
+from surgery.typed_yaml import dump, n_bytes, parse, read_text
 
 Init = Literal["identity", "random", "copy"]
 INITS: tuple[str, ...] = get_args(Init)

@@ -60,10 +60,6 @@ class StageModel(nn.Module):
         """The names of the parameters that train."""
         return list(self.trained())
 
-    def frozen_names(self) -> list[str]:
-        """The names of what is frozen."""
-        return list(self.frozen())
-
     @property
     def n_trained(self) -> int:
         """How many numbers train."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError, usage_error
-from surgery.growth.course import Course, Interrupts, Windows, has_plateaued, rate_at, reproducible, step_seed
+from surgery.growth.course import Course, Windows, has_plateaued, rate_at, reproducible, step_seed
 from surgery.growth.launched import accelerator_for, autocast_dtype, is_sharded
 from surgery.growth.schedule import Stage, Training
 from surgery.growth.stage import StageModel, prepare
@@ -38,6 +38,7 @@ from surgery.growth.states import (
     whole,
 )
 from surgery.hashing import hash_tensors, hash_text
+from surgery.interrupts import Interrupts
 from surgery.live import LiveModel
 from surgery.parallel import share, wait
 from surgery.process import is_main, n_processes, rank

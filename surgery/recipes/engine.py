@@ -16,6 +16,7 @@ from typing import Any
 
 from surgery.errors import SurgeryError
 from surgery.files import write_file
+from surgery.interrupts import Interrupts
 from surgery.parallel import n_processes, share
 from surgery.process import is_main
 from surgery.recipes.children import POLL, Child, Job, Runner, start, stop
@@ -169,16 +170,19 @@ class _Scheduler:
     def run(self, jobs: int) -> None:
         """Returns when no step is left that could be done."""
         waiting = list(self.nodes.values())
-        try:
-            while waiting or self.children:
-                waiting = [node for node in waiting if not self._settle(node, jobs)]
-                if self.children:
-                    time.sleep(POLL)
-                    self._gather()
-                self.shown.look()
-        except BaseException:
-            self._stop()
-            raise
+        with Interrupts() as interrupts:
+            try:
+                while waiting or self.children:
+                    waiting = [node for node in waiting if not self._settle(node, jobs)]
+                    if self.children:
+                        time.sleep(POLL)
+                        self._gather()
+                    self.shown.look()
+                    if interrupts.asked:
+                        raise KeyboardInterrupt
+            except BaseException:
+                self._stop()
+                raise
 
     def _settle(self, node: Node, jobs: int) -> bool:
         """Starts `node` if it can be, or finds that it need not or cannot; whether it waits no more."""

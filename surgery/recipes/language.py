@@ -20,7 +20,8 @@ import yaml
 from pydantic import BeforeValidator, Field, PositiveInt, field_validator
 
 from surgery.errors import SurgeryError, listing, usage_error
-from surgery.typed_yaml import Strict, n_bytes, read_text, validated
+from surgery.strict import Strict
+from surgery.typed_yaml import n_bytes, read_text, validated
 from surgery.yaml_lines import Faults, Node, read_documents
 
 # Steps and recipes name folders, so that no name may be hidden, or leave the folder that it is in.

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 from architectures import build
 from chatting import make_tokenizer
+from processes import run_ranks
 from routing_models import (
     AT_M,
     AT_THINK,
@@ -209,35 +207,11 @@ probe_experts(
 def test_two_processes_find_what_one_does(bench: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    paths = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
-    running = []
-    for world, ranks in (("one", (0,)), ("two", (0, 1))):
+    paths = [ROOT, ROOT / "tests", Path(__file__).parent]
+    for world, count in (("one", 1), ("two", 2)):
         (tmp_path / world).mkdir()
-        for rank in ranks:
-            known = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": len(ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
-            environment = os.environ | {name: str(value) for name, value in known.items()} | {"OMP_NUM_THREADS": "1"}
-            running.append(
-                subprocess.Popen(
-                    [sys.executable, script, bench, *paths], cwd=tmp_path / world, env=environment,
-                    stderr=subprocess.PIPE, text=True,
-                )
-            )  # fmt: skip
-    try:
-        for process in running:
-            _, said = process.communicate(timeout=180)
-            assert process.returncode == 0, said
-    finally:
-        for process in running:
-            process.kill()
+        codes, said, _ = run_ranks([sys.executable, script, bench, *paths], world=count, cwd=tmp_path / world)
+        assert codes == [0] * count, said
     assert contents(tmp_path / "two/run") == contents(tmp_path / "one/run")
     assert not list(tmp_path.glob("*/*.partial"))
 

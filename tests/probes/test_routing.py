@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +12,7 @@ import torch
 from chatting import make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import run_ranks
 from routing_models import (
     EXPERTS,
     FAMILIES,
@@ -258,23 +256,9 @@ def test_two_processes_count_what_one_does(tmp_path: Path) -> None:
     live = plant("qwen3_moe", tmp_path / "m")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    paths = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
-    running = []
-    for rank in range(2):
-        known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | {name: str(value) for name, value in known.items()} | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, script, tmp_path / "m", tmp_path, *paths]
-        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        for process in running:
-            _, said = process.communicate(timeout=120)
-            assert process.returncode == 0, said
-    finally:
-        for process in running:
-            process.kill()
+    paths = [ROOT, ROOT / "tests", Path(__file__).parent]
+    codes, said, _ = run_ranks([sys.executable, script, tmp_path / "m", tmp_path, *paths])
+    assert codes == [0, 0], said
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

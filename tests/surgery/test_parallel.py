@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from probing import make_sequences, open_folder, probe_for, save
+from processes import free_port, known_to, run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,8 +27,6 @@ from surgery.parallel import meet, own_device, share
 
 ROOT = Path(__file__).parents[2]
 PROCESSES = 2
-# What a process may take before it counts as hanging; it takes about ten.
-SECONDS = 120
 
 SCRIPT = """
 import json, sys
@@ -99,31 +95,9 @@ def launched(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     out = tmp_path_factory.mktemp("out")
     script = out / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    paths = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
-    running = []
-    for rank in range(PROCESSES):
-        known = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": PROCESSES,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        environment = os.environ | {name: str(value) for name, value in known.items()} | {"OMP_NUM_THREADS": "1"}
-        running.append(
-            subprocess.Popen(
-                [sys.executable, script, folder, out, *paths], env=environment, stderr=subprocess.PIPE, text=True
-            )
-        )
-    try:
-        complaints = [process.communicate(timeout=SECONDS)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    return out, [process.returncode for process in running], complaints
+    paths = [ROOT, ROOT / "tests", Path(__file__).parent]
+    codes, complaints, _ = run_ranks([sys.executable, script, folder, out, *paths], world=PROCESSES)
+    return out, codes, complaints
 
 
 def test_every_process_has_the_results_of_one(folder, launched):
@@ -157,12 +131,10 @@ def test_a_fault_in_one_process_ends_all_of_them(launched):
 @pytest.fixture
 def launched_alone(monkeypatch: pytest.MonkeyPatch) -> int:
     """As if a launcher had started this process as the first of two; the port at which they would meet."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    known = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    port = free_port()
+    known = known_to(0, world=2, port=port)
     for name, value in known.items():
-        monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(parallel, "MEETING", timedelta(seconds=0.3))
     return port
 

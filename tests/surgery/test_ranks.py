@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ import yaml
 from architectures import add_tokenizer, build, sibling
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import free_port, known_to
 
 from surgery.dealing import Piece, deal
 from surgery.growth.substrate import make_embedding
@@ -164,16 +164,8 @@ def launch(
 ) -> tuple[list[int], list[str]]:
     """Runs `commands` in `folder`; exit codes and complaints of all processes."""
     prepare(folder, commands)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    known = [
-        {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        for rank in range(processes)
-    ]  # fmt: skip
+    port = free_port()
+    known = [known_to(rank, world=processes, port=port) for rank in range(processes)]
     [script] = _script
     assert script.stdin is not None and script.stdout is not None
     asked = [str(folder), ["commands", "said", fault], known if processes > 1 else [{}]]

@@ -10,7 +10,8 @@ import pytest
 from pydantic import Field, field_validator
 
 from surgery.errors import SurgeryError
-from surgery.typed_yaml import Strict, parse, read_text
+from surgery.strict import Strict
+from surgery.typed_yaml import parse, read_text
 
 
 class Part(Strict):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from probing import FAMILIES, MORE, make_live, maker, open_folder
+from processes import run_ranks
 from safetensors.torch import load_file
 from torch import nn
 
@@ -258,25 +256,10 @@ save_file(found, out / f"{rank()}.safetensors")
 def test_two_processes_share_a_cache(live, tmp_path):
     live.model.save_pretrained(tmp_path / "llama")
     (tmp_path / "sharing.py").write_text(SHARING)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     here = Path(__file__).parent
     paths = [here.parents[2], here.parents[1], here]
-    known = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    running = []
-    for rank in range(2):
-        environment = os.environ | {
-            key: str(value) for key, value in (known | {"RANK": rank, "LOCAL_RANK": rank}).items()
-        }
-        command = [sys.executable, tmp_path / "sharing.py", tmp_path / "llama", tmp_path, *paths]
-        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        complaints = [process.communicate(timeout=120)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0], complaints
+    codes, complaints, _ = run_ranks([sys.executable, tmp_path / "sharing.py", tmp_path / "llama", tmp_path, *paths])
+    assert codes == [0, 0], complaints
     alone = open_folder(tmp_path / "llama")
     for rank in range(2):
         found = load_file(tmp_path / f"{rank}.safetensors")

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import run_ranks
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -188,6 +188,7 @@ def test_after_a_kill_the_stream_is_continued_with_the_same_bytes(tmp_path, text
             text,
             str(calls),
             str(ROOT),
+            str(ROOT / "tests"),
             str(Path(__file__).parent),
         ]
         killed = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
@@ -346,21 +347,11 @@ store(folder / "bad", folder / "bad.jsonl").require(1)
 
 def test_two_processes_read_what_one_writes_and_end_together(tmp_path, text):
     (tmp_path / "script.py").write_text(SHARED)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = []
-    for rank in range(2):
-        known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | {name: str(value) for name, value in known.items()} | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, tmp_path / "script.py", tmp_path, text, str(ROOT), str(Path(__file__).parent)]
-        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        complaints = [process.communicate(timeout=SECONDS)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [1, 1], complaints
+    script = tmp_path / "script.py"
+    codes, complaints, _ = run_ranks(
+        [sys.executable, script, tmp_path, text, ROOT, ROOT / "tests", Path(__file__).parent]
+    )
+    assert codes == [1, 1], complaints
     assert "bad.jsonl:2: is not valid JSON" in complaints[0]
     assert "SurgeryError: process 0 failed:" in complaints[1] and "bad.jsonl:2: is not valid JSON" in complaints[1]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))

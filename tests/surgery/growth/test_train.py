@@ -7,7 +7,6 @@ import math
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import pytest
 import torch
 from growing import BATCH, COUNT, SEQUENCE, Windows, make_stage, train, train_live, with_cache
 from probing import make_live, open_folder, save
+from processes import run_ranks
 from safetensors.torch import load_file
 from torch.nn import functional
 
@@ -29,8 +29,6 @@ from surgery.growth.train import StageResult, Step
 
 ROOT = Path(__file__).parents[3]
 TOKENS_PER_STEP = BATCH * SEQUENCE
-# What a process may take before it counts as hanging; it takes about ten.
-SECONDS = 120
 
 KINDS: dict[str, Stage] = {
     "plain": make_stage(),
@@ -262,21 +260,8 @@ def launch(model: Path, out: Path, how: str) -> list[dict[str, Any]]:
     """What two processes that know of each other found; their weights lie in `out`."""
     script = out / "script.py"
     script.write_text(RANK, encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = []
-    for rank in range(2):
-        known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | {name: str(value) for name, value in known.items()} | {"OMP_NUM_THREADS": "1"}
-        arguments = [sys.executable, script, model, out, how, *paths()]
-        running.append(subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        complaints = [process.communicate(timeout=SECONDS)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0], complaints
+    codes, complaints, _ = run_ranks([sys.executable, script, model, out, how, *paths()])
+    assert codes == [0, 0], complaints
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -4,11 +4,9 @@ whatever stops a run, the same command goes on and ends with the same hashes."""
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from contextlib import suppress
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer
+from processes import run_ranks
 from pushing import REPO, copy_of, files_at
 from recipe_runs import (
     Fakes,
@@ -377,24 +376,11 @@ def test_two_processes_of_a_launcher_make_what_one_makes(
     models: dict[str, Path], expected: dict[str, str], tmp_path: Path
 ) -> None:
     write_recipe(tmp_path, models)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = []
-    for rank in range(2):
-        known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | {name: str(value) for name, value in known.items()} | {"OMP_NUM_THREADS": "1"}
-        running.append(
-            subprocess.Popen(
-                line_of(["run", "reasoning", "-o", "run"]), cwd=tmp_path, env=environment,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
-        )  # fmt: skip
-    said = [process.communicate(timeout=2 * SECONDS) for process in running]
-    assert [process.returncode for process in running] == [0, 0], said
+    codes, said, printed = run_ranks(line_of(["run", "reasoning", "-o", "run"]), cwd=tmp_path)
+    assert codes == [0, 0], said
     assert outputs(tmp_path / "run") == expected
-    assert said[1][0] == ""
-    assert said[0][1].count("vector: done") == 1
+    assert printed[1] == ""
+    assert said[0].count("vector: done") == 1
 
 
 def test_a_real_child_gets_no_shell_no_input_and_its_own_files(tmp_path: Path) -> None:
@@ -407,13 +393,14 @@ def test_a_real_child_gets_no_shell_no_input_and_its_own_files(tmp_path: Path) -
 
 
 def _wait_for_child(parent: int) -> int:
-    """A process that `parent` started for a step."""
+    """A process that `parent` started for a step: one that runs another command line, not a fork of the same."""
+    own = Path(f"/proc/{parent}/cmdline").read_bytes()
     path = Path(f"/proc/{parent}/task/{parent}/children")
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         with suppress(OSError):  # one that is gone already
             for child in path.read_text().split():
-                if b"cli.main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                if b"cli.main" in (line := Path(f"/proc/{child}/cmdline").read_bytes()) and line != own:
                     return int(child)
     raise AssertionError("no step was started")
 
