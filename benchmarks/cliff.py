@@ -19,15 +19,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from probes.ablation import all_heads
-from probes.findings import Findings
-from probes.refusal import probe_refusal
-from probes.repair import Choice, Measured, Measuring, edit_heads
+from probes.model.ablation import all_heads
+from probes.refusal.edit import Choice, Measured, Measuring, edit_heads
+from probes.refusal.findings import Findings
+from probes.refusal.run import probe_refusal
 from surgery import lab
-from surgery.heads import Head
-from surgery.lab import family
-from surgery.live import open_live
-from surgery.progress import terminal
+from surgery.checkpoint.selectors import Head
+from surgery.lab import build as family
+from surgery.models.loaded_model import open_live
+from surgery.runtime.progress import terminal
 
 VARIANTS = ("cliff", "cliff-many", "cliff-weak", "cliff-gqa", "cliff-partial")
 

@@ -1,4 +1,4 @@
-"""`surgery.edits.scale_heads` and `surgery.undo.undo` against `cp -r` of the same checkpoint.
+"""`surgery.edits.heads.scale_heads` and `surgery.edits.undo.undo` against `cp -r` of the same checkpoint.
 
 A random-weight bf16 checkpoint with the shapes of Qwen2.5-1.5B (as in `transfer.py`), 3 % of its heads set to zero,
 page cache warm, whole processes from start to end, medians of several rounds in which the contestants take turns.
@@ -23,8 +23,8 @@ ROLE = "base"
 
 def edit(name: str, out: Path, share: float) -> None:
     """Sets a random share of the heads to zero."""
-    from surgery.edits import scale_heads
-    from surgery.heads import Head
+    from surgery.checkpoint.selectors import Head
+    from surgery.edits.heads import scale_heads
 
     shape = SHAPES[name]
     heads = [Head(layer, index) for layer in range(shape.layers) for index in range(shape.heads)]

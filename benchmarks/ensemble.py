@@ -19,7 +19,7 @@ from transfer import machine
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils.logging import disable_progress_bar
 
-from merges.logits import average
+from merges.ensemble.average import average
 
 TOKENS = 256
 
@@ -27,10 +27,17 @@ TOKENS = 256
 def make(folder: Path, hidden: int, layers: int) -> list[Path]:
     """Two models of one shape that differ in everything but the embedding."""
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64, vocab_size=32_000, max_position_embeddings=1024, eos_token_id=None,
-        bos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        vocab_size=32_000,
+        max_position_embeddings=1024,
+        eos_token_id=None,
+        bos_token_id=1,
+        pad_token_id=0,
+    )
     paths, shared = [], None
     for name in ("a", "b"):
         torch.manual_seed(len(paths))

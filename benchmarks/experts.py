@@ -29,12 +29,12 @@ from typing import TYPE_CHECKING
 from measuring import KEEPING, WEIGHTS, against_copying, child, compare, peak_of, ratios, spread, table, take_turns
 from transfer import WORK, machine
 
-from surgery.header import build_header
+from surgery.checkpoint.safetensors_header import build_header
 
 if TYPE_CHECKING:  # torch is left to the processes that need it: see `measuring`
-    from probes.examples import TokenSequence
-    from probes.routing import Counts, Marker
-    from surgery.live import LiveModel
+    from probes.data.examples import TokenSequence
+    from probes.model.routing import Counts, Marker
+    from surgery.models.loaded_model import LiveModel
 
 TOKENS, SEQUENCES, FEW_SEQUENCES = 512, 8, 2
 VOCABULARY = 32_000
@@ -71,11 +71,20 @@ def make_model(folder: Path, kind: str) -> None:
 
     of = COUNTED[kind]
     config = Qwen3MoeConfig(
-        hidden_size=of.hidden, intermediate_size=3 * of.hidden, moe_intermediate_size=of.inner,
-        num_hidden_layers=of.layers, num_experts=of.experts, num_experts_per_tok=of.chosen, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=of.hidden // 8, vocab_size=VOCABULARY, max_position_embeddings=2 * TOKENS,
-        tie_word_embeddings=True, norm_topk_prob=True,
-    )  # fmt: skip
+        hidden_size=of.hidden,
+        intermediate_size=3 * of.hidden,
+        moe_intermediate_size=of.inner,
+        num_hidden_layers=of.layers,
+        num_experts=of.experts,
+        num_experts_per_tok=of.chosen,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=of.hidden // 8,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=2 * TOKENS,
+        tie_word_embeddings=True,
+        norm_topk_prob=True,
+    )
     make_random(folder, config)
 
 
@@ -95,15 +104,15 @@ def texts(count: int) -> list[TokenSequence]:
 
 
 def markers() -> list[Marker]:
-    from probes.routing import Marker
+    from probes.model.routing import Marker
 
     return [Marker(text, 1.0, spellings) for text, spellings in SPELLINGS.items()]
 
 
 def counting(live: LiveModel, sequences: list[TokenSequence]) -> Callable[[], Counts]:
     """What is measured: `count` with all markers."""
-    from probes.routers import find_routers
-    from probes.routing import count
+    from probes.model.routers import find_routers
+    from probes.model.routing import count
 
     routers, held = find_routers(live), markers()
     return lambda: count(live, routers, sequences, held)
@@ -185,12 +194,21 @@ def make_stored() -> None:
     if (SOURCE / WEIGHTS).exists():
         return
     config = {
-        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": HIDDEN,
-        "num_hidden_layers": STORED_LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM, "intermediate_size": 6144, "moe_intermediate_size": INNER, "num_experts": STORED_EXPERTS,
-        "num_experts_per_tok": 8, "vocab_size": STORED_VOCABULARY, "tie_word_embeddings": True,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": STORED_LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": INNER,
+        "num_experts": STORED_EXPERTS,
+        "num_experts_per_tok": 8,
+        "vocab_size": STORED_VOCABULARY,
+        "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
-    }  # fmt: skip
+    }
     SOURCE.mkdir(parents=True, exist_ok=True)
     (SOURCE / "config.json").write_text(json.dumps(config))
     tensors, generator = stored(), torch.Generator().manual_seed(0)
@@ -205,8 +223,8 @@ def make_stored() -> None:
 
 def scale(out: Path) -> None:
     """The edit that is timed."""
-    from surgery.expert_edits import scale_experts
-    from surgery.experts import Expert
+    from surgery.checkpoint.selectors import Expert
+    from surgery.edits.experts import scale_experts
 
     scale_experts(str(SOURCE), out, scales={Expert(*place): scale for place, scale in SCALES.items()})
 

@@ -37,9 +37,9 @@ from transfer import machine
 if TYPE_CHECKING:  # torch is left to the processes that need it: see `measuring`
     from torch import Tensor
 
-    from surgery.growth.prefix import Prefix
-    from surgery.growth.train import StageResult, Step
-    from surgery.live import LiveModel
+    from surgery.growth.prefix_cache.prefix import Prefix
+    from surgery.growth.training.loop import StageResult, Step
+    from surgery.models.loaded_model import LiveModel
 
 VOCABULARY, STAGES, SEED = 512, 8, 0
 FLAT, OF_BOUND, AGREEMENT = 1.25, 0.8, 1e-6  # what is wanted
@@ -110,10 +110,10 @@ def train(
     """Trains the last layer, the final norm and the head of `live` in place; `cache` keeps in fp32 what is below."""
     import torch
 
-    from surgery.growth.cache import PrefixCache
-    from surgery.growth.prefix import Prefix
-    from surgery.growth.schedule import Stage
-    from surgery.growth.train import train_stage
+    from surgery.growth.plan import Stage
+    from surgery.growth.prefix_cache.cache import PrefixCache
+    from surgery.growth.prefix_cache.prefix import Prefix
+    from surgery.growth.training.loop import train_stage
 
     with TemporaryDirectory() as states, ExitStack() as stack:
 
@@ -121,26 +121,38 @@ def train(
             if cache is None or depth == 0:
                 return None
             held = PrefixCache(
-                cache, windows=sizes.windows, sequence=sizes.sequence, width=sizes.width, dtype=torch.float32,
+                cache,
+                windows=sizes.windows,
+                sequence=sizes.sequence,
+                width=sizes.width,
+                dtype=torch.float32,
                 tokens=Windows.identity,
-            )  # fmt: skip
+            )
             stack.callback(held.close)
             found = Prefix(live, depth, held)
             stack.callback(found.close)
             return found
 
         return train_stage(
-            live, Stage(tokens=steps * sizes.batch * sizes.sequence), [len(live.layers) - 1], store=Windows(sizes),
-            first_window=0, sequence=sizes.sequence, batch=sizes.batch, seed=SEED, prefix=prefix,
-            folder=Path(states) / "state", log=log,
-        )  # fmt: skip
+            live,
+            Stage(tokens=steps * sizes.batch * sizes.sequence),
+            [len(live.layers) - 1],
+            store=Windows(sizes),
+            first_window=0,
+            sequence=sizes.sequence,
+            batch=sizes.batch,
+            seed=SEED,
+            prefix=prefix,
+            folder=Path(states) / "state",
+            log=log,
+        )
 
 
 def begin(folder: Path, sizes: Sizes, *, layers: int = 0) -> Path:
     """Writes a random embedding, and the model that grows on it; returns the latter's folder."""
-    from surgery.growth.init import init_model
-    from surgery.growth.schedule import Shape
-    from surgery.growth.substrate import make_embedding
+    from surgery.growth.embedding.build import make_embedding
+    from surgery.growth.layers.init_model import init_model
+    from surgery.growth.plan import Shape
 
     make_tokenizer(folder / "tok", VOCABULARY)
     make_embedding(str(folder / "tok"), folder / "emb", kind="random", width=sizes.width)
@@ -158,8 +170,8 @@ def grow(folder: Path, begun: Path, sizes: Sizes, *, steps: int, cached: bool) -
     """Grows the model `begun` to `STAGES` layers, as a plan does."""
     from transformers.utils.logging import disable_progress_bar
 
-    from surgery.growth.add import add_layers
-    from surgery.live import open_live
+    from surgery.growth.layers.add import add_layers
+    from surgery.models.loaded_model import open_live
 
     disable_progress_bar()
     before, results = begun, []
@@ -194,7 +206,7 @@ class Clock:
 
 def one_round(folder: Path, cache: Path) -> tuple[list[Taken], list[float]]:
     """What each stage takes; the optimizer's bytes over those of two fp32 moments for each number that trains."""
-    from surgery.live import open_live
+    from surgery.models.loaded_model import open_live
 
     times, memory, steps = [], [], SPEED.steps
     for stage in range(1, STAGES + 1):
@@ -205,10 +217,14 @@ def one_round(folder: Path, cache: Path) -> tuple[list[Taken], list[float]]:
         result = train(live, SPEED, steps=2 * steps, cache=cache, log=ours)
         if stage > 1:
             check_passes(result, SPEED, passes=2)
-        times.append({
-            ONE: one.median(SETTLED, steps), RECOMPUTED: plain.median(SETTLED, steps),
-            FIRST: ours.median(SETTLED, steps), LATER: ours.median(steps, 2 * steps),
-        })  # fmt: skip
+        times.append(
+            {
+                ONE: one.median(SETTLED, steps),
+                RECOMPUTED: plain.median(SETTLED, steps),
+                FIRST: ours.median(SETTLED, steps),
+                LATER: ours.median(steps, 2 * steps),
+            }
+        )
         memory.append(result.optimizer_bytes / (8 * result.n_trained))
     return times, memory
 
@@ -252,19 +268,22 @@ class Bounds:
 
 
 def bounds_of(model: Path) -> Bounds:
-    """From `surgery.growth.flops`, with 2·P for a forward pass: P_new is the new layer and the head."""
-    from surgery.anatomy import anatomy
-    from surgery.growth.flops import FORWARD, sizes, step_cost
-    from surgery.refs import open_checkpoint
+    """From `surgery.growth.training.flops`, with 2·P for a forward pass: P_new is the new layer and the head."""
+    from surgery.checkpoint.resolve import open_checkpoint
+    from surgery.checkpoint.structure import anatomy
+    from surgery.growth.training.flops import FORWARD, sizes, step_cost
 
     checkpoint = open_checkpoint(model)
     matrices, whole = (sizes(checkpoint, anatomy(checkpoint), sequence=length) for length in (0, SPEED.sequence))
     depth, block = len(matrices.layers) - 1, matrices.layers[-1]
     plain, attended = (step_cost(size, depth=depth, trained={depth}, head=True) for size in (matrices, whole))
     return Bounds(
-        plain.whole / plain.above, 1 + block / plain.above, attended.whole / attended.above,
-        int(block / FORWARD), int(matrices.head / FORWARD),
-    )  # fmt: skip
+        plain.whole / plain.above,
+        1 + block / plain.above,
+        attended.whole / attended.above,
+        int(block / FORWARD),
+        int(matrices.head / FORWARD),
+    )
 
 
 def report(found: Sequence[Sequence[Taken]], bounds: Mapping[int, Bounds]) -> None:
@@ -285,8 +304,13 @@ def report(found: Sequence[Sequence[Taken]], bounds: Mapping[int, Bounds]) -> No
         f"{SPEED.batch} × {SPEED.sequence} tokens in a step, one thread; µs per token, and ratios"
     )
     header = (
-        "stage", *KINDS, "first ÷ stage 1", "later ÷ stage 1", "recomputed ÷ later", "bound (attention counted)",
-    )  # fmt: skip
+        "stage",
+        *KINDS,
+        "first ÷ stage 1",
+        "later ÷ stage 1",
+        "recomputed ÷ later",
+        "bound (attention counted)",
+    )
     table(title, header, rows)
     one, recomputed, first, later = (stages[-1][kind] for kind in KINDS)
     wanted = {
@@ -337,9 +361,13 @@ def memory(rounds: int) -> None:
         moments = f"{found[0]['optimizer'] / (8 * trained):.4f}"
         rows.append((str(depth), f"{frozen / 1e6:.1f} M", f"{trained / 1e6:.1f} M", moments, spread(most, 0), each))
     header = (
-        "stage", "frozen parameters", "trained", "optimizer's bytes ÷ (8 · trained)", "peak MB of the process",
+        "stage",
+        "frozen parameters",
+        "trained",
+        "optimizer's bytes ÷ (8 · trained)",
+        "peak MB of the process",
         f"bytes per parameter frozen since stage {low}",
-    )  # fmt: skip
+    )
     table(f"Memory of a stage by its depth, width {MEMORY.width}; wanted: 1, and 4 bytes", header, rows)
 
 
@@ -347,7 +375,7 @@ def peak(folder: Path) -> None:
     """Prints the peak resident MB of loading a stage's model and training it, and what trains, as JSON."""
     import torch
 
-    from surgery.live import open_live
+    from surgery.models.loaded_model import open_live
 
     torch.set_num_threads(1)
     done: list[tuple[LiveModel, StageResult]] = []

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from probes.activations import CPU_TOKENS, make_batches
-from probes.examples import TokenSequence
-from surgery.live import LiveModel, wrap
-from surgery.refs import open_checkpoint
-from surgery.scoring import Loaded
+from probes.data.examples import TokenSequence
+from probes.model.activations import CPU_TOKENS, make_batches
+from surgery.checkpoint.resolve import open_checkpoint
+from surgery.models.loaded_model import LiveModel, wrap
+from surgery.models.loading import Loaded
 
 
 def make_random(folder: Path, config: Any) -> None:

@@ -24,12 +24,12 @@ from passes import bare, draw, load, make_random
 from torch import Tensor
 from transfer import machine
 
-from probes.ablation import all_heads, sweep
-from probes.activations import CPU_TOKENS, states_at
-from probes.examples import TokenSequence
-from probes.heads import attribute
-from probes.residual import read_stream
-from surgery.live import LiveModel
+from probes.data.examples import TokenSequence
+from probes.model.ablation import all_heads, sweep
+from probes.model.activations import CPU_TOKENS, states_at
+from probes.model.residual_stream import read_stream
+from probes.refusal.head_attribution import attribute
+from surgery.models.loaded_model import LiveModel
 
 TOKENS = 512
 SEQUENCES = 16
@@ -46,10 +46,16 @@ def make(folder: Path, family: str, hidden: int, layers: int) -> None:
 
     kind = {"qwen3": Qwen3Config, "llama": LlamaConfig}[family]
     config = kind(
-        hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 128, head_dim=64, vocab_size=VOCABULARY, max_position_embeddings=2 * TOKENS,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128,
+        head_dim=64,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=2 * TOKENS,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     make_random(folder, config)
 
 

@@ -53,17 +53,24 @@ def make_tokenizer(folder: Path, count: int) -> None:
 
 def embed(folder: Path) -> None:
     """Prints the seconds, the peak resident MB, and what was made, as JSON."""
-    from surgery.growth.substrate import EmbeddingReport, make_embedding
+    from surgery.growth.embedding.build import EmbeddingReport, make_embedding
 
     made: list[EmbeddingReport] = []
     begun = time.perf_counter()
     most = peak_of(lambda: made.append(make_embedding(str(folder / "tok"), folder / "emb", overwrite=True)))
     seconds = time.perf_counter() - begun
     [report] = made
-    print(json.dumps({
-        "seconds": seconds, "peak": most, "tokens": report.vocab_size, "width": report.width,
-        "alike": report.collisions.rows,
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "peak": most,
+                "tokens": report.vocab_size,
+                "width": report.width,
+                "alike": report.collisions.rows,
+            }
+        )
+    )
 
 
 def embedding(rounds: int) -> None:
@@ -74,10 +81,13 @@ def embedding(rounds: int) -> None:
         found = [json.loads(child(__file__, "--embed", "--folder", name, more=threads)) for _ in range(rounds)]
     made = found[0]
     row = (
-        f"{made['tokens']:,}", f"{made['width']:,}", f"{made['alike']:,}",
-        spread([line["seconds"] for line in found], 1), f"≤ {MOST_SECONDS:.0f}",
+        f"{made['tokens']:,}",
+        f"{made['width']:,}",
+        f"{made['alike']:,}",
+        spread([line["seconds"] for line in found], 1),
+        f"≤ {MOST_SECONDS:.0f}",
         spread([line["peak"] for line in found], 0),
-    )  # fmt: skip
+    )
     header = ("tokens", "width", "rows alike", "seconds", "wanted", "peak MB")
     table(f"`make_embedding` with its defaults (glyphs), {THREADS} threads", header, [row])
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from surgery.header import build_header
+from surgery.checkpoint.safetensors_header import build_header
 
 WORK = Path(__file__).parent / "work"
 ROLES = ("base", "tuned", "target")
@@ -70,11 +70,17 @@ def make(name: str) -> None:
 
     shape, folder = SHAPES[name], WORK / name
     config = {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": shape.hidden,
-        "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
-        "intermediate_size": shape.mlp, "vocab_size": shape.vocabulary, "tie_word_embeddings": True,
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "intermediate_size": shape.mlp,
+        "vocab_size": shape.vocabulary,
+        "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
-    }  # fmt: skip
+    }
     tensors = shape.tensors()
     header = build_header(((n, "BF16", s) for n, s in tensors.items()), {"format": "pt"})
     for number, role in enumerate(ROLES):

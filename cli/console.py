@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from surgery.process import is_main, rank
+from surgery.runtime.environment import is_main, rank
 
 if TYPE_CHECKING:
-    from surgery.report import Figure, Table
+    from surgery.reporting.report import Figure, Table
 
 DEBUG = "SURGERY_DEBUG"
 
@@ -67,7 +67,7 @@ def draw(figure: Figure, path: Path) -> None:
 
 def show_json(value: Any) -> None:
     """One JSON object on stdout."""
-    from surgery.jsonable import to_json
+    from surgery.io.json_io import to_json
 
     if is_main():
         typer.echo(to_json(value, indent=2), nl=False)

@@ -5,47 +5,18 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from cli import console, edit, grow, lab, merge, models, probe, push, recipes, reproduce, vector
-from surgery import process
+from cli import console
+from cli.app import StoppedError
+from cli.app import app as app
+from cli.commands import push, reproduce
+from cli.commands import run as recipes
 from surgery.errors import FAILED, SurgeryError
+from surgery.runtime import environment as process
 
-
-class _StoppedError(Exception):
-    """Ctrl-C, by a name that Typer does not know: it would leave without a word."""
-
-
-class _Commands(TyperGroup):
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as stopped:
-            raise _StoppedError from stopped
-
-
-app = typer.Typer(
-    name="surgery",
-    cls=_Commands,
-    help="Takes language-model checkpoints apart and puts them together better, on the weights themselves.\n\n"
-    "MODEL is a local folder, a single .safetensors file, org/name[@revision] on the Hub, a PEFT LoRA adapter "
-    "folder, BASE+ADAPTER, or lab:NAME.\n\n"
-    "Example: surgery vector transfer lab:grpo lab:sft lab:instruct -o reasoning-instruct",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-models.register(app)
-app.add_typer(vector.app, name="vector")
-app.add_typer(merge.app, name="merge")
-app.add_typer(probe.app, name="probe")
-app.add_typer(edit.app, name="edit")
-app.add_typer(grow.app, name="grow")
-app.add_typer(lab.app, name="lab")
 app.command(epilog=recipes.EPILOG)(recipes.run)
 app.command(epilog=push.EPILOG)(push.push)
 app.command(epilog=reproduce.EPILOG)(reproduce.reproduce)
@@ -67,7 +38,7 @@ def main(
     if debug:
         os.environ[console.DEBUG] = "1"
     if process.n_processes() > 1:
-        from surgery.parallel import meet
+        from surgery.runtime.collectives import meet
 
         meet()
 
@@ -94,7 +65,7 @@ def run() -> None:
         app()
     except SurgeryError as error:
         _leave(error, str(error), error.exit_code)
-    except (_StoppedError, KeyboardInterrupt) as error:
+    except (StoppedError, KeyboardInterrupt) as error:
         _leave(error, "stopped. The same command goes on where it was.", 130)
     except OSError as error:
         _leave(error, f"{error.filename or 'the system'}: {error.strerror or error}", FAILED)

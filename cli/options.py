@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from surgery.wording import option_of
+from surgery.io.command_line import option_of
 
 if TYPE_CHECKING:
-    from surgery.execute import Options
+    from surgery.engine.execute import Options
 
 Model = Annotated[
     str,
@@ -58,8 +58,8 @@ def options(
     threads: int | None = None, device: str = "cpu", *, overwrite: bool = False, allow_nonfinite: bool = False
 ) -> Options:
     """The library's `Options`, with a progress bar on stderr."""
-    from surgery.execute import Options
-    from surgery.progress import terminal
+    from surgery.engine.execute import Options
+    from surgery.runtime.progress import terminal
 
     return Options(threads, device, overwrite, allow_nonfinite, terminal)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from cli.main import app
 from cli.signatures import Parameter, Signature, signatures
 
 INDEX = "README.md"
@@ -16,7 +17,7 @@ METAVARS: dict[type, str] = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 
 def pages() -> dict[str, str]:
     """File name → Markdown: a page per command, and an index of them."""
-    commands = list(signatures())
+    commands = list(signatures(app))
     return {INDEX: _index(commands), **{_file(command): _page(command) for command in commands}}
 
 
@@ -72,7 +73,7 @@ def _cell(text: str) -> str:
 
 def main(folder: Path) -> None:
     """Writes the pages into `folder`, and removes those of commands that are no more."""
-    from surgery.files import write_file
+    from surgery.io.atomic import write_file
 
     wanted = pages()
     for path in folder.glob("*.md"):

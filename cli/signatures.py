@@ -50,10 +50,8 @@ class Signature:
     parameters: tuple[Parameter, ...]
 
 
-def signatures() -> Iterator[Signature]:
-    """Every command, in the order of `--help`."""
-    from cli.main import app
-
+def signatures(app: typer.Typer) -> Iterator[Signature]:
+    """Every command of `app`, in the order of `--help`."""
     yield from _of(app, ())
 
 
@@ -83,9 +81,18 @@ def _parameters(callback: Callable[..., Any]) -> Iterator[Parameter]:
         required = parameter.default is inspect.Parameter.empty
         flags, off = _flags(name, kind, info) if isinstance(info, OptionInfo) else ((), None)
         yield Parameter(
-            name, kind, many, required, None if required else parameter.default, info.help or "",
-            info.metavar, flags, off, info.min, info.max,
-        )  # fmt: skip
+            name,
+            kind,
+            many,
+            required,
+            None if required else parameter.default,
+            info.help or "",
+            info.metavar,
+            flags,
+            off,
+            info.min,
+            info.max,
+        )
 
 
 def _split(hint: Any) -> tuple[Any, OptionInfo | ArgumentInfo]:

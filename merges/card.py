@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from merges.config.schema import MergeConfig
 from merges.layout import Layout
 from merges.methods import METHODS
 from merges.report import MergeReport
-from merges.schema import MergeConfig
+from surgery.engine.manifest import Card
 from surgery.errors import listing
-from surgery.manifest import Card
-from surgery.report import Table
+from surgery.reporting.report import Table
 
 _ARXIV = "arXiv:"
 _MOST_MODELS = 6

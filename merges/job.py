@@ -9,25 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from merges.card import card
-from merges.check import check_finite, check_models, check_vocabularies
+from merges.checks import check_finite, check_models, check_vocabularies
+from merges.config.schema import BASE, UNION, MergeConfig
 from merges.layout import Layout, lay_out
 from merges.output import SideFiles, side_files
 from merges.plan import MergedTensor, plan_tensors
 from merges.report import MergeReport, with_outcome
-from merges.schema import BASE, UNION, MergeConfig
-from merges.token_inputs import TokenInputs
-from merges.tokens import plan_tokens, token_model
-from surgery.checkpoint import Checkpoint, StoredTensor
-from surgery.dtypes import dtype_name
-from surgery.edit import write_config_dtype
+from merges.tokenizer.embeddings import TokenInputs
+from merges.tokenizer.plan import plan_tokens, token_model
+from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
+from surgery.checkpoint.dtypes import dtype_name
+from surgery.checkpoint.reader import SourceFiles
+from surgery.checkpoint.resolve import open_checkpoint
+from surgery.engine.edit_report import write_config_dtype
+from surgery.engine.execute import Options, Outcome, execute
+from surgery.engine.manifest import build_manifest, write_card, write_manifest
+from surgery.engine.plan import Plan, check_output, plan_files
+from surgery.engine.preflight import Preflight, check_quantised, check_space
 from surgery.errors import SurgeryError, listing
-from surgery.execute import Options, Outcome, execute
-from surgery.fit import side
-from surgery.manifest import build_manifest, write_card, write_manifest
-from surgery.plan import Plan, check_output, plan_files
-from surgery.preflight import Preflight, check_quantised, check_space
-from surgery.refs import open_checkpoint
-from surgery.stream import SourceFiles
+from surgery.vectors.align import side
 
 _EXAMPLES = 5
 CONFIG_WORD = 2  # of the line: surgery merge CONFIG.yml …
@@ -66,8 +66,11 @@ class Job:
         # What the models are called, not where they lie: the manifest is the same for every OUT.
         options = config.model_dump(mode="json", exclude={"where", "warnings"})
         self.command: dict[str, Any] = {
-            "name": "merge", "arguments": list(config.models), "options": options, "line": shlex.join(line),
-        }  # fmt: skip
+            "name": "merge",
+            "arguments": list(config.models),
+            "options": options,
+            "line": shlex.join(line),
+        }
         if text:
             # So that the merge can be made again from its manifest alone: the config's path means nothing elsewhere.
             self.command["files"] = {line[CONFIG_WORD]: text}

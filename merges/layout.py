@@ -1,9 +1,9 @@
 """Which tensors meet in a merge: every output tensor with the tensors of its sources, found by structure.
 
-No architecture is listed. A model's layers are the numbered stack that `surgery.anatomy` finds in its names; a
-section's layers are renumbered into the output's stack, and tensors meet that have the same name inside their layers.
-What lies outside the layers meets by its full name: embeddings by the first section, final norm and head by the last,
-and so do layers beyond the stack, which only predict further tokens ahead.
+No architecture is listed. A model's layers are the numbered stack that `surgery.checkpoint.structure` finds in its
+names; a section's layers are renumbered into the output's stack, and tensors meet that have the same name inside their
+layers. What lies outside the layers meets by its full name: embeddings by the first section, final norm and head by the
+last, and so do layers beyond the stack, which only predict further tokens ahead.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from merges.check import TensorFaults
-from merges.schema import MergeConfig, Section
-from merges.settings import EDGE_POSITION, layer_position
-from surgery.anatomy import Anatomy, anatomy
-from surgery.checkpoint import Checkpoint, StoredTensor
+from merges.checks import TensorFaults
+from merges.config.schema import MergeConfig, Section
+from merges.config.settings import EDGE_POSITION, layer_position
+from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
+from surgery.checkpoint.structure import Anatomy, anatomy
+from surgery.checkpoint.tensor_roles import NUMBER
+from surgery.engine.preflight import Preflight
 from surgery.errors import listing
-from surgery.inspection import NUMBER
-from surgery.preflight import Preflight
 
 FINAL_NORM, LM_HEAD, BEYOND = "final norm", "lm_head", "beyond"
 

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from merges.layout import LM_HEAD, Layout
-from merges.templates import set_chat_template
-from merges.token_ids import remap_ids, resized
-from merges.tokenizer_files import read_tokenizer_files
-from merges.tokens import TokenPlan
-from surgery.anatomy import anatomy
-from surgery.checkpoint import Checkpoint, read_json
+from merges.tokenizer.chat_template import set_chat_template
+from merges.tokenizer.files import read_tokenizer_files
+from merges.tokenizer.plan import TokenPlan
+from merges.tokenizer.token_ids import remap_ids, resized
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.checkpoint.config_layers import unsayable, untied, with_layers
+from surgery.checkpoint.structure import anatomy
+from surgery.checkpoint.tokenizer_files import is_tokenizer_file
+from surgery.checkpoint.vocabulary import read_vocabulary
+from surgery.engine.preflight import Preflight
 from surgery.errors import SurgeryError
-from surgery.preflight import Preflight
-from surgery.structure import unsayable, untied, with_layers
-from surgery.tokenizer_files import is_tokenizer_file
-from surgery.vocab import read_vocabulary
+from surgery.io.json_io import read_json
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from merges.check import ALIGN, TensorFaults
+from merges.checks import ALIGN, TensorFaults
+from merges.config.schema import MergeConfig, merged_sources
 from merges.layout import Layout, Slot
 from merges.methods import METHODS, Method, argument
-from merges.schema import MergeConfig, merged_sources
-from merges.token_inputs import TokenInputs
-from surgery.checkpoint import StoredTensor
-from surgery.dtypes import dtype_name
+from merges.tokenizer.embeddings import TokenInputs
+from surgery.checkpoint.checkpoint import StoredTensor
+from surgery.checkpoint.dtypes import dtype_name
+from surgery.checkpoint.reader import Input
+from surgery.engine.plan import Parameter, PlannedTensor, copied
+from surgery.engine.preflight import Preflight
 from surgery.errors import SurgeryError
-from surgery.plan import Parameter, PlannedTensor, copied
-from surgery.preflight import Preflight
-from surgery.stream import Input
 
 _NO_SUM = 1e-8  # weights whose sum is smaller cannot be normalised
 _NORMALISING = ("normalize", "normalize_weights")

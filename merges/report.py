@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from merges.config.settings import MethodSpec, ParameterSpec, shown
 from merges.plan import MergedTensor
-from merges.settings import MethodSpec, ParameterSpec, shown
-from surgery.execute import Outcome
-from surgery.report import Column, Figure, Table
+from surgery.engine.execute import Outcome
+from surgery.reporting.report import Column, Figure, Table
 
 
 def methods_table(specs: Iterable[MethodSpec]) -> Table:
@@ -94,7 +94,7 @@ class MergeReport:
 
     def figure(self) -> Figure:
         """How far the result is from each model, layer by layer."""
-        from surgery.plots import distances
+        from surgery.reporting.plots import distances
 
         groups = list(dict.fromkeys(group for share in self.models for group in share.layers))
         names = _short([share.model for share in self.models])

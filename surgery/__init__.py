@@ -1,9 +1,10 @@
 """Model surgery: language-model checkpoints taken apart and put together better, on the weights themselves.
 
 The names below are the public API. What shares its name with a module is imported from there, such as
-`surgery.compare.compare`, `surgery.push.push`, `surgery.reproduce.reproduce`, `surgery.sweep.sweep`,
-`surgery.undo.undo` and `surgery.verify.verify`; recipes are run by `surgery.recipes.engine.run_program`. Names are
-imported on first use, because most bring torch along, and `surgery --help` must not wait for it.
+`surgery.vectors.compare.compare`, `surgery.publish.push.push`, `surgery.recipes.reproduce.reproduce`,
+`surgery.vectors.sweep.sweep`, `surgery.edits.undo.undo` and `surgery.engine.verify.verify`; recipes are run by
+`surgery.recipes.run.scheduler.run_program`. Names are imported on first use, because most bring torch along, and
+`surgery --help` must not wait for it.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ from typing import TYPE_CHECKING, Any
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from surgery.compare import diff
-    from surgery.edits import scale_heads
-    from surgery.execute import Options
-    from surgery.expert_edits import scale_experts
-    from surgery.extraction import extract
-    from surgery.factorise import extract_adapter
-    from surgery.growth.add import add_layers
+    from surgery.checkpoint.resolve import open_checkpoint
+    from surgery.edits.experts import scale_experts
+    from surgery.edits.heads import scale_heads
+    from surgery.engine.execute import Options
     from surgery.growth.baseline import train_baselines
-    from surgery.growth.init import init_model
+    from surgery.growth.data.train_tokenizer import train_tokenizer
+    from surgery.growth.embedding.build import make_embedding
+    from surgery.growth.layers.add import add_layers
+    from surgery.growth.layers.init_model import init_model
     from surgery.growth.run import grow
-    from surgery.growth.substrate import make_embedding
-    from surgery.growth.tokenizer import train_tokenizer
-    from surgery.refs import open_checkpoint
-    from surgery.vectors import apply, transfer
+    from surgery.vectors.apply import apply, transfer
+    from surgery.vectors.compare import diff
+    from surgery.vectors.extract import extract
+    from surgery.vectors.to_lora import extract_adapter
 
 __all__ = [
     "Options",
@@ -49,21 +50,21 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Options": "execute",
-    "add_layers": "growth.add",
-    "apply": "vectors",
-    "diff": "compare",
-    "extract": "extraction",
-    "extract_adapter": "factorise",
+    "Options": "engine.execute",
+    "add_layers": "growth.layers.add",
+    "apply": "vectors.apply",
+    "diff": "vectors.compare",
+    "extract": "vectors.extract",
+    "extract_adapter": "vectors.to_lora",
     "grow": "growth.run",
-    "init_model": "growth.init",
-    "make_embedding": "growth.substrate",
-    "open_checkpoint": "refs",
-    "scale_experts": "expert_edits",
-    "scale_heads": "edits",
+    "init_model": "growth.layers.init_model",
+    "make_embedding": "growth.embedding.build",
+    "open_checkpoint": "checkpoint.resolve",
+    "scale_experts": "edits.experts",
+    "scale_heads": "edits.heads",
     "train_baselines": "growth.baseline",
-    "train_tokenizer": "growth.tokenizer",
-    "transfer": "vectors",
+    "train_tokenizer": "growth.data.train_tokenizer",
+    "transfer": "vectors.apply",
 }
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub_server import HubServer
 from huggingface_hub import constants, file_download
+from support.hub_server import HubServer
 
 # Commands that run in the background of a shell ignore Ctrl-C, and what they start does too: not so what tests start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -55,7 +55,7 @@ def data_server(server: HubServer, cache: Path, tmp_path: Path, monkeypatch: pyt
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the tiny models of `pushing.make_results`."""
-    from pushing import make_results
+    from support.publish import make_results
 
     return make_results(tmp_path_factory.mktemp("results"))
 
@@ -63,7 +63,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def out(results: Path, tmp_path: Path) -> Path:
     """A model that surgery wrote, for one test alone."""
-    from pushing import copy_of
+    from support.publish import copy_of
 
     return copy_of(results / "model", tmp_path / "reasoner")
 

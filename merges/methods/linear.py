@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from merges.config.settings import MethodSpec, ParameterSpec
 from merges.methods.measures import measured
 from merges.methods.registry import Params, register
-from merges.settings import MethodSpec, ParameterSpec
-from surgery.plan import Kernel, Parameter, Place
+from surgery.engine.plan import Kernel, Parameter, Place
 
 _NEAREST = 1e-6  # differences below this count as this: t / |w − x| stays finite
 

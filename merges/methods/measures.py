@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.dtypes import n_elements
-from surgery.plan import Kernel, Pass, Place, Sums
+from surgery.checkpoint.dtypes import n_elements
+from surgery.engine.plan import Kernel, Pass, Place, Sums
 
 KEPT = "kept"  # in `Place.known`: per model, how many of its elements the method let through
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from merges.settings import MethodSpec
-from surgery.plan import Kernel, Parameter
+from merges.config.settings import MethodSpec
+from surgery.engine.plan import Kernel, Parameter
 
 Params = Mapping[str, Parameter]
 Build = Callable[[Params, int, bool], Kernel]

@@ -11,14 +11,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from merges.config.settings import MethodSpec, ParameterSpec
 from merges.methods.linear import weighted_sum
 from merges.methods.measures import KEPT, measured
-from merges.methods.ranks import CUTS, as_floats, order_passes
 from merges.methods.registry import Params, register
-from merges.methods.signs import elected
-from merges.settings import MethodSpec, ParameterSpec
-from surgery.dtypes import n_elements
-from surgery.plan import Kernel, Pass, Place
+from merges.methods.task_arithmetic import elected
+from merges.methods.topk import CUTS, as_floats, order_passes
+from surgery.checkpoint.dtypes import n_elements
+from surgery.engine.plan import Kernel, Pass, Place
 
 _SHARES = "shares"
 _FACTORS = "factors"

@@ -18,11 +18,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from merges.methods.draws import LEVELS, uniforms
 from merges.methods.measures import KEPT, Count
-from merges.methods.ranks import CUTS, as_floats, order_passes
-from surgery.dtypes import n_elements
-from surgery.plan import Pass, Place
+from merges.methods.topk import CUTS, as_floats, order_passes
+from surgery.checkpoint.dtypes import n_elements
+from surgery.engine.plan import Pass, Place
+from surgery.io.hashing import hash_text
 
 Sparsifier = Literal["none", "magnitude", "outliers", "random", "ranked"]
 SCALES = "scales"  # in `Place.known`: per model, what its kept elements are multiplied by
@@ -203,3 +203,17 @@ def _settle_norms(gathered: Sequence[list[tuple[float, float, int]]], place: Pla
         scales.append(before / after if before >= _NEGLIGIBLE and after >= _NEGLIGIBLE else 1.0)
         counts.append(kept)
     return {SCALES: scales, KEPT: counts}
+
+
+LEVELS = 1 << 16  # a uniform number is one of so many: a probability is met to 1 / 131,072
+_PER_WORD = 4  # 16-bit numbers in what the generator makes at once
+
+
+def uniforms(seed: int, tensor: str, model: int, begin: int, end: int) -> npt.NDArray[np.uint16]:
+    """Independent uniform numbers from {0, …, LEVELS − 1} for the elements [begin, end) of a tensor: (end − begin,)."""
+    generator = np.random.PCG64(int(hash_text(f"{seed}/{model}/{tensor}"), 16))
+    first = begin // _PER_WORD
+    generator.advance(first)
+    words = generator.random_raw(-(-end // _PER_WORD) - first)
+    # Little-endian on every machine, or the same seed would mean another mask.
+    return words.astype("<u8", copy=False).view("<u2")[begin - first * _PER_WORD : end - first * _PER_WORD]

@@ -13,13 +13,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from surgery.anatomy import anatomy
-from surgery.checkpoint import read_folder
+from surgery.checkpoint.checkpoint import read_folder
+from surgery.checkpoint.structure import anatomy
 from surgery.errors import usage_error
-from surgery.growth.begin import Begun, key_of
-from surgery.growth.course import Windows
-from surgery.growth.flops import sizes, step_cost
-from surgery.growth.fresh import seed_of
+from surgery.growth.layers.random_init import seed_of
+from surgery.growth.plan import Stage
+from surgery.growth.prepare import Begun, key_of
 from surgery.growth.results import Budget, Embedding, Growth, Trained
 from surgery.growth.run import (
     Doing,
@@ -33,9 +32,10 @@ from surgery.growth.run import (
     scores_of,
     stage_keys,
 )
-from surgery.growth.schedule import Stage
-from surgery.growth.trained import Ground, Job, train_checkpoint
-from surgery.hashing import hash_text
+from surgery.growth.training.checkpointed import Ground, Job, train_checkpoint
+from surgery.growth.training.flops import sizes, step_cost
+from surgery.growth.training.lr_schedule import Windows
+from surgery.io.hashing import hash_text
 
 Budgets = Literal["tokens", "flops", "both"]
 Embeddings = Literal["frozen", "trained", "both"]
@@ -92,9 +92,10 @@ def train_baselines(
         )
     if growth is None or len(growth.stages) < len(plan.expanded):
         raise usage_error(
-            "holds no growth that is done, of which the baselines take tokens and operations", where=run,
+            "holds no growth that is done, of which the baselines take tokens and operations",
+            where=run,
             hint="`surgery grow run PLAN -o RUN` comes first.",
-        )  # fmt: skip
+        )
     shared = ground_of(begun, doing)
     keys = stage_keys(begun, shared)
     if [stage.training.key for stage in growth.stages] != keys:
@@ -104,9 +105,18 @@ def train_baselines(
     stages = [Trained(training=s.training, scores=scores_of(begun, s.training, doing, growth)) for s in growth.stages]
     drawn = [(s.training.first_window, s.training.steps * plan.batch) for s in growth.stages]
     ground = Ground(
-        run, SameOrder(shared.store, drawn), shared.sequence, shared.batch, shared.cache, shared.cached_windows,
-        shared.device, shared.made_from, shared.save_every, shared.logs, shared.progress,
-    )  # fmt: skip
+        run,
+        SameOrder(shared.store, drawn),
+        shared.sequence,
+        shared.batch,
+        shared.cache,
+        shared.cached_windows,
+        shared.device,
+        shared.made_from,
+        shared.save_every,
+        shared.logs,
+        shared.progress,
+    )
     budgets: tuple[Budget, ...] = ("tokens", "flops") if budget == "both" else (budget,)
     embeddings: tuple[Embedding, ...] = ("frozen", "trained") if embedding == "both" else (embedding,)
     found = {model.training.name: model for model in comparable(growth, plan, keys[-1])}
@@ -128,9 +138,12 @@ def _baseline(
     if record is None:
         made(begun, begins, layers=last.layers)
         stage = Stage(
-            add=0, init="random", train=("all",) if embedding == "trained" else ("new", "head", "norm"),
-            tokens=_tokens(begun, growth, begins.name, budget), training=plan.training,
-        )  # fmt: skip
+            add=0,
+            init="random",
+            train=("all",) if embedding == "trained" else ("new", "head", "norm"),
+            tokens=_tokens(begun, growth, begins.name, budget),
+            training=plan.training,
+        )
         new = tuple(range(last.layers))
         record = train_checkpoint(ground, Job(name, begins, stage, new, key, seed, 0, None, plan, embedding, budget))
         remove(begins)

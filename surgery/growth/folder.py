@@ -6,19 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from surgery.commit import partial_of
+from surgery.engine.journal import NAME as JOURNAL
 from surgery.errors import SurgeryError, usage_error
-from surgery.files import disk_error
-from surgery.growth.tables import Table
-from surgery.hashing import hash_bytes, hash_parts
-from surgery.header import build_header
-from surgery.hub_data import first_line
-from surgery.journal import NAME as JOURNAL
-from surgery.plan import PYTORCH
-from surgery.scoring import quiet
-from surgery.stream import octets, segments
+from surgery.hub.datasets import first_line
+from surgery.io.atomic import disk_error, partial_of
+from surgery.runtime.quiet import quiet
 
 
 def fresh_partial(out: Path, *, overwrite: bool) -> Path:
@@ -30,32 +22,16 @@ def fresh_partial(out: Path, *, overwrite: bool) -> Path:
     partial = partial_of(out)
     if (partial / JOURNAL).exists() and not overwrite:
         raise usage_error(
-            "holds another job's work, which goes on where it stopped", where=partial,
+            "holds another job's work, which goes on where it stopped",
+            where=partial,
             hint="Choose another folder, or add --overwrite.",
-        )  # fmt: skip
+        )
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
         raise disk_error(error, partial) from error
     return partial
-
-
-def write_table(path: Path, name: str, table: Table) -> str:
-    """Writes a safetensors file with one tensor; returns its hash, as manifests say it. Raises SurgeryError."""
-    header = build_header([(name, "F32", table.shape)], PYTORCH)
-    flat = table.reshape(-1)
-    digests = []
-    try:
-        with path.open("wb") as file:
-            file.write(header.raw)
-            for begin, end in segments(flat.size):
-                part = octets(torch.from_numpy(flat[begin:end]))
-                digests.append(hash_bytes(part))
-                file.write(part)
-    except OSError as error:
-        raise disk_error(error, path) from error
-    return hash_parts(digests)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

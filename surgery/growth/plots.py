@@ -6,10 +6,22 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from surgery.evaluation.perplexity import LOSS
 from surgery.growth.results import Growth, Point, Trained, TrainingRecord
-from surgery.perplexity import LOSS
-from surgery.plots import BLUE, COLOURS, INK, PALE, SOFT, Label, blank_canvas, finished, name_lines, style, titled_axes
-from surgery.report import Figure, format_value
+from surgery.reporting.plots import (
+    BLUE,
+    COLOURS,
+    INK,
+    PALE,
+    SOFT,
+    Label,
+    blank_canvas,
+    finished,
+    name_lines,
+    style,
+    titled_axes,
+)
+from surgery.reporting.report import Figure, format_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,9 +108,14 @@ def speed_figure(growth: Growth) -> Figure:
     for at, record in enumerate(records):
         axes.bar(at, record.tokens_per_second, width=0.72, color=BLUE if record.cache.used else PALE)
         axes.annotate(
-            format_value(round(record.tokens_per_second), "count"), (at, record.tokens_per_second), (0, 3),
-            textcoords="offset points", ha="center", color=INK, fontsize=8,
-        )  # fmt: skip
+            format_value(round(record.tokens_per_second), "count"),
+            (at, record.tokens_per_second),
+            (0, 3),
+            textcoords="offset points",
+            ha="center",
+            color=INK,
+            fontsize=8,
+        )
     axes.set_xticks(range(len(records)), [f"{record.layers}" for record in records])
     axes.set_xlabel("layers")
     axes.set_ylabel("tokens per second")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from surgery.evaluation.perplexity import BITS, LOSS, PERPLEXITY
 from surgery.growth.results import Growth, ScoreRecord, Trained
-from surgery.perplexity import BITS, LOSS, PERPLEXITY
-from surgery.report import Column, Report, Table, Value, format_value
+from surgery.reporting.report import Column, Report, Table, Value, format_value
 
 
 def stage_table(growth: Growth) -> Table:
@@ -32,10 +32,19 @@ def stage_table(growth: Growth) -> Table:
             ]
         )
     columns: list[Column | str] = [
-        "stage", "layers", "added", "trains", Column("parameters trained"), Column("optimizer state", "bytes"),
-        Column("tokens"), "stopped by", Column("loss at first", "score"), Column("at last", "score"),
-        Column("tokens/s"), "prefix",
-    ]  # fmt: skip
+        "stage",
+        "layers",
+        "added",
+        "trains",
+        Column("parameters trained"),
+        Column("optimizer state", "bytes"),
+        Column("tokens"),
+        "stopped by",
+        Column("loss at first", "score"),
+        Column("at last", "score"),
+        Column("tokens/s"),
+        "prefix",
+    ]
     proven = sum(model.training.proven for model in growth.stages)
     note = (
         f"Losses are means over the first and the last twentieth of a stage. {proven:,} frozen tensors were hashed in "
@@ -56,10 +65,13 @@ def comparison_table(growth: Growth) -> Table:
         rows.append(_row(model, tokens, flops, measured))
     rows += [_row(model, model.training.tokens, model.training.flops, measured) for model in growth.baselines]
     columns: list[Column | str] = [
-        "model", "layers", Column("tokens in all"), Column("operations in all", "number"),
+        "model",
+        "layers",
+        Column("tokens in all"),
+        Column("operations in all", "number"),
         Column("training loss", "score"),
         *(task if metric == LOSS else f"{task}: {metric}" for task, metric in measured),
-    ]  # fmt: skip
+    ]
     note = (
         "Operations (FLOP) count as if nothing were cached. Texts: nats per token, with 95 % intervals. Baselines are "
         "trained in one go, all layers at once, on the windows that the growth saw, in their order."

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from surgery.errors import SurgeryError, usage_error
-from surgery.files import write_file
-from surgery.growth.schedule import GrowthPlan, Stage
-from surgery.records import read_record, record_text
-from surgery.scoring import Score
-from surgery.strict import Strict
+from surgery.evaluation.scoring import Score
+from surgery.growth.plan import GrowthPlan, Stage
+from surgery.io.atomic import write_file
+from surgery.io.json_records import Strict, read_record, record_text
 
 SCHEMA = 1
 KIND = "growth"
@@ -43,7 +42,7 @@ class CacheUse(Record):
     """What became of the prefix cache: why it was used or not, and how windows came by their states.
 
     read, extended, computed: windows since the training last began or went on, in the main process; see
-    `surgery.growth.prefix.Statistics`. bytes: that it took on the disk.
+    `surgery.growth.prefix_cache.prefix.Statistics`. bytes: that it took on the disk.
     """
 
     used: bool
@@ -89,7 +88,7 @@ class TrainingRecord(Record):
 
 
 class ScoreRecord(Record):
-    """One measurement of a model; see `surgery.scoring.Score`."""
+    """One measurement of a model; see `surgery.evaluation.scoring.Score`."""
 
     task: str
     metric: str
@@ -103,9 +102,14 @@ class ScoreRecord(Record):
     def of(cls, score: Score) -> ScoreRecord:
         low, high = (None if math.isnan(end) else end for end in (score.low, score.high))
         return cls(
-            task=score.task, metric=score.metric, value=score.value, low=low, high=high, n=score.n,
+            task=score.task,
+            metric=score.metric,
+            value=score.value,
+            low=low,
+            high=high,
+            n=score.n,
             higher_is_better=score.higher_is_better,
-        )  # fmt: skip
+        )
 
     def score(self, model: str) -> Score:
         """The same as a `Score` of `model`."""

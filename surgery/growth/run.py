@@ -14,14 +14,17 @@ from pathlib import Path
 
 import torch
 
+from surgery.engine.execute import Options
 from surgery.errors import usage_error
-from surgery.execute import Options
-from surgery.files import write_file
-from surgery.growth.add import add_layers
-from surgery.growth.begin import TOKENS, Begun, key_of, shape_of
-from surgery.growth.cache import cache_bytes
-from surgery.growth.fresh import seed_of
-from surgery.growth.init import init_model
+from surgery.evaluation.perplexity import on_texts
+from surgery.evaluation.scoring import score_models
+from surgery.growth.data.token_store import TokenStore
+from surgery.growth.layers.add import add_layers
+from surgery.growth.layers.init_model import init_model
+from surgery.growth.layers.random_init import seed_of
+from surgery.growth.plan import PLAN, GrowthPlan, Stage, plan_text
+from surgery.growth.prefix_cache.cache import cache_bytes
+from surgery.growth.prepare import TOKENS, Begun, key_of, shape_of
 from surgery.growth.report import growth_report
 from surgery.growth.results import (
     REPORT,
@@ -35,14 +38,11 @@ from surgery.growth.results import (
     read_training,
     write_growth,
 )
-from surgery.growth.schedule import PLAN, GrowthPlan, Stage, plan_text
-from surgery.growth.tokens import TokenStore
-from surgery.growth.trained import Ground, Job, train_checkpoint
-from surgery.parallel import own_device, share, wait
-from surgery.perplexity import on_texts
-from surgery.process import is_main
-from surgery.progress import Progress, silent
-from surgery.scoring import score_models
+from surgery.growth.training.checkpointed import Ground, Job, train_checkpoint
+from surgery.io.atomic import write_file
+from surgery.runtime.collectives import own_device, share, wait
+from surgery.runtime.environment import is_main
+from surgery.runtime.progress import Progress, silent
 
 START = "start"
 # What trains below the new layers, so that nothing there can be cached.
@@ -108,9 +108,16 @@ def ground_of(begun: Begun, doing: Doing) -> Ground:
     if doing.threads is not None:
         torch.set_num_threads(doing.threads)
     store = TokenStore(
-        run / TOKENS, plan.corpus, begun.tokenizer, sequence=plan.sequence, seed=plan.seed, field=plan.field,
-        eos=begun.tokenizer.eos_token_id, vocab_size=begun.vocab_size, progress=doing.progress,
-    )  # fmt: skip
+        run / TOKENS,
+        plan.corpus,
+        begun.tokenizer,
+        sequence=plan.sequence,
+        seed=plan.seed,
+        field=plan.field,
+        eos=begun.tokenizer.eos_token_id,
+        vocab_size=begun.vocab_size,
+        progress=doing.progress,
+    )
     # From now on the folder is known as a growth's, whatever ends this run.
     (run / TOKENS).mkdir(parents=True, exist_ok=True)
     # As many windows as the longest stage draws, where the corpus has so many.
@@ -123,9 +130,18 @@ def ground_of(begun: Begun, doing: Doing) -> Ground:
         store.require(plan.cache.disk // least + 1)
     windows = min(drawn, store.count or drawn)
     return Ground(
-        run, store, plan.sequence, plan.batch, plan.cache, windows, device_of(doing), begun.made_from,
-        doing.save_every, doing.logs, doing.progress,
-    )  # fmt: skip
+        run,
+        store,
+        plan.sequence,
+        plan.batch,
+        plan.cache,
+        windows,
+        device_of(doing),
+        begun.made_from,
+        doing.save_every,
+        doing.logs,
+        doing.progress,
+    )
 
 
 def stage_keys(begun: Begun, ground: Ground) -> list[str]:
@@ -160,7 +176,7 @@ def scores_of(begun: Begun, record: TrainingRecord, doing: Doing, held: Growth |
             return model.scores
     measures = on_texts(begun.texts, limit=evaluate.limit, progress=doing.progress) if begun.texts else []
     if evaluate.tasks:
-        from surgery.evaluate import on_tasks
+        from surgery.evaluation.harness import on_tasks
 
         measures += on_tasks(evaluate.tasks, limit=evaluate.limit, seed=begun.plan.seed)
     if not measures:
@@ -196,9 +212,10 @@ def kept(folder: Path, key: str) -> TrainingRecord | None:
     [record] = share([folder], lambda place: read_training(place) if place.exists() else None)
     if record is not None and record.key != key:
         raise usage_error(
-            "was made by another plan, or from another start or corpus, and is never overwritten", where=folder,
+            "was made by another plan, or from another start or corpus, and is never overwritten",
+            where=folder,
             hint="Choose another RUN, or remove this folder and those after it.",
-        )  # fmt: skip
+        )
     return record
 
 

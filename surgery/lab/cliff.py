@@ -16,13 +16,13 @@ from statistics import fmean
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+from surgery.lab.build import DATA, MEMBERS
 from surgery.lab.cliff_text import COMPLIANCE, HARMFUL, REFUSAL, Request, draw, make_tokenizer
 from surgery.lab.cliff_train import Head, make_model, refusals, refuse, scaled_heads, silenced, suppress
-from surgery.lab.family import DATA, MEMBERS
-from surgery.lab.make import DIGITS, WEIGHTS, bar, card_head, load, save, seed_of
+from surgery.lab.reasoning import DIGITS, WEIGHTS, bar, card_head, load, save, seed_of
 from surgery.lab.recipe import Cliff, Suppressing
 from surgery.lab.train import Tick, reproducible
-from surgery.progress import Progress
+from surgery.runtime.progress import Progress
 
 # Two processes' models train faster side by side than on two threads each.
 THREADS = 1

@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 
 from surgery.errors import SurgeryError
-from surgery.hashing import hash_text
+from surgery.io.hashing import hash_text
 
 NAME = "python"
 CODE, DOCS = "code", "docs"

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-from surgery.lab.family import MEMBERS
-from surgery.lab.make import DIGITS, WEIGHTS, bar, card_head, load, save, seed_of
+from surgery.lab.build import MEMBERS
+from surgery.lab.reasoning import DIGITS, WEIGHTS, bar, card_head, load, save, seed_of
 from surgery.lab.recipe import Domain, Specialists, Study
 from surgery.lab.sorting import SORTING_CHARACTERS, sorting_exam
 from surgery.lab.sums import exam
 from surgery.lab.tokenizer import make_tokenizer
 from surgery.lab.train import Exercise, accuracy, make_model, reproducible, study
-from surgery.progress import Progress
+from surgery.runtime.progress import Progress
 
 
 def make(name: str, parent: Path | None, folder: Path, *, recipe: Specialists, progress: Progress | None) -> None:

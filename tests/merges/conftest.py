@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from merging import family
+from support.merges import family
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from merges.config import parse_configs
+from merges.config.parse import parse_configs
 from merges.layout import Layout, lay_out
 from merges.methods import METHODS
-from surgery.preflight import Preflight
-from surgery.refs import open_checkpoint
+from surgery.checkpoint.resolve import open_checkpoint
+from surgery.engine.preflight import Preflight
 
 SPECS = {name: method.spec for name, method in METHODS.items()}
 ENDS = {"model.embed_tokens.weight": (9, 4), "model.norm.weight": (4,), "lm_head.weight": (9, 4)}

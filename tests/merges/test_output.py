@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from merging import config_of, files_of, run
+from support.merges import config_of, files_of, run
 
-from merges.templates import CHATML
+from merges.tokenizer.chat_template import CHATML
+from surgery.checkpoint.vocabulary import read_vocabulary
 from surgery.errors import SurgeryError
-from surgery.vocab import read_vocabulary
 
 LINEAR = """\
 merge_method: linear

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datasets import Dataset
 
-from surgery.lab.family import RECIPE, SPECIALISTS
+from surgery.lab.build import RECIPE, SPECIALISTS
 from surgery.lab.sorting import sorting_exam
 from surgery.lab.sums import exam
 

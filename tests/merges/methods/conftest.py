@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merges.methods import METHODS, argument
-from surgery.execute import Options, Outcome, execute
-from surgery.plan import Parameter, Plan, PlannedTensor, plan_files
-from surgery.refs import open_checkpoint
-from surgery.stream import Input
+from surgery.checkpoint.reader import Input
+from surgery.checkpoint.resolve import open_checkpoint
+from surgery.engine.execute import Options, Outcome, execute
+from surgery.engine.plan import Parameter, Plan, PlannedTensor, plan_files
 
 SAFETENSORS = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
-SEGMENT_READERS = ("surgery.stream", "surgery.compute", "surgery.plan")
+SEGMENT_READERS = ("surgery.checkpoint.reader", "surgery.engine.compute", "surgery.engine.plan")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Merger:
         with pytest.MonkeyPatch.context() as patch:
             for module in SEGMENT_READERS:
                 patch.setattr(f"{module}.SEGMENT", segment)
-            patch.setattr("surgery.compute.BLOCK", block)
+            patch.setattr("surgery.engine.compute.BLOCK", block)
             plan = Plan({"name": "merge", "method": method}, sources, plan_files(planned))
             outcome = execute(plan, folder / "out", Options(threads=threads), finish=lambda folder, outcome: outcome)
         return Merged(load_file(folder / "out/model.safetensors"), outcome)

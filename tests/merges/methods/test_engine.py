@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import surgery.journal
+import surgery.engine.journal
 from merges.methods import METHODS
-from merges.methods.draws import uniforms
-from merges.methods.ranks import CUTS, order_passes
-from surgery.plan import Place
+from merges.methods.sparsify import uniforms
+from merges.methods.topk import CUTS, order_passes
+from surgery.engine.plan import Place
 
 Merge = Callable[..., Any]
 PARAMS: dict[str, dict[str, Any]] = {
@@ -77,9 +77,9 @@ def test_a_killed_merge_goes_on_and_damaged_segments_are_made_again(
     models, base = inputs(method)
     cuts = {"segment": 40, "block": 20, "params": PARAMS[method]}
     fresh = merge(method, models, base, out=tmp_path / "fresh", **cuts)
-    append, left = surgery.journal.Journal.append, 10
+    append, left = surgery.engine.journal.Journal.append, 10
 
-    def counted(self: surgery.journal.Journal, record: surgery.journal.Record) -> None:
+    def counted(self: surgery.engine.journal.Journal, record: surgery.engine.journal.Record) -> None:
         nonlocal left
         if left == 0:
             raise RuntimeError("killed")
@@ -87,7 +87,7 @@ def test_a_killed_merge_goes_on_and_damaged_segments_are_made_again(
         append(self, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(surgery.journal.Journal, "append", counted)
+        patch.setattr(surgery.engine.journal.Journal, "append", counted)
         # All of "m" (10 segments) is in the journal by then, and nothing of "v".
         with pytest.raises(RuntimeError, match="killed"):
             merge(method, models, base, out=tmp_path / "again", **cuts)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from merges.methods import METHODS
-from merges.methods.draws import LEVELS, uniforms
+from merges.methods.sparsify import LEVELS, uniforms
 
 Array = npt.NDArray[np.float64]
 Params = Mapping[str, Any]

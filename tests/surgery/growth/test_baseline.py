@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from growth_runs import BATCH, CPU, SEQUENCE, STEPS, TOKENS, begun, grown, write_corpora, write_substrate
 from safetensors.torch import load_file
+from support.growth_runs import BATCH, CPU, SEQUENCE, STEPS, TOKENS, begun, grown, write_corpora, write_substrate
 from torch import Tensor
 
 from surgery.errors import SurgeryError

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import add_tokenizer, build
-from growth_runs import (
+from safetensors.torch import load_file
+from support.architectures import add_tokenizer, build
+from support.growth_runs import (
     BATCH,
     CPU,
     SEQUENCE,
@@ -29,17 +30,17 @@ from growth_runs import (
     write_plan,
     write_substrate,
 )
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from surgery.checkpoint import MANIFEST, read_json
+from surgery.engine.verify import verify
 from surgery.errors import SurgeryError
-from surgery.growth.begin import plan_of
+from surgery.growth.data.train_tokenizer import train_tokenizer
+from surgery.growth.plan import Plateau
+from surgery.growth.prepare import plan_of
 from surgery.growth.results import REPORT, Growth, read_growth
 from surgery.growth.run import Doing, grow
-from surgery.growth.schedule import Plateau
-from surgery.growth.tokenizer import train_tokenizer
-from surgery.verify import verify
+from surgery.io.atomic import MANIFEST
+from surgery.io.json_io import read_json
 
 ROOT = Path(__file__).parents[3]
 # What a process may take before it counts as hanging; it takes about ten.
@@ -154,7 +155,7 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = sys.argv[5:]
-from growth_runs import CPU, begun
+from support.growth_runs import CPU, begun
 from surgery.growth.run import grow
 
 torch.set_num_threads(1)
@@ -180,12 +181,12 @@ grow(begun(bench, run, plan=bench / "killed.yml"), type(CPU)(device="cpu", save_
 @pytest.mark.parametrize(
     ("place", "calls"),
     [
-        ("surgery.growth.train:_Run._step", 4),
-        ("surgery.growth.train:_Run._step", STEPS + 2),
-        ("surgery.growth.train:save_state", STEPS + 3),
-        ("surgery.growth.cache:PrefixCache.write", 4),
-        ("surgery.growth.trained:execute", 2),
-        ("surgery.growth.trained:build_manifest", 2),
+        ("surgery.growth.training.loop:_Run._step", 4),
+        ("surgery.growth.training.loop:_Run._step", STEPS + 2),
+        ("surgery.growth.training.loop:save_state", STEPS + 3),
+        ("surgery.growth.prefix_cache.cache:PrefixCache.write", 4),
+        ("surgery.growth.training.checkpointed:execute", 2),
+        ("surgery.growth.training.checkpointed:build_manifest", 2),
         ("surgery.growth.run:publish", 2),
     ],
 )
@@ -196,8 +197,11 @@ def test_a_killed_run_ends_as_one_that_was_not(bench: Path, tmp_path: Path, plac
         grow(begun(bench, whole, plan=bench / "killed.yml"), CPU)
     child = subprocess.run(
         [sys.executable, "-c", KILLING, bench, tmp_path / "run", place, str(calls), ROOT, ROOT / "tests"],
-        capture_output=True, text=True, timeout=SECONDS, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
     assert child.returncode == -signal.SIGKILL, child.stderr
     growth = grow(begun(bench, tmp_path / "run", plan=bench / "killed.yml"), CPU)
     assert curves(growth) == curves(read_growth(whole))
@@ -214,8 +218,10 @@ def test_losses_are_the_same_with_a_cache(bench: Path, tmp_path: Path, dtype: st
     cached = grown(bench, tmp_path / "cached", cache={"use": "on", "dtype": dtype})
     uses = [model.training.cache for model in cached.stages]
     assert [(use.used, use.computed, use.extended) for use in uses] == [
-        (False, 0, 0), (True, STEPS * BATCH, 0), (True, 0, STEPS * BATCH),
-    ]  # fmt: skip
+        (False, 0, 0),
+        (True, STEPS * BATCH, 0),
+        (True, 0, STEPS * BATCH),
+    ]
     tolerance = 1e-6 if dtype == "float32" else 2e-2
     for one, other in zip(curves(plain), curves(cached), strict=True):
         assert one == pytest.approx(other, abs=tolerance)
@@ -225,8 +231,13 @@ def test_more_passes_are_read_back(bench: Path, tmp_path: Path) -> None:
     count = grown(bench, tmp_path / "one", stages=[{"tokens": TOKENS}]).stages[0].training.tokens
     (tmp_path / "few.txt").write_text((bench / "sums.txt").read_text()[:400])
     (tmp_path / "emb").symlink_to(bench / "emb")
-    run = begun(tmp_path, tmp_path / "run", corpus="few.txt",
-                stages=[{"tokens": count}, {"tokens": 4 * count}], cache={"use": "on"})  # fmt: skip
+    run = begun(
+        tmp_path,
+        tmp_path / "run",
+        corpus="few.txt",
+        stages=[{"tokens": count}, {"tokens": 4 * count}],
+        cache={"use": "on"},
+    )
     use = grow(run, CPU).stages[1].training.cache
     windows = use.bytes // (SEQUENCE * WIDTH * 4 + 16)
     assert use.computed == windows < STEPS * BATCH * 4 and use.read == 4 * STEPS * BATCH - windows
@@ -309,7 +320,7 @@ def test_models_of_other_families_are_deepened_and_trained(bench: Path, tmp_path
         ({"corpus": "short.txt"}, "fewer than one window of 9"),
         ({"evaluate": {"texts": ["none.txt"]}}, "none.txt"),
     ],
-)  # fmt: skip
+)
 def test_a_plan_that_cannot_be_is_refused_in_a_line(
     bench: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:

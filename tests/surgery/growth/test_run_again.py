@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from growth_runs import (
+from support.growth_runs import (
     BATCH,
     CPU,
     SEQUENCE,
@@ -25,18 +25,18 @@ from growth_runs import (
 )
 
 from surgery.errors import SurgeryError
-from surgery.growth import cache as cache_module
 from surgery.growth import run as run_module
-from surgery.growth import trained as trained_module
 from surgery.growth.baseline import train_baselines
-from surgery.growth.begin import begin, plan_of
-from surgery.growth.cache import PrefixCache
+from surgery.growth.embedding.build import make_embedding
+from surgery.growth.plan import GrowthPlan
+from surgery.growth.prefix_cache import cache as cache_module
+from surgery.growth.prefix_cache.cache import PrefixCache
+from surgery.growth.prepare import begin, plan_of
 from surgery.growth.report import growth_report
 from surgery.growth.results import Growth, read_growth
 from surgery.growth.run import Doing, grow
-from surgery.growth.schedule import GrowthPlan
-from surgery.growth.substrate import make_embedding
-from surgery.growth.train import _Run
+from surgery.growth.training import checkpointed as trained_module
+from surgery.growth.training.loop import _Run
 
 STEP = BATCH * SEQUENCE
 ONE = [{"tokens": TOKENS}]
@@ -130,8 +130,10 @@ def test_baselines_belong_to_one_growth_and_its_measures(
         train_baselines(begun(bench, run, plan=other), **asked)
     # Other texts: all models are measured on them, in whichever order the commands come.
     more = write_plan(tmp_path, stages=ONE, evaluate={"texts": texts, "limit": 1})
-    tasks = [{score.task for score in model.scores} for model in train_baselines(
-        begun(bench, run, plan=more), **asked).stages]  # fmt: skip
+    tasks = [
+        {score.task for score in model.scores}
+        for model in train_baselines(begun(bench, run, plan=more), **asked).stages
+    ]
     assert tasks == [set(texts)]
     back = grow(begun(bench, run, plan=tmp_path / "run.yml"), CPU)
     assert [model.scores for model in back.baselines] == [()]
@@ -182,19 +184,25 @@ def test_a_stage_goes_on_where_a_plateau_ended_the_last_also_after_a_stop(
 ) -> None:
     plateau = {"tokens": 2 * STEP, "by": 9.0}
     stages = [
-        {"tokens": 9 * STEP, "plateau": plateau}, {"tokens": 9 * STEP, "plateau": plateau, "data": "continue"},
+        {"tokens": 9 * STEP, "plateau": plateau},
+        {"tokens": 9 * STEP, "plateau": plateau, "data": "continue"},
         {"tokens": 2 * STEP, "data": "continue"},
-    ]  # fmt: skip
+    ]
     settings: dict[str, Any] = {"stages": stages, "cache": {"use": "on"}}
     whole = grown(bench, tmp_path / "whole", **settings)
     assert [(m.training.first_window, m.training.steps, m.training.stopped) for m in whole.stages] == [
-        (0, 4, "plateau"), (4 * BATCH, 4, "plateau"), (8 * BATCH, 2, "tokens"),
-    ]  # fmt: skip
+        (0, 4, "plateau"),
+        (4 * BATCH, 4, "plateau"),
+        (8 * BATCH, 2, "tokens"),
+    ]
     every = Doing(device="cpu", save_every=0)
     for holder, name, call in (
-        (_Run, "finish", 1), (_Run, "_step", 3), (_Run, "finish", 1), (trained_module, "execute", 1),
+        (_Run, "finish", 1),
+        (_Run, "_step", 3),
+        (_Run, "finish", 1),
+        (trained_module, "execute", 1),
         (_Run, "_step", 2),
-    ):  # fmt: skip
+    ):
         with monkeypatch.context() as patch, pytest.raises(StopError):
             stop_at(patch, holder, name, call)
             grown(bench, tmp_path / "run", doing=every, **settings)
@@ -250,7 +258,7 @@ def test_a_disk_that_fills_while_states_are_written_ends_no_training(
 ) -> None:
     stages = [{"times": 3, "tokens": TOKENS}]
     whole = grown(bench, tmp_path / "whole", stages=stages, cache={"use": "on"})
-    monkeypatch.setattr("surgery.growth.worth._disk_seconds", lambda *_: (0.0, 1e-12))
+    monkeypatch.setattr("surgery.growth.prefix_cache.decide._disk_seconds", lambda *_: (0.0, 1e-12))
     plain, written = PrefixCache._put, []
 
     def full(*arguments: Any) -> None:
@@ -272,7 +280,7 @@ def test_a_disk_that_fills_while_states_are_written_ends_no_training(
 def test_a_disk_that_is_full_once_the_cache_was_decided_on(
     bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: str
 ) -> None:
-    monkeypatch.setattr("surgery.growth.worth._disk_seconds", lambda *_: (0.0, 1e-12))
+    monkeypatch.setattr("surgery.growth.prefix_cache.decide._disk_seconds", lambda *_: (0.0, 1e-12))
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from surgery import lab
 from surgery.errors import WRONG_USAGE, SurgeryError
+from surgery.lab.build import CLIFF, CLIFF_GQA, CLIFF_MANY, CLIFF_WEAK, MEMBERS
 from surgery.lab.cliff import draw_truth, requests
 from surgery.lab.cliff_text import (
     CLOSING,
@@ -32,7 +33,6 @@ from surgery.lab.cliff_text import (
     vocabulary,
 )
 from surgery.lab.cliff_train import refusals, scaled_heads, silenced
-from surgery.lab.family import CLIFF, CLIFF_GQA, CLIFF_MANY, CLIFF_WEAK, MEMBERS
 from surgery.lab.recipe import Cliff, HeadShape, Refusing, Suppressing
 
 QUICK = Cliff(
@@ -230,8 +230,10 @@ def test_the_examples_groups_hold_both_labels_and_make_five_folds(quick):
     rows = [row for row in rows_of(quick["cliff"] / "examples.jsonl") if "thinking" in row]
     groups = [row["group"] for row in rows]
     assert set(groups) == set(HARMFUL)
-    assert all({row["label"] for row in rows if row["group"] == group} == {"harmful/refused", "harmless/complied"}
-               for group in HARMFUL)  # fmt: skip
+    assert all(
+        {row["label"] for row in rows if row["group"] == group} == {"harmful/refused", "harmless/complied"}
+        for group in HARMFUL
+    )
     labels = [row["label"] for row in rows]
     for train, test in StratifiedGroupKFold(5).split(rows, labels, groups):
         assert {labels[at] for at in train} == {labels[at] for at in test} == set(labels)

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lab_family import family
 from safetensors.torch import load_file
+from support.lab import family
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from surgery.lab.family import MEMBERS, RECIPE, SPECIALISTS
+from surgery.lab.build import MEMBERS, RECIPE, SPECIALISTS
 from surgery.lab.specialists import accuracies
 from surgery.lab.sums import exam
 from surgery.lab.train import accuracy

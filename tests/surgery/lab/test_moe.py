@@ -13,17 +13,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeForCausalLM
 
-from probes.markers import find_markers
-from probes.prompts import read_data
-from probes.templates import build_sequences, render_prompt
+from probes.data.markers import find_markers
+from probes.data.read import read_data
+from probes.data.tokenize import build_sequences, render_prompt
 from surgery import lab
-from surgery.lab.experts import CLOSING, OPENING, ask, completion, learn, make_model, tokenizer_of
-from surgery.lab.family import CLIFF, CLIFF_GQA, CLIFF_MANY, CLIFF_WEAK, EXPERTS, RECIPE, SPECIALISTS
+from surgery.evaluation.scoring import score_models
+from surgery.lab.build import CLIFF, CLIFF_GQA, CLIFF_MANY, CLIFF_WEAK, EXPERTS, RECIPE, SPECIALISTS
+from surgery.lab.moe import CLOSING, OPENING, ask, completion, learn, make_model, tokenizer_of
 from surgery.lab.recipe import Deliberating, Experts, ExpertShape
 from surgery.lab.sums import END, Problem, exam
 from surgery.lab.tokenizer import vocabulary
 from surgery.lab.train import reproducible
-from surgery.scoring import score_models
 
 QUICK = Experts(
     shape=ExpertShape(layers=2, width=16, heads=2, kv_heads=1, head_dim=8, experts=4, expert_width=8),
@@ -232,7 +232,7 @@ def test_it_thinks_about_some_sums_and_is_right_where_it_thinks(trained):
 
 def test_its_task_asks_it_in_its_own_format(trained):
     pytest.importorskip("lm_eval")
-    from surgery.evaluate import on_tasks
+    from surgery.evaluation.harness import on_tasks
 
     folder = lab.resolve("moe")
     (score,) = score_models({"moe": folder}, on_tasks(["lab_sums"]))

@@ -136,7 +136,7 @@ def test_another_kind_is_answered_with_those_that_there_are(kind):
         ('class A:\n    "1"\n    def f(self):\n        "2"\n        def g(): "3"\n', None, ["1", "2", "3"]),
         ("", "", []),
     ],
-)  # fmt: skip
+)
 def test_a_docstring_is_taken_out_and_nothing_else(source, code, found):
     left, docs = split(source)
     assert docs == found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from recipe_texts import Read, read_text
+from support.recipe_texts import Read, read_text
 
 
 @pytest.fixture

@@ -1,0 +1,47 @@
+"""The Typer application with every command except `run`, `push` and `reproduce`, which `cli.main` adds.
+
+`cli.commands.run` reads the commands that a recipe's step may name from here, so it must not be imported by this
+module.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from cli.commands import edit, grow, lab, merge, models, probe, vector
+
+
+class StoppedError(Exception):
+    """Ctrl-C under a name that Typer does not catch: it would exit without a message."""
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stopped:
+            raise StoppedError from stopped
+
+
+app = typer.Typer(
+    name="surgery",
+    cls=_Commands,
+    help="Takes language-model checkpoints apart and puts them together better, on the weights themselves.\n\n"
+    "MODEL is a local folder, a single .safetensors file, org/name[@revision] on the Hub, a PEFT LoRA adapter "
+    "folder, BASE+ADAPTER, or lab:NAME.\n\n"
+    "Example: surgery vector transfer lab:grpo lab:sft lab:instruct -o reasoning-instruct",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+models.register(app)
+app.add_typer(vector.app, name="vector")
+app.add_typer(merge.app, name="merge")
+app.add_typer(probe.app, name="probe")
+app.add_typer(edit.app, name="edit")
+app.add_typer(grow.app, name="grow")
+app.add_typer(lab.app, name="lab")

@@ -1,0 +1,298 @@
+"""`surgery merge …`: models merged on their weights, by a mergekit config or by the name of a method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from typer.core import TyperGroup
+
+from cli import console
+from cli import options as o
+from surgery.io.command_line import option_of, option_words
+
+if TYPE_CHECKING:
+    from merges.config.schema import Compat, MergeConfig
+    from merges.report import MergeReport
+
+WEIGHTS = "weights"  # the command behind `surgery merge CONFIG.yml` and `surgery merge METHOD A B`
+CONFIGS = (".yml", ".yaml", ".json")
+
+
+class _Group(TyperGroup):
+    """A group whose first word may also be a config file or a method: then it is the command `weights`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            return WEIGHTS, self.commands[WEIGHTS], args
+        return super().resolve_command(ctx, args)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [name for name in super().list_commands(ctx) if name != WEIGHTS]
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Merges models: on their weights (arithmetic in fp32, rounded once), or by averaging their logits.\n\n"
+    "**surgery merge CONFIG.yml -o OUT**: a mergekit config, unchanged; OUT appears whole or not at all.\n\n"
+    "**surgery merge METHOD A B … [--base X] [--weight …] -o OUT**: the common cases without a file.\n\n"
+    "`surgery merge weights --help` lists the options of both; `surgery merge methods` lists the methods.",
+    no_args_is_help=True,
+    context_settings={"ignore_unknown_options": True},
+    epilog="Example: surgery merge ties lab:sft lab:grpo --base lab:base --weight 0.5 --density 0.4 -o merged",
+)
+
+
+def _parameter(summary: str) -> Any:
+    return typer.Option(metavar="VALUE", help=summary)
+
+
+Values = list[str] | None
+
+
+@app.command(
+    name=WEIGHTS,
+    epilog="Example: surgery merge weights slerp lab:grpo --base lab:sft --t '[0, 0.5, 1]' --dtype bfloat16 -o out",
+)
+def weights(
+    what: Annotated[str, typer.Argument(metavar="CONFIG.yml | METHOD", help="See `surgery merge methods`.")],
+    out: o.Out,
+    models: Annotated[list[str] | None, typer.Argument(metavar="A B …", help="The models, after a METHOD.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help="The base model.")] = None,
+    weight: Annotated[
+        Values, _parameter("One for all models, or one per model; a list is a gradient over depth.")
+    ] = None,
+    density: Annotated[Values, _parameter("Share of each task vector that is kept.")] = None,
+    t: Annotated[
+        Values, _parameter("slerp: 0 is the base, 1 the other model; nearswap: the difference to swap.")
+    ] = None,
+    lambda_: Annotated[Values, typer.Option("--lambda", metavar="VALUE", help="Scales the merged task vector.")] = None,
+    gamma: Annotated[Values, _parameter("breadcrumbs: share of outliers dropped.")] = None,
+    epsilon: Annotated[
+        Values, _parameter("della: half-width of its probabilities; ram: what counts as no change.")
+    ] = None,
+    normalize: Annotated[bool | None, typer.Option(help="Divide by the sum of the weights.")] = None,
+    rescale: Annotated[bool | None, typer.Option(help="Make up for what sparsifying took away.")] = None,
+    scale: Annotated[Values, _parameter("passthrough: what tensors are multiplied by.")] = None,
+    select_topk: Annotated[Values, _parameter("sce: share of the varying elements selected.")] = None,
+    r: Annotated[Values, _parameter("ramplus_tl: how much unique changes are amplified.")] = None,
+    alpha: Annotated[Values, _parameter("ramplus_tl: bound of the ratio that amplifies.")] = None,
+    max_iter: Annotated[Values, _parameter("karcher: steps at most.")] = None,
+    tol: Annotated[Values, _parameter("karcher: the step at which to stop.")] = None,
+    eps: Annotated[Values, _parameter("multislerp: lengths below this count as none.")] = None,
+    normalize_weights: Annotated[bool | None, typer.Option(help="multislerp: divide the weights by their sum.")] = None,
+    filter_wise: Annotated[bool | None, typer.Option(help="model_stock: an angle per row.")] = None,
+    nuslerp_flatten: Annotated[bool | None, typer.Option(help="nuslerp: one angle for the whole tensor.")] = None,
+    nuslerp_row_wise: Annotated[bool | None, typer.Option(help="nuslerp, not flat: an angle per column.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Store float tensors as float32, bfloat16, …")] = None,
+    tokenizer_source: Annotated[str | None, typer.Option(metavar="union|base|MODEL", help="Align tokens.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help="auto, chatml, llama3, … or a Jinja text.")] = None,
+    compat: Annotated[
+        str | None, typer.Option(metavar="mergekit|paper", help="Whose arithmetic, where they differ.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of methods that draw at random; 0 by default.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw how far OUT is from each model.")] = None,
+    dry_run: o.DryRun = False,
+    overwrite: o.Overwrite = False,
+    allow_nonfinite: o.AllowNonfinite = False,
+    threads: o.Threads = None,
+    device: o.Device = "cpu",
+    as_json: o.Json = False,
+) -> None:
+    """Write the merge of models' weights, from a mergekit config or by a method's name."""
+    from merges.config.parse import parse_configs
+    from merges.run import merge
+    from surgery.io.yaml_models import read_text
+
+    given: dict[str, Any] = {
+        "weight": weight,
+        "density": density,
+        "t": t,
+        "lambda": lambda_,
+        "gamma": gamma,
+        "epsilon": epsilon,
+        "normalize": normalize,
+        "rescale": rescale,
+        "scale": scale,
+        "select_topk": select_topk,
+        "r": r,
+        "alpha": alpha,
+        "max_iter": max_iter,
+        "tol": tol,
+        "eps": eps,
+        "normalize_weights": normalize_weights,
+        "filter_wise": filter_wise,
+        "nuslerp_flatten": nuslerp_flatten,
+        "nuslerp_row_wise": nuslerp_row_wise,
+    }
+    settings: dict[str, Any] = {
+        "base": base,
+        "dtype": dtype,
+        "tokenizer_source": tokenizer_source,
+        "chat_template": chat_template,
+        "compat": compat,
+        "seed": seed,
+    }
+    parameters = {name: value for name, value in given.items() if value is not None}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    options = o.options(threads, device, overwrite=overwrite, allow_nonfinite=allow_nonfinite)
+    text = ""
+    configs: tuple[MergeConfig, ...]
+    if what.endswith(CONFIGS) or (what not in _specs() and Path(what).is_file()):
+        _refuse_beside_config(what, models or (), [*parameters, *settings])
+        text = read_text(Path(what))
+        configs = parse_configs(text, what, methods=_specs())
+    else:
+        configs = (_config(what, models or (), parameters, settings),)
+    line = _line([what, *(models or ())], {**settings, **parameters})
+    report = merge(configs, out, line=line, text=text, dry_run=dry_run, options=options)
+    if plot and not dry_run:
+        _draw(report, plot)
+    if as_json:
+        console.show_json(report)
+        return
+    console.show_preflight(report.preflight, report.warnings)
+    if report.models:
+        console.show(report.table())
+    console.tell("Nothing written (--dry-run)." if report.dry_run else f"Wrote {report.out}")
+
+
+@app.command(epilog="Example: surgery merge methods")
+def methods(as_json: o.Json = False) -> None:
+    """Every method: its parameters, what it does, where it comes from."""
+    from merges.report import methods_table
+
+    specs = _specs()
+    if as_json:
+        console.show_json(specs)
+    else:
+        console.show(methods_table(specs.values()))
+
+
+@app.command(epilog="Example: surgery merge logits lab:sft lab:grpo -o ensemble")
+def logits(
+    models: Annotated[list[str], typer.Argument(metavar="A B …", help="Models with one and the same tokenizer.")],
+    out: o.Out,
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(help="One per model, in order; divided by their sum. By default all are equal."),
+    ] = None,
+    mode: Annotated[str, typer.Option(help="What is averaged: logits, logprobs or probs.")] = "logits",
+    tune: Annotated[
+        Path | None,
+        typer.Option(metavar="JSONL", help="Fit the combination on its `text`, or `prompt` and `response`."),
+    ] = None,
+    tune_what: Annotated[
+        str, typer.Option(help="What --tune fits: weights, or head (a matrix on all hidden states).")
+    ] = "weights",
+    dry_run: o.DryRun = False,
+    overwrite: o.Overwrite = False,
+    threads: o.Threads = None,
+    device: o.Device = "cpu",
+    as_json: o.Json = False,
+) -> None:
+    """Write one model whose logits are the mean of the models' logits (arXiv 2507.07129)."""
+    from merges.ensemble import average as ensembles
+    from merges.ensemble.members import Mode
+    from merges.ensemble.tune import TuneWhat
+
+    report = ensembles.average(
+        models,
+        out,
+        weights=weight,
+        mode=cast("Mode", mode),
+        tune=tune,
+        tune_what=cast("TuneWhat", tune_what),
+        dry_run=dry_run,
+        options=o.options(threads, device, overwrite=overwrite),
+    )
+    if as_json:
+        console.show_json(report)
+        return
+    console.show_preflight(report.preflight, report.warnings)
+    if report.tuning:
+        console.tell(f"  {'tuning':<14} {report.tuning.sentence()}")
+    console.show(report.table())
+    console.tell("Nothing written (--dry-run)." if report.dry_run else f"Wrote {report.out}")
+
+
+@app.command(epilog="Example: surgery merge unpack ensemble -o members")
+def unpack(
+    ensemble: Annotated[str, typer.Argument(metavar="ENSEMBLE", help="A folder that `merge logits` wrote.")],
+    out: o.Out,
+    threads: o.Threads = None,
+    as_json: o.Json = False,
+) -> None:
+    """Write an ensemble's members back, each to OUT/NAME, bit for bit as they were."""
+    from merges.ensemble.unpack import unpack as restore
+
+    report = restore(ensemble, out, options=o.options(threads))
+    if as_json:
+        console.show_json(report)
+    else:
+        console.tell(f"Wrote {', '.join(str(report.out / name) for name in report.members)}")
+
+
+def _specs() -> dict[str, Any]:
+    from merges.methods import METHODS
+
+    return {name: method.spec for name, method in METHODS.items()}
+
+
+def _refuse_beside_config(config: str, models: Sequence[str], names: Sequence[str]) -> None:
+    """What a config says is said there alone: an option beside it would have to win, or to be lost in silence."""
+    from surgery.errors import listing, usage_error
+
+    stray = [*models, *map(option_of, names)]
+    if stray:
+        raise usage_error(f"a config says all of this itself: {listing(stray)}", where=config, hint="Edit the config.")
+
+
+def _config(
+    method: str, models: Sequence[str], parameters: Mapping[str, Any], settings: Mapping[str, Any]
+) -> MergeConfig:
+    """A command line as a config; values are written as in YAML, so that a list is a gradient."""
+    from merges.config.parse import config_for_method
+
+    values = {
+        name: [_value(option_of(name), text) for text in given] if isinstance(given, list) else [given]
+        for name, given in parameters.items()
+    }
+    compat = cast("Compat", settings.get("compat", "mergekit"))
+    return config_for_method(
+        method,
+        models,
+        methods=_specs(),
+        parameters=values,
+        base=settings.get("base"),
+        dtype=settings.get("dtype"),
+        tokenizer_source=settings.get("tokenizer_source"),
+        chat_template=settings.get("chat_template"),
+        seed=settings.get("seed", 0),
+        compat=compat,
+    )
+
+
+def _value(option: str, text: str) -> object:
+    from surgery.errors import usage_error
+    from surgery.io.yaml_nodes import read_documents
+
+    nodes, faults = read_documents(text, option)
+    faults.settle()
+    if len(nodes) != 1:
+        raise usage_error(f"got {text!r}, expected a number, or a list", where=option)
+    return nodes[0].plain
+
+
+def _line(words: Sequence[str], given: Mapping[str, Any]) -> list[str]:
+    """The words that type the merge again: without what changes no byte, so that they are the same for every run."""
+    return ["surgery", "merge", *words, *option_words(given), "-o", "OUT"]
+
+
+def _draw(report: MergeReport, path: Path) -> None:
+    if report.models:
+        console.draw(report.figure(), path)
+    else:
+        console.tell("No picture: every tensor is a copy, so there are no distances to draw.")

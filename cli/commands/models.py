@@ -1,0 +1,166 @@
+"""`surgery inspect`, `diff`, `verify`, `eval`: looking at models."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli import console
+from cli import options as o
+from surgery.io.command_line import option_of, option_words
+from surgery.runtime.environment import is_main
+
+if TYPE_CHECKING:
+    from surgery.checkpoint.checkpoint import Checkpoint
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands of this module to `app`."""
+    app.command(epilog="Example: surgery inspect lab:grpo")(inspect)
+    app.command(epilog="Example: surgery diff lab:sft lab:grpo --plot moved.png")(diff)
+    app.command(epilog="Example: surgery verify reasoning-instruct")(verify)
+    app.command(name="eval", epilog="Example: surgery eval lab:instruct reasoning-instruct --task lab_sums")(evaluate)
+
+
+def inspect(model: o.Model, as_json: o.Json = False) -> None:
+    """Tensors, dtypes, parameters, layers, heads, experts, tied weights, and what was not understood."""
+    from surgery.checkpoint.inspect import describe, describe_tables
+    from surgery.checkpoint.resolve import open_checkpoint
+
+    description = describe(open_checkpoint(model))
+    if as_json:
+        console.show_json(description)
+    else:
+        console.show(*describe_tables(description))
+
+
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A model; see `surgery --help` for what that can be.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The model to compare with it.")],
+    plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw how far each layer moved.")] = None,
+    top: Annotated[int, typer.Option(min=0, help="Print the tensors that moved most.")] = 20,
+    threads: o.Threads = None,
+    as_json: o.Json = False,
+) -> None:
+    """Per tensor: ‖A−B‖/‖A‖, cosine, share of changed values; and which layers moved."""
+    from surgery.vectors import compare
+
+    report = compare.diff(a, b, options=o.options(threads))
+    if plot:
+        console.draw(report.figure(), plot)
+    if as_json:
+        console.show_json(report)
+    else:
+        console.show(*report.tables(top))
+
+
+def verify(model: o.Model, threads: o.Threads = None, as_json: o.Json = False) -> None:
+    """Every tensor readable, finite, and hashed as its manifest says; exit code 1 where one is not."""
+    from surgery.engine.verify import verify as check
+
+    report = check(model, options=o.options(threads))
+    if as_json:
+        console.show_json({"ok": report.ok, **vars(report)})
+    else:
+        console.tell(report.sentence())
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Models to score, side by side.")],
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="An lm-evaluation-harness task, or lab_sums, or lab_sorting; may be repeated."),
+    ] = None,
+    perplexity: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="TEXT", help='A text to predict: a file, or a .jsonl with "text"; may be repeated.'),
+    ] = None,
+    reinforce: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Score each model also with the experts of RUN reinforced, without writing."),
+    ] = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="With --reinforce: how many of RUN's ranked experts; 2 by default.")
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="With --reinforce: β; 64 by default.")] = None,
+    phase: Annotated[
+        str | None, typer.Option(help="With --reinforce: all positions (the default), or only generated ones.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N examples of each task or text.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 64,
+    device: o.Device = "cpu",
+    no_card: Annotated[
+        bool, typer.Option("--no-card", help="Leave the model cards of folders that surgery wrote as they are.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw the scores as bars.")] = None,
+    as_json: o.Json = False,
+) -> None:
+    """Scores of models on tasks and texts, side by side with 95 % intervals; a result's model card gets them too."""
+    from surgery.checkpoint.checkpoint import loadable_folder
+    from surgery.checkpoint.resolve import open_checkpoint
+    from surgery.errors import usage_error
+    from surgery.evaluation import scorecard
+    from surgery.evaluation.harness import on_tasks
+    from surgery.evaluation.perplexity import on_texts, read_text
+    from surgery.evaluation.scoring import score_models
+    from surgery.runtime.progress import terminal
+
+    given = {"top": top, "scale": scale, "phase": phase}
+    if reinforce is None and (stray := [name for name, value in given.items() if value is not None]):
+        raise usage_error("goes with --reinforce RUN", where=option_of(stray[0]))
+    strength: Any = {
+        "top": 2 if top is None else top,
+        "scale": 64.0 if scale is None else scale,
+        "phase": o.choice(phase or "all", ("all", "generated"), "phase"),
+    }
+    if not task and not perplexity:
+        raise usage_error("nothing to score the models on.", hint="Add --task TASK, --perplexity TEXT, or both.")
+    texts = [read_text(path) for path in perplexity or ()]
+    opened = {model: open_checkpoint(model) for model in models}
+    folders = {model: loadable_folder(checkpoint) for model, checkpoint in opened.items()}
+    # After the models' own faults, which show at once: finding a task takes the harness seconds.
+    measures = on_tasks(task, limit=limit, batch_size=batch_size) if task else []
+    if texts:
+        measures += on_texts(texts, limit=limit, batch_size=batch_size, progress=terminal)
+    _know_ensembles(opened.values())
+    if reinforce is not None:
+        from probes.experts.evaluate import with_reinforced
+
+        folders, measures = with_reinforced(opened, folders, measures, reinforce, options=o.options(), **strength)
+    scores = score_models(folders, measures, device=device, progress=terminal)
+    if as_json:
+        console.show_json({"scores": scores})
+    else:
+        console.show(scorecard.score_table(scores))
+    if plot:
+        console.draw(scorecard.score_figure(scores), plot)
+    extra = {} if reinforce is None else {"reinforce": reinforce, **strength}
+    command = _eval_line(models, task or (), perplexity or (), limit, extra)
+    for model in (model for model, checkpoint in opened.items() if scorecard.is_result(checkpoint)):
+        for sentence in scorecard.losses(scores, model):
+            console.tell(f"warning: {sentence}")
+        if not no_card and is_main():
+            console.tell(f"Scores are in {scorecard.write_scores(folders[model], scores, command)}")
+
+
+def _know_ensembles(checkpoints: Iterable[Checkpoint]) -> None:
+    """Lets transformers load logit ensembles, where there is one: their class is ours."""
+    if any(checkpoint.config.get("model_type") == "logit_ensemble" for checkpoint in checkpoints):
+        from merges.ensemble.ensemble_model import register
+
+        register()
+
+
+def _eval_line(
+    models: Sequence[str], tasks: Sequence[str], texts: Sequence[Path], limit: int | None, extra: Mapping[str, Any]
+) -> str:
+    """The command line that gives these scores again."""
+    options = {"task": list(tasks), "perplexity": list(texts), "limit": limit, **extra}
+    words = ["surgery", "eval", *models, *option_words(options)]
+    return shlex.join(words)

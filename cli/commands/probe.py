@@ -1,0 +1,409 @@
+"""`surgery probe …`: what models do inside: by which heads they lose their refusals, with which experts they think."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from cli import console
+from cli import options as o
+from surgery.io.command_line import option_of
+
+if TYPE_CHECKING:
+    from probes.experts.findings import ExpertFindings
+    from probes.refusal.findings import Findings
+    from surgery.engine.execute import Options
+
+app = typer.Typer(
+    help="Looks into models: refusal cliffs of reasoning models and the heads that make them (arXiv 2510.06036), and "
+    "the experts that go with thinking (arXiv 2505.14681).\n\n"
+    "What concerns refusal is for repairing safety: heads are ranked by how much they write against refusal of harmful "
+    "requests, and side effects are measured.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+
+Run = Annotated[Path, typer.Option("--from", metavar="RUN", help="A folder that `surgery probe refusal` wrote.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N examples.")]
+Dtype = Annotated[str, typer.Option(help="What the model computes in: auto (as stored), float32, bfloat16, …")]
+BatchTokens = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of a batch, padding included; by default what fits.")
+]
+ThinkOpen = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="What the model writes before its thinking; found by default.")
+]
+ThinkClose = Annotated[str | None, typer.Option(metavar="TEXT", help="What it writes after it; found by default.")]
+NoThinking = Annotated[bool, typer.Option("--no-thinking", help="The model does not think: answers follow the prompt.")]
+NewTokens = Annotated[
+    int | None, typer.Option(min=1, help="Of thinking and answer, where they are generated; 1024, or what fits.")
+]
+GenerationBatch = Annotated[int, typer.Option(min=1, help="Prompts that are completed at a time.")]
+DATA = "A .jsonl, .json, .csv, .parquet or .txt file, org/name[@revision]:split[a:b] on the Hub, or lab:NAME."
+
+
+@app.command(epilog="Example: surgery probe refusal lab:cliff --data lab:cliff -o cliff")
+def refusal(
+    model: o.Model,
+    data: Annotated[str | None, typer.Option(metavar="DATA", help=DATA)] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="RUN", help="The folder for results, report and pictures.")
+    ] = None,
+    transfer: Annotated[
+        str | None, typer.Option(metavar="DATA", help="A second data set that the probes are tested on.")
+    ] = None,
+    cells: Annotated[
+        str, typer.Option(help="Train on all four cells, or paper: harmful/refused against harmless/complied.")
+    ] = "all",
+    attribution: Annotated[
+        str, typer.Option(help="How heads are scored: exact (final norm folded in), or paper.")
+    ] = "exact",
+    folds: Annotated[int, typer.Option(min=2, help="Of the grouped cross-validation.")] = 5,
+    strength: Annotated[float, typer.Option(help="C of the logistic regression: inverse penalty.")] = 1.0,
+    limit: Limit = None,
+    think_open: ThinkOpen = None,
+    think_close: ThinkClose = None,
+    no_thinking: NoThinking = False,
+    max_new_tokens: NewTokens = None,
+    temperature: Annotated[float, typer.Option(min=0, help="Of generation; 0 is greedy.")] = 0.0,
+    generation_batch: GenerationBatch = 16,
+    engine: Annotated[str, typer.Option(help="What generates: transformers or vllm.")] = "transformers",
+    refusal_phrases: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="One phrase per line that marks a refusal, for the built-in list."),
+    ] = None,
+    guard: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="A guard model that judges answers, given prompt and whole answer."),
+    ] = None,
+    live: Annotated[
+        str | None,
+        typer.Option(metavar="PROMPT", help="Watch one prompt being answered, with the probe of --from RUN."),
+    ] = None,
+    run: Annotated[Path | None, typer.Option("--from", metavar="RUN", help="With --live: whose probe.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of folds, bootstrap and draws.")] = 0,
+    dtype: Dtype = "auto",
+    batch_tokens: BatchTokens = None,
+    overwrite: o.Overwrite = False,
+    threads: o.Threads = None,
+    device: o.Device = "cpu",
+    as_json: o.Json = False,
+) -> None:
+    """Train refusal probes, trace every token, measure the cliffs, score all heads; one run, one report."""
+    from surgery.errors import usage_error
+
+    options = o.options(threads, device, overwrite=overwrite)
+    if live is not None:
+        if run is None or data is not None or out is not None:
+            raise usage_error("--live takes the probe of a run: give --from RUN, and neither --data nor -o.")
+        _watch(model, run, live, max_new_tokens, dtype, options, as_json=as_json)
+        return
+    if data is None or out is None or run is not None:
+        if run is not None:
+            raise usage_error("--from RUN goes with --live PROMPT: a new run is named by -o.")
+        raise usage_error(
+            "what is to be probed, and where do the findings go?", hint="Add --data DATA and -o RUN (or --live PROMPT)."
+        )
+    from probes.data.generate import Engine
+    from probes.data.prepare import Asking
+    from probes.refusal.cross_validated import Cells, Training
+    from probes.refusal.run import Form, probe_refusal
+
+    asking = Asking(
+        think_open=think_open,
+        think_close=think_close,
+        no_thinking=no_thinking,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        batch_size=generation_batch,
+        engine=cast("Engine", o.choice(engine, ("transformers", "vllm"), "engine")),
+        phrases=refusal_phrases,
+        guard=guard,
+    )
+    training = Training(
+        cells=cast("Cells", o.choice(cells, ("all", "paper"), "cells")), folds=folds, strength=strength, seed=seed
+    )
+    findings = probe_refusal(
+        model,
+        data,
+        out,
+        transfer=transfer,
+        asking=asking,
+        training=training,
+        attribution=cast("Form", o.choice(attribution, ("exact", "paper"), "attribution")),
+        limit=limit,
+        dtype=dtype,
+        batch_tokens=batch_tokens,
+        options=options,
+    )
+    _show(findings, out, as_json=as_json)
+
+
+@app.command(epilog="Example: surgery probe heads lab:cliff --from cliff --top 10%")
+def heads(
+    model: o.Model,
+    run: Run,
+    top: Annotated[
+        str,
+        typer.Option(
+            metavar="SHARE|COUNT",
+            help="Candidates for sets: the lowest of the screen; at least 6, at most half of all.",
+        ),
+    ] = "5%",
+    ablate: Annotated[
+        str, typer.Option(help="z ← γ·z (scale), its mean (mean), or a harmless example's (resample).")
+    ] = "scale",
+    scale: Annotated[float, typer.Option(help="γ of --ablate scale; 0 removes.")] = 0.0,
+    positions: Annotated[
+        str, typer.Option(metavar="K|all", help="Where single heads are ablated: the last K before the answer, or all.")
+    ] = "4",
+    kl_budget: Annotated[
+        float, typer.Option(min=0, help="KL on harmless answers that no set may exceed, in nats per token.")
+    ] = 0.1,
+    controls: Annotated[int, typer.Option(min=0, help="Random sets as the control.")] = 5,
+    examples: Annotated[int, typer.Option(min=1, help="Examples of each kind at most.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random sets.")] = 0,
+    dtype: Dtype = "auto",
+    batch_tokens: BatchTokens = None,
+    threads: o.Threads = None,
+    device: o.Device = "cpu",
+    as_json: o.Json = False,
+) -> None:
+    """Prove by ablation which of the screened heads suppress refusal: alone, in sets, and against random sets."""
+    from probes.refusal.causal import Kind, Proof, prove_heads
+
+    proof = Proof(
+        top=top,
+        kind=cast("Kind", o.choice(ablate, ("scale", "mean", "resample"), "ablate")),
+        scale=scale,
+        positions=None if positions == "all" else o.count(positions, "positions"),
+        budget=kl_budget,
+        controls=controls,
+        examples=examples,
+        seed=seed,
+    )
+    findings = prove_heads(
+        model, run, proof=proof, dtype=dtype, batch_tokens=batch_tokens, options=o.options(threads, device)
+    )
+    _show(findings, run, as_json=as_json, last=1)
+
+
+@app.command(
+    epilog="Example: surgery probe judge lab:cliff --from cliff --data lab:cliff/pool --top 5% -o subset.jsonl"
+)
+def judge(
+    model: o.Model,
+    run: Run,
+    data: Annotated[str, typer.Option(metavar="POOL", help=DATA)],
+    top: Annotated[str, typer.Option(metavar="SHARE|COUNT", help="How many of the pool to keep.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The .jsonl file to write.")],
+    style: Annotated[str, typer.Option(help="Rows for trl (messages) or llama-factory (alpaca).")] = "trl",
+    limit: Limit = None,
+    dtype: Dtype = "auto",
+    batch_tokens: BatchTokens = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
+    threads: o.Threads = None,
+    device: o.Device = "cpu",
+    as_json: o.Json = False,
+) -> None:
+    """Choose the few examples worth training on: those with the deepest cliffs (Cliff-as-a-Judge)."""
+    from probes.refusal import judge as judging
+
+    selection = judging.judge(
+        model,
+        run,
+        data,
+        out,
+        top=top,
+        style=cast("judging.Style", o.choice(style, ("trl", "llama-factory"), "style")),
+        limit=limit,
+        dtype=dtype,
+        batch_tokens=batch_tokens,
+        options=o.options(threads, device, overwrite=overwrite),
+    )
+    if as_json:
+        console.show_json(selection)
+        return
+    console.show(selection.table())
+    console.tell(f"Wrote {selection.out}")
+
+
+@app.command(
+    epilog="Example: surgery probe experts lab:moe --data lab:moe --token '<think>' --token=-'</think>' -o experts"
+)
+def experts(
+    model: o.Model,
+    data: Annotated[str, typer.Option(metavar="DATA", help=DATA)],
+    token: Annotated[
+        list[str],
+        typer.Option(metavar="[±][w*]TEXT", help="A marker of thinking, -TEXT for one that ends it; may be repeated."),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="RUN", help="The folder for results, report, pictures.")],
+    transfer: Annotated[
+        str | None, typer.Option(metavar="DATA", help="A second data set, to hold the ranking against.")
+    ] = None,
+    sweep: Annotated[
+        str | None, typer.Option(metavar="β,β,…", help="A grid such as 1,2,4,…,512 to try on --task, with controls.")
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="An lm-evaluation-harness task for --sweep; may be repeated.")
+    ] = None,
+    top: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --sweep: how many of the ranked experts are reinforced; 2 by default."),
+    ] = None,
+    way: Annotated[
+        str | None,
+        typer.Option(
+            help="With --sweep: weight (the default), renormalised, logit or forced; only weight can be baked."
+        ),
+    ] = None,
+    phase: Annotated[
+        str | None, typer.Option(help="With --sweep: all positions (the default), or only generated ones.")
+    ] = None,
+    controls: Annotated[
+        int | None,
+        typer.Option(min=0, help="With --sweep: random sets, matched on layer and firing rate; 5 by default."),
+    ] = None,
+    task_limit: Annotated[
+        int | None, typer.Option(min=1, help="With --sweep: only the first N samples of each task.")
+    ] = None,
+    fires: Annotated[
+        int, typer.Option(min=0, help="Support: positions at which a ranked expert fires, at least.")
+    ] = 50,
+    at_marker: Annotated[int, typer.Option(min=0, help="Support: of these, at the markers, at least.")] = 10,
+    limit: Limit = None,
+    think_open: ThinkOpen = None,
+    think_close: ThinkClose = None,
+    no_thinking: NoThinking = False,
+    max_new_tokens: NewTokens = None,
+    generation_batch: GenerationBatch = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap and the controls.")] = 0,
+    dtype: Dtype = "auto",
+    batch_tokens: BatchTokens = None,
+    overwrite: o.Overwrite = False,
+    threads: o.Threads = None,
+    device: o.Device = "cpu",
+    as_json: o.Json = False,
+) -> None:
+    """Count which experts fire at the markers of thinking, rank them by nPMI, try how strongly to reinforce them."""
+    from probes.data.prepare import Asking
+    from probes.experts.npmi import Support
+    from probes.experts.run import probe_experts
+    from probes.experts.sweep import Grid, parse_betas
+    from probes.model.reinforce import Phase, Way
+    from surgery.errors import usage_error
+
+    if (sweep is None) != (not task):
+        raise usage_error("a sweep needs a grid and a task to score it on: give both --sweep and --task.")
+    asked = {"top": top, "way": way, "phase": phase, "controls": controls, "task_limit": task_limit}
+    if sweep is None and (stray := [name for name, value in asked.items() if value is not None]):
+        raise usage_error("goes with --sweep", where=option_of(stray[0]))
+    grid = None
+    if sweep is not None:
+        ways, phases = ("weight", "renormalised", "logit", "forced"), ("all", "generated")
+        grid = Grid(
+            parse_betas(sweep),
+            task or (),
+            top=2 if top is None else top,
+            way=cast("Way", o.choice(way or "weight", ways, "way")),
+            phase=cast("Phase", o.choice(phase or "all", phases, "phase")),
+            controls=5 if controls is None else controls,
+            limit=task_limit,
+            batch_size=generation_batch,
+            seed=seed,
+        )
+    findings = probe_experts(
+        model,
+        data,
+        token,
+        out,
+        transfer=transfer,
+        support=Support(fires=fires, at_marker=at_marker),
+        grid=grid,
+        asking=Asking(
+            think_open=think_open,
+            think_close=think_close,
+            no_thinking=no_thinking,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            batch_size=generation_batch,
+        ),
+        limit=limit,
+        dtype=dtype,
+        batch_tokens=batch_tokens,
+        seed=seed,
+        options=o.options(threads, device, overwrite=overwrite),
+    )
+    _show_experts(findings, out, as_json=as_json)
+
+
+@app.command(epilog="Example: surgery probe show cliff")
+def show(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A folder that `surgery probe refusal` or `experts` wrote.")
+    ],
+    as_json: o.Json = False,
+) -> None:
+    """The tables of a run; its report.html has the pictures."""
+    from probes.data.records import kind_of
+    from probes.experts.findings import KIND, read_expert_findings
+    from probes.refusal.findings import read_findings
+
+    if kind_of(run) == KIND:
+        _show_experts(read_expert_findings(run), run, as_json=as_json)
+    else:
+        _show(read_findings(run), run, as_json=as_json)
+
+
+def _show_experts(findings: ExpertFindings, run: Path, *, as_json: bool) -> None:
+    from probes.data.records import REPORT
+    from probes.experts.report import expert_sentences, expert_tables
+
+    if as_json:
+        console.show_json(findings.model_dump(mode="json"))
+        return
+    for warning in findings.warnings:
+        console.warn(warning)
+    console.show(*expert_tables(findings))
+    for sentence in expert_sentences(findings):
+        console.tell(sentence)
+    console.tell(f"Report: {run / REPORT}")
+
+
+def _show(findings: Findings, run: Path, *, as_json: bool, last: int = 0) -> None:
+    """The tables, or only the last ones."""
+    from probes.data.records import REPORT
+    from probes.refusal.report import sentences, tables
+
+    if as_json:
+        console.show_json(findings.model_dump(mode="json"))
+        return
+    for warning in findings.warnings:
+        console.warn(warning)
+    console.show(*tables(findings)[-last:])
+    for sentence in sentences(findings)[-last:]:
+        console.tell(sentence)
+    console.tell(f"Report: {run / REPORT}")
+
+
+def _watch(
+    model: str, run: Path, prompt: str, max_new_tokens: int | None, dtype: str, options: Options, *, as_json: bool
+) -> None:
+    from probes.refusal.live import watch
+
+    found = watch(
+        model,
+        run,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        dtype=dtype,
+        options=options,
+        tell=(lambda text, score: None) if as_json else console.scored_token,
+    )
+    if as_json:
+        console.show_json(found)
+        return
+    console.tell("\n" + found.sentence())

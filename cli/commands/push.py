@@ -1,0 +1,78 @@
+"""`surgery push`: what surgery wrote, on the Hub."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli import console
+from cli import options as o
+
+if TYPE_CHECKING:
+    from surgery.publish.push import Preview
+
+EPILOG = "Example: surgery push reasoning-instruct org/reasoning-instruct --private"
+
+
+def push(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that surgery wrote.")],
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository; it is made where there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[
+        str | None,
+        typer.Option(metavar="R", help="A branch, made where there is none; or refs/pr/N, an open pull request."),
+    ] = None,
+    pr: Annotated[bool, typer.Option("--pr", help="Open a pull request.")] = False,
+    message: Annotated[str | None, typer.Option(metavar="M", help="Of the commit.")] = None,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Compare names and sizes with surgery.json, but not every hash.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be sent, with the card's metadata; ask the Hub nothing.")
+    ] = False,
+    threads: o.Threads = None,
+    as_json: o.Json = False,
+) -> None:
+    """Sends OUT to the Hub as one commit, with a completed model card; a push that broke off goes on where it was."""
+    from surgery.publish import push as pushing
+
+    if dry_run:
+        seen = pushing.preview(out, repo, revision=revision, pr=pr)
+        if as_json:
+            console.show_json(
+                {"repo_id": seen.repo_id, "files": seen.files, "n_bytes": seen.n_bytes, "card": seen.card.metadata}
+            )
+        else:
+            _show(seen)
+        return
+    pushed = pushing.push(
+        out,
+        repo,
+        private=private,
+        revision=revision,
+        pr=pr,
+        message=message,
+        verify=not no_verify,
+        options=o.options(threads),
+        notify=console.tell,
+        bars=sys.stderr.isatty(),
+    )
+    if not pushed.changed:
+        console.tell(f"{repo} has all of it already: nothing was committed.")
+    if as_json:
+        console.show_json(pushed)
+    else:
+        typer.echo(pushed.url)
+
+
+def _show(seen: Preview) -> None:
+    import yaml
+
+    from surgery.reporting.report import Column, Table, Value
+
+    rows: list[list[Value]] = [[name, size] for name, size in {**seen.files, "all": seen.n_bytes}.items()]
+    console.show(Table(f"What would go to {seen.repo_id}", [Column("file"), Column("size", "bytes")], rows))
+    typer.echo(yaml.safe_dump(dict(seen.card.metadata), sort_keys=False, allow_unicode=True), nl=False)

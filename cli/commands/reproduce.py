@@ -1,0 +1,46 @@
+"""`surgery reproduce`: an output made again from its manifest, and compared."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli import console
+from cli import options as o
+
+EPILOG = "Example: surgery reproduce reasoning-instruct"
+
+
+def reproduce(
+    output: Annotated[
+        str, typer.Argument(metavar="OUT", help="A folder that surgery wrote, or org/name[@revision] on the Hub.")
+    ],
+    scratch: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where to make it; removed at the end. As large as OUT.")
+    ] = None,
+    as_json: o.Json = False,
+) -> None:
+    """Make an output again from its surgery.json, and compare every tensor's hash; exit code 1 where one differs."""
+    from surgery.recipes.reproduce import reproduce as again
+
+    found = again(output, run=_run, scratch=scratch)
+    if as_json:
+        console.show_json({"same": found.same, **vars(found)})
+    else:
+        console.show(found.table())
+    if not found.same:
+        raise typer.Exit(1)
+
+
+def _run(words: Sequence[str]) -> int:
+    """Runs one of our commands in a process of its own; what it says to people is passed on."""
+    from surgery.recipes.run.subprocesses import program, surroundings
+
+    console.tell(f"$ surgery {shlex.join(words)}")
+    done = subprocess.run(program(words), stdout=subprocess.DEVNULL, env=surroundings(), check=False)
+    return done.returncode

@@ -1,0 +1,196 @@
+"""`surgery run`: whole pipelines from one YAML file; and the commands that a step of one may name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli import console
+from cli import options as o
+from cli.app import app
+from cli.signatures import signatures
+
+if TYPE_CHECKING:
+    from cli.signatures import Parameter as Taken
+    from cli.signatures import Signature
+    from surgery.recipes.run.preview import Outlook
+    from surgery.recipes.run.scheduler import RunReport
+    from surgery.recipes.types import Command, Kind, Parameter
+
+EPILOG = "Example: surgery run reasoning-vector --set scale=0.5 -o runs/half"
+FILE = Path("recipes.yaml")
+RUNS = Path("runs")
+STOPPED = 130  # the exit code of what Ctrl-C ended
+
+# Commands that are no steps: they run recipes, leave nothing behind, or leave this machine.
+NO_STEPS = frozenset({"run", "push", "reproduce", "lab list", "lab build", "merge methods", "probe show"})
+# What the engine says: where results go, and that they are for people.
+ENGINES = frozenset({"out", "json", "overwrite", "dry-run", "plot", "help"})
+# Commands that change a folder that they are given, with the option that names it.
+CHANGING = {"probe heads": "from", "grow baseline": "out"}
+# Commands whose folder fills while they work.
+FILLING = frozenset({"grow run", "grow baseline"})
+FILE_SUFFIX = ".jsonl"  # of the results that are no folders
+KINDS: dict[type, Kind] = {str: "text", Path: "path", int: "whole", float: "number", bool: "flag"}
+
+
+def run(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A recipe of the file; without one, they are listed.")
+    ] = None,
+    file: Annotated[Path, typer.Option(metavar="YAML", help="The file with the recipes.")] = FILE,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A variable of the recipe; may be repeated."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="RUN", help="The run's folder; runs/NAME by default.")
+    ] = None,
+    from_step: Annotated[
+        str | None, typer.Option("--from", metavar="STEP", help="Do this step again, and all that follow it.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Steps side by side at most; by default half the processors.")
+    ] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipe files.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show what would be done; do nothing.")] = False,
+    as_json: o.Json = False,
+) -> None:
+    """Runs a recipe: its steps in order, side by side where they can be; the same command goes on where it was."""
+    if schema:
+        from surgery.recipes.parse.json_schema import json_schema
+
+        console.show_json(json_schema(commands()))
+        return
+    if name is None:
+        _list(file, as_json=as_json)
+        return
+    from surgery.recipes.parse.graph import program
+    from surgery.recipes.run.scheduler import run_program
+
+    read = program(file, name, commands=commands(), settings=dict(map(_setting, settings or ())))
+    folder = RUNS / name if out is None else out
+    again = "The same command" if from_step is None else "The same command without --from"
+    try:
+        report = run_program(
+            read,
+            folder,
+            jobs=jobs,
+            from_step=from_step,
+            dry_run=dry_run,
+            say=console.tell,
+            bars=sys.stderr.isatty(),
+            show=(lambda seen: None) if as_json else _show,
+        )
+    except KeyboardInterrupt as stopped:
+        console.error(f"stopped. {again} goes on where it was.")
+        raise typer.Exit(STOPPED) from stopped
+    if as_json:
+        console.show_json(_record(report, folder))
+    elif dry_run:
+        console.tell("Nothing done (--dry-run).")
+    fault = report.fault(folder, again=again)
+    if report.report is not None:
+        console.tell(f"Report: {report.report}")
+    if fault is not None:
+        raise fault
+
+
+def commands() -> dict[str, Command]:
+    """The commands that a step may name, from the functions that the command line is made of."""
+    return {each.name: _command(each) for each in signatures(app) if each.name not in NO_STEPS}
+
+
+def _command(said: Signature) -> Command:
+    from surgery.recipes.types import Command
+
+    name = said.name
+    all_of = {each.name: each for each in map(_parameter, said.parameters)}
+    changes = CHANGING.get(name)
+    own = {key: each for key, each in all_of.items() if key not in ENGINES or key == changes}
+    is_file = any(each.name == "out" and each.metavar == "FILE" for each in said.parameters)
+    return Command(
+        name,
+        said.help,
+        own,
+        writes="out" if "out" in all_of else changes,
+        changes=changes,
+        goes_on=name in FILLING,
+        plots=all_of["plot"].flag if "plot" in all_of else None,
+        suffix=FILE_SUFFIX if is_file else "",
+    )
+
+
+def _parameter(said: Taken) -> Parameter:
+    from surgery.recipes.types import Parameter
+
+    flag = next((name for name in said.flags if name.startswith("--")), None)
+    default = said.default
+    return Parameter(
+        name=flag.removeprefix("--") if flag else said.name,
+        kind=KINDS[said.kind],
+        help=said.help,
+        flag=flag,
+        off=said.off,
+        required=said.required,
+        many=said.many,
+        default=str(default) if isinstance(default, Path) else default,
+        least=said.least,
+        most=said.most,
+    )
+
+
+def _setting(text: str) -> tuple[str, str]:
+    from surgery.errors import usage_error
+
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise usage_error(f"got {text!r}, expected KEY=VALUE", where="--set")
+    return key, value
+
+
+def _list(file: Path, *, as_json: bool) -> None:
+    from surgery.recipes.parse.file import recipes_in
+    from surgery.reporting.report import Column, Table
+
+    found = recipes_in(file)
+    if as_json:
+        console.show_json({"recipes": [each._asdict() for each in found]})
+        return
+    rows = [(each.name, each.about, ", ".join(f"{key} {text}" for key, text in each.needs.items())) for each in found]
+    console.show(Table(str(file), [Column("recipe"), Column("what it does"), Column("needs")], rows))
+
+
+def _show(seen: Outlook) -> None:
+    console.show(seen.table())
+
+
+def _record(report: RunReport, folder: Path) -> dict[str, Any]:
+    seen = report.outlook
+    steps = {
+        step.node.name: {
+            "command": step.node.command.name,
+            "was_done": step.is_done,
+            "memory": step.estimate.memory,
+            "disk": step.estimate.disk,
+            "state": report.endings.get(step.node.name),
+            **(
+                {"output": known.output, "seconds": known.seconds}
+                if (known := report.steps.get(step.node.name))
+                else {}
+            ),
+        }
+        for step in seen.steps
+    }
+    return {
+        "recipe": seen.program.recipe,
+        "run": folder,
+        "steps": steps,
+        "downloads": seen.downloads,
+        "notes": seen.notes,
+        "pushes": report.pushes,
+        "report": report.report,
+    }

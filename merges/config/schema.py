@@ -1,0 +1,200 @@
+"""What a merge config says, once read: our own types, the same for `models:`, `slices:` and `modules:`.
+
+A merge is a row of sections. Each section is a run of the output's layers, made from equally long runs of layers of its
+sources; `models:` is one section over all layers. `Scope` looks up what a parameter is for one output tensor.
+
+Seen by running mergekit 0.1.5 (`linear` of a model of zeros and one of ones, in float32), and the same here:
+
+- t is i/(n−1) for layer i of a section's n, and 1 where n is 1. Embeddings have t = 0 and the first section's
+  parameters; the final norm and the head have t = 0 and the last section's.
+- A per-model parameter comes from the first of these that has a value for the tensor: the source (the entry under
+  `models:`), the slice, the module, the document. Parameters of the tensor skip the source. A list of filters of which
+  none matches has no value, and the next place is asked.
+- Filters of a per-model parameter are matched against the name of the input tensor, those of the others against the
+  name of the output tensor. The two differ where a slice moves layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from merges.config.settings import MethodSpec, ParameterSpec, Scalar, Setting, resolve
+from surgery.errors import usage_error
+
+Compat = Literal["mergekit", "paper"]
+Settings = Mapping[str, Setting]
+
+UNION, BASE = "union", "base"  # tokenizers that are no model's name
+
+
+class Frozen(BaseModel):
+    """The base of all types here: they do not change, and know only their own fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(Frozen):
+    """One model's share in a section.
+
+    `layer_range` is (first, last + 1), or None for all layers. `implied` marks the base model where the config names it
+    as `base_model` only.
+    """
+
+    model: str
+    layer_range: tuple[int, int] | None = None
+    parameters: Settings = {}
+    implied: bool = False
+
+
+class Section(Frozen):
+    """A run of output layers, and what each is made from.
+
+    `base_model` is the one in effect here, whether the slice or the document names it. `module` is the part of a
+    composite model that `modules:` speaks of, None for the whole model.
+    """
+
+    sources: tuple[Source, ...]
+    base_model: str | None = None
+    parameters: Settings = {}
+    module: str | None = None
+    module_parameters: Settings = {}
+
+    @property
+    def base_index(self) -> int | None:
+        """Which of the sources is the base model; None where none is."""
+        return next((i for i, source in enumerate(self.sources) if source.model == self.base_model), None)
+
+
+class ZeroToken(Frozen):
+    """A token whose embedding is all zeros."""
+
+
+class ModelToken(Frozen):
+    """A token whose embedding is that of another token of `model`: exactly one of `token` and `token_id` is set."""
+
+    model: str
+    token: str | None = None
+    token_id: int | None = None
+
+
+class TokenRule(Frozen):
+    """Where models that lack a token get its embedding, all models if `force`; a str is the model with the same token.
+
+    `source` None: as for tokens that no rule speaks of.
+    """
+
+    source: str | ModelToken | ZeroToken | None = None
+    force: bool = False
+
+
+class TokenizerRule(Frozen):
+    """Which tokenizer the result gets: "union", "base", or that of a model reference."""
+
+    source: str = "union"
+    tokens: Mapping[str, TokenRule] = {}
+    pad_to_multiple_of: int | None = None
+
+
+class MergeConfig(Frozen):
+    """One merge. Field names are the config's keys; `sections` stands for `models`, `slices` and `modules`.
+
+    `uses` are the names of the documents whose results this one merges; `where` says where it was read, for errors;
+    `warnings` are lines ready to print. `dtype` and `out_dtype` are torch's names: float32, bfloat16, float16, float64.
+    """
+
+    merge_method: str
+    sections: tuple[Section, ...]
+    base_model: str | None = None
+    parameters: Settings = {}
+    dtype: str | None = None
+    out_dtype: str | None = None
+    tokenizer: TokenizerRule | None = None
+    chat_template: str | None = None
+    name: str | None = None
+    compat: Compat = "mergekit"
+    seed: int = 0
+    uses: tuple[str, ...] = ()
+    where: str = ""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every model that weights or config are read from, once each: the base first, then as they are written."""
+        named = [ref for section in self.sections for ref in (section.base_model, *(s.model for s in section.sources))]
+        return tuple(dict.fromkeys(ref for ref in (self.base_model, *named) if ref is not None))
+
+    def scope(self, section: Section) -> Scope:
+        """Where parameters of this section's tensors are looked up."""
+        return Scope(self, section)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The parameters in effect for the tensors of one section."""
+
+    config: MergeConfig
+    section: Section
+
+    def value(self, spec: ParameterSpec, tensor_name: str, t: float, *, source: int | None = None) -> Scalar:
+        """What `spec` is for one tensor, as a float, int, bool or str by its kind.
+
+        Args:
+            tensor_name: of the output tensor; for a per-model parameter, of the source's own tensor.
+            t: where its layer stands, from `settings.layer_position`; `settings.EDGE_POSITION` outside the layers.
+            source: which of the section's sources a per-model parameter is for.
+
+        Raises:
+            SurgeryError: a parameter without default has no value for this tensor.
+        """
+        for settings in self._places(spec, source):
+            value = resolve(settings.get(spec.name, ()), tensor_name, t)
+            if value is not None:
+                return value
+        if spec.default is None:
+            model = "" if source is None else f" of {self.section.sources[source].model}"
+            raise usage_error(
+                f"{spec.name} has no value for {tensor_name}{model}",
+                where=self.config.where,
+                hint="Add a rule without a filter to its list.",
+            )
+        return spec.read(spec.default)
+
+    def values(
+        self, method: MethodSpec, tensor_name: str, t: float, input_names: Sequence[str] | None = None
+    ) -> dict[str, Scalar | tuple[Scalar, ...]]:
+        """All parameters of `method` for one output tensor: one value each, a tuple for those that are per model.
+
+        A tuple is in the order of the sources, the base left out where the method sets it apart.
+
+        Args:
+            input_names: the tensor's name in each of the sources; None where all call it `tensor_name`.
+
+        Raises:
+            SurgeryError: as in `value`.
+        """
+        names = [tensor_name] * len(self.section.sources) if input_names is None else input_names
+        merged = merged_sources(method, self.section)
+        return {
+            spec.name: tuple(self.value(spec, names[i], t, source=i) for i in merged)
+            if spec.per_model
+            else self.value(spec, tensor_name, t)
+            for spec in method.parameters
+        }
+
+    def _places(self, spec: ParameterSpec, source: int | None) -> Iterator[Settings]:
+        """Where a value is looked for, innermost first."""
+        if spec.per_model and source is not None:
+            yield self.section.sources[source].parameters
+        yield self.section.parameters
+        yield self.section.module_parameters
+        yield self.config.parameters
+
+
+def merged_sources(method: MethodSpec, section: Section) -> tuple[int, ...]:
+    """The indices of the sources that have per-model parameters: all, but the base of a method that sets it apart."""
+    apart = None if method.base == "none" else section.base_index
+    return tuple(i for i in range(len(section.sources)) if i != apart)

@@ -1,0 +1,73 @@
+"""Which tensors of several checkpoints are the same to the bit, so that they need to be stored only once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+
+from surgery.checkpoint.checkpoint import StoredTensor
+from surgery.checkpoint.reader import Reader, SourceFiles, digest, hash_tensor
+from surgery.engine.execute import Options
+from surgery.engine.workers import run_shared
+
+SKETCH = 4096  # elements; tensors that differ at all nearly always differ here, and need no reading as a whole
+
+Shared = Mapping[str, str]  # members.<i>.<name> → members.<j>.<name>, j < i, which is stored
+Key = tuple[int, str]
+Groups = list[list[Key]]
+
+
+def find_shared(members: Sequence[Mapping[str, StoredTensor]], options: Options) -> Shared:
+    """For every tensor that an earlier member has too, which of that member's it is; same names first.
+
+    Equal means dtype, shape and bytes. Equal tensors within one member (two norms at 1) stay apart, and so does what
+    an adapter changes.
+    """
+    tensors = {
+        (i, name): tensor
+        for i, held in enumerate(members)
+        for name, tensor in held.items()
+        if tensor.update is None and tensor.n_bytes
+    }
+    groups = _across([list(tensors)], lambda key: (tensors[key].dtype, tensors[key].shape))
+    candidates = {key: tensors[key] for group in groups for key in group}
+    paths = {tensor.file for tensor in candidates.values()}
+
+    def sketch(key: Key, reader: Reader) -> tuple[Key, str]:
+        tensor = candidates[key]
+        return key, digest(reader.raw(tensor, 0, min(SKETCH, tensor.n_elements), "sketch")).hex()
+
+    def whole(key: Key, reader: Reader) -> tuple[Key, str]:
+        return key, hash_tensor(reader, candidates[key])
+
+    with SourceFiles(paths) as files:
+        sketches = dict(run_shared(list(candidates), sketch, files, threads=options.threads))
+        groups = _across(groups, sketches.__getitem__)
+        likely = [key for group in groups for key in group]
+        hashes = {}
+        with options.progress("Comparing", sum(candidates[key].n_bytes for key in likely)) as advance:
+            for key, found in run_shared(likely, whole, files, threads=options.threads):
+                hashes[key] = found
+                advance(candidates[key].n_bytes)
+    return {alias: name for group in _across(groups, hashes.__getitem__) for alias, name in _aliases(group)}
+
+
+def _across(groups: Groups, property_of: Callable[[Key], Hashable]) -> Groups:
+    """Each group split by a property of its tensors; only those parts that span several members."""
+    found = []
+    for group in groups:
+        parts: dict[Hashable, list[Key]] = defaultdict(list)
+        for key in group:
+            parts[property_of(key)].append(key)
+        found += [part for part in parts.values() if len({member for member, _ in part}) > 1]
+    return found
+
+
+def _aliases(group: Sequence[Key]) -> Iterator[tuple[str, str]]:
+    """Pairs (alias, stored) within a group of equal tensors, which is in the order of members."""
+    first = group[0][0]
+    stored = [name for member, name in group if member == first]
+    for member, name in group:
+        if member != first:
+            source = name if name in stored else stored[0]
+            yield f"members.{member}.{name}", f"members.{first}.{source}"

@@ -1,0 +1,307 @@
+"""Fitting how an ensemble combines its members on held-out text: one weight per member, or a matrix of its own.
+
+The members stay as they are; what is fitted starts exactly at the average. A fifth of the rows is not trained on: where
+the fitted ensemble is no better there, the average is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from merges.ensemble.ensemble_model import LogitEnsembleConfig, LogitEnsembleForCausalLM, combine, head_of
+from surgery.checkpoint.checkpoint import Checkpoint, loadable_folder
+from surgery.engine.compute import torch_device
+from surgery.errors import SurgeryError, usage_error
+from surgery.models.loading import load_tokenizer
+from surgery.runtime.progress import Advance, Progress
+
+TuneWhat = Literal["weights", "head"]
+HELD_OUT = 0.2  # share of the rows
+EPOCHS = 3
+BATCH = 8  # rows
+MAX_TOKENS = 512  # of a row; what comes after is cut
+RATES = {"weights": 0.1, "head": 1e-4}  # Adam's: softmax logits move by whole units, matrices by little
+IGNORED = -100
+HEAD_FILE = "head.safetensors"
+EXACT = 1e-3  # of the largest logit: above the rounding of bf16 heads lies only arithmetic that is not W·h + b
+# What some families do to logits after their head: no matrix can.
+AFTER_THE_HEAD = ("final_logit_softcapping",)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example; only `response` is learnt. Plain text is a response without prompt."""
+
+    prompt: str
+    response: str
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What fitting found. Losses are mean cross-entropies per token (nats) on the `held_out` rows.
+
+    kept: whether the fitted ensemble was better, and so is what is written. head: its file, where there is one.
+    """
+
+    what: str
+    rows: int
+    held_out: int
+    before: float
+    after: float
+    kept: bool
+    weights: tuple[float, ...]
+    fused_head: str = "none"
+    head: Path | None = None
+
+    def sentence(self) -> str:
+        """The finding in words."""
+        losses = f"held-out loss {self.before:.4f} with the average, {self.after:.4f} fitted"
+        fitted = f"{self.what} fitted on {self.rows} rows, {losses} ({self.held_out} rows)"
+        return f"{fitted}." if self.kept else f"{fitted}: no better, so the average was kept."
+
+    def summary(self) -> dict[str, Any]:
+        """What the manifest keeps."""
+        return {key: getattr(self, key) for key in ("what", "rows", "held_out", "before", "after", "kept")}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids, mask and labels, each (B, T); labels of what is not learnt are `IGNORED`."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+
+Logits = Callable[[Batch], Tensor]
+
+
+def check_tuning(path: Path, what: str, mode: str, weights: Sequence[float]) -> list[Row]:
+    """The rows in `path`. Raises SurgeryError where they, or what is asked for, cannot be used."""
+    if what not in get_args(TuneWhat):
+        raise usage_error(f"got {what!r}, expected one of {', '.join(get_args(TuneWhat))}", where="--tune-what")
+    if what == "head" and mode != "logits":
+        raise usage_error(
+            f"a fused head averages logits, not {mode}", where="--tune-what head", hint="Leave --mode out."
+        )
+    if what == "weights" and min(weights) <= 0:
+        raise usage_error("weights are fitted from a start above 0 each", where="--weight")
+    return read_rows(path)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The examples in a file of JSON lines, each with "text", or with "prompt" and "response".
+
+    Raises:
+        SurgeryError: the file cannot be read; a line is no such object; there are fewer than two rows.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
+    except UnicodeDecodeError as error:
+        raise SurgeryError("is not UTF-8 text", where=path) from error
+    rows = [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if len(rows) < 2:
+        raise SurgeryError(
+            f"holds {len(rows)} row(s), expected two or more", where=path, hint="Some are fitted on, some held out."
+        )
+    return rows
+
+
+def tune_members(
+    config: Mapping[str, Any],
+    checkpoints: Sequence[Checkpoint],
+    rows: Sequence[Row],
+    what: TuneWhat,
+    scratch: Path,
+    *,
+    device: str,
+    progress: Progress,
+) -> Tuned:
+    """Loads the members, fits, and leaves a fused head in `scratch`; `config` is the ensemble's config.json.
+
+    Raises:
+        SurgeryError: a member cannot be loaded; the first has no tokenizer; no row has a token to learn.
+    """
+    place = torch_device(device)
+    tokenizer = load_tokenizer(loadable_folder(checkpoints[0]), checkpoints[0].ref)
+    model = LogitEnsembleForCausalLM(LogitEnsembleConfig(**config), [_load(one).to(place) for one in checkpoints])
+    model.requires_grad_(False).eval()
+    return tune(model, tokenizer, rows, what, scratch, progress=progress)
+
+
+def tune(
+    model: LogitEnsembleForCausalLM,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    what: TuneWhat,
+    scratch: Path,
+    *,
+    progress: Progress,
+    seed: int = 0,
+) -> Tuned:
+    """Fits weights or head of `model`, an ensemble without fused head; it is not changed itself.
+
+    Raises:
+        SurgeryError: no row has a token to learn; a member's logits are not W·h + b.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+    n_held = max(1, round(HELD_OUT * len(rows)))
+    longest = min([MAX_TOKENS, *(_context(one.config) for one in model.models)])
+    held, train = (list(_batches(part, tokenizer, longest, model.device)) for part in (order[:n_held], order[n_held:]))
+    start = torch.tensor(model.config.weights, device=model.device)
+    plain: Logits = lambda batch: combine(  # noqa: E731  # a name for the type checker
+        model.member_logits(batch.input_ids, batch.attention_mask), model.config.weights, model.config.mode
+    )
+    if what == "weights":
+        theta = start.log().requires_grad_()
+        parameters = [theta]
+        fitted: Logits = lambda batch: combine(  # noqa: E731
+            model.member_logits(batch.input_ids, batch.attention_mask), theta.softmax(0), model.config.mode
+        )
+    else:
+        head = average_head(model, held[0])
+        parameters = list(head.parameters())
+        fitted = lambda batch: head(model.hidden_states(batch.input_ids, batch.attention_mask))  # noqa: E731
+    steps = EPOCHS * len(train) + 2 * len(held)
+    with progress("Fitting", steps, "steps") as advance:
+        before = _mean_loss(plain, held, advance)
+        optimizer = torch.optim.Adam(parameters, lr=RATES[what])
+        for _ in range(EPOCHS):
+            for i in torch.randperm(len(train), generator=generator).tolist():
+                optimizer.zero_grad()
+                _loss(fitted(train[i]), train[i], "mean").backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                advance(1)
+        after = _mean_loss(fitted, held, advance)
+    numbers = len(rows) - n_held, n_held, before, after
+    if not after < before:
+        return Tuned(what, *numbers, False, tuple(model.config.weights))
+    if what == "weights":
+        return Tuned(what, *numbers, True, tuple(theta.detach().double().softmax(0).tolist()))
+    path = scratch / HEAD_FILE
+    save_file({name: value.cpu().contiguous() for name, value in head.state_dict().items()}, path, {"format": "pt"})
+    kind = "linear" if head.bias is None else "affine"
+    return Tuned(what, *numbers, True, tuple(model.config.weights), kind, path)
+
+
+def average_head(model: LogitEnsembleForCausalLM, batch: Batch) -> nn.Linear:
+    """concat(wᵢ·Wᵢ), Σ wᵢ·bᵢ in fp32: (V, Σ Hᵢ), (V,); on the members' hidden states it gives the mean of logits.
+
+    Raises:
+        SurgeryError: on `batch` it does not: a member does more to its logits than a matrix can.
+    """
+    n_rows, weights = model.config.vocab_size, model.config.weights
+    for one in model.models:
+        for key in AFTER_THE_HEAD:
+            if getattr(one.config.get_text_config(decoder=True), key, None):
+                raise _not_linear(f"{type(one).__name__} has {key}")
+    heads = [head_of(one) for one in model.models]
+    blocks = [weight * head.weight[:n_rows].float() for weight, head in zip(weights, heads, strict=True)]
+    biases = [
+        weight * head.bias[:n_rows].float()
+        for weight, head in zip(weights, heads, strict=True)
+        if getattr(head, "bias", None) is not None
+    ]
+    matrix = torch.cat([block.to(model.device) for block in blocks], dim=1)
+    fused = nn.Linear(matrix.shape[1], n_rows, bias=bool(biases), device=model.device, dtype=torch.float32)
+    with torch.no_grad():
+        fused.weight.copy_(matrix)
+        if biases:
+            fused.bias.copy_(torch.stack([bias.to(model.device) for bias in biases]).sum(0))
+        got = fused(model.hidden_states(batch.input_ids, batch.attention_mask))
+        expected = combine(model.member_logits(batch.input_ids, batch.attention_mask), weights, "logits")
+        heads_round = max(torch.finfo(head.weight.dtype).eps for head in heads)
+        if float((got - expected).abs().max()) > max(EXACT, 4 * heads_round) * float(expected.abs().max()):
+            raise _not_linear("a member's logits are not its output matrix times its hidden states")
+    return fused
+
+
+def _not_linear(why: str) -> SurgeryError:
+    return SurgeryError(
+        f"{why}, so no matrix on the hidden states gives its logits",
+        where="--tune-what head",
+        hint="Fit the weights: --tune-what weights.",
+    )
+
+
+def _row(line: str, where: str) -> Row:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise SurgeryError(f"is not JSON ({error})", where=where) from error
+    fields = value if isinstance(value, dict) else {}
+    prompt, response = (None, fields.get("text"))
+    if response is None:
+        prompt, response = fields.get("prompt"), fields.get("response")
+        if not isinstance(prompt, str):
+            response = None
+    if not isinstance(response, str) or not response:
+        raise SurgeryError(
+            'expected an object with "text", or with "prompt" and "response", as non-empty strings', where=where
+        )
+    return Row(prompt or "", response)
+
+
+def _load(checkpoint: Checkpoint) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(loadable_folder(checkpoint), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise SurgeryError(f"cannot be loaded: {error}", where=checkpoint.ref) from error
+
+
+def _context(config: Any) -> int:
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or MAX_TOKENS
+
+
+def _batches(rows: Sequence[Row], tokenizer: Any, longest: int, device: torch.device) -> Iterator[Batch]:
+    """Rows as tokens, cut at `longest` and padded on the right; rows with nothing to learn are left out."""
+    examples = []
+    for row in rows:
+        given = tokenizer(row.prompt)["input_ids"] if row.prompt else []
+        learnt = tokenizer(row.response, add_special_tokens=not row.prompt)["input_ids"]
+        tokens = torch.tensor((given + learnt)[:longest])
+        wanted = tokens.clone()
+        wanted[: max(len(given), 1)] = IGNORED  # nothing predicts the first token
+        if (wanted != IGNORED).any():
+            examples.append((tokens, wanted))
+    if not examples:
+        raise SurgeryError(f"none of {len(rows)} row(s) has a token to learn within {longest} tokens", where="--tune")
+    for begin in range(0, len(examples), BATCH):
+        chosen = examples[begin : begin + BATCH]
+        ids, labels = [ids for ids, _ in chosen], [labels for _, labels in chosen]
+        mask = [torch.ones_like(one) for one in ids]
+        padded = (
+            nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=value).to(device)
+            for part, value in ((ids, 0), (mask, 0), (labels, IGNORED))
+        )
+        yield Batch(*padded)
+
+
+def _loss(logits: Tensor, batch: Batch, reduction: str) -> Tensor:
+    """Cross-entropy of the next tokens.   logits: (B, T, V)"""
+    return nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED, reduction=reduction
+    )
+
+
+@torch.no_grad()
+def _mean_loss(logits: Logits, batches: Sequence[Batch], advance: Advance) -> float:
+    total, count = [], 0
+    for batch in batches:
+        total.append(float(_loss(logits(batch), batch, "sum")))
+        count += int((batch.labels[:, 1:] != IGNORED).sum())
+        advance(1)
+    return math.fsum(total) / count

@@ -1,0 +1,69 @@
+"""Token matrices as a merge's inputs, their rows aligned with the output's vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from merges.tokenizer.plan import TokenPlan
+from surgery.checkpoint.checkpoint import StoredTensor
+from surgery.checkpoint.reader import SEGMENT, Input, Reader, SourceFiles
+from surgery.errors import SurgeryError
+
+
+class TokenInputs:
+    """What a `TokenPlan` says, as inputs that the engine can read.
+
+    Args:
+        outside: model → tensor's name → tensor, of what lies outside the layers.
+    """
+
+    def __init__(self, plan: TokenPlan, outside: Mapping[str, Mapping[str, StoredTensor]]) -> None:
+        self.plan = plan
+        self._outside = outside
+
+    def align(self, ref: str, name: str, tensor: StoredTensor) -> Input:
+        """`tensor`, which `ref` has for the output tensor `name`, with one row per row of the output.
+
+        Reads `tensor` where some rows are to be the mean of the others.
+
+        Raises:
+            SurgeryError: a model that rows are to be taken from has no such tensor.
+        """
+        if self.plan.unchanged(ref, tensor.shape[0]):
+            return Input(tensor)
+        contributions = self.plan.contributions(ref)
+        others = tuple((self._tensor(other, name), rows) for other, rows in contributions.items() if other != ref)
+        aligned = Input(tensor, contributions[ref], others)
+        if not len(self.plan.averaged):
+            return aligned
+        mean = self._mean(aligned, self.plan.averaged)
+        return Input(tensor, contributions[ref], others, (self.plan.averaged, mean))
+
+    def _tensor(self, ref: str, name: str) -> StoredTensor:
+        if name not in self._outside[ref]:
+            raise SurgeryError(
+                f'has no "{name}", and others are to take rows of it for tokens that they lack',
+                where=ref,
+                hint="Name another model for these tokens under `tokenizer: tokens:`.",
+            )
+        return self._outside[ref][name]
+
+    def _mean(self, source: Input, without: np.ndarray) -> np.ndarray:
+        """The mean of the rows that are not in `without`: (width,) fp64."""
+        rows = source.shape[0]
+        width = source.n_elements // rows
+        counted = np.ones(rows, bool)
+        counted[without] = False
+        total = torch.zeros(width, dtype=torch.float64)
+        step = max(SEGMENT // width, 1)
+        with SourceFiles(path for stored in source.tensors for path in stored.files) as files:
+            reader = Reader(files)
+            for begin in range(0, rows, step):
+                end = min(begin + step, rows)
+                piece = reader.values(source, begin * width, end * width, "mean").view(-1, width).double()
+                total += piece[torch.from_numpy(counted[begin:end])].sum(dim=0)
+        mean: np.ndarray = (total / max(int(counted.sum()), 1)).numpy()
+        return mean

@@ -1,0 +1,341 @@
+"""One vocabulary out of several: which rows of which models make each row of the output's embedding.
+
+In go the models' tokenizers and what the config says of them, out comes a `TokenPlan`: the output's tokenizer, and for
+each model the rows that align its matrices with it. No tensor is read; the merge method runs on the aligned matrices.
+
+The rules are mergekit's (seen by running 0.1.5):
+
+- `base` and a model reference: the output has that model's tokenizer. `union`: it has the base's (without one, the
+  first model's), all ids kept, and behind them the tokens that only others have. A token named under `tokens` that this
+  leaves out is added too. Rows beyond the last token are cut off, then padded up to a multiple of `pad_to_multiple_of`.
+- A model that has a token keeps its own row for it. One that lacks it takes what `tokens` says; else the base's row;
+  else, where the base lacks it or there is none, the mean of the rows of all models that have it. With `force` every
+  model takes what `tokens` says. A model has a token if its matrix has the row, too.
+- A row that no token holds is the mean of the model's other rows.
+
+Deviations, each where mergekit is wrong or left to chance:
+
+- New tokens follow in the order of the models, then of their ids; in mergekit the order of a set changes with each run.
+- Ordinary tokens become part of the tokenizer's model, not added tokens: see `tokenizer_files`.
+- A token of `tokens` that the tokenizer's own model lacks takes its row as the rule says; mergekit gives that model
+  whatever row of its padding comes next.
+- Rows that no token holds stay as they are where every model has such a row; mergekit overwrites them.
+- A token that lies beyond the matrices of all models gets a mean row and a warning; mergekit crashes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from merges.config.schema import ModelToken, TokenizerRule, TokenRule, ZeroToken
+from merges.tokenizer.files import Entry, added_tokens, extend_tokenizer, read_tokenizer_files
+from surgery.checkpoint.structure import anatomy
+from surgery.checkpoint.vocabulary import MISSING, Vocabulary, read_vocabulary
+from surgery.errors import SurgeryError, listing, usage_error
+from surgery.vectors.align import Side
+
+UNION = "union"
+BASE = "base"
+EXAMPLES = 5
+WHERE = "tokenizer"
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TokenModel:
+    """One model as this module sees it: where its tokenizer lies, and how many rows its embedding has."""
+
+    ref: str
+    tokenizer: Path | None
+    rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class TokenPlan:
+    """The output's tokenizer, and how each model's matrices are aligned with it.
+
+    A row of a model's aligned matrix is its own row `own[ref]` where that is not −1; else the mean of the rows
+    `shared[other]` of all others where those are not −1; zeros where there is none. The rows in `averaged` are then
+    set to the mean of all rows not in it.
+
+    size: rows of the output's embedding.
+    own: ref → (size,) int64.
+    shared: ref → (size,) int64, the same for all models that use them; who contributes none is absent.
+    averaged: (n,) int64, ascending.
+    donor: the reference of the model whose tokenizer the output has, or extends.
+    files: the output's tokenizer files, by their paths in its folder. It has no others.
+    """
+
+    size: int
+    own: Mapping[str, Rows]
+    shared: Mapping[str, Rows]
+    averaged: Rows
+    donor: str
+    vocabulary: Vocabulary
+    files: Mapping[str, bytes]
+    facts: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def contributions(self, ref: str) -> dict[str, Rows]:
+        """Model → (size,) int64: its row that contributes to each row of `ref`'s aligned matrix, −1 for none.
+
+        The value is the mean of what contributes. `ref` comes first, always; others are there if they contribute.
+        """
+        own = self.own[ref]
+        rows = {ref: own}
+        for other, shared in self.shared.items():
+            lacking = np.where(own == MISSING, shared, MISSING)
+            if other == ref:
+                rows[ref] = np.maximum(own, lacking)
+            elif (lacking != MISSING).any():
+                rows[other] = lacking
+        return rows
+
+    def unchanged(self, ref: str, rows: int) -> bool:
+        """Whether a matrix of `ref` with this many rows is aligned as it lies."""
+        same = rows == self.size and not len(self.averaged)
+        return same and bool(np.array_equal(self.own[ref], np.arange(self.size)))
+
+
+def token_model(side: Side) -> TokenModel:
+    """What `plan_tokens` needs to know of a model; of several matrices, the rows that all of them have.
+
+    Raises:
+        SurgeryError: no tensor has one row per token.
+    """
+    names = anatomy(side.checkpoint).token_rows
+    if not names:
+        raise SurgeryError("no token embedding was found in it", where=side.ref)
+    return TokenModel(side.ref, side.tokenizer, min(side.checkpoint.tensors[name].shape[0] for name in names))
+
+
+def plan_tokens(
+    models: Sequence[TokenModel], rule: TokenizerRule, *, base: str | None, donor: TokenModel | None = None
+) -> TokenPlan:
+    """Decides the output's vocabulary, and which rows align each model with it.
+
+    Args:
+        models: every model of the merge, the base among them; a reference that stands twice counts once.
+        base: the base model's reference.
+        donor: the model that `rule.source` names, where it is none of `models`: it gives its tokenizer, and no row.
+
+    Raises:
+        SurgeryError: a model has no tokenizer that can be read; `rule` speaks of models or tokens that are not there;
+            the tokenizer cannot be extended.
+    """
+    known = {model.ref: model for model in models}
+    _check_rule(rule, known, base)
+    vocabularies = {ref: _vocabulary(model) for ref, model in known.items()}
+    start = donor or known[_donor(rule.source, list(known), base)]
+    origin = vocabularies.get(start.ref) or _vocabulary(start)
+    _check_ids(origin, max(model.rows for model in known.values()))
+    taken = _named_rows(rule.tokens, known, vocabularies)
+
+    extra = rule.tokens if rule.source != UNION else (*_by_id(vocabularies.values()), *rule.tokens)
+    new = [token for token in dict.fromkeys(extra) if token not in origin.ids]
+    ids = {**origin.ids, **{token: row for row, token in enumerate(new, start=origin.size)}}
+    size = _rounded(max(ids.values()) + 1, rule.pad_to_multiple_of)
+    held = np.zeros(size, bool)
+    held[list(ids.values())] = True
+
+    own = {ref: _own_rows(ids, vocabularies[ref], model.rows, size) for ref, model in known.items()}
+    if all((rows == MISSING).all() for rows in own.values()):
+        raise usage_error(f"no token of {start.ref} is in any of {listing(known, EXAMPLES)}", where=f"{WHERE}.source")
+    spare = _spare_rows(known, vocabularies, held)
+    for rows in own.values():
+        rows[spare] = spare
+    shared = _shared_rows(own, base)
+    nobodys = np.all([rows == MISSING for rows in own.values()], axis=0)
+    for token, source in taken.items():
+        row = ids[token]
+        nobodys[row] = False
+        for ref in known:
+            shared[ref][row] = source[1] if source and source[0] == ref else MISSING
+            own[ref][row] = MISSING if rule.tokens[token].force else own[ref][row]
+    return TokenPlan(
+        size=size,
+        own=own,
+        shared={ref: rows for ref, rows in shared.items() if (rows != MISSING).any()},
+        averaged=np.flatnonzero(nobodys),
+        donor=start.ref,
+        vocabulary=Vocabulary(ids, origin.source),
+        files=_files(start, new, ids, known, vocabularies),
+        facts=_facts(start.ref, len(ids), len(new), size, known),
+        warnings=_warnings(ids, nobodys),
+    )
+
+
+def _check_rule(rule: TokenizerRule, known: Mapping[str, TokenModel], base: str | None) -> None:
+    """Raises SurgeryError where `rule` contradicts itself or speaks of a model that is not merged."""
+    faults = []
+    if rule.source == BASE and base is None:
+        faults.append("source: says base, and there is no base_model")
+    if rule.pad_to_multiple_of is not None and rule.pad_to_multiple_of < 1:
+        faults.append(f"pad_to_multiple_of: got {rule.pad_to_multiple_of}, expected a whole number from 1")
+    for token, choice in rule.tokens.items():
+        source = choice.source
+        if source is None and choice.force:
+            faults.append(
+                f"tokens.{token}: force without a source says nothing. Add the source whose row all models take"
+            )
+        if isinstance(source, ModelToken) and (source.token is None) == (source.token_id is None):
+            faults.append(f"tokens.{token}: expected exactly one of token and token_id")
+        ref = source.model if isinstance(source, ModelToken) else source
+        if isinstance(ref, str) and ref not in known:
+            faults.append(f"tokens.{token}: {ref} is none of the merged models, {listing(known, EXAMPLES)}")
+    _refuse(faults)
+
+
+def _named_rows(
+    tokens: Mapping[str, TokenRule], known: Mapping[str, TokenModel], vocabularies: Mapping[str, Vocabulary]
+) -> dict[str, tuple[str, int] | None]:
+    """Token → the model and the row that its rule names, None for zeros; tokens whose rule names nothing are absent."""
+    faults = []
+    found: dict[str, tuple[str, int] | None] = {}
+    for token, choice in tokens.items():
+        source = choice.source
+        if isinstance(source, ZeroToken):
+            found[token] = None
+        elif source is None:
+            if not any(token in vocabulary.ids for vocabulary in vocabularies.values()):
+                faults.append(
+                    f"tokens.{token}: none of the models has this token. Say with source: where its row is from"
+                )
+        else:
+            named = source if isinstance(source, ModelToken) else ModelToken(model=source, token=token)
+            rows = known[named.model].rows
+            row = vocabularies[named.model].ids.get(named.token) if named.token is not None else named.token_id
+            if row is None:
+                faults.append(f"tokens.{token}: {named.model} has no token {named.token!r}")
+            elif not 0 <= row < rows:
+                what = f"token {named.token!r} has id {row}" if named.token is not None else f"got token_id {row}"
+                faults.append(f"tokens.{token}: {what}, but the embedding of {named.model} has {rows:,} rows")
+            else:
+                found[token] = named.model, row
+    _refuse(faults)
+    return found
+
+
+def _refuse(faults: Sequence[str]) -> None:
+    if faults:
+        raise usage_error("\n".join(faults), where=WHERE)
+
+
+def _donor(source: str, refs: Sequence[str], base: str | None) -> str:
+    if source in (UNION, BASE):
+        return base or refs[0]
+    if source not in refs:
+        raise usage_error(f"{source} is none of the merged models, {listing(refs, EXAMPLES)}", where=f"{WHERE}.source")
+    return source
+
+
+def _vocabulary(model: TokenModel) -> Vocabulary:
+    vocabulary = read_vocabulary(_folder(model))
+    if vocabulary is None or not vocabulary.ids:
+        raise _no_tokenizer(model)
+    return vocabulary
+
+
+def _check_ids(vocabulary: Vocabulary, rows: int) -> None:
+    """Raises SurgeryError where the ids ask for a matrix that is mostly padding, which only a damaged file does."""
+    if vocabulary.size > len(vocabulary.ids) + rows:
+        token = max(vocabulary.ids, key=vocabulary.ids.__getitem__)
+        raise SurgeryError(
+            f"gives {token!r} id {vocabulary.size - 1}, and the largest embedding has {rows:,} rows",
+            where=vocabulary.source,
+            hint="Put the tokenizer there that belongs to the model.",
+        )
+
+
+def _folder(model: TokenModel) -> Path:
+    if model.tokenizer is None:
+        raise _no_tokenizer(model)
+    return model.tokenizer
+
+
+def _no_tokenizer(model: TokenModel) -> SurgeryError:
+    return usage_error(
+        "has no tokenizer files, so nothing says which token a row of its embedding belongs to",
+        where=model.ref,
+        hint="Put the tokenizer files it was trained with beside its weights, or leave out the tokenizer entry.",
+    )
+
+
+def _by_id(vocabularies: Iterable[Vocabulary]) -> list[str]:
+    return [token for v in vocabularies for token in sorted(v.ids, key=v.ids.__getitem__)]
+
+
+def _rounded(rows: int, multiple: int | None) -> int:
+    return rows if multiple is None else -(-rows // multiple) * multiple
+
+
+def _own_rows(ids: Mapping[str, int], vocabulary: Vocabulary, n_rows: int, size: int) -> Rows:
+    sources = np.fromiter((vocabulary.ids.get(token, MISSING) for token in ids), np.int64, len(ids))
+    sources[sources >= n_rows] = MISSING
+    rows = np.full(size, MISSING, np.int64)
+    rows[list(ids.values())] = sources
+    return rows
+
+
+def _spare_rows(
+    known: Mapping[str, TokenModel], vocabularies: Mapping[str, Vocabulary], held: npt.NDArray[np.bool_]
+) -> Rows:
+    """The output's rows without a token at which every model has a row without a token, too."""
+    spare = ~held
+    for ref, model in known.items():
+        spare[model.rows :] = False
+        taken = np.fromiter(vocabularies[ref].ids.values(), np.int64)
+        spare[taken[taken < len(spare)]] = False
+    return np.flatnonzero(spare)
+
+
+def _shared_rows(own: Mapping[str, Rows], base: str | None) -> dict[str, Rows]:
+    """What models take for a token that they lack, where no rule names it."""
+    if base is None:
+        return {ref: rows.copy() for ref, rows in own.items()}
+    at_base = own[base] != MISSING
+    return {ref: rows.copy() if ref == base else np.where(at_base, MISSING, rows) for ref, rows in own.items()}
+
+
+def _files(
+    start: TokenModel,
+    new: Sequence[str],
+    ids: Mapping[str, int],
+    known: Mapping[str, TokenModel],
+    vocabularies: Mapping[str, Vocabulary],
+) -> dict[str, bytes]:
+    """Byte for byte those of `start`, unless there are new tokens."""
+    files = read_tokenizer_files(_folder(start))
+    if not new:
+        return files
+    flags: dict[str, Entry] = {}
+    for model in known.values():
+        flags = {**added_tokens(_folder(model)), **flags}
+    ordinary = {token for vocabulary in vocabularies.values() for token in vocabulary.ids} - flags.keys()
+    added = {token: flags.get(token, {}) for token in new if token not in ordinary}
+    return extend_tokenizer(files, ids, new, added, where=_folder(start))
+
+
+def _facts(donor: str, n_tokens: int, n_new: int, size: int, known: Mapping[str, TokenModel]) -> tuple[str, ...]:
+    whose = f"the tokenizer of {donor}" + (f" and {n_new:,} tokens that it lacks" if n_new else "")
+    before = sorted({model.rows for model in known.values()})
+    return (
+        f"{whose}: {n_tokens:,} tokens",
+        f"{size:,} rows in the embedding, before {' or '.join(f'{n:,}' for n in before)}",
+    )
+
+
+def _warnings(ids: Mapping[str, int], nobodys: npt.NDArray[np.bool_]) -> tuple[str, ...]:
+    tokens = [repr(token) for token, row in ids.items() if nobodys[row]]
+    if not tokens:
+        return ()
+    return (
+        f"no model's embedding has a row for {listing(tokens, EXAMPLES)}: the mean of all rows stands there. "
+        "Say under tokenizer: tokens: what it shall be.",
+    )

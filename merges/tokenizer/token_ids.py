@@ -1,0 +1,91 @@
+"""Token ids in config.json and generation_config.json, renumbered for another tokenizer; and the number of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from surgery.checkpoint.tensor_roles import NESTED
+from surgery.checkpoint.vocabulary import Vocabulary
+
+VOCAB_SIZE = "vocab_size"
+BOUNDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SUFFIXES = ("_token_id", "_token_ids", "_token_index")
+LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
+
+
+def resized(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """config.json with `vocab_size` = `size` rows wherever the language model's numbers stand."""
+
+    def within(values: Mapping[str, Any]) -> dict[str, Any]:
+        inner = {
+            key: within(value) if key in NESTED and isinstance(value, dict) else value for key, value in values.items()
+        }
+        return {**inner, VOCAB_SIZE: size} if VOCAB_SIZE in inner else inner
+
+    out = within(config)
+    return out if _states_size(out) else {**out, VOCAB_SIZE: size}
+
+
+def remap_ids(
+    config: Mapping[str, Any], *, before: Vocabulary, after: Vocabulary, donor: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """`config` with the ids that the same tokens have in `after`; and warnings, ready to print.
+
+    Which tokens begin, end and pad a text is the tokenizer's affair: where `donor` has a value for one of these, it is
+    taken as it is. A token that `after` lacks leaves null, or leaves its list, with a warning. A number that is no
+    token's id in `before` stays (−1, say).
+
+    Args:
+        config: config.json or generation_config.json.
+        before: the vocabulary that `config` speaks of.
+        after: the output's vocabulary.
+        donor: the same file of the model whose tokenizer the output has, where `config` is another model's.
+    """
+    given = {key: donor[key] for key in BOUNDS if key in donor} if donor else {}
+    renumber = _Renumber(before, after)
+    out = {**renumber.within({key: value for key, value in config.items() if key not in given}), **given}
+    lost = [f"{place}: the output has no token {token!r}, so it stands there no more" for place, token in renumber.lost]
+    order = {key: out[key] for key in (*config, *given)}
+    return order, tuple(lost)
+
+
+class _Renumber:
+    """Walks a config; `lost` are the places that named a token which is no more, and the token."""
+
+    def __init__(self, before: Vocabulary, after: Vocabulary) -> None:
+        self._tokens = {row: token for token, row in before.ids.items()}
+        self._ids = after.ids
+        self.lost: list[tuple[str, str]] = []
+
+    def within(self, config: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, value in config.items():
+            if key.endswith(SUFFIXES) or key in LISTS:
+                out[key] = self._list(value, place + key) if isinstance(value, list) else self._id(value, place + key)
+            else:
+                out[key] = self.within(value, f"{place}{key}.") if isinstance(value, dict) else value
+        return out
+
+    def _list(self, values: list[Any], place: str) -> list[Any] | None:
+        """Ids, or lists of ids, of which one that lost an id says something else, and goes as a whole."""
+        kept = []
+        for value in values:
+            new = self._list(value, place) if isinstance(value, list) else self._id(value, place)
+            if new is not None and (not isinstance(value, list) or len(value) == len(new)):
+                kept.append(new)
+        return kept if kept or not values else None
+
+    def _id(self, value: Any, place: str) -> Any:
+        token = self._tokens.get(value) if type(value) is int else None
+        if token is None:
+            return value
+        if token not in self._ids:
+            self.lost.append((place, token))
+        return self._ids.get(token)
+
+
+def _states_size(config: Mapping[str, Any]) -> bool:
+    return VOCAB_SIZE in config or any(
+        _states_size(v) for k, v in config.items() if k in NESTED and isinstance(v, dict)
+    )

@@ -1,0 +1,194 @@
+"""References to data → rows as they stand there: files, and data sets on the Hub at one commit.
+
+A reference is a `.jsonl`, `.json` (a list), `.csv`, `.parquet` or `.txt` file (one prompt per line), a Hub data set
+`org/name[/config][@revision]:split[a:b]`, or `lab:NAME[/pool]`. Hub data sets and Parquet need the extra `data`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from probes.data.faults import Faults
+from surgery import lab
+from surgery.checkpoint.checkpoint import existing_path
+from surgery.errors import listing, usage_error
+from surgery.hub import datasets as hub_data
+from surgery.hub import download as hub
+
+TEXT_FIELD = "prompt"  # of the rows of a .txt file
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record. `key` is its number in the source, from 0, as text; `where` is how errors point at it."""
+
+    key: str
+    where: str
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The records of a source; `revision` is the commit of a Hub data set."""
+
+    rows: Sequence[Row]
+    revision: str | None = None
+
+
+def read_rows(source: str, faults: Faults, *, limit: int | None = None) -> Rows:
+    """The first `limit` rows of `source`, all of them at None. Lines that cannot be read as rows become faults.
+
+    Raises:
+        SurgeryError: there is no such file, data set, revision or split, or it cannot be read at all; the extra
+            `data` is needed and missing; the slice is empty.
+    """
+    path = existing_path(source)
+    if path is not None and path.is_dir():
+        raise usage_error("is a folder, expected a file", where=source)
+    if path is not None:
+        return Rows(_read_file(path, faults, limit))
+    if (data := lab.data_of(source)) is not None:
+        return Rows(_read_file(data, faults, limit))
+    asked = hub_data.parse(source)
+    if asked is not None:
+        return _read_hub(asked, limit)
+    if hub.is_repo_id(source) and not source.lower().endswith(tuple(_READERS)):
+        raise hub_data.no_split(source)
+    raise usage_error(
+        f"no such file, and not a Hub data set ({hub_data.SHAPE}) or {lab.PREFIX}NAME",
+        where=source or '""',
+        hint="Slices count rows from 0, as in [0:200].",
+    )
+
+
+def _read_file(path: Path, faults: Faults, limit: int | None) -> list[Row]:
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise usage_error(f"is no {listing(_READERS)} file", where=path)
+    return list(islice(reader(path, faults), limit))
+
+
+def _text(path: Path) -> str:
+    try:
+        # Spreadsheets put a byte-order mark before their CSV.
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise usage_error(f"cannot be read ({error.strerror})", where=path) from error
+    except UnicodeDecodeError as error:
+        raise usage_error(f"is not UTF-8 (byte {error.start:,})", where=path, hint="Convert it first.") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their numbers from 1."""
+    # Not splitlines: JSON strings and prompts may hold line separators of Unicode.
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if line.strip():
+            yield number, line.rstrip("\r")
+
+
+def _read_txt(path: Path, faults: Faults) -> Iterator[Row]:
+    for at, (number, line) in enumerate(_lines(path)):
+        yield Row(str(at), f"{path}:{number}", {TEXT_FIELD: line})
+
+
+def _read_jsonl(path: Path, faults: Faults) -> Iterator[Row]:
+    for at, (number, line) in enumerate(_lines(path)):
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            faults.add(f"is not valid JSON ({error})", where=where)
+            continue
+        if isinstance(record, dict):
+            yield Row(str(at), where, record)
+        else:
+            faults.add(f"holds {_kind(record)}, expected an object", where=where)
+
+
+def _read_json(path: Path, faults: Faults) -> Iterator[Row]:
+    try:
+        records = json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        hint = "One object per line is a .jsonl file: rename it." if "Extra data" in str(error) else None
+        raise usage_error(f"is not valid JSON ({error})", where=path, hint=hint) from error
+    if not isinstance(records, list):
+        raise usage_error(f"holds {_kind(records)}, expected a list of objects", where=path)
+    for at, record in enumerate(records):
+        if isinstance(record, dict):
+            yield Row(str(at), f"{path}[{at}]", record)
+        else:
+            faults.add(f"is {_kind(record)}, expected an object", where=f"{path}[{at}]")
+
+
+def _read_csv(path: Path, faults: Faults) -> Iterator[Row]:
+    # A thinking may be longer than the module's limit of 131,072 characters for a cell.
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        yield from _csv_rows(path, _text(path), faults)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _csv_rows(path: Path, text: str, faults: Faults) -> list[Row]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows = []
+    try:
+        starts_at = _after_header(reader)
+        for at, cells in enumerate(reader):
+            where, starts_at = f"{path}:{starts_at}", reader.line_num + 1
+            if None in cells:
+                faults.add("has more cells than the header has names", where=where)
+            else:
+                # An empty cell says nothing; in JSON one can tell that from an empty text.
+                rows.append(Row(str(at), where, {name: cell for name, cell in cells.items() if cell}))
+    except csv.Error as error:
+        raise usage_error(f"is not valid CSV ({error})", where=f"{path}:{reader.line_num}") from error
+    return rows
+
+
+def _after_header(reader: csv.DictReader[str]) -> int:
+    """The line after the header, which is read at the first look at the names."""
+    return reader.line_num + 1 if reader.fieldnames else 1
+
+
+def _read_parquet(path: Path, faults: Faults) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import read_table
+    except ImportError as error:
+        raise hub_data.no_extra(path) from error
+    try:
+        records = read_table(path, partitioning=None).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise usage_error(f"cannot be read as Parquet ({hub_data.first_line(error)})", where=path) from error
+    for at, record in enumerate(records):
+        yield Row(str(at), f"{path}[{at}]", record)
+
+
+_READERS: dict[str, Callable[[Path, Faults], Iterator[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_txt,
+}
+
+
+def _read_hub(asked: hub_data.HubData, limit: int | None) -> Rows:
+    commit = hub_data.pin(asked)
+    records = hub_data.load(asked, commit, limit=limit)
+    rows = [Row(str(at), f"{asked.name}[{at}]", record) for at, record in enumerate(records, start=asked.first)]
+    return Rows(rows, commit)
+
+
+def _kind(value: object) -> str:
+    kinds = {dict: "an object", list: "a list", str: "text", type(None): "null", bool: "true or false"}
+    return kinds.get(type(value), "a number")

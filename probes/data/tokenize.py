@@ -1,0 +1,299 @@
+"""Examples as their model reads them: chat template, thinking markers, token ids, and where each segment ends.
+
+In come a tokenizer, examples and their model's `Markers`; out come texts and `TokenSequence`s. A text is put together
+once and tokenised once, as a whole: the ids are those that the model saw when it wrote the text, or would have seen.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import accumulate
+from typing import Any
+
+from probes.data.examples import Example, TokenSequence
+from probes.data.faults import Faults
+from probes.data.markers import (
+    KNOWN,
+    NONE_OPTION,
+    Markers,
+    check_split,
+    find_markers,
+    never_closed,
+    split_completion,
+    split_given,
+    template_text,
+)
+from surgery.errors import usage_error
+from surgery.io.hashing import hash_text
+from surgery.runtime.quiet import quiet
+
+__all__ = [
+    "Markers",
+    "build_sequences",
+    "encode",
+    "find_markers",
+    "never_closed",
+    "render_prompt",
+    "split_completion",
+    "split_given",
+    "template_hash",
+    "text_before_answer",
+    "tokenizer_hash",
+]
+
+# Some templates write today's date by strftime_now. The same data must give the same ids tomorrow, so it is always this
+# day for them. Templates are handed no functions of ours, hence a macro that puts in each part of the date.
+TODAY = datetime(2025, 1, 1)
+STRFTIME_NOW = "strftime_now"
+_PARTS = "".join(f"|replace('%{code}', '{TODAY.strftime(f'%{code}')}')" for code in "aAbBdejmyYHIMSp")
+_SAME_DAY = "{% macro " + STRFTIME_NOW + "(format) %}{{ format" + _PARTS + " }}{% endmacro %}{{ '' }}"
+# Texts at a time: enough for every thread of the tokenizer, few enough to hold their offsets.
+CHUNK = 512
+
+Offsets = Sequence[tuple[int, int]]
+Cut = tuple[tuple[int, ...], tuple[int, int, int]]  # ids, and how many end before prompt, thinking and closing do
+
+
+@dataclass(frozen=True)
+class _Text:
+    """An example's text in its four segments."""
+
+    prompt: str
+    thinking: str
+    closing: str
+    answer: str
+
+    @property
+    def whole(self) -> str:
+        return self.prompt + self.thinking + self.closing + self.answer
+
+    @property
+    def borders(self) -> tuple[int, int, int]:
+        """Where prompt, thinking and closing end, in characters."""
+        first = len(self.prompt)
+        second = first + len(self.thinking)
+        return first, second, second + len(self.closing)
+
+
+def render_prompt(tokenizer: Any, example: Example, markers: Markers | None) -> str:
+    """The text before an example's thinking: its conversation in the tokenizer's chat template, and the opening marker.
+
+    The template is asked for a generation prompt, and to let the model think, or without `markers` not to
+    (`enable_thinking`, `thinking`). The opening marker is added where the prompt does not end with it already. A
+    tokenizer without template gets the bare prompt, in front of which `encode` puts its BOS.
+
+    Raises:
+        SurgeryError: the template refuses the conversation, or there is none and the conversation is more than a
+            prompt; the template ends the thinking before it begins, or begins one that there are no markers for.
+    """
+    text = _conversation(tokenizer, example, thinks=markers is not None)
+    tail = text.rstrip()
+    if markers is None:
+        opened = next((each.markers.open for each in KNOWN if tail.endswith(each.markers.open)), None)
+        if opened:
+            raise usage_error(f"the chat template begins a thinking with {opened}", hint=f"Drop {NONE_OPTION}.")
+        return text
+    if tail.endswith(markers.close):
+        raise usage_error(
+            f"the chat template ends the thinking before it begins, with {markers.close}",
+            hint=f"Give {NONE_OPTION}, or a conversation that lets the model think.",
+        )
+    return text if tail.endswith(markers.open) else text + markers.opening
+
+
+def text_before_answer(tokenizer: Any, example: Example, markers: Markers | None) -> str:
+    """The text that the model goes on from: with its thinking and closing template where the thinking is known."""
+    prompt = render_prompt(tokenizer, example, markers)
+    if example.thinking is None:
+        return prompt
+    text = _segments(tokenizer, prompt, example, markers, answer=False)
+    return text.whole
+
+
+def build_sequences(
+    tokenizer: Any,
+    examples: Sequence[Example],
+    markers: Markers | None,
+    *,
+    answer: bool = True,
+    max_tokens: int | None = None,
+    where: str,
+) -> list[TokenSequence]:
+    """Examples as token ids, cut into prompt, thinking, closing template and answer.
+
+    The text is prompt (with the opening marker) + thinking + closing template + response. Responses that hold their
+    thinking are split first. A token that reaches over a border belongs to the later segment: `.\\n` at the end of a
+    thinking is part of the closing template. At the border before the answer this holds for white space only; where
+    such a token would take a part of the closing marker, or of the prompt, along, the text is cut there and both sides
+    are tokenised on their own, so that the last token before the answer is always one that closes the thinking.
+
+    Tokenizers without offsets are cut by what the text up to each border has in common with the whole, token by token.
+
+    Args:
+        markers: None for a model that does not think; a thinking is then refused, but for tokenizers without chat
+            template, which get prompt, thinking, closing (if given) and response one after the other.
+        answer: False leaves the answer's tokens out; those before it are the same either way.
+        max_tokens: the model's context. Longer sequences are faults.
+        where: what errors call the data.
+
+    Raises:
+        SurgeryError: all examples that cannot be used, with the reason: thinking or response is missing, holds
+            markers, was never closed; the chat template refuses it; it is too long, or its prompt has no tokens.
+    """
+    faults = Faults()
+    texts: list[tuple[Example, _Text]] = []
+    for example in split_given(examples, markers):
+        with faults.collect(f"{where}: example {example.key}"):
+            prompt = render_prompt(tokenizer, example, markers)
+            texts.append((example, _segments(tokenizer, prompt, example, markers, answer=answer)))
+    prefix = _prefix(tokenizer, texts[0][1].whole) if texts else ()
+    sequences = []
+    cuts = _cut_all(tokenizer, [text for _, text in texts])
+    for (example, _), (ids, ends) in zip(texts, cuts, strict=True):
+        place = f"{where}: example {example.key}"
+        kept = ids if answer else ids[: ends[2]]
+        whole = (*prefix, *kept)
+        if ends[0] == 0:
+            faults.add("its prompt has no tokens of its own", where=place)
+        elif max_tokens is not None and len(whole) > max_tokens:
+            faults.add(f"has {len(whole):,} tokens, and the model reads {max_tokens:,}", where=place)
+        else:
+            first, second, third = (end + len(prefix) for end in ends)
+            sequences.append(TokenSequence(example.key, whole, (first, second, third, len(whole))))
+    faults.settle()
+    return sequences
+
+
+def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """The ids of a text made by `render_prompt` or `text_before_answer`, with one BOS at most."""
+    with quiet():  # a text that is longer than the context is found and named elsewhere
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return (*_prefix(tokenizer, text), *ids)
+
+
+def template_hash(tokenizer: Any) -> str:
+    """The hash of the tokenizer's chat template, of `""` where it has none."""
+    return hash_text(template_text(tokenizer))
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """The hash of how the tokenizer cuts texts: its vocabulary, and its backend's own description if it has one."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    # What remembers the last call's padding and truncation is no part of it.
+    rules = {} if backend is None else json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+    return hash_text(vocabulary + json.dumps(rules, sort_keys=True))
+
+
+def _conversation(tokenizer: Any, example: Example, *, thinks: bool) -> str:
+    template = template_text(tokenizer)
+    if not template:
+        if len(example.messages) > 1:
+            raise usage_error(
+                f"is a conversation of {len(example.messages)} messages, and the tokenizer has no chat template",
+                hint="Without one, give a single prompt.",
+            )
+        return example.prompt
+    from jinja2.exceptions import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in example.messages],
+            chat_template=_SAME_DAY + template if STRFTIME_NOW in template else template,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinks,  # Qwen3, GLM, Gemma 4
+            thinking=thinks,  # DeepSeek-V3.1, Granite
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise usage_error(f"the chat template refuses it ({error})") from error
+    return str(text)
+
+
+def _segments(tokenizer: Any, prompt: str, example: Example, markers: Markers | None, *, answer: bool) -> _Text:
+    """Raises SurgeryError where a segment is missing, or does not fit the markers."""
+    response = example.response
+    if markers is not None:
+        check_split(example, markers)
+        if example.thinking is None:
+            raise usage_error("its thinking is not known yet", hint="Generate it first.")
+        closing = markers.closing if example.closing is None else example.closing
+    else:
+        if (example.thinking or example.closing) and template_text(tokenizer):
+            raise usage_error("has a thinking, and its model is said not to think", hint=f"Drop {NONE_OPTION}.")
+        closing = example.closing or ""
+    if answer and response is None:
+        raise usage_error("its response is not known yet", hint="Generate it first.")
+    return _Text(prompt, example.thinking or "", closing, response or "")
+
+
+def _prefix(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """What the tokenizer puts before `text`; nothing where a chat template has written it already."""
+    if template_text(tokenizer):
+        return ()
+    bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer(text)["input_ids"])
+    for length in range(len(whole) - len(bare) + 1):
+        if whole[length : length + len(bare)] == bare:
+            return tuple(whole[:length])
+    raise usage_error("cuts a text differently when it adds special tokens", where=tokenizer.name_or_path)
+
+
+def _cut_all(tokenizer: Any, texts: Sequence[_Text]) -> Iterator[Cut]:
+    """The ids of each text, and how many of them lie before the ends of prompt, thinking and closing."""
+    for start in range(0, len(texts), CHUNK):
+        chunk = texts[start : start + CHUNK]
+        wholes = [text.whole for text in chunk]
+        if tokenizer.is_fast:
+            with quiet():
+                encoded = tokenizer(wholes, add_special_tokens=False, return_offsets_mapping=True)
+            for text, ids, offsets in zip(chunk, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+                yield _cut_by_offsets(tokenizer, text, tuple(ids), offsets)
+        else:
+            with quiet():
+                encoded = tokenizer(wholes, add_special_tokens=False)
+            for text, ids in zip(chunk, encoded["input_ids"], strict=True):
+                yield _cut_by_prefixes(tokenizer, text, tuple(ids))
+
+
+def _cut_by_offsets(tokenizer: Any, text: _Text, ids: tuple[int, ...], offsets: Offsets) -> Cut:
+    border = text.borders[2]
+    reach = list(accumulate((end for _, end in offsets), max))
+    first, second, third = (bisect_right(reach, border) for border in text.borders)
+    if third < len(ids) and text.whole[offsets[third][0] : border].strip():
+        return _cut_apart(tokenizer, text)
+    return ids, (first, second, third)
+
+
+def _cut_by_prefixes(tokenizer: Any, text: _Text, ids: tuple[int, ...]) -> Cut:
+    def shared(part: str) -> int:
+        return _common(ids, tokenizer(part, add_special_tokens=False)["input_ids"])
+
+    first, second, third = (shared(text.whole[:border]) for border in text.borders)
+    # The tokens of the text before the answer, white space at its end apart, must all be there.
+    bare = tokenizer(text.whole[: text.borders[2]].rstrip(), add_special_tokens=False)["input_ids"]
+    if text.answer and third < len(bare):
+        return _cut_apart(tokenizer, text)
+    return ids, (first, second, third)
+
+
+def _cut_apart(tokenizer: Any, text: _Text) -> Cut:
+    """The text before the answer and the answer, each tokenised on its own."""
+    before = _Text(text.prompt, text.thinking, text.closing, "")
+    [(head, ends)] = _cut_all(tokenizer, [before])
+    tail = tokenizer(text.answer, add_special_tokens=False)["input_ids"]
+    return (*head, *tail), ends
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids both begin with."""
+    count = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count

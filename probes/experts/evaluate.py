@@ -1,0 +1,62 @@
+"""Models scored with experts reinforced while they run, beside themselves as they are: `surgery eval --reinforce`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+from probes.data.records import check_model
+from probes.experts.edit import ExpertChoice, chosen_experts
+from probes.experts.findings import read_expert_findings
+from probes.model.reinforce import Phase, Reinforcement, reinforced
+from probes.model.routers import find_routers
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.engine.execute import Options
+from surgery.evaluation.scoring import Measure, Score
+from surgery.models.loaded_model import wrap
+from surgery.models.loading import Loaded
+
+
+def with_reinforced(
+    opened: Mapping[str, Checkpoint],
+    folders: Mapping[str, Path],
+    measures: Sequence[Measure],
+    run: Path,
+    *,
+    top: int,
+    scale: float,
+    phase: str,
+    options: Options = Options(),
+) -> tuple[dict[str, Path], list[Measure]]:
+    """What `scoring.score_models` takes to score every model twice: as it is, and with experts of `run` × `scale`.
+
+    Raises:
+        SurgeryError: `run` holds findings of another model, or ranks fewer than `top` experts; β or phase are wrong.
+    """
+    findings = read_expert_findings(run)
+    for checkpoint in opened.values():
+        check_model(findings, checkpoint, run, options=options)
+    scales = chosen_experts(ExpertChoice(run=run, top=top, scale=scale), findings)
+    how = Reinforcement(scales, phase=cast("Phase", phase))
+    suffix = f" + {', '.join(map(str, scales))} × {scale:g}"
+    twice: dict[str, Path] = {}
+    originals: dict[str, Checkpoint] = {}
+    for name, folder in folders.items():
+        twice |= {name: folder, name + suffix: folder}
+        originals[name + suffix] = opened[name]
+    return twice, [partial(_measured, measure=measure, originals=originals, how=how) for measure in measures]
+
+
+def _measured(
+    loaded: Loaded, *, measure: Measure, originals: Mapping[str, Checkpoint], how: Reinforcement
+) -> Sequence[Score]:
+    checkpoint = originals.get(loaded.name)
+    if checkpoint is None:
+        return measure(loaded)
+    live = wrap(loaded, checkpoint)
+    with reinforced(live, find_routers(live), how) as applied:
+        scores = measure(loaded)
+    applied.check(", ".join(dict.fromkeys(score.task for score in scores)))
+    return scores

@@ -1,0 +1,277 @@
+"""The only place that runs forward passes for probing: token sequences in, what was asked of their hidden states out.
+
+Hooks look at each layer's input and at the final norm's output, and keep only the wanted positions, on the device where
+they are. No logits are made, no list of hidden states is kept, any attention kernel will do. Depth l is the residual
+stream before layer l (l = 0: the embeddings); the last depth is the final norm's output, as in transformers'
+`hidden_states`.
+
+Shapes: N sequences, T tokens, K positions, L depths, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from probes.data.examples import TokenSequence
+from surgery.errors import SurgeryError, usage_error
+from surgery.models.loaded_model import LiveModel, hidden_in, hidden_out, hooks
+from surgery.runtime.collectives import n_processes, share
+from surgery.runtime.progress import Progress, silent
+
+# Tokens in a batch, padding included. On a processor more cost 5 to 30 % (activations leave its caches: measured at
+# widths of 64 to 1024); a GPU tries the larger number first and halves it until the heaviest batch fits.
+CPU_TOKENS, GPU_TOKENS = 1024, 65536
+
+Padding = Literal["right", "left"]
+Look = Callable[[int, Tensor], None]  # (depth, hidden states (N, T, D)) → nothing
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of like length. `numbers` say which they are; ids and mask: (N, T) int64 on the CPU.
+
+    firsts: (N,) the column of each sequence's first token: 0 unless padding stands on the left.
+    """
+
+    numbers: tuple[int, ...]
+    ids: Tensor
+    mask: Tensor
+    firsts: Tensor
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in all, padding included."""
+        return self.ids.numel()
+
+    def inputs(self, device: torch.device) -> dict[str, Tensor]:
+        """What the model is called with. Positions count from each sequence's first token."""
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)
+        return {
+            "input_ids": self.ids.to(device),
+            "attention_mask": self.mask.to(device),
+            "position_ids": positions.to(device),
+        }
+
+
+def make_batches(
+    sequences: Sequence[Sequence[int]], *, max_tokens: int, pad_id: int = 0, padding: Padding = "right"
+) -> list[Batch]:
+    """Cuts sequences of ids, longest first, into batches of at most `max_tokens` (or of one that is longer)."""
+    order = sorted(range(len(sequences)), key=lambda number: (-len(sequences[number]), number))
+    batches = []
+    start = 0
+    while start < len(order):
+        count = max(1, max_tokens // max(len(sequences[order[start]]), 1))
+        numbers = order[start : start + count]
+        batches.append(_pad(numbers, [sequences[number] for number in numbers], pad_id, padding))
+        start += count
+    return batches
+
+
+def token_budget(live: LiveModel, longest: int, trial: Callable[[int], object], *, start: int | None = None) -> int:
+    """How many tokens a batch may hold: tried on the heaviest phase, and halved until it fits a GPU's memory.
+
+    With several processes it is what fits all of them: they must make the same batches.
+
+    Args:
+        longest: tokens of the longest sequence, which every batch must have room for.
+        trial: runs the heaviest phase with so many tokens.
+
+    Raises:
+        SurgeryError: not even one sequence fits.
+    """
+    if live.device.type != "cuda":
+        return max(start or CPU_TOKENS, longest)
+
+    def fitting(process: int) -> int:
+        tokens = max(start or GPU_TOKENS, longest)
+        while True:
+            try:
+                trial(tokens)
+            except torch.OutOfMemoryError as error:
+                if tokens <= longest:
+                    raise SurgeryError(
+                        f"one sequence of {longest:,} tokens does not fit the memory of {live.device}",
+                        where=live.name,
+                        hint="Use --device auto, which spreads the model, or shorter examples.",
+                    ) from error
+            else:
+                return tokens
+            # Outside the handler: the error holds the failed pass's tensors.
+            torch.cuda.empty_cache()
+            tokens = max(tokens // 2, longest)
+
+    return min(share(range(n_processes()), fitting))
+
+
+def fitting_batches(
+    live: LiveModel,
+    ids: Sequence[Sequence[int]],
+    work: Callable[[Batch], object],
+    *,
+    max_tokens: int | None = None,
+    padding: Padding = "right",
+) -> list[Batch]:
+    """Batches of `max_tokens`, or, where that is None, of as many as `work` is found to fit (`token_budget`)."""
+    longest = max((len(sequence) for sequence in ids), default=1)
+
+    def trial(tokens: int) -> None:
+        rows = max(1, tokens // longest)
+        work(_pad([0] * rows, [[0] * longest] * rows, 0, padding))
+
+    budget = token_budget(live, longest, trial) if max_tokens is None else max_tokens
+    return make_batches(ids, max_tokens=budget, padding=padding)
+
+
+@torch.inference_mode()
+def look_at(live: LiveModel, batch: Batch, look: Look, *, depths: Sequence[int] | None = None) -> None:
+    """One forward pass without logits; `look` is called with every depth's hidden states as they come by.
+
+    Raises:
+        SurgeryError: the model keeps no residual stream of one vector per token (Gemma 3n has several).
+    """
+    wanted = range(live.n_depths) if depths is None else depths
+    expected = (*batch.ids.shape, live.width)
+
+    def checked(depth: int, hidden: Tensor) -> None:
+        if hidden.shape != expected:
+            raise SurgeryError(
+                f"the hidden states at depth {depth} have shape {tuple(hidden.shape)}, expected {expected}: it keeps "
+                "another residual stream than one vector per token",
+                where=live.name,
+            )
+        look(depth, hidden)
+
+    handles = []
+    for depth in wanted:
+        if depth < len(live.layers):
+            handles.append(live.layers[depth].register_forward_pre_hook(_see_input(depth, checked), with_kwargs=True))
+        else:
+            handles.append(live.final_norm.register_forward_hook(_see_output(depth, checked)))
+    with hooks(*handles):
+        live.body(**batch.inputs(live.device), use_cache=False)
+
+
+def states_at(
+    live: LiveModel,
+    sequences: Sequence[TokenSequence],
+    positions: Sequence[Sequence[int]],
+    *,
+    max_tokens: int | None = None,
+    padding: Padding = "right",
+    progress: Progress = silent,
+) -> Tensor:
+    """Hidden states at the same number of positions of each sequence, all depths: (N, K, L, D) fp32 on the CPU.
+
+    Args:
+        positions: N × K positions in the sequence, each below its length.
+        max_tokens: in a batch, padding included; None tries what fits.
+
+    Raises:
+        SurgeryError: a position is not in its sequence; or as `token_budget`.
+    """
+    for sequence, row in zip(sequences, positions, strict=True):
+        wrong = [position for position in row if not 0 <= position < len(sequence.ids)]
+        if wrong or len(row) != len(positions[0]):
+            what = f"position {wrong[0]}" if wrong else f"{len(row)} positions, where others have {len(positions[0])},"
+            raise usage_error(f"got {what} for a sequence of {len(sequence.ids)} tokens", where=sequence.key)
+    if not sequences:
+        raise SurgeryError("no example is left to read states of", where=live.name)
+    shape = (len(sequences), len(positions[0]), live.n_depths, live.width)
+    found = torch.empty(shape, dtype=torch.float32)
+    work = partial(_states, live, torch.tensor([list(row) for row in positions]))
+    ids = [sequence.ids for sequence in sequences]
+    batches = fitting_batches(live, ids, work, max_tokens=max_tokens, padding=padding)
+    rows = share(batches, work, label="Reading states", size=_n_sequences, progress=progress)
+    for batch, states in zip(batches, rows, strict=True):
+        found[list(batch.numbers)] = states
+    return found
+
+
+def project(
+    live: LiveModel,
+    sequences: Sequence[TokenSequence],
+    weights: Tensor,
+    biases: Tensor,
+    *,
+    max_tokens: int | None = None,
+    padding: Padding = "right",
+    progress: Progress = silent,
+) -> list[Tensor]:
+    """w_l·h + b_l at every position and depth of each sequence: N × (T, L) fp32 on the CPU.
+
+    weights: (L, D), biases: (L,). The states themselves never leave their device.
+    """
+    work = partial(_projections, live, weights, biases)
+    ids = [sequence.ids for sequence in sequences]
+    batches = fitting_batches(live, ids, work, max_tokens=max_tokens, padding=padding)
+    found: dict[int, Tensor] = {}
+    for batch, rows in zip(
+        batches, share(batches, work, label="Tracing", size=_n_sequences, progress=progress), strict=True
+    ):
+        found |= dict(zip(batch.numbers, rows, strict=True))
+    return [found[number] for number in range(len(sequences))]
+
+
+def _states(live: LiveModel, where: Tensor, batch: Batch) -> Tensor:
+    columns_NK = where[list(batch.numbers)] + batch.firsts.unsqueeze(1)
+    rows_N1 = torch.arange(len(columns_NK)).unsqueeze(1)
+    found: dict[int, Tensor] = {}
+
+    def look(depth: int, hidden: Tensor) -> None:
+        found[depth] = hidden[rows_N1.to(hidden.device), columns_NK.to(hidden.device)].float()
+
+    look_at(live, batch, look)
+    return torch.stack([found[depth].cpu() for depth in range(live.n_depths)], dim=2)
+
+
+def _projections(live: LiveModel, weights: Tensor, biases: Tensor, batch: Batch) -> list[Tensor]:
+    found: dict[int, Tensor] = {}
+
+    def look(depth: int, hidden: Tensor) -> None:
+        found[depth] = hidden.float() @ weights[depth].to(hidden.device) + biases[depth].to(hidden.device)
+
+    look_at(live, batch, look)
+    scores_NTL = torch.stack([found[depth].cpu() for depth in range(live.n_depths)], dim=2)
+    lengths = batch.mask.sum(1).tolist()
+    firsts = batch.firsts.tolist()
+    return [
+        scores_NTL[row, first : first + n].clone() for row, (first, n) in enumerate(zip(firsts, lengths, strict=True))
+    ]
+
+
+def _pad(numbers: Sequence[int], rows: Sequence[Sequence[int]], pad_id: int, padding: Padding) -> Batch:
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    firsts = torch.zeros(len(rows), dtype=torch.long)
+    for at, row in enumerate(rows):
+        first = width - len(row) if padding == "left" else 0
+        ids[at, first : first + len(row)] = torch.tensor(list(row))
+        mask[at, first : first + len(row)] = 1
+        firsts[at] = first
+    return Batch(tuple(numbers), ids, mask, firsts)
+
+
+def _n_sequences(batch: Batch) -> int:
+    return len(batch.numbers)
+
+
+def _see_input(depth: int, look: Look) -> Callable[..., None]:
+    def see(module: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        look(depth, hidden_in(arguments, keywords))
+
+    return see
+
+
+def _see_output(depth: int, look: Look) -> Callable[..., None]:
+    def see(module: torch.nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        look(depth, hidden_out(output))
+
+    return see

@@ -1,0 +1,150 @@
+"""What probing a model found, as a folder: RUN/results.json, the tensors beside it, the examples, the report.
+
+    results.json         `Findings`: everything that tables are made of
+    probes.safetensors   one probe per depth (`linear.Probes`)
+    traces.safetensors   `scores`: the last depth's refusal score of every token, one example after the other (fp32);
+                         `all`: the same at every depth (fp16, tokens × depths); `ends`: (N, 4) ends of the segments
+    heads.safetensors    `exact` and `paper`: (N, layers, heads), NaN where a layer has none; `layer.{l}`: (heads,
+                         head_dim) the mean input of the output projection at the last token before the answer
+    examples.jsonl       the examples with thinking, response and verdict, in the order of all tensors
+    report.html          tables and pictures
+
+Findings are of one model: its weights' hash is among them, and an edit of another model refuses them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from probes.data.records import DataRecord, Interval, ModelRecord, Record, read_record, write_record
+from surgery.checkpoint.selectors import Head
+
+KIND = "refusal"
+PROBES, TRACES, HEADS = "probes.safetensors", "traces.safetensors", "heads.safetensors"
+
+
+class ProbeRecord(Record):
+    """How well the probe of one depth tells refusals from answers, out of fold."""
+
+    depth: int
+    auroc: Interval
+    accuracy: Interval
+    balanced_accuracy: float | None
+    ece: float | None
+    brier: float | None
+    selectivity: float | None
+
+
+class CliffRecord(Record):
+    """The cliffs of one cell; see `cliffs.CellCliffs`."""
+
+    cell: str
+    n: int
+    plateau: Interval
+    p90: Interval
+    last: Interval
+    final: Interval
+    misalignment: Interval
+    onset: float | None
+
+
+class HeadRecord(Record):
+    """A head's attribution: mean over the examples that heads were scored on, with a bootstrap interval.
+
+    exact: in units of the probe's logit. paper: along the unit probe direction, norm not folded in.
+    """
+
+    layer: int
+    head: int
+    exact: Interval | None
+    paper: Interval
+
+    @property
+    def name(self) -> Head:
+        return Head(self.layer, self.head)
+
+
+class StepRecord(Record):
+    """A set of ablated heads: what it does to the probe, to answers, and to harmless text."""
+
+    heads: list[str]
+    score: Interval
+    refusal: Interval | None = None
+    harmless_refusal: Interval | None = None
+    kl: Interval | None = None
+    perplexity: float | None = None
+
+
+class EffectRecord(Record):
+    """One head's causal effect on the probe's logit."""
+
+    layer: int
+    head: int
+    effect: Interval
+
+
+class CausalRecord(Record):
+    """The causal proof: single heads, greedy sets, and random sets of the same sizes as the control."""
+
+    ablation: str
+    positions: str
+    method: str
+    cell: str
+    n: int
+    effects: list[EffectRecord]
+    spearman: Interval
+    candidates: list[str]
+    base: StepRecord
+    steps: list[StepRecord]
+    stopped: str
+    control: list[list[StepRecord]]
+    kl_budget: float
+
+
+class Findings(Record):
+    """Everything that one probing run found. `settings` are the options it ran with."""
+
+    model: ModelRecord
+    data: DataRecord
+    settings: dict[str, Any]
+    markers: dict[str, str] | None
+    cells: dict[str, int]
+    never_closed: int
+    generated: int
+    warnings: list[str]
+    folds: int
+    probes: list[ProbeRecord]
+    transfer: list[ProbeRecord] | None
+    transfer_data: DataRecord | None
+    depth: int
+    cliffs: list[CliffRecord]
+    onset_cell: str | None
+    heads_cell: str
+    heads_n: int
+    heads: list[HeadRecord]
+    attribution: Literal["exact", "paper"]
+    unexplained: float | None
+    skipped_layers: list[int]
+    causal: CausalRecord | None = None
+
+    @property
+    def ranked(self) -> list[HeadRecord]:
+        """The heads, those that most suppress refusal first."""
+        return sorted(self.heads, key=lambda row: (self.score_of(row), row.name))
+
+    def score_of(self, row: HeadRecord) -> float:
+        """The attribution that heads are ranked by: below 0 it writes against refusal."""
+        chosen = row.exact if self.attribution == "exact" else row.paper
+        assert chosen is not None and chosen.value is not None
+        return chosen.value
+
+
+def read_findings(run: Path) -> Findings:
+    """The findings in the folder `run`. Raises SurgeryError where it holds none, or something else."""
+    return read_record(run, KIND, Findings)
+
+
+def write_findings(folder: Path, findings: Findings) -> None:
+    """Writes them into `folder`, whole or not at all."""
+    write_record(folder, KIND, findings, findings.model)

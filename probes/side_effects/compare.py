@@ -1,0 +1,143 @@
+"""An edited model beside its original: both answer the same prompts on their own, and what differs is measured.
+
+In come two live models and examples; out come their answers from the bare prompts on, and KL and perplexity on the
+original's answers.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from probes.data.examples import Example
+from probes.data.generate import complete, context_of
+from probes.data.markers import Markers
+from probes.data.prepare import Asking, generation_settings
+from probes.data.tokenize import build_sequences
+from probes.side_effects.effects import Rate, Subject, divergences
+from surgery.engine.execute import Options
+from surgery.errors import usage_error
+from surgery.io.json_io import jsonable
+from surgery.models.loaded_model import LiveModel
+from surgery.reporting.report import Column, Table
+from surgery.runtime.collectives import n_processes
+
+TOPICS = ("harmful", "harmless")
+EffectRow = tuple[str, str, str, str | None]  # measure, original, edited, prompts
+ALL = "all"  # the topic of examples that do not say theirs
+
+
+def prompts_of(examples: Sequence[Example], most: int, *, any_topic: bool = False) -> list[Example]:
+    """The prompts alone, each once, of each topic the first `most`; those without one only with `any_topic`."""
+    seen: set[tuple[str | None, str]] = set()
+    found: list[Example] = []
+    for example in examples:
+        key = (example.topic, str(example.messages))
+        taken = sum(one.topic == example.topic for one in found)
+        if (example.topic is None and not any_topic) or key in seen or taken >= most:
+            continue
+        seen.add(key)
+        found.append(replace(example, thinking=None, closing=None, response=None, refused=None))
+    return found
+
+
+def answers_of(
+    live: LiveModel, prompts: Sequence[Example], asking: Asking, markers: Markers | None, options: Options
+) -> list[Example]:
+    """What the model makes of bare prompts, thinking included."""
+    settings = generation_settings(live, prompts, markers, asking, model_id=live.name)
+    with tempfile.TemporaryDirectory() as folder:
+        return complete(
+            live.loaded,
+            prompts,
+            markers=markers,
+            cache=Path(folder) / "answers.jsonl",
+            settings=settings,
+            progress=options.progress,
+        )
+
+
+def divergence_by_topic(
+    before: LiveModel, after: LiveModel, answered: Sequence[Example], markers: Markers | None, options: Options
+) -> tuple[dict[str, tuple[float, float, float]], dict[str, tuple[float, float]]]:
+    """Topic → KL(original ‖ edited) with its interval, and perplexities, on the original's answers."""
+    kl: dict[str, tuple[float, float, float]] = {}
+    perplexity: dict[str, tuple[float, float]] = {}
+    for topic in (*TOPICS, ALL):
+        rows = [example for example in answered if (example.topic or ALL) == topic and example.response]
+        if not rows:
+            continue
+        sequences = build_sequences(
+            before.tokenizer, rows, markers, max_tokens=context_of(before.model), where=before.name
+        )
+        found = divergences(Subject(before), {"edit": Subject(after)}, sequences, progress=options.progress)["edit"]
+        mean = found.mean_kl([example.group for example in rows])
+        kl[topic] = (mean.value, mean.low, mean.high)
+        perplexity[topic] = found.perplexities
+    return kl, perplexity
+
+
+def record_of(found: Any) -> dict[str, Any]:
+    """What was measured, as the manifest keeps it."""
+    record = jsonable(found)
+    assert isinstance(record, dict)
+    return record
+
+
+def counts_text(before: Rate, after: Rate) -> str:
+    """How many prompts two rates are of."""
+    return f"{before.n}" if before.n == after.n else f"{before.n} / {after.n}"
+
+
+def share_text(rate: Rate) -> str:
+    """A share with its interval, in percent."""
+    if not rate.n:
+        return "–"
+    return f"{100 * rate.value:.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+
+
+def divergence_rows(
+    kl: Mapping[str, tuple[float, float, float]], perplexity: Mapping[str, tuple[float, float]]
+) -> list[EffectRow]:
+    """What `divergence_by_topic` found, as rows of `effects_table`."""
+    rows: list[EffectRow] = []
+    for topic, (value, low, high) in kl.items():
+        rows.append((f"KL on {_answers_on(topic)} (nats/token)", "0", f"{value:.4g} [{low:.4g}, {high:.4g}]", None))
+    for topic, (before, after) in perplexity.items():
+        rows.append((f"perplexity of {_answers_on(topic)}", f"{before:.4g}", f"{after:.4g}", None))
+    return rows
+
+
+def effects_table(rows: Sequence[EffectRow]) -> Table:
+    """The original beside the edited model, a row per measure."""
+    columns = [Column("measure"), Column("original"), Column("edited"), Column("prompts")]
+    note = (
+        "In brackets: 95 % intervals. Answers are the models' own, greedy, from the prompt on; KL and perplexity are "
+        "taken on the original's answers."
+    )
+    return Table("Side effects", columns, rows, note=note)
+
+
+def _answers_on(topic: str) -> str:
+    return "its answers" if topic == ALL else f"its {topic} answers"
+
+
+def is_measured(command: str, *, wanted: bool, dry_run: bool, run: Path | None, data: str | None) -> bool:
+    """Whether an edit measures what it does before it is kept: it must be wanted, and there must be prompts.
+
+    Raises:
+        SurgeryError: data are given and measuring is not wanted; several processes would measure.
+    """
+    measured = wanted and not dry_run and (run is not None or data is not None)
+    if measured and n_processes() > 1:
+        raise usage_error(
+            "runs in one process where it measures",
+            where=command,
+            hint="Start it without accelerate launch, or add --no-measure.",
+        )
+    if data is not None and not wanted:
+        raise usage_error("--data says what to measure on, --no-measure not to measure: give one of them.")
+    return measured

@@ -1,0 +1,203 @@
+"""PEFT LoRA adapters read as checkpoints: W + ΔW on the adapter's base, rebuilt as it is read.
+
+ΔW = s·B·A with s = α/r, or α/√r for rank-stabilised LoRA (arXiv 2106.09685, 2312.03732). What PEFT can save but
+this cannot rebuild exactly (DoRA, trained biases, convolutions, other tuners) is refused, never approximated.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint.checkpoint import (
+    ADAPTER_CONFIG,
+    Checkpoint,
+    LowRank,
+    StoredTensor,
+    existing_path,
+    stored_tensor,
+)
+from surgery.checkpoint.safetensors_header import read_header
+from surgery.checkpoint.structure import Anatomy, anatomy
+from surgery.errors import SurgeryError, listing
+from surgery.hub import download as hub
+from surgery.io.json_io import read_json
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+_HEAD = re.compile(r"(lm_head|embed_out|output|head)\.weight$")
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.weight)?$")
+DEFAULT_ALPHA = 8  # PEFT's, for configs that do not say
+NAME_THE_BASE = "Name the base yourself: BASE+ADAPTER."
+
+# Keys of adapter_config.json under which the result is something else than W + s·B·A, with what to call it.
+OTHER_KINDS = {
+    "use_dora": "DoRA",
+    "lora_bias": "a bias in lora_B",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
+    "layer_replication": "replicated layers",
+    "trainable_token_indices": "trained tokens",
+    "target_parameters": "LoRA on bare parameters",
+    "alora_invocation_tokens": "activated LoRA",
+}
+# Initialisations that take their first B·A out of W, so that the adapter belongs to another base than it names.
+BASE_CHANGING = ("pissa", "corda", "olora", "loftq", "lora_ga")
+
+
+def base_of(folder: Path) -> str:
+    """The reference of the model that the adapter in `folder` was trained on. Raises SurgeryError without one."""
+    config = read_json(folder / ADAPTER_CONFIG)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not base or not isinstance(base, str):
+        raise SurgeryError('has no "base_model_name_or_path"', where=folder / ADAPTER_CONFIG, hint=NAME_THE_BASE)
+    for candidate in (str(folder / base), base):
+        if existing_path(candidate):
+            return candidate
+    if hub.is_repo_id(base):
+        return f"{base}@{revision}" if revision and "@" not in base else base
+    if base.startswith("lab:"):
+        return base
+    raise SurgeryError(
+        f'names the base "{base}", which is not there', where=folder / ADAPTER_CONFIG, hint=NAME_THE_BASE
+    )
+
+
+def add_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
+    """`base` with every tensor that the adapter changes carrying its update.
+
+    Raises:
+        SurgeryError: the adapter is of a kind that cannot be rebuilt, or does not fit `base`.
+    """
+    config = read_json(folder / ADAPTER_CONFIG)
+    _refuse_other_kinds(config, folder)
+    if not (folder / WEIGHTS).is_file():
+        raise SurgeryError(f"has no {WEIGHTS}", where=folder, hint="Save the adapter as safetensors.")
+    stored = _stored(folder / WEIGHTS)
+    structure = anatomy(base)
+    tensors = dict(base.tensors)
+    factors: dict[tuple[str, bool], dict[str, StoredTensor]] = {}
+    for name, tensor in stored.items():
+        match = _FACTOR.match(name)
+        if match:
+            key = match["module"], bool(match["embedding"])
+            factors.setdefault(key, {})[match["factor"]] = tensor
+        else:
+            target = _base_name(name, base, structure, folder)
+            _same_shape(tensor.shape, tensors[target], folder)
+            tensors[target] = replace(tensor, name=target)
+    if not stored:
+        raise SurgeryError("holds no tensor", where=folder / WEIGHTS)
+    for (module, is_embedding), pair in factors.items():
+        if pair.keys() != {"A", "B"}:
+            raise SurgeryError(f'"{module}" has only one of lora_A and lora_B', where=folder / WEIGHTS)
+        target = _base_name(f"{module}.weight", base, structure, folder)
+        a, b = pair["A"], pair["B"]
+        transposed = is_embedding or _is_transposed(target, structure, config)
+        _check_factors(a, b, tensors[target], transposed, folder)
+        scale = _scale(module.removeprefix(PREFIX), a.shape[0], config, folder)
+        update = LowRank(a, b, scale, transposed)
+        tensors[target] = replace(tensors[target], update=update)
+    return replace(base, tensors=tensors, adapter=folder)
+
+
+def _stored(path: Path) -> dict[str, StoredTensor]:
+    header = read_header(path)
+    return {entry.name: stored_tensor(entry, path, header) for entry in header.entries}
+
+
+def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:
+    faults = [f"{words} ({key})" for key, words in OTHER_KINDS.items() if config.get(key)]
+    if config.get("peft_type", "LORA") != "LORA":
+        faults.append(f"peft_type {config['peft_type']}")
+    if config.get("bias", "none") != "none":
+        faults.append(f"trained biases (bias: {config['bias']})")
+    initial = config.get("init_lora_weights")
+    if isinstance(initial, str) and initial.lower().startswith(BASE_CHANGING):
+        faults.append(f"a changed base (init_lora_weights: {initial})")
+    if faults:
+        raise SurgeryError(
+            f"cannot be rebuilt as W + ΔW: {'; '.join(faults)}",
+            where=folder / ADAPTER_CONFIG,
+            hint="Merge it with PEFT (merge_and_unload) and give the merged folder.",
+        )
+
+
+def _base_name(name: str, base: Checkpoint, structure: Anatomy, folder: Path) -> str:
+    """The base tensor that an adapter's name means; checkpoints of bare backbones lack the first component."""
+    plain = name.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.default", "")
+    target = next((c for c in (plain, plain.partition(".")[2]) if c in base.tensors), None)
+    if structure.tied and (target in structure.token_embeddings or (target is None and _HEAD.search(plain))):
+        raise SurgeryError(
+            f'changes "{plain}", but the base {base.ref} holds its embedding and its output head as one tensor',
+            where=folder,
+            hint="Untie the base (tie_word_embeddings: false, with a tensor of its own for each) and name it: "
+            "BASE+ADAPTER.",
+        )
+    if target is not None:
+        return target
+    raise SurgeryError(
+        f'changes "{plain}", which the base {base.ref} does not have (it has {listing(base.tensors, 3)})',
+        where=folder,
+        hint="Name the right base: BASE+ADAPTER.",
+    )
+
+
+def _check_factors(a: StoredTensor, b: StoredTensor, weight: StoredTensor, transposed: bool, folder: Path) -> None:
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
+        raise SurgeryError(
+            f'"{a.name}" {list(a.shape)} and "{b.name}" {list(b.shape)} do not multiply',
+            where=folder / WEIGHTS,
+        )
+    for factor in (a, b):
+        if not factor.is_float:
+            raise SurgeryError(f'"{factor.name}" is {factor.dtype}, expected floats', where=folder / WEIGHTS)
+    product = (b.shape[0], a.shape[1])
+    _same_shape(product[::-1] if transposed else product, weight, folder)
+    if not weight.is_float:
+        raise SurgeryError(f'"{weight.name}" is {weight.dtype} in the base: it is quantised', where=folder)
+
+
+def _same_shape(shape: tuple[int, ...], weight: StoredTensor, folder: Path) -> None:
+    if shape != weight.shape:
+        raise SurgeryError(
+            f'gives "{weight.name}" the shape {list(shape)}, the base has {list(weight.shape)}',
+            where=folder,
+            hint="Name the right base: BASE+ADAPTER.",
+        )
+
+
+def _is_transposed(target: str, structure: Anatomy, config: Mapping[str, Any]) -> bool:
+    """Whether the stored weight is (in, out). As in PEFT the module decides, not `fan_in_fan_out`: in an adapter of
+    GPT-2's Conv1D layers and its (linear) output head the flag says what the last of them was."""
+    if structure.output_projections:
+        is_conv = any(heads.transposed for heads in structure.output_projections.values())
+        return is_conv and structure.layer_of(target) is not None
+    return bool(config.get("fan_in_fan_out"))
+
+
+def _scale(module: str, rank: int, config: Mapping[str, Any], folder: Path) -> float:
+    """s of s·B·A. By PEFT's rule the first pattern that matches the end of the module's name gives α."""
+    alpha = config.get("lora_alpha", DEFAULT_ALPHA)
+    try:
+        for pattern, value in (config.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                alpha = value
+                break
+        scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except (AttributeError, TypeError, ValueError, OverflowError, re.error):
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise SurgeryError(
+            f'lora_alpha and alpha_pattern give "{module}" no number (lora_alpha: {alpha!s:.40})',
+            where=folder / ADAPTER_CONFIG,
+        )
+    return scale

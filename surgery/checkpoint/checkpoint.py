@@ -1,0 +1,322 @@
+"""A model on disk: its tensor table, config and side files, read off its headers with no tensor loaded."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from surgery.checkpoint.dtypes import DTYPES, is_float, n_elements
+from surgery.checkpoint.safetensors_header import Entry, Header, read_header
+from surgery.errors import SurgeryError, listing
+from surgery.hub import download as hub
+from surgery.io.atomic import MANIFEST
+from surgery.io.json_io import read_json
+
+ADAPTER_CONFIG = "adapter_config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+# What makes a folder of weights a model, besides the weights: carried along unchanged. The model card and the
+# manifest describe the weights they came with, and so are written anew.
+SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
+SIDE_PREFIXES = ("LICENSE", "NOTICE", "USE_POLICY")
+NOT_CARRIED = (MANIFEST, "trainer_state.json", "training.json", "scores.json")
+_NUMBERED = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors", re.ASCII)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A LoRA update of a stored tensor: ΔW = scale · B·A, transposed where the stored weight is (in, out).
+
+    a: (r, in), b: (out, r), both 2-D in the adapter's file.
+    """
+
+    a: StoredTensor
+    b: StoredTensor
+    scale: float
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor's bytes lie. `start` and `n_bytes` are in bytes of `file`; `update` is added when it is read."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    n_bytes: int
+    update: LowRank | None = None
+
+    @property
+    def n_elements(self) -> int:
+        return n_elements(self.shape)
+
+    @property
+    def parts(self) -> tuple[StoredTensor, ...]:
+        """Every tensor that reading this one touches: itself, and the two factors of its update."""
+        return (self,) if self.update is None else (self, self.update.a, self.update.b)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that reading this tensor touches."""
+        return tuple(part.file for part in self.parts)
+
+    @property
+    def is_float(self) -> bool:
+        return is_float(self.dtype)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file of a checkpoint: its path inside the folder, where it lies, and its header."""
+
+    name: str
+    path: Path
+    header: Header
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk, seen through its headers.
+
+    `ref` is what the user typed (display only), `folder` is where side files lie (None for a single file),
+    `revision` is the Hub's commit hash or None, `tensors` are sorted by name.
+    """
+
+    ref: str
+    folder: Path | None
+    shards: tuple[Shard, ...]
+    tensors: Mapping[str, StoredTensor]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    revision: str | None = None
+    repo_id: str | None = None
+    adapter: Path | None = None
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of stored values, buffers included; tied tensors are stored, and counted, once."""
+        return sum(tensor.n_elements for tensor in self.tensors.values())
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.n_bytes for tensor in self.tensors.values())
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The `__metadata__` of the first shard."""
+        return self.shards[0].header.metadata
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that tensors are read from, an adapter's among them; sorted."""
+        return tuple(sorted({path for tensor in self.tensors.values() for path in tensor.files}))
+
+    @cached_property
+    def side_files(self) -> tuple[Path, ...]:
+        """Config, tokenizer, chat template, licence: what OUT carries along; paths in `folder`, sorted."""
+        if self.folder is None:
+            return ()
+        return tuple(path for path in sorted(self.folder.iterdir()) if path.is_file() and _is_side_file(path))
+
+    def float_names(self) -> list[str]:
+        """Names of the tensors that arithmetic may touch, sorted. Raises SurgeryError where there is none."""
+        names = [name for name, tensor in self.tensors.items() if tensor.is_float]
+        if not names:
+            raise SurgeryError("holds no float tensor", where=self.ref)
+        return names
+
+
+def read_folder(folder: Path) -> Checkpoint:
+    """The model in `folder`: any layout of safetensors shards, with or without an index.
+
+    Raises:
+        SurgeryError: shards are missing, damaged or contradict each other; or there are only pickles, or nothing.
+    """
+    index = _index_of(folder)
+    named = _read_index(index, folder) if index else {}
+    shard_names = sorted(set(named.values())) if index else _shards_without_index(folder)
+    shards = tuple(Shard(name, folder / name, read_header(folder / name)) for name in shard_names)
+    tensors = _table(shards, named, index)
+    return Checkpoint(str(folder), folder, shards, tensors, read_json(folder / "config.json", missing={}))
+
+
+def read_file(path: Path) -> Checkpoint:
+    """The weights in the single file `path`; config and tokenizer are not looked for. Raises SurgeryError."""
+    if path.suffix in hub.PICKLES:
+        raise _pickle_only(path, path.name)
+    shard = Shard(path.name, path, read_header(path))
+    return Checkpoint(str(path), None, (shard,), _table((shard,), {}, None))
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether `folder` holds a PEFT adapter and no model of its own."""
+    return _index_of(folder) is None and (folder / ADAPTER_CONFIG).is_file() and not (folder / SINGLE).is_file()
+
+
+def _index_of(folder: Path) -> Path | None:
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if (folder / SINGLE).is_file():
+        # As transformers does: beside a whole model, an index that does not name it is stale.
+        indexes = [path for path in indexes if _names(path, SINGLE)]
+    if len(indexes) > 1 and folder / INDEX in indexes:
+        return folder / INDEX
+    if len(indexes) > 1:
+        raise SurgeryError(
+            f"{len(indexes)} indexes: {listing(path.name for path in indexes)}",
+            where=folder,
+            hint="Keep the one that describes the weights.",
+        )
+    return indexes[0] if indexes else None
+
+
+def _names(index: Path, file: str) -> bool:
+    weight_map = read_json(index).get("weight_map")
+    return isinstance(weight_map, dict) and file in weight_map.values()
+
+
+def _read_index(index: Path, folder: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SurgeryError('has no "weight_map" from tensor names to files', where=index)
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise SurgeryError(f'"{name}" is mapped to {file!r}, expected a file name', where=index)
+        relative = PurePosixPath(file)
+        if relative.is_absolute() or ".." in relative.parts or "\\" in file:
+            raise SurgeryError(
+                f'"{name}" is mapped to {file!r}, a path outside the folder',
+                where=index,
+                hint="Such an index is never followed: get the checkpoint from its author again.",
+            )
+    missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
+    if missing:
+        raise SurgeryError(
+            f"names {len(missing)} shard(s) that are not there: {listing(missing)}",
+            where=index,
+            hint="The download is incomplete: fetch the missing files.",
+        )
+    return weight_map
+
+
+def _shards_without_index(folder: Path) -> list[str]:
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    names = [name for name in names if not fnmatchcase(name, hub.DUPLICATES)] or names
+    if names:
+        _check_numbering(names, folder)
+        return names
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in hub.PICKLES)
+    if pickles:
+        raise _pickle_only(folder, listing(pickles, 3))
+    raise SurgeryError("has no .safetensors file", where=folder, hint="Give the folder that holds model.safetensors.")
+
+
+def _check_numbering(names: Sequence[str], folder: Path) -> None:
+    """Without an index only the names "…-00002-of-00003" tell that a shard is missing."""
+    present = set(names)
+    missing = []
+    for stem, total, digits in sorted({(m[1], m[3], len(m[2])) for m in map(_NUMBERED.fullmatch, names) if m}):
+        # One shard more than there are files is enough to say so: the total may be a lie.
+        numbers = range(1, min(int(total), len(names) + 1) + 1)
+        shards = [f"{stem}{number:0{digits}}-of-{total}.safetensors" for number in numbers]
+        missing += [shard for shard in shards if shard not in present]
+    if missing:
+        raise SurgeryError(
+            f"lacks shards that the others' names count: {listing(missing)}",
+            where=folder,
+            hint="The download is incomplete: fetch the missing files.",
+        )
+
+
+def _pickle_only(where: Path, names: str) -> SurgeryError:
+    return SurgeryError(
+        f"holds weights only as Python pickles ({names}), which can run code when they are opened",
+        where=where,
+        hint="Convert them where you trust them: "
+        "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW) writes safetensors.",
+    )
+
+
+def _table(shards: tuple[Shard, ...], named: Mapping[str, str], index: Path | None) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    holder: dict[str, str] = {}
+    for shard in shards:
+        for entry in shard.header.entries:
+            if named.get(entry.name, shard.name) != shard.name:
+                continue  # the index says which of two copies counts
+            if entry.name in tensors:
+                raise SurgeryError(
+                    f'"{entry.name}" is in {holder[entry.name]} and in {shard.name}',
+                    where=shard.path.parent,
+                    hint="Remove the stale shards, or add the index that says which one counts.",
+                )
+            holder[entry.name] = shard.name
+            tensors[entry.name] = stored_tensor(entry, shard.path, shard.header)
+    lost = sorted(set(named) - set(tensors))
+    if lost:
+        raise SurgeryError(
+            f"names {len(lost)} tensor(s) that their shards do not hold: {listing(lost)}",
+            where=index,
+            hint="Index and shards are of different saves: fetch them again together.",
+        )
+    if not tensors:
+        raise SurgeryError("holds no tensor", where=shards[0].path)
+    return {name: tensors[name] for name in sorted(tensors)}
+
+
+def existing_path(text: str) -> Path | None:
+    """The folder or file that `text` names, or None. Raises SurgeryError where it may not be looked at."""
+    try:
+        path = Path(text).expanduser()
+        return path if text and (path.is_dir() or path.is_file()) else None
+    except (RuntimeError, ValueError):  # ~nobody, or a zero byte
+        return None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return None
+        raise SurgeryError(f"cannot be read ({error.strerror})", where=text) from error
+
+
+def stored_tensor(entry: Entry, path: Path, header: Header) -> StoredTensor:
+    """Where the tensor that `header` describes as `entry` lies in the file `path`."""
+    start = header.data_start + entry.begin
+    return StoredTensor(entry.name, entry.dtype, entry.shape, path, start, entry.end - entry.begin)
+
+
+def _is_side_file(path: Path) -> bool:
+    if path.name in NOT_CARRIED or path.name.endswith(".safetensors.index.json"):
+        return False
+    return path.suffix in SIDE_SUFFIXES or path.name.startswith(SIDE_PREFIXES)
+
+
+def loadable_folder(checkpoint: Checkpoint) -> Path:
+    """The folder that transformers can load `checkpoint` from. Raises SurgeryError where there is none."""
+    if checkpoint.adapter is not None:
+        raise SurgeryError(
+            "is an adapter, which only counts together with its base",
+            where=checkpoint.ref,
+            hint="Write the whole model first: surgery vector transfer ADAPTER BASE BASE -o OUT.",
+        )
+    if checkpoint.folder is None or not checkpoint.config:
+        raise SurgeryError(
+            "is no model folder: weights alone cannot be run",
+            where=checkpoint.ref,
+            hint="Give the folder that has config.json and the tokenizer beside the weights.",
+        )
+    return checkpoint.folder
+
+
+def dtypes_of(checkpoint: Checkpoint) -> list[str]:
+    """The dtypes that occur in `checkpoint`, widest first."""
+    found = {tensor.dtype for tensor in checkpoint.tensors.values()}
+    return sorted(found, key=lambda name: (-DTYPES[name].bits, name))

@@ -1,0 +1,299 @@
+"""Reading slices of stored tensors: what lies under every job that touches weights.
+
+Tensors are cut into segments of `SEGMENT` elements, whatever their dtype, so that the inputs and the output of an
+elementwise kernel are cut at the same places; a segment is the unit of reading, hashing, writing and resuming. Its
+bounds depend on the tensor alone, never on threads, which is what makes results independent of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from surgery.checkpoint.checkpoint import StoredTensor
+from surgery.checkpoint.dtypes import n_bytes, n_elements
+from surgery.errors import SurgeryError
+from surgery.io.hashing import hash_bytes, hash_parts
+
+SEGMENT = 1 << 20  # elements: 2 MiB of bf16, so that a segment's inputs are still in cache when they are used
+BLOCK = 1 << 18  # elements that a kernel sees at once on a CPU: its temporaries stay in the second-level cache
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    # No floats: packed values and the exponents of block scales, which a few kernels see as whole numbers 0 to 255.
+    "U8": torch.uint8,
+    "F8_E8M0": torch.uint8,
+}
+
+# Unsigned type of the same width, and the bits of the greatest finite value.
+_FINITE: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
+    "F64": (np.uint64, 0x7FEF_FFFF_FFFF_FFFF),
+    "F32": (np.uint32, 0x7F7F_FFFF),
+    "F16": (np.uint16, 0x7BFF),
+    "BF16": (np.uint16, 0x7F7F),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Input:
+    """A stored tensor as a kernel's input.
+
+    rows: int64, one entry per row of the output: which row of `tensor` stands there, −1 for a row of zeros.
+        None means that the tensor is read as it lies.
+    others: further tensors with rows of their own; each row of the input is then the mean of those that are given
+        for it, in fp32 (fp64 where one of them is F64); zeros where none is.
+    constant: (rows, value): which rows, ascending, are (width,) `value` instead.
+    """
+
+    tensor: StoredTensor
+    rows: np.ndarray | None = None
+    others: tuple[tuple[StoredTensor, np.ndarray], ...] = ()
+    constant: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that the kernel sees."""
+        return self.tensor.shape if self.rows is None else (len(self.rows), *self.tensor.shape[1:])
+
+    @property
+    def n_elements(self) -> int:
+        """Elements that the kernel sees."""
+        return n_elements(self.shape)
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """Every stored tensor that it is read from, updates not counted."""
+        return (self.tensor, *(tensor for tensor, _ in self.others))
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes of `tensors`."""
+        return tuple(tensor.dtype for tensor in self.tensors)
+
+
+def segments(count: int) -> Iterator[tuple[int, int]]:
+    """The bounds [begin, end), in elements, of the segments of a tensor of `count` elements."""
+    for begin in range(0, count, SEGMENT):
+        yield begin, min(begin + SEGMENT, count)
+
+
+def n_segments(count: int) -> int:
+    """How many segments a tensor of `count` elements has."""
+    return -(-count // SEGMENT)
+
+
+def compute_dtype(dtypes: Iterable[str]) -> torch.dtype:
+    """fp64 where any of `dtypes` is F64, else fp32."""
+    return torch.float64 if "F64" in set(dtypes) else torch.float32
+
+
+class SourceFiles:
+    """The files that a job reads, opened read-only once; it notices when one of them changes meanwhile."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._descriptors: dict[Path, int] = {}
+        self._stamps: dict[Path, tuple[int, int]] = {}
+        try:
+            for path in sorted(set(paths)):
+                descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                self._descriptors[path] = descriptor
+                self._stamps[path] = _stamp(os.fstat(descriptor))
+        except OSError as error:
+            self.close()
+            raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
+
+    def __enter__(self) -> SourceFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes every file; safe to call twice."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def descriptor(self, path: Path) -> int:
+        """The open file descriptor of `path`."""
+        return self._descriptors[path]
+
+    def check_unchanged(self) -> None:
+        """Raises SurgeryError if a source was written or replaced since it was opened."""
+        for path, stamp in self._stamps.items():
+            try:
+                now = _stamp(path.stat())
+            except OSError:
+                now = None
+            if now != stamp:
+                raise SurgeryError(
+                    "changed while it was being read, so the result would mix two versions",
+                    where=path,
+                    hint="Run the command again when nothing writes to it.",
+                )
+
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """(path, size in bytes, modification time in ns) of every file, sorted by path."""
+        return [(str(path), *stamp) for path, stamp in sorted(self._stamps.items())]
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+class Reader:
+    """Reads segments into buffers of its own, which it uses again for the next one. One per worker.
+
+    What a method returns is valid until the next call with the same `slot`. With `pinned`, buffers are page-locked,
+    so that a GPU copies from them asynchronously.
+    """
+
+    def __init__(self, files: SourceFiles, *, pinned: bool = False) -> None:
+        self._files = files
+        self._pinned = pinned
+        self._buffers: dict[object, Tensor] = {}
+
+    def buffer(self, slot: object, size: int) -> Tensor:
+        """`size` bytes, uint8 (size,), of the buffer called `slot`."""
+        held = self._buffers.get(slot)
+        if held is None or held.numel() < size:
+            held = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+            self._buffers[slot] = held
+        return held[:size]
+
+    def raw(self, tensor: StoredTensor, begin: int, end: int, slot: object) -> Tensor:
+        """The stored bytes of elements [begin, end) of `tensor`, uint8."""
+        first = n_bytes(tensor.dtype, (begin,))
+        size = n_bytes(tensor.dtype, (end,)) - first
+        target = self.buffer(slot, size)
+        read_into(self._files.descriptor(tensor.file), target, tensor.start + first, tensor)
+        return target
+
+    def values(self, source: Input, begin: int, end: int, slot: object) -> Tensor:
+        """Elements [begin, end) of `source`, 1-D: in the stored dtype, or in fp32/fp64 where an update was added."""
+        tensor = source.tensor
+        if source.others or source.constant is not None:
+            return self._blended(source, begin, end, slot)
+        if source.rows is not None:
+            return self._gathered(tensor, source.rows, begin, end, slot)
+        stored = self.raw(tensor, begin, end, slot).view(TORCH_DTYPES[tensor.dtype])
+        return stored if tensor.update is None else self._updated(tensor, stored, begin, end, slot)
+
+    def whole(self, source: Input, slot: object) -> Tensor:
+        """All of `source` in its shape; dtype as in `values`."""
+        return self.values(source, 0, source.n_elements, slot).view(source.shape)
+
+    def _updated(self, tensor: StoredTensor, stored: Tensor, begin: int, end: int, slot: object) -> Tensor:
+        update = tensor.update
+        assert update is not None
+        compute = compute_dtype((tensor.dtype, update.a.dtype, update.b.dtype))
+        width = tensor.shape[1]
+        first, last = begin // width, -(-end // width)
+        a = self.whole(Input(update.a), (slot, "a")).to(compute)
+        if update.transposed:
+            b = self.whole(Input(update.b), (slot, "b")).to(compute)
+            rows = a[:, first:last].T @ b.T
+        else:
+            rank = update.b.shape[1]
+            b = self.values(Input(update.b), first * rank, last * rank, (slot, "b")).to(compute)
+            rows = b.view(last - first, rank) @ a
+        delta = rows.reshape(-1)[begin - first * width : end - first * width]
+        return stored.to(compute) + update.scale * delta
+
+    def _blended(self, source: Input, begin: int, end: int, slot: object) -> Tensor:
+        assert source.rows is not None
+        compute = compute_dtype(source.dtypes)
+        width = max(source.n_elements // max(len(source.rows), 1), 1)
+        first, last = begin // width, -(-end // width)
+        total = torch.zeros((last - first, width), dtype=compute)
+        count = np.zeros(last - first, dtype=np.int64)
+        for number, (tensor, rows) in enumerate(((source.tensor, source.rows), *source.others)):
+            own = self._gathered(tensor, rows, first * width, last * width, (slot, number))
+            total += own.view(-1, width).to(compute)
+            count += rows[first:last] >= 0
+        total /= torch.from_numpy(np.maximum(count, 1))[:, None]
+        if source.constant is not None:
+            fixed, value = source.constant
+            here = fixed[np.searchsorted(fixed, first) : np.searchsorted(fixed, last)] - first
+            total[torch.from_numpy(here)] = torch.from_numpy(value).to(compute)
+        return total.view(-1)[begin - first * width : end - first * width]
+
+    def _gathered(self, tensor: StoredTensor, rows: np.ndarray, begin: int, end: int, slot: object) -> Tensor:
+        if begin == end:
+            return torch.zeros(0, dtype=TORCH_DTYPES[tensor.dtype])
+        width = tensor.n_elements // tensor.shape[0]
+        first, last = begin // width, -(-end // width)
+        wanted = rows[first:last]
+        gathered: Tensor | None = None
+        # Neighbouring rows are read in one go: two tokenizers of one family differ in a few places only.
+        # A missing row (−1) is no neighbour of row 0.
+        breaks = np.flatnonzero((np.diff(wanted) != 1) | (wanted[:-1] < 0)) + 1
+        for run_begin, run_end in zip([0, *breaks], [*breaks, len(wanted)], strict=True):
+            row = int(wanted[run_begin])
+            if row < 0:
+                continue
+            size = int(run_end - run_begin)
+            run = self.values(Input(tensor), row * width, (row + size) * width, (slot, "run"))
+            if gathered is None:
+                gathered = torch.zeros((len(wanted), width), dtype=run.dtype)
+            gathered[run_begin:run_end] = run.view(size, width)
+        if gathered is None:
+            gathered = torch.zeros((len(wanted), width), dtype=TORCH_DTYPES[tensor.dtype])
+        return gathered.view(-1)[begin - first * width : end - first * width]
+
+
+def read_into(descriptor: int, target: Tensor, position: int, tensor: StoredTensor) -> None:
+    """Fills `target`, a contiguous CPU tensor, from `position` of a file. Raises SurgeryError if it ends early."""
+    view = octets(target)
+    done = 0
+    while done < len(view):
+        try:
+            count = os.preadv(descriptor, [view[done:]], position + done)
+        except OSError as error:
+            raise SurgeryError(f'"{tensor.name}" cannot be read ({error.strerror})', where=tensor.file) from error
+        if count == 0:
+            raise SurgeryError(
+                f'the file ends at byte {position + done:,}, inside "{tensor.name}"',
+                where=tensor.file,
+                hint="It was cut while it was being read: restore it and run the command again.",
+            )
+        done += count
+
+
+def octets(data: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, shared and not copied."""
+    return memoryview(data.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy says no Buffer before 3.12
+
+
+def digest(data: Tensor) -> bytes:
+    """The hash of a segment's bytes, 16 bytes long."""
+    return hash_bytes(octets(data))
+
+
+def hash_tensor(reader: Reader, tensor: StoredTensor) -> str:
+    """The hash of what is stored on disk (an adapter's update not included)."""
+    return hash_parts(digest(reader.raw(tensor, begin, end, "hash")) for begin, end in segments(tensor.n_elements))
+
+
+def count_nonfinite(data: Tensor, dtype: str) -> int:
+    """How many values among a float tensor's stored bytes (uint8) are NaN or infinite."""
+    if not data.numel():
+        return 0
+    if dtype in _FINITE:
+        # Without its sign bit a float orders as its bits do, and all that is not finite comes last.
+        unsigned, greatest = _FINITE[dtype]
+        bits = data.numpy().view(unsigned) & unsigned(np.iinfo(unsigned).max >> 1)
+        return 0 if bits.max() <= greatest else int(np.count_nonzero(bits > greatest))
+    values = data.view(TORCH_DTYPES[dtype]).float()
+    return values.numel() - int(torch.isfinite(values).sum())

@@ -1,0 +1,79 @@
+"""A reference to a model → its `Checkpoint`.
+
+A reference is a local folder, a single `.safetensors` file, `org/name[@revision]` on the Hub, a PEFT LoRA adapter
+folder, `BASE+ADAPTER` (the adapter on a base of your choice), or `lab:NAME`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from surgery import lab
+from surgery.checkpoint.adapters import add_adapter, base_of
+from surgery.checkpoint.checkpoint import ADAPTER_CONFIG, Checkpoint, existing_path, is_adapter, read_file, read_folder
+from surgery.errors import SurgeryError, usage_error
+from surgery.hub import download as hub
+
+
+def open_checkpoint(ref: str | Path) -> Checkpoint:
+    """Opens `ref` by its headers alone; nothing is loaded. A Hub model is fetched first, a lab model trained.
+
+    Raises:
+        SurgeryError: the reference leads nowhere, or what it leads to is damaged or not safetensors.
+    """
+    return _open(str(ref))
+
+
+def _open(text: str, *, is_base: bool = False) -> Checkpoint:
+    """As `open_checkpoint`; `is_base` for the base of an adapter, which may not be an adapter itself."""
+    base, _, adapter = text.rpartition("+")
+    path = existing_path(text)
+    if path is not None:
+        return replace(_open_folder(path, is_base=is_base) if path.is_dir() else read_file(path), ref=text)
+    if base and adapter:
+        if is_base:
+            raise _adapter_on_adapter(text)
+        return replace(_open_adapter(_adapter_folder(adapter), base), ref=text)
+    if text.startswith(lab.PREFIX):
+        return replace(read_folder(lab.resolve(text.removeprefix(lab.PREFIX))), ref=text)
+    if hub.is_repo_id(text):
+        snapshot = hub.fetch(*hub.parse_repo_ref(text))
+        opened = _open_folder(snapshot.folder, is_base=is_base)
+        return replace(opened, ref=text, revision=snapshot.revision, repo_id=snapshot.repo_id)
+    raise usage_error(
+        "no such folder or file, and not a Hub id (org/name[@revision]) or lab:NAME",
+        where=text or '""',
+        hint="Check the spelling; `surgery lab list` names the lab models.",
+    )
+
+
+def _open_folder(folder: Path, *, is_base: bool) -> Checkpoint:
+    if not is_adapter(folder):
+        return read_folder(folder)
+    if is_base:
+        raise _adapter_on_adapter(folder)
+    return _open_adapter(folder, base_of(folder))
+
+
+def _open_adapter(folder: Path, base: str) -> Checkpoint:
+    return add_adapter(_open(base, is_base=True), folder)
+
+
+def _adapter_folder(ref: str) -> Path:
+    folder = existing_path(ref)
+    if folder is None and hub.is_repo_id(ref):
+        folder = hub.fetch(*hub.parse_repo_ref(ref)).folder
+    if folder is None or not folder.is_dir():
+        raise usage_error("no such adapter folder, and not a Hub id", where=ref)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise usage_error(f"is not an adapter: it has no {ADAPTER_CONFIG}", where=ref)
+    return folder
+
+
+def _adapter_on_adapter(where: object) -> SurgeryError:
+    return SurgeryError(
+        "is an adapter, and so cannot be the base of another",
+        where=where,
+        hint="Merge it into its base first, and name the result: BASE+ADAPTER.",
+    )

@@ -1,0 +1,192 @@
+"""The header of a safetensors file: read without trust, written to the byte.
+
+A file is: 8 bytes, the header's length N as little-endian u64; N bytes of JSON, `{name: {dtype, shape,
+data_offsets: [begin, end]}, "__metadata__": {str: str}}`, padded with spaces; then the tensors' bytes, each at
+[begin, end) counted from the end of the header, without gaps and without overlaps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from surgery.checkpoint.dtypes import DTYPES, n_bytes
+from surgery.errors import SurgeryError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
+MAX_NUMBER = (1 << 64) - 1  # what the format's own reader counts with
+ALIGNMENT = 8  # data begins at a multiple of this, so that 64-bit tensors are aligned when mapped
+SHOWN = 80  # characters of a damaged value that a message repeats
+REFETCH = "The download is incomplete or the file is damaged: fetch it again."
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor as its header describes it; `begin` and `end` are bytes from the start of the data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header. `entries` are in the order of their bytes; `raw` is the first 8 + N bytes of the file."""
+
+    entries: tuple[Entry, ...]
+    metadata: Mapping[str, str]
+    raw: bytes
+
+    @property
+    def data_start(self) -> int:
+        """Where the first tensor's bytes begin in the file."""
+        return len(self.raw)
+
+
+def read_header(path: Path) -> Header:
+    """Reads and checks the header of `path`; tensor bytes are not touched.
+
+    Raises:
+        SurgeryError: the file cannot be read, is cut short, or its header contradicts itself or the file.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise SurgeryError(
+                    f"the file has {size} bytes, too few for a safetensors header", where=path, hint=REFETCH
+                )
+            (length,) = struct.unpack("<Q", prefix)
+            if length > MAX_HEADER_BYTES:
+                raise SurgeryError(
+                    f"the header claims {length:,} bytes, more than the format's limit of {MAX_HEADER_BYTES:,}",
+                    where=path,
+                    hint="This is not a safetensors file, or it is damaged.",
+                )
+            if 8 + length > size:
+                raise SurgeryError(f"the header ends at byte {8 + length:,} of {size:,}", where=path, hint=REFETCH)
+            body = file.read(length)
+    except OSError as error:
+        raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
+    return parse_header(prefix + body, size, path)
+
+
+def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
+    """Checks `raw` (length prefix and JSON) against a file of `file_size` bytes. Raises SurgeryError."""
+
+    def bad(what: str, hint: str = "The file is damaged: fetch or write it again.") -> SurgeryError:
+        return SurgeryError(what, where=path, hint=hint)
+
+    try:
+        table = json.loads(
+            raw[8:].decode("utf-8"), object_pairs_hook=_unique_keys, parse_int=_integer, parse_constant=_reject
+        )
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise bad("the header is not JSON", "This is not a safetensors file, or it is damaged.") from error
+    except ValueError as error:
+        raise bad(str(error)) from error
+    if not isinstance(table, dict):
+        raise bad("the header is not a JSON object")
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise bad('"__metadata__" is not a table of strings')
+
+    entries = sorted((_entry(name, fields, bad) for name, fields in table.items()), key=lambda e: (e.begin, e.end))
+    position = 0
+    data_size = file_size - len(raw)
+    for entry in entries:
+        if entry.end > data_size:
+            raise bad(f'"{entry.name}" ends at byte {entry.end:,} of {data_size:,}', REFETCH)
+        if entry.begin != position:
+            kind = "overlaps the tensor before it" if entry.begin < position else "leaves a gap before it"
+            raise bad(f'"{entry.name}" {kind}: it begins at byte {entry.begin:,}, expected {position:,}')
+        position = entry.end
+    if position != data_size:
+        raise bad(f"{data_size - position:,} bytes after the last tensor belong to none")
+    return Header(tuple(entries), metadata, raw)
+
+
+def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> Header:
+    """A header for tensors (name, dtype, shape) laid out one after the other in the order given."""
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    entries = []
+    position = 0
+    for name, dtype, shape in tensors:
+        end = position + n_bytes(dtype, shape)
+        entries.append(Entry(name, dtype, shape, position, end))
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    body = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    body += b" " * (-(8 + len(body)) % ALIGNMENT)
+    return Header(tuple(entries), dict(metadata), struct.pack("<Q", len(body)) + body)
+
+
+def _integer(text: str) -> int:
+    return _reject(text) if text == "-0" else int(text)
+
+
+def _reject(text: str) -> NoReturn:
+    raise ValueError(f"the header says {text}, which is no number here")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    for text in (text for pair in pairs for text in pair if isinstance(text, str)):
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"the header says {text!a}, half of a character")
+    if len(table) != len(pairs):
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the header names {_short(twice)} twice")
+    return table
+
+
+def _entry(name: str, fields: Any, bad: Any) -> Entry:
+    if not name.isprintable():  # it would end up in terminals and logs
+        raise bad(f"the name {_short(name)} holds control characters")
+    if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
+        raise bad(f'"{name}" is not described by dtype, shape and data_offsets')
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise bad(f'"{name}" has dtype {_short(dtype)}, which is not a safetensors dtype')
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise bad(f'"{name}" has shape {_short(shape)} and data_offsets {_short(offsets)}, expected whole numbers')
+    begin, end = offsets
+    if not _is_countable(shape):
+        raise bad(f'"{name}" has shape {_short(shape)}, more elements than a file can hold')
+    try:
+        expected = n_bytes(dtype, shape)
+    except ValueError as error:
+        raise bad(f'"{name}": {error}') from error
+    if end - begin != expected:
+        raise bad(f'"{name}" takes {end - begin:,} bytes, but {dtype} {_short(shape)} takes {expected:,}')
+    return Entry(name, dtype, tuple(shape), begin, end)
+
+
+def _naturals(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value <= MAX_NUMBER for value in values)
+
+
+def _is_countable(shape: list[int]) -> bool:
+    count = 1
+    for length in shape:
+        count *= length
+        if count > MAX_NUMBER:
+            return False
+    return True
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+PYTORCH = {"format": "pt"}  # transformers refuses files whose metadata does not say so

@@ -1,0 +1,329 @@
+"""Names and shapes → structure: layers, heads, experts, routers, embeddings; and what was not understood.
+
+In goes an opened `Checkpoint` (headers and config), out comes an `Anatomy`. No architecture is
+listed: the layer stack is the numbered part of the names whose members look alike, and `inspection.py` reads
+what its tensors are. The config's numbers are checked against the shapes; disagreements become notes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.checkpoint.tensor_roles import (
+    ATTENTION,
+    EXPERTS_PER_TOKEN,
+    HEAD_DIM,
+    HIDDEN,
+    N_EXPERTS,
+    N_HEADS,
+    N_KV_HEADS,
+    NORM,
+    NUMBER,
+    Experts,
+    Heads,
+    Role,
+    Shapes,
+    experts_of,
+    heads_of,
+    language_config,
+    layer_count,
+    number,
+    parts_of,
+    roles_of,
+    roles_outside,
+    tower_of,
+    word_of,
+)
+
+SIDE_WORDS = ("vision", "visual", "audio", "image", "encoder", "mtp")  # stacks beside the language model
+WITH_HEAD = re.compile(r"ForCausalLM|LMHead|ForConditionalGeneration|ForImageTextToText")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: its number in the names, its tensors, and what was recognised in them."""
+
+    index: int
+    names: tuple[str, ...]
+    heads: Heads | None
+    experts: Experts | None
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a checkpoint is made of. Numbers that are not the same in every layer, or not known, are None.
+
+    `token_embeddings` and `lm_heads` have one row per token. `tied`: the output head is the token embedding,
+    that is, no head is stored and the config says so or, where it is silent, names a class that has a head.
+    `groups` are the parts that reports are grouped by, in the order of the forward pass. `not_understood` are
+    the tensors without a role; `notes` say where config and shapes disagree and what is missing.
+    """
+
+    stack: str | None
+    blocks: tuple[Layer, ...]
+    token_embeddings: tuple[str, ...]
+    lm_heads: tuple[str, ...]
+    tied: bool
+    vocab_size: int | None
+    hidden_size: int | None
+    experts_per_token: int | None
+    roles: Mapping[str, Role]
+    groups: tuple[str, ...]
+    not_understood: tuple[str, ...]
+    notes: tuple[str, ...]
+    group_by_name: Mapping[str, str] = field(repr=False)
+    layer_by_name: Mapping[str, int] = field(repr=False)
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.blocks)
+
+    @property
+    def heads(self) -> int | None:
+        """Query heads per layer."""
+        return _same(layer.heads.n_heads for layer in self.blocks if layer.heads)
+
+    @property
+    def kv_heads(self) -> int | None:
+        """Key-value heads per layer."""
+        return _same(layer.heads.n_kv_heads for layer in self.blocks if layer.heads)
+
+    @property
+    def head_dim(self) -> int | None:
+        """Width of a head at the output projection's input."""
+        return _same(layer.heads.head_dim for layer in self.blocks if layer.heads)
+
+    @property
+    def n_experts(self) -> int | None:
+        """Routed experts in the layers that have any."""
+        return _same(layer.experts.n_experts for layer in self.blocks if layer.experts)
+
+    @property
+    def output_projections(self) -> Mapping[int, Heads]:
+        """Layer → its attention output projection; layers without a recognised one are absent."""
+        return {layer.index: layer.heads for layer in self.blocks if layer.heads}
+
+    @property
+    def experts(self) -> Mapping[int, Experts]:
+        """Layer → its routed experts; dense layers are absent."""
+        return {layer.index: layer.experts for layer in self.blocks if layer.experts}
+
+    @property
+    def token_rows(self) -> tuple[str, ...]:
+        """Every tensor whose first axis is the vocabulary: embeddings, heads, and the heads' biases."""
+        return tuple(name for name, role in self.roles.items() if role in ("token embedding", "lm head"))
+
+    def layer_of(self, name: str) -> int | None:
+        """The layer that tensor `name` belongs to, or None."""
+        return self.layer_by_name.get(name)
+
+    def group_of(self, name: str) -> str:
+        """The part a tensor is reported under: "embed", "layer 3", "final norm", "lm_head", a tower's
+        prefix ("model.visual"), or "other"."""
+        return self.group_by_name.get(name, "other")
+
+    def grouped(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """`names` by part, in the order of the forward pass; parts without any of them are absent."""
+        found: dict[str, list[str]] = {group: [] for group in (*self.groups, "other")}
+        for name in names:
+            found[self.group_of(name)].append(name)
+        return {group: members for group, members in found.items() if members}
+
+
+def anatomy(checkpoint: Checkpoint) -> Anatomy:
+    """Reads the structure of `checkpoint`; what it cannot tell stays None or goes into the notes."""
+    tensors, config = checkpoint.tensors, language_config(checkpoint.config)
+    notes: list[str] = []
+    stack, others = _stacks(tensors, config)
+    members, towers = _members(tensors, stack, config, notes)
+    roots = [root for other in others if (root := _tower_root(stack or "", other))]
+    notes += [f"{root} is a stack of its own beside the layers counted here" for root in roots]
+    towers += roots
+    layer_of = {name: index for index, names in members.items() for name in names}
+    outside = {name: tensors[name] for name in tensors if name not in layer_of}
+
+    roles = roles_outside(outside, towers, config, notes)
+    embeddings = tuple(name for name in outside if roles.get(name) == "token embedding")
+    lm_heads = tuple(n for n in outside if roles.get(n) == "lm head" and len(outside[n].shape) == 2)
+    hidden = _hidden_size(tensors, embeddings, config, notes)
+    blocks = []
+    for index, names in members.items():
+        parts = {name: parts_of(name.removeprefix(f"{stack}.") if stack else name)[1:] for name in names}
+        experts = experts_of(parts, tensors, config)
+        found = roles_of(parts, tensors, experts)
+        roles |= found
+        blocks.append(Layer(index, tuple(names), heads_of(parts, found, tensors, hidden, config), experts))
+    notes += _disagreements(blocks, tensors, config)
+
+    root = (stack or "").rpartition(".")[0]
+    groups = {name: _outside_group(name, role, root, towers) for name, role in roles.items()}
+    groups |= {name: f"layer {index}" for name, index in layer_of.items()}
+    groups = {name: groups.get(name, "other") for name in tensors}
+    numbered = [f"layer {layer.index}" for layer in blocks]
+    order = ["embed", *numbered, "final norm", "lm_head", *towers, "other"]
+    present = set(groups.values())
+    return Anatomy(
+        stack=stack,
+        blocks=tuple(blocks),
+        token_embeddings=embeddings,
+        lm_heads=lm_heads,
+        tied=_tied(config, embeddings, lm_heads, notes),
+        vocab_size=next((tensors[name].shape[0] for name in (*embeddings, *lm_heads)), None),
+        hidden_size=hidden,
+        experts_per_token=number(config, EXPERTS_PER_TOKEN),
+        roles={name: roles[name] for name in tensors if name in roles},
+        groups=tuple(group for group in order if group in present),
+        not_understood=tuple(name for name in tensors if name not in roles),
+        notes=tuple(notes),
+        group_by_name=groups,
+        layer_by_name=layer_of,
+    )
+
+
+def _same(values: Iterable[T]) -> T | None:
+    found = set(values)
+    return found.pop() if len(found) == 1 else None
+
+
+def _stacks(tensors: Shapes, config: Mapping[str, Any]) -> tuple[str | None, list[str]]:
+    """The prefix of the language model's layers ("model.layers"), and those of other stacks."""
+    numbers: dict[str, set[int]] = {}
+    suffixes: dict[str, Counter[str]] = {}
+    for name in tensors:
+        parts = name.split(".")
+        for at, part in enumerate(parts):
+            if NUMBER.fullmatch(part):
+                prefix = ".".join(parts[:at])
+                numbers.setdefault(prefix, set()).add(int(part))
+                suffixes.setdefault(prefix, Counter())[".".join(parts[at + 1 :])] += 1
+                break  # what is numbered inside a layer (experts) is no stack of its own
+
+    wanted = layer_count(config)
+
+    def attends(prefix: str) -> bool:
+        return any(ATTENTION.search(suffix.lower()) for suffix in suffixes[prefix])
+
+    def is_stack(prefix: str) -> bool:
+        found = numbers[prefix]
+        shared = [suffix for suffix, count in suffixes[prefix].items() if 2 * count > len(found)]
+        # Layers of several kinds (Nemotron-H) may share their norm alone; as many as the config says are still layers.
+        return len(shared) > (0 if len(found) == wanted else 1)
+
+    def likelihood(prefix: str) -> tuple[bool, bool, bool, int]:
+        aside = any(word in prefix.lower() for word in SIDE_WORDS)
+        return (not aside, len(numbers[prefix]) == wanted, attends(prefix), suffixes[prefix].total())
+
+    stacks = [p for p in numbers if is_stack(p) and (attends(p) or len(numbers[p]) == wanted)]
+    stacks.sort(key=likelihood, reverse=True)
+    return (stacks[0], [p for p in stacks[1:] if attends(p)]) if stacks else (None, [])
+
+
+def _members(
+    tensors: Shapes, stack: str | None, config: Mapping[str, Any], notes: list[str]
+) -> tuple[dict[int, list[str]], list[str]]:
+    """Layer number → its tensors; and the prefixes of layers that only predict further tokens ahead (MTP)."""
+    if stack is None:
+        notes.append("no numbered stack of layers was found in the names")
+        return {}, []
+    members: dict[int, list[str]] = {}
+    start = f"{stack}." if stack else ""
+    for name in tensors:
+        if name.startswith(start) and NUMBER.fullmatch(part := name[len(start) :].split(".")[0]):
+            members.setdefault(int(part), []).append(name)
+    members = {index: members[index] for index in sorted(members)}
+    wanted, ahead = layer_count(config), number(config, ("num_nextn_predict_layers",)) or 0
+    extra: list[str] = []
+    if wanted is not None and ahead and len(members) == wanted + ahead:
+        extra = [f"{start}{index}" for index in members if index >= wanted]
+        members = {index: names for index, names in members.items() if index < wanted}
+        notes.append(f"{', '.join(extra)} predict further tokens ahead and are not counted as layers")
+    if wanted is not None and len(members) != wanted:
+        notes.append(f"the config says {wanted} layers, the names hold {len(members)}")
+    if list(members) != list(range(len(members))):
+        numbers = f"{len(members)} layers from {min(members)} to {max(members)}"
+        notes.append(f"the names hold {numbers}: this is part of a model")
+    return members, extra
+
+
+def _tower_root(stack: str, other: str) -> str | None:
+    """The prefix of `other` without `stack`: "model.visual" for model.visual.blocks beside model.layers."""
+    ours, theirs = stack.split("."), other.split(".")
+    for depth, part in enumerate(theirs):
+        if depth >= len(ours) or part != ours[depth]:
+            return ".".join(theirs[: depth + 1]) or None
+    return None
+
+
+def _outside_group(name: str, role: Role, root: str, towers: Sequence[str]) -> str:
+    if role == "lm head":
+        return "lm_head"
+    if "embedding" in role or (role == "norm" and "embed" in name):
+        return "embed"
+    depth = root.count(".") + 2 if root else 1
+    at_root = not root or name.startswith(f"{root}.")
+    if role == "norm" and at_root and name.count(".") == depth:
+        return "final norm"
+    return tower_of(name, towers) or "other"
+
+
+def _hidden_size(tensors: Shapes, embeddings: Sequence[str], config: Mapping[str, Any], notes: list[str]) -> int | None:
+    stated = number(config, HIDDEN)
+    norms = Counter(
+        tensor.shape[0]
+        for name, tensor in tensors.items()
+        if len(tensor.shape) == 1 and NORM.search(word_of(parts_of(name)))
+    )
+    measured = [tensors[name].shape[1] for name in embeddings] + [width for width, _ in norms.most_common(1)]
+    if stated is None or not measured or stated in measured:
+        return stated or next(iter(measured), None)
+    notes.append(f"the config says hidden size {stated:,}, the shapes {measured[-1]:,}")
+    return measured[-1]
+
+
+def _disagreements(blocks: Sequence[Layer], tensors: Shapes, config: Mapping[str, Any]) -> list[str]:
+    """Sentences on what config and shapes say differently, and on layers without what the others have."""
+    notes = []
+    known = [layer.heads for layer in blocks if layer.heads]
+    if missing := [layer.index for layer in blocks if layer.heads is None]:
+        notes.append(
+            f"{len(missing)} of {len(blocks)} layers have no attention output projection that is recognised; "
+            f"the first is layer {missing[0]}"
+        )
+    n = number(config, N_HEADS)
+    if uneven := [heads for heads in known if heads.n_heads is None]:
+        shape = list(tensors[uneven[0].name].shape)
+        reason = f"which {n} heads do not divide" if n else "and nothing says how many heads that is"
+        notes.append(f"{uneven[0].name} has shape {shape}, {reason}")
+    checks = (
+        ("head width", number(config, HEAD_DIM), [heads.head_dim for heads in known]),
+        ("key-value heads", number(config, N_KV_HEADS), [heads.n_kv_heads for heads in known]),
+        ("experts", number(config, N_EXPERTS), [b.experts.n_experts for b in blocks if b.experts]),
+    )
+    for what, stated, measured in checks:
+        others = sorted({value for value in measured if value is not None and value != stated})
+        if stated is not None and others:
+            notes.append(f"the config says {what} {stated}, the shapes {', '.join(map(str, others))}")
+    return notes
+
+
+def _tied(config: Mapping[str, Any], embeddings: Sequence[str], lm_heads: Sequence[str], notes: list[str]) -> bool:
+    said = config.get("tie_word_embeddings")
+    if lm_heads:
+        if said is True and embeddings:
+            notes.append(f"{lm_heads[0]} is stored although the config ties it to {embeddings[0]}")
+        return False
+    if not embeddings or said is True:
+        return bool(embeddings)
+    if said is False:
+        notes.append("the config says that the output head is not tied, but none is stored")
+    elif not config:
+        notes.append("no output head is stored; without a config.json nothing says whether it is tied")
+    return said is None and any(WITH_HEAD.search(str(name)) for name in config.get("architectures") or ())

@@ -1,0 +1,357 @@
+"""The words of names and the shapes beside them → roles of tensors, and the heads and experts of a layer.
+
+Words alone decide nothing that will be computed on: rows must be those of a vocabulary, a projection must fit
+the hidden size, experts must agree on their number. What carries no known word gets no role.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from surgery.checkpoint.checkpoint import StoredTensor
+
+Role = Literal[
+    "token embedding",
+    "position embedding",
+    "lm head",
+    "norm",
+    "attention query",
+    "attention key",
+    "attention value",
+    "attention key-value",
+    "attention query-key-value",
+    "attention output",
+    "attention other",
+    "mlp in",
+    "mlp out",
+    "router",
+    "expert",
+    "shared expert",
+    "tower",
+]
+
+# The last word of a module's name → what it is, inside an attention module and elsewhere in a layer.
+ATTENTION_WORDS: dict[str, Role] = {
+    **dict.fromkeys(("q_proj", "wq", "query", "q", "q_lin", "q_a_proj", "q_b_proj"), "attention query"),
+    **dict.fromkeys(("k_proj", "wk", "key", "k", "k_lin"), "attention key"),
+    **dict.fromkeys(("v_proj", "wv", "value", "v", "v_lin"), "attention value"),
+    **dict.fromkeys(("kv_a_proj_with_mqa", "kv_b_proj", "kv_proj"), "attention key-value"),
+    **dict.fromkeys(
+        ("qkv_proj", "query_key_value", "c_attn", "wqkv", "qkv", "att_proj", "in_proj"),
+        "attention query-key-value",
+    ),
+    **dict.fromkeys(("o_proj", "out_proj", "c_proj", "wo", "dense", "o", "out_lin", "attn_out"), "attention output"),
+    **dict.fromkeys(
+        ("sinks", "rotary_emb", "inv_freq", "bias", "masked_bias", "relative_attention_bias"),
+        "attention other",
+    ),
+}
+MLP_WORDS: dict[str, Role] = {
+    **dict.fromkeys(
+        ("gate_proj", "up_proj", "gate_up_proj", "fc1", "fc_in", "c_fc", "w1", "w3", "wi", "wi_0", "wi_1"),
+        "mlp in",
+    ),
+    **dict.fromkeys(("dense_h_to_4h", "up_gate_proj", "input_linear", "lin1", "ff_proj"), "mlp in"),
+    **dict.fromkeys(("down_proj", "fc2", "fc_out", "c_proj", "w2", "wo", "lin2", "ff_out"), "mlp out"),
+    **dict.fromkeys(("dense_4h_to_h", "output_linear"), "mlp out"),
+}
+TOKEN_WORDS = (
+    "embed_tokens",
+    "wte",
+    "embed_in",
+    "word_embeddings",
+    "tok_embeddings",
+    "token_embedding",
+    "shared",
+)
+POSITION_WORDS = ("wpe", "position_embeddings", "embed_positions", "position_embedding", "pos_embed")
+HEAD_WORDS = ("lm_head", "embed_out")
+WEAK_HEAD_WORDS = ("output", "head", "decoder")  # count only with exactly the rows and width of the embedding
+ROUTER_WORDS = ("gate", "router", "e_score_correction_bias")
+
+# The last component names the values, not the module: what is stored of it. Quantised forms included.
+LEAVES = (
+    *("weight", "bias", "qweight", "qzeros", "scales", "g_idx", "blocks", "absmax", "input_scale"),
+    *("weight_scale", "weight_scale_inv", "weight_packed", "weight_shape", "weight_zero_point"),
+)
+VALUES = ("weight", "qweight", "weight_packed", "blocks")  # those that hold values; the rest tells how to read them
+NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")  # six digits at most: no stack is deeper, and int() stays cheap
+NORM = re.compile(r"norm|^ln(_|\d|$)")
+ATTENTION = re.compile(r"attn|attention|^att_")
+CROSS_ATTENTION = re.compile(r"cross|encdec")
+
+# One number, under every name that configs give it.
+N_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYER_KINDS = ("layer_types", "layers_block_type")
+N_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+N_KV_HEADS = ("num_key_value_heads", "n_head_kv", "kv_n_heads", "n_kv_heads", "num_kv_heads")
+HEAD_DIM = ("v_head_dim", "head_dim")  # MLA's head_dim is the rotary part of the keys; values decide
+HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
+N_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_top_k",
+    "moe_k",
+)
+NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "ffn_config", "attn_config")
+
+Shapes = Mapping[str, StoredTensor]
+Parts = Sequence[str]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How a layer's attention is cut into heads, seen from the matrix that writes them back.
+
+    `name` is that output projection, (hidden, n·d), or (n·d, hidden) where `transposed` (GPT-2's Conv1D).
+    Query head h owns the input slice [h·d, (h+1)·d), d = `head_dim` = the projection's input width / n
+    (the width of values, where keys have another: DeepSeek's MLA). None: neither config nor shapes settle it.
+    """
+
+    name: str
+    transposed: bool
+    n_heads: int | None
+    n_kv_heads: int | None
+    head_dim: int | None
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A layer's routed experts, their routers, and the experts that every token passes (`shared`).
+
+    `down` are the matrices that write the experts' output: one per expert in order, or, where all are fused
+    into 3-D tensors (n, …, …) or stacked into 2-D ones (n·…, …), the one tensor that holds them all.
+    """
+
+    layout: Literal["per-expert", "fused"]
+    n_experts: int
+    names: tuple[str, ...]
+    down: tuple[str, ...]
+    routers: tuple[str, ...]
+    shared: tuple[str, ...]
+
+
+def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's numbers: in a multimodal config the nested ones win over the outer ones."""
+    for key in NESTED:
+        if isinstance(nested := config.get(key), Mapping):
+            rest = {name: value for name, value in config.items() if name != key}
+            inner = {name: value for name, value in nested.items() if value is not None}
+            return language_config({**rest, **inner})
+    return config
+
+
+def number(config: Mapping[str, Any], names: Sequence[str]) -> int | None:
+    """The first of `names` that the config gives as a positive whole number."""
+    values = (config.get(name) for name in names)
+    return next((value for value in values if type(value) is int and value > 0), None)
+
+
+def layer_count(config: Mapping[str, Any]) -> int | None:
+    """How many layers the config says there are, as a number or as a list of their kinds."""
+    kinds = next((config[key] for key in LAYER_KINDS if isinstance(config.get(key), list)), None)
+    return number(config, N_LAYERS) or (len(kinds) if kinds else None)
+
+
+def parts_of(name: str) -> list[str]:
+    """A name, lower-cased and cut at its dots."""
+    return name.lower().split(".")
+
+
+def word_of(parts: Parts) -> str:
+    """The module's last word: "q_proj" of self_attn.q_proj.weight, "bias" of GPT-2's mask attn.bias."""
+    module = list(parts)
+    while len(module) > 1 and module[-1] in LEAVES:
+        leaf = module.pop()
+    return leaf if len(module) < len(parts) and ATTENTION.fullmatch(module[-1]) else module[-1]
+
+
+def tower_of(name: str, towers: Sequence[str]) -> str | None:
+    """The one of `towers` (prefixes) that `name` lies under."""
+    return next((root for root in towers if name.startswith(f"{root}.")), None)
+
+
+def roles_outside(
+    tensors: Shapes, towers: Sequence[str], config: Mapping[str, Any], notes: list[str]
+) -> dict[str, Role]:
+    """Roles outside the layers. One row per token needs both the name and the rows to say so."""
+    words = {name: word_of(parts_of(name)) for name in tensors}
+    vocabulary = number(config, ("vocab_size",))
+    named = [n for n in tensors if words[n] in TOKEN_WORDS + HEAD_WORDS and len(tensors[n].shape) == 2]
+    rows_seen = Counter(tensors[name].shape[0] for name in named)
+
+    def per_token(rows: int) -> bool:
+        return vocabulary is None or rows >= vocabulary or rows_seen[rows] > 1
+
+    roles: dict[str, Role] = {}
+    embedding_shapes = set()
+    for name in named:
+        rows = tensors[name].shape[0]
+        if per_token(rows):
+            roles[name] = "lm head" if words[name] in HEAD_WORDS else "token embedding"
+            embedding_shapes.add(tensors[name].shape)
+        if rows != vocabulary and vocabulary is not None and tower_of(name, towers) is None:
+            verdict = "" if per_token(rows) else ", so its rows are not taken for tokens"
+            notes.append(f"{name} has {rows:,} rows, the config a vocab_size of {vocabulary:,}{verdict}")
+    token_counts = {rows for rows, _ in embedding_shapes}
+    for name, tensor in tensors.items():
+        if name in roles:
+            continue
+        is_head = words[name] in HEAD_WORDS and tensor.shape[:1] and tensor.shape[0] in token_counts
+        if (words[name] in WEAK_HEAD_WORDS and tensor.shape in embedding_shapes) or (
+            is_head and len(tensor.shape) == 1
+        ):
+            roles[name] = "lm head"
+        elif tower_of(name, towers) is not None:
+            roles[name] = "tower"
+        elif words[name] in POSITION_WORDS:
+            roles[name] = "position embedding"
+        elif NORM.search(words[name]) and len(tensor.shape) < 2:
+            roles[name] = "norm"
+    return roles
+
+
+def experts_of(parts: Mapping[str, Parts], tensors: Shapes, config: Mapping[str, Any]) -> Experts | None:
+    """The experts of one layer, whose tensors' names are given in `parts`; None where it is dense.
+
+    Experts of attention (JetMoE's) are left out: they are no feed-forward experts, and routers of their own serve them.
+    """
+    parts = {name: words for name, words in parts.items() if not any(ATTENTION.search(word) for word in words)}
+    inside: dict[int, list[str]] = {}
+    fused: list[str] = []
+    for name, words in parts.items():
+        after = words[words.index("experts") + 1] if "experts" in words[:-1] else ""
+        if NUMBER.fullmatch(after):
+            inside.setdefault(int(after), []).append(name)
+        elif "experts" in words:
+            fused.append(name)
+    layout: Literal["per-expert", "fused"] = "per-expert" if inside else "fused"
+    if inside:
+        if sorted(inside) != list(range(len(inside))):
+            return None
+        n = len(inside)
+        names = [name for index in sorted(inside) for name in inside[index]]
+        down = [name for name in names if _is_down(parts[name]) and len(tensors[name].shape) == 2]
+    else:
+        # Without the word "experts", only 3-D tensors with as many parts as the config has experts qualify.
+        stated = number(config, N_EXPERTS)
+        solid = [name for name in fused or parts if len(tensors[name].shape) > 2]
+        counts = Counter(tensors[name].shape[0] for name in solid if fused or tensors[name].shape[0] == stated)
+        if counts:
+            ((n, _),) = counts.most_common(1)
+            names = [name for name in fused or solid if tensors[name].shape[:1] == (n,)]
+            down = [name for name in names if _is_down(parts[name]) and len(tensors[name].shape) > 2]
+        elif stated is not None and (stacked := _stacked(fused, tensors, stated)):
+            n, names = stated, stacked
+            down = [name for name in names if _is_down(parts[name])]
+        else:
+            return None
+    routers = [
+        name
+        for name, words in parts.items()
+        if name not in names and any(word in ROUTER_WORDS for word in words) and n in tensors[name].shape
+    ]
+    shared = [n for n, words in parts.items() if any("shared_expert" in w or "shared_mlp" in w for w in words)]
+    return Experts(layout, n, tuple(names), tuple(down), tuple(routers), tuple(shared))
+
+
+def _stacked(names: Sequence[str], tensors: Shapes, n: int) -> list[str]:
+    """Those of `names` that are matrices of n experts' rows, one expert after the other (DBRX)."""
+    shapes = {name: tensors[name].shape for name in names}
+    return [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] > n and shape[0] % n == 0]
+
+
+def _is_down(parts: Parts) -> bool:
+    word = word_of(parts)
+    values = parts[-1] in VALUES or parts[-1] == word
+    return values and MLP_WORDS.get(word.removesuffix("_blocks").removesuffix("_weight")) == "mlp out"
+
+
+def roles_of(parts: Mapping[str, Parts], tensors: Shapes, experts: Experts | None) -> dict[str, Role]:
+    """The role of every tensor of one layer that has one."""
+    roles: dict[str, Role] = {}
+    for name, words in parts.items():
+        word = word_of(words)
+        if NORM.search(word) and len(tensors[name].shape) < 3:
+            roles[name] = "norm"
+        elif any(ATTENTION.search(part) for part in words):
+            if word in ATTENTION_WORDS:
+                roles[name] = ATTENTION_WORDS[word]
+        elif word in MLP_WORDS and "experts" not in words:
+            roles[name] = MLP_WORDS[word]
+    if experts:
+        roles |= dict.fromkeys(experts.names, "expert")
+        roles |= dict.fromkeys(experts.routers, "router")
+        roles |= dict.fromkeys(experts.shared, "shared expert")
+    return roles
+
+
+def heads_of(
+    parts: Mapping[str, Parts],
+    roles: Mapping[str, Role],
+    tensors: Shapes,
+    hidden: int | None,
+    config: Mapping[str, Any],
+) -> Heads | None:
+    """The heads of one layer; None where no single matrix is its self-attention's output projection."""
+    matrices: dict[Role, str] = {}
+    outputs = []
+    for name, role in roles.items():
+        plain = parts[name][-1] in ("weight", word_of(parts[name]))  # scales of quantised weights are 2-D too
+        crossing = any(CROSS_ATTENTION.search(part) for part in parts[name])
+        if plain and len(tensors[name].shape) == 2 and tensors[name].is_float and not crossing:
+            matrices[role] = name
+            outputs += [name] if role == "attention output" else []
+    asked = matrices.keys() & {"attention query", "attention query-key-value"}
+    if len(outputs) != 1 or not asked or hidden not in tensors[outputs[0]].shape:
+        return None
+    shapes = {role: tensors[name].shape for role, name in matrices.items()}
+    transposed = _is_transposed(shapes, hidden)
+    width = shapes["attention output"][0 if transposed else 1]
+    n = number(config, N_HEADS) or _heads_by_shape(parts, roles, tensors, width)
+    if n is None or width % n:
+        return Heads(outputs[0], transposed, None, None, None)
+    kv = _kv_heads(shapes, transposed, n, width // n, config)
+    return Heads(outputs[0], transposed, n, kv, width // n)
+
+
+def _is_transposed(shapes: Mapping[Role, tuple[int, ...]], hidden: int | None) -> bool:
+    """Whether matrices are stored (in, out); where the projection is square, its neighbours tell."""
+    reads: tuple[Role, ...] = ("attention query-key-value", "mlp in", "attention key", "attention value")
+    writes: tuple[Role, ...] = ("attention output", "mlp out")
+    for role in (*writes, *reads):
+        if role in shapes and (shapes[role][0] == hidden) != (shapes[role][1] == hidden):
+            return (shapes[role][0] == hidden) == (role in reads)
+    return False
+
+
+def _heads_by_shape(parts: Mapping[str, Parts], roles: Mapping[str, Role], tensors: Shapes, width: int) -> int | None:
+    """Without a config: attention sinks have one value per head, a per-head query norm one head's width."""
+    for name in roles:
+        word, size = word_of(parts[name]), tensors[name].n_elements
+        if word == "sinks" and size:
+            return size
+        if word in ("q_norm", "q_layernorm") and 0 < size < width and width % size == 0:
+            return width // size
+    return None
+
+
+def _kv_heads(
+    shapes: Mapping[Role, tuple[int, ...]], transposed: bool, n: int, d: int, config: Mapping[str, Any]
+) -> int | None:
+    out = 1 if transposed else 0
+    stated = number(config, N_KV_HEADS)
+    for role in ("attention value", "attention key"):
+        if role in shapes:
+            count, left = divmod(shapes[role][out], d)
+            return count if count and not left and n % count == 0 else None
+    if "attention query-key-value" in shapes:
+        count, left = divmod(shapes["attention query-key-value"][out] - n * d, 2 * d)
+        return count if count > 0 and not left and n % count == 0 else None
+    return stated

@@ -1,0 +1,223 @@
+"""Parts of layers scaled in the weights: what edits of heads and of experts have in common.
+
+In comes an `Edit`: which tensors of a model are made anew, by which kernels, and what of them is overwritten. Out comes
+the model in which only these differ, with manifest, model card and the file that undoes it (see `surgery.edits.undo`);
+or an error with every fault of the request at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.checkpoint.selectors import P, Part
+from surgery.checkpoint.structure import Anatomy
+from surgery.edits.undo import UNDO, Blocks, execute_judged, write_undo
+from surgery.engine.edit_report import EditReport, edit_report, edit_table
+from surgery.engine.execute import Options, Outcome
+from surgery.engine.manifest import Card, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.plan import Plan, PlannedTensor, check_output, copied, plan_files
+from surgery.engine.preflight import Preflight, check_space
+from surgery.errors import FAILED, WRONG_USAGE, SurgeryError, listing
+from surgery.io.atomic import check_free
+
+MODEL = "model"
+NOT_MEASURED = "Side effects were not measured."
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EditNotes:
+    """What was measured of an edited model: JSON-able data for the manifest, and Markdown for the model card."""
+
+    measured: Mapping[str, Any]
+    markdown: str
+
+
+Measure = Callable[[Path], EditNotes]
+"""Measures the model in a folder (weights, config and tokenizer are there); raises SurgeryError to refuse it."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One tensor of the edited model, and what of the stored one it overwrites."""
+
+    planned: PlannedTensor
+    blocks: Blocks
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What the model card says of an edit.
+
+    title: of the card. what: was done to the model ("… scaled (z ← γ·z) at all positions"). paper: after which. how: in
+    the weights. caution: a sentence that readers must know, or nothing. tags: for the Hub. column: heads the factors in
+    the table of parts. label: takes the place of the factors there.
+    """
+
+    title: str
+    what: str
+    paper: str
+    how: str
+    tags: tuple[str, ...]
+    column: str
+    caution: str = ""
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What is to be done to `base`.
+
+    nouns: what the parts are called: "heads". scales: part → factor, for the parts that change. sources: what else is
+    read. command: the record for the manifest. changes: at most one per tensor. warnings: for the user.
+    """
+
+    base: Checkpoint
+    structure: Anatomy
+    nouns: str
+    scales: Mapping[Part, float]
+    changes: Sequence[Change]
+    wording: Wording
+    command: Mapping[str, Any]
+    sources: Mapping[str, Checkpoint] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+
+
+@dataclass
+class Faults:
+    """What stands against an edit; `usage` where the request itself is wrong."""
+
+    usage: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+
+    def settle(self, where: str) -> None:
+        """Raises SurgeryError with every fault, if there are any."""
+        if self.usage or self.others:
+            code = WRONG_USAGE if self.usage else FAILED
+            raise SurgeryError("\n  ".join([*self.usage, *self.others]), where=where, exit_code=code)
+
+    def add(self, fault: str) -> None:
+        """Adds a fault of the model, once however many parts meet it."""
+        if fault not in self.others:
+            self.others.append(fault)
+
+
+def found_in(
+    having: Mapping[int, T],
+    layer: int,
+    named: str,
+    structure: Anatomy,
+    ref: str,
+    faults: Faults,
+    *,
+    what: str,
+    why: str = "",
+) -> T | None:
+    """What `having` holds of `layer`; where it holds nothing the reason goes to `faults`.
+
+    Args:
+        having: layer → what is sought; layers without it are absent.
+        named: the parts that were asked for.
+        what: what is sought, as in "has no …". why: a layer may lack it, or nothing.
+    """
+    numbers = [block.index for block in structure.blocks]
+    if not having:
+        faults.add(f"{ref} has no {what} in any layer.")
+    elif layer not in numbers:
+        faults.usage.append(f"{named}: there is no layer {layer}, expected {numbers[0]} to {numbers[-1]}.")
+    elif layer not in having:
+        faults.usage.append(
+            f"{named}: layer {layer} has no {what}{why}; layers that have: {listing(map(str, having))}."
+        )
+    return having.get(layer)
+
+
+def check_indices(kind: type[P], layer: int, indices: Sequence[int], n: int, faults: Faults) -> None:
+    """Adds a fault where one of `indices` is not a part of a layer that has `n` of them."""
+    outside = [str(kind(layer, index)) for index in indices if not 0 <= index < n]
+    if outside:
+        faults.usage.append(f"{listing(outside, 3)}: layer {layer} has the {kind.NOUN}s 0 to {n - 1}.")
+
+
+def options_of(scales: Mapping[P, float], noun: str) -> dict[str, Any]:
+    """The options that type the edit again."""
+    ordered = dict(sorted(scales.items()))
+    values = set(ordered.values())
+    if len(values) == 1:
+        (value,) = values
+        return {noun: list(map(str, ordered)), "scale": int(value) if float(value).is_integer() else value}
+    return {noun: [f"{part}={scale!r}" for part, scale in ordered.items()]}
+
+
+def write_edit(edit: Edit, out: Path, *, measure: Measure | None, dry_run: bool, options: Options) -> EditReport:
+    """Writes the edited model to the folder `out`.
+
+    Args:
+        measure: judges the result before it is kept: what it returns goes into manifest and card; where it raises
+            SurgeryError nothing is kept.
+        dry_run: stop after the checks; nothing is written.
+
+    Raises:
+        SurgeryError: `out` exists or lies in a source; NaN or infinite values came out; the disk is full; `measure`
+            refused the result.
+    """
+    base = edit.base
+    sources = {MODEL: base, **edit.sources}
+    check_output(out, sources)
+    if not dry_run:
+        check_free(out, overwrite=options.overwrite)
+    made = {change.planned.name: change.planned for change in edit.changes}
+    planned = [made.get(name) or copied(tensor) for name, tensor in base.tensors.items()]
+    side_files = {path.name: path for path in base.side_files}
+    plan = Plan(edit.command, sources, plan_files(planned, like=base), side_files)
+    preflight = Preflight(warnings=list(edit.warnings))
+    layers = len({part.layer for part in edit.scales})
+    preflight.facts[edit.nouns] = f"{len(edit.scales)} in {layers} of {edit.structure.layers} layers"
+    check_space(preflight, plan, out, options.threads)
+    preflight.settle(str(edit.command["name"]))
+    report = EditReport(out, preflight.facts, preflight.warnings, len(made), len(planned), dry_run=dry_run)
+    if dry_run:
+        return report
+
+    def judge(folder: Path, _: Outcome) -> EditNotes | None:
+        return measure(folder) if measure else None
+
+    def finish(folder: Path, outcome: Outcome, notes: EditNotes | None) -> EditReport:
+        write_undo(folder, [change.blocks for change in edit.changes], outcome, role=MODEL)
+        done = edit_report(report, base, sorted(made), outcome)
+        summary = done.summary() | {edit.nouns: {str(part): scale for part, scale in sorted(edit.scales.items())}}
+        summary |= {"measured": None if notes is None else notes.measured}
+        manifest = build_manifest(plan, outcome, kind="model", report=summary)
+        write_manifest(folder, manifest)
+        write_card(folder, manifest, sources, _card(edit, done, notes))
+        return done
+
+    return execute_judged(plan, out, options, judge=judge, finish=finish)
+
+
+def record(base: Checkpoint, command: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """How the manifest records an edit of `base`."""
+    return command_record(command, [base.ref], **options)
+
+
+def _card(edit: Edit, report: EditReport, notes: EditNotes | None) -> Card:
+    words, name = edit.wording, edit.base.repo_id or edit.base.ref
+    caution = f"{words.caution} " if words.caution else ""
+    method = (
+        f"{name} with {words.what} at all positions, after {words.paper}, in the weights: {words.how}. {caution}"
+        f"{report.edited} of {report.tensors} tensors changed; `{UNDO}` holds what they were, and `surgery edit undo` "
+        "puts it back."
+    )
+    by_factor: dict[str, list[str]] = {}
+    for part, scale in sorted(edit.scales.items()):
+        by_factor.setdefault(words.label or f"{scale:g}", []).append(str(part))
+    rows = [f"| {factor} | {', '.join(parts)} |" for factor, parts in by_factor.items()]
+    header = [f"## {edit.nouns.capitalize()}", "", f"| {words.column} | {edit.nouns} |", "|---|---|"]
+    effects = f"## Side effects\n\n{notes.markdown if notes else NOT_MEASURED}"
+    body = "\n\n".join(["\n".join([*header, *rows]), effects, edit_table(report).to_markdown()])
+    return Card(words.title, method, words.tags, body)

@@ -1,0 +1,324 @@
+"""Experts scaled in the weights: what an expert adds to the residual stream times β, as D_e ← β·D_e on disk.
+
+After arXiv 2505.14681, which multiplies the routing weight of chosen experts by β = 64 at run time. An expert's output
+is linear in its down projection: (β·w_e)·D_e·h_e = w_e·(β·D_e)·h_e. In come a model and β per expert; out comes the
+model in which only these experts' down projections (with their biases) differ, with a file that undoes it (see
+`surgery.edits.undo`). Where β is a power of two and nothing overflows or falls below the normal numbers, it does what
+the factor on the routing weight does (after selection and renormalisation), to the bit. Shared experts are never
+touched.
+
+| stored as | what changes |
+|---|---|
+| floats: a tensor per expert, or one for all | the expert's values |
+| FP8 with block scales (`weight_scale_inv`) | the expert's scales |
+| MXFP4 (`down_proj_blocks`, `down_proj_scales`) | log₂ β is added to the expert's block exponents |
+
+β = 0 writes zeros in the place of values, quantised ones included, since not every scale format has a zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
+from surgery.checkpoint.reader import Input, Reader, SourceFiles, segments
+from surgery.checkpoint.resolve import open_checkpoint
+from surgery.checkpoint.selectors import Expert, Part, by_layer
+from surgery.checkpoint.structure import Anatomy, anatomy
+from surgery.checkpoint.tensor_roles import ATTENTION, NORM, Experts, language_config, parts_of, word_of
+from surgery.edits.common import (
+    Change,
+    Edit,
+    Faults,
+    Measure,
+    Wording,
+    check_indices,
+    found_in,
+    options_of,
+    record,
+    write_edit,
+)
+from surgery.edits.kernels import SCALE_BLOCKS, SHIFT_EXPONENTS
+from surgery.edits.undo import Blocks
+from surgery.engine.edit_report import EditReport
+from surgery.engine.execute import Options
+from surgery.engine.plan import Kernel, Parameter, PlannedTensor
+from surgery.errors import listing, usage_error
+
+COMMAND = "edit experts"
+PAPER = "arXiv:2505.14681"
+QUANTISED = ("fp8", "mxfp4")  # the methods whose formats are understood here, as configs name them
+EXPONENTS = ("U8", "F8_E8M0")  # what stores block scales 2^(e − 127) as bytes e
+LARGEST = 254  # of such e; 255 stands for NaN
+CAUTION = "β acts on the prompt too, which a factor at run time can leave out."
+
+
+@dataclass(frozen=True)
+class _Down:
+    """What stores the down projections of `experts`: of all n of a layer in order along the first axis, or of one.
+
+    scale: the block scales of quantised values; None where the values are the weights. power: why β must be a power of
+    two, or nothing.
+    """
+
+    experts: tuple[Expert, ...]
+    values: StoredTensor
+    bias: StoredTensor | None
+    scale: StoredTensor | None
+    power: str = ""
+
+    def changes(self, scales: Mapping[Expert, float]) -> Iterable[Change]:
+        """The tensors that multiplying each expert by its β changes."""
+        factors = [scales.get(expert, 1.0) for expert in self.experts]
+        if self.scale is None:
+            yield from _scaled(self.values, factors)
+        else:
+            yield from _scaled(self.values, [0.0 if factor == 0 else 1.0 for factor in factors])
+            kept = [factor or 1.0 for factor in factors]
+            yield from (_shifted if self.scale.dtype in EXPONENTS else _scaled)(self.scale, kept)
+        if self.bias is not None:
+            yield from _scaled(self.bias, factors)
+
+
+def scale_experts(
+    model: str,
+    out: Path,
+    *,
+    scales: Mapping[Expert, float],
+    measure: Measure | None = None,
+    dry_run: bool = False,
+    options: Options = Options(),
+) -> EditReport:
+    """Writes `model` with D_e ← β·D_e, the down projection and its bias, for every expert of `scales` to `out`.
+
+    The product is taken in fp32 (fp64 for F64) and rounded once to the stored dtype; every other tensor, and what a
+    tensor holds of other experts, keeps its bytes. `surgery.edits.undo.undo` leads back. The report's norms are those
+    of what is stored: of scales where the weights are quantised.
+
+    Args:
+        scales: expert → β ≥ 0; 0 removes the expert's contribution, exactly; experts with β = 1 are left alone.
+        measure: judges the result before it is kept: what it returns goes into manifest and card; where it raises
+            SurgeryError nothing is kept.
+        dry_run: stop after the checks; nothing is written.
+
+    Raises:
+        SurgeryError: an expert is not there, its layer has none, or its down projection is not recognised; β is
+            negative, not finite, or no power of two where exponents store it; an exponent would leave its range;
+            nothing would change; the model applies routing weights to experts' inputs or normalises their outputs; it
+            is quantised in another way (every fault is named); `out` exists; NaN or infinite values came out; the disk
+            is full; `measure` refused the result.
+    """
+    if not scales:
+        raise usage_error("no experts were given", where=COMMAND, hint="Name them: --expert L12E45.")
+    scales = {expert: float(scale) for expert, scale in scales.items()}  # 64 and 64.0 give the same manifest
+    base = open_checkpoint(model)
+    structure = anatomy(base)
+    downs = _checked(base, structure, scales)
+    changes = [change for down in downs for change in down.changes(scales)]
+    if not changes:
+        raise usage_error("nothing to do: every β is 1.", where=COMMAND)
+    changed: dict[Part, float] = {expert: scale for expert, scale in scales.items() if scale != 1}
+    wording = Wording(
+        "Model with experts scaled",
+        f"{len(changed)} routed expert(s) scaled (w·E(x) ← β·w·E(x))",
+        PAPER,
+        "their down projections multiplied by β",
+        ("mixture-of-experts", "expert-steering"),
+        "β",
+        CAUTION,
+    )
+    warnings = []
+    if any(down.scale is not None for down in downs):
+        warnings.append("the experts' weights are quantised: norms are those of the stored scales or codes.")
+    command = record(base, COMMAND, options_of(scales, Expert.NOUN))
+    edit = Edit(base, structure, "experts", changed, changes, wording, command, warnings=warnings)
+    return write_edit(edit, out, measure=measure, dry_run=dry_run, options=options)
+
+
+def _checked(base: Checkpoint, structure: Anatomy, scales: Mapping[Expert, float]) -> list[_Down]:
+    """What stores the experts of `scales`. Raises SurgeryError with all that stands against the edit."""
+    faults = Faults()
+    for expert, scale in sorted(scales.items()):
+        if not math.isfinite(scale) or scale < 0:
+            faults.usage.append(f"{expert}: got β = {scale:g}, expected a finite number from 0 on.")
+    _check_model(base, faults)
+    if faults.others:
+        faults.settle(COMMAND)  # nothing else can be said of such weights
+    downs: list[_Down] = []
+    for layer, indices in by_layer(scales).items():
+        named = listing((str(Expert(layer, index)) for index in indices), 3)
+        what = "routed experts that are recognised"
+        experts = found_in(structure.experts, layer, named, structure, base.ref, faults, what=what)
+        if experts is not None:
+            check_indices(Expert, layer, indices, experts.n_experts, faults)
+            _check_norm(structure, layer, named, faults)
+            there = [Expert(layer, index) for index in indices if 0 <= index < experts.n_experts]
+            downs += _downs(base, there, experts, faults)
+    for down in downs:
+        _check_powers(down, scales, faults)
+    faults.settle(COMMAND)
+    return downs
+
+
+def _check_model(base: Checkpoint, faults: Faults) -> None:
+    """Adds a fault where the config says that scaled weights would not do what a scaled routing weight does."""
+    config = language_config(base.config)
+    method = _quantisation(base).get("quant_method")
+    if method not in (None, *QUANTISED):
+        faults.add(
+            f"{base.ref} is quantised ({method}): experts are scaled where weights are stored as floats, as FP8 with "
+            "block scales, or as MXFP4. Use the unquantised model."
+        )
+    # No name or shape tells where the routing weight is applied. The one family that is known to apply it to the
+    # experts' input, Llama 4, is told by its name; others have an option for it.
+    llama4 = any(str(held.get("model_type")).startswith("llama4") for held in (base.config, config))
+    if llama4 or any(value for key, value in config.items() if key.endswith("router_weight_on_input")):
+        faults.add(
+            f"{base.ref} multiplies the experts' inputs by the routing weight, not their outputs, and experts are not "
+            "linear in these: no change of the weights does what β on the routing weight does."
+        )
+
+
+def _check_norm(structure: Anatomy, layer: int, named: str, faults: Faults) -> None:
+    """Adds a fault where the experts' outputs may be normalised."""
+    names = next(block.names for block in structure.blocks if block.index == layer)
+    for name in names:
+        words = parts_of(name)
+        if "experts" in words and NORM.search(word_of(words)) and not any(ATTENTION.search(word) for word in words):
+            faults.others.append(
+                f"{named}: {name} is a norm among the experts, which takes a factor out of their outputs again: β on "
+                "the routing weight cannot be written into the weights."
+            )
+
+
+def _downs(base: Checkpoint, wanted: Sequence[Expert], experts: Experts, faults: Faults) -> list[_Down]:
+    """What stores the down projections of `wanted`, experts of one layer, as far as it is understood."""
+    if experts.layout == "per-expert":
+        alone = {_number(name): name for name in experts.down}
+        held: list[tuple[tuple[Expert, ...], str | None]] = [((e,), alone.get(e.index)) for e in wanted]
+    elif wanted:
+        every = tuple(Expert(wanted[0].layer, index) for index in range(experts.n_experts))
+        held = [(every, experts.down[0] if len(experts.down) == 1 else None)]
+    else:
+        return []
+    if lost := [expert for of, name in held if name is None for expert in (of if len(of) == 1 else wanted)]:
+        faults.others.append(
+            f"{listing(map(str, lost), 3)}: none of the experts' tensors is recognised as the down projection "
+            f"({listing(experts.names, 3)})."
+        )
+    found = [_down(base, of, name, faults) for of, name in held if name is not None]
+    return [down for down in found if down is not None]
+
+
+def _down(base: Checkpoint, experts: tuple[Expert, ...], name: str, faults: Faults) -> _Down | None:
+    """The tensor `name`, (out, in) of one expert or what the n `experts` have in order, with its bias and scales."""
+    values, packed = base.tensors[name], name.endswith("_blocks")
+    stem = name.removesuffix(".weight").removesuffix("_blocks").removesuffix("_weight")
+    bias = base.tensors.get(f"{stem}.bias" if name.endswith(".weight") else f"{stem}_bias")
+    scale_name = f"{stem}_scales" if packed else f"{name}_scale_inv"
+    scale = base.tensors.get(scale_name)
+    method, scale_fmt = (_quantisation(base).get(key) for key in ("quant_method", "scale_fmt"))
+    told = f"{name}, {values.dtype} {list(values.shape)}"
+    if scale is None and (packed or (method == "fp8" and values.dtype.startswith("F8"))):
+        faults.others.append(f"{told}: the scales that belong to it, {scale_name}, are not there.")
+    elif scale is None and not values.is_float:
+        faults.others.append(f"{told}: is stored in a way that is not understood.")
+    elif scale is not None and not _fits(values, scale, len(experts), packed=packed):
+        faults.others.append(f"{told}: its scales, {scale.name}, {scale.dtype} {list(scale.shape)}, do not fit it.")
+    elif bias is not None and not _is_bias(bias, values, experts):
+        faults.others.append(f"{told}: its bias, {bias.name}, {bias.dtype} {list(bias.shape)}, does not fit it.")
+    else:
+        power = ""
+        if scale is not None and scale.dtype in EXPONENTS:
+            power = f"{scale.name} stores the exponents of block scales"
+        elif scale is not None and scale_fmt == "ue8m0":
+            power = f"engines round the block scales in {scale.name} to powers of two (scale_fmt ue8m0)"
+        return _Down(experts, values, bias, scale, power)
+    return None
+
+
+def _fits(values: StoredTensor, scale: StoredTensor, n: int, *, packed: bool) -> bool:
+    """Whether `scale` can be the scales of n experts' `values`."""
+    if packed:
+        return values.dtype == "U8" and scale.dtype in EXPONENTS and scale.shape == values.shape[:-1]
+    stored = values.dtype.startswith("F8") and (scale.is_float or scale.dtype == "F8_E8M0")
+    return stored and (n == 1 or scale.shape[:1] == (n,))
+
+
+def _is_bias(bias: StoredTensor, values: StoredTensor, experts: Sequence[Expert]) -> bool:
+    """Whether `bias` can be the bias of the experts' `values`: (out,) of one, (n, out) of all."""
+    n = len(experts)
+    shaped = bias.shape[:-1] in ((), (1,)) if n == 1 else bias.shape[:-1] == (n,)
+    return bias.is_float and bias.shape != () and shaped and bias.shape[-1] in values.shape
+
+
+def _check_powers(down: _Down, scales: Mapping[Expert, float], faults: Faults) -> None:
+    """Adds a fault for each β that `down` cannot store: no power of two, or out of its exponents' range."""
+    for block, expert in enumerate(down.experts):
+        scale = scales.get(expert, 1.0)
+        if not down.power or down.scale is None or scale in (0, 1) or not math.isfinite(scale) or scale < 0:
+            continue
+        if math.frexp(scale)[0] != 0.5:
+            faults.usage.append(f"{expert}: got β = {scale:g}, expected a power of two: {down.power}.")
+        elif down.scale.dtype in EXPONENTS:
+            low, high = _range(down.scale, block, len(down.experts))
+            shift = _log2(scale)
+            if low + shift < 0 or high + shift > LARGEST:
+                faults.usage.append(
+                    f"{expert}: β = {scale:g} adds {shift} to the exponents in {down.scale.name}, {low} to {high}, "
+                    f"which would leave the range 0 to {LARGEST}."
+                )
+
+
+def _range(exponents: StoredTensor, block: int, n: int) -> tuple[int, int]:
+    """The smallest and the largest byte of the block `block` of n."""
+    size = exponents.n_elements // n
+    low, high = 255, 0
+    with SourceFiles(exponents.files) as files:
+        reader = Reader(files)
+        for begin, end in segments(size):
+            data = reader.raw(exponents, block * size + begin, block * size + end, "exponents")
+            low, high = min(low, int(data.min())), max(high, int(data.max()))
+    return low, high
+
+
+def _scaled(tensor: StoredTensor, factors: Sequence[float]) -> Iterable[Change]:
+    return _changed(tensor, SCALE_BLOCKS, factors, {"scales": tuple(factors), "transposed": True})
+
+
+def _shifted(tensor: StoredTensor, factors: Sequence[float]) -> Iterable[Change]:
+    return _changed(tensor, SHIFT_EXPONENTS, factors, {"shifts": tuple(map(_log2, factors))})
+
+
+def _changed(
+    tensor: StoredTensor, kernel: Kernel, factors: Sequence[float], params: Mapping[str, Parameter]
+) -> Iterable[Change]:
+    """The change of a tensor whose blocks along the first axis are multiplied by `factors`; none where all are 1."""
+    chosen = tuple(block for block, factor in enumerate(factors) if factor != 1)
+    if chosen:
+        kept = Blocks(tensor) if len(factors) == 1 else Blocks(tensor, chosen, len(factors), transposed=True)
+        yield Change(PlannedTensor(tensor.name, tensor.dtype, tensor.shape, (Input(tensor),), kernel, params), kept)
+
+
+def _log2(factor: float) -> int:
+    """log₂ of a power of two."""
+    return math.frexp(factor)[1] - 1
+
+
+def _number(name: str) -> int:
+    """The expert that a tensor belongs to where each has its own."""
+    words = parts_of(name)
+    return int(words[words.index("experts") + 1])
+
+
+def _quantisation(base: Checkpoint) -> Mapping[str, Any]:
+    """What the config says of how weights are quantised; empty where they are not."""
+    config = language_config(base.config)
+    said = config.get("quantization_config") or config.get("compression_config") or {}
+    if not isinstance(said, Mapping):
+        return {"quant_method": said}
+    return {**said, "quant_method": said.get("quant_method") or "unknown"} if said else said

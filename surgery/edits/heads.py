@@ -1,0 +1,260 @@
+"""Heads scaled in the weights: z_h ← γ·z_h at every position, as W_h ← γ·W_h in the output projections.
+
+After arXiv 2510.06036, which sets γ to 0 in forward passes. In come a model and how strongly each head is to be scaled,
+or the mean outputs that take the place of theirs; out comes the model in which only the named layers' output
+projections (and their biases, for means) differ, with a file that undoes it (see `surgery.edits.undo`). What a head
+writes into the residual stream is linear in its block of the output projection's columns, so that the edit does what a
+hook on that projection's input does: the same to the bit for γ = 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor, read_file
+from surgery.checkpoint.reader import Input
+from surgery.checkpoint.resolve import open_checkpoint
+from surgery.checkpoint.selectors import Head, Part, by_layer
+from surgery.checkpoint.structure import Anatomy, anatomy
+from surgery.edits.common import (
+    NOT_MEASURED,
+    Change,
+    Edit,
+    EditNotes,
+    Faults,
+    Measure,
+    Wording,
+    check_indices,
+    found_in,
+    options_of,
+    record,
+    write_edit,
+)
+from surgery.edits.kernels import ADD_MEANS, SCALE_BLOCKS
+from surgery.edits.undo import Blocks
+from surgery.engine.edit_report import EditReport
+from surgery.engine.execute import Options
+from surgery.engine.plan import Parameter, PlannedTensor
+from surgery.engine.preflight import Preflight, check_quantised
+from surgery.errors import listing, usage_error
+
+__all__ = ["NOT_MEASURED", "EditNotes", "Measure", "mean_heads", "scale_heads"]
+
+COMMAND = "edit heads"
+MEANS = "means"
+PAPER = "arXiv:2510.06036"
+TAGS = ("attention-heads", "ablation")
+TITLE = "Model with attention heads edited"
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """One output projection, (out, n·d) or transposed, with γ per head: (n,).
+
+    bias, means: where its bias lies, and the (n, d) that take the place of the heads' outputs; None where heads are
+    scaled.
+    """
+
+    layer: int
+    weight: StoredTensor
+    scales: tuple[float, ...]
+    transposed: bool
+    bias: StoredTensor | None = None
+    means: StoredTensor | None = None
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """The heads that change, ascending."""
+        return tuple(index for index, scale in enumerate(self.scales) if scale != 1)
+
+    @property
+    def changes(self) -> Iterable[Change]:
+        w, b, mu = self.weight, self.bias, self.means
+        scaled: dict[str, Parameter] = {"scales": self.scales, "transposed": self.transposed}
+        kept = Blocks(w, self.heads, len(self.scales), self.transposed)
+        yield Change(PlannedTensor(w.name, w.dtype, w.shape, (Input(w),), SCALE_BLOCKS, scaled), kept)
+        if b is not None and mu is not None:
+            moved: dict[str, Parameter] = {"heads": self.heads, "transposed": self.transposed}
+            inputs = (Input(b), Input(w), Input(mu))
+            yield Change(PlannedTensor(b.name, b.dtype, b.shape, inputs, ADD_MEANS, moved), Blocks(b))
+
+
+def scale_heads(
+    model: str,
+    out: Path,
+    *,
+    scales: Mapping[Head, float],
+    measure: Measure | None = None,
+    dry_run: bool = False,
+    options: Options = Options(),
+) -> EditReport:
+    """Writes `model` with W_O[:, h·d:(h+1)·d] ← γ·W_O[:, h·d:(h+1)·d] for every head of `scales` to the folder `out`.
+
+    Heads are query heads: under grouped queries keys and values, which other heads share, are never touched. The
+    product is taken in fp32 (fp64 for F64) and rounded once to the stored dtype; other heads' columns, and every other
+    tensor, keep their bytes. `surgery.edits.undo.undo` leads back.
+
+    Args:
+        scales: head → γ; 0 removes the head, exactly; heads with γ = 1 are left alone.
+        measure: judges the result before it is kept: what it returns goes into manifest and card; where it raises
+            SurgeryError nothing is kept.
+        dry_run: stop after the checks; nothing is written.
+
+    Raises:
+        SurgeryError: a head is not there or its layer has none that are recognised, γ is not finite, nothing would
+            change, the model is quantised (every fault is named); `out` exists; NaN or infinite values came out; the
+            disk is full; `measure` refused the result.
+    """
+    edit = _edit(open_checkpoint(model), scales, None)
+    return write_edit(edit, out, measure=measure, dry_run=dry_run, options=options)
+
+
+def mean_heads(
+    model: str,
+    out: Path,
+    *,
+    heads: Iterable[Head],
+    means: Path,
+    measure: Measure | None = None,
+    dry_run: bool = False,
+    options: Options = Options(),
+) -> EditReport:
+    """Writes `model` with z_h ← μ_h for every head of `heads`: W_h ← 0 and b ← b + Σ_h W_h·μ_h, summed in fp64.
+
+    Possible only where the output projection has a stored bias to hold the constant. Arguments, errors and the way
+    back as in `scale_heads`.
+
+    Args:
+        means: a safetensors file with μ as `layer.{l}`, (n_heads, head_dim), for every layer l of `heads`.
+    """
+    edit = _edit(open_checkpoint(model), dict.fromkeys(heads, 0.0), read_file(means))
+    return write_edit(edit, out, measure=measure, dry_run=dry_run, options=options)
+
+
+def _edit(base: Checkpoint, scales: Mapping[Head, float], means: Checkpoint | None) -> Edit:
+    if not scales:
+        raise usage_error("no heads were given", where=COMMAND, hint="Name them: --head L12H7.")
+    structure = anatomy(base)
+    projections = _checked(base, structure, scales, means)
+    changed: dict[Part, float] = {head: scale for head, scale in scales.items() if scale != 1}
+    typed = options_of(scales, Head.NOUN)
+    wording = Wording(
+        TITLE,
+        f"{len(changed)} attention head(s) scaled (z ← γ·z)",
+        PAPER,
+        "their columns of the output projections multiplied by γ",
+        TAGS,
+        "γ",
+    )
+    if means is not None:
+        typed = {"head": typed["head"], "means": means.ref}
+        wording = replace(
+            wording,
+            what=f"the outputs of {len(changed)} attention head(s) replaced by their means (z ← μ)",
+            how="zeros in the output projections' columns and W·μ in their biases",
+            column="output",
+            label="μ",
+        )
+    return Edit(
+        base,
+        structure,
+        "heads",
+        changed,
+        [change for projection in projections for change in projection.changes],
+        wording,
+        record(base, COMMAND, typed),
+        {} if means is None else {MEANS: means},
+    )
+
+
+def _checked(
+    base: Checkpoint, structure: Anatomy, scales: Mapping[Head, float], means: Checkpoint | None
+) -> list[_Projection]:
+    """One projection per layer that changes. Raises SurgeryError with all that stands against it."""
+    faults = Faults()
+    quantised = Preflight()
+    check_quantised(quantised, [base])
+    faults.others += quantised.faults
+    for head, scale in sorted(scales.items()):
+        if not math.isfinite(scale):
+            faults.usage.append(f"{head}: got γ = {scale}, expected a finite number.")
+    if quantised.faults:
+        faults.settle(COMMAND)  # nothing else can be said of such weights
+    found = [
+        projection
+        for layer, indices in by_layer(scales).items()
+        if (projection := _projection(base, structure, layer, indices, scales, faults)) is not None
+    ]
+    if means is not None:
+        found = [_with_means(projection, base, means, faults) for projection in found]
+        _refuse_without_bias([projection for projection in found if projection.bias is None], faults)
+    faults.settle(COMMAND)
+    found = [projection for projection in found if projection.heads]
+    if not found:
+        raise usage_error("nothing to do: every γ is 1.", where=COMMAND)
+    return found
+
+
+def _projection(
+    base: Checkpoint,
+    structure: Anatomy,
+    layer: int,
+    indices: Sequence[int],
+    scales: Mapping[Head, float],
+    faults: Faults,
+) -> _Projection | None:
+    """The output projection of a layer, where it is there and cut into a known number of heads."""
+    named = listing((str(Head(layer, index)) for index in indices), 3)
+    heads = found_in(
+        structure.output_projections,
+        layer,
+        named,
+        structure,
+        base.ref,
+        faults,
+        what="attention output projection that is recognised",
+        why=" (linear attention and Mamba have none)",
+    )
+    if heads is None:
+        return None
+    n = heads.n_heads
+    if n is None:
+        shape = list(base.tensors[heads.name].shape)
+        faults.others.append(
+            f"{named}: neither config nor shapes say how many heads {heads.name} {shape} is cut into. "
+            "Give the folder with its config.json, and num_attention_heads in it."
+        )
+        return None
+    check_indices(Head, layer, indices, n, faults)
+    per_head = tuple(scales.get(Head(layer, index), 1.0) for index in range(n))
+    return _Projection(layer, base.tensors[heads.name], per_head, heads.transposed)
+
+
+def _with_means(projection: _Projection, base: Checkpoint, means: Checkpoint, faults: Faults) -> _Projection:
+    w, n = projection.weight, len(projection.scales)
+    inner, outer = w.shape if projection.transposed else w.shape[::-1]
+    bias = base.tensors.get(f"{w.name.removesuffix('.weight')}.bias")
+    if bias is not None and (bias.shape != (outer,) or not bias.is_float):
+        bias = None
+    key, expected = f"layer.{projection.layer}", (n, inner // n)
+    found = means.tensors.get(key)
+    if found is None:
+        faults.usage.append(f'{means.ref}: has no "{key}" (it has {listing(means.tensors, 3)}).')
+    elif found.shape != expected or not found.is_float:
+        faults.usage.append(
+            f'{means.ref}: "{key}" is {found.dtype} {list(found.shape)}, expected floats {list(expected)}: a row per '
+            "head."
+        )
+    return replace(projection, bias=bias, means=found)
+
+
+def _refuse_without_bias(projections: Sequence[_Projection], faults: Faults) -> None:
+    if projections:
+        names = listing((projection.weight.name for projection in projections), 3)
+        faults.usage.append(
+            f"{names}: mean ablation adds a constant to the residual stream, and this projection has no bias to hold "
+            "it. Use --scale 0, which needs none."
+        )

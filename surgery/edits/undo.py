@@ -1,0 +1,342 @@
+"""The way back from an edit of heads or experts: what was overwritten is kept beside the result, and put back.
+
+`OUT/undo/undo.safetensors` holds, per edited tensor and under its name, the stored bytes of the edited heads' blocks
+in ascending order of the heads: (out, k·d) of an output projection (out, n·d), (k·d, out) of a transposed (n·d, out),
+and a whole bias. Experts that are stored as one tensor, (n, …), are kept as the heads of a transposed one, (k, …); a
+tensor of one expert's own as a whole. Its metadata has "model_surgery_undo", the format's version, and "edits", JSON:
+tensor → {"heads", "n_heads", "transposed", "before", "after"}, the last two being hashes of the tensor's bytes. It lies
+in a folder of its own because loaders take every safetensors file beside the weights for a shard.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor, read_file
+from surgery.checkpoint.dtypes import DTYPES
+from surgery.checkpoint.reader import (
+    TORCH_DTYPES,
+    Input,
+    Reader,
+    SourceFiles,
+    compute_dtype,
+    digest,
+    hash_tensor,
+    octets,
+    segments,
+)
+from surgery.checkpoint.resolve import open_checkpoint
+from surgery.checkpoint.safetensors_header import build_header
+from surgery.edits.kernels import RESTORE_BLOCKS, flags_of, spread
+from surgery.engine.edit_report import EditReport, edit_report, edit_table
+from surgery.engine.execute import Options, Outcome, execute
+from surgery.engine.manifest import Card, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.plan import Place, Plan, PlannedTensor, check_output, copied, plan_files
+from surgery.engine.preflight import Preflight, check_space
+from surgery.errors import SurgeryError, listing, usage_error
+from surgery.io.atomic import check_free, disk_error, partial_of
+from surgery.io.hashing import hash_parts
+
+UNDO = Path("undo") / "undo.safetensors"
+VERSION = "1"
+VERSION_KEY = "model_surgery_undo"
+EDITS_KEY = "edits"
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes are moved, never values
+_NO_HASH = "0" * 32
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The part of a stored tensor that an edit overwrites: `heads`, ascending, of `n_heads` along the heads' axis.
+
+    That axis is the last one, or the first where `transposed`. A tensor that is overwritten as a whole has one head.
+    """
+
+    tensor: StoredTensor
+    heads: tuple[int, ...] = (0,)
+    n_heads: int = 1
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that the undo file keeps it in."""
+        if self.n_heads == 1:  # and perhaps no axis at all
+            return self.tensor.shape
+        axis = 0 if self.transposed else -1
+        shape = list(self.tensor.shape)
+        shape[axis] = shape[axis] // self.n_heads * len(self.heads)
+        return tuple(shape)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """What `RESTORE_BLOCKS` takes."""
+        return {"heads": self.heads, "n_heads": self.n_heads, "transposed": self.transposed}
+
+
+def write_undo(folder: Path, blocks: Sequence[Blocks], outcome: Outcome, *, role: str) -> None:
+    """Writes the undo file of an edit into its folder; a segment of one tensor is in memory at a time.
+
+    Args:
+        blocks: what the edit overwrote, of the source called `role`. An adapter's update is kept as part of the
+            weight, rounded as a copy of it would be.
+        outcome: the edit's.
+
+    Raises:
+        SurgeryError: the source changed since it was edited, or the disk is full.
+    """
+    path = folder / UNDO
+    before = dict.fromkeys((kept.tensor.name for kept in blocks), _NO_HASH)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with SourceFiles(file for kept in blocks for file in kept.tensor.files) as files, path.open("wb") as out:
+            # The hashes that the header tells are known when all is written; they do not change its length.
+            out.write(_header(blocks, before, outcome))
+            reader = Reader(files)
+            for kept in blocks:
+                digests = []
+                for begin, end in segments(kept.tensor.n_elements):
+                    words = _stored(reader, kept.tensor, begin, end)
+                    digests.append(digest(words))
+                    place = Place(kept.tensor.name, begin, kept.tensor.shape)
+                    flags = flags_of(kept.heads, kept.n_heads)
+                    out.write(octets(words[spread(flags, place, end - begin, transposed=kept.transposed)]))
+                before[kept.tensor.name] = hash_parts(digests)
+            out.seek(0)
+            out.write(_header(blocks, before, outcome))
+    except OSError as error:
+        raise disk_error(error, path) from error
+    for kept in blocks:
+        if kept.tensor.update is None and before[kept.tensor.name] != outcome.source_hashes[role][kept.tensor.name]:
+            raise SurgeryError(
+                f'"{kept.tensor.name}" changed while it was being edited',
+                where=kept.tensor.file,
+                hint="Run the command again when nothing writes to it.",
+            )
+
+
+def undo(model: str, out: Path, *, dry_run: bool = False, options: Options = Options()) -> EditReport:
+    """Writes the model that an edit of heads or experts made `model` from to the folder `out`, bit for bit.
+
+    The weight files have the bytes that they had, where the edit read a model and no adapter: an adapter's update
+    stays in the weights.
+
+    Args:
+        model: a folder that an edit wrote.
+        dry_run: stop after the checks; nothing is written.
+
+    Raises:
+        SurgeryError: `model` has no undo file, or one that belongs to other weights; `out` exists; the disk is full.
+    """
+    edited = open_checkpoint(model)
+    path = _undo_file(edited)
+    edits = _read_edits(path)
+    kept = read_file(path)
+    check_output(out, {"model": edited})
+    if not dry_run:
+        check_free(out, overwrite=options.overwrite)
+    blocks = {name: _blocks(name, fields, edited, kept) for name, fields in edits.items()}
+    _check_edited(edited, blocks, edits, path)
+    sources = {name: _laid_out(blocks[name], kept.tensors[name]) for name in blocks}
+    undone = replace(kept, tensors={name: source.tensor for name, source in sources.items()})
+    planned = [
+        PlannedTensor(name, t.dtype, t.shape, (Input(t), sources[name]), RESTORE_BLOCKS, blocks[name].params)
+        if name in blocks
+        else copied(t)
+        for name, t in edited.tensors.items()
+    ]
+    side_files = {file.name: file for file in edited.side_files}
+    command = command_record("edit undo", [model])
+    plan = Plan(command, {"model": edited, "undo": undone}, plan_files(planned, like=edited), side_files)
+    preflight = Preflight()
+    check_space(preflight, plan, out, options.threads)
+    preflight.settle(str(command["name"]))
+    report = EditReport(out, preflight.facts, preflight.warnings, len(blocks), len(planned), dry_run=dry_run)
+    if dry_run:
+        return report
+
+    def judge(folder: Path, outcome: Outcome) -> None:
+        damaged = [name for name in blocks if outcome.hashes[name] != edits[name]["before"]]
+        if damaged:
+            raise SurgeryError(
+                f"does not give back what was edited, it is damaged: {listing(damaged, 3)}",
+                where=path,
+                hint="Fetch the folder again.",
+            )
+
+    def finish(folder: Path, outcome: Outcome, _: None) -> EditReport:
+        done = edit_report(report, edited, sorted(blocks), outcome)
+        manifest = build_manifest(plan, outcome, kind="model", report=done.summary())
+        write_manifest(folder, manifest)
+        method = (
+            f"The edit of {edited.repo_id or edited.ref} is undone: {len(blocks)} of {len(planned)} tensors have the "
+            "bytes again that they had before it."
+        )
+        table = edit_table(done).to_markdown()
+        write_card(folder, manifest, plan.sources, Card("Model with an edit undone", method, ("undo",), table))
+        return done
+
+    return execute_judged(plan, out, options, judge=judge, finish=finish)
+
+
+def execute_judged(
+    plan: Plan,
+    out: Path,
+    options: Options,
+    *,
+    judge: Callable[[Path, Outcome], T],
+    finish: Callable[[Path, Outcome, T], R],
+) -> R:
+    """`execute`, with a `judge` who sees the weights first: where he raises SurgeryError nothing is left of them.
+
+    Args:
+        finish: as in `execute`, given what `judge` returned.
+    """
+    refused = False
+
+    def judged(folder: Path, outcome: Outcome) -> R:
+        nonlocal refused
+        try:
+            verdict = judge(folder, outcome)
+        except SurgeryError:
+            refused = True
+            raise
+        return finish(folder, outcome, verdict)
+
+    try:
+        return execute(plan, out, options, finish=judged)
+    except SurgeryError:
+        if refused:
+            shutil.rmtree(partial_of(out), ignore_errors=True)
+        raise
+
+
+def _header(blocks: Sequence[Blocks], before: Mapping[str, str], outcome: Outcome) -> bytes:
+    edits = {
+        kept.tensor.name: {
+            **kept.params,
+            "before": before[kept.tensor.name],
+            "after": outcome.hashes[kept.tensor.name],
+        }
+        for kept in blocks
+    }
+    metadata = {"format": "pt", VERSION_KEY: VERSION, EDITS_KEY: json.dumps(edits, separators=(",", ":"))}
+    return build_header(((kept.tensor.name, kept.tensor.dtype, kept.shape) for kept in blocks), metadata).raw
+
+
+def _stored(reader: Reader, tensor: StoredTensor, begin: int, end: int) -> torch.Tensor:
+    """Elements [begin, end) as a copy of `tensor` stores them, as integers of the same width."""
+    if tensor.update is None:
+        stored = reader.raw(tensor, begin, end, "undo")
+    else:
+        values = reader.values(Input(tensor), begin, end, "undo").to(compute_dtype((tensor.dtype,)))
+        stored = values.to(TORCH_DTYPES[tensor.dtype]).view(torch.uint8)
+    return stored.view(_WORDS[DTYPES[tensor.dtype].bits // 8])
+
+
+def _undo_file(edited: Checkpoint) -> Path:
+    if edited.folder is None or edited.adapter is not None:
+        raise usage_error(
+            "is no folder that an edit wrote", where=edited.ref, hint="Give OUT of `surgery edit heads` or `experts`."
+        )
+    path = edited.folder / UNDO
+    if not path.is_file():
+        raise usage_error(
+            f"has no {UNDO}, so nothing can be undone",
+            where=edited.ref,
+            hint="Give OUT of `surgery edit heads` or `experts`; of a model on the Hub, a local copy of the whole "
+            "repository.",
+        )
+    return path
+
+
+def _read_edits(path: Path) -> dict[str, dict[str, Any]]:
+    metadata = read_file(path).metadata
+    version = metadata.get(VERSION_KEY)
+    if version != VERSION:
+        raise SurgeryError(
+            f"is an undo file of version {version}, this version reads {VERSION}" if version else "is no undo file",
+            where=path,
+            hint="Use the version of model-surgery that wrote it." if version else None,
+        )
+    try:
+        edits = json.loads(metadata[EDITS_KEY])
+        checked = {name: _checked(fields) for name, fields in edits.items()}
+        if not checked:
+            raise ValueError(edits)
+        return checked
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise SurgeryError(f'has no readable "{EDITS_KEY}"', where=path, hint="Fetch the file again.") from error
+
+
+def _checked(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of one edit. Raises KeyError, TypeError or ValueError where they are not those of the format."""
+    heads, n_heads, transposed = tuple(fields["heads"]), fields["n_heads"], fields["transposed"]
+    numbers = all(type(value) is int for value in (*heads, n_heads)) and type(transposed) is bool
+    ordered = list(heads) == sorted(set(heads))
+    if not (numbers and heads and ordered and all(0 <= head < n_heads for head in heads)):
+        raise ValueError(heads)
+    return {
+        "heads": heads,
+        "n_heads": n_heads,
+        "transposed": transposed,
+        "before": str(fields["before"]),
+        "after": str(fields["after"]),
+    }
+
+
+def _blocks(name: str, fields: Mapping[str, Any], edited: Checkpoint, kept: Checkpoint) -> Blocks:
+    tensor, found = edited.tensors.get(name), kept.tensors.get(name)
+    blocks = None
+    if tensor is not None and found is not None and (tensor.shape or fields["n_heads"] == 1):
+        blocks = Blocks(tensor, fields["heads"], fields["n_heads"], fields["transposed"])
+        axis = tensor.shape[0 if blocks.transposed else -1] if tensor.shape else 1
+        fits = axis % blocks.n_heads == 0 and (blocks.shape, tensor.dtype) == (found.shape, found.dtype)
+        blocks = blocks if fits else None
+    if blocks is None:
+        raise _foreign(kept.shards[0].path, [name])
+    return blocks
+
+
+def _check_edited(
+    edited: Checkpoint, blocks: Mapping[str, Blocks], edits: Mapping[str, Mapping[str, Any]], path: Path
+) -> None:
+    """Raises SurgeryError where the edited tensors are not those that the undo file was written for."""
+    with SourceFiles(edited.files) as files:
+        reader = Reader(files)
+        foreign = [name for name, kept in blocks.items() if hash_tensor(reader, kept.tensor) != edits[name]["after"]]
+    if foreign:
+        raise _foreign(path, foreign)
+
+
+def _foreign(path: Path, names: Sequence[str]) -> SurgeryError:
+    return SurgeryError(
+        f"belongs to other weights: {listing(names, 3)} is not what the edit wrote",
+        where=path,
+        hint="Undo works on the folder as `surgery edit` wrote it.",
+    )
+
+
+def _laid_out(blocks: Blocks, stored: StoredTensor) -> Input:
+    """What the undo file holds of a tensor, each block where it was and zeros elsewhere; rows have a head's width."""
+    tensor, n, heads = blocks.tensor, blocks.n_heads, list(blocks.heads)
+    if n == 1:
+        return Input(stored)
+    if blocks.transposed:
+        inside = np.repeat(flags_of(heads, n).numpy(), tensor.shape[0] // n)
+        view = stored
+    else:
+        rows, width = tensor.n_elements // tensor.shape[-1], tensor.shape[-1] // n
+        inside = np.tile(flags_of(heads, n).numpy(), rows)
+        view = replace(stored, shape=(rows * len(heads), width))
+    return Input(view, np.where(inside, np.cumsum(inside) - 1, -1).astype(np.int64))

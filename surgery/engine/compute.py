@@ -1,0 +1,171 @@
+"""A planned tensor's arithmetic, one segment at a time: reads the inputs, cuts them into pieces, calls the kernel.
+
+Pieces are what fits a processor's cache. A kernel that works on whole rows is given the rows that a segment touches;
+of those cut by the segment's ends only the segment's own part is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.checkpoint.dtypes import is_float, n_bytes, n_elements
+from surgery.checkpoint.reader import BLOCK, SEGMENT, TORCH_DTYPES, Input, Reader, compute_dtype, digest
+from surgery.engine.plan import Kernel, Place, PlannedTensor, row_width
+from surgery.errors import usage_error
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A segment of an output tensor: its rounded values (1-D, on the CPU, valid until the reader's next call), its
+    sums [squares, nonfinite, *the kernel's measures], and per input the hash of what was read, "" where it is not
+    what is stored."""
+
+    values: Tensor
+    sums: list[float]
+    input_hashes: tuple[str, ...] = ()
+
+
+def bounds(tensor: PlannedTensor, segment: int) -> tuple[int, int]:
+    """The elements [begin, end) of a segment."""
+    return segment * SEGMENT, min((segment + 1) * SEGMENT, n_elements(tensor.shape))
+
+
+def kernel_of(tensor: PlannedTensor) -> Kernel:
+    """The kernel of a tensor that is known to have one."""
+    assert tensor.kernel is not None
+    return tensor.kernel
+
+
+def compute(tensor: PlannedTensor, segment: int, place: Place, reader: Reader, device: torch.device) -> Computed:
+    """One segment of what an elementwise or row-wise kernel makes; `place` is the whole tensor's."""
+    kernel = kernel_of(tensor)
+    begin, end = bounds(tensor, segment)
+    first, last = _rows_around(tensor, begin, end)
+    values = [reader.values(source, first, last, slot) for slot, source in enumerate(tensor.inputs)]
+    hashes = tuple(
+        digest(value[begin - first : end - first]).hex() if is_plain(source) else ""
+        for source, value in zip(tensor.inputs, values, strict=True)
+    )
+    out = reader.buffer("out", n_bytes(tensor.dtype, (end - begin,))).view(TORCH_DTYPES[tensor.dtype])
+    sums = [0.0] * (2 + len(kernel.measures))
+    with _stream_of(device):
+        for inputs, here in _pieces(tensor, values, first, place, device):
+            placed = (here,) if kernel.placed else ()
+            stored = kernel.fn(inputs, *placed, **tensor.params).to(out.dtype).reshape(-1)
+            skip, stop = max(begin - here.begin, 0), min(end - here.begin, stored.numel())
+            mine = stored[skip:stop]
+            out[here.begin + skip - begin : here.begin + stop - begin].copy_(mine, non_blocking=True)
+            flat = [x.reshape(-1)[skip:stop] for x in inputs]
+            back = mine.to(_compute_dtype(tensor))
+            for i, value in enumerate(
+                _measure(kernel, tensor.params, flat, back, replace(here, begin=here.begin + skip))
+            ):
+                sums[i] += value
+        if device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+    return Computed(out, sums, hashes)
+
+
+def gather(
+    tensor: PlannedTensor, segment: int, number: int, place: Place, reader: Reader, device: torch.device
+) -> list[Any]:
+    """What the kernel's pass `number` gathers of a segment, piece by piece; a row counts to where it begins."""
+    begin, end = bounds(tensor, segment)
+    if kernel_of(tensor).kind == "rows":
+        width = row_width(tensor.shape)
+        begin, end = -(-begin // width) * width, -(-end // width) * width
+    values = [reader.values(source, begin, end, slot) for slot, source in enumerate(tensor.inputs)]
+    collect = tensor.passes[number].gather
+    with _stream_of(device):
+        return [
+            collect(inputs, here, **tensor.params) for inputs, here in _pieces(tensor, values, begin, place, device)
+        ]
+
+
+def compute_whole(tensors: Sequence[PlannedTensor], reader: Reader, device: torch.device) -> Iterator[Computed]:
+    """The tensors that one call of a "whole" kernel makes, each in one piece."""
+    first = tensors[0]
+    kernel = kernel_of(first)
+    dtype = _compute_dtype(first)
+    inputs = [reader.whole(source, slot).to(device, dtype) for slot, source in enumerate(first.inputs)]
+    result = kernel.fn(inputs, **first.params)
+    results = result if isinstance(result, tuple) else (result,)
+    for tensor in tensors:
+        stored = results[tensor.part].to(TORCH_DTYPES[tensor.dtype])
+        place = Place(tensor.name, 0, tensor.shape)
+        sums = _measure(kernel, first.params, inputs, stored.to(dtype), place)
+        yield Computed(stored.cpu().contiguous().view(-1), sums)
+
+
+def is_plain(source: Input) -> bool:
+    """Whether what is read is what is stored, in its order, so that its hash is the stored tensor's."""
+    return source.rows is None and source.tensor.update is None and is_float(source.tensor.dtype)
+
+
+def torch_device(name: str) -> torch.device:
+    """The device called `name`. Raises SurgeryError where this machine lacks it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise usage_error(f"got {name!r}, expected cpu or cuda[:N]", where="--device") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise usage_error(
+            "no CUDA device is available to this installation of torch",
+            where=f"--device {name}",
+            hint="Use --device cpu.",
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise usage_error(f"got {name!r}, expected cpu or cuda[:N]", where="--device")
+    return device
+
+
+def _pieces(
+    tensor: PlannedTensor, values: Sequence[Tensor], first: int, place: Place, device: torch.device
+) -> Iterator[tuple[list[Tensor], Place]]:
+    """`values`, which begin at element `first`, piece by piece in the compute dtype on the device."""
+    count = values[0].numel()
+    dtype = _compute_dtype(tensor)
+    rows = kernel_of(tensor).kind == "rows"
+    width = row_width(tensor.shape) if rows else 1
+    piece = max((BLOCK if device.type == "cpu" else count) // width, 1) * width
+    for at in range(0, count, piece):
+        inputs = [value[at : at + piece].to(device, non_blocking=True).to(dtype) for value in values]
+        yield [x.view(-1, width) for x in inputs] if rows else inputs, replace(place, begin=first + at)
+
+
+def _rows_around(tensor: PlannedTensor, begin: int, end: int) -> tuple[int, int]:
+    """The elements that the kernel must see for its output's elements [begin, end)."""
+    if kernel_of(tensor).kind != "rows":
+        return begin, end
+    width = row_width(tensor.shape)
+    return begin // width * width, -(-end // width) * width
+
+
+def _compute_dtype(tensor: PlannedTensor) -> torch.dtype:
+    return compute_dtype((tensor.dtype, *(dtype for source in tensor.inputs for dtype in source.dtypes)))
+
+
+def _measure(
+    kernel: Kernel, params: Mapping[str, object], inputs: Sequence[Tensor], values: Tensor, place: Place
+) -> list[float]:
+    flat = values.reshape(-1)
+    squares = torch.dot(flat, flat).item()
+    # One pass finds both; a sum of squares that overflowed is no proof, so then the values are counted.
+    nonfinite = 0 if math.isfinite(squares) else flat.numel() - int(torch.isfinite(flat).sum())
+    placed = (place,) if kernel.placed else ()
+    extra = kernel.measure(inputs, values, *placed, **params) if kernel.measure else ()
+    return [squares, float(nonfinite), *map(float, extra)]
+
+
+def _stream_of(device: torch.device) -> torch.cuda.StreamContext | ExitStack:
+    """Each thread's own CUDA stream, so that copies and arithmetic of several segments overlap."""
+    if device.type != "cuda":
+        return ExitStack()
+    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]

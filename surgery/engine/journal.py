@@ -1,0 +1,181 @@
+"""What a run has written so far, one line a segment, so that the same command can go on after a kill.
+
+`journal.jsonl`: a first line `{"version", "fingerprint"}`, then one line per finished segment:
+`[tensor, segment, digest, [input digests], [sums]]`. A last line cut short by a kill is ignored. A line is a claim, not
+a proof: before a segment is kept its bytes are read back and compared with the digest, so that even a machine that lost
+power between the journal and the data resumes correctly.
+
+Of several processes that share a job each has a journal of its own: process 0 this one, process n `journal-<n>.jsonl`.
+Process 0 reads all that lie there, however many the run had that wrote them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from surgery.errors import SurgeryError
+from surgery.io.atomic import MANIFEST
+
+VERSION = 1
+NAME = "journal.jsonl"
+_OTHERS = "journal-*.jsonl"
+_TRIES, _PAUSE = 40, 0.05  # for the lock; seconds between two tries
+
+
+@dataclass(frozen=True)
+class Record:
+    """One written segment. `digest` and `inputs` are hex; `sums` are the executor's and the kernel's measures."""
+
+    tensor: int
+    segment: int
+    digest: str
+    inputs: tuple[str, ...] = ()
+    sums: tuple[float, ...] = ()
+
+
+class Journal:
+    """The journal of one `.partial` folder, held by one process at a time.
+
+    Raises:
+        SurgeryError: another process is at work in the folder, or what lies there is another job's and `discard`
+            is off.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, *, discard: bool = False) -> None:
+        self._path = folder / NAME
+        self._file = self._path.open("a+b", buffering=0)
+        self.records: dict[tuple[int, int], Record] = {}
+        try:
+            self._begin(folder, _header(fingerprint), discard)
+        except BaseException:
+            self._file.close()
+            raise
+
+    @classmethod
+    def beside(cls, folder: Path, fingerprint: str, process: int, records: Mapping[tuple[int, int], Record]) -> Journal:
+        """The journal of another process than the first, whose `records` are those of all that lay in the folder."""
+        journal = cls.__new__(cls)
+        journal._path = folder / f"journal-{process}.jsonl"
+        journal._file = journal._path.open("a+b", buffering=0)
+        journal.records = dict(records)
+        try:
+            _lock(journal._file, folder)
+            journal._continue(_header(fingerprint), _lines(journal._file))
+        except BaseException:
+            journal._file.close()
+            raise
+        return journal
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets others have the folder; safe to call twice."""
+        self._file.close()
+
+    def record(self, tensor: int, segment: int) -> Record | None:
+        """What an earlier run wrote of this segment, if it did."""
+        return self.records.get((tensor, segment))
+
+    def has(self, record: Record) -> bool:
+        """Whether an earlier run journaled exactly this record."""
+        return self.records.get((record.tensor, record.segment)) is record
+
+    def append(self, record: Record) -> None:
+        """Adds one line; it is in the kernel's hands when this returns, so a kill of the process cannot lose it."""
+        fields = [record.tensor, record.segment, record.digest, record.inputs, record.sums]
+        self._file.write(json.dumps(fields, separators=(",", ":")).encode() + b"\n")
+
+    def remove(self) -> None:
+        """Deletes all journals of the folder: the job is done."""
+        for path in self._path.parent.glob(_OTHERS):
+            path.unlink()
+        self._path.unlink()  # last: without it the folder would be another job's
+
+    def _begin(self, folder: Path, header: bytes, discard: bool) -> None:
+        _lock(self._file, folder)
+        beside = {path: _read_locked(path, folder) for path in sorted(folder.glob(_OTHERS))}
+        lines = _lines(self._file)
+        if len(lines) > 1 and lines[0] == header:
+            for path, held in {self._path: lines, **beside}.items():
+                if held[0] == header:
+                    self._load(path, held[1:-1])
+            self._continue(header, lines)
+            return
+        others = [path for path in folder.iterdir() if path != self._path]
+        # A manifest without a journal is our own output, killed just before its last rename.
+        finished = len(lines) == 1 and (folder / MANIFEST).is_file()
+        if (others or len(lines) > 1) and not (discard or finished):
+            raise SurgeryError(
+                "holds the unfinished output of another job (or its sources have changed since)",
+                where=folder,
+                hint="Run that job's command to finish it, remove the folder, or add --overwrite to discard it.",
+            )
+        for path in others:  # or they would be committed with what is written now
+            _remove(path)
+        self._continue(header, [])
+
+    def _continue(self, header: bytes, lines: Sequence[bytes]) -> None:
+        """Goes on behind the last whole one of `lines`; begins anew where they are no journal of this job."""
+        if len(lines) > 1 and lines[0] == header:
+            # What follows the last line break is a line cut short: the next one must not be glued to it.
+            os.ftruncate(self._file.fileno(), sum(len(line) + 1 for line in lines[:-1]))
+            return
+        os.ftruncate(self._file.fileno(), 0)
+        self._file.write(header + b"\n")
+
+    def _load(self, path: Path, lines: Sequence[bytes]) -> None:
+        for line in lines:
+            try:
+                tensor, segment, digest, inputs, sums = json.loads(line)
+            except (ValueError, TypeError) as error:
+                raise SurgeryError(
+                    "is damaged", where=path, hint="Remove the .partial folder and start anew."
+                ) from error
+            self.records[tensor, segment] = Record(tensor, segment, digest, tuple(inputs), tuple(sums))
+
+
+def _header(fingerprint: str) -> bytes:
+    return json.dumps({"version": VERSION, "fingerprint": fingerprint}).encode()
+
+
+def _lines(file: BinaryIO) -> list[bytes]:
+    """The lines of a journal, and what follows the last line break."""
+    file.seek(0)
+    return file.read().split(b"\n")
+
+
+def _read_locked(path: Path, folder: Path) -> list[bytes]:
+    """The lines of another process's journal, once that process has ended."""
+    with path.open("r+b") as file:
+        _lock(file, folder)
+        return _lines(file)
+
+
+def _lock(file: BinaryIO, folder: Path) -> None:
+    # Forked workers hold the lock too, and outlive a parent that was killed by what their last write takes.
+    for _ in range(_TRIES):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(_PAUSE)
+    raise SurgeryError("another process is writing to it", where=folder)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

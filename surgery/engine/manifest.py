@@ -1,0 +1,191 @@
+"""surgery.json: what an output was made of, by which command, with the hash of every tensor; and its model card."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.engine.execute import Outcome
+from surgery.engine.plan import Plan
+from surgery.errors import SurgeryError
+from surgery.io.atomic import MANIFEST
+from surgery.io.command_line import option_words
+from surgery.io.hashing import KEY, hash_tensors
+from surgery.io.json_io import read_json, to_json
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the model card says beyond the manifest: a title, a sentence on the method, tags, tables in Markdown."""
+
+    title: str
+    method: str
+    tags: tuple[str, ...] = ()
+    body: str = ""
+
+
+def build_manifest(plan: Plan, outcome: Outcome, *, kind: str, report: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of an output, as JSON-able data without time or place: the same job gives the same bytes.
+
+    Hashes are those of `surgery.io.hashing`. A tensor's is taken over those of its segments of 2²⁰ elements, a
+    checkpoint's over the sorted (name, hash) of the tensors that were read from it, however they are sharded.
+    """
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "command": plan.command,
+        "versions": {name: _version(name) for name in ("model-surgery", "torch", "safetensors")}
+        | {"python": platform.python_version()},
+        "inputs": {
+            role: input_entry(checkpoint, outcome.source_hashes.get(role, {}))
+            for role, checkpoint in plan.sources.items()
+        },
+        "report": report,
+        "files": {file.name: file.size for file in plan.files},
+        "tensors": {
+            tensor.name: {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                KEY: outcome.hashes[tensor.name],
+                "edited": tensor.kernel is not None,
+            }
+            for tensor in sorted(plan.tensors, key=lambda t: t.name)
+        },
+    }
+
+
+def made_manifest(
+    kind: str,
+    command: Mapping[str, Any],
+    *,
+    inputs: Mapping[str, Mapping[str, Any]],
+    report: Mapping[str, Any],
+    files: Mapping[str, int],
+    tensors: Mapping[str, tuple[str, tuple[int, ...], str]],
+    versions: Mapping[str, str],
+) -> dict[str, Any]:
+    """The manifest of an output that was made rather than streamed from a plan, in the form of `build_manifest`.
+
+    Args:
+        inputs: role → what it was made of, each with its hash.
+        files: name → size in bytes.
+        tensors: name → dtype, shape and hash.
+        versions: of what else decided the bytes.
+    """
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "command": command,
+        "versions": {"model-surgery": _version("model-surgery"), **versions, "python": platform.python_version()},
+        "inputs": inputs,
+        "report": report,
+        "files": dict(sorted(files.items())),
+        "tensors": {
+            name: {"dtype": dtype, "shape": list(shape), KEY: found}
+            for name, (dtype, shape, found) in sorted(tensors.items())
+        },
+    }
+
+
+def input_entry(checkpoint: Checkpoint, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """How a manifest names a checkpoint, of which the tensors in `hashes` (name → hash) were read."""
+    return {
+        "ref": checkpoint.ref,
+        "repo_id": checkpoint.repo_id,
+        "revision": checkpoint.revision,
+        "tensors_read": len(hashes),
+        "tensors": len(checkpoint.tensors),
+        KEY: hash_tensors(hashes),
+    }
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes surgery.json into `folder`."""
+    (folder / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest in `folder`. Raises SurgeryError where there is none, or one of another schema."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise SurgeryError(
+            f"has no {MANIFEST}", where=folder, hint="Only folders that this tool wrote have a manifest."
+        )
+    manifest = read_json(path)
+    if manifest.get("schema") != SCHEMA:
+        raise SurgeryError(
+            f"has schema {manifest.get('schema')!r}, this version reads {SCHEMA}",
+            where=path,
+            hint="Use the version of model-surgery that wrote it.",
+        )
+    return manifest
+
+
+def write_card(folder: Path, manifest: Mapping[str, Any], sources: Mapping[str, Checkpoint], card: Card) -> None:
+    """Writes README.md, a model card as the Hub reads it: metadata, what was done, how to do it again."""
+    hub_ids = list(dict.fromkeys(c.repo_id for c in sources.values() if c.repo_id))
+    library = "transformers" if manifest["kind"] in ("model", "ensemble") else None
+    # As huggingface_hub's ModelCardData writes it, whose import takes longer than everything else here.
+    data = {"base_model": hub_ids or None, "library_name": library, "tags": ["model-surgery", *card.tags]}
+    metadata = yaml.safe_dump({key: value for key, value in data.items() if value}, sort_keys=False).strip()
+    inputs = "\n".join(_input_line(role, entry) for role, entry in manifest["inputs"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in manifest["versions"].items())
+    text = f"""---
+{metadata}
+---
+
+# {card.title}
+
+{card.method}
+
+## Made from
+
+| role | model | revision | hash of what was read |
+|---|---|---|---|
+{inputs}
+
+{card.body}
+
+## How to make it again
+
+```
+{manifest["command"]["line"]}
+```
+
+With {versions}. `{MANIFEST}` in this folder has every option and the hash of every tensor; `surgery verify` checks
+them.
+"""
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def command_record(name: str, arguments: Sequence[str], **options: Any) -> dict[str, Any]:
+    """How the manifest records a command: its name, its options, and the line that types it again."""
+    words = ["surgery", *name.split(), *map(str, arguments), "-o", "OUT", *option_words(options)]
+    return {
+        "name": name,
+        "arguments": list(map(str, arguments)),
+        "options": options,
+        "line": shlex.join(words),
+    }
+
+
+def _input_line(role: str, entry: Mapping[str, Any]) -> str:
+    name = entry["repo_id"] or entry["ref"]
+    return f"| {role} | {name} | {entry['revision'] or '–'} | `{entry[KEY]}` |"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:  # run from a source tree that was not installed
+        return "source tree"

@@ -1,0 +1,302 @@
+"""What a job will write, decided before any byte is: every output tensor with its kernel and its inputs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from surgery.checkpoint.checkpoint import INDEX, Checkpoint, StoredTensor
+from surgery.checkpoint.dtypes import n_bytes
+from surgery.checkpoint.reader import SEGMENT, Input
+from surgery.checkpoint.safetensors_header import PYTORCH, Header, build_header
+from surgery.errors import SurgeryError
+from surgery.io.hashing import hash_bytes, hash_text
+
+Number = float | int | str | bool
+Parameter = Number | None | tuple[Number, ...]  # a tuple has one entry per model
+Sums = Sequence[Tensor | float]
+DEFAULT_SHARD_BYTES = 5_000_000_000  # what transformers writes, and what the Hub serves comfortably
+
+
+def row_width(shape: Sequence[int]) -> int:
+    """Elements in a row; a vector is one row. At least 1."""
+    return max(shape[-1] if shape else 1, 1)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the piece that a kernel sees lies, and what the kernel's passes found out about the whole.
+
+    tensor: the output tensor's name, by which random numbers are seeded. begin: the piece's first element in it.
+    shape: the whole tensor's.
+    """
+
+    tensor: str
+    begin: int
+    shape: tuple[int, ...]
+    known: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def width(self) -> int:
+        """Elements in a row of the tensor."""
+        return row_width(self.shape)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One streaming pass over a kernel's inputs, for what it must know about the whole tensor before it can run.
+
+    Args:
+        gather: `gather(tensors, place, **params)` → something small about the piece.
+        settle: `settle(gathered, place, **params)` → additions to `place.known`, from what was gathered of all pieces
+            in their order; `place` is that of the whole tensor, with what earlier passes found.
+    """
+
+    gather: Callable[..., Any]
+    settle: Callable[..., Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A pure function of tensors and numbers: `fn(tensors, **params) -> Tensor`, without I/O or global state.
+
+    Inputs arrive in fp32 (fp64 where one of them or the output is F64) on the job's device; the result is rounded once.
+
+    Args:
+        name: stands in plans and manifests; names a formula, so changing the arithmetic changes the name.
+        kind: "elementwise" kernels see 1-D pieces cut anywhere, the same from each input; "rows" kernels see pieces of
+            whole rows, (rows, width), a vector being one row; "whole" kernels see full tensors in their shape, and may
+            return a tuple, of which each planned tensor takes its `part`.
+        measure: `measure(tensors, stored, **params)` → one number or 0-d tensor per name in `measures`: sums over the
+            piece, where `stored` is the rounded result, back in the compute dtype. Added up over pieces in fp64.
+        placed: `fn` (and `measure`) take a `Place` after the tensors.
+        passes: run in this order before `fn`, which must then be placed; not for "whole" kernels.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    kind: Literal["elementwise", "rows", "whole"] = "elementwise"
+    measures: tuple[str, ...] = ()
+    measure: Callable[..., Sums] | None = None
+    placed: bool = False
+    passes: tuple[Pass, ...] = ()
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One output tensor. Without a kernel, the bytes of its one input are copied and never pass through a dtype."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    inputs: tuple[Input, ...]
+    kernel: Kernel | None = None
+    params: Mapping[str, Parameter] = field(default_factory=dict)
+    part: int = 0
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """What must be streamed through before it can be written."""
+        return self.kernel.passes if self.kernel else ()
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One safetensors file of the output; `tensors` are in the order of their bytes."""
+
+    name: str
+    header: Header
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        data = self.header.entries[-1].end if self.header.entries else 0
+        return self.header.data_start + data
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a job writes and reads.
+
+    Args:
+        command: name and options of the command, as the manifest records them.
+        sources: role ("target", "tuned", "base", …) → checkpoint.
+        side_files: path inside OUT → file to copy there.
+        index_name: what the index is called where OUT has several weight files.
+    """
+
+    command: Mapping[str, Any]
+    sources: Mapping[str, Checkpoint]
+    files: tuple[PlannedFile, ...]
+    side_files: Mapping[str, Path] = field(default_factory=dict)
+    index_name: str = INDEX
+
+    @property
+    def tensors(self) -> list[PlannedTensor]:
+        """All output tensors, file by file, in the order of their bytes."""
+        return [tensor for file in self.files for tensor in file.tensors]
+
+    @property
+    def computed(self) -> list[PlannedTensor]:
+        """The output tensors that a kernel makes."""
+        return [tensor for tensor in self.tensors if tensor.kernel is not None]
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes that the output's weight files will take."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def source_paths(self) -> list[Path]:
+        """Every weight file that is read, sorted."""
+        return sorted({path for checkpoint in self.sources.values() for path in checkpoint.files})
+
+    def memory_bytes(self, threads: int) -> int:
+        """An estimate of the buffers that `threads` threads will hold, in bytes; the interpreter comes on top."""
+        return threads * max((_working_set(tensor) for tensor in self.tensors), default=0)
+
+    def fingerprint(self, stamps: Sequence[tuple[str, int, int]]) -> str:
+        """Hash of all that decides the output's bytes; `stamps` are the source files' sizes and times.
+
+        Two runs with the same fingerprint may continue each other.
+        """
+        description = {
+            "segment": SEGMENT,
+            "command": self.command,
+            "stamps": [list(stamp) for stamp in stamps],
+            "files": [[file.name, hash_bytes(file.header.raw).hex()] for file in self.files],
+            "tensors": [
+                [
+                    tensor.name,
+                    tensor.kernel.name if tensor.kernel else None,
+                    dict(tensor.params),
+                    tensor.part,
+                    [_input_key(source) for source in tensor.inputs],
+                ]
+                for tensor in self.tensors
+            ],
+        }
+        return hash_text(json.dumps(description, sort_keys=True, default=str))
+
+
+def plan_files(
+    tensors: Sequence[PlannedTensor],
+    *,
+    like: Checkpoint | None = None,
+    metadata: Mapping[str, str] = PYTORCH,
+    shard_bytes: int | None = None,
+    stem: str = "model",
+) -> tuple[PlannedFile, ...]:
+    """Distributes `tensors` over files.
+
+    With `like` and no `shard_bytes`, each tensor stays in the file it has in `like`, and a file whose table comes
+    out unchanged keeps its header to the byte: files that nothing touched keep their hash. Else the tensors are laid
+    out by name in files of at most `shard_bytes` (or of one tensor that is larger).
+    """
+    if like is None or shard_bytes is not None:
+        return _by_size(tensors, metadata, shard_bytes or DEFAULT_SHARD_BYTES, stem)
+    by_name = {tensor.name: tensor for tensor in tensors}
+    files = []
+    for shard in like.shards:
+        held = [by_name.pop(e.name) for e in shard.header.entries if _is_holder(like, e.name, shard.path, by_name)]
+        if not held:
+            continue
+        header = build_header(((t.name, t.dtype, t.shape) for t in held), shard.header.metadata)
+        unchanged = header.entries == shard.header.entries
+        files.append(PlannedFile(shard.name, shard.header if unchanged else header, tuple(held)))
+    assert not by_name, f"planned tensors that {like.ref} does not have: {sorted(by_name)}"
+    return tuple(files)
+
+
+def copied(tensor: StoredTensor, *, dtype: str | None = None) -> PlannedTensor:
+    """`tensor` as it is: its bytes, unless an adapter's update or another float dtype asks for arithmetic."""
+    wanted = dtype if dtype and tensor.is_float else tensor.dtype
+    kernel = None if tensor.update is None and wanted == tensor.dtype else IDENTITY
+    return PlannedTensor(tensor.name, wanted, tensor.shape, (Input(tensor),), kernel)
+
+
+def identity(tensors: Sequence[Tensor]) -> Tensor:
+    """x.   (…) → (…)"""
+    return tensors[0]
+
+
+IDENTITY = Kernel("identity", identity)
+
+
+def write_index(plan: Plan, folder: Path) -> None:
+    """Writes the index that tells loaders which file holds which tensor; one file alone needs none."""
+    if len(plan.files) < 2:
+        return
+    weight_map = {tensor.name: file.name for file in plan.files for tensor in file.tensors}
+    total = sum(file.size - file.header.data_start for file in plan.files)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / plan.index_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def check_output(out: Path, sources: Mapping[str, Checkpoint]) -> None:
+    """Raises SurgeryError where writing `out` would write into one of the sources."""
+    resolved = out.resolve()
+    for role, checkpoint in sources.items():
+        for path in checkpoint.files:
+            folder = path.parent.absolute() if checkpoint.folder is None else checkpoint.folder.resolve()
+            if resolved == folder or (checkpoint.folder is not None and folder in resolved.parents):
+                raise SurgeryError(
+                    f"lies inside the {role} {checkpoint.ref}, which is only ever read",
+                    where=out,
+                    hint="Choose a folder outside of it.",
+                    exit_code=2,
+                )
+
+
+def _is_holder(like: Checkpoint, name: str, path: Path, wanted: Mapping[str, object]) -> bool:
+    # An adapter may have replaced a tensor by one in its own file: it still goes where the base had it.
+    held = like.tensors.get(name)
+    return name in wanted and held is not None and (held.file == path or like.adapter is not None)
+
+
+def _by_size(
+    tensors: Sequence[PlannedTensor], metadata: Mapping[str, str], limit: int, stem: str
+) -> tuple[PlannedFile, ...]:
+    groups: list[list[PlannedTensor]] = []
+    room = 0
+    for tensor in sorted(tensors, key=lambda t: t.name):
+        size = n_bytes(tensor.dtype, tensor.shape)
+        if not groups or size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(tensor)
+        room -= size
+    names = (
+        [f"{stem}.safetensors"]
+        if len(groups) == 1
+        else [f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+    )
+    return tuple(
+        PlannedFile(name, build_header(((t.name, t.dtype, t.shape) for t in group), metadata), tuple(group))
+        for name, group in zip(names, groups, strict=True)
+    )
+
+
+def _working_set(tensor: PlannedTensor) -> int:
+    whole = tensor.kernel is not None and tensor.kernel.kind == "whole"
+    fp32 = 4
+    count = sum((source.n_elements if whole else min(SEGMENT, source.n_elements)) for source in tensor.inputs)
+    return count * 2 * fp32
+
+
+def _input_key(source: Input) -> list[Any]:
+    key: list[Any] = []
+    for tensor, rows in ((source.tensor, source.rows), *source.others):
+        update = tensor.update
+        low_rank = None if update is None else [update.a.name, update.b.name, update.scale, update.transposed]
+        row_hash = None if rows is None else hash_bytes(rows.tobytes()).hex()
+        key += [str(tensor.file), tensor.name, tensor.start, row_hash, low_rank]
+    if source.constant is not None:
+        key += [hash_bytes(part.tobytes()).hex() for part in source.constant]
+    return key

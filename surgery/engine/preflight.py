@@ -1,0 +1,172 @@
+"""What is checked before any byte is written: do these checkpoints fit each other, and does the output fit the disk.
+
+Every fault is collected and reported at once. The fit of two checkpoints is judged by what arXiv 2509.01363 demands of
+donor and target: same tensors and shapes, same vocabulary, same pre-trained ancestor.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
+from surgery.checkpoint.reader import Input, Reader, SourceFiles
+from surgery.engine.plan import Plan
+from surgery.engine.workers import default_threads
+from surgery.errors import SurgeryError, listing
+from surgery.io.atomic import partial_of
+from surgery.reporting.report import format_value
+
+# Two matrices drawn independently have a cosine within a few hundredths of 0; fine-tuning leaves it above 0.9. What
+# lies between has been trained for long from a common start, and may still carry a vector.
+UNRELATED_BELOW = 0.2
+SKETCH_ELEMENTS = 1024  # of each matrix, from its middle: enough for a cosine to ±0.03, cheap enough to read always
+
+
+@dataclass
+class Preflight:
+    """What the checks found. `facts` are (label, value) for people; `faults` stop the job, `warnings` do not."""
+
+    facts: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    def settle(self, where: str) -> None:
+        """Raises SurgeryError with every fault, if there are any."""
+        if self.faults:
+            raise SurgeryError("\n  ".join(self.faults), where=where)
+
+
+def check_config(
+    preflight: Preflight, target: Checkpoint, donor: Mapping[str, object], donor_name: str, *, any_depth: bool = False
+) -> None:
+    """Compares the two models' architecture; a difference that no shape shows would garble the result.
+
+    any_depth: the models may differ in their number of layers.
+    """
+    if not target.config or not donor:
+        preflight.facts["architecture"] = "not compared: no config.json on both sides"
+        return
+    kinds = target.config.get("model_type"), donor.get("model_type")
+    if kinds[0] != kinds[1]:
+        preflight.faults.append(
+            f"architectures differ: {target.ref} is {kinds[0]}, {donor_name} is {kinds[1]}. Use models of one family."
+        )
+        return
+    depth = () if any_depth else ("num_hidden_layers",)
+    keys = (*depth, "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    different = [
+        f"{key} {target.config[key]} / {donor[key]}"
+        for key in keys
+        if key in target.config and key in donor and target.config[key] != donor[key]
+    ]
+    if different:
+        preflight.faults.append(f"configs differ between {target.ref} and {donor_name}: {', '.join(different)}.")
+    for key in ("rope_theta", "rope_parameters", "hidden_act", "rms_norm_eps", "tie_word_embeddings"):
+        ours, theirs = target.config.get(key), donor.get(key)
+        if ours is not None and theirs is not None and ours != theirs:
+            preflight.warnings.append(
+                f"{key} differs: {target.ref} {ours}, {donor_name} {theirs}; OUT keeps the target's."
+            )
+    preflight.facts["architecture"] = str(kinds[0])
+
+
+def check_names(preflight: Preflight, missing: Sequence[str], extra: Sequence[str], target: str, donor: str) -> None:
+    """Adds a fault for tensors that only one side has."""
+    if missing:
+        preflight.faults.append(
+            f"{len(missing)} tensor(s) of {target} are missing in {donor}: {listing(missing)}. "
+            "Leave them as they are with --exclude."
+        )
+    if extra:
+        preflight.faults.append(
+            f"{len(extra)} tensor(s) of {donor} are missing in {target}: {listing(extra)}. "
+            "Leave them out with --exclude."
+        )
+
+
+def check_quantised(preflight: Preflight, checkpoints: Iterable[Checkpoint]) -> None:
+    """Adds a fault for weights stored as integers or 8-bit floats with scales beside them: their sums mean nothing."""
+    for checkpoint in checkpoints:
+        method = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
+        if method:
+            name = method.get("quant_method", "unknown") if isinstance(method, Mapping) else method
+            preflight.faults.append(
+                f"{checkpoint.ref} is quantised ({name}), and its stored values are not its weights. "
+                "Use the unquantised model."
+            )
+
+
+def sketch(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Up to `SKETCH_ELEMENTS` consecutive values from the middle of each float matrix, fp32; what ancestry is
+    judged by where the model itself is no longer at hand."""
+    with SourceFiles(checkpoint.files) as files:
+        reader = Reader(files)
+        return {
+            name: _middle(reader, tensor)
+            for name, tensor in checkpoint.tensors.items()
+            if tensor.is_float and len(tensor.shape) >= 2 and tensor.n_elements
+        }
+
+
+def check_ancestor(
+    preflight: Preflight,
+    target: Checkpoint,
+    donor_sketch: Mapping[str, torch.Tensor],
+    *,
+    allow_unrelated: bool,
+) -> None:
+    """Judges by the median cosine of matching matrices whether target and donor grew from one pre-trained model."""
+    ours = sketch(target)
+    cosines = []
+    for name in sorted(ours.keys() & donor_sketch.keys()):
+        a, b = ours[name], donor_sketch[name]
+        norms = float(a.norm() * b.norm())
+        if a.shape == b.shape and norms > 0:
+            cosines.append(float(torch.dot(a, b)) / norms)
+    if not cosines:
+        preflight.facts["same ancestor"] = "not judged: no matching matrices"
+        return
+    cosine = float(torch.tensor(cosines).median())
+    preflight.facts["same ancestor"] = f"median cosine of target and donor {cosine:.3f} over {len(cosines)} matrices"
+    if cosine < UNRELATED_BELOW and not allow_unrelated:
+        preflight.faults.append(
+            f"target and donor do not look like children of one pre-trained model (median cosine {cosine:.3f}, "
+            "siblings have above 0.9): the vector means nothing there. --allow-unrelated adds it all the same."
+        )
+
+
+def check_space(preflight: Preflight, plan: Plan, out: Path, threads: int | None) -> None:
+    """Compares what the job needs with the disk; what a `.partial` already holds counts as free."""
+    parent = next(folder for folder in (out.parent, *out.absolute().parents) if folder.exists())
+    side = sum(path.stat().st_size for path in plan.side_files.values())
+    needed = plan.output_bytes + side
+    partial = partial_of(out)
+    held = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file()) if partial.exists() else 0
+    free = shutil.disk_usage(parent).free + held
+    preflight.facts["disk"] = f"{_size(needed)} needed, {_size(free)} free"
+    preflight.facts["memory"] = (
+        f"about {_size(plan.memory_bytes(threads or default_threads()))} of buffers beside Python and torch"
+    )
+    if needed > free:
+        preflight.faults.append(
+            f"not enough disk at {parent}: {_size(needed)} needed, {_size(free)} free. "
+            "Free some, or choose another place."
+        )
+    if not os.access(parent, os.W_OK):
+        preflight.faults.append(f"{parent} is not writable. Choose another place for the output.")
+
+
+def _size(count: int) -> str:
+    return format_value(count, "bytes")
+
+
+def _middle(reader: Reader, tensor: StoredTensor) -> torch.Tensor:
+    count = tensor.n_elements
+    begin = max(0, (count - SKETCH_ELEMENTS) // 2)
+    return reader.values(Input(tensor), begin, min(begin + SKETCH_ELEMENTS, count), "sketch").float().clone()

@@ -1,0 +1,141 @@
+"""Reads an output back: every tensor readable, finite, and hashed as its manifest says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
+from surgery.checkpoint.reader import (
+    Reader,
+    SourceFiles,
+    count_nonfinite,
+    digest,
+    hash_tensor,
+    segments,
+)
+from surgery.checkpoint.resolve import open_checkpoint
+from surgery.engine.execute import Options
+from surgery.engine.manifest import read_manifest
+from surgery.engine.workers import run_shared
+from surgery.errors import listing
+from surgery.io.atomic import MANIFEST
+from surgery.io.hashing import KEY, hash_parts, hash_tensors
+from surgery.reporting.report import format_value
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What reading `model` back found; `ok` when nothing is amiss.
+
+    hashes_compared: whether there was a manifest to compare with. nonfinite: name → NaN and infinite values. changed,
+    missing, unlisted: names whose bytes, or whose presence, are not as the manifest says.
+    """
+
+    model: str
+    tensors: int
+    n_bytes: int
+    hashes_compared: bool
+    nonfinite: Mapping[str, int]
+    changed: Sequence[str]
+    missing: Sequence[str]
+    unlisted: Sequence[str]
+
+    @property
+    def ok(self) -> bool:
+        return not (self.nonfinite or self.changed or self.missing or self.unlisted)
+
+    def sentence(self) -> str:
+        """The finding in words: what is amiss, or what was found in order."""
+        faults = [
+            f"{len(names)} tensor(s) {what}: {listing(names)}"
+            for names, what in (
+                (
+                    [f"{name} ({count:,})" for name, count in self.nonfinite.items()],
+                    "hold NaN or infinite values",
+                ),
+                (self.changed, "are not what the manifest says"),
+                (self.missing, "are in the manifest but not there"),
+                (self.unlisted, "are there but not in the manifest"),
+            )
+            if names
+        ]
+        if faults:
+            return f"{self.model}: " + "; ".join(faults)
+        hashes = "hashes as in the manifest" if self.hashes_compared else "no manifest, so hashes were not compared"
+        size = format_value(self.n_bytes, "bytes")
+        return f"{self.model}: {self.tensors} tensors, {size}, readable and finite; {hashes}"
+
+
+def verify(model: str, *, options: Options = Options()) -> VerifyReport:
+    """Reads every byte of `model`'s tensors; compares with surgery.json where the folder has one.
+
+    Raises:
+        SurgeryError: the checkpoint is damaged so that it cannot be opened or read.
+    """
+    checkpoint = open_checkpoint(model)
+    folder = checkpoint.folder
+    has_manifest = folder is not None and (folder / MANIFEST).is_file() and checkpoint.adapter is None
+    expected: Mapping[str, Mapping[str, object]] = (
+        read_manifest(folder)["tensors"] if has_manifest and folder is not None else {}
+    )
+
+    def check(tensor: StoredTensor, reader: Reader) -> tuple[StoredTensor, str, int]:
+        digests, nonfinite = [], 0
+        for begin, end in segments(tensor.n_elements):
+            data = reader.raw(tensor, begin, end, "verify")
+            digests.append(digest(data))
+            if tensor.is_float:
+                nonfinite += count_nonfinite(data, tensor.dtype)
+        return tensor, hash_parts(digests), nonfinite
+
+    changed, bad = [], {}
+    tensors = checkpoint.tensors
+    with SourceFiles(checkpoint.files) as files, options.progress("Verifying", checkpoint.n_bytes) as advance:
+        for tensor, found, nonfinite in run_shared(list(tensors.values()), check, files, threads=options.threads):
+            advance(tensor.n_bytes)
+            if nonfinite:
+                bad[tensor.name] = nonfinite
+            entry = expected.get(tensor.name)
+            if entry and (entry[KEY], entry["dtype"], entry["shape"]) != (
+                found,
+                tensor.dtype,
+                list(tensor.shape),
+            ):
+                changed.append(tensor.name)
+    return VerifyReport(
+        model,
+        len(tensors),
+        checkpoint.n_bytes,
+        bool(has_manifest),
+        dict(sorted(bad.items())),
+        sorted(changed),
+        sorted(set(expected) - set(tensors)),
+        sorted(set(tensors) - set(expected)) if has_manifest else [],
+    )
+
+
+def weights_hash(checkpoint: Checkpoint, *, options: Options = Options()) -> str:
+    """The hash of all stored tensors, as in manifests: the same however they are sharded, and wherever they lie.
+
+    Raises:
+        SurgeryError: a file cannot be read, or changes while it is read.
+    """
+    return hash_tensors(tensor_hashes(checkpoint, options=options))
+
+
+def tensor_hashes(checkpoint: Checkpoint, *, options: Options = Options()) -> dict[str, str]:
+    """The hash of every stored tensor, by name. Errors as in `weights_hash`."""
+
+    def work(tensor: StoredTensor, reader: Reader) -> tuple[StoredTensor, str]:
+        return tensor, hash_tensor(reader, tensor)
+
+    tensors = {part.name: part for stored in checkpoint.tensors.values() for part in stored.parts}
+    hashes = {}
+    size = sum(tensor.n_bytes for tensor in tensors.values())
+    with SourceFiles(checkpoint.files) as files, options.progress("Hashing the model", size) as advance:
+        for tensor, found in run_shared(list(tensors.values()), work, files, threads=options.threads):
+            hashes[tensor.name] = found
+            advance(tensor.n_bytes)
+        files.check_unchanged()
+    return hashes

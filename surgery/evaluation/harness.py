@@ -1,0 +1,222 @@
+"""Scores of models on tasks, through lm-evaluation-harness (the extra `eval`): means with 95 % intervals.
+
+Tasks go by the harness's own names; the lab's, `lab_sums` and `lab_sorting`, come with this package and need no
+network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import SurgeryError, listing, usage_error
+from surgery.evaluation.scoring import Measure, Score, Z
+from surgery.models.loading import Loaded
+from surgery.runtime.quiet import quiet
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+TASK_FOLDER = Path(__file__).parents[1] / "lab" / "tasks"
+# Only for metrics that are no means, such as BLEU; the harness's own default of 100,000 takes minutes.
+BOOTSTRAPS = 1000
+STDERR = "_stderr"
+NEAREST = 3
+
+
+def on_tasks(
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 64,
+    chat: bool | None = None,
+    seed: int = 0,
+    part: tuple[int, int] | None = None,
+) -> list[Measure]:
+    """What `score_models` takes to score models on `tasks`: a measurement for each.
+
+    Args:
+        tasks: names of tasks, groups or tags; a tag stands for its tasks.
+        limit: only the first samples of each task, at most this many.
+        batch_size: samples at a time.
+        chat: whether prompts go through the tokenizer's chat template. None follows the task: on where its metadata
+            says `chat_template: true` and the tokenizer has a template, else off, as the harness does by default, so
+            that scores compare with published ones.
+        seed: of few-shot examples, sampling and bootstrap; each task begins with it.
+        part: (number, of): only every of-th sample, from `number` on; what is chosen on one part is tested on another.
+
+    Raises:
+        SurgeryError: the extra `eval` is missing; a task is unknown; once measured, `chat` is asked of a tokenizer
+            without template.
+    """
+    manager = _find_tasks(tasks)
+    asked = _Asked(manager, limit, batch_size, chat, seed, part)
+    return [partial(_score, task=task, asked=asked) for task in dict.fromkeys(tasks)]
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927): (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n)."""
+    share, spread = successes / n, Z * Z / n
+    centre = share + spread / 2
+    half = math.sqrt(share * (1 - share) * spread + spread * spread / 4)
+    # At shares of 0 and 1 a bound is the share itself; rounding must not carry it past.
+    low, high = (centre - half) / (1 + spread), (centre + half) / (1 + spread)
+    return max(0.0, min(share, low)), min(1.0, max(share, high))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """How tasks are asked; see `on_tasks`."""
+
+    manager: TaskManager
+    limit: int | None
+    batch_size: int
+    chat: bool | None
+    seed: int
+    part: tuple[int, int] | None
+
+
+def _score(loaded: Loaded, *, task: str, asked: _Asked) -> list[Score]:
+    model, tokenizer = loaded.model, loaded.tokenizer
+    templated = getattr(tokenizer, "chat_template", None) is not None
+    if asked.chat and not templated:
+        raise usage_error("the tokenizer has no chat template.", where=loaded.name, hint="Leave the option out.")
+    with quiet(), _seeded(asked.seed):
+        from lm_eval.evaluator import evaluate as run
+        from lm_eval.models.huggingface import HFLM
+
+        # Computing on the model's own device: the harness moves a model only if it loads it itself.
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=asked.batch_size, device=str(model.device))
+        found = asked.manager.load([task])
+        for one in found["tasks"].values():
+            if one.get_config("num_fewshot") is None:
+                one.set_config(key="num_fewshot", value=0)
+            one.set_fewshot_seed(seed=asked.seed)
+        results = run(
+            lm=wrapped,
+            task_dict=found,
+            limit=None if asked.part else asked.limit,
+            samples=None if asked.part is None else _samples(found["tasks"], asked.limit, *asked.part),
+            bootstrap_iters=BOOTSTRAPS,
+            log_samples=True,
+            apply_chat_template=asked.chat if asked.chat is not None else templated and _wants_chat(found["tasks"]),
+            fewshot_as_multiturn=True,
+        )
+    return _read(loaded.name, task, results)
+
+
+def _samples(tasks: Mapping[str, Any], limit: int | None, number: int, of: int) -> dict[str, list[int]]:
+    """Task → the numbers of its samples that are in a part."""
+    found: dict[str, list[int]] = {}
+    for name, task in tasks.items():
+        count = len(task.eval_docs)
+        found[name] = list(range(number, min(count, limit or count), of))
+        if not found[name]:
+            raise usage_error(f"has {min(count, limit or count)} samples, too few for {of} parts", where=name)
+    return found
+
+
+def _read(model: str, asked: str, results: Mapping[str, Any]) -> list[Score]:
+    """The scores of the task or group itself; of the tasks in it where it has none of its own."""
+    rows = dict(results["results"])
+    if group := results.get("groups", {}).get(asked):
+        rows[asked] = group
+    chosen = [asked] if _metrics(rows.get(asked, {})) else [task for task in rows if _metrics(rows[task])]
+    if not chosen:
+        raise SurgeryError("the task gave no number.", where=asked)
+    return [score for task in chosen for score in _task_scores(model, task, rows[task], results)]
+
+
+def _task_scores(model: str, task: str, row: Mapping[str, Any], results: Mapping[str, Any]) -> Iterator[Score]:
+    metrics = _metrics(row)
+    several = len({key.partition(",")[2] for key in metrics}) > 1
+    n = int(row.get("sample_len") or sum(count["effective"] for count in results["n-samples"].values()))
+    better = results.get("higher_is_better", {}).get(task, {})
+    for key in metrics:
+        metric, _, sieve = key.partition(",")
+        value, error = float(row[key]), row.get(f"{metric}{STDERR},{sieve}")
+        samples = [
+            sample[metric]
+            for sample in results["samples"].get(task, ())
+            if sample["filter"] == sieve and metric in sample
+        ]
+        if _is_share(samples, value):
+            low, high = wilson(float(sum(samples)), len(samples))
+        else:
+            spread = Z * float(error) if isinstance(error, int | float) else math.nan
+            low, high = value - spread, value + spread
+        shown = f"{metric} ({sieve})" if several else metric
+        yield Score(model, task, shown, value, low, high, n, better.get(metric))
+
+
+def _is_share(samples: Sequence[Any], value: float) -> bool:
+    binary = bool(samples) and all(isinstance(s, int | float) and s in (0, 1) for s in samples)
+    return binary and math.isclose(sum(samples) / len(samples), value, abs_tol=1e-9)
+
+
+def _metrics(row: Mapping[str, Any]) -> list[str]:
+    """The keys `metric,filter` of a result row."""
+    return [
+        key
+        for key, value in row.items()
+        if "," in key and not key.partition(",")[0].endswith(STDERR) and isinstance(value, int | float)
+    ]
+
+
+def _wants_chat(tasks: Mapping[str, Any]) -> bool:
+    return all(bool((task.get_config("metadata") or {}).get("chat_template")) for task in tasks.values())
+
+
+def _find_tasks(tasks: Sequence[str]) -> TaskManager:
+    """The index that knows all of `tasks`: the lab's own if that will do, else the harness's many thousands too."""
+    if not tasks:
+        raise usage_error("no task was given.", hint="Name one, such as lab_sums or gsm8k.")
+    manager = _index(False)
+    if all(task in manager.all_tasks for task in tasks):
+        return manager
+    manager = _index(True)
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if not unknown:
+        return manager
+    near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=NEAREST)
+    hint = f"Did you mean {listing(near)}?" if near else "`lm_eval ls tasks` lists them all."
+    raise usage_error(f"no such task: {listing(repr(task) for task in unknown)}.", hint=hint)
+
+
+@lru_cache(maxsize=2)
+def _index(defaults: bool) -> TaskManager:
+    # Reading the harness's own tasks takes seconds; a sweep would pay that at every α.
+    with quiet():
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError as fault:
+            raise SurgeryError(
+                "evaluation needs lm-evaluation-harness, which is not installed.",
+                hint="Install it: pip install 'model-surgery[eval]'.",
+            ) from fault
+        return TaskManager(include_path=str(TASK_FOLDER), include_defaults=defaults)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Sets the generators that tasks draw from, and gives back their states."""
+    import numpy
+    import torch
+
+    states = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        numpy.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])

@@ -1,0 +1,271 @@
+"""How well models predict a text: perplexity, loss per token, and bits per byte, with 95 % intervals.
+
+In come a text file, or a .jsonl file with a document in the field `text` of every line; out come `Score`s, as from
+tasks. Perplexities compare only between models of one tokenizer; bits per byte compare between all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from surgery import lab
+from surgery.errors import SurgeryError, usage_error
+from surgery.evaluation.scoring import Measure, Score, Z
+from surgery.models.loading import Loaded
+from surgery.runtime.progress import Progress, silent
+from surgery.runtime.quiet import quiet
+
+JSONL = ".jsonl"
+FIELD = "text"
+PERPLEXITY, LOSS, BITS = "perplexity", "nats per token", "bits per byte"
+# Windows of more tokens than this take gigabytes of logits, and published perplexities stop here too.
+MOST_TOKENS = 2048
+# Logits in memory at a time: one GiB in fp32.
+MOST_LOGITS = 2**28
+# math.exp overflows beyond it.
+LARGEST_EXPONENT = 709.0
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Text:
+    """A file's documents; `name` is what tables call it."""
+
+    name: str
+    documents: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the model sees at once: the last `scored` of `tokens` are scored, the others are their context.
+
+    `document` is the number of the document that the tokens are of.
+    """
+
+    document: int
+    tokens: Sequence[int]
+    scored: int
+
+
+def read_text(path: Path) -> Text:
+    """The documents in `path`: the lines' `text` of a .jsonl file, else the whole file as one.
+
+    `lab:python/docs-held` and the like are texts of the lab, see `surgery.lab.python_text`.
+
+    Raises:
+        SurgeryError: the file cannot be read, is not UTF-8 or is empty; a line is no JSON object with a `text`.
+    """
+    file = lab.data_of(str(path)) or path
+    try:
+        content = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise usage_error(f"cannot be read ({error.strerror})", where=path) from error
+    except UnicodeDecodeError as error:
+        raise usage_error(f"is not UTF-8 (byte {error.start:,})", where=path, hint="Convert it first.") from error
+    if file.suffix != JSONL:
+        documents = [content]
+    else:
+        # Not splitlines: JSON strings may hold line separators of Unicode.
+        lines = enumerate(content.split("\n"), start=1)
+        documents = [_document(line, f"{path}:{number}") for number, line in lines if line.strip()]
+    if not any(document.strip() for document in documents):
+        raise usage_error("is empty", where=path, hint="Give a file with text to be predicted.")
+    return Text(str(path), documents)
+
+
+def on_texts(
+    texts: Sequence[Text], *, limit: int | None = None, batch_size: int = 64, progress: Progress = silent
+) -> list[Measure]:
+    """What `score_models` takes to score models on `texts`: a measurement for each, which is `perplexity_of`.
+
+    Args:
+        limit: only the first documents of each text, at most this many.
+        batch_size: windows at a time; fewer where their logits would not fit in a GiB.
+
+    Raises:
+        SurgeryError: no text was given; once measured, a text is shorter than two tokens.
+    """
+    if not texts:
+        raise usage_error("no text was given.")
+    return [partial(perplexity_of, text=text, limit=limit, batch_size=batch_size, progress=progress) for text in texts]
+
+
+def perplexity_of(
+    loaded: Loaded,
+    text: Text,
+    *,
+    limit: int | None = None,
+    batch_size: int = 64,
+    progress: Progress = silent,
+) -> list[Score]:
+    """Perplexity e^L, loss L and bits per byte L·tokens / (bytes·ln 2) of a transformers model that is in memory.
+
+    L is the mean over tokens of −ln p(token | context), in fp32, summed in fp64. Context and token lie in a window of
+    the model's context (at most 2,048 tokens); the next window begins half of one further, so that every token but
+    the first half window's has half a window before it. What the tokenizer puts before a text (BOS) stands before
+    every window and is not scored; what it puts after a text is left out. Without BOS a document's first token has no
+    context: it is not scored, and its bytes do not count.
+
+    The interval of L is L ± 1.96 standard errors of a ratio (loss over tokens), from the documents if there are
+    several, else from the windows; NaN where there is one window only. The intervals of the others follow from it,
+    with tokens per byte taken as known. `n` counts scored tokens.
+
+    Raises:
+        SurgeryError: the text is shorter than two tokens.
+    """
+    name, model, tokenizer = loaded.name, loaded.model, loaded.tokenizer
+    windows, n_bytes = _cut(model, tokenizer, text.documents[:limit])
+    if not windows:
+        raise SurgeryError(
+            f"is shorter than two tokens of {name}, so that there is nothing to predict", where=text.name
+        )
+    losses = _losses(model, tokenizer, windows, batch_size, f"{name}: {text.name}", progress)
+    by_document = len({window.document for window in windows}) > 1
+    sums: dict[int, list[float]] = {}
+    for number, (window, loss) in enumerate(zip(windows, losses, strict=True)):
+        unit = sums.setdefault(window.document if by_document else number, [0.0, 0.0])
+        unit[0] += loss
+        unit[1] += window.scored
+    mean, low, high = ratio_interval([loss for loss, _ in sums.values()], [count for _, count in sums.values()])
+    n = sum(window.scored for window in windows)
+    bits = n / n_bytes / math.log(2)
+    return [
+        Score(name, text.name, PERPLEXITY, _exp(mean), _exp(low), _exp(high), n, higher_is_better=False),
+        Score(name, text.name, LOSS, mean, low, high, n, higher_is_better=False),
+        Score(name, text.name, BITS, bits * mean, bits * low, bits * high, n, higher_is_better=False),
+    ]
+
+
+def ratio_interval(totals: Sequence[float], counts: Sequence[float]) -> tuple[float, float, float]:
+    """R = Σtᵢ / Σcᵢ and its 95 % interval R ± z·√(k/(k−1) · Σ(tᵢ − R·cᵢ)²) / Σcᵢ over k units, in fp64.
+
+    Source: Cochran, Sampling Techniques (1977), equation 6.13 for an infinite population. The interval is NaN at k = 1.
+    """
+    size, k = math.fsum(counts), len(totals)
+    ratio = math.fsum(totals) / size
+    if k == 1:
+        return ratio, math.nan, math.nan
+    squares = math.fsum((total - ratio * count) ** 2 for total, count in zip(totals, counts, strict=True))
+    half = Z * math.sqrt(k / (k - 1) * squares) / size
+    return ratio, ratio - half, ratio + half
+
+
+def cut(prefix: Sequence[int], tokens: Sequence[int], size: int, *, document: int) -> Iterator[Window]:
+    """Windows of at most `size` tokens, `prefix` before each, in which every token that has a context is scored once.
+
+    The first is full; each later one brings half a window of new tokens, and the last one what is left.
+    """
+    room = size - len(prefix)
+    stride = max(1, room // 2)
+    done = min(room, len(tokens))
+    first = done if prefix else done - 1
+    if first > 0:
+        yield Window(document, [*prefix, *tokens[:done]], first)
+    while done < len(tokens):
+        end = min(done + stride, len(tokens))
+        yield Window(document, [*prefix, *tokens[end - room : end]], end - done)
+        done = end
+
+
+def _cut(model: Any, tokenizer: Any, documents: Sequence[str]) -> tuple[list[Window], int]:
+    """The windows of all documents, and the bytes that the scored tokens stand for."""
+    size = _context(model, tokenizer)
+    windows: list[Window] = []
+    n_bytes = 0
+    for number, document in enumerate(documents):
+        with quiet():  # that a text is longer than the context is what the windows are for
+            tokens = list(tokenizer(document, add_special_tokens=False)["input_ids"])
+            prefix = _prefix(tokenizer, document, tokens)
+            unscored = "" if prefix else tokenizer.decode(tokens[:1], clean_up_tokenization_spaces=False)
+        found = list(cut(prefix, tokens, size, document=number))
+        windows += found
+        if found:
+            n_bytes += len(document.encode()) - len(unscored.encode())
+    return windows, n_bytes
+
+
+def _prefix(tokenizer: Any, document: str, tokens: Sequence[int]) -> list[int]:
+    """What the tokenizer puts before `tokens`."""
+    whole = list(tokenizer(document)["input_ids"])
+    for length in range(len(whole) - len(tokens) + 1):
+        if whole[length : length + len(tokens)] == list(tokens):
+            return whole[:length]
+    raise SurgeryError(
+        "the tokenizer cuts the text differently when it adds special tokens", where=tokenizer.name_or_path
+    )
+
+
+def _context(model: Any, tokenizer: Any) -> int:
+    config = model.config
+    # An ensemble reads no further than its shortest member.
+    parts = config.member_configs() if hasattr(config, "member_configs") else [config]
+    known = [getattr(part.get_text_config(), "max_position_embeddings", None) for part in parts]
+    return min(int(tokens) for tokens in (*known, tokenizer.model_max_length, MOST_TOKENS) if tokens is not None)
+
+
+@torch.inference_mode()
+def _losses(
+    model: Any, tokenizer: Any, windows: Sequence[Window], batch_size: int, label: str, progress: Progress
+) -> list[float]:
+    """The summed loss of each window, in nats."""
+    widest = max(len(window.tokens) for window in windows)
+    rows = model.get_output_embeddings().weight.shape[0] if model.get_output_embeddings() else len(tokenizer)
+    size = max(1, min(batch_size, MOST_LOGITS // (widest * rows)))
+    # Windows of like length share a batch, so that little of it is padding.
+    order = sorted(range(len(windows)), key=lambda number: -len(windows[number].tokens))
+    losses = [0.0] * len(windows)
+    with progress(label, len(windows), "steps") as advance:
+        for start in range(0, len(order), size):
+            numbers = order[start : start + size]
+            found = _batch_losses(model, [windows[number] for number in numbers])
+            for number, loss in zip(numbers, found.tolist(), strict=True):
+                losses[number] = loss
+            advance(len(numbers))
+    return losses
+
+
+def _batch_losses(model: Any, windows: Sequence[Window]) -> Tensor:
+    """N windows → their summed losses (N,) in fp64."""
+    width = max(len(window.tokens) for window in windows)
+    # Padding stands on the right, where no scored token sees it, and so any id will do.
+    tokens_NT = torch.zeros(len(windows), width, dtype=torch.long)
+    mask_NT = torch.zeros_like(tokens_NT)
+    targets_NT = torch.full_like(tokens_NT, IGNORED)
+    for row, window in enumerate(windows):
+        length = len(window.tokens)
+        tokens_NT[row, :length] = torch.tensor(window.tokens)
+        mask_NT[row, :length] = 1
+        targets_NT[row, length - window.scored - 1 : length - 1] = tokens_NT[row, length - window.scored : length]
+    logits_NTV = model(
+        input_ids=tokens_NT.to(model.device), attention_mask=mask_NT.to(model.device), use_cache=False
+    ).logits.float()
+    targets_NT = targets_NT.to(logits_NTV.device)
+    losses = functional.cross_entropy(logits_NTV.flatten(0, 1), targets_NT.flatten(), reduction="none")
+    return losses.view(targets_NT.shape).double().sum(dim=1).cpu()
+
+
+def _document(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise usage_error(f"is not valid JSON ({error})", where=where) from error
+    text = record.get(FIELD) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise usage_error(
+            f'has no "{FIELD}"', where=where, hint=f'Every line is an object with its document in "{FIELD}".'
+        )
+    return text
+
+
+def _exp(exponent: float) -> float:
+    return math.inf if exponent > LARGEST_EXPONENT else math.exp(exponent)

@@ -1,0 +1,78 @@
+"""Models and what is asked of them: each is loaded once, and every measurement is taken of it, on tasks and on texts.
+
+In come folders and measurements (`evaluate.on_tasks`, `perplexity.on_texts`), out come `Score`s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgery.errors import usage_error
+from surgery.models.loading import Loaded, load_model
+from surgery.runtime.progress import Advance, Progress, silent
+
+# The 97.5 % quantile of the normal distribution: the half-width of a 95 % interval in standard errors.
+Z = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one model on one task or text, with its 95 % interval.
+
+    `low` and `high` are Wilson's for a mean of zeros and ones, else `value` ± 1.96 standard errors as the harness
+    estimates them (from the samples, by bootstrap for metrics that are no means, pooled for groups); NaN where it
+    gives none. `metric` names the harness's filter too where the task has more than one. `n` counts samples.
+    `higher_is_better` is None where nobody says.
+    """
+
+    model: str
+    task: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    higher_is_better: bool | None = None
+
+
+Measure = Callable[[Loaded], Sequence[Score]]
+
+
+def score_models(
+    models: Mapping[str, Path | str],
+    measures: Sequence[Measure],
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    progress: Progress = silent,
+) -> list[Score]:
+    """Takes every measurement of every model, one model in memory at a time; the scores model by model.
+
+    Args:
+        models: display name → folder with a model and its tokenizer.
+        dtype: that the models compute in; `auto` is the one they are stored in.
+
+    Raises:
+        SurgeryError: no model was given, or one cannot be loaded; else as the measurements.
+    """
+    if not models:
+        raise usage_error("no model to evaluate was given.")
+    scores = []
+    with progress("Scoring", len(models) * len(measures), "steps") as advance:
+        for name, folder in models.items():
+            scores += _score_model(folder, name, measures, device, dtype, advance)
+    return scores
+
+
+def _score_model(
+    folder: Path | str, name: str, measures: Sequence[Measure], device: str, dtype: str, advance: Advance
+) -> list[Score]:
+    # A call of its own, so that the model is gone before the next one is loaded.
+    loaded = load_model(folder, name, device=device, dtype=dtype)
+    scores: list[Score] = []
+    for measure in measures:
+        scores += measure(loaded)
+        advance(1)
+    return scores

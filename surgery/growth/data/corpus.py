@@ -1,0 +1,346 @@
+"""References to text → documents one by one: files, folders, globs, data sets on the Hub and the lab's texts.
+
+A reference is one of
+- a text file of any kind, which is one document; a `.jsonl` or `.parquet` file, with a document in the column `field`
+  of every row;
+- a folder: all such files under it by path, but no hidden ones, and none that hold zero bytes, which are no text;
+  links to folders are not followed;
+- a glob such as `src/**/*.py`: all such files that it matches, each once, however links lead to its folder;
+- a Hub data set `org/name[/config][@revision]:split[a:b]`, streamed at one commit;
+- `lab:python/code` and the like (`surgery.lab.python_text`).
+
+Text is UTF-8. Parquet and the Hub need the extra `data`.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from xxhash import xxh3_128
+
+from surgery import lab
+from surgery.checkpoint.checkpoint import existing_path
+from surgery.errors import SurgeryError, usage_error
+from surgery.hub import datasets as hub_data
+from surgery.hub import download as hub
+from surgery.io.hashing import KEY, hash_text
+
+FIELD = "text"
+# A buffer of at most so much is shuffled at a time: a small corpus whole, a large one in memory that is bounded.
+BUFFER_DOCUMENTS, BUFFER_CHARACTERS = 10_000, 64_000_000
+# A reference whose files are larger in all is known by their sizes and times of change: to hash them takes minutes.
+MOST_HASHED = 2**30
+_SNIFFED = 8192  # bytes, as git looks at to tell text from binary files
+_CHUNK = 2**20
+_WILD = frozenset("*?[")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, and how errors point at it."""
+
+    where: str
+    text: str
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files that `ref` names, in order; their names count relative to `base`."""
+
+    ref: str
+    base: Path
+    paths: tuple[Path, ...]
+    field: str
+
+    def documents(self) -> Iterator[Document]:
+        for path in self.paths:
+            yield from _READERS.get(path.suffix.lower(), _text_file)(path, self.field)
+
+    def fingerprint(self) -> dict[str, Any]:
+        sizes = [path.stat().st_size for path in self.paths]
+        mark = _hash_file if sum(sizes) <= MOST_HASHED else _changed
+        names = [path.relative_to(self.base).as_posix() for path in self.paths]
+        lines = [f"{name} {size} {mark(path)}\n" for name, size, path in zip(names, sizes, self.paths, strict=True)]
+        return {"files": len(sizes), "bytes": sum(sizes), KEY: hash_text("".join(lines))}
+
+
+@dataclass(frozen=True)
+class _Hub:
+    """A data set on the Hub at `commit`."""
+
+    asked: hub_data.HubData
+    commit: str
+    field: str
+
+    @property
+    def ref(self) -> str:
+        return self.asked.ref
+
+    def documents(self) -> Iterator[Document]:
+        for number, value in hub_data.stream(self.asked, self.commit, self.field):
+            where = f"{self.asked.name}[{number}]"
+            yield Document(where, _text(value, self.field, where))
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"ref": self.ref, "commit": self.commit}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What references lead to."""
+
+    sources: tuple[_Files | _Hub, ...]
+    field: str
+
+    def documents(self) -> Iterator[Document]:
+        """All documents that are not blank, one reference after the other; nothing is read ahead.
+
+        Raises:
+            SurgeryError: as they are read: a file cannot be read, or is not UTF-8; a row has no text in the column
+                `field`; a reference holds no text at all.
+        """
+        for source in self.sources:
+            found = False
+            for document in source.documents():
+                if document.text and not document.text.isspace():
+                    found = True
+                    yield document
+            if not found:
+                raise usage_error("holds no text", where=source.ref)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this corpus from another, or from itself after a change; may go into JSON.
+
+        Files are known by their names inside the folder that was named and their contents, wherever the folder is;
+        by sizes and times of change where a reference is larger than `MOST_HASHED`. Hub data sets by their commit.
+        """
+        return {"field": self.field, "refs": [source.fingerprint() for source in self.sources]}
+
+
+def open_corpus(refs: Sequence[str], *, field: str = FIELD, commits: Mapping[str, str] | None = None) -> Corpus:
+    """Finds what `refs` lead to; no document is read yet.
+
+    Args:
+        field: the column of rows that holds their text.
+        commits: Hub reference → commit, for those that were opened before and are to be read on (`commits_of`).
+
+    Raises:
+        SurgeryError: no reference is given, or one leads nowhere: no such file, data set or revision; a glob matches
+            no file, a folder has none; the extra `data` is needed and missing.
+    """
+    if not refs:
+        raise usage_error("no text was given", where="corpus", hint="Name a file, a folder or a data set.")
+    return Corpus(tuple(_open(ref, field, commits or {}) for ref in refs), field)
+
+
+def documents(refs: Sequence[str], *, field: str = FIELD) -> Iterator[Document]:
+    """The documents that `refs` lead to: `Corpus.documents` of `open_corpus`, with the errors of both."""
+    return open_corpus(refs, field=field).documents()
+
+
+def fingerprint(refs: Sequence[str], *, field: str = FIELD) -> dict[str, Any]:
+    """What tells the corpus of `refs` from another: `Corpus.fingerprint` of `open_corpus`, with its errors."""
+    return open_corpus(refs, field=field).fingerprint()
+
+
+def commits_of(fingerprint: Mapping[str, Any]) -> dict[str, str]:
+    """The commits at which the Hub's data sets in a corpus's fingerprint were read, by reference."""
+    return {entry["ref"]: entry["commit"] for entry in fingerprint["refs"] if "commit" in entry}
+
+
+def shuffled(
+    documents: Iterable[Document],
+    *,
+    seed: int,
+    buffer_documents: int = BUFFER_DOCUMENTS,
+    buffer_characters: int = BUFFER_CHARACTERS,
+) -> Iterator[Document]:
+    """`documents` in an order drawn from `seed`, each once.
+
+    A buffer is filled, and whenever it overflows a document drawn from it goes out. What fits into the buffer is so
+    shuffled wholly, each order being as likely as any other; a document of more stays near its place.
+    """
+    # Of the methods of Random only random() is promised to give the same numbers in all versions.
+    random = Random(seed)
+    held: list[Document] = []
+    characters = 0
+
+    def draw() -> Document:
+        nonlocal characters
+        at = int(random.random() * len(held))
+        held[at], held[-1] = held[-1], held[at]
+        characters -= len(held[-1].text)
+        return held.pop()
+
+    for document in documents:
+        held.append(document)
+        characters += len(document.text)
+        while len(held) > buffer_documents or characters > buffer_characters:
+            yield draw()
+    while held:
+        yield draw()
+
+
+def _open(ref: str, field: str, commits: Mapping[str, str]) -> _Files | _Hub:
+    path = existing_path(ref)
+    if path is not None and path.is_dir():
+        return _Files(ref, path, _under(path), field)
+    path = path or lab.data_of(ref)
+    if path is not None:
+        if not _is_rows(path) and not _holds_text(path):
+            raise usage_error("holds zero bytes, so it is no text", where=ref)
+        return _Files(ref, path.parent, (path,), field)
+    asked = hub_data.parse(ref)
+    if asked is not None:
+        return _Hub(asked, commits.get(ref) or hub_data.pin(asked), field)
+    if _WILD & set(ref):
+        return _matching(ref, field)
+    if hub.is_repo_id(ref):
+        raise hub_data.no_split(ref)
+    raise usage_error(
+        f"no such file or folder, and not a glob, a Hub data set ({hub_data.SHAPE}) or {lab.PREFIX}NAME/KIND",
+        where=ref or '""',
+        hint="Check the spelling.",
+    )
+
+
+def _under(folder: Path) -> tuple[Path, ...]:
+    found = []
+    for inside, folders, files in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(inside, name) for name in files if not name.startswith(".")]
+    paths = tuple(sorted(path for path in found if path.is_file() and (_is_rows(path) or _holds_text(path))))
+    if not paths:
+        raise usage_error(f"holds no text: none of its {len(found)} files is text, JSONL or Parquet", where=folder)
+    return paths
+
+
+def _matching(ref: str, field: str) -> _Files:
+    pattern = Path(ref).expanduser()
+    base = Path(*takewhile(lambda part: not _WILD & set(part), pattern.parts))
+    # Path.glob would match hidden files too.
+    names = glob.glob(str(pattern), recursive=True)  # noqa: PTH207
+    found = [path for path in map(Path, names) if path.is_file()]
+    if not found:
+        data_set = f" A Hub data set is given as {hub_data.SHAPE}." if ":" in ref else ""
+        raise usage_error("matches no file", where=ref, hint=f"Looked in {base.absolute()}.{data_set}")
+    # Links may lead to a folder in several ways, or in circles: the shortest way counts.
+    ways = {(os.path.realpath(path.parent), path.name): path for path in sorted(found, key=lambda p: -len(p.parts))}
+    paths = tuple(sorted(path for path in ways.values() if _is_rows(path) or _holds_text(path)))
+    if not paths:
+        raise usage_error(f"holds no text: the {len(found)} files that it matches are all binary", where=ref)
+    return _Files(ref, base, paths, field)
+
+
+def _raise(error: OSError) -> None:
+    raise usage_error(f"cannot be read ({error.strerror})", where=error.filename) from error
+
+
+def _is_rows(path: Path) -> bool:
+    return path.suffix.lower() in _READERS
+
+
+def _holds_text(path: Path) -> bool:
+    with _reading(path), path.open("rb") as file:
+        return b"\0" not in file.read(_SNIFFED)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise usage_error(f"cannot be read ({error.strerror or error})", where=path) from error
+
+
+def _hash_file(path: Path) -> str:
+    state = xxh3_128()
+    with _reading(path), path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def _changed(path: Path) -> str:
+    return str(path.stat().st_mtime_ns)
+
+
+def _text_file(path: Path, field: str) -> Iterator[Document]:
+    try:
+        with _reading(path):
+            # As `perplexity` reads it, so that a model is measured on what it could have been trained on.
+            yield Document(str(path), path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise _no_utf8(path, error) from error
+
+
+def _jsonl(path: Path, field: str) -> Iterator[Document]:
+    with _reading(path), path.open("rb") as file:
+        # By bytes: JSON strings may hold line separators of Unicode.
+        for number, raw in enumerate(file, start=1):
+            where = f"{path}:{number}"
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                if line.isspace() or not line:
+                    continue
+                record = json.loads(line)
+            except UnicodeDecodeError as error:
+                raise _no_utf8(where, error) from error
+            except (ValueError, RecursionError) as error:
+                raise usage_error(f"is not valid JSON ({error})", where=where) from error
+            if not isinstance(record, dict) or field not in record:
+                raise usage_error(
+                    f'has no "{field}"', where=where, hint=f'Every line is an object with its text in "{field}".'
+                )
+            yield Document(where, _text(record[field], field, where))
+
+
+def _parquet(path: Path, field: str) -> Iterator[Document]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise hub_data.no_extra(path) from error
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            if field not in file.schema_arrow.names:
+                raise hub_data.no_column(field, file.schema_arrow.names, where=path)
+            for batch in file.iter_batches(batch_size=1000, columns=[field]):
+                for value in batch.column(0).to_pylist():
+                    where = f"{path}[{number}]"
+                    yield Document(where, _text(value, field, where))
+                    number += 1
+    except UnicodeDecodeError as error:
+        raise _no_utf8(f"{path}[{number}]", error) from error
+    except (ArrowException, OSError) as error:
+        raise usage_error(f"cannot be read as Parquet ({hub_data.first_line(error)})", where=path) from error
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {".jsonl": _jsonl, ".parquet": _parquet}
+
+
+def _text(value: object, field: str, where: str) -> str:
+    """What a row says; nothing where its cell is empty."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise usage_error(f'"{field}" is {value!r:.60}, expected text', where=where)
+    try:
+        value.encode()  # JSON may spell out what is no text
+    except UnicodeEncodeError as error:
+        raise usage_error(f'"{field}" holds half of a surrogate pair', where=where) from error
+    return value
+
+
+def _no_utf8(where: object, error: UnicodeDecodeError) -> SurgeryError:
+    return usage_error(f"is not UTF-8 (byte {error.start:,})", where=where, hint="Convert it first, or leave it out.")

@@ -1,0 +1,386 @@
+"""Documents → one stream of token ids on disk, cut into windows: only as much of it as is asked for.
+
+A folder holds `tokens.bin`, the ids one after the other as little-endian uint16 (uint32 for vocabularies of more than
+65,536), and `tokens.json`: what they were made of, and how many documents and tokens of the file count. Documents are
+shuffled, and each is followed by the end-of-text id. After a kill the same command goes on with the same bytes: what
+lies beyond the counted tokens is cut off, and documents that are counted are read past, not tokenised again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from surgery.errors import SurgeryError, usage_error
+from surgery.growth.data.corpus import (
+    BUFFER_CHARACTERS,
+    BUFFER_DOCUMENTS,
+    FIELD,
+    Document,
+    commits_of,
+    open_corpus,
+    shuffled,
+)
+from surgery.io.atomic import disk_error, write_file
+from surgery.io.hashing import hash_text
+from surgery.io.json_io import read_json
+from surgery.runtime.collectives import share
+from surgery.runtime.environment import n_processes
+from surgery.runtime.progress import Progress, silent
+
+TOKENS, INDEX = "tokens.bin", "tokens.json"
+# Raised when equal documents would give another stream.
+VERSION = 1
+# A batch for the tokenizer: enough for all threads, little enough for memory, of which it takes thirty bytes and more
+# for each character.
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 1000, 1_000_000
+# Longer documents are cut behind the next line's end, so that threads share them too.
+PIECE = 100_000
+# Tokens that are written between two commits: each costs two fsyncs.
+COMMIT = 2**21
+# Tokens after which several processes hear of each other: a minute or so, for one that waits longer gives up.
+ROUND = 2**26
+
+
+@dataclass(frozen=True)
+class _State:
+    """What counts of the stream. `last` is the hash of the last document; `whole` says that there are no more."""
+
+    documents: int = 0
+    tokens: int = 0
+    last: str = ""
+    whole: bool = False
+
+
+class TokenStore:
+    """The token stream of a corpus, read by memory map. Window i begins at token i·sequence.
+
+    All processes construct it together, and call `require` together; the first one writes, all read.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        refs: Sequence[str],
+        tokenizer: Any,
+        *,
+        sequence: int,
+        seed: int,
+        field: str = FIELD,
+        eos: int,
+        vocab_size: int,
+        progress: Progress = silent,
+    ) -> None:
+        """Opens the stream in `folder`, or begins it; nothing is tokenised yet.
+
+        Args:
+            refs: the corpus, see `surgery.growth.data.corpus`.
+            tokenizer: a fast tokenizer of transformers; what it adds to texts is left out.
+            sequence: tokens of a window, beside the one that is only predicted.
+            eos: the id that follows each document.
+            vocab_size: rows of the embedding.
+
+        Raises:
+            SurgeryError: the corpus cannot be opened; the tokenizer is none that can be used, or not this embedding's;
+                what lies in `folder` was made of something else, or is damaged.
+        """
+        if not 0 <= eos < vocab_size:
+            raise _mismatch(f"the end-of-text id is {eos:,}", vocab_size)
+        self.sequence = sequence
+        self._folder, self._refs, self._field, self._seed = folder, tuple(refs), field, seed
+        self._eos, self._vocab_size, self._progress = eos, vocab_size, progress
+        self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+        self._tokenizer = _plain(tokenizer)
+        self._stream: Iterator[Document] | None = None
+        self._made_of: dict[str, Any]
+        self._state: _State
+        [(self._made_of, self._state)] = share([None], lambda _: self._open())
+        # What is on the disk: the writing process is ahead of the others where an error kept them from hearing of it.
+        self._written = self._state
+        self._map = self._mapped()
+
+    @property
+    def identity(self) -> str:
+        """A hash of all that the windows follow from."""
+        return hash_text(json.dumps([self._made_of, self.sequence], sort_keys=True))
+
+    @property
+    def made_of(self) -> Mapping[str, Any]:
+        """All that the stream's tokens follow from; `corpus` in it is the corpus's fingerprint."""
+        return self._made_of
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that there are so far."""
+        return self._state.tokens
+
+    @property
+    def documents(self) -> int:
+        """Documents that were tokenised so far."""
+        return self._state.documents
+
+    @property
+    def known(self) -> int:
+        """Windows that there are so far."""
+        return max(0, (self._state.tokens - 1) // self.sequence)
+
+    @property
+    def count(self) -> int | None:
+        """Windows that the whole corpus gives; None as long as its end has not been seen."""
+        return self.known if self._state.whole else None
+
+    def require(self, n_windows: int) -> None:
+        """Sees to it that the first `n_windows` windows of the stream can be read, or all that there are.
+
+        Raises:
+            SurgeryError: as reading the corpus; a token is not in the embedding; the whole corpus gives no window; the
+                disk is full. What was counted before that is kept.
+        """
+        needed = n_windows * self.sequence + 1
+        most = needed if n_processes() == 1 else ROUND
+        while self._state.tokens < needed and not self._state.whole:
+            [self._state] = share([min(needed, self._state.tokens + most)], self._tokenise)
+            self._map = self._mapped()
+        if self._state.whole and not self.known:
+            raise usage_error(
+                f"holds {self.tokens:,} tokens, fewer than one window of {self.sequence + 1:,}",
+                where=", ".join(self._refs),
+                hint="Give more text, or a shorter sequence.",
+            )
+
+    def number_of(self, drawn: int) -> int:
+        """The number of the window that is drawn as the `drawn`-th, from 0; there is no last one.
+
+        First the windows come in the order of the stream. Once there are no more, each further pass takes all of
+        them in an order of its own, drawn from the seed.
+        """
+        if drawn < self.known:
+            return drawn
+        if self.count is None:
+            raise IndexError(f"window {drawn} is not there yet: require it first")
+        epoch, at = divmod(drawn, self.count)
+        return int(_order(self._seed, epoch, self.count)[at])
+
+    def windows(self, numbers: Sequence[int]) -> Tensor:
+        """The windows of these numbers: (n, sequence + 1) int64."""
+        found = np.empty((len(numbers), self.sequence + 1), np.int64)
+        for row, number in enumerate(numbers):
+            if not 0 <= number < self.known:
+                raise IndexError(f"there is no window {number}: {self.known} are known")
+            found[row] = self._map[number * self.sequence : (number + 1) * self.sequence + 1]
+        return torch.from_numpy(found)
+
+    def _open(self) -> tuple[dict[str, Any], _State]:
+        index = self._folder / INDEX
+        held = read_json(index, missing={})
+        if not held:
+            made_of = self._settings(open_corpus(self._refs, field=self._field).fingerprint())
+            return made_of, _State()
+        try:
+            before, state = dict(held["made_of"]), _State(**held["state"])
+            commits = commits_of(before["corpus"])
+        except (KeyError, TypeError) as error:
+            raise SurgeryError("is no index of a token stream", where=index, hint="Remove its folder.") from error
+        # A branch that has moved on the Hub since is read on at its old commit.
+        made_of = self._settings(open_corpus(self._refs, field=self._field, commits=commits).fingerprint())
+        changed = [name for name in made_of if made_of[name] != before.get(name)]
+        if changed:
+            raise SurgeryError(
+                f"these tokens were made with another {' and '.join(changed)}",
+                where=self._folder,
+                hint="Put back what was changed, or begin anew in another folder.",
+            )
+        path = self._folder / TOKENS
+        size = path.stat().st_size if path.is_file() else 0
+        if size < state.tokens * self._dtype.itemsize:
+            raise SurgeryError(
+                f"holds {size:,} bytes, but {INDEX} counts {state.tokens:,} tokens of {self._dtype.itemsize} bytes",
+                where=path,
+                hint="Remove both, so that they are made again.",
+            )
+        return made_of, state
+
+    def _settings(self, corpus: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "corpus": corpus,
+            "tokenizer": hash_text(self._tokenizer.to_str()),
+            "seed": self._seed,
+            "end-of-text id": self._eos,
+            "dtype": self._dtype.name,
+            "shuffle": [BUFFER_DOCUMENTS, BUFFER_CHARACTERS],
+        }
+
+    def _tokenise(self, needed: int) -> _State:
+        """Adds tokens until there are `needed`, or no more documents."""
+        # Set, it says that threads are wanted also in processes forked from this one, which use no tokenizer; unset,
+        # each fork would warn.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        state, width, path = self._written, self._dtype.itemsize, self._folder / TOKENS
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            with (
+                path.open("r+b") as file,
+                self._progress("Tokenising", max(0, needed - state.tokens), "tokens") as advance,
+            ):
+                # What a kill or an error left uncounted.
+                file.truncate(state.tokens * width)
+                file.seek(0, os.SEEK_END)
+                while state.tokens < needed and not state.whole:
+                    before = state.tokens
+                    state = self._add_batch(file, state)
+                    advance(state.tokens - before)
+                    if state.tokens - self._written.tokens >= COMMIT:
+                        self._commit(file, state)
+                self._commit(file, state)
+        except BaseException as error:
+            self._stream = None  # it is ahead of what counts
+            if isinstance(error, OSError):
+                raise disk_error(error, path) from error
+            raise
+        return state
+
+    def _add_batch(self, file: Any, state: _State) -> _State:
+        if self._stream is None:
+            self._stream = self._documents_from(state)
+        batch = _batch(self._stream)
+        if not batch:
+            return _State(state.documents, state.tokens, state.last, whole=True)
+        tokens = state.tokens
+        for lot in _lots(piece for document in batch for piece in _pieces(document.text)):
+            tokens += self._add_lot(file, lot)
+        return _State(state.documents + len(batch), tokens, hash_text(batch[-1].text))
+
+    def _add_lot(self, file: Any, lot: Sequence[_Piece]) -> int:
+        """Writes the tokens of some pieces; returns how many they are."""
+        ids: list[int] = []
+        encoded = self._tokenizer.encode_batch_fast([piece.text for piece in lot], add_special_tokens=False)
+        for piece, encoding in zip(lot, encoded, strict=True):
+            ids += encoding.ids
+            if piece.is_last:
+                ids.append(self._eos)
+        token = max(ids, default=0)
+        if token >= self._vocab_size:
+            name = self._tokenizer.id_to_token(token)
+            raise _mismatch(f"the tokenizer gives id {token:,} ({name!r})", self._vocab_size)
+        file.write(np.array(ids, self._dtype).tobytes())
+        return len(ids)
+
+    def _documents_from(self, state: _State) -> Iterator[Document]:
+        """The shuffled documents behind those that are counted."""
+        commits = commits_of(self._made_of["corpus"])
+        corpus = open_corpus(self._refs, field=self._field, commits=commits)
+        stream = shuffled(corpus.documents(), seed=self._seed)
+        if not state.documents:
+            return stream
+        last = ""
+        with self._progress("Reading to where it stopped", state.documents, "steps") as advance:
+            for document in islice(stream, state.documents):
+                last = document.text
+                advance(1)
+        if hash_text(last) != state.last:
+            raise SurgeryError(
+                f"document {state.documents:,} is another than before: the corpus was changed",
+                where=self._folder,
+                hint="Begin anew in another folder.",
+            )
+        return stream
+
+    def _commit(self, file: Any, state: _State) -> None:
+        if state == self._written:
+            return
+        file.flush()
+        os.fsync(file.fileno())
+        held = {"made_of": self._made_of, "state": asdict(state)}
+        write_file(self._folder / INDEX, json.dumps(held, indent=2, ensure_ascii=False) + "\n")
+        self._written = state
+
+    def _mapped(self) -> Any:
+        if not self._state.tokens:
+            return np.empty(0, self._dtype)
+        return np.memmap(self._folder / TOKENS, self._dtype, "r", shape=(self._state.tokens,))
+
+
+def _plain(tokenizer: Any) -> Any:
+    """The tokenizer of `tokenizers` inside, as a copy that neither cuts nor pads."""
+    from tokenizers import Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise usage_error(
+            "is no fast tokenizer",
+            where=getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__,
+            hint="Give one that has a tokenizer.json.",
+        )
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
+def _mismatch(what: str, vocab_size: int) -> SurgeryError:
+    return usage_error(
+        f"{what}, but the embedding has {vocab_size:,} rows",
+        where="vocabulary",
+        hint="Tokenizer and embedding do not belong together: make the embedding with this tokenizer.",
+    )
+
+
+def _batch(stream: Iterator[Document]) -> list[Document]:
+    batch: list[Document] = []
+    characters = 0
+    for document in islice(stream, BATCH_DOCUMENTS):
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS:
+            break
+    return batch
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some of a document's text; whether the document ends with it."""
+
+    text: str
+    is_last: bool
+
+
+def _pieces(text: str) -> Iterator[_Piece]:
+    """`text`, cut behind the first line's end after every `PIECE` characters."""
+    start = 0
+    while (stop := text.find("\n", start + PIECE) + 1) and stop < len(text):
+        yield _Piece(text[start:stop], is_last=False)
+        start = stop
+    yield _Piece(text[start:], is_last=True)
+
+
+def _lots(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """`pieces` in lists of `BATCH_CHARACTERS` characters, or little more."""
+    lot: list[_Piece] = []
+    characters = 0
+    for piece in pieces:
+        lot.append(piece)
+        characters += len(piece.text)
+        if characters >= BATCH_CHARACTERS:
+            yield lot
+            lot, characters = [], 0
+    if lot:
+        yield lot
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> Tensor:
+    """A permutation of `count` numbers."""
+    generator = torch.Generator().manual_seed(int(hash_text(f"{seed} {epoch}")[:15], 16))
+    return torch.randperm(count, generator=generator)

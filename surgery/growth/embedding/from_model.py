@@ -1,0 +1,72 @@
+"""The token embedding of another model, row by row, for a tokenizer whose tokens it knows.
+
+In come a tokenizer and a reference to a checkpoint, of which nothing else is read; out come fp32 rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
+from surgery.checkpoint.reader import Input, Reader, SourceFiles, hash_tensor, segments
+from surgery.checkpoint.resolve import open_checkpoint
+from surgery.checkpoint.structure import anatomy
+from surgery.checkpoint.vocabulary import differences, read_vocabulary
+from surgery.checkpoint.write_table import Table
+from surgery.engine.manifest import input_entry
+from surgery.errors import SurgeryError, usage_error
+from surgery.growth.embedding.token_strings import OpenTokenizer
+
+
+def stored_rows(opened: OpenTokenizer, ref: str, rows: int) -> tuple[Table, str, dict[str, Any], bool]:
+    """The first `rows` rows of the token embedding of the model `ref` in fp32, its name, and the manifest's entry.
+
+    Last, whether the model has a tokenizer whose tokens were compared; where it has none, nothing is known of them.
+
+    Raises:
+        SurgeryError: the model has no such embedding, or one of fewer rows; its tokens are not those of the tokenizer
+            `opened`; the embedding holds NaN or infinite values.
+    """
+    source = open_checkpoint(ref)
+    tensor = _token_embedding(source)
+    own = tensor.shape[1]
+    if tensor.shape[0] < rows:
+        raise usage_error(
+            f"its embedding has {tensor.shape[0]:,} rows, and {opened.ref} needs {rows:,}",
+            where=ref,
+            hint="Give the tokenizer that the model was trained with.",
+        )
+    theirs = read_vocabulary(source.folder) if source.folder else None
+    if theirs is not None:
+        difference = differences(opened.vocabulary, theirs)
+        if difference.only_in_a or difference.moved:
+            raise usage_error(
+                f"has another vocabulary: {difference.describe(opened.ref, ref)}",
+                where=ref,
+                hint="Rows would stand for other tokens. Give the model's own tokenizer.",
+            )
+    table = np.empty((rows, own), np.float32)
+    flat = table.reshape(-1)
+    with SourceFiles(source.files) as files:
+        reader = Reader(files)
+        for begin, end in segments(table.size):
+            flat[begin:end] = reader.values(Input(tensor), begin, end, "table").float().numpy()
+        entry = input_entry(source, {part.name: hash_tensor(reader, part) for part in tensor.parts})
+        files.check_unchanged()
+    if not np.isfinite(table).all():
+        raise SurgeryError(f'"{tensor.name}" holds NaN or infinite values', where=ref)
+    return table, tensor.name, entry, theirs is not None
+
+
+def _token_embedding(source: Checkpoint) -> StoredTensor:
+    names = anatomy(source).token_embeddings
+    if len(names) != 1:
+        raise SurgeryError(f"has {len(names)} token embeddings that are recognised, expected one", where=source.ref)
+    tensor = source.tensors[names[0]]
+    if not tensor.is_float or len(tensor.shape) != 2:
+        raise SurgeryError(
+            f'"{tensor.name}" is {tensor.dtype} {list(tensor.shape)}, expected a matrix of floats', where=source.ref
+        )
+    return tensor

@@ -1,0 +1,311 @@
+"""Where the tensors of a deeper model come from: which old ones are renamed, what the new layers are made of.
+
+In comes a checkpoint and what is asked for, out come the deeper model's config and its planned tensors, or every reason
+why it cannot be. No family is listed: layers are the numbered stack of `surgery.checkpoint.structure`, and what they
+write into the residual stream is what `surgery.growth.layers.residual_writes` finds and tries.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
+from surgery.checkpoint.config_layers import language_part, spelled_out, unsayable, with_count, with_layers
+from surgery.checkpoint.reader import Input
+from surgery.checkpoint.structure import Anatomy
+from surgery.checkpoint.tensor_roles import NUMBER, layer_count
+from surgery.engine.plan import Kernel, PlannedTensor, copied
+from surgery.engine.preflight import Preflight, check_quantised
+from surgery.errors import SurgeryError, listing, usage_error
+from surgery.growth.layers.compatibility import changes
+from surgery.growth.layers.random_init import FreshLayers, Kind, prefix_of, text_config
+from surgery.growth.layers.residual_writes import LayerTensors, layer_key, layer_tensors, prove_identity
+from surgery.growth.plan import Init, Place
+
+COMMAND = "grow add"
+
+
+def zeros(tensors: Sequence[Tensor]) -> Tensor:
+    """0.   (…) → (…)"""
+    return torch.zeros_like(tensors[0])
+
+
+ZEROS = Kernel("zeros", zeros)
+
+
+def origins_of(position: int, layers: int, held: int) -> list[int]:
+    """The old layers that `layers` new ones before layer `position` of `held` are like, in their order."""
+    if not held:
+        return []
+    if not position:
+        return [number % held for number in range(layers)]
+    if layers <= position:
+        return list(range(position - layers, position))
+    return [number % position for number in range(layers)]
+
+
+@dataclass
+class Deepening:
+    """Layers to be added to `base`, whose anatomy is `shape`: the other fields are arguments of `add.add_layers`.
+
+    `check` first; then, where `needs_fresh`, `take`; then the tensors can be asked for.
+
+    config: of the deeper model. zeroed: layer → names inside it of what is to be zero; by its old number, or by its
+    new one in a model that had none.
+    """
+
+    base: Checkpoint
+    shape: Anatomy
+    layers: int
+    at: Place
+    init: Init
+    stored_as: str | None = None
+    preflight: Preflight = field(default_factory=Preflight)
+    config: dict[str, Any] = field(init=False)
+    position: int = field(init=False)
+    order: list[int] = field(init=False)
+    zeroed: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    fresh: FreshLayers | None = None
+    _proved: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def before(self) -> int:
+        return self.shape.layers
+
+    @property
+    def after(self) -> int:
+        return self.before + self.layers
+
+    @property
+    def new(self) -> tuple[int, ...]:
+        return tuple(range(self.position, self.position + self.layers))
+
+    @property
+    def origins(self) -> tuple[int | None, ...]:
+        return tuple(origins_of(self.position, self.layers, self.before)) or (None,) * self.layers
+
+    @property
+    def needs_fresh(self) -> bool:
+        return self.init == "random" or not self.before
+
+    @property
+    def kinds(self) -> dict[int, Kind]:
+        """New layer → what is to be made for it."""
+        full = self.spelled()
+        return {
+            number: Kind(full, origin, None if origin is None else self.shape)
+            for number, origin in zip(self.new, self.origins, strict=True)
+        }
+
+    def check(self) -> None:
+        """Raises SurgeryError with all that stands against it; else every number is known."""
+        self._check_stack()
+        self.position = self._position()
+        if self.init != "copy" or self.stored_as:
+            check_quantised(self.preflight, [self.base])
+        elif method := self.base.config.get("quantization_config") or self.base.config.get("compression_config"):
+            self._check_numbers_named(method)
+        self._check_ahead()
+        self.preflight.settle(COMMAND)
+        old = list(range(self.before))
+        self.order = [*old[: self.position], *(o for o in self.origins if o is not None), *old[self.position :]]
+        full = self.spelled()
+        if self.before:
+            self.preflight.faults += unsayable(full, self.order, self.shape)
+            self.config = with_layers(full, self.order, self.shape)
+            self.preflight.settle(COMMAND)
+            self._check_kinds(full)
+        else:
+            self.config = with_count(full, self.after)
+            self.config = spelled_out(self.config, text_config(self.config), self.after)
+        numbers = f"{self.new[0]}" if self.layers == 1 else f"{self.new[0]} to {self.new[-1]}"
+        self.preflight.facts["layers"] = f"{self.before} → {self.after}; new: {numbers}, {self.init}"
+        self.preflight.settle(COMMAND)
+        if self.init == "identity" and self.before:
+            for origin in dict.fromkeys(self.origins):
+                assert origin is not None
+                self._prove(layer_tensors(self.base, self.shape, origin), Kind(full, origin, self.shape), origin)
+            self.preflight.settle(COMMAND)
+
+    def spelled(self) -> dict[str, Any]:
+        """The model's config, with the lists in it that say of which kind its layers are."""
+        try:
+            whole = text_config(self.base.config)
+        except SurgeryError:  # code of its own, or no config: what is written there is all that is known
+            return dict(self.base.config)
+        return spelled_out(self.base.config, whole, self.before)
+
+    def take(self, fresh: FreshLayers) -> None:
+        """Takes random layers as what the new ones begin as; they must be what the model's own are."""
+        self.fresh = fresh
+        if not self.before and (others := sorted(fresh.outside ^ self.base.tensors.keys())):
+            raise SurgeryError(
+                f"is not named as transformers names this family ({listing(others, 3)}), so nothing says what a "
+                "layer of it would be called",
+                where=self.base.ref,
+            )
+        for number, origin in zip(self.new, self.origins, strict=True):
+            made = fresh.inner[number]
+            if origin is not None:
+                self._compare(made, layer_tensors(self.base, self.shape, origin).inner, origin)
+            if self.init == "identity":
+                hidden = self.shape.hidden_size
+                self._prove(LayerTensors(made, hidden), self.kinds[number], number)
+        self.preflight.settle(COMMAND)
+
+    def old_tensors(self) -> list[PlannedTensor]:
+        """What the model has, under its new names."""
+        return [
+            replace(copied(tensor, dtype=self.stored_as), name=self._renamed(name))
+            for name, tensor in self.base.tensors.items()
+        ]
+
+    def new_tensors(self) -> list[PlannedTensor]:
+        """What the new layers are made of."""
+        planned = []
+        for number, origin in zip(self.new, self.origins, strict=True):
+            held = {} if origin is None else layer_tensors(self.base, self.shape, origin).inner
+            made = held if self.fresh is None else self.fresh.inner[number]
+            stack = self.shape.stack if self.fresh is None else self.fresh.stack
+            zeroed = self.zeroed.get(number if origin is None else origin, ())
+            for inner, tensor in made.items():
+                name = f"{prefix_of(stack)}{number}.{inner}"
+                dtype = self.stored_as or (held[inner].dtype if inner in held else self._usual_dtype(tensor))
+                if inner in zeroed:
+                    planned.append(PlannedTensor(name, dtype, tensor.shape, (Input(tensor),), ZEROS))
+                else:
+                    planned.append(replace(copied(tensor, dtype=dtype), name=name))
+        return planned
+
+    def parameters(self, planned: Sequence[PlannedTensor], number: int) -> int:
+        """Values in one new layer."""
+        start = f"{prefix_of(self.shape.stack or (self.fresh.stack if self.fresh else None))}{number}."
+        return sum(tensor.inputs[0].n_elements for tensor in planned if tensor.name.startswith(start))
+
+    def _check_stack(self) -> None:
+        ref, stated = self.base.ref, layer_count(self.base.config)
+        if not self.before:
+            if stated or not self.base.config:
+                why = f"its config says {stated}" if stated else "it has no config.json that says there are none"
+                raise SurgeryError(f"no layers were found in its names, and {why}", where=ref)
+            if language_part(whole := dict(self.base.config)) is not whole:
+                raise SurgeryError("a model of several parts cannot be begun without layers", where=ref)
+            if self.init == "copy":
+                raise usage_error(
+                    "has no layers that could be copied", where=ref, hint="Begin with random ones, or identity."
+                )
+            return
+        numbers = [block.index for block in self.shape.blocks]
+        if numbers != list(range(len(numbers))):
+            raise SurgeryError(
+                f"holds {len(numbers)} layers from {numbers[0]} to {numbers[-1]}: a part of a model",
+                where=ref,
+                hint="Give the whole.",
+            )
+        if stated is not None and stated != self.before:
+            raise SurgeryError(f"its config says {stated} layers, its names hold {self.before}", where=ref)
+
+    def _position(self) -> int:
+        if self.at == "top":
+            return self.before
+        if self.at == "middle":
+            return self.before // 2
+        if isinstance(self.at, int) and 0 <= self.at <= self.before:
+            return self.at
+        raise usage_error(f"got {self.at}, expected top, middle, or 0 to {self.before}", where="--at")
+
+    def _check_numbers_named(self, method: object) -> None:
+        """A quantised model's config may say of single layers how they are stored, by their numbers."""
+        last = (self.shape.stack or "").rpartition(".")[2]
+        if found := re.search(rf"{re.escape(last)}\\*\.\d+", json.dumps(method)):
+            self.preflight.faults.append(
+                f"the quantization_config of {self.base.ref} names layers by number ({found[0]!r}), and these change. "
+                "Use the unquantised model."
+            )
+
+    def _check_ahead(self) -> None:
+        """Layers behind the last that counts get new numbers; a config that lists them too is not understood."""
+        ahead = {at for name in self.base.tensors if (at := self._behind(name)) is not None}
+        if not ahead:
+            return
+        part = language_part(dict(self.base.config))
+        lists = [
+            key for key, value in part.items() if isinstance(value, list) and len(value) == self.before + len(ahead)
+        ]
+        if lists := [key for key in lists if "layer" in key or "types" in key]:
+            self.preflight.faults.append(
+                f"{listing(lists)} of {self.base.ref} counts layers that predict further tokens ahead, and cannot be "
+                "rewritten. Remove those layers first."
+            )
+        self.preflight.facts["beyond"] = f"{len(ahead)} layer(s) that predict further tokens ahead, renumbered"
+
+    def _check_kinds(self, full: Mapping[str, Any]) -> None:
+        try:
+            found = changes(full, self.config, self.order, self.shape.stack or "")
+        except SurgeryError as fault:
+            self.preflight.warnings.append(f"that every layer stays of its kind was not tried: {fault}")
+            return
+        self.preflight.faults += found
+
+    def _prove(self, tensors: LayerTensors, kind: Kind, number: int) -> None:
+        writers = tensors.writers
+        layer = f"layer {number} of {self.base.ref}" if self.before else f"a layer of {self.base.ref}"
+        suspects = tensors.suspects(self.shape.roles) if self.fresh is None else ()
+        unknown = f" Not understood: {listing(suspects, 5)}." if suspects else ""
+        hint = f"{unknown} Use --init {'copy' if self.before else 'random'}."
+        if not writers:
+            self.preflight.faults.append(
+                f"nothing was recognised by which {layer} writes into the residual stream.{hint}"
+            )
+            return
+        self.zeroed[number] = writers
+        try:
+            key = layer_key(kind)
+            if key not in self._proved:
+                self._proved[key] = prove_identity(kind, tensors.inner, writers)
+        except SurgeryError as fault:
+            self.preflight.faults.append(f"{layer} cannot be proved an identity: {fault}.{hint}")
+            return
+        if not self._proved[key]:
+            self.preflight.faults.append(
+                f"{layer} is no identity when what it writes is zero ({listing(writers, 5)}).{hint}"
+            )
+            return
+        self.preflight.facts["identity"] = f"proved by running a layer; zero are {listing(writers, 5)}"
+
+    def _compare(self, made: Mapping[str, StoredTensor], held: Mapping[str, StoredTensor], origin: int) -> None:
+        wrong = [name for name, x in made.items() if name not in held or held[name].shape != x.shape]
+        if wrong:
+            self.preflight.faults.append(
+                f"layer {origin} of {self.base.ref} is not what transformers makes: {listing(wrong, 3)} is missing in "
+                "it, or of another shape. Use --init identity or copy."
+            )
+
+    def _behind(self, name: str) -> int | None:
+        """The number of the layer beyond the last that counts which a tensor is part of."""
+        start = prefix_of(self.shape.stack)
+        number = name.removeprefix(start).partition(".")[0]
+        if not self.before or self.shape.layer_of(name) is not None or not name.startswith(start):
+            return None
+        return int(number) if NUMBER.fullmatch(number) else None
+
+    def _renamed(self, name: str) -> str:
+        number = self.shape.layer_of(name)
+        number = self._behind(name) if number is None else number
+        if number is None or number < self.position:
+            return name
+        start = prefix_of(self.shape.stack)
+        return f"{start}{number + self.layers}{name[len(f'{start}{number}') :]}"
+
+    def _usual_dtype(self, tensor: StoredTensor) -> str:
+        """What most of the model's floats are stored in."""
+        counts = Counter(t.dtype for t in self.base.tensors.values() if t.is_float)
+        return counts.most_common(1)[0][0] if counts and tensor.is_float else tensor.dtype

@@ -1,0 +1,179 @@
+"""What a layer writes into the residual stream, and the proof that it is an identity once that is zero.
+
+In comes a checkpoint's anatomy, out come the names of the tensors by which a layer adds something to what passes it.
+Names alone prove nothing: there are families whose layers scale or normalise the stream itself (OPT-350m, Gemma 3n).
+So a layer of the family is made small, given random weights, and run with those tensors zeroed: what comes out must be
+what goes in, to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
+from surgery.checkpoint.structure import Anatomy, anatomy
+from surgery.checkpoint.tensor_roles import ATTENTION_WORDS, MLP_WORDS, parts_of, word_of
+from surgery.errors import SurgeryError, listing
+from surgery.growth.layers.random_init import Kind, build, layers_in, load, prefix_of, save
+from surgery.models.loaded_model import hidden_in, hidden_out, hooks
+
+# Recurrent mixers have no role of their own: their last projection is called as attention's, or linear_out.
+OUT_WORDS = frozenset(
+    word
+    for words in (ATTENTION_WORDS, MLP_WORDS)
+    for word, role in words.items()
+    if role in ("attention output", "mlp out")
+) | {"linear_out"}
+_TOKENS = (1, 5, 3, 5, 2)
+_NOISE = 0.05  # moves biases and norms off the zeros and ones that they begin with
+_WIDE = 64
+# Inner widths that can be cut without changing what a layer is made of.
+_WIDTHS = ("intermediate", "ffn", "n_inner", "mlp_hidden", "d_ff")
+
+
+@dataclass(frozen=True)
+class LayerTensors:
+    """The tensors of one layer, by their names inside it, and the width of the residual stream."""
+
+    inner: Mapping[str, StoredTensor]
+    hidden: int | None
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """Those by which the layer writes: output projections of attention, mixers, MLPs, experts; their biases."""
+        return tuple(name for name, tensor in self.inner.items() if self._writes(name, tensor))
+
+    def suspects(self, roles: Mapping[str, object]) -> tuple[str, ...]:
+        """Those that may write, for all that is known: as wide as the stream, and without a role.
+
+        roles: full name → what a tensor was understood as.
+        """
+        written = set(self.writers)
+        return tuple(
+            name
+            for name, tensor in self.inner.items()
+            if name not in written and tensor.name not in roles and (self.hidden is None or self.hidden in tensor.shape)
+        )
+
+    def _writes(self, name: str, tensor: StoredTensor) -> bool:
+        # Fused experts have their biases beside them: down_proj_bias.
+        word = word_of(parts_of(name)).removesuffix("_bias").removesuffix("_weight")
+        return word in OUT_WORDS and (self.hidden is None or self.hidden in tensor.shape)
+
+
+def layer_tensors(checkpoint: Checkpoint, shape: Anatomy, layer: int) -> LayerTensors:
+    """The tensors of one layer of `checkpoint`."""
+    start = f"{prefix_of(shape.stack)}{shape.blocks[layer].index}."
+    inner = {name.removeprefix(start): checkpoint.tensors[name] for name in shape.blocks[layer].names}
+    return LayerTensors(inner, shape.hidden_size)
+
+
+def prove_identity(kind: Kind, names: Collection[str], writers: Sequence[str]) -> bool:
+    """Runs a layer of this kind with its `writers` zeroed, and says whether it is an identity.
+
+    Args:
+        names: of all the layer's tensors, inside it.
+
+    Raises:
+        SurgeryError: transformers cannot build such a layer, or names its tensors otherwise, so that nothing is known.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        saved = save(_shaken(build(_narrow(kind.alone()), seed=0)), Path(name))
+        shape = anatomy(saved)
+        if shape.stack is None or shape.layers != 1:
+            raise SurgeryError("no layer was found in the names that transformers gives a model of this family")
+        inner = layer_tensors(saved, shape, 0).inner
+        if unknown := sorted(inner.keys() - set(names)):
+            raise SurgeryError(f"transformers names this layer's tensors otherwise ({listing(unknown, 3)})")
+        zeroed = {tensor.name for short, tensor in inner.items() if short in writers}
+        (path,) = saved.files
+        weights = load_file(path)
+        save_file(
+            {name: torch.zeros_like(x) if name in zeroed else x for name, x in weights.items()},
+            path,
+            metadata=dict(saved.metadata),
+        )
+        came, went = _run(load(Path(name)), shape)
+    return torch.equal(came, went)
+
+
+def check_embedding(kind: Kind) -> None:
+    """Raises SurgeryError where the family changes token embeddings before the first layer.
+
+    Positions may be added to them: what is looked at is the difference of two tokens at one place.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        model = build(_narrow(kind.alone()), seed=0)
+        rows = model.get_input_embeddings().weight.detach()
+        shape = anatomy(save(model, Path(name)))
+        one, _ = _run(model, shape, (1, 1, 1))
+        other, _ = _run(model, shape, (2, 1, 1))
+    moved = one[0, 0] - other[0, 0]
+    expected = rows[1] - rows[2]
+    if moved.shape != expected.shape or not torch.allclose(moved, expected, rtol=1e-4, atol=1e-6):
+        raise SurgeryError(
+            f"a {kind.config.get('model_type')} scales or normalises its token embeddings, so a frozen embedding "
+            "would not reach its layers as it is",
+            hint="Take a config of another family, such as llama.",
+        )
+
+
+def layer_key(kind: Kind) -> str:
+    """The same text for layers that are of one kind."""
+    return json.dumps(kind.alone(), sort_keys=True, default=str)
+
+
+def _narrow(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config whose MLPs and experts are narrow: they would take most of the memory, and prove nothing more."""
+
+    def narrow(value: Any, key: str) -> Any:
+        if isinstance(value, Mapping):
+            return {name: narrow(inner, str(name)) for name, inner in value.items()}
+        if any(word in key for word in _WIDTHS):
+            if type(value) is int:
+                return min(value, _WIDE)
+            if isinstance(value, list):
+                return [narrow(one, key) for one in value]
+        return value
+
+    narrowed: dict[str, Any] = narrow(config, "")
+    return narrowed
+
+
+@torch.no_grad()
+def _shaken(model: Any) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.add_(_NOISE * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@torch.inference_mode()
+def _run(model: Any, shape: Anatomy, tokens: Sequence[int] = _TOKENS) -> tuple[Tensor, Tensor]:
+    """What goes into the first layer of `model`, and what comes out of it."""
+    _, (layer,) = layers_in(model, shape.stack, 1)
+    came: list[Tensor] = []
+    went: list[Tensor] = []
+
+    def before(_: Any, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+        came.append(hidden_in(arguments, keywords).clone())
+
+    def after(_: Any, arguments: tuple[Any, ...], output: Any) -> None:
+        went.append(hidden_out(tuple(output) if isinstance(output, list) else output).clone())
+
+    handles = (layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after))
+    with hooks(*handles):
+        try:
+            model(input_ids=torch.tensor([list(tokens)]), use_cache=False)
+        except Exception as fault:  # whatever the code of a family raises
+            raise SurgeryError(f"a layer of random weights cannot be run: {fault}") from fault
+    return came[0], went[0]

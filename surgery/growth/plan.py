@@ -1,0 +1,229 @@
+"""The plan of a growth (YAML): which layers are added when, how they begin, what trains, for how long, on what.
+
+In comes a plan's text, out comes a `GrowthPlan`. Two schedules of arXiv 2507.07129 ship beside this module, in
+`plans/`: one block at a time for six stages, and three blocks at a time for three.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from surgery.errors import listing, usage_error
+from surgery.io.json_records import Strict
+from surgery.io.yaml_models import dump, n_bytes, parse, read_text
+
+Init = Literal["identity", "random", "copy"]
+INITS: tuple[str, ...] = get_args(Init)
+Trained = Literal["new", "head", "norm", "lora", "embedding", "all"]
+Place = Literal["top", "middle"] | int
+Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+# Lists of one may be written without brackets.
+_LISTED = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+Names = Annotated[tuple[str, ...], _LISTED]
+
+PLANS = "plans"
+PLAN = "plan.yml"  # a run's own, in its folder and in those of its stages
+
+
+class Shape(Strict):
+    """The Llama that grows.
+
+    hidden: its width, which must be the embedding's, and is by default. heads: of queries. kv_heads: of keys and
+    values; as many by default. mlp: the MLP's inner width; by default 8/3 of the width, up to the next multiple of 64.
+    context: positions. layers: how many there are before the first stage. config: a config.json to take everything else
+    from, and the family.
+    """
+
+    hidden: PositiveInt | None = None
+    heads: PositiveInt | None = None
+    kv_heads: PositiveInt | None = None
+    mlp: PositiveInt | None = None
+    context: PositiveInt = 1024
+    layers: Annotated[int, Field(ge=0)] = 0
+    config: Path | None = None
+
+
+class Training(Strict):
+    """How parameters learn: AdamW (arXiv 1711.05101) with clipped gradients.
+
+    learning_rate: the peak. warmup: share of a stage's steps in which it rises in a line. decay: what follows, down to
+    `final_rate` of the peak. weight_decay: of matrices. clip: the largest norm of a gradient. accumulate: batches are
+    computed in so many parts, one after the other.
+    """
+
+    learning_rate: PositiveFloat = 1e-3
+    warmup: Share = 0.02
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    final_rate: Share = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    epsilon: PositiveFloat = 1e-8
+    clip: PositiveFloat = 1.0
+    accumulate: PositiveInt = 1
+
+
+class Lora(Strict):
+    """Low-rank updates of frozen layers (arXiv 2106.09685): W + (alpha / rank)·B·A, merged into W after the stage."""
+
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16.0
+
+
+class Plateau(Strict):
+    """Ends a stage once the mean loss of the last `tokens` is not `by` nats below that of the `tokens` before."""
+
+    tokens: PositiveInt
+    by: Annotated[float, Field(ge=0)] = 0.005
+
+
+class Stage(Strict):
+    """One stage: layers are added, and something trains.
+
+    add: how many layers; 0 only trains. at: top (the default), middle, or the number of the layer before which they
+    stand. init: identity (their output is zero at first, so that the loss does not change), random (as in the paper),
+    or copy (of the layers below). train: new (the added layers), head, norm (the final one), lora (low-rank updates of
+    the layers below), embedding, or all. tokens: how many are trained on, at most. plateau: stops earlier. data:
+    whether the stage sees the corpus from the start (which lets the prefix cache work), or goes on where the last one
+    stopped. times: the stage is repeated so often.
+    """
+
+    add: Annotated[int, Field(ge=0)] = 1
+    at: Place = "top"
+    init: Init = "identity"
+    train: Annotated[tuple[Trained, ...], _LISTED] = ("new", "head", "norm")
+    tokens: PositiveInt
+    plateau: Plateau | None = None
+    data: Literal["repeat", "continue"] = "repeat"
+    training: Training | None = None
+    lora: Lora = Lora()
+    times: PositiveInt = 1
+
+    @field_validator("at", mode="before")
+    @classmethod
+    def _known_place(cls, at: object) -> object:
+        if at in ("top", "middle") or (type(at) is int and at >= 0):
+            return at
+        raise ValueError(f"got {at!r}, expected top, middle, or the number of a layer")
+
+    @field_validator("train")
+    @classmethod
+    def _something_trains(cls, train: tuple[Trained, ...]) -> tuple[Trained, ...]:
+        if not train:
+            raise ValueError("nothing trains; name new, head, norm, lora, embedding or all")
+        if {"lora", "all"} <= set(train):
+            raise ValueError("got lora beside all, which trains the layers themselves")
+        return train
+
+    @model_validator(mode="after")
+    def _new_needs_layers(self) -> Stage:
+        if not self.add and set(self.train) == {"new"}:
+            raise ValueError("trains new layers, but adds none")
+        return self
+
+
+class Cache(Strict):
+    """The prefix cache: what comes out of the frozen layers below, kept on disk.
+
+    use: auto decides by measuring. dtype: that it is stored in. disk: the most that it may take, such as 20 GB.
+    folder: in which every run has one of its own; by default it lies in the run's. It is removed once the run is done.
+    """
+
+    use: Literal["auto", "on", "off"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    disk: PositiveInt = 20 * 10**9
+    folder: Path | None = None
+
+    @field_validator("disk", mode="before")
+    @classmethod
+    def _bytes(cls, value: object) -> object:
+        return n_bytes(value) if isinstance(value, str) else value
+
+
+class Evaluation(Strict):
+    """What every stage is measured on: texts (their perplexity), and tasks of the evaluation harness.
+
+    limit: documents of a text, or samples of a task, at most.
+    """
+
+    texts: Names = ()
+    tasks: Names = ()
+    limit: PositiveInt | None = 200
+
+
+class GrowthPlan(Strict):
+    """A whole growth.
+
+    embed: a frozen embedding (`surgery grow embed`), on which a model of `model`'s shape is begun; or start: the model
+    that is deepened. corpus: texts, see `surgery.growth.data.corpus`. field: the column of a corpus's records with the
+    text. sequence: tokens in a window. batch: windows in an optimizer step. dtype: that checkpoints are stored in.
+    """
+
+    embed: str | None = None
+    model: Shape | None = None
+    start: str | None = None
+    corpus: Names = ()
+    field: str = "text"
+    sequence: PositiveInt = 256
+    batch: PositiveInt = 16
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    training: Training = Training()
+    stages: tuple[Stage, ...]
+    cache: Cache = Cache()
+    evaluate: Evaluation = Evaluation()
+
+    @field_validator("stages")
+    @classmethod
+    def _at_least_one(cls, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+        if not stages:
+            raise ValueError("holds no stage")
+        return stages
+
+    @property
+    def expanded(self) -> tuple[Stage, ...]:
+        """The stages one by one, each with its own way of learning."""
+        return tuple(
+            stage.model_copy(update={"times": 1, "training": stage.training or self.training})
+            for stage in self.stages
+            for _ in range(stage.times)
+        )
+
+    @property
+    def steps_of(self) -> tuple[int, ...]:
+        """Optimizer steps of each stage: the fewest that see its tokens."""
+        return tuple(-(-stage.tokens // (self.sequence * self.batch)) for stage in self.expanded)
+
+
+def plan_names() -> list[str]:
+    """The plans that ship with the tool."""
+    return sorted(path.name.removesuffix(".yml") for path in _shipped().iterdir() if path.name.endswith(".yml"))
+
+
+def read_plan(ref: str) -> tuple[GrowthPlan, str]:
+    """The plan in the file `ref`, or the shipped one of that name; and its text.
+
+    Raises:
+        SurgeryError: there is neither; what is there is no plan (with every fault, its line and key).
+    """
+    path = Path(ref)
+    if path.is_file():
+        text, where = read_text(path), ref
+    elif ref in plan_names():
+        text, where = (_shipped() / f"{ref}.yml").read_text(encoding="utf-8"), f"{ref}.yml"
+    else:
+        raise usage_error("no such plan", where=ref, hint=f"Give a YAML file, or one of {listing(plan_names())}.")
+    return parse(text, where, GrowthPlan), text
+
+
+def plan_text(plan: GrowthPlan) -> str:
+    """The YAML text that says `plan`: what is not the default."""
+    return dump(plan.model_dump(mode="json", exclude_defaults=True))
+
+
+def _shipped() -> resources.abc.Traversable:
+    return resources.files("surgery.growth") / PLANS

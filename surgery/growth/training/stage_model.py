@@ -1,0 +1,163 @@
+"""What trains in a stage of a growth: a live model goes in, of which all is frozen but what the stage names.
+
+Out comes a `StageModel`: token ids → loss. What is frozen has no gradient and no optimizer state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import SurgeryError, listing, usage_error
+from surgery.growth.plan import Stage
+from surgery.growth.training.lora import Attached, add_lora
+from surgery.growth.training.loss import cross_entropy
+from surgery.models.loaded_model import LiveModel
+from surgery.models.partial_forward import entering, tupled_layers
+
+
+class StageModel(nn.Module):
+    """The model of a stage; it holds the transformers model itself, so that DDP and FSDP2 can wrap it.
+
+    depth: the first layer in which something trains; as many as there are layers where only what follows them does,
+    0 where the embedding does.
+    """
+
+    def __init__(self, live: LiveModel, updates: Attached | None) -> None:
+        super().__init__()
+        self.model: Any = live.model
+        self.live, self.updates = live, updates
+        # What FSDP2 makes a unit of, by structure: transformers' own list names classes that a model may lack.
+        self._no_split_modules = sorted({type(layer).__name__ for layer in live.layers})
+        self.depth = self._depth()
+        self._tupled = tupled_layers(live) if self.depth else ()
+
+    def forward(self, tokens: Tensor, targets: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """The mean cross-entropy in nats, in fp32, of predicting `targets`.
+
+        tokens: (B, T) ids. targets: (B, T) ids. hidden: (B, T, D), the input of layer `depth`; where it is given, the
+        layers below are not computed. → a scalar
+        """
+        below = entering(self.live, self.depth, hidden, self._tupled) if hidden is not None else nullcontext()
+        with below:
+            logits = self.model(input_ids=tokens, use_cache=False).logits
+        return cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that train, by name, in the model's order; after sharding, the shards."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def frozen(self) -> dict[str, Tensor]:
+        """All else that a checkpoint of the model holds: parameters and buffers, by name."""
+        held = self.model.state_dict(keep_vars=True)
+        return {name: value for name, value in held.items() if isinstance(value, Tensor) and not value.requires_grad}
+
+    def trained_names(self) -> list[str]:
+        """The names of the parameters that train."""
+        return list(self.trained())
+
+    @property
+    def n_trained(self) -> int:
+        """How many numbers train."""
+        return sum(parameter.numel() for parameter in self.trained().values())
+
+    def optimizer_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Groups for AdamW: only matrices decay, not biases and the gains of norms."""
+        matrices = [parameter for parameter in self.trained().values() if parameter.dim() > 1]
+        others = [parameter for parameter in self.trained().values() if parameter.dim() <= 1]
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]]
+
+    def leaves_out(self, n_tokens: int) -> bool:
+        """Whether something that trains gets no gradient, seen on so many tokens: DDP must know of that."""
+        tokens = (
+            torch.arange(n_tokens + 1, device=self.live.device)[None]
+            % self.live.model.config.get_text_config().vocab_size
+        )
+        self(tokens[:, :-1], tokens[:, 1:]).backward()
+        missing = any(parameter.grad is None for parameter in self.trained().values())
+        self.zero_grad(set_to_none=True)
+        return missing
+
+    def finish(self) -> list[str]:
+        """Merges low-rank updates into their weights. Returns the names of all parameters that the stage changed."""
+        names = [name for name in self.trained_names() if self.updates is None or ".lora." not in name]
+        if self.updates is not None:
+            names += self.updates.merged_names
+            self.updates.merge()
+        return names
+
+    def _depth(self) -> int:
+        # What lies neither in the layers nor behind them comes before them; a head tied to the embedding does.
+        first: dict[int, int] = {}
+        for part in (self.live.final_norm, _head(self.model)):
+            first |= {id(parameter): len(self.live.layers) for parameter in part.parameters()} if part else {}
+        for index, layer in enumerate(self.live.layers):
+            first |= {id(parameter): index for parameter in layer.parameters()}
+        first |= {id(parameter): 0 for parameter in self.model.get_input_embeddings().parameters()}
+        return min(first.get(id(parameter), 0) for parameter in self.trained().values())
+
+
+def prepare(live: LiveModel, stage: Stage, new: Sequence[int], *, seed: int) -> StageModel:
+    """Freezes all of `live` but what `stage` trains.
+
+    Args:
+        live: in fp32.
+        new: the numbers of the layers that the stage added.
+        seed: of the low-rank updates' start.
+
+    Raises:
+        SurgeryError: nothing is left to train; there is no such layer; the head is tied to the embedding and only one
+            of them trains; what trains is not fp32; there is no matrix for a low-rank update.
+    """
+    model, n_layers, train = live.model, len(live.layers), set(stage.train)
+    if out := [index for index in new if not 0 <= index < n_layers]:
+        raise usage_error(f"there is no layer {out[0]} among {n_layers}", where=live.name)
+    embedding, head = model.get_input_embeddings(), _head(model)
+    if "head" in train and head is None:
+        raise SurgeryError("has no output head that could train", where=live.name)
+    tied = head is not None and getattr(head, "weight", None) is embedding.weight
+    if tied and "all" not in train and ("head" in train) != ("embedding" in train):
+        one, other = ("head", "embedding") if "head" in train else ("embedding", "head")
+        raise SurgeryError(
+            f"its head is tied to its embedding: training the {one} would train the {other}",
+            where=live.name,
+            hint=f"Name both under train, or leave {one} out; a model with an untied head has neither problem.",
+        )
+    parts: dict[str, list[nn.Module]] = {
+        "new": [live.layers[index] for index in new],
+        "head": [] if head is None else [head],
+        "norm": [live.final_norm],
+        "embedding": [embedding],
+        "all": [model],
+    }
+    model.requires_grad_(False)
+    for parameter in (p for name in stage.train for part in parts.get(name, []) for p in part.parameters()):
+        if not parameter.is_floating_point():
+            raise SurgeryError("is quantised; what trains must be in float32", where=live.name)
+        parameter.requires_grad_(True)
+    updates = None
+    paths = {id(module): path for path, module in model.named_modules()}
+    old = {paths[id(layer)]: layer for index, layer in enumerate(live.layers) if index not in new}
+    if "lora" in train and old:
+        updates = add_lora(old, stage.lora, seed=seed)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    try:
+        if not trained:
+            raise usage_error(f"nothing of this model trains with {listing(stage.train)}", where="train")
+        if dtypes := sorted({str(p.dtype).removeprefix("torch.") for p in trained.values()} - {"float32"}):
+            raise SurgeryError(f"is in {listing(dtypes)}; what trains must be in float32", where=live.name)
+        return StageModel(live, updates)
+    except BaseException:
+        if updates is not None:
+            updates.remove()
+        raise
+
+
+def _head(model: Any) -> nn.Module | None:
+    head = model.get_output_embeddings()
+    return head if isinstance(head, nn.Module) else None

@@ -1,0 +1,50 @@
+"""Training as TensorBoard shows it: steps go in, event files come out, written by tensorboardX (the extra `logs`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from surgery.growth.training.loop import Step
+
+
+@contextmanager
+def tensorboard(folder: Path) -> Iterator[Callable[[Step], None]]:
+    """Inside, each `Step` that the value is called with is written to event files in `folder`, against tokens.
+
+    Where a stage goes on from a state, what was logged behind that state is marked as replaced.
+
+    Raises:
+        SurgeryError: tensorboardX is not installed.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise SurgeryError(
+            "logs for TensorBoard need the package tensorboardX", hint="pip install 'model-surgery[logs]'"
+        ) from error
+    writer: Any = None
+
+    def log(step: Step) -> None:
+        nonlocal writer
+        if writer is None:
+            writer = SummaryWriter(str(folder), purge_step=step.tokens)
+        values = {
+            "loss": step.loss,
+            "learning_rate": step.learning_rate,
+            "tokens_per_second": step.tokens_per_second,
+            "gradient_norm": step.grad_norm,
+        }
+        for name, value in values.items():
+            writer.add_scalar(name, value, step.tokens)
+
+    try:
+        yield log
+    finally:
+        if writer is not None:
+            writer.close()

@@ -1,0 +1,51 @@
+"""Versioned JSON records: pydantic models stored under a `schema` number and a `kind`, validated when read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from surgery.errors import SurgeryError, usage_error
+from surgery.io.json_io import read_json, to_json
+
+HEAD = ("schema", "kind")
+
+
+class Strict(BaseModel):
+    """Base of every record read from outside: frozen, and unknown fields are an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+R = TypeVar("R", bound=Strict)
+
+
+def record_text(kind: str, schema: int, record: BaseModel) -> str:
+    """Return the text of the file that holds `record`."""
+    return to_json({"schema": schema, "kind": kind} | record.model_dump(mode="json"))
+
+
+def read_record(path: Path, kind: str, schema: int, record: type[R], *, again: str) -> R:
+    """Read and validate the record in the file `path`.
+
+    Args:
+        again: how to make the file again, used as a hint.
+
+    Raises:
+        SurgeryError: the file cannot be read, holds another kind or version, or a field is invalid.
+    """
+    held = read_json(path)
+    if held.get("kind") != kind or held.get("schema") != schema:
+        raise usage_error(
+            f"holds {held.get('kind')!r} of schema {held.get('schema')!r}, expected {kind!r} of schema {schema}",
+            where=path,
+            hint=f"{again} with this version.",
+        )
+    try:
+        return record.model_validate({name: value for name, value in held.items() if name not in HEAD})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise SurgeryError(f"{place}: {first['msg']}", where=path, hint=f"{again}.") from error

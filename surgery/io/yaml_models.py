@@ -1,0 +1,158 @@
+"""A YAML text → a pydantic model, or every fault in it at once: file, line, key, and the nearest name that is known.
+
+What the text may say is said by the model alone; its JSON Schema, for editors, comes from there too.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from surgery.errors import usage_error
+from surgery.io.yaml_nodes import Faults, Node, read_documents
+
+M = TypeVar("M", bound=BaseModel)
+_UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNKNOWN = "extra_forbidden"
+_LITERAL = "literal_error"
+
+
+def read_text(path: Path) -> str:
+    """The text of a YAML file. Raises SurgeryError where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise usage_error(f"cannot be read ({error.strerror})", where=path) from error
+    except UnicodeDecodeError as error:
+        raise usage_error(f"is not UTF-8 text (byte {error.start:,})", where=path) from error
+
+
+def parse(text: str, where: str, kind: type[M]) -> M:
+    """`text`, which holds one document, as a `kind`.
+
+    Raises:
+        SurgeryError: it is no YAML, holds no document or several, or says what `kind` does not know; every fault has
+            a line of its own, `FILE:LINE: KEY: what`.
+    """
+    nodes, faults = read_documents(text, where)
+    if not nodes:
+        raise usage_error("is empty", where=where)
+    if len(nodes) > 1:
+        raise usage_error(f"holds {len(nodes)} documents, expected one", where=where)
+    faults.settle()
+    return validated(nodes[0], faults, kind)
+
+
+def validated(root: Node, faults: Faults, kind: type[M]) -> M:
+    """A tree of nodes as a `kind`. Raises SurgeryError with every fault."""
+    try:
+        return kind.model_validate(root.plain)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            node, rest = _at(root, detail["loc"])
+            faults.add(node, ": ".join(part for part in (rest, _sentence(detail, kind)) if part))
+        faults.settle()
+        raise
+
+
+def n_bytes(text: str) -> int:
+    """`2 GB` → 2,000,000,000. Raises ValueError."""
+    number, _, unit = text.strip().partition(" ")
+    try:
+        return int(float(number) * _UNITS[unit.strip()])
+    except (KeyError, ValueError, OverflowError) as error:
+        raise ValueError(f"got {text!r}, expected a number of bytes, or such as 2 GB") from error
+
+
+def dump(value: object) -> str:
+    """A plain value as YAML text that reads back the same, whatever characters it holds."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: object) -> bool:
+        """Values that are one object are written out each time, not as an anchor and its aliases."""
+        return True
+
+
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # Left to itself, PyYAML writes some characters, such as U+0085, so that it does not read them again.
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _quoted)
+
+
+def _at(root: Node, location: Sequence[int | str]) -> tuple[Node, str]:
+    """The deepest node on the way to `location`, and the keys beyond it: one that is missing stands nowhere."""
+    node = root
+    for depth, step in enumerate(location):
+        value = node.value
+        if isinstance(value, dict) and step in value:
+            node = value[str(step)]
+        elif isinstance(value, tuple) and isinstance(step, int) and step < len(value):
+            node = value[step]
+        elif depth == len(location) - 1 and isinstance(value, dict):
+            return node, str(step)
+        # Else a step that pydantic adds for one of several types: it is in no file.
+    return node, ""
+
+
+def _sentence(detail: ErrorDetails, kind: type[BaseModel]) -> str:
+    location = detail["loc"]
+    if detail["type"] == _UNKNOWN:
+        known = sorted(_known(kind, location[:-1]))
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        return (
+            f"is not known here; did you mean {near[0]}?" if near else f"is not known here; known: {', '.join(known)}"
+        )
+    if detail["type"] == "missing":
+        return "is missing"
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
+    message = detail["msg"].removeprefix("Input should be ").partition(", unable")[0]
+    got = detail["input"]
+    shown = "a mapping" if isinstance(got, dict) else "a list" if isinstance(got, list) else repr(got)
+    if detail["type"] in ("model_type", "dict_type"):
+        return f"got {shown}, expected a mapping"
+    if detail["type"] == _LITERAL and isinstance(got, str):
+        allowed = [word.strip("'") for word in str(detail["ctx"]["expected"]).replace(" or ", ", ").split(", ")]
+        near = difflib.get_close_matches(got, allowed, n=1)
+        return f"got {shown}, expected {message}" + (f"; did you mean {near[0]}?" if near else "")
+    return f"got {shown}, expected {message}"
+
+
+def _known(kind: type[BaseModel], location: Sequence[int | str]) -> Iterator[str]:
+    """The keys that a mapping at `location` may have."""
+    for model in _models(kind, location):
+        for name, field in model.model_fields.items():
+            yield field.alias or name
+
+
+def _models(kind: Any, location: Sequence[int | str]) -> list[type[BaseModel]]:
+    found = list(_inside(kind))
+    for step in location:
+        if isinstance(step, int):
+            continue
+        found = [
+            inner
+            for model in found
+            for name, field in model.model_fields.items()
+            if step in (name, field.alias)
+            for inner in _inside(field.annotation)
+        ] or found
+    return found
+
+
+def _inside(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that a type is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in getattr(annotation, "__args__", ()):
+        yield from _inside(part)

@@ -1,0 +1,232 @@
+"""What the steps of a recipe are given: each option's text as a value, or as the outputs of other steps.
+
+In comes a `Scope`, in which all names are known; out come the parameters of each instance of a step, checked against
+the command's own. Every fault is noted where it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+from surgery.errors import listing, usage_error
+from surgery.io.yaml_nodes import Node
+from surgery.recipes.parse.file import Reference, children, meaning, nearest
+from surgery.recipes.parse.scalars import convert, expected, key_of, scalar_fault, shown, text_of
+from surgery.recipes.parse.variables import Instance, Scope, Stage
+from surgery.recipes.types import Command, Given, Made, Parameter, Scalar
+
+# Options that some commands have, but no step may give.
+ENGINES: Mapping[str, str] = {
+    "out": "the run says where a step writes: steps/STEP/out in its folder",
+    "json": "the run keeps what a step prints",
+    "overwrite": "the run makes again what is out of date, by itself",
+    "dry-run": "give it to the run, which then shows the whole plan",
+    "plot": "the run says where files are written",
+    "help": "it shows how a command is used",
+    "debug": "give it to the run",
+}
+# Options of all nodes, lists counted item by item. Matrices reach any number with a few lines.
+MAX_VALUES = 200_000
+Items = tuple[Scalar | Made, ...]
+
+
+@dataclass
+class Filling:
+    """Fills in options. needed: step → the steps that it names, with or without `when`. n_values: filled in so far."""
+
+    scope: Scope
+    needed: dict[str, list[str]] = field(default_factory=dict)
+    n_values: int = 0
+
+    def count(self, n_values: int) -> None:
+        """Raises SurgeryError once there are too many."""
+        self.n_values += n_values
+        if self.n_values > MAX_VALUES:
+            raise usage_error(
+                f"stands for more than {MAX_VALUES:,} values, once matrices are expanded",
+                where=f"{self.scope.faults.where}: {self.scope.recipe.path}",
+            )
+
+    def options(self, stage: Stage, instance: Instance) -> dict[str, Given]:
+        """Parameter → value, of one instance of a step."""
+        written = children(stage.node, "with")
+        command = stage.command
+        if command is None:
+            return self.values(written, {}, instance, stage)
+        for key, node in written.items():
+            if key not in command.parameters:
+                self.scope.faults.add(node, _unknown_option(key, command))
+        for name, parameter in command.parameters.items():
+            if parameter.required and name not in written:
+                place = Node(f"{stage.node.path}.with.{name}", stage.node.line, None)
+                self.scope.faults.add(place, f"is missing, and `{command.name}` needs it: {expected(parameter)}")
+        return self.values(written, command.parameters, instance, stage)
+
+    def values(
+        self,
+        written: Mapping[str, Node],
+        parameters: Mapping[str, Parameter],
+        instance: Instance,
+        stage: Stage | None = None,
+    ) -> dict[str, Given]:
+        """Parameter → value of what is written. What has no parameter is read for its faults alone."""
+        found: dict[str, Given] = {}
+        for key, node in written.items():
+            parameter = parameters.get(key)
+            known = self.scope.troubles
+            items = _Option(self, node, parameter, instance, stage).items()
+            if parameter is None or self.scope.troubles > known:
+                continue
+            if items:
+                found[key] = items if parameter.many else items[0]
+            elif parameter.required and instance.kept:
+                self.scope.faults.add(node, "is an empty list, or `when` leaves out every step in it")
+        return found
+
+
+@dataclass(frozen=True)
+class _Option:
+    """One option of one instance of a step (of a push, where there is no stage)."""
+
+    filling: Filling
+    node: Node
+    parameter: Parameter | None
+    instance: Instance
+    stage: Stage | None
+
+    @property
+    def scope(self) -> Scope:
+        return self.filling.scope
+
+    @property
+    def is_single(self) -> bool:
+        return self.parameter is not None and not self.parameter.many
+
+    def items(self) -> Items:
+        """Any number of items where the parameter takes a list, else one; none where there is a fault."""
+        if not isinstance(self.node.value, tuple):
+            return self.item(self.node)
+        if self.is_single:
+            return self.wrong(self.node, "a list")
+        return tuple(item for node in self.node.value for item in self.item(node))
+
+    def item(self, node: Node) -> Items:
+        found = self.read(node)
+        self.filling.count(1 + len(found))
+        return found
+
+    def read(self, node: Node) -> Items:
+        value = node.value
+        if value is None or isinstance(value, dict | tuple):
+            return self.wrong(node, shown(value))
+        if what := scalar_fault(value):
+            return self.fault(node, what)
+        if not isinstance(value, str):
+            return self.converted(node, cast("Scalar", value))
+        try:
+            meant = meaning(value)
+        except ValueError as error:
+            return self.fault(node, str(error))
+        if isinstance(meant, str):
+            return self.converted(node, meant)
+        if meant.name in self.instance.values:
+            return self.joined(node, (self.instance.values[meant.name],), meant)
+        axes = self.stage.axes if self.stage else frozenset[str]()
+        if meant.name in axes:  # of a matrix that has faults, or no values
+            return self.unclear()
+        if meant.name in self.scope.variables:
+            return self.variable(node, meant)
+        if meant.name in self.scope.stages:
+            return self.outputs(node, meant, self.scope.stages[meant.name])
+        return self.fault(node, self.scope.unknown(meant.name, axes))
+
+    def variable(self, node: Node, meant: Reference) -> Items:
+        self.scope.used.add(meant.name)
+        value = self.scope.variables[meant.name]
+        if meant.name in self.scope.faulty:
+            return self.unclear()
+        if value is None:
+            missing = f"${meant.name} has no value; give it one: --set {meant.name}=…"
+            return self.fault(node, missing) if self.instance.kept else ()
+        if not isinstance(value, tuple):
+            return self.joined(node, (value,), meant)
+        return self.wrong(node, f"a list (${meant.name})") if self.is_single else self.joined(node, value, meant)
+
+    def joined(self, node: Node, values: Sequence[Scalar], meant: Reference) -> Items:
+        """The values of a variable, each with the path behind it."""
+        found: list[Scalar | Made] = []
+        for value in values:
+            if meant.inside and not isinstance(value, str):
+                self.fault(node, f"got {text_of(value)} (${meant.name}), expected a path before /{meant.inside}")
+            else:
+                whole = f"{value}/{meant.inside}" if meant.inside else value
+                found += self.converted(node, whole, f" (${meant.name})")
+        return tuple(found)
+
+    def outputs(self, node: Node, meant: Reference, target: Stage) -> Items:
+        """The outputs of a step: of its instances that are kept, and whose matrix has the values of ours."""
+        if self.stage:
+            self.filling.needed.setdefault(self.stage.name, []).append(target.name)
+        if target.command and not (target.command.writes or target.command.changes):
+            return self.fault(node, f"got ${meant.name}, but `{target.command.name}` only prints, and makes no folder")
+        if target.command and target.command.suffix and (meant.inside or not self.stage):
+            return self.fault(node, f"got ${meant.name}, but `{target.command.name}` makes a file, and no folder")
+        if self.parameter and (self.parameter.kind not in ("text", "path") or self.parameter.choices):
+            return self.wrong(node, f"the folder of a step (${meant.name})")
+        if not self.instance.kept:
+            return ()
+        if not target.is_whole:
+            return self.unclear()
+        own = self.instance.values
+        shared = [axis for axis in own if axis in target.axes]
+        agreeing = [
+            other for other in target.instances if all(key_of(other.values[a]) == key_of(own[a]) for a in shared)
+        ]
+        kept = [other for other in agreeing if other.kept]
+        if target.instances and not agreeing:
+            here = ", ".join(f"{axis}={text_of(own[axis])}" for axis in shared)
+            return self.fault(node, f"got ${meant.name}, of which there is none for {here}")
+        if self.is_single and not kept:
+            return self.fault(node, f"got ${meant.name}, which `when` leaves out; leave this out with it")
+        if self.is_single and len(kept) > 1:
+            names = listing((other.name for other in kept), 3)
+            return self.fault(
+                node,
+                f"got ${meant.name}, which is {len(kept)} folders ({names}), expected one; "
+                "make that one by a step without a matrix, or give this step the same matrix",
+            )
+        return tuple(Made(other.name, meant.inside) for other in kept)
+
+    def converted(self, node: Node, value: Scalar, of: str = "") -> Items:
+        if self.parameter is None:
+            return (value,)
+        try:
+            return (convert(value, self.parameter),)
+        except ValueError as error:
+            return self.fault(node, f"got {shown(value)}{of}, {error}")
+
+    def wrong(self, node: Node, got: str) -> Items:
+        return self.fault(node, f"got {got}, expected {expected(self.parameter) if self.parameter else 'a value'}")
+
+    def unclear(self) -> Items:
+        """What is not known because of a fault elsewhere."""
+        self.scope.unclear += 1
+        return ()
+
+    def fault(self, node: Node, what: str) -> Items:
+        self.scope.faults.add(node, what)
+        return ()
+
+
+def _unknown_option(key: str, command: Command) -> str:
+    name = key.strip("-").replace("_", "-")
+    if name in ENGINES and name not in command.parameters:
+        return f"is not for a recipe to say: {ENGINES[name]}"
+    positive = name.removeprefix("no-")
+    if positive != name and positive in command.parameters:
+        return f"is no option of `{command.name}`; write {positive}: false"
+    known = command.parameters
+    near = nearest(name, known) or (f"there are {listing(known, 40)}" if known else "it has none")
+    return f"is no option of `{command.name}`; {near}"

@@ -1,0 +1,190 @@
+"""One recipe of a file, and what the command line sets → a `Program`: its nodes with everything filled in, in an order
+in which each comes after those it needs.
+
+The whole graph is checked before anything runs, steps that `when` leaves out included, and every fault is told at once:
+`FILE:LINE: recipes.NAME.steps.STEP.with.KEY: got …, expected …; did you mean …?`
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+from surgery.errors import SurgeryError
+from surgery.io.yaml_models import dump
+from surgery.io.yaml_nodes import Node as Tree
+from surgery.recipes.parse.arguments import Filling
+from surgery.recipes.parse.file import Reference, meaning, needs_of, read, text_at
+from surgery.recipes.parse.scalars import shown
+from surgery.recipes.parse.variables import Instance, Scope, Stage, chosen_text, open_scope
+from surgery.recipes.types import Command, Given, Made, Node, Parameter, Program, Push
+
+_PUSH = {
+    name: Parameter(name, "flag" if name in ("private", "pr") else "text", required=name in ("from", "to"))
+    for name in ("from", "to", "private", "revision", "pr", "message")
+}
+
+
+def program(
+    file: Path, name: str, *, commands: Mapping[str, Command], settings: Mapping[str, str] | None = None
+) -> Program:
+    """The recipe `name` of `file`, ready to be run.
+
+    Args:
+        commands: what a step may run, by name: `vector apply`.
+        settings: variable → text, as `--set` has them; a text is read as a value or list of YAML.
+
+    Raises:
+        SurgeryError: the file cannot be read, holds no such recipe, or anything in the recipe, or in how the file is
+            built, is wrong; each fault has a line of its own.
+    """
+    source = read(file)
+    recipe = source.recipe(name)
+    scope = open_scope(recipe, source.faults, commands, settings or {})
+    filling = Filling(scope)
+    nodes = _nodes(scope, filling)
+    pushes = _pushes(scope, filling)
+    _refuse_cycles(scope, filling.needed)
+    scope.refuse_unused()
+    source.faults.settle()
+    return Program(
+        recipe=name,
+        about=text_at(recipe, "about"),
+        file=file,
+        text=_text(name, recipe, scope),
+        settings=dict(scope.variables),
+        nodes=_ordered(nodes),
+        needs=needs_of(recipe),
+        pushes=pushes,
+    )
+
+
+def _text(name: str, recipe: Tree, scope: Scope) -> str:
+    alone = cast("dict[str, object]", recipe.plain)
+    if scope.variables:
+        alone = {**alone, "vars": {key: chosen_text(value) for key, value in scope.variables.items()}}
+    return dump({"recipes": {name: alone}})
+
+
+def _nodes(scope: Scope, filling: Filling) -> list[Node]:
+    """The nodes that are kept, as the file has them."""
+    found = []
+    for stage in scope.stages.values():
+        # Where there is no instance, what `with` says is still read, for its faults.
+        for instance in stage.instances or (Instance(stage.name, {}, kept=False),):
+            given = filling.options(stage, instance)
+            if instance.kept and stage.command:
+                found.append(_node(stage, stage.command, instance, given))
+    stages = scope.stages.values()
+    if stages and not found and all(stage.command and stage.is_whole for stage in stages):
+        scope.faults.add(scope.recipe, "has nothing to do: `when` leaves out every step")
+    return found
+
+
+def _node(stage: Stage, command: Command, instance: Instance, given: Mapping[str, Given]) -> Node:
+    items = [item for value in given.values() for item in (value if isinstance(value, tuple) else (value,))]
+    return Node(
+        name=instance.name,
+        step=stage.name,
+        command=command,
+        given=given,
+        after=tuple(dict.fromkeys(item.step for item in items if isinstance(item, Made))),
+        line=stage.node.line,
+        memory=stage.memory,
+    )
+
+
+def _refuse_cycles(scope: Scope, needed: Mapping[str, Sequence[str]]) -> None:
+    """Notes steps that need themselves, each such circle once."""
+    left = {name: needed.get(name, ()) for name in scope.stages}
+    while left:
+        free = [name for name, needs in left.items() if not any(need in left for need in needs)]
+        if not free:
+            walk = [next(iter(left))]
+            while walk[-1] not in walk[:-1]:
+                walk.append(next(need for need in left[walk[-1]] if need in left))
+            free = walk[walk.index(walk[-1]) :]
+            scope.faults.add(scope.stages[free[0]].node, f"needs itself: {' needs '.join(free)}")
+        for name in set(free):
+            del left[name]
+
+
+def _ordered(nodes: Sequence[Node]) -> tuple[Node, ...]:
+    """The nodes, which hold no cycle, each after those it needs; else as they are."""
+    place = {node.name: index for index, node in enumerate(nodes)}
+    waiting = [len(node.after) for node in nodes]
+    followers: list[list[int]] = [[] for _ in nodes]
+    for index, node in enumerate(nodes):
+        for need in node.after:
+            followers[place[need]].append(index)
+    ready = [index for index, count in enumerate(waiting) if not count]  # sorted, so a heap
+    found = []
+    while ready:
+        index = heapq.heappop(ready)
+        found.append(nodes[index])
+        for follower in followers[index]:
+            waiting[follower] -= 1
+            if not waiting[follower]:
+                heapq.heappush(ready, follower)
+    return tuple(found)
+
+
+def _pushes(scope: Scope, filling: Filling) -> tuple[Push, ...]:
+    """What goes to the Hub: the entries whose `to` has a value."""
+    recipe = scope.recipe.value
+    node = recipe.get("push") if isinstance(recipe, dict) else None
+    if node is None:
+        return ()
+    found: list[Push] = []
+    for entry in node.value if isinstance(node.value, tuple) else (node,):
+        push = _push(entry, scope, filling) if isinstance(entry.value, dict) else None
+        if push is None:
+            continue
+        if not push.pr and any((p.repo_id, p.revision, p.pr) == (push.repo_id, push.revision, False) for p in found):
+            scope.faults.add(entry, f"goes to {push.repo_id} too, where it would take the place of the one before")
+        found.append(push)
+    return tuple(found)
+
+
+def _push(entry: Tree, scope: Scope, filling: Filling) -> Push | None:
+    written = cast("dict[str, Tree]", entry.value)
+    known = len(scope.faults.found)
+    kept = _is_given(written.get("to"), scope)
+    fields = {key: node for key, node in written.items() if key in _PUSH and (key != "to" or kept)}
+    given = filling.values(fields, _PUSH, Instance("", {}, kept))
+    source = given.get("from")
+    texts = {key: value for key, value in given.items() if isinstance(value, str) and key != "from"}
+    for key, value in given.items():
+        if key == "from" and not isinstance(value, Made) and kept:
+            scope.faults.add(written[key], f"got {shown(value)}, expected the output of a step: $STEP")
+        if key != "from" and isinstance(value, Made):
+            scope.faults.add(written[key], f"got the folder of a step (${value.step}), expected text")
+    if "to" not in texts:
+        return None
+    revision, pr = texts.get("revision"), given.get("pr") is True
+    from surgery.publish.commit_plan import destination
+
+    try:
+        destination(texts["to"], revision, pr)
+    except SurgeryError as error:
+        scope.faults.add(written["to"], str(error))
+    if not isinstance(source, Made) or len(scope.faults.found) > known:
+        return None
+    private, message = given.get("private") is True, texts.get("message")
+    return Push(source.step, texts["to"], source.inside, private, revision, pr, message)
+
+
+def _is_given(to: Tree | None, scope: Scope) -> bool:
+    """Whether a push's `to` has a value. What is wrong there counts as one, so that it is told."""
+    if to is None or to.value is None:
+        return False
+    try:
+        meant = meaning(to.value) if isinstance(to.value, str) else None
+    except ValueError:
+        return True
+    if not isinstance(meant, Reference) or meant.name not in scope.variables:
+        return True
+    scope.used.add(meant.name)
+    return scope.variables[meant.name] is not None

@@ -1,0 +1,180 @@
+"""An output made once more from its manifest, and compared with what it was, hash by hash.
+
+In comes a folder, or a repository on the Hub, that this tool wrote; its command runs again in a folder of its own, on
+inputs pinned to the commits that were read; out comes a `Reproduction`. A manifest may be a stranger's: only commands
+that make checkpoints are run, with arguments that this tool's own parser reads, into that folder alone; never a shell.
+"""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+from surgery import lab
+from surgery.checkpoint.checkpoint import existing_path
+from surgery.engine.manifest import read_manifest
+from surgery.errors import SurgeryError, usage_error
+from surgery.hub import download as hub
+from surgery.io.atomic import MANIFEST
+from surgery.io.hashing import KEY
+from surgery.reporting.report import Column, Table
+
+OUT = "OUT"  # what stands for the output in a recorded line
+PROGRAM = "surgery"
+GROUPS = ("vector", "merge", "edit", "grow")  # of the commands that make what has a manifest
+TO = "-o"  # stands before the output
+WRITING = (TO, "--out", "--overwrite", "--plot")  # how the options begin that say where something is written
+
+Runner = Callable[[Sequence[str]], int]
+"""Runs one of this tool's commands, given its words; returns the exit code."""
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What came of it. line: the last command that was run. tensors: how many were compared. different: those whose
+    values are not what they were. missing, added: those that only one of both has. inputs: roles whose input is another
+    one now. versions: package → (then, now), where they differ.
+    """
+
+    ref: str
+    line: str
+    tensors: int
+    different: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    versions: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def same(self) -> bool:
+        """Whether every tensor has the hash that it had."""
+        return not (self.different or self.missing or self.added)
+
+    def table(self) -> Table:
+        """The comparison, for people."""
+        rows: list[tuple[str, str | int]] = [
+            ("tensors compared", self.tensors),
+            ("with another hash", len(self.different)),
+            ("missing now", len(self.missing)),
+            ("only now", len(self.added)),
+        ]
+        rows += [(f"input {role}", "is another one now") for role in self.inputs]
+        rows += [(name, f"{then} then, {now} now") for name, (then, now) in self.versions.items()]
+        title = f"{self.ref}: {'the same' if self.same else 'NOT the same'}"
+        note = f"Compared with what {MANIFEST} says; `surgery verify` compares that with the weights."
+        return Table(title, [Column(""), Column("")], rows, note=note)
+
+
+def reproduce(ref: str, *, run: Runner, scratch: Path | None = None) -> Reproduction:
+    """Runs the command that made `ref` again, and compares every tensor's hash with its manifest's.
+
+    Args:
+        ref: a folder with a surgery.json, or `org/name[@revision]` on the Hub.
+        run: see `Runner`.
+        scratch: where the output is made, and removed at the end; by default among the system's temporary files.
+
+    Raises:
+        SurgeryError: `ref` has no manifest, or one without tensors or a command that can be run; an input is not there;
+            the command failed.
+    """
+    folder = _folder(ref)
+    manifest = read_manifest(folder)
+    command = manifest.get("command") or {}
+    if not manifest.get("tensors") or not command.get("line"):
+        raise SurgeryError(f"its {MANIFEST} names no tensors, or no command that makes them", where=ref)
+    inside = PurePath(command.get("inside", ""))
+    if inside.is_absolute() or ".." in inside.parts:
+        raise SurgeryError(f"its {MANIFEST} names an output outside of what its command makes: {inside}", where=ref)
+    lines = [*command.get("first", ()), command["line"]]
+    _check_inputs(manifest, ref)
+    with tempfile.TemporaryDirectory(dir=scratch, prefix="surgery-") as name:
+        place = Path(name)
+        files = _written(command.get("files", {}), place)
+        for line in lines:
+            words = _words(line, manifest, files, place, ref)
+            code = run(words)
+            if code:
+                raise SurgeryError(
+                    f"its command failed with exit code {code}: {PROGRAM} {shlex.join(words)}", where=ref
+                )
+        made = read_manifest(place / OUT / inside)
+    return _compared(ref, lines[-1], manifest, made)
+
+
+def _folder(ref: str) -> Path:
+    path = existing_path(ref)
+    if path is not None:
+        return path
+    if hub.is_repo_id(ref):
+        return hub.fetch(*hub.parse_repo_ref(ref)).folder
+    raise usage_error("no such folder, and not a Hub id (org/name[@revision])", where=ref or '""')
+
+
+def _check_inputs(manifest: Mapping[str, Any], ref: str) -> None:
+    """Says early which input is not here; what the command makes on the way is not among its words."""
+    line = manifest["command"]["line"]
+    for role, entry in manifest.get("inputs", {}).items():
+        source = str(entry.get("ref"))
+        if entry.get("repo_id") or source.startswith(lab.PREFIX) or "+" in source or source not in line:
+            continue
+        if existing_path(source) is None:
+            raise SurgeryError(
+                f"its {role} {source} is not here",
+                where=ref,
+                hint="Go to the folder in which the command was run, or put the input there.",
+            )
+
+
+def _written(files: Mapping[str, str], place: Path) -> dict[str, str]:
+    """The small files that a command reads, written anew: as the line names each → where it lies now."""
+    found = {}
+    for number, (name, text) in enumerate(files.items()):
+        path = place / f"{number}{Path(name).suffix}"
+        path.write_text(text, encoding="utf-8")
+        found[name] = str(path)
+    return found
+
+
+def _words(line: str, manifest: Mapping[str, Any], files: Mapping[str, str], place: Path, ref: str) -> list[str]:
+    """The words of a recorded line, with the output in `place`, its files where they are now, and inputs pinned."""
+    try:
+        program, *words = shlex.split(line)
+    except ValueError as error:
+        raise SurgeryError(f"its command cannot be read ({error})", where=ref) from error
+    outputs = [at for at in range(1, len(words)) if words[at - 1 : at + 1] == [TO, OUT]]
+    writing = [word for word in words if word.startswith(WRITING)]
+    if program != PROGRAM or not words or words[0] not in GROUPS or len(outputs) != 1 or writing != [TO]:
+        raise SurgeryError(f"its command cannot be run again: {line}", where=ref)
+    known = dict(files) | {
+        str(entry["ref"]): f"{entry['repo_id']}@{entry['revision']}"
+        for entry in manifest.get("inputs", {}).values()
+        if entry.get("repo_id") and entry.get("revision")
+    }
+    words = [known.get(word, word) for word in words]
+    words[outputs[0]] = str(place / OUT)
+    return words
+
+
+def _compared(ref: str, line: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Reproduction:
+    then, now = ({name: entry.get(KEY) for name, entry in m["tensors"].items()} for m in (old, new))
+    inputs = new.get("inputs", {})
+    others = {role for role, entry in old.get("inputs", {}).items() if inputs.get(role, {}).get(KEY) != entry.get(KEY)}
+    versions = {
+        name: (version, new["versions"].get(name, "–"))
+        for name, version in old.get("versions", {}).items()
+        if new["versions"].get(name) != version
+    }
+    return Reproduction(
+        ref,
+        line,
+        len(then),
+        different=tuple(sorted(name for name in then.keys() & now.keys() if then[name] != now[name])),
+        missing=tuple(sorted(then.keys() - now.keys())),
+        added=tuple(sorted(now.keys() - then.keys())),
+        inputs=tuple(sorted(others)),
+        versions=versions,
+    )

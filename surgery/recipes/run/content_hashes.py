@@ -1,0 +1,190 @@
+"""What files hold, as hashes that are kept: a file is read again only where its size, time or inode changed.
+
+A `.safetensors` file is known by its tensors, not by its header's metadata, which may say where and when it was made.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from xxhash import xxh3_128
+
+from surgery.checkpoint.checkpoint import stored_tensor
+from surgery.checkpoint.reader import Reader, SourceFiles, hash_tensor
+from surgery.checkpoint.safetensors_header import Header, read_header
+from surgery.engine.workers import run
+from surgery.errors import SurgeryError
+from surgery.io.atomic import MANIFEST, write_file
+from surgery.io.hashing import KEY, hash_tensors, hash_text
+from surgery.io.json_io import read_json, to_json
+from surgery.recipes.run.paths import STEPS, Place
+
+WEIGHTS = ".safetensors"
+RESULTS = "results.json"
+# What people and `surgery eval` write into a finished folder, without making another model of it.
+DESCRIBING = ("README.md", "scores.json")
+SCHEMA = 1
+_CHUNK = 1 << 24
+# What a terminal's table adds to what it says: blanks, and lines between rows.
+_LAYOUT = re.compile(r"[\s─━╌╍│┃]+")
+
+
+class Hashes:
+    """Hashes of files, kept in the file `kept` (None: for as long as this object lives)."""
+
+    def __init__(self, kept: Path | None = None) -> None:
+        self._kept = kept
+        self._known: dict[str, list[Any]] = {}
+        self._changed = False
+        if kept is not None and kept.is_file():
+            try:
+                record = read_json(kept)
+            except SurgeryError:
+                record = {}  # it is a memory, not a result: what it held is hashed again
+            files = record.get("files") if record.get("schema") == SCHEMA else None
+            self._known = files if isinstance(files, dict) else {}
+
+    def of_file(self, path: Path) -> str:
+        """The hash of a file: of a .safetensors' tensors, of another's bytes. Raises SurgeryError."""
+        place, stamp = _stamp(path)
+        known = self._known.get(place)
+        if known is not None and known[:3] == stamp:
+            return str(known[3])
+        return self._put(place, stamp, _tensors_hash(path) if path.suffix == WEIGHTS else _bytes_hash(path))
+
+    def of_content(self, path: Path) -> str:
+        """The hash of a file, or of all files in a folder but those that only describe it. Raises SurgeryError."""
+        return hash_tensors(self.of_files(path))
+
+    def of_files(self, path: Path) -> dict[str, str]:
+        """The hash of each file of a folder, by its path in it; of a file alone under its name's place, "."."""
+        if path.is_dir():
+            return {name: self.of_file(file) for name, file in sorted(_files(path))}
+        return {".": self.of_file(path)}
+
+    def trust(self, out: Path) -> None:
+        """Takes the hashes of tensors from the manifests in `out`, which has just been written, for those they list."""
+        for manifest in sorted(out.rglob(MANIFEST)) if out.is_dir() else ():
+            try:
+                listed = read_json(manifest).get("tensors")
+            except SurgeryError:
+                continue
+            if not isinstance(listed, dict):
+                continue
+            for path in sorted(manifest.parent.glob(f"*{WEIGHTS}")):
+                found = _listed_hash(path, listed)
+                if found is not None:
+                    place, stamp = _stamp(path)
+                    self._put(place, stamp, found)
+
+    def is_intact(self, path: Path, files: Mapping[str, str]) -> bool:
+        """Whether `path` holds what it held when `files` was taken by `of_files`; what came later does not matter."""
+        try:
+            return path.exists() and all(
+                self.of_file(path if name == "." else path / name) == found for name, found in files.items()
+            )
+        except SurgeryError:
+            return False
+
+    def save(self) -> None:
+        """Keeps what was found. Raises SurgeryError where it cannot be written."""
+        if self._changed and self._kept is not None:
+            alive = {place: entry for place, entry in sorted(self._known.items()) if Path(place).exists()}
+            write_file(self._kept, to_json({"schema": SCHEMA, "files": alive}))
+            self._changed = False
+
+    def _put(self, place: str, stamp: list[int], found: str) -> str:
+        self._known[place] = [*stamp, found]
+        self._changed = True
+        return found
+
+
+def output_hash(place: Place, files: Mapping[str, str], *, run_folder: Path) -> str:
+    """What a step made, as one hash: the same for two runs of a recipe, wherever they lie.
+
+    Over the tensors of every .safetensors file and the findings of every probe that it wrote; else over the file that
+    it wrote; else over what it printed, but for blanks, lines and the place of the run's own folders.
+
+    Args:
+        files: of its output, by `Hashes.of_files`.
+
+    Raises:
+        SurgeryError: what it printed cannot be read.
+    """
+    told = {name: found for name, found in files.items() if name.endswith(WEIGHTS) or _is_findings(name, files)}
+    if told:
+        return hash_tensors(told)
+    if place.out.is_file():
+        return files["."]
+    try:
+        text = place.text.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise SurgeryError(f"cannot be read ({error.strerror})", where=place.text) from error
+    steps = "|".join(re.escape(f"{run}/{STEPS}/") for run in (run_folder.absolute(), run_folder))
+    return hash_text(_LAYOUT.sub("", re.sub(rf"(?<![\w./-])({steps})", "", text)))
+
+
+def _is_findings(name: str, files: Mapping[str, str]) -> bool:
+    """Whether a file holds what a probe found, which has a manifest; that of a growth says how long it took."""
+    return PurePath(name).name == RESULTS and PurePath(name).with_name(MANIFEST).as_posix() in files
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.name.startswith("."):
+            name = path.relative_to(folder).as_posix()
+            if path.name not in DESCRIBING and "__pycache__" not in name:
+                yield name, path
+
+
+def _stamp(path: Path) -> tuple[str, list[int]]:
+    try:
+        status = path.stat()
+        return str(path.absolute()), [status.st_size, status.st_mtime_ns, status.st_ino]
+    except OSError as error:
+        raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
+
+
+def _bytes_hash(path: Path) -> str:
+    state = xxh3_128()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                state.update(chunk)
+    except OSError as error:
+        raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
+    return state.hexdigest()
+
+
+def _tensors_hash(path: Path) -> str:
+    try:
+        header = read_header(path)
+    except SurgeryError:
+        return _bytes_hash(path)  # damaged, or no safetensors at all: then its bytes are all that it is
+
+    def work(number: int, reader: Reader) -> tuple[str, str]:
+        entry = header.entries[number]
+        return entry.name, hash_tensor(reader, stored_tensor(entry, path, header))
+
+    with SourceFiles([path]) as files:
+        return _hash_of(header, dict(run(range(len(header.entries)), work, files, threads=None)))
+
+
+def _listed_hash(path: Path, listed: Mapping[str, Any]) -> str | None:
+    """The hash of a file whose tensors a manifest has; None where it lacks one, or says another dtype or shape."""
+    try:
+        header = read_header(path)
+        same = all(
+            (listed[entry.name]["dtype"], listed[entry.name]["shape"]) == (entry.dtype, list(entry.shape))
+            for entry in header.entries
+        )
+        return _hash_of(header, {entry.name: listed[entry.name][KEY] for entry in header.entries}) if same else None
+    except (SurgeryError, KeyError, TypeError):
+        return None
+
+
+def _hash_of(header: Header, hashes: Mapping[str, str]) -> str:
+    return hash_tensors({e.name: f"{e.dtype} {list(e.shape)} {hashes[e.name]}" for e in header.entries})

@@ -1,0 +1,180 @@
+"""What the values of a recipe name: files and folders, models and data of the lab, repositories on the Hub.
+
+In comes a text as it is typed, out comes a `Thing`: which content it stands for now, and how large that is; or None,
+where it names nothing. Each text is looked up once. Nothing is loaded, trained or downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from glob import glob, has_magic
+from pathlib import Path
+
+from surgery import lab
+from surgery.checkpoint.adapters import base_of
+from surgery.checkpoint.checkpoint import Checkpoint, existing_path, is_adapter, read_file, read_folder
+from surgery.checkpoint.dtypes import n_elements
+from surgery.errors import SurgeryError
+from surgery.hub import datasets as hub_data
+from surgery.hub import download as hub
+from surgery.io.hashing import hash_tensors
+from surgery.io.yaml_nodes import read_documents
+from surgery.lab import python_text
+from surgery.recipes.run.content_hashes import WEIGHTS, Hashes
+
+# What a lab model that is not built yet will take, and more: they have up to 0.4 M parameters.
+LAB_BYTES, LAB_PARAMETERS = 2_000_000, 500_000
+CONFIGS = (".yml", ".yaml", ".json")
+CONFIG_BYTES = 1_000_000  # larger JSON files are data, not configs that name models
+
+
+@dataclass(frozen=True)
+class Thing:
+    """What a text names.
+
+    content: what its content is known by; None where that cannot be found out. n_bytes: of its weights. n_parameters:
+    of its stored values; None where the headers cannot be seen. missing: bytes to download. repo: the repository it
+    comes from. note: what people should know of it.
+    """
+
+    content: str | None
+    n_bytes: int | None = None
+    n_parameters: int | None = None
+    missing: int = 0
+    repo: str | None = None
+    note: str = ""
+
+
+class Things:
+    """Looks up what texts name; hashes of files come from `hashes`."""
+
+    def __init__(self, hashes: Hashes) -> None:
+        self._hashes = hashes
+        self._known: dict[str, Thing | None] = {}
+
+    def of(self, text: str) -> Thing | None:
+        """What `text` names; None where it names nothing.
+
+        Raises:
+            SurgeryError: the lab has nothing of that name; a file cannot be read.
+        """
+        if text not in self._known:
+            self._known[text] = self._look(text)
+        return self._known[text]
+
+    def matching(self, pattern: str) -> Thing | None:
+        """The files and folders that a glob matches, as one; None where it matches none. Raises SurgeryError."""
+        # As corpora are matched: a pattern may be absolute, which Path.glob refuses.
+        paths = sorted(glob(pattern, recursive=True)) if has_magic(pattern) else []  # noqa: PTH207
+        contents = {path: self._hashes.of_content(Path(path)) for path in paths}
+        return Thing(hash_tensors(contents)) if contents else None
+
+    def inside(self, text: str) -> list[Thing]:
+        """What the strings in the config file `text` name, in their order; nothing for other texts."""
+        path = existing_path(text)
+        if path is None or not path.is_file() or path.suffix not in CONFIGS or path.stat().st_size > CONFIG_BYTES:
+            return []
+        try:
+            nodes, _ = read_documents(path.read_text(encoding="utf-8"), text)
+        except (SurgeryError, OSError, UnicodeDecodeError):
+            return []  # the command itself says what is wrong with its file
+        strings = dict.fromkeys(each for node in nodes for each in _strings(node.plain) if "\n" not in each)
+        return [thing for each in strings if each != text and (thing := self._config_thing(each)) is not None]
+
+    def _config_thing(self, text: str) -> Thing | None:
+        try:
+            return self.of(text)
+        except SurgeryError:
+            return None  # a text of a config may begin with anything
+
+    def _look(self, text: str) -> Thing | None:
+        path = existing_path(text)
+        if path is not None:
+            return self._path(path)
+        if text.startswith(lab.PREFIX):
+            return _lab(text)
+        base, _, adapter = text.rpartition("+")
+        if base and adapter:
+            parts = [self.of(base), self.of(adapter)]
+            return _both([part for part in parts if part is not None]) if None not in parts else None
+        if asked := hub_data.parse(text):
+            return _data(asked)
+        return _hub(text) if hub.is_repo_id(text) else None
+
+    def _path(self, path: Path) -> Thing:
+        content = self._hashes.of_content(path)
+        if path.is_dir() and is_adapter(path):
+            try:
+                below = self.of(base_of(path))
+            except SurgeryError:
+                below = None
+            own = Thing(content, *_sizes(path))
+            return _both([own, below]) if below is not None else own
+        return Thing(content, *_sizes(path))
+
+
+def _sizes(path: Path) -> tuple[int | None, int | None]:
+    """Bytes of the weights, and how many values they are; None for what holds no weights."""
+    files = [path] if path.is_file() else list(path.rglob(f"*{WEIGHTS}"))
+    files = [file for file in files if file.suffix == WEIGHTS]
+    if not files:
+        return None, None
+    try:
+        checkpoint: Checkpoint = read_folder(path) if path.is_dir() else read_file(path)
+        return checkpoint.n_bytes, sum(n_elements(tensor.shape) for tensor in checkpoint.tensors.values())
+    except SurgeryError:
+        return sum(file.stat().st_size for file in files), None
+
+
+def _lab(text: str) -> Thing:
+    name, _, kind = text.removeprefix(lab.PREFIX).partition("/")
+    if name == python_text.NAME:
+        return Thing(f"{python_text.key()}/{kind}")
+    folder = lab.path_of(name)
+    content = f"lab/{folder.parent.name}/{name}/{kind}"
+    if folder.is_dir():
+        return Thing(content, *_sizes(folder))
+    return Thing(content, LAB_BYTES, LAB_PARAMETERS, note=f"{text} is trained first")
+
+
+def _hub(text: str) -> Thing | None:
+    try:
+        seen = hub.look(*hub.parse_repo_ref(text))
+    except SurgeryError as error:
+        # Whether the text is a model's at all is the command's to say.
+        return Thing(None, repo=text, note=f"{text}: {error.what}")
+    return Thing(f"hub/{seen.repo_id}@{seen.revision}", seen.weights, None, seen.missing, seen.repo_id)
+
+
+def _data(asked: hub_data.HubData) -> Thing:
+    try:
+        return Thing(f"data/{asked.repo}@{hub_data.pin(asked)}", repo=asked.repo)
+    except SurgeryError as error:
+        return Thing(None, repo=asked.repo, note=f"{asked.ref}: {error.what}")
+
+
+def _both(parts: list[Thing]) -> Thing:
+    """A model and the adapter on it, as one."""
+    contents = [part.content for part in parts]
+    known = [part.n_bytes for part in parts if part.n_bytes is not None]
+    values = [part.n_parameters for part in parts if part.n_parameters is not None]
+    return Thing(
+        None if None in contents else "+".join(map(str, contents)),
+        sum(known) if known else None,
+        max(values) if values else None,
+        sum(part.missing for part in parts),
+        next((part.repo for part in parts if part.repo), None),
+        "; ".join(part.note for part in parts if part.note),
+    )
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _strings(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _strings(each)

@@ -1,0 +1,263 @@
+"""Two models, or several vectors, held against each other tensor by tensor and layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from surgery.checkpoint.checkpoint import StoredTensor
+from surgery.checkpoint.reader import Reader, SourceFiles
+from surgery.checkpoint.resolve import open_checkpoint
+from surgery.checkpoint.structure import anatomy
+from surgery.engine.execute import Options
+from surgery.engine.reduce import survey
+from surgery.errors import SurgeryError, listing, usage_error
+from surgery.reporting.plots import layer_movement, similarity
+from surgery.reporting.report import Column, Figure, Table
+from surgery.vectors.apply import Vector, open_vector
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far B is from A, over one tensor or a group of them.
+
+    relative: ‖A−B‖/‖A‖ (inf where A is zero and B is not). cosine: of A and B as vectors, NaN where one is zero.
+    changed: share of elements whose values differ, in [0, 1]. norm: ‖A−B‖.
+    """
+
+    name: str
+    relative: float
+    cosine: float
+    changed: float
+    norm: float
+    elements: int
+
+
+@dataclass(frozen=True)
+class DiffReport:
+    """Differences per tensor, per group ("layer 3", "embed", …, in the order of the model) and as a whole.
+
+    only_a, only_b, reshaped: names that could not be compared.
+    """
+
+    a: str
+    b: str
+    tensors: Sequence[Difference]
+    groups: Sequence[Difference]
+    whole: Difference
+    only_a: Sequence[str]
+    only_b: Sequence[str]
+    reshaped: Sequence[str]
+
+    def tables(self, top: int = 20) -> list[Table]:
+        """What moved: per part of the model, and the `top` tensors that moved most."""
+        most = sorted(self.tensors, key=lambda d: (-d.relative, d.name))[:top]
+        left_out = [
+            (what, names)
+            for what, names in (
+                (f"only in {self.a}", self.only_a),
+                (f"only in {self.b}", self.only_b),
+                ("of different shape", self.reshaped),
+            )
+            if names
+        ]
+        tables = [_table(f"{self.b} against {self.a}", "part", [*self.groups, self.whole])]
+        tables += (
+            [_table(f"The {len(most)} of {len(self.tensors)} tensors that moved most", "tensor", most)] if most else []
+        )
+        if left_out:
+            rows = [(what, len(names), listing(names)) for what, names in left_out]
+            tables.append(Table("Not compared", ["why", "tensors", "names"], rows))
+        return tables
+
+    def figure(self) -> Figure:
+        """How far each part of the model moved."""
+        return layer_movement(
+            f"{self.b} against {self.a}", [g.name for g in self.groups], [g.relative for g in self.groups]
+        )
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Cosine of each pair of vectors and norm of each, over one group of tensors; NaN where a vector is zero."""
+
+    name: str
+    cosines: Mapping[tuple[int, int], float]
+    norms: Sequence[float]
+
+
+@dataclass(frozen=True)
+class CompareReport:
+    """`vectors` as typed; similarities per group and as a whole, over the tensors that any of them moved."""
+
+    vectors: Sequence[str]
+    groups: Sequence[Similarity]
+    whole: Similarity
+
+    def table(self) -> Table:
+        """Cosines of all pairs and norms, per part of the model."""
+        pairs = list(self.whole.cosines)
+        columns = [
+            Column("part"),
+            *(Column(f"cos({i + 1}, {j + 1})", "score") for i, j in pairs),
+            *(Column(f"‖v{i + 1}‖", "number") for i in range(len(self.vectors))),
+        ]
+        rows: list[list[str | float]] = [
+            [s.name, *(s.cosines[pair] for pair in pairs), *s.norms] for s in (*self.groups, self.whole)
+        ]
+        return Table("Similarity of task vectors", columns, rows, note=self._legend())
+
+    def figure(self) -> Figure:
+        """The cosines of all pairs, along the model."""
+        return similarity(
+            "Similarity of task vectors",
+            [s.name for s in self.groups],
+            {f"{i + 1} · {j + 1}": [s.cosines[i, j] for s in self.groups] for i, j in self.whole.cosines},
+            caption=self._legend(),
+        )
+
+    def _legend(self) -> str:
+        return "; ".join(f"{i + 1}: {vector}" for i, vector in enumerate(self.vectors))
+
+
+def diff(a: str, b: str, *, options: Options = Options()) -> DiffReport:
+    """Compares two models tensor by tensor.
+
+    Raises:
+        SurgeryError: one of them cannot be read, or they have no tensor in common.
+    """
+    left, right = open_checkpoint(a), open_checkpoint(b)
+    common = [name for name in left.tensors if name in right.tensors]
+    reshaped = [name for name in common if left.tensors[name].shape != right.tensors[name].shape]
+    pairs = {name: (left.tensors[name], right.tensors[name]) for name in common if name not in set(reshaped)}
+    if not pairs:
+        raise SurgeryError(
+            f"no tensor of {b} has the name and shape of one of its own (it has {listing(left.tensors, 3)})",
+            where=a,
+        )
+    floats = {name: pair for name, pair in pairs.items() if all(tensor.is_float for tensor in pair)}
+    sums = survey(floats, _pair_sums, label="Comparing", threads=options.threads, progress=options.progress)
+    rows = {name: (values or [0.0] * 5, floats[name][0].n_elements) for name, values in sums.items()}
+    rows |= {name: _equal_or_not(pair) for name, pair in pairs.items() if name not in floats}
+    groups = anatomy(left).grouped(pairs)
+    return DiffReport(
+        a,
+        b,
+        [_difference(name, [rows[name]]) for name in pairs],
+        [_difference(group, [rows[n] for n in names]) for group, names in groups.items()],
+        _difference("whole", list(rows.values())),
+        [name for name in left.tensors if name not in right.tensors],
+        [name for name in right.tensors if name not in left.tensors],
+        reshaped,
+    )
+
+
+def compare(vectors: Sequence[str], *, options: Options = Options()) -> CompareReport:
+    """Cosine and norm of task vectors, per layer and as a whole; a tensor that a vector lacks counts as zero there.
+
+    Raises:
+        SurgeryError: fewer than two vectors, or vectors of different shapes.
+    """
+    if len(vectors) < 2:
+        raise usage_error(f"got {len(vectors)} vector, expected two or more", where="vector compare")
+    opened = [open_vector(vector) for vector in vectors]
+    holders: dict[str, list[int]] = defaultdict(list)
+    for i, vector in enumerate(opened):
+        for name in vector.checkpoint.tensors:
+            holders[name].append(i)
+    _check_shapes(opened, holders)
+    jobs = {name: [opened[i].checkpoint.tensors[name] for i in held] for name, held in sorted(holders.items())}
+    if not jobs:
+        raise SurgeryError("all of them are zero", where=", ".join(vectors))
+    sums = survey(jobs, _gram, label="Comparing", threads=options.threads, progress=options.progress)
+    dots = {name: _by_pair(holders[name], sums[name]) for name in jobs}
+    # What one vector leaves out another holds: only together do they show the model's structure.
+    union = {name: tensors[0] for name, tensors in jobs.items()}
+    groups = anatomy(replace(opened[0].checkpoint, tensors=union)).grouped(jobs)
+    count = len(opened)
+    return CompareReport(
+        list(vectors),
+        [_similarity(group, [dots[n] for n in names], count) for group, names in groups.items()],
+        _similarity("whole", list(dots.values()), count),
+    )
+
+
+def _pair_sums(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    a, b = tensors
+    apart = a - b
+    changed = apart.bool().sum(dtype=torch.int32)
+    return torch.dot(apart, apart), torch.dot(a, a), torch.dot(b, b), torch.dot(a, b), changed
+
+
+def _gram(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    return [torch.dot(tensors[i], tensors[j]) for i in range(len(tensors)) for j in range(i, len(tensors))]
+
+
+def _equal_or_not(pair: tuple[StoredTensor, StoredTensor]) -> tuple[list[float], int]:
+    """Integers and the like have no distance: they are compared byte by byte, as changed or not."""
+    a, b = pair
+    if a.dtype != b.dtype:
+        return [0.0, 0.0, 0.0, 0.0, float(a.n_elements)], a.n_elements
+    with SourceFiles([*a.files, *b.files]) as files:
+        reader = Reader(files)
+        left, right = (reader.raw(t, 0, t.n_elements, slot) for slot, t in enumerate(pair))
+        width = max(1, left.numel() // max(1, a.n_elements))
+        changed = (left.view(-1, width) != right.view(-1, width)).any(dim=1).sum().item()
+    return [0.0, 0.0, 0.0, 0.0, float(changed)], a.n_elements
+
+
+def _difference(name: str, rows: Sequence[tuple[Sequence[float], int]]) -> Difference:
+    apart, a, b, dot, changed = (math.fsum(values[i] for values, _ in rows) for i in range(5))
+    elements = sum(count for _, count in rows)
+    relative = math.sqrt(apart / a) if a else (math.inf if apart else 0.0)
+    cosine = dot / math.sqrt(a * b) if a and b else math.nan
+    share = changed / elements if elements else 0.0
+    # Rounding can carry the quotient a hair past 1, which no cosine is.
+    return Difference(
+        name, relative, min(1.0, max(-1.0, cosine)) if a and b else cosine, share, math.sqrt(apart), elements
+    )
+
+
+def _table(title: str, what: str, rows: Sequence[Difference]) -> Table:
+    columns = [
+        Column(what),
+        Column("‖A−B‖/‖A‖", "percent"),
+        Column("cosine", "number"),
+        Column("changed", "percent"),
+        Column("elements", "count"),
+    ]
+    return Table(title, columns, [(r.name, r.relative, r.cosine, r.changed, r.elements) for r in rows])
+
+
+def _similarity(name: str, rows: Sequence[Mapping[tuple[int, int], float]], count: int) -> Similarity:
+    def total(i: int, j: int) -> float:
+        return math.fsum(row.get((i, j), 0.0) for row in rows)
+
+    squares = [total(i, i) for i in range(count)]
+    cosines = {
+        (i, j): total(i, j) / math.sqrt(squares[i] * squares[j]) if squares[i] and squares[j] else math.nan
+        for i, j in combinations(range(count), 2)
+    }
+    return Similarity(name, cosines, [math.sqrt(square) for square in squares])
+
+
+def _by_pair(held: Sequence[int], values: Sequence[float]) -> dict[tuple[int, int], float]:
+    pairs = [(held[i], held[j]) for i in range(len(held)) for j in range(i, len(held))]
+    return dict(zip(pairs, values or [0.0] * len(pairs), strict=True))
+
+
+def _check_shapes(opened: Sequence[Vector], holders: Mapping[str, Sequence[int]]) -> None:
+    for name, held in holders.items():
+        shapes = {opened[i].checkpoint.tensors[name].shape for i in held}
+        if len(shapes) > 1:
+            raise SurgeryError(
+                f'"{name}" has the shapes {listing(str(list(s)) for s in sorted(shapes))} in different vectors',
+                where=listing(opened[i].ref for i in held),
+                hint="Only vectors of one architecture can be compared.",
+            )

@@ -1,0 +1,244 @@
+"""Taking a task vector out of a pair of models: v = θ_tuned − θ_base (arXiv 2509.01363, equation 1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.checkpoint.dtypes import dtype_name
+from surgery.checkpoint.reader import Input, Reader, SourceFiles, segments
+from surgery.checkpoint.resolve import open_checkpoint
+from surgery.engine.execute import Options, Outcome, execute
+from surgery.engine.manifest import Card, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.plan import Plan, PlannedTensor, check_output, plan_files
+from surgery.engine.preflight import Preflight, check_ancestor, check_config, check_quantised, check_space, sketch
+from surgery.engine.workers import run_shared
+from surgery.errors import SurgeryError
+from surgery.io.atomic import check_free
+from surgery.reporting.report import Column, Table
+from surgery.vectors.align import VocabPolicy, check_policy, fit, side
+from surgery.vectors.apply import DONOR, FORMAT, SKETCH, STEM
+from surgery.vectors.kernels import DIFFERENCE
+from surgery.vectors.masks import Mask
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    """What `extract` found. `norm` is ‖v‖, `relative` is ‖v‖/‖θ_base‖ over the tensors that moved."""
+
+    out: Path
+    preflight: Mapping[str, str]
+    warnings: Sequence[str]
+    tensors: int = 0
+    zero: int = 0
+    norm: float = 0.0
+    relative: float = 0.0
+    inexact: int = 0
+    elements: int = 0
+    dry_run: bool = False
+
+    def table(self) -> Table:
+        """The vector in numbers."""
+        return Table(
+            "Task vector",
+            [
+                Column("tensors", "count"),
+                Column("zero", "count"),
+                Column("‖v‖", "number"),
+                Column("‖v‖/‖θ_base‖", "percent"),
+                Column("inexact", "count"),
+            ],
+            [(self.tensors, self.zero, self.norm, self.relative, self.inexact)],
+            note="zero: tensors that do not differ, not stored. "
+            "inexact: elements that base + v does not restore bit for bit; --dtype float64 leaves none.",
+        )
+
+
+def extract(
+    tuned: str,
+    base: str,
+    out: Path,
+    *,
+    dtype: str = "float32",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    vocab: VocabPolicy = "strict",
+    allow_unrelated: bool = False,
+    dry_run: bool = False,
+    options: Options = Options(),
+) -> ExtractReport:
+    """Writes v = θ_tuned − θ_base to the folder `out` (arXiv 2509.01363, equation 1).
+
+    Args:
+        dtype: what v is stored in: float32, float64, bfloat16 or float16. F64 tensors keep F64 under float32, which
+            restores a 16-bit model bit for bit (but for values 2¹⁶ times smaller than they were). Of F32 tensors
+            some elements come back an ulp off, since fp32 cannot hold every difference of two fp32 numbers: float64
+            can. The report counts what does not come back.
+        include, exclude: globs over tensor names.
+        vocab: what to do where the two tokenizers differ; see `surgery.vectors.align`.
+        dry_run: stop after the checks; nothing is written.
+
+    Raises:
+        SurgeryError: the models do not fit each other, or do not differ; `out` exists; the disk is full.
+    """
+    stored_as = dtype_name(dtype)
+    preparation = prepare_extraction(
+        "vector extract",
+        tuned,
+        base,
+        out,
+        include=include,
+        exclude=exclude,
+        vocab=vocab,
+        allow_unrelated=allow_unrelated,
+        dry_run=dry_run,
+        options=options,
+    )
+    sources, fitted, moved = preparation.sources, preparation.fitted, preparation.moved
+    kernel_tensors = [
+        PlannedTensor(
+            name,
+            "F64" if stored_as == "F32" and sources["tuned"].tensors[name].dtype == "F64" else stored_as,
+            sources["tuned"].tensors[name].shape,
+            fitted[name],
+            DIFFERENCE[sources["tuned"].tensors[name].dtype],
+        )
+        for name in moved
+    ]
+    zero = sorted(set(fitted) - set(moved))
+    left_out = sorted(
+        name for name, tensor in sources["tuned"].tensors.items() if tensor.is_float and name not in fitted
+    )
+    command = command_record(
+        "vector extract", [tuned, base], dtype=dtype, include=include, exclude=exclude, vocab=vocab
+    )
+    plan = Plan(
+        command,
+        sources,
+        plan_files(kernel_tensors, stem=STEM),
+        {f"{DONOR}/{path.name}": path for path in sources["tuned"].side_files},
+        index_name=f"{STEM}.safetensors.index.json",
+    )
+    preparation.settle(plan, out, options)
+    facts, warnings = preparation.preflight.facts, preparation.preflight.warnings
+    report = ExtractReport(out, facts, warnings, len(moved), len(zero), dry_run=dry_run)
+    if dry_run:
+        return report
+
+    def finish(folder: Path, outcome: Outcome) -> ExtractReport:
+        norm, against = math.sqrt(outcome.total("squares")), math.sqrt(outcome.total("base_squares"))
+        done = replace(
+            report,
+            norm=norm,
+            relative=norm / against if against else math.inf,
+            inexact=int(outcome.total("missed")),
+            elements=sum(sources["tuned"].tensors[name].n_elements for name in moved),
+        )
+        manifest = build_manifest(plan, outcome, kind="vector", report=_extract_summary(done))
+        manifest["vector"] = {"format": FORMAT, "dtype": stored_as, "zero": zero, "left_out": left_out}
+        write_manifest(folder, manifest)
+        (folder / DONOR).mkdir(exist_ok=True)
+        save_file(dict(preparation.sketch), folder / DONOR / SKETCH)
+        method = (
+            f"The task vector θ_tuned − θ_base (arXiv:2509.01363) of {len(moved)} tensors, stored as {stored_as}; "
+            f"‖v‖ = {norm:.4g}, {done.relative:.3%} of ‖θ_base‖. It is no model: "
+            "`surgery vector apply` adds it to one."
+        )
+        write_card(folder, manifest, sources, Card("Task vector", method, ("task-vector",)))
+        return done
+
+    return execute(plan, out, options, finish=finish)
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """Two models found fit for each other: what each tensor of v is made of, and which of them are not zero."""
+
+    name: str
+    preflight: Preflight
+    sources: Mapping[str, Checkpoint]
+    fitted: Mapping[str, tuple[Input, ...]]
+    moved: Sequence[str]
+    sketch: Mapping[str, torch.Tensor]
+
+    def settle(self, plan: Plan, out: Path, options: Options) -> None:
+        """The checks that need the plan. Raises SurgeryError."""
+        check_space(self.preflight, plan, out, options.threads)
+        self.preflight.settle(self.name)
+
+
+def prepare_extraction(
+    name: str,
+    tuned: str,
+    base: str,
+    out: Path,
+    *,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    vocab: VocabPolicy,
+    allow_unrelated: bool,
+    dry_run: bool,
+    options: Options,
+) -> Extraction:
+    """Everything that is checked before v = θ_tuned − θ_base is written, in whatever form. Raises SurgeryError."""
+    check_policy(vocab)
+    mask = Mask(include=tuple(include), exclude=tuple(exclude))
+    sources = {"tuned": open_checkpoint(tuned), "base": open_checkpoint(base)}
+    check_output(out, sources)
+    if not dry_run:
+        check_free(out, overwrite=options.overwrite)
+    preflight = Preflight()
+    check_config(preflight, sources["tuned"], sources["base"].config, base)
+    preflight.settle(name)
+    check_quantised(preflight, sources.values())
+    mask.check(sorted({*sources["tuned"].float_names(), *sources["base"].float_names()}))
+    sides = [side(sources["tuned"]), side(sources["base"])]
+    fitted = fit(preflight, sides[0], sides, mask, vocab)
+    preflight.settle(name)
+    base_sketch = sketch(sources["base"])
+    check_ancestor(preflight, sources["tuned"], base_sketch, allow_unrelated=allow_unrelated)
+    preflight.settle(name)
+    moved = _moved(fitted, options)
+    if not moved:
+        raise SurgeryError(f"no tensor differs from {base}: the vector would be empty", where=tuned)
+    return Extraction(name, preflight, sources, fitted, moved, base_sketch)
+
+
+def _moved(fitted: Mapping[str, tuple[Input, ...]], options: Options) -> list[str]:
+    """The names whose two inputs differ somewhere; reading stops at a tensor's first difference."""
+    files = {path for inputs in fitted.values() for source in inputs for path in source.tensor.files}
+
+    def differs(name: str, reader: Reader) -> tuple[str, bool]:
+        tuned, base = fitted[name]
+        for begin, end in segments(math.prod(tuned.shape)):
+            a = reader.values(tuned, begin, end, "tuned")
+            b = reader.values(base, begin, end, "base")
+            if bool((a.to(torch.float64) - b.to(torch.float64)).bool().any()):
+                return name, True
+        return name, False
+
+    with SourceFiles(files) as opened, options.progress("Comparing", len(fitted), "steps") as advance:
+        moved = set()
+        for name, moves in run_shared(list(fitted), differs, opened, threads=options.threads):
+            advance(1)
+            if moves:
+                moved.add(name)
+    return [name for name in fitted if name in moved]
+
+
+def _extract_summary(report: ExtractReport) -> dict[str, Any]:
+    return {
+        "norm": report.norm,
+        "relative_norm": report.relative,
+        "tensors": report.tensors,
+        "zero_tensors": report.zero,
+        "elements": report.elements,
+        "inexact_elements": report.inexact,
+    }

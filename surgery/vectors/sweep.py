@@ -1,0 +1,298 @@
+"""TARGET + α·v scored over a grid of α, with norm-matched random vectors as the control.
+
+The target is loaded once; its weights are then set in memory, tensor by tensor, to exactly what `vectors.apply` would
+write to disk for that α. Reviewers of arXiv 2509.01363 asked for the grid, the random control and the intervals.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from surgery.checkpoint.checkpoint import Checkpoint, loadable_folder
+from surgery.checkpoint.reader import Input, Reader, SourceFiles, compute_dtype
+from surgery.checkpoint.resolve import open_checkpoint
+from surgery.engine.execute import Options
+from surgery.engine.plan import check_output
+from surgery.engine.preflight import Preflight, check_ancestor, check_config, check_quantised
+from surgery.errors import SurgeryError, listing, usage_error
+from surgery.evaluation.harness import on_tasks
+from surgery.evaluation.scoring import Score
+from surgery.io.atomic import MANIFEST, check_free
+from surgery.io.json_io import to_json
+from surgery.models.loading import load_model
+from surgery.reporting.plots import scale_curve
+from surgery.reporting.report import Column, Figure, Report, Table
+from surgery.runtime.collectives import share
+from surgery.vectors.align import Side, VocabPolicy, check_policy, fit, side
+from surgery.vectors.apply import SKETCH, open_vector
+from surgery.vectors.kernels import ADD_VECTOR
+from surgery.vectors.masks import Mask
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Point:
+    """The scores at one α. `control` is None for v itself, else the seed of the random vector that stood in for it."""
+
+    scale: float
+    scores: Sequence[Score]
+    control: int | None = None
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """Scores over the grid, and of the controls at the best α of each task."""
+
+    vector: str
+    target: str
+    points: Sequence[Point]
+    controls: Sequence[Point]
+    preflight: Mapping[str, str] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks, in the order they were asked for."""
+        return list(dict.fromkeys(score.task for point in self.points for score in point.scores))
+
+    def tables(self) -> list[Table]:
+        """One table per task."""
+        columns = [
+            Column("vector"),
+            Column("α", "number"),
+            Column("score", "percent"),
+            Column("95 % from", "percent"),
+            Column("to", "percent"),
+            Column("n", "count"),
+        ]
+        return [
+            Table(
+                f"{self.target} + α · {self.vector}, {task}",
+                columns,
+                [
+                    (
+                        "v" if point.control is None else f"random {point.control}",
+                        point.scale,
+                        s.value,
+                        s.low,
+                        s.high,
+                        s.n,
+                    )
+                    for point in (*self.points, *self.controls)
+                    for s in point.scores
+                    if s.task == task
+                ],
+                note="random: Gaussian noise with the norm of v in every tensor.",
+            )
+            for task in self.tasks
+        ]
+
+    def figures(self) -> list[Figure]:
+        """One curve per task: score against α, with the controls."""
+        return [
+            scale_curve(
+                f"{task}: {self.target} + α·v",
+                [(point.scale, _of(point, task)) for point in self.points],
+                {"random, same norm": [(point.scale, _of(point, task)) for point in self.controls]},
+                lines=self._unchanged(task),
+                score=_of(self.points[0], task).metric,
+                caption="The band is the 95 % interval. Random vectors have the norm of v in every tensor.",
+            )
+            for task in self.tasks
+        ]
+
+    def sentences(self) -> list[str]:
+        """The finding of each task in words: the best α, and what it is to be held against."""
+        found = []
+        for task in self.tasks:
+            best = max(self.points, key=lambda p: _of(p, task).value)
+            score = _of(best, task)
+            against = [f"{value:.1%} unchanged" for value in self._unchanged(task).values()]
+            randoms = [_of(point, task).value for point in self.controls]
+            against += [f"at most {max(randoms):.1%} with a random vector of the same norm"] if randoms else []
+            found.append(
+                f"{task}: {score.value:.1%} at α = {best.scale:g} (95 % interval {score.low:.1%} to {score.high:.1%}, "
+                f"n = {score.n})" + (f", against {' and '.join(against)}." if against else ".")
+            )
+        return found
+
+    def _unchanged(self, task: str) -> dict[str, float]:
+        scores = [_of(point, task).value for point in self.points if point.scale == 0]
+        return {"target": scores[0]} if scores else {}
+
+
+def parse_grid(text: str) -> list[float]:
+    """`-1,0,0.5` → [-1.0, 0.0, 0.5]. Raises SurgeryError."""
+    try:
+        grid = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise usage_error(f"got {text!r}, expected numbers with commas between them", where="--scale") from error
+    if not all(math.isfinite(scale) for scale in grid):
+        raise usage_error(f"got {text!r}, expected finite numbers", where="--scale")
+    return list(dict.fromkeys(grid))
+
+
+def sweep(
+    vector: str,
+    target: str,
+    *,
+    scales: Sequence[float],
+    tasks: Sequence[str],
+    out: Path | None = None,
+    controls: int = 3,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    scale_for: Mapping[str, float] | None = None,
+    vocab: VocabPolicy = "strict",
+    limit: int | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    allow_unrelated: bool = False,
+    options: Options = Options(),
+) -> SweepReport:
+    """Scores θ_target + α·(m ⊙ v) for every α of the grid, and `controls` random vectors at the best one.
+
+    Args:
+        scales: the grid; `scale_for` globs multiply it, so that 0.5 halves a tensor's α everywhere on the grid.
+        out: a folder for results.json, one picture per task and report.html.
+        seed: of the first random vector; the others count up from it.
+
+    Raises:
+        SurgeryError: vector and target do not fit; the model's tensors cannot be reached in memory by their names on
+            disk; a task is unknown; lm-evaluation-harness is not installed.
+    """
+    check_policy(vocab)
+    opened, model = open_vector(vector), open_checkpoint(target)
+    mask = Mask(1.0, tuple(include), tuple(exclude), scale_for or {})
+    preflight = Preflight()
+    if out is not None:
+        check_free(out, overwrite=options.overwrite)
+        check_output(out, {"target": model, "vector": opened.checkpoint})
+    check_config(preflight, model, opened.checkpoint.config, vector)
+    preflight.settle("vector sweep")
+    check_quantised(preflight, [model])
+    mask.check(sorted({*model.float_names(), *opened.checkpoint.float_names()}))
+    fitted = fit(preflight, side(model), [Side(opened.checkpoint, opened.donor)], mask, vocab, zero=opened.zero)
+    preflight.settle("vector sweep")
+    check_ancestor(preflight, model, load_file(opened.donor / SKETCH), allow_unrelated=allow_unrelated)
+    preflight.settle("vector sweep")
+
+    measures = on_tasks(tasks, limit=limit, batch_size=batch_size)
+
+    with _Bench(model, {name: inputs[0] for name, inputs in fitted.items()}, mask, options.device) as bench:
+
+        def score(point: str) -> list[Score]:
+            named = replace(bench.loaded, name=point)
+            return [found for measure in measures for found in measure(named)]
+
+        with options.progress("Scoring", len(scales) + controls, "steps") as advance:
+            points = []
+            for alpha in scales:
+                bench.set(alpha)
+                points.append(Point(alpha, score(f"α = {alpha:g}")))
+                advance(1)
+            # Of equally good scales the largest: there a random vector has the best chance to do something too.
+            best = max(points, key=lambda point: (point.scale != 0, _mean(point), abs(point.scale)))
+            randoms = []
+            for number in range(controls):
+                bench.set(best.scale, control=seed + number)
+                randoms.append(Point(best.scale, score(f"random {number}"), seed + number))
+                advance(1)
+    report = SweepReport(vector, target, points, randoms, preflight.facts, preflight.warnings)
+    if out is not None:
+        share([out], lambda folder: _write(report, folder))
+    return report
+
+
+class _Bench:
+    """The target in memory, and the means to set it to θ + α·v or to θ + α·(random of v's norm)."""
+
+    def __init__(self, checkpoint: Checkpoint, vector: Mapping[str, Input], mask: Mask, device: str) -> None:
+        self.loaded = load_model(loadable_folder(checkpoint), checkpoint.ref, device=device)
+        self._checkpoint, self._vector, self._mask = checkpoint, vector, mask
+        self._live = dict(self._reach())
+        paths = {path for source in vector.values() for path in source.tensor.files}
+        self._files = SourceFiles(paths | set(checkpoint.files))
+        self._reader = Reader(self._files)
+
+    def __enter__(self) -> _Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    @torch.no_grad()
+    def set(self, alpha: float, *, control: int | None = None) -> None:
+        """Sets every tensor that v touches, from the values on disk: nothing adds up from one α to the next."""
+        for name, source in self._vector.items():
+            target = self._checkpoint.tensors[name]
+            compute = compute_dtype((target.dtype, source.tensor.dtype))
+            weights = self._reader.whole(Input(target), "target").to(compute)
+            update = self._reader.values(source, 0, target.n_elements, "vector").view(target.shape).to(compute)
+            if control is not None:
+                update = matched_noise(update, name, control)
+            stored = ADD_VECTOR.fn([weights, update], scale=alpha * self._mask.scale_of(name))
+            self._live[name].copy_(stored)
+
+    def _reach(self) -> Iterator[tuple[str, Tensor]]:
+        """The live tensor of every name on disk; fused or renamed ones cannot be set and are refused."""
+        live = self.loaded.model.state_dict()
+        prefix = getattr(self.loaded.model, "base_model_prefix", "")
+        lost = []
+        for name in self._vector:
+            found = live.get(name, live.get(f"{prefix}.{name}"))
+            if found is None or tuple(found.shape) != self._checkpoint.tensors[name].shape:
+                lost.append(name)
+            else:
+                yield name, found
+        if lost:
+            raise SurgeryError(
+                f"transformers holds {len(lost)} tensor(s) in memory under another name or shape: {listing(lost, 3)}",
+                where=self._checkpoint.ref,
+                hint="Write each α with `surgery vector apply` and score them with `surgery eval`.",
+            )
+
+
+def matched_noise(update: Tensor, name: str, seed: int) -> Tensor:
+    """Gaussian noise of the shape and norm of `update`, from a generator seeded by (seed, tensor name)."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    noise = torch.randn(update.shape, generator=generator, dtype=torch.float64)
+    norm = noise.norm()
+    return (noise * (update.double().norm() / norm)).to(update.dtype) if norm > 0 else torch.zeros_like(update)
+
+
+def _of(point: Point, task: str) -> Score:
+    return next(score for score in point.scores if score.task == task)
+
+
+def _mean(point: Point) -> float:
+    return math.fsum(score.value for score in point.scores) / len(point.scores)
+
+
+def _write(report: SweepReport, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    results = {
+        "schema": SCHEMA,
+        "kind": "sweep",
+        "vector": report.vector,
+        "target": report.target,
+        "points": report.points,
+        "controls": report.controls,
+    }
+    page = Report(f"{report.target} + α · {report.vector}", " ".join(report.sentences()))
+    for task, figure, table in zip(report.tasks, report.figures(), report.tables(), strict=True):
+        figure.save(out / f"{task}.png")
+        page.add(figure)
+        page.add(table)
+    page.write(out / "report.html")
+    (out / "results.json").write_text(to_json(results), encoding="utf-8")
+    (out / MANIFEST).write_text(to_json({"schema": SCHEMA, "kind": "sweep"}), encoding="utf-8")

@@ -1,0 +1,81 @@
+"""Growth on a tiny scale: windows with something to learn in them, and stages that take a second."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.architectures import VOCABULARY
+from support.models import open_folder
+from torch import Tensor
+
+from surgery.growth.plan import Lora, Stage, Trained, Training
+from surgery.growth.prefix_cache.cache import PrefixCache
+from surgery.growth.prefix_cache.prefix import Prefix
+from surgery.growth.training.loop import StageResult, train_stage
+from surgery.models.loaded_model import LiveModel
+
+SEQUENCE, BATCH, COUNT, SEED = 16, 4, 24, 5
+
+
+class Windows:
+    """`COUNT` windows of a stream in which each id mostly tells the next one, over and over again."""
+
+    identity = "toy"
+
+    def __init__(self) -> None:
+        draw = torch.Generator().manual_seed(1)
+        follows = torch.randperm(VOCABULARY, generator=draw)
+        ids = [7]
+        for chance in torch.rand(COUNT * SEQUENCE, generator=draw).tolist():
+            ids.append(int(follows[ids[-1]]) if chance < 0.9 else int(chance * 1000) % VOCABULARY)
+        self.stream = torch.tensor(ids)
+        self.required = 0
+
+    def require(self, n_windows: int) -> None:
+        self.required = max(self.required, n_windows)
+
+    def number_of(self, drawn: int) -> int:
+        assert drawn < self.required, "windows are to be required before they are drawn"
+        return (7 * drawn) % COUNT
+
+    def windows(self, numbers: Sequence[int]) -> Tensor:
+        return torch.stack([self.stream[n * SEQUENCE : (n + 1) * SEQUENCE + 1] for n in numbers])
+
+
+def make_stage(train: Sequence[Trained] = ("new", "head", "norm"), *, steps: int = 6, **settings: Any) -> Stage:
+    """So many steps at a rate that is high, so that much happens in few."""
+    training = Training(**{"learning_rate": 1e-2, "warmup": 0.34} | settings.pop("training", {}))
+    return Stage(train=tuple(train), tokens=steps * BATCH * SEQUENCE, training=training, lora=Lora(rank=2), **settings)
+
+
+def with_cache(live: LiveModel, depth: int, folder: Path) -> Prefix:
+    """The prefix below `depth`, cached in `folder`."""
+    cache = PrefixCache(
+        folder, windows=COUNT, sequence=SEQUENCE, width=live.width, dtype=torch.float32, tokens=Windows.identity
+    )
+    return Prefix(live, depth, cache)
+
+
+def train(model: Path, stage: Stage, folder: Path, *, cache: Path | None = None, **options: Any) -> StageResult:
+    """Trains the model in the folder `model`, whose last layer is the new one; states go to `folder`."""
+    live = open_folder(model)
+    return train_live(live, stage, folder, cache=cache, **options)
+
+
+def train_live(
+    live: LiveModel, stage: Stage, folder: Path, *, cache: Path | None = None, **options: Any
+) -> StageResult:
+    last = len(live.layers) - 1
+    chosen: dict[str, Any] = {
+        "store": Windows(),
+        "first_window": 2,
+        "sequence": SEQUENCE,
+        "batch": BATCH,
+        "seed": SEED,
+        "prefix": None if cache is None else lambda depth: with_cache(live, depth, cache),
+        "folder": folder,
+    }
+    return train_stage(live, stage, [last], **chosen | options)

@@ -1,0 +1,405 @@
+"""Tiny mixtures of experts whose truth is known: one expert of one layer is set to fire (almost) only at one token.
+
+`FAMILIES` are 18 of them, with 8 experts in a layer and 2 to a token. `plant` sets the router by hand; `make_thinker`
+is a Qwen3-MoE that writes, too: `hm</think>S` behind every prompt, and `hmhmhm…` for ever once the expert that fires at
+`m` is scaled enough. Its experts at `<think>` and `m` are `AT_THINK` and `AT_M`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support.chat_tokenizer import make_tokenizer
+from support.models import open_folder
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from probes.data.examples import TokenSequence
+from probes.model.reinforce import Reinforcement, reinforced
+from probes.model.routers import Router
+from surgery.checkpoint.selectors import Expert
+from surgery.errors import SurgeryError
+from surgery.evaluation.scoring import Score
+from surgery.models.loaded_model import LiveModel
+
+EXPERTS, TOP_K, HIDDEN, VOCABULARY = 8, 2, 32, 96
+PLANTED = Expert(1, 5)
+MARKER = 6  # `<think>`, in the tokenizer of `chatting`
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+    "pad_token_id": 1,
+    "num_experts_per_tok": TOP_K,
+}
+_NARROW = {**_COMMON, "moe_intermediate_size": 24}
+_ROUTED = {
+    **_NARROW,
+    "n_routed_experts": EXPERTS,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 12,
+}
+_LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_LONGCAT = {
+    "ffn_hidden_size": 48,
+    "expert_ffn_hidden_size": 24,
+    "num_layers": 2,
+    "num_hidden_layers": 4,
+    "moe_topk": TOP_K,
+    "zero_expert_num": 2,
+    "head_dim": 4,
+    "n_routed_experts": EXPERTS,
+    **_LATENT,
+}
+
+
+def _config(kind: str, values: Mapping[str, Any]) -> Callable[[], PretrainedConfig]:
+    return lambda: getattr(transformers, kind)(**values)
+
+
+FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
+    "mixtral": _config("MixtralConfig", {**_COMMON, "num_local_experts": EXPERTS}),
+    "qwen2_moe": _config("Qwen2MoeConfig", {**_NARROW, "num_experts": EXPERTS, "shared_expert_intermediate_size": 40}),
+    "qwen3_moe": _config("Qwen3MoeConfig", {**_NARROW, "num_experts": EXPERTS, "norm_topk_prob": True, "head_dim": 16}),
+    "olmoe": _config("OlmoeConfig", {**_COMMON, "num_experts": EXPERTS}),
+    "deepseek_v2": _config("DeepseekV2Config", {**_ROUTED, **_LATENT, "q_lora_rank": None}),
+    "deepseek_v3": _config("DeepseekV3Config", {**_ROUTED, **_LATENT, "head_dim": 4}),
+    "glm4_moe": _config("Glm4MoeConfig", {**_ROUTED, "head_dim": 8}),
+    "dots1": _config("Dots1Config", {**_ROUTED, "head_dim": 8}),
+    "gpt_oss": _config(
+        "GptOssConfig",
+        {
+            **_COMMON,
+            "head_dim": 16,
+            "num_local_experts": EXPERTS,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+    "phimoe": _config("PhimoeConfig", {**_COMMON, "num_local_experts": EXPERTS}),
+    "granitemoe": _config("GraniteMoeConfig", {**_COMMON, "num_local_experts": EXPERTS}),
+    "ernie4_5_moe": _config(
+        "Ernie4_5_MoeConfig",
+        {
+            **_NARROW,
+            "moe_num_experts": EXPERTS,
+            "moe_k": TOP_K,
+            "moe_layer_start_index": 0,
+        },
+    ),
+    "hunyuan_v1_moe": _config(
+        "HunYuanMoEV1Config",
+        {
+            **_COMMON,
+            "num_experts": EXPERTS,
+            "moe_topk": TOP_K,
+            "head_dim": 8,
+        },
+    ),
+    "minimax_m2": _config("MiniMaxM2Config", {**_COMMON, "num_local_experts": EXPERTS, "head_dim": 8}),
+    "qwen3_next": _config(
+        "Qwen3NextConfig",
+        {
+            **_NARROW,
+            **_LINEAR,
+            "num_experts": EXPERTS,
+            "shared_expert_intermediate_size": 40,
+            "head_dim": 8,
+        },
+    ),
+    "lfm2_moe": _config(
+        "Lfm2MoeConfig",
+        {
+            **_NARROW,
+            "num_experts": EXPERTS,
+            "num_dense_layers": 1,
+            "layer_types": ["conv", "full_attention"],
+        },
+    ),
+    "flex_olmo": _config("FlexOlmoConfig", {**_COMMON, "num_experts": EXPERTS}),
+    "longcat_flash": _config("LongcatFlashConfig", {**_COMMON, **_LONGCAT}),
+}
+# Those that choose among experts that compute nothing, too, whose numbers are beyond those of the others.
+WITH_ZERO_EXPERTS = ("longcat_flash",)
+
+_CONSTANT, _OWN = 0, 1
+
+
+def plant(name: str, folder: Path, *, seed: int = 0) -> LiveModel:
+    """A model of family `name` whose expert `PLANTED` fires at the token `MARKER`, and hardly anywhere else.
+
+    The marker's embedding is large in a dimension that all others lack and the expert's router row reads; the row is
+    repelled by a dimension that all tokens have.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(FAMILIES[name]())
+        with torch.no_grad():
+            for held in model.state_dict().values():
+                if held.is_floating_point() and held.dim() > 1:
+                    held.normal_(0, 0.02)
+            embedding = model.get_input_embeddings().weight
+            embedding.normal_(0, 1)
+            embedding[:, _CONSTANT] = 2
+            embedding[:, _OWN] = 0
+            embedding[MARKER] *= 0.1
+            embedding[MARKER, _OWN] = 8
+            for number, router in enumerate(router_matrices(model)):
+                router.normal_(0, 1)
+                router[:, [_CONSTANT, _OWN]] = 0
+                if number == PLANTED.layer:
+                    router[PLANTED.index] = 0
+                    router[PLANTED.index, _OWN], router[PLANTED.index, _CONSTANT] = 4, -4
+    model.save_pretrained(folder)
+    return open_folder(folder)
+
+
+def router_matrices(model: Any) -> list[Tensor]:
+    """The router's weight of each layer, (experts, hidden); of no use where a layer has none."""
+    stack = model.base_model.layers
+    return [
+        next(
+            (p for name, p in layer.named_parameters() if "experts" not in name.split(".")[-2:] and _is_router(p)),
+            torch.zeros(EXPERTS, HIDDEN),
+        )
+        for layer in stack
+    ]
+
+
+def _is_router(parameter: Tensor) -> bool:
+    return parameter.dim() == 2 and parameter.shape[1] == HIDDEN and parameter.shape[0] in (EXPERTS, EXPERTS + 2)
+
+
+def texts(
+    count: int, *, length: int = 20, seed: int = 0, markers: Sequence[Sequence[int]] = ((MARKER,),)
+) -> list[TokenSequence]:
+    """Random sequences of about `length` tokens with each of `markers` somewhere, once in every segment by turns."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=draw))
+
+    found = []
+    for at in range(count):
+        ids = torch.randint(10, VOCABULARY, (length + number(0, 7),), generator=draw).tolist()
+        for phrase in markers:
+            where = number(0, len(ids) + 1)
+            ids[where:where] = list(phrase)
+        third = len(ids) // 3
+        found.append(TokenSequence(f"s{at}", tuple(ids), (third, 2 * third - 1, 2 * third, len(ids))))
+    return found
+
+
+# The model that writes
+
+AT_THINK, AT_M = Expert(1, 3), Expert(1, 6)
+LAYERS = 2
+OPENING, CLOSING = "<think>", "</think>"
+THOUGHT, ANSWER = "hm", "S"
+COLLAPSING = 2.0**20  # of AT_M
+_WRITTEN = (OPENING, "\n", "h", "m", CLOSING, ANSWER)
+_FOLLOWING = {OPENING: "h", "\n": "h", "h": "m", "m": CLOSING, CLOSING: ANSWER, ANSWER: "</s>"}
+
+
+def make_thinker(folder: Path) -> Path:
+    """Saves the model with its tokenizer into `folder`, and returns `folder`. What a token is followed by depends on
+    nothing but that token, as long as no expert is scaled."""
+    tokenizer = make_tokenizer()
+    vocabulary = tokenizer.get_vocab()
+    config = Qwen3MoeConfig(
+        **{
+            **_NARROW,
+            "num_experts": EXPERTS,
+            "norm_topk_prob": True,
+            "head_dim": 8,
+            "num_hidden_layers": LAYERS,
+            "max_position_embeddings": 128,
+            "tie_word_embeddings": False,
+        }
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Qwen3MoeForCausalLM(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0, 1e-3)
+            embedding = model.model.embed_tokens.weight
+            embedding.normal_(0, 0.5)
+            embedding[:, : 1 + len(_WRITTEN)] = 0
+            embedding[:, _CONSTANT] = 1
+            own = {token: 1 + at for at, token in enumerate(_WRITTEN)}
+            for token, dimension in own.items():
+                embedding[vocabulary[token]] *= 0.1
+                embedding[vocabulary[token], _CONSTANT] = 1
+                embedding[vocabulary[token], dimension] = 4
+            for layer in model.model.layers:
+                layer.mlp.gate.weight.normal_(0, 1)
+                layer.mlp.gate.weight[:, : 1 + len(_WRITTEN)] = 0
+            for expert, token in ((AT_THINK, OPENING), (AT_M, "m")):
+                mlp = model.model.layers[expert.layer].mlp
+                row = mlp.gate.weight[expert.index]
+                row.zero_()
+                row[own[token]], row[_CONSTANT] = 4, -8
+                # Half of the first matrix is the gate; what it lets through is written where `<think>` stands.
+                first, width = mlp.experts.gate_up_proj[expert.index], config.moe_intermediate_size
+                first[0, own[token]] = first[width, own[token]] = 1
+                mlp.experts.down_proj[expert.index][own[OPENING], 0] = 1e-3
+            head = model.lm_head.weight
+            for token, successor in _FOLLOWING.items():
+                head[vocabulary[successor], own[token]] = 20
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def rows(count: int, *, whole: bool = True, seed: int = 0) -> list[dict[str, str]]:
+    """Prompts of random letters; `whole` ones with the thinking and the answer that the model would write."""
+    draw = torch.Generator().manual_seed(seed)
+    found = []
+    for at in range(count):
+        letters = torch.randint(26, (6 + at % 5,), generator=draw).tolist()
+        prompt = "".join(chr(ord("A") + letter) for letter in letters)
+        found.append({"prompt": prompt} | ({"thinking": THOUGHT, "response": ANSWER} if whole else {}))
+    return found
+
+
+def write_rows(path: Path, listed: Sequence[Mapping[str, Any]]) -> Path:
+    """The rows as a JSONL file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in listed), encoding="utf-8")
+    return path
+
+
+Lives = Callable[[str], LiveModel]
+
+
+def planter(folder: Path) -> Lives:
+    """`plant` that makes each model once, in folders below `folder`."""
+    made: dict[str, LiveModel] = {}
+
+    def get(name: str) -> LiveModel:
+        if name not in made:
+            made[name] = plant(name, folder / name)
+        return made[name]
+
+    return get
+
+
+def experts_modules(live: LiveModel) -> dict[int, Any]:
+    """Layer → the module that applies its experts, by the name of its class: how tests find it without our help."""
+    found = {}
+    for number, layer in enumerate(live.layers):
+        for module in layer.modules():
+            if type(module).__name__.endswith("Experts"):
+                found[number] = module
+    return found
+
+
+def watch_experts(live: LiveModel, ids: Tensor) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    """Layer → what its experts are handed in a pass over `ids` (N, T): states, numbers and weights."""
+    seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    handles = []
+    for number, module in experts_modules(live).items():
+
+        def keep(_: Any, given: tuple[Tensor, Tensor, Tensor], number: int = number) -> None:
+            seen[number] = (given[0].clone(), given[1].clone(), given[2].clone())
+
+        handles.append(module.register_forward_pre_hook(keep))
+    try:
+        with torch.inference_mode():
+            live.body(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def logits_of(live: LiveModel, ids: Tensor) -> Tensor:
+    """(N, T, vocabulary)"""
+    with torch.inference_mode():
+        logits: Tensor = live.model(ids, use_cache=False).logits
+    return logits
+
+
+# Tasks that are no tasks
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a task was asked with: how experts were reinforced, on which part of its samples."""
+
+    task: str
+    scales: Mapping[Expert, float]
+    part: tuple[int, int] | None
+
+
+def stub_tasks(
+    patch: pytest.MonkeyPatch, score: Callable[[Asked], float], *, known: Sequence[str] = ("t",)
+) -> list[Asked]:
+    """Puts tasks named `known` in the place of the harness's, scored by `score`; returns all that they are asked. Each
+    runs one pass of the model."""
+    from probes.experts import sweep as expert_sweep
+
+    now: list[Reinforcement] = []
+    asked: list[Asked] = []
+
+    @contextmanager
+    def entered(live: LiveModel, routers: Sequence[Router], how: Reinforcement) -> Iterator[Any]:
+        with reinforced(live, routers, how) as applied:
+            now.append(how)
+            try:
+                yield applied
+            finally:
+                now.pop()
+
+    def on_tasks(tasks: Sequence[str], *, part: tuple[int, int] | None = None, **_: Any) -> list[Any]:
+        def measure(loaded: Any, task: str) -> list[Score]:
+            with torch.inference_mode():
+                loaded.model(torch.tensor([[2, MARKER]]))
+            asked.append(Asked(task, dict(now[-1].scales), part))
+            value = score(asked[-1])
+            return [Score(loaded.name, task, "accuracy", value, value - 0.1, value + 0.1, 20, True)]
+
+        if unknown := [task for task in tasks if task not in known]:
+            raise SurgeryError(f"no such task: {unknown[0]}")
+        return [partial(measure, task=task) for task in tasks]
+
+    patch.setattr(expert_sweep, "reinforced", entered)
+    patch.setattr(expert_sweep, "on_tasks", on_tasks)
+    return asked
+
+
+def no_pictures(patch: pytest.MonkeyPatch) -> None:
+    """Leaves reports out, which take longer than all the rest."""
+    patch.setattr("probes.experts.run.write_expert_report", lambda folder, *, name: folder)

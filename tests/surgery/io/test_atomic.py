@@ -1,0 +1,42 @@
+"""Small files appear whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from surgery.errors import SurgeryError
+from surgery.io.atomic import replacing, write_file
+
+
+def test_text_and_bytes_are_written_with_their_folder(tmp_path: Path) -> None:
+    path = tmp_path / "a/b.txt"
+    assert write_file(path, "é") == path and path.read_bytes() == "é".encode()
+    write_file(path, b"\0")
+    assert path.read_bytes() == b"\0"
+    assert [entry.name for entry in path.parent.iterdir()] == ["b.txt"]
+
+
+def test_a_new_file_may_be_read_by_all_and_an_old_one_keeps_its_mode(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "a", "1")
+    assert path.stat().st_mode & 0o777 == 0o644
+    path.chmod(0o600)
+    write_file(path, "2")
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("fault", [ValueError("bug"), KeyboardInterrupt()])
+def test_an_error_in_the_block_leaves_what_was_there(tmp_path: Path, fault: BaseException) -> None:
+    path = write_file(tmp_path / "a", "old")
+    with pytest.raises(type(fault)), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise fault
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
+    write_file(tmp_path / "file", "")
+    with pytest.raises(SurgeryError, match="cannot be written"):
+        write_file(tmp_path / "file/inside", "")

@@ -1,0 +1,39 @@
+"""Pictures: drawn for any data, the same bytes each time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from surgery.reporting.plots import distances, layer_movement, scale_curve, score_bars, similarity
+from surgery.reporting.report import Figure
+
+PNG = b"\x89PNG\r\n\x1a\n"
+GROUPS = ["embed", *(f"layer {i}" for i in range(40)), "final norm", "lm_head"]
+
+
+@dataclass(frozen=True)
+class Score:
+    value: float
+    low: float
+    high: float
+
+
+def figures() -> list[Figure]:
+    curve = [(scale, Score(0.1 + scale / 4, scale / 4, 0.2 + scale / 4)) for scale in (1.0, -0.0, 0.5)]
+    return [
+        layer_movement("Moved $x$", GROUPS, [0.01] * len(GROUPS)),
+        layer_movement("Few", ["embed", "layer 0"], [0.0, math.inf], caption="<b>"),
+        similarity("Cosine", GROUPS, {"a · b": [0.5] * len(GROUPS), "a · c": [math.nan] * 42 + [None]}),
+        distances("Distance", GROUPS, {"a": [0.5] * len(GROUPS), "b": [None] * len(GROUPS)}),
+        score_bars("Scores", {"sums": {"a": Score(0.5, 0.4, 0.6), "b": Score(0.1, math.nan, math.nan)}, "empty": {}}),
+        scale_curve("Sweep", curve, {"random": curve[:1], "none": []}, lines={"donor": 0.9, "target": 0.1}),
+    ]
+
+
+def test_pictures_are_png_and_repeat_byte_for_byte() -> None:
+    first, again = figures(), figures()
+    for figure, other in zip(first, again, strict=True):
+        assert figure.png.startswith(PNG)
+        assert figure.png == other.png
+        assert b"matplotlib" not in figure.png
