@@ -25,7 +25,7 @@ from probes.refusal.findings import Findings
 from probes.refusal.run import probe_refusal
 from surgery import lab
 from surgery.checkpoint.selectors import Head
-from surgery.lab import build as family
+from surgery.lab.build import build as family
 from surgery.models.loaded_model import open_live
 from surgery.runtime.progress import terminal
 

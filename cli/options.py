@@ -12,7 +12,7 @@ import typer
 from surgery.io.command_line import option_of
 
 if TYPE_CHECKING:
-    from surgery.engine.execute import Options
+    from surgery.engine.options import Options
 
 Model = Annotated[
     str,
@@ -58,7 +58,7 @@ def options(
     threads: int | None = None, device: str = "cpu", *, overwrite: bool = False, allow_nonfinite: bool = False
 ) -> Options:
     """The library's `Options`, with a progress bar on stderr."""
-    from surgery.engine.execute import Options
+    from surgery.engine.options import Options
     from surgery.runtime.progress import terminal
 
     return Options(threads, device, overwrite, allow_nonfinite, terminal)

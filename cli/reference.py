@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cli.main import app
+from cli.app import app
 from cli.signatures import Parameter, Signature, signatures
 
 INDEX = "README.md"

@@ -7,7 +7,7 @@ from typing import Any
 
 from merges.config.schema import MergeConfig
 from merges.layout import Layout
-from merges.methods import METHODS
+from merges.methods.registry import METHODS
 from merges.report import MergeReport
 from surgery.engine.manifest import Card
 from surgery.errors import listing

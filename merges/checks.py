@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
 from surgery.checkpoint.reader import Reader, SourceFiles, count_nonfinite, segments
 from surgery.checkpoint.vocabulary import Vocabulary, read_vocabulary
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.engine.preflight import Preflight, check_config
 from surgery.engine.workers import run_shared
 from surgery.errors import SurgeryError, listing

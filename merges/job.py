@@ -22,10 +22,12 @@ from surgery.checkpoint.dtypes import dtype_name
 from surgery.checkpoint.reader import SourceFiles
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.edit_report import write_config_dtype
-from surgery.engine.execute import Options, Outcome, execute
+from surgery.engine.execute import execute
 from surgery.engine.manifest import build_manifest, write_card, write_manifest
+from surgery.engine.options import Options
 from surgery.engine.plan import Plan, check_output, plan_files
 from surgery.engine.preflight import Preflight, check_quantised, check_space
+from surgery.engine.result import Outcome
 from surgery.errors import SurgeryError, listing
 from surgery.vectors.align import side
 

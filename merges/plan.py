@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from merges.checks import ALIGN, TensorFaults
 from merges.config.schema import MergeConfig, merged_sources
 from merges.layout import Layout, Slot
-from merges.methods import METHODS, Method, argument
+from merges.methods.registry import METHODS, Method, argument
 from merges.tokenizer.embeddings import TokenInputs
 from surgery.checkpoint.checkpoint import StoredTensor
 from surgery.checkpoint.dtypes import dtype_name

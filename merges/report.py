@@ -11,7 +11,7 @@ from typing import Any
 
 from merges.config.settings import MethodSpec, ParameterSpec, shown
 from merges.plan import MergedTensor
-from surgery.engine.execute import Outcome
+from surgery.engine.result import Outcome
 from surgery.reporting.report import Column, Figure, Table
 
 

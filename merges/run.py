@@ -13,8 +13,8 @@ from merges.config.parse import ordered
 from merges.config.schema import MergeConfig
 from merges.job import Job, Planned
 from merges.report import MergeReport
-from surgery.engine.execute import Options
 from surgery.engine.manifest import read_manifest
+from surgery.engine.options import Options
 from surgery.io.atomic import MANIFEST, check_free, partial_of
 from surgery.runtime.collectives import share
 

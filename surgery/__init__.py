@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from surgery.checkpoint.resolve import open_checkpoint
     from surgery.edits.experts import scale_experts
     from surgery.edits.heads import scale_heads
-    from surgery.engine.execute import Options
+    from surgery.engine.options import Options
     from surgery.growth.baseline import train_baselines
     from surgery.growth.data.train_tokenizer import train_tokenizer
     from surgery.growth.embedding.build import make_embedding
@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Options": "engine.execute",
+    "Options": "engine.options",
     "add_layers": "growth.layers.add",
     "apply": "vectors.apply",
     "diff": "vectors.compare",

@@ -236,7 +236,7 @@ def unpack(
 
 
 def _specs() -> dict[str, Any]:
-    from merges.methods import METHODS
+    from merges.methods.registry import METHODS
 
     return {name: method.spec for name, method in METHODS.items()}
 

@@ -14,7 +14,7 @@ from surgery.io.command_line import option_of
 if TYPE_CHECKING:
     from probes.experts.findings import ExpertFindings
     from probes.refusal.findings import Findings
-    from surgery.engine.execute import Options
+    from surgery.engine.options import Options
 
 app = typer.Typer(
     help="Looks into models: refusal cliffs of reasoning models and the heads that make them (arXiv 2510.06036), and "

@@ -21,34 +21,12 @@ from merges.config.read import Draft, read_document
 from merges.config.schema import (
     Compat,
     MergeConfig,
-    ModelToken,
-    Scope,
-    Section,
-    Source,
-    TokenizerRule,
-    TokenRule,
-    ZeroToken,
 )
 from merges.config.settings import MethodSpec
 from surgery.errors import usage_error
 from surgery.io.command_line import option_of
 from surgery.io.yaml_models import read_text
 from surgery.io.yaml_nodes import Faults, Node, read_documents, tree
-
-__all__ = [
-    "MergeConfig",
-    "ModelToken",
-    "Scope",
-    "Section",
-    "Source",
-    "TokenRule",
-    "TokenizerRule",
-    "ZeroToken",
-    "config_for_method",
-    "ordered",
-    "parse_configs",
-    "read_configs",
-]
 
 _ONE_RESULT = "Give a name to every document but one."
 

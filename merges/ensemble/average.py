@@ -27,10 +27,12 @@ from merges.ensemble.shared_tensors import Shared, find_shared
 from merges.ensemble.tune import Tuned, TuneWhat, check_tuning, tune_members
 from surgery.checkpoint.checkpoint import ADAPTER_CONFIG, Checkpoint, read_file
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.execute import Options, Outcome, execute
+from surgery.engine.execute import execute
 from surgery.engine.manifest import Card, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.options import Options
 from surgery.engine.plan import Plan, check_output, copied, plan_files
 from surgery.engine.preflight import Preflight, check_quantised, check_space
+from surgery.engine.result import Outcome
 from surgery.errors import usage_error
 from surgery.io.atomic import MANIFEST, check_free
 from surgery.reporting.report import Column, Table, format_value

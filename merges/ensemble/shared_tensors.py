@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
 from surgery.checkpoint.checkpoint import StoredTensor
 from surgery.checkpoint.reader import Reader, SourceFiles, digest, hash_tensor
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.engine.workers import run_shared
 
 SKETCH = 4096  # elements; tensors that differ at all nearly always differ here, and need no reading as a whole

@@ -13,9 +13,11 @@ from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
 from surgery.checkpoint.reader import Input
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.safetensors_header import parse_header
-from surgery.engine.execute import Options, Outcome, execute
+from surgery.engine.execute import execute
 from surgery.engine.manifest import command_record
+from surgery.engine.options import Options
 from surgery.engine.plan import Plan, PlannedFile, PlannedTensor, check_output
+from surgery.engine.result import Outcome
 from surgery.errors import SurgeryError, usage_error
 from surgery.io.atomic import check_free
 from surgery.io.json_io import read_json

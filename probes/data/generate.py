@@ -25,11 +25,10 @@ from probes.data.tokenize import encode, text_before_answer
 from surgery.errors import SurgeryError, usage_error
 from surgery.io.hashing import hash_text
 from surgery.models.loading import Loaded
-from surgery.runtime.collectives import n_processes, share, wait
+from surgery.runtime.collectives import share, wait
+from surgery.runtime.environment import n_processes
 from surgery.runtime.progress import Progress, silent
 from surgery.runtime.quiet import quiet
-
-__all__ = ["GenerationSettings", "complete", "context_of", "generate_texts", "never_closed"]
 
 Engine = Literal["transformers", "vllm"]
 # Where nobody says how long thinking and response may be together.

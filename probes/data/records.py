@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from probes.data.examples import Example
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.engine.verify import weights_hash
 from surgery.errors import SurgeryError, usage_error
 from surgery.evaluation.statistics import Estimate

@@ -21,29 +21,12 @@ from probes.data.markers import (
     NONE_OPTION,
     Markers,
     check_split,
-    find_markers,
-    never_closed,
-    split_completion,
     split_given,
     template_text,
 )
 from surgery.errors import usage_error
 from surgery.io.hashing import hash_text
 from surgery.runtime.quiet import quiet
-
-__all__ = [
-    "Markers",
-    "build_sequences",
-    "encode",
-    "find_markers",
-    "never_closed",
-    "render_prompt",
-    "split_completion",
-    "split_given",
-    "template_hash",
-    "text_before_answer",
-    "tokenizer_hash",
-]
 
 # Some templates write today's date by strftime_now. The same data must give the same ids tomorrow, so it is always this
 # day for them. Templates are handed no functions of ours, hence a macro that puts in each part of the date.

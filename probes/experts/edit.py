@@ -39,7 +39,7 @@ from surgery.checkpoint.tokenizer_files import TOKENIZER_FILES
 from surgery.edits.common import EditNotes, Measure
 from surgery.edits.experts import scale_experts
 from surgery.engine.edit_report import EditReport
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.errors import SurgeryError, usage_error
 from surgery.models.loaded_model import LiveModel
 from surgery.models.loading import load_tokenizer

@@ -13,7 +13,7 @@ from probes.experts.findings import read_expert_findings
 from probes.model.reinforce import Phase, Reinforcement, reinforced
 from probes.model.routers import find_routers
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.evaluation.scoring import Measure, Score
 from surgery.models.loaded_model import wrap
 from surgery.models.loading import Loaded

@@ -32,14 +32,15 @@ from probes.model.expert_norms import norm_ratios
 from probes.model.routers import Router, find_routers
 from probes.model.routing import PARTS, Counts, Marker, count, parse_marker
 from probes.side_effects.compare import prompts_of
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.engine.verify import weights_hash
 from surgery.errors import usage_error
 from surgery.evaluation.statistics import Estimate
 from surgery.io.atomic import check_free, partial_of
 from surgery.io.json_io import jsonable
 from surgery.models.loaded_model import LiveModel
-from surgery.runtime.collectives import is_main, wait
+from surgery.runtime.collectives import wait
+from surgery.runtime.environment import is_main
 
 MEASURED = 10  # of the ranked experts, whose share of the residual stream is measured
 COMPARED = 10  # experts at the top of two data sets

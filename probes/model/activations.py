@@ -21,7 +21,8 @@ from torch import Tensor
 from probes.data.examples import TokenSequence
 from surgery.errors import SurgeryError, usage_error
 from surgery.models.loaded_model import LiveModel, hidden_in, hidden_out, hooks
-from surgery.runtime.collectives import n_processes, share
+from surgery.runtime.collectives import share
+from surgery.runtime.environment import n_processes
 from surgery.runtime.progress import Progress, silent
 
 # Tokens in a batch, padding included. On a processor more cost 5 to 30 % (activations leave its caches: measured at

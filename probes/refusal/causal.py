@@ -38,15 +38,16 @@ from probes.refusal.findings import (
     write_findings,
 )
 from probes.refusal.head_attribution import head_inputs
-from probes.refusal.train_probes import Probes
+from probes.refusal.probe import Probes
 from probes.side_effects.effects import Rate, Subject, answer, divergences
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Head
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.errors import SurgeryError, usage_error
 from surgery.evaluation.statistics import Estimate, bootstrap_mean, spearman
 from surgery.models.loaded_model import LiveModel
-from surgery.runtime.collectives import is_main, wait
+from surgery.runtime.collectives import wait
+from surgery.runtime.environment import is_main
 
 Kind = Literal["scale", "mean", "resample"]
 HARMLESS = "harmless/complied"

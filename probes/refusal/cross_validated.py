@@ -16,7 +16,8 @@ from torch import Tensor
 
 from probes.data.examples import Example, TokenSequence
 from probes.model.activations import project, states_at
-from probes.refusal.train_probes import LayerMetrics, Probes, evaluate_transfer, train_probes
+from probes.refusal.probe import LayerMetrics, Probes
+from probes.refusal.train_probes import evaluate_transfer, train_probes
 from surgery.errors import usage_error
 from surgery.models.loaded_model import LiveModel
 from surgery.runtime.progress import Progress, silent

@@ -34,9 +34,10 @@ from probes.side_effects.effects import Rate, refusal_rates
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Head, parse_head_scales
-from surgery.edits.heads import EditNotes, Measure, mean_heads, scale_heads
+from surgery.edits.common import EditNotes, Measure
+from surgery.edits.heads import mean_heads, scale_heads
 from surgery.engine.edit_report import EditReport
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.errors import SurgeryError, usage_error
 from surgery.reporting.report import Table
 

@@ -23,14 +23,15 @@ from probes.model.activations import project
 from probes.refusal import cliffs as measures
 from probes.refusal.cliffs import Cliff
 from probes.refusal.findings import PROBES, read_findings
-from probes.refusal.train_probes import Probes
+from probes.refusal.probe import Probes
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.errors import SurgeryError, usage_error
 from surgery.io.atomic import replacing
 from surgery.io.hashing import hash_text
 from surgery.reporting.report import Column, Table
-from surgery.runtime.collectives import is_main, wait
+from surgery.runtime.collectives import wait
+from surgery.runtime.environment import is_main
 
 Style = Literal["trl", "llama-factory"]
 

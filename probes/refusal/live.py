@@ -19,9 +19,9 @@ from probes.data.records import check_model
 from probes.data.tokenize import encode, render_prompt
 from probes.refusal.cliffs import Cliff, measure
 from probes.refusal.findings import PROBES, read_findings
-from probes.refusal.train_probes import Probes
+from probes.refusal.probe import Probes
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.errors import usage_error
 from surgery.models.loaded_model import LiveModel, hidden_out, hooks
 

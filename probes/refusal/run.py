@@ -46,15 +46,17 @@ from probes.refusal.findings import (
     write_findings,
 )
 from probes.refusal.head_attribution import Attribution, attribute
-from probes.refusal.train_probes import LayerMetrics, Probes, confounds
-from surgery.engine.execute import Options
+from probes.refusal.probe import LayerMetrics, Probes
+from probes.refusal.train_probes import confounds
+from surgery.engine.options import Options
 from surgery.engine.verify import weights_hash
 from surgery.errors import SurgeryError, usage_error
 from surgery.evaluation.statistics import Estimate, bootstrap_mean
 from surgery.io.atomic import check_free, partial_of
 from surgery.io.json_io import jsonable
 from surgery.models.loaded_model import LiveModel
-from surgery.runtime.collectives import is_main, wait
+from surgery.runtime.collectives import wait
+from surgery.runtime.environment import is_main
 
 Form = Literal["exact", "paper"]
 MEASURES = ("plateau", "p90", "last", "final", "misalignment")

@@ -18,12 +18,12 @@ from probes.data.markers import Markers
 from probes.data.prepare import Asking, generation_settings
 from probes.data.tokenize import build_sequences
 from probes.side_effects.effects import Rate, Subject, divergences
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.errors import usage_error
 from surgery.io.json_io import jsonable
 from surgery.models.loaded_model import LiveModel
 from surgery.reporting.report import Column, Table
-from surgery.runtime.collectives import n_processes
+from surgery.runtime.environment import n_processes
 
 TOPICS = ("harmful", "harmless")
 EffectRow = tuple[str, str, str, str | None]  # measure, original, edited, prompts

@@ -17,10 +17,11 @@ from surgery.checkpoint.selectors import P, Part
 from surgery.checkpoint.structure import Anatomy
 from surgery.edits.undo import UNDO, Blocks, execute_judged, write_undo
 from surgery.engine.edit_report import EditReport, edit_report, edit_table
-from surgery.engine.execute import Options, Outcome
 from surgery.engine.manifest import Card, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.options import Options
 from surgery.engine.plan import Plan, PlannedTensor, check_output, copied, plan_files
 from surgery.engine.preflight import Preflight, check_space
+from surgery.engine.result import Outcome
 from surgery.errors import FAILED, WRONG_USAGE, SurgeryError, listing
 from surgery.io.atomic import check_free
 

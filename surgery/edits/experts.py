@@ -45,7 +45,7 @@ from surgery.edits.common import (
 from surgery.edits.kernels import SCALE_BLOCKS, SHIFT_EXPONENTS
 from surgery.edits.undo import Blocks
 from surgery.engine.edit_report import EditReport
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.engine.plan import Kernel, Parameter, PlannedTensor
 from surgery.errors import listing, usage_error
 

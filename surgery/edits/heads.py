@@ -20,10 +20,8 @@ from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Head, Part, by_layer
 from surgery.checkpoint.structure import Anatomy, anatomy
 from surgery.edits.common import (
-    NOT_MEASURED,
     Change,
     Edit,
-    EditNotes,
     Faults,
     Measure,
     Wording,
@@ -36,12 +34,10 @@ from surgery.edits.common import (
 from surgery.edits.kernels import ADD_MEANS, SCALE_BLOCKS
 from surgery.edits.undo import Blocks
 from surgery.engine.edit_report import EditReport
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.engine.plan import Parameter, PlannedTensor
 from surgery.engine.preflight import Preflight, check_quantised
 from surgery.errors import listing, usage_error
-
-__all__ = ["NOT_MEASURED", "EditNotes", "Measure", "mean_heads", "scale_heads"]
 
 COMMAND = "edit heads"
 MEANS = "means"

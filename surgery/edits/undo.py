@@ -37,10 +37,12 @@ from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.safetensors_header import build_header
 from surgery.edits.kernels import RESTORE_BLOCKS, flags_of, spread
 from surgery.engine.edit_report import EditReport, edit_report, edit_table
-from surgery.engine.execute import Options, Outcome, execute
+from surgery.engine.execute import execute
 from surgery.engine.manifest import Card, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.options import Options
 from surgery.engine.plan import Place, Plan, PlannedTensor, check_output, copied, plan_files
 from surgery.engine.preflight import Preflight, check_space
+from surgery.engine.result import Outcome
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.io.atomic import check_free, disk_error, partial_of
 from surgery.io.hashing import hash_parts

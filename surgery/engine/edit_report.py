@@ -12,7 +12,7 @@ from typing import Any
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import TORCH_NAMES
 from surgery.checkpoint.structure import anatomy
-from surgery.engine.execute import Outcome
+from surgery.engine.result import Outcome
 from surgery.io.json_io import read_json
 from surgery.reporting.report import Column, Table
 

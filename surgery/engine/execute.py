@@ -22,17 +22,16 @@ from typing import TypeVar
 from surgery.checkpoint.reader import SourceFiles
 from surgery.engine.compute import torch_device
 from surgery.engine.journal import Journal
+from surgery.engine.options import Options
 from surgery.engine.partition import this_machine
 from surgery.engine.plan import Plan, write_index
 from surgery.engine.result import Outcome, outcome_of
-from surgery.engine.worker_job import Job, Options, Records, Watch
+from surgery.engine.worker_job import Job, Records, Watch
 from surgery.engine.workers import default_threads
 from surgery.engine.writer import ShardWriter
 from surgery.errors import SurgeryError, listing
 from surgery.io.atomic import check_free, commit, copy_file, disk_error, partial_of
 from surgery.runtime.collectives import n_sharing, own_device, share
-
-__all__ = ["Options", "Outcome", "execute"]
 
 _FAULT = "fault.txt"  # in the folder while several processes work, where one has failed
 

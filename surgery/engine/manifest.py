@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.engine.execute import Outcome
 from surgery.engine.plan import Plan
+from surgery.engine.result import Outcome
 from surgery.errors import SurgeryError
 from surgery.io.atomic import MANIFEST
 from surgery.io.command_line import option_words

@@ -15,8 +15,8 @@ from surgery.checkpoint.reader import (
     segments,
 )
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.execute import Options
 from surgery.engine.manifest import read_manifest
+from surgery.engine.options import Options
 from surgery.engine.workers import run_shared
 from surgery.errors import listing
 from surgery.io.atomic import MANIFEST

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ from surgery.checkpoint.reader import Reader, SourceFiles, digest, n_segments, o
 from surgery.engine.compute import Computed, bounds, compute, compute_whole, gather, torch_device
 from surgery.engine.direct_io import Edge
 from surgery.engine.journal import Journal, Record
+from surgery.engine.options import Options
 from surgery.engine.partition import Piece, deal
 from surgery.engine.plan import Place, Plan
 from surgery.engine.workers import run
 from surgery.engine.writer import ShardWriter
 from surgery.errors import SurgeryError
 from surgery.runtime.collectives import fault_text
-from surgery.runtime.progress import Progress, silent
 
 _WATCH_SECONDS = 0.5
 
@@ -35,21 +35,6 @@ Records = Mapping[tuple[int, int], Record]
 """(tensor, segment) → record."""
 
 _Written = tuple[Record, list[Edge]]  # what is journaled of a segment, and what must still be given to the writer
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a plan is run; none of these changes a byte of the result.
-
-    threads: None for one per processor. device: "cpu" or "cuda[:n]". overwrite: replace an OUT that this tool wrote,
-    and drop another job's `.partial`. allow_nonfinite: write NaN and infinite values instead of stopping at them.
-    """
-
-    threads: int | None = None
-    device: str = "cpu"
-    overwrite: bool = False
-    allow_nonfinite: bool = False
-    progress: Progress = field(default=silent, compare=False)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.errors import usage_error
 from surgery.evaluation.perplexity import on_texts
 from surgery.evaluation.scoring import score_models

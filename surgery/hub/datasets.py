@@ -14,6 +14,7 @@ from typing import Any
 
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.hub import download as hub
+from surgery.hub.errors import TOKEN_HINT
 from surgery.runtime.quiet import quiet
 
 SHAPE = "org/name[/config][@revision]:split[a:b]"
@@ -94,13 +95,13 @@ def pin(asked: HubData) -> str:
         raise usage_error(f"has no revision {asked.revision!r}", where=asked.ref) from error
     except errors.GatedRepoError as error:
         raise usage_error(
-            "is gated: its authors ask you to accept terms first", where=asked.ref, hint=f"Then {hub.TOKEN_HINT}."
+            "is gated: its authors ask you to accept terms first", where=asked.ref, hint=f"Then {TOKEN_HINT}."
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise usage_error(
             "no such data set on the Hub, or it is private and needs a token",
             where=asked.ref,
-            hint=f"Check the spelling; for a private one {hub.TOKEN_HINT}.",
+            hint=f"Check the spelling; for a private one {TOKEN_HINT}.",
         ) from error
     except (errors.HfHubHTTPError, vars(errors)["HTTPError"], OSError) as error:
         # Never its text: it may quote a token.

@@ -18,29 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.errors import SurgeryError, listing, usage_error
-from surgery.hub.errors import TOKEN_HINT, UnreachableError, explained, no_space
+from surgery.hub.errors import UnreachableError, explained, no_space
 from surgery.hub.settings import cache, endpoint, is_offline, timeout
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
-__all__ = [
-    "ALLOWED",
-    "DUPLICATES",
-    "MEMBERS",
-    "MEMBER_FILES",
-    "PICKLES",
-    "TEMPLATES",
-    "TOKEN_HINT",
-    "WEIGHTS",
-    "HubSnapshot",
-    "Listing",
-    "check_revision",
-    "fetch",
-    "is_repo_id",
-    "look",
-    "parse_repo_ref",
-]
 
 # *.safetensors.index.json is among *.json; *.txt is for merges.txt and vocab.txt, *.model for sentencepiece.
 ALLOWED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")

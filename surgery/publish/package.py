@@ -15,8 +15,8 @@ from typing import Any
 from surgery.checkpoint.checkpoint import StoredTensor, stored_tensor
 from surgery.checkpoint.reader import Reader, SourceFiles, hash_tensor
 from surgery.checkpoint.safetensors_header import read_header
-from surgery.engine.execute import Options
 from surgery.engine.manifest import read_manifest
+from surgery.engine.options import Options
 from surgery.engine.workers import run
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.hub import download as hub

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.hub import download as hub
 from surgery.hub.errors import TOKEN_HINT

@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 
 from surgery.errors import SurgeryError, listing, usage_error
-from surgery.runtime.environment import is_main, n_processes, rank
+from surgery.runtime.environment import n_processes, rank
 from surgery.runtime.progress import Progress, silent
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-__all__ = ["alone", "fault_text", "is_main", "meet", "n_processes", "n_sharing", "own_device", "share", "total", "wait"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -24,8 +24,9 @@ from surgery.checkpoint.dtypes import dtype_name
 from surgery.checkpoint.reader import Input
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.edit_report import EditReport, edit_report, edit_table, write_config_dtype
-from surgery.engine.execute import Options, Outcome, execute
+from surgery.engine.execute import execute
 from surgery.engine.manifest import Card, build_manifest, command_record, read_manifest, write_card, write_manifest
+from surgery.engine.options import Options
 from surgery.engine.plan import Kernel, Plan, PlannedTensor, check_output, copied, plan_files
 from surgery.engine.preflight import (
     Preflight,
@@ -35,6 +36,7 @@ from surgery.engine.preflight import (
     check_space,
     sketch,
 )
+from surgery.engine.result import Outcome
 from surgery.errors import usage_error
 from surgery.io.atomic import MANIFEST, check_free
 from surgery.io.json_io import read_json

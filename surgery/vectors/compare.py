@@ -15,7 +15,7 @@ from surgery.checkpoint.checkpoint import StoredTensor
 from surgery.checkpoint.reader import Reader, SourceFiles
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.structure import anatomy
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.engine.reduce import survey
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.reporting.plots import layer_movement, similarity

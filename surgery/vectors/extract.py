@@ -15,10 +15,12 @@ from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import dtype_name
 from surgery.checkpoint.reader import Input, Reader, SourceFiles, segments
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.execute import Options, Outcome, execute
+from surgery.engine.execute import execute
 from surgery.engine.manifest import Card, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.options import Options
 from surgery.engine.plan import Plan, PlannedTensor, check_output, plan_files
 from surgery.engine.preflight import Preflight, check_ancestor, check_config, check_quantised, check_space, sketch
+from surgery.engine.result import Outcome
 from surgery.engine.workers import run_shared
 from surgery.errors import SurgeryError
 from surgery.io.atomic import check_free

@@ -19,7 +19,7 @@ from torch import Tensor
 from surgery.checkpoint.checkpoint import Checkpoint, loadable_folder
 from surgery.checkpoint.reader import Input, Reader, SourceFiles, compute_dtype
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.engine.plan import check_output
 from surgery.engine.preflight import Preflight, check_ancestor, check_config, check_quantised
 from surgery.errors import SurgeryError, listing, usage_error

@@ -20,10 +20,12 @@ from surgery.checkpoint.adapters import PREFIX, WEIGHTS
 from surgery.checkpoint.checkpoint import ADAPTER_CONFIG, Checkpoint
 from surgery.checkpoint.reader import Input
 from surgery.checkpoint.structure import anatomy
-from surgery.engine.execute import Options, Outcome, execute
+from surgery.engine.execute import execute
 from surgery.engine.manifest import Card, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.options import Options
 from surgery.engine.plan import Kernel, Plan, PlannedTensor, Sums, plan_files
 from surgery.engine.reduce import survey
+from surgery.engine.result import Outcome
 from surgery.errors import SurgeryError, usage_error
 from surgery.reporting.report import Column, Table
 from surgery.vectors.extract import prepare_extraction

@@ -87,7 +87,7 @@ def test_every_command_has_help_with_an_example() -> None:
 def test_the_list_of_commands_and_options_is_frozen() -> None:
     import typer
 
-    from cli.main import app
+    from cli.app import app
 
     root = typer.main.get_command(app)
     found: dict[str, list[str]] = {}

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from cli.main import app
+from cli.app import app
 from cli.signatures import signatures
 
 

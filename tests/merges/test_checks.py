@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from merges.checks import TensorFaults, check_finite, check_vocabularies
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.engine.preflight import Preflight
 from surgery.errors import SurgeryError
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from merges.config.parse import parse_configs
 from merges.layout import Layout, lay_out
-from merges.methods import METHODS
+from merges.methods.registry import METHODS
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.preflight import Preflight
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from merges.config.parse import parse_configs
-from merges.methods import METHODS
+from merges.methods.registry import METHODS
 from merges.report import MergeReport
 from merges.run import merge
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.structure import anatomy
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 
 SPECS = {name: method.spec for name, method in METHODS.items()}
 WORDS = 90  # tokens of `other`, which lacks the last six and has them in another order

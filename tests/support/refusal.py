@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from probes.refusal.run import probe_refusal
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 
 ONE_THREAD = Options(threads=1)
 

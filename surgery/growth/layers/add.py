@@ -25,10 +25,12 @@ from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.safetensors_header import PYTORCH
 from surgery.checkpoint.structure import anatomy
 from surgery.engine.edit_report import write_config_dtype
-from surgery.engine.execute import Options, Outcome, execute
+from surgery.engine.execute import execute
 from surgery.engine.manifest import Card, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.options import Options
 from surgery.engine.plan import Plan, check_output, plan_files
 from surgery.engine.preflight import check_space
+from surgery.engine.result import Outcome
 from surgery.errors import listing, usage_error
 from surgery.growth.layers.plan_layers import COMMAND, Deepening
 from surgery.growth.layers.random_init import folder_for, fresh_layers, transformers_version

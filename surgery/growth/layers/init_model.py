@@ -20,10 +20,12 @@ from surgery.checkpoint.structure import anatomy
 from surgery.checkpoint.tensor_roles import HIDDEN, N_LAYERS, language_config, number
 from surgery.checkpoint.vocabulary import CONFIG as TOKENIZER_CONFIG
 from surgery.checkpoint.vocabulary import read_vocabulary
-from surgery.engine.execute import Options, Outcome, execute
+from surgery.engine.execute import execute
 from surgery.engine.manifest import Card, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.options import Options
 from surgery.engine.plan import Plan, PlannedTensor, check_output, copied, plan_files
 from surgery.engine.preflight import Preflight, check_space
+from surgery.engine.result import Outcome
 from surgery.errors import SurgeryError, usage_error
 from surgery.growth.embedding.build import TENSOR, Embedding, open_embedding
 from surgery.growth.layers.add import write_config

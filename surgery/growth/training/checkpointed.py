@@ -18,9 +18,11 @@ import torch
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.structure import anatomy
-from surgery.engine.execute import Options, Outcome, execute
+from surgery.engine.execute import execute
 from surgery.engine.manifest import Card, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.options import Options
 from surgery.engine.plan import Plan, copied, plan_files
+from surgery.engine.result import Outcome
 from surgery.engine.verify import tensor_hashes
 from surgery.errors import SurgeryError, listing
 from surgery.growth.layers.random_init import save
@@ -29,8 +31,9 @@ from surgery.growth.prefix_cache.cache import PrefixCache, recorded
 from surgery.growth.prefix_cache.decide import decide
 from surgery.growth.prefix_cache.prefix import Prefix
 from surgery.growth.results import TRAINING, Budget, CacheUse, Embedding, TrainingRecord, ends, thinned, training_text
+from surgery.growth.training.accelerator import autocast_dtype, is_sharded
 from surgery.growth.training.flops import sizes, step_cost
-from surgery.growth.training.loop import StageResult, Step, autocast_dtype, is_sharded, train_stage
+from surgery.growth.training.loop import StageResult, Step, train_stage
 from surgery.growth.training.lr_schedule import Windows
 from surgery.growth.training.tensorboard import tensorboard
 from surgery.io.atomic import write_file

@@ -44,7 +44,6 @@ from surgery.runtime.progress import Progress, silent
 if TYPE_CHECKING:
     from surgery.growth.prefix_cache.prefix import Prefix
 
-__all__ = ["StageResult", "Step", "autocast_dtype", "is_sharded", "train_stage"]
 
 # Batches whose tokens are asked for at a time: processes wait for each other then.
 AHEAD = 16

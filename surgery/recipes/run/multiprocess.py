@@ -15,8 +15,8 @@ from surgery.recipes.run.paths import Places, words
 from surgery.recipes.run.step_runner import Working
 from surgery.recipes.run.subprocesses import POLL, Child, Job, Runner, stop
 from surgery.recipes.types import Node, Program
-from surgery.runtime.collectives import n_processes, share
-from surgery.runtime.environment import rank
+from surgery.runtime.collectives import share
+from surgery.runtime.environment import n_processes, rank
 
 # torchrun keeps a store of its own at the launcher's port; at a step's port the step's first process must open one.
 AT_OWN_PORT = {"TORCHELASTIC_USE_AGENT_STORE": "False"}

@@ -30,8 +30,8 @@ from surgery.recipes.run.state import Record, StepRecord, locked, read_record
 from surgery.recipes.run.step_runner import Ending, Working, check_sources
 from surgery.recipes.run.subprocesses import POLL, Child, Job, Runner, start, stop
 from surgery.recipes.types import Made, Node, Program
-from surgery.runtime.collectives import n_processes, share
-from surgery.runtime.environment import Interrupts, is_main
+from surgery.runtime.collectives import share
+from surgery.runtime.environment import Interrupts, is_main, n_processes
 
 
 @dataclass(frozen=True)

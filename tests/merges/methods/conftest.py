@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from merges.methods import METHODS, argument
+from merges.methods.registry import METHODS, argument
 from surgery.checkpoint.reader import Input
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.execute import Options, Outcome, execute
+from surgery.engine.execute import execute
+from surgery.engine.options import Options
 from surgery.engine.plan import Parameter, Plan, PlannedTensor, plan_files
+from surgery.engine.result import Outcome
 
 SAFETENSORS = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
 SEGMENT_READERS = ("surgery.checkpoint.reader", "surgery.engine.compute", "surgery.engine.plan")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from merges.methods import METHODS
+from merges.methods.registry import METHODS
 from surgery.errors import SurgeryError
 
 Merge = Callable[..., Any]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import surgery.engine.journal
-from merges.methods import METHODS
+from merges.methods.registry import METHODS
 from merges.methods.sparsify import uniforms
 from merges.methods.topk import CUTS, order_passes
 from surgery.engine.plan import Place

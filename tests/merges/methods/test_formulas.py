@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from merges.methods import METHODS
+from merges.methods.registry import METHODS
 from merges.methods.sparsify import LEVELS, uniforms
 
 Array = npt.NDArray[np.float64]

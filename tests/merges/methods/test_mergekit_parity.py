@@ -15,7 +15,7 @@ from support.architectures import add_tokenizer, build, sibling
 from torch import Tensor
 
 from merges.config.parse import read_configs
-from merges.methods import METHODS
+from merges.methods.registry import METHODS
 from merges.run import merge
 
 MERGEKIT = os.environ.get("MERGEKIT")

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from probes.data import generate as generation
 from probes.data.examples import Example
-from probes.data.generate import GenerationSettings, complete, generate_texts, never_closed
+from probes.data.generate import GenerationSettings, complete, generate_texts
 from probes.data.generation_cache import Cache, Completion
-from probes.data.markers import Markers
+from probes.data.markers import Markers, never_closed
 from probes.data.tokenize import build_sequences, encode, text_before_answer
 from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.models.loading import Loaded

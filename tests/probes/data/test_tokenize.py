@@ -11,16 +11,11 @@ from support.chat_tokenizer import CHARACTERS, MARKS, TEMPLATE, make_tokenizer
 from transformers import PreTrainedTokenizer
 
 from probes.data.examples import Example
-from probes.data.markers import starts_open
+from probes.data.markers import Markers, find_markers, never_closed, split_completion, split_given, starts_open
 from probes.data.tokenize import (
-    Markers,
     build_sequences,
     encode,
-    find_markers,
-    never_closed,
     render_prompt,
-    split_completion,
-    split_given,
     template_hash,
     text_before_answer,
     tokenizer_hash,

@@ -29,7 +29,7 @@ from probes.model.reinforce import Reinforcement, reinforced
 from probes.model.routers import find_routers
 from surgery.edits.common import NOT_MEASURED
 from surgery.edits.undo import undo
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.errors import WRONG_USAGE, SurgeryError
 
 ONE_THREAD = Options(threads=1)

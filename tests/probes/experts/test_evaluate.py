@@ -14,7 +14,7 @@ from probes.experts.evaluate import with_reinforced
 from probes.experts.run import probe_experts
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.edits.experts import scale_experts
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.evaluation.perplexity import on_texts, read_text
 from surgery.evaluation.scoring import Score, score_models

@@ -34,7 +34,7 @@ from probes.experts.npmi import Support
 from probes.experts.run import probe_experts
 from probes.experts.sweep import CHOICE, Grid
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.errors import WRONG_USAGE, SurgeryError
 
 ROOT = Path(__file__).parents[3]

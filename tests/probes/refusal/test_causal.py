@@ -12,15 +12,16 @@ import pytest
 from support import refusal as refusing
 from support.refusal import ONE_THREAD, SUPPRESSORS, make_model, make_run, no_pictures, rows_of
 
+from probes.data.markers import find_markers
 from probes.data.prepare import open_model
 from probes.data.records import EXAMPLES, read_examples, write_examples
-from probes.data.tokenize import build_sequences, find_markers
+from probes.data.tokenize import build_sequences
 from probes.model.ablation import heads_edited
 from probes.refusal.causal import UNHELD, Proof, prove_heads
 from probes.refusal.cross_validated import decision_states
 from probes.refusal.findings import CausalRecord, Findings, read_findings
+from probes.refusal.probe import Probes
 from probes.refusal.report import sentences
-from probes.refusal.train_probes import Probes
 from surgery.checkpoint.selectors import Head
 from surgery.errors import SurgeryError
 

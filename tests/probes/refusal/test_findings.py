@@ -37,7 +37,7 @@ from probes.refusal.findings import (
 )
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Head
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.engine.verify import weights_hash
 from surgery.errors import FAILED, WRONG_USAGE, SurgeryError
 from surgery.evaluation.statistics import Estimate

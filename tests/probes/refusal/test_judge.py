@@ -14,14 +14,15 @@ from support import refusal as refusing
 from support.refusal import CLOSE, ONE_THREAD, OPEN, make_model, make_run, no_pictures, rows_of, write_rows
 
 from probes.data.generation_cache import Cache, Completion
+from probes.data.markers import find_markers
 from probes.data.prepare import open_model
 from probes.data.read import read_data
-from probes.data.tokenize import build_sequences, find_markers
+from probes.data.tokenize import build_sequences
 from probes.model.activations import project
 from probes.refusal.findings import PROBES
 from probes.refusal.judge import Selection, judge
-from probes.refusal.train_probes import Probes
-from surgery.engine.execute import Options
+from probes.refusal.probe import Probes
+from surgery.engine.options import Options
 from surgery.errors import SurgeryError
 
 ROWS = rows_of(dict.fromkeys(refusing.CELLS, 7), seed=9)

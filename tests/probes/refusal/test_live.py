@@ -11,14 +11,15 @@ from support.chat_tokenizer import TEMPLATE
 from support.refusal import CLOSE, CONTEXT, ONE_THREAD, make_model, make_run, no_pictures, rows_of, write_rows
 
 from probes.data.examples import Example
+from probes.data.markers import find_markers
 from probes.data.prepare import Asking, open_model
-from probes.data.tokenize import build_sequences, find_markers
+from probes.data.tokenize import build_sequences
 from probes.model.activations import project
 from probes.refusal.cliffs import measure
 from probes.refusal.findings import PROBES
 from probes.refusal.live import Watched, watch
+from probes.refusal.probe import Probes
 from probes.refusal.run import probe_refusal
-from probes.refusal.train_probes import Probes
 from surgery.errors import SurgeryError
 
 ROWS = rows_of(dict.fromkeys(refusing.CELLS, 8))

@@ -8,15 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from probes.refusal.plots import (
-    TraceCurve,
-    cumulative_figure,
-    head_map,
-    histogram,
-    layer_auroc,
-    screen_against_proof,
-    trace_figure,
-)
+from probes.refusal.head_plots import head_map, screen_against_proof
+from probes.refusal.plots import TraceCurve, cumulative_figure, histogram, layer_auroc, trace_figure
 from surgery.errors import SurgeryError
 from surgery.evaluation.statistics import Band, Estimate, align_ends, bootstrap_mean
 from surgery.reporting.report import Figure

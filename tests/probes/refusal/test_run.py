@@ -33,17 +33,18 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from probes.data.examples import Example, TokenSequence
 from probes.data.generation_cache import Cache, Completion
+from probes.data.markers import find_markers
 from probes.data.prepare import GENERATIONS, Asking, open_model
 from probes.data.records import EXAMPLES, REPORT, RESULTS, read_examples
-from probes.data.tokenize import build_sequences, find_markers
+from probes.data.tokenize import build_sequences
 from probes.refusal.cliffs import measure
 from probes.refusal.cross_validated import Training, decision_states
 from probes.refusal.findings import HEADS as HEADS_FILE
 from probes.refusal.findings import PROBES, TRACES, Findings, read_findings
+from probes.refusal.probe import Probes
 from probes.refusal.report import read_traces
 from probes.refusal.run import probe_refusal
-from probes.refusal.train_probes import Probes
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.errors import SurgeryError
 from surgery.evaluation.statistics import Floats
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from probes.refusal import logistic as fitting
 from probes.refusal.logistic import Labelled, assign_folds, cell_weights, deal_labels, fit, rotate
-from probes.refusal.train_probes import Probes, confounds, evaluate_transfer, train_probes
+from probes.refusal.probe import Probes
+from probes.refusal.train_probes import confounds, evaluate_transfer, train_probes
 from surgery.errors import SurgeryError
 from surgery.evaluation.harness import wilson
 from surgery.evaluation.statistics import auroc

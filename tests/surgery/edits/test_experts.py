@@ -26,7 +26,7 @@ from surgery.edits.experts import scale_experts
 from surgery.edits.heads import scale_heads
 from surgery.edits.kernels import restore_blocks, scale_blocks, shift_exponents, spread
 from surgery.edits.undo import UNDO, undo
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.engine.plan import Place
 from surgery.engine.verify import verify
 from surgery.errors import SurgeryError

@@ -23,10 +23,12 @@ from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Head, by_layer
 from surgery.checkpoint.structure import anatomy
 from surgery.checkpoint.tensor_roles import Heads
-from surgery.edits.heads import NOT_MEASURED, EditNotes, mean_heads, scale_heads
+from surgery.edits.common import NOT_MEASURED, EditNotes
+from surgery.edits.heads import mean_heads, scale_heads
 from surgery.edits.kernels import add_means, restore_blocks, scale_blocks, spread
 from surgery.edits.undo import UNDO, undo
-from surgery.engine.execute import Options, execute
+from surgery.engine.execute import execute
+from surgery.engine.options import Options
 from surgery.engine.plan import Place, Plan, copied, plan_files
 from surgery.engine.verify import verify
 from surgery.errors import SurgeryError

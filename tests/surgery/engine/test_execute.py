@@ -22,9 +22,11 @@ from torch import Tensor
 import surgery.checkpoint.reader
 from surgery.checkpoint.reader import Input
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.execute import Options, Outcome, execute
+from surgery.engine.execute import execute
 from surgery.engine.journal import NAME as JOURNAL
+from surgery.engine.options import Options
 from surgery.engine.plan import Kernel, Plan, PlannedTensor, copied, plan_files
+from surgery.engine.result import Outcome
 from surgery.errors import SurgeryError
 from surgery.runtime import environment as process
 from surgery.vectors.apply import transfer

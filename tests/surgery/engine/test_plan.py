@@ -13,7 +13,8 @@ from support.architectures import build
 
 from surgery.checkpoint.reader import Input
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.execute import Options, execute
+from surgery.engine.execute import execute
+from surgery.engine.options import Options
 from surgery.engine.plan import IDENTITY, Plan, PlannedTensor, check_output, copied, plan_files
 from surgery.errors import SurgeryError
 

@@ -17,7 +17,7 @@ import surgery.engine.verify
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Head
 from surgery.edits.heads import scale_heads
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.engine.verify import weights_hash
 from surgery.errors import SurgeryError
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from support.architectures import ARCHITECTURES, add_tokenizer, build, sibling
 from torch import Tensor
 
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.engine.verify import verify
 from surgery.errors import SurgeryError
 from surgery.vectors.apply import apply, open_vector, transfer

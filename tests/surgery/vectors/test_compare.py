@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.architectures import build, sibling
 
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.errors import SurgeryError
 from surgery.vectors.compare import compare, diff
 from surgery.vectors.extract import extract

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from surgery.checkpoint.reader import Input, Reader, SourceFiles
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.execute import Options
+from surgery.engine.options import Options
 from surgery.engine.workers import one_thread_per_operation
 from surgery.errors import SurgeryError
 from surgery.vectors.to_lora import AdapterReport, extract_adapter, low_rank

@@ -18,8 +18,8 @@ from torch import Tensor
 import surgery.engine.journal
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.structure import anatomy
-from surgery.engine.execute import Options
 from surgery.engine.manifest import read_manifest
+from surgery.engine.options import Options
 from surgery.engine.verify import verify
 from surgery.errors import SurgeryError
 from surgery.growth.layers.add import add_layers, write_config
