@@ -20,13 +20,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from probes.model.ablation import all_heads
-from probes.refusal.edit import Choice, Measured, Measuring, edit_heads
+from probes.refusal.edit import EffectOptions, HeadSelection, MeasuredEffects, edit_heads
 from probes.refusal.findings import Findings
 from probes.refusal.run import probe_refusal
 from surgery import lab
 from surgery.checkpoint.selectors import Head
-from surgery.lab.build import build as family
-from surgery.models.loaded_model import open_live
+from surgery.lab.builder import build as family
+from surgery.models.loaded_model import load_with_structure
 from surgery.runtime.progress import terminal
 
 VARIANTS = ("cliff", "cliff-many", "cliff-weak", "cliff-gqa", "cliff-partial")
@@ -74,7 +74,7 @@ def study(name: str, seed: int) -> Row:
         run = Path(work) / "run"
         findings = probe_refusal(str(folder), str(folder / "examples.jsonl"), run)
         found = [row.name for row in findings.ranked[: len(true)]]
-        others = [head for head in all_heads(open_live(folder)) if head not in true]
+        others = [head for head in all_heads(load_with_structure(folder)) if head not in true]
         drawn = random.Random(f"{seed}/control").sample(others, len(true))
         repaired = _scaled(folder, Path(work) / "repaired", run, found)
         control = _scaled(folder, Path(work) / "control", run, drawn)
@@ -92,10 +92,10 @@ def study(name: str, seed: int) -> Row:
     )
 
 
-def _scaled(folder: Path, out: Path, run: Path, heads: Sequence[Head]) -> Measured:
+def _scaled(folder: Path, out: Path, run: Path, heads: Sequence[Head]) -> MeasuredEffects:
     names = [str(head) for head in heads]
     repair = edit_heads(
-        str(folder), out, choice=Choice(run=run, heads=names), measuring=Measuring(force=True, examples=200)
+        str(folder), out, choice=HeadSelection(run=run, heads=names), measuring=EffectOptions(force=True, examples=200)
     )
     assert repair.measured is not None
     return repair.measured

@@ -1,4 +1,4 @@
-"""`surgery.edits.heads.scale_heads` and `surgery.edits.undo.undo` against `cp -r` of the same checkpoint.
+"""`surgery.edits.heads.scale_heads` and `surgery.edits.undo_file.undo` against `cp -r` of the same checkpoint.
 
 A random-weight bf16 checkpoint with the shapes of Qwen2.5-1.5B (as in `transfer.py`), 3 % of its heads set to zero,
 page cache warm, whole processes from start to end, medians of several rounds in which the contestants take turns.

@@ -19,7 +19,7 @@ from transfer import machine
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils.logging import disable_progress_bar
 
-from merges.ensemble.average import average
+from merges.ensemble.average import average_logits
 
 TOKENS = 256
 
@@ -74,7 +74,7 @@ def main() -> None:
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         a, b = make(folder, options.hidden, options.layers)
-        average([str(a), str(b)], folder / "both")
+        average_logits([str(a), str(b)], folder / "both")
         models = {path.name: AutoModelForCausalLM.from_pretrained(path).eval() for path in (a, b, folder / "both")}
         prompt = torch.tensor([[1, 5, 9, 200, 31]])
         seconds: dict[str, list[float]] = {name: [] for name in models}

@@ -33,8 +33,8 @@ from surgery.checkpoint.safetensors_header import build_header
 
 if TYPE_CHECKING:  # torch is left to the processes that need it: see `measuring`
     from probes.data.examples import TokenSequence
-    from probes.model.routing import Counts, Marker
-    from surgery.models.loaded_model import LiveModel
+    from probes.model.routing import Marker, RoutingCounts
+    from surgery.models.loaded_model import LoadedModel
 
 TOKENS, SEQUENCES, FEW_SEQUENCES = 512, 8, 2
 VOCABULARY = 32_000
@@ -88,13 +88,13 @@ def make_model(folder: Path, kind: str) -> None:
     make_random(folder, config)
 
 
-def texts(count: int) -> list[TokenSequence]:
+def texts(count_routing: int) -> list[TokenSequence]:
     """Random prompts, thinking and answers in which all markers occur."""
     from passes import draw
 
     found = []
     spelled = [spelling for spellings in SPELLINGS.values() for spelling in spellings]
-    for sequence in draw(count, VOCABULARY, (TOKENS // 4, TOKENS - 68, TOKENS - 64, TOKENS)):
+    for sequence in draw(count_routing, VOCABULARY, (TOKENS // 4, TOKENS - 68, TOKENS - 64, TOKENS)):
         ids = list(sequence.ids)
         for number, start in enumerate(range(EVERY, TOKENS - 3, EVERY)):
             chosen = spelled[number % len(spelled)]
@@ -109,17 +109,17 @@ def markers() -> list[Marker]:
     return [Marker(text, 1.0, spellings) for text, spellings in SPELLINGS.items()]
 
 
-def counting(live: LiveModel, sequences: list[TokenSequence]) -> Callable[[], Counts]:
-    """What is measured: `count` with all markers."""
+def counting(live: LoadedModel, sequences: list[TokenSequence]) -> Callable[[], RoutingCounts]:
+    """What is measured: `count_routing` with all markers."""
     from probes.model.routers import find_routers
-    from probes.model.routing import count
+    from probes.model.routing import count_routing
 
     routers, held = find_routers(live), markers()
-    return lambda: count(live, routers, sequences, held)
+    return lambda: count_routing(live, routers, sequences, held)
 
 
 def speed(folder: Path, rounds: int) -> None:
-    """`count` against the bare forward."""
+    """`count_routing` against the bare forward."""
     from passes import bare, load
 
     live, sequences = load(folder), texts(SEQUENCES)
@@ -142,10 +142,10 @@ def memory(folder: Path, rounds: int, threads: int) -> None:
             lines.append([float(mb) for mb in printed.split()])
     rows = []
     for at, sequences in enumerate((FEW_SEQUENCES, SEQUENCES)):
-        bare, count = ([line[2 * at] for line in lines] for lines in found.values())
-        extra = [a - b for a, b in zip(count, bare, strict=True)]
+        bare, count_routing = ([line[2 * at] for line in lines] for lines in found.values())
+        extra = [a - b for a, b in zip(count_routing, bare, strict=True)]
         held = f"{found['count'][0][2 * at + 1]:.2f}"
-        rows.append((f"{sequences * TOKENS:,}", held, *(spread(values, 0) for values in (bare, count, extra))))
+        rows.append((f"{sequences * TOKENS:,}", held, *(spread(values, 0) for values in (bare, count_routing, extra))))
     of = COUNTED["memory"]
     title = f"Memory of counting {of.layers} × {of.experts} experts; wanted: < {MOST_MEMORY:.0f} MB of counters"
     table(title, ("tokens", "MB of counters", "peak MB, bare forward", "peak MB, count", "extra MB"), rows)
@@ -158,12 +158,12 @@ def peak(folder: Path, kind: str) -> None:
 
     live = load(folder)
     for sequences in (texts(FEW_SEQUENCES), texts(SEQUENCES)):
-        found: list[Counts] = []
+        found: list[RoutingCounts] = []
         work = partial(bare, live, sequences) if kind == "bare" else partial(_keep, found, counting(live, sequences))
         print(peak_of(work), sum(counts.hits.nbytes + counts.positions.nbytes for counts in found) / 1e6)
 
 
-def _keep(found: list[Counts], work: Callable[[], Counts]) -> None:
+def _keep(found: list[RoutingCounts], work: Callable[[], RoutingCounts]) -> None:
     found.append(work())
 
 

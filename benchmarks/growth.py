@@ -38,8 +38,8 @@ if TYPE_CHECKING:  # torch is left to the processes that need it: see `measuring
     from torch import Tensor
 
     from surgery.growth.prefix_cache.prefix import Prefix
-    from surgery.growth.training.loop import StageResult, Step
-    from surgery.models.loaded_model import LiveModel
+    from surgery.growth.training.loop import StageResult, TrainingStep
+    from surgery.models.loaded_model import LoadedModel
 
 VOCABULARY, STAGES, SEED = 512, 8, 0
 FLAT, OF_BOUND, AGREEMENT = 1.25, 0.8, 1e-6  # what is wanted
@@ -105,12 +105,17 @@ class Windows:
 
 
 def train(
-    live: LiveModel, sizes: Sizes, *, steps: int, cache: Path | None, log: Callable[[Step], None] | None = None
+    live: LoadedModel,
+    sizes: Sizes,
+    *,
+    steps: int,
+    cache: Path | None,
+    log: Callable[[TrainingStep], None] | None = None,
 ) -> StageResult:
     """Trains the last layer, the final norm and the head of `live` in place; `cache` keeps in fp32 what is below."""
     import torch
 
-    from surgery.growth.plan import Stage
+    from surgery.growth.plan import GrowthStage
     from surgery.growth.prefix_cache.cache import PrefixCache
     from surgery.growth.prefix_cache.prefix import Prefix
     from surgery.growth.training.loop import train_stage
@@ -135,7 +140,7 @@ def train(
 
         return train_stage(
             live,
-            Stage(tokens=steps * sizes.batch * sizes.sequence),
+            GrowthStage(tokens=steps * sizes.batch * sizes.sequence),
             [len(live.layers) - 1],
             store=Windows(sizes),
             first_window=0,
@@ -152,11 +157,11 @@ def begin(folder: Path, sizes: Sizes, *, layers: int = 0) -> Path:
     """Writes a random embedding, and the model that grows on it; returns the latter's folder."""
     from surgery.growth.embedding.build import make_embedding
     from surgery.growth.layers.init_model import init_model
-    from surgery.growth.plan import Shape
+    from surgery.growth.plan import ModelShape
 
     make_tokenizer(folder / "tok", VOCABULARY)
     make_embedding(str(folder / "tok"), folder / "emb", kind="random", width=sizes.width)
-    shape = Shape(heads=sizes.heads, layers=layers, context=sizes.sequence)
+    shape = ModelShape(heads=sizes.heads, layers=layers, context=sizes.sequence)
     init_model(str(folder / "emb"), folder / "begin", shape=shape, seed=SEED)
     return folder / "begin"
 
@@ -171,14 +176,14 @@ def grow(folder: Path, begun: Path, sizes: Sizes, *, steps: int, cached: bool) -
     from transformers.utils.logging import disable_progress_bar
 
     from surgery.growth.layers.add import add_layers
-    from surgery.models.loaded_model import open_live
+    from surgery.models.loaded_model import load_with_structure
 
     disable_progress_bar()
     before, results = begun, []
     for stage in range(1, STAGES + 1):
         start, done = start_of(folder, stage), folder / f"stage-{stage}"
         add_layers(str(before), start, layers=1, init="identity", seed=stage)
-        live = open_live(start, dtype="float32")
+        live = load_with_structure(start, dtype="float32")
         results.append(train(live, sizes, steps=steps, cache=folder / "cache" if cached else None))
         live.model.save_pretrained(done)
         live.tokenizer.save_pretrained(done)
@@ -192,7 +197,7 @@ class Clock:
 
     ends: list[tuple[float, float]] = field(default_factory=list)
 
-    def __call__(self, step: Step) -> None:
+    def __call__(self, step: TrainingStep) -> None:
         self.ends.append((time.perf_counter(), time.process_time()))
 
     def median(self, begin: int, end: int) -> tuple[float, float]:
@@ -206,14 +211,14 @@ class Clock:
 
 def one_round(folder: Path, cache: Path) -> tuple[list[Taken], list[float]]:
     """What each stage takes; the optimizer's bytes over those of two fp32 moments for each number that trains."""
-    from surgery.models.loaded_model import open_live
+    from surgery.models.loaded_model import load_with_structure
 
     times, memory, steps = [], [], SPEED.steps
     for stage in range(1, STAGES + 1):
         one, plain, ours = Clock(), Clock(), Clock()
         for at, clock in ((1, one), (stage, plain)):
-            train(open_live(start_of(folder, at), dtype="float32"), SPEED, steps=steps, cache=None, log=clock)
-        live = open_live(start_of(folder, stage), dtype="float32")
+            train(load_with_structure(start_of(folder, at), dtype="float32"), SPEED, steps=steps, cache=None, log=clock)
+        live = load_with_structure(start_of(folder, stage), dtype="float32")
         result = train(live, SPEED, steps=2 * steps, cache=cache, log=ours)
         if stage > 1:
             check_passes(result, SPEED, passes=2)
@@ -270,11 +275,13 @@ class Bounds:
 def bounds_of(model: Path) -> Bounds:
     """From `surgery.growth.training.flops`, with 2·P for a forward pass: P_new is the new layer and the head."""
     from surgery.checkpoint.resolve import open_checkpoint
-    from surgery.checkpoint.structure import anatomy
+    from surgery.checkpoint.structure import model_structure
     from surgery.growth.training.flops import FORWARD, sizes, step_cost
 
     checkpoint = open_checkpoint(model)
-    matrices, whole = (sizes(checkpoint, anatomy(checkpoint), sequence=length) for length in (0, SPEED.sequence))
+    matrices, whole = (
+        sizes(checkpoint, model_structure(checkpoint), sequence=length) for length in (0, SPEED.sequence)
+    )
     depth, block = len(matrices.layers) - 1, matrices.layers[-1]
     plain, attended = (step_cost(size, depth=depth, trained={depth}, head=True) for size in (matrices, whole))
     return Bounds(
@@ -375,13 +382,13 @@ def peak(folder: Path) -> None:
     """Prints the peak resident MB of loading a stage's model and training it, and what trains, as JSON."""
     import torch
 
-    from surgery.models.loaded_model import open_live
+    from surgery.models.loaded_model import load_with_structure
 
     torch.set_num_threads(1)
-    done: list[tuple[LiveModel, StageResult]] = []
+    done: list[tuple[LoadedModel, StageResult]] = []
 
     def work() -> None:
-        live = open_live(folder / "begin", dtype="float32")
+        live = load_with_structure(folder / "begin", dtype="float32")
         done.append((live, train(live, MEMORY, steps=MEMORY.steps, cache=folder / "cache")))
 
     most = peak_of(work)

@@ -124,7 +124,7 @@ def against_copying(name: str, what: str, source: Path, change: Sequence[str], r
 
 def main() -> None:
     """Undoes the edit in the first path given, to the second."""
-    from surgery.edits.undo import undo
+    from surgery.edits.undo_file import undo
 
     undo(sys.argv[1], Path(sys.argv[2]))
 

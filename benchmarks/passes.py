@@ -11,8 +11,8 @@ import torch
 from probes.data.examples import TokenSequence
 from probes.model.activations import CPU_TOKENS, make_batches
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.models.loaded_model import LiveModel, wrap
-from surgery.models.loading import Loaded
+from surgery.models.loaded_model import LoadedModel, attach_structure
+from surgery.models.loading import ModelAndTokenizer
 
 
 def make_random(folder: Path, config: Any) -> None:
@@ -25,14 +25,14 @@ def make_random(folder: Path, config: Any) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
 
 
-def load(folder: Path) -> LiveModel:
+def load(folder: Path) -> LoadedModel:
     """The model in `folder`; it has no tokenizer, and none is needed."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    return wrap(Loaded("random", model, None), open_checkpoint(str(folder)))
+    return attach_structure(ModelAndTokenizer("random", model, None), open_checkpoint(str(folder)))
 
 
 def draw(count: int, vocabulary: int, ends: tuple[int, int, int, int]) -> list[TokenSequence]:
@@ -41,7 +41,7 @@ def draw(count: int, vocabulary: int, ends: tuple[int, int, int, int]) -> list[T
     return [TokenSequence(str(at), tuple(row), ends) for at, row in enumerate(ids.tolist())]
 
 
-def bare(live: LiveModel, sequences: Sequence[TokenSequence], *, keep: bool = False) -> None:
+def bare(live: LoadedModel, sequences: Sequence[TokenSequence], *, keep: bool = False) -> None:
     """The reference: forward passes over the same batches, without logits; with `keep`, all hidden states are made."""
     with torch.inference_mode():
         for batch in make_batches([sequence.ids for sequence in sequences], max_tokens=CPU_TOKENS):

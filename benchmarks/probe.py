@@ -27,9 +27,9 @@ from transfer import machine
 from probes.data.examples import TokenSequence
 from probes.model.ablation import all_heads, sweep
 from probes.model.activations import CPU_TOKENS, states_at
-from probes.model.residual_stream import read_stream
-from probes.refusal.head_attribution import attribute
-from surgery.models.loaded_model import LiveModel
+from probes.model.residual_stream import trace_residual_stream
+from probes.refusal.head_attribution import attribute_heads
+from surgery.models.loaded_model import LoadedModel
 
 TOKENS = 512
 SEQUENCES = 16
@@ -64,13 +64,13 @@ def texts(count: int) -> list[TokenSequence]:
     return draw(count, VOCABULARY, (TOKENS // 2, TOKENS - POSITIONS, TOKENS, TOKENS))
 
 
-def probe(live: LiveModel) -> Tensor:
+def probe(live: LoadedModel) -> Tensor:
     """A random direction on the final norm's output, (D,), of length 1."""
     direction = torch.randn(live.width, generator=torch.Generator().manual_seed(2))
     return direction / direction.norm()
 
 
-def collect(live: LiveModel, sequences: list[TokenSequence]) -> Tensor:
+def collect(live: LoadedModel, sequences: list[TokenSequence]) -> Tensor:
     """States at the last positions, all depths."""
     return states_at(live, sequences, [range(TOKENS - POSITIONS, TOKENS)] * len(sequences))
 
@@ -109,12 +109,12 @@ def peak(folder: Path, kind: str) -> float:
 
 
 def attribution(folder: Path, rounds: int) -> None:
-    """`attribute`, exact form, against the bare forward; and whether its parts sum to the probe's logit."""
+    """`attribute_heads`, exact form, against the bare forward; and whether its parts sum to the probe's logit."""
     live, sequences = load(folder), texts(SEQUENCES)
-    weight, stream = probe(live), read_stream(live)
-    found = attribute(live, sequences, weight, BIAS, stream=stream)
+    weight, stream = probe(live), trace_residual_stream(live)
+    found = attribute_heads(live, sequences, weight, BIAS, stream=stream)
     plain, ours = take_turns(
-        lambda: bare(live, sequences), lambda: attribute(live, sequences, weight, BIAS, stream=stream), rounds
+        lambda: bare(live, sequences), lambda: attribute_heads(live, sequences, weight, BIAS, stream=stream), rounds
     )
     worst, largest = float((found.total - found.logit).abs().max()), float(found.logit.abs().max())
     title = (

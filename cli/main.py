@@ -38,9 +38,9 @@ def main(
     if debug:
         os.environ[console.DEBUG] = "1"
     if process.n_processes() > 1:
-        from surgery.runtime.collectives import meet
+        from surgery.runtime.collectives import connect
 
-        meet()
+        connect()
 
 
 def program() -> None:
@@ -49,7 +49,7 @@ def program() -> None:
     Taking the interpreter and torch apart object by object takes a few tenths of a second and serves nobody: what a
     command writes is on the disk when it returns.
     """
-    process.claim()
+    process.configure_cli_process()
     try:
         run()
     except SystemExit as left:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from surgery.io.command_line import option_of
+from surgery.io.command_line import option_flag
 
 if TYPE_CHECKING:
-    from surgery.engine.options import Options
+    from surgery.engine.options import ExecutionOptions
 
 Model = Annotated[
     str,
@@ -56,12 +56,12 @@ OutputDtype = Annotated[
 
 def options(
     threads: int | None = None, device: str = "cpu", *, overwrite: bool = False, allow_nonfinite: bool = False
-) -> Options:
-    """The library's `Options`, with a progress bar on stderr."""
-    from surgery.engine.options import Options
+) -> ExecutionOptions:
+    """The library's `ExecutionOptions`, with a progress bar on stderr."""
+    from surgery.engine.options import ExecutionOptions
     from surgery.runtime.progress import terminal
 
-    return Options(threads, device, overwrite, allow_nonfinite, terminal)
+    return ExecutionOptions(threads, device, overwrite, allow_nonfinite, terminal)
 
 
 def choice(value: str, allowed: Sequence[str], name: str) -> str:
@@ -73,7 +73,7 @@ def choice(value: str, allowed: Sequence[str], name: str) -> str:
     near = difflib.get_close_matches(value, allowed, n=1)
     raise usage_error(
         f"got {value!r}, expected {', '.join(allowed[:-1])} or {allowed[-1]}",
-        where=option_of(name),
+        where=option_flag(name),
         hint=f"Did you mean {near[0]}?" if near else None,
     )
 
@@ -83,5 +83,5 @@ def count(value: str, name: str) -> int:
     from surgery.errors import usage_error
 
     if not value.isdecimal() or int(value) < 1:
-        raise usage_error(f"got {value!r}, expected a whole number from 1 on, or all", where=option_of(name))
+        raise usage_error(f"got {value!r}, expected a whole number from 1 on, or all", where=option_flag(name))
     return int(value)

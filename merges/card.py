@@ -9,7 +9,7 @@ from merges.config.schema import MergeConfig
 from merges.layout import Layout
 from merges.methods.registry import METHODS
 from merges.report import MergeReport
-from surgery.engine.manifest import Card
+from surgery.engine.manifest import CardContent
 from surgery.errors import listing
 from surgery.reporting.report import Table
 
@@ -23,7 +23,7 @@ def card(
     report: MergeReport,
     steps: Mapping[str, Mapping[str, Any]],
     text: str,
-) -> Card:
+) -> CardContent:
     """The card of a finished merge.
 
     Args:
@@ -45,7 +45,7 @@ def card(
         parts.append(f"Vocabulary: {report.preflight['vocabulary']}.")
     if text:
         parts.append(f"## Config\n\n```yaml\n{text.strip()}\n```")
-    return Card("Merged model", f"{sentence} {_work(report)}", ("merge", method.name), "\n\n".join(parts))
+    return CardContent("Merged model", f"{sentence} {_work(report)}", ("merge", method.name), "\n\n".join(parts))
 
 
 def layers_table(config: MergeConfig, layout: Layout) -> Table:

@@ -6,9 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
-from surgery.checkpoint.reader import Reader, SourceFiles, count_nonfinite, segments
+from surgery.checkpoint.reader import SourceFiles, TensorReader, count_nonfinite, segments
 from surgery.checkpoint.vocabulary import Vocabulary, read_vocabulary
-from surgery.engine.options import Options
+from surgery.engine.options import ExecutionOptions
 from surgery.engine.preflight import Preflight, check_config
 from surgery.engine.workers import run_shared
 from surgery.errors import SurgeryError, listing
@@ -81,7 +81,7 @@ def check_vocabularies(preflight: Preflight, checkpoints: Sequence[Checkpoint]) 
         preflight.facts["vocabulary"] = f"the same {len(first.ids):,} tokens in all models"
 
 
-def check_finite(tensors: Mapping[str, Sequence[StoredTensor]], options: Options) -> None:
+def check_finite(tensors: Mapping[str, Sequence[StoredTensor]], options: ExecutionOptions) -> None:
     """Raises SurgeryError where a source holds NaN or infinite values; reads every one of them once.
 
     tensors: model → the tensors that are read of it.
@@ -91,7 +91,7 @@ def check_finite(tensors: Mapping[str, Sequence[StoredTensor]], options: Options
     # Looking at a segment takes less time than handing it to a worker: so several at once, and told by number.
     units = [(number, bounds[i : i + _AT_ONCE]) for number, bounds in parts for i in range(0, len(bounds), _AT_ONCE)]
 
-    def look(unit: tuple[int, list[tuple[int, int]]], reader: Reader) -> tuple[int, int, int]:
+    def look(unit: tuple[int, list[tuple[int, int]]], reader: TensorReader) -> tuple[int, int, int]:
         number, bounds = unit
         tensor = held[number][1]
         size = count = 0

@@ -22,21 +22,21 @@ from surgery.checkpoint.dtypes import dtype_name
 from surgery.checkpoint.reader import SourceFiles
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.edit_report import write_config_dtype
-from surgery.engine.execute import execute
+from surgery.engine.execution import execute
 from surgery.engine.manifest import build_manifest, write_card, write_manifest
-from surgery.engine.options import Options
+from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, check_output, plan_files
 from surgery.engine.preflight import Preflight, check_quantised, check_space
-from surgery.engine.result import Outcome
+from surgery.engine.result import ExecutionResult
 from surgery.errors import SurgeryError, listing
-from surgery.vectors.align import side
+from surgery.vectors.align import aligned_model
 
 _EXAMPLES = 5
 CONFIG_WORD = 2  # of the line: surgery merge CONFIG.yml …
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedMerge:
     """A job that passed its checks."""
 
     plan: Plan
@@ -52,7 +52,7 @@ class Planned:
             return self.plan.fingerprint(files.stamps())
 
 
-class Job:
+class MergeJob:
     """One document's merge.
 
     Args:
@@ -78,7 +78,7 @@ class Job:
             self.command["files"] = {line[CONFIG_WORD]: text}
         self.where = config.where or f"merge {config.merge_method}"
 
-    def check(self, out: Path, options: Options) -> Planned | None:
+    def check(self, out: Path, options: ExecutionOptions) -> PlannedMerge | None:
         """Everything that can be known before the documents that this one uses have results; nothing is written."""
         if not self.config.uses:
             return self.plan(out, options)
@@ -88,7 +88,7 @@ class Job:
         preflight.settle(self.where)
         return None
 
-    def plan(self, out: Path, options: Options) -> Planned:
+    def plan(self, out: Path, options: ExecutionOptions) -> PlannedMerge:
         """The merge as a plan, checked. Raises SurgeryError with every fault at once."""
         config, preflight = self.config, Preflight(warnings=list(self.config.warnings))
         checkpoints = self._open(config.models)
@@ -119,9 +119,9 @@ class Job:
         plan = Plan(self.command, self._roles(checkpoints), plan_files(planned, like=like), beside.copied)
         check_space(preflight, plan, out, options.threads)
         preflight.settle(self.where)
-        return Planned(plan, merged, layout, beside, preflight)
+        return PlannedMerge(plan, merged, layout, beside, preflight)
 
-    def run(self, out: Path, options: Options, *, steps: Mapping[str, Mapping[str, Any]]) -> MergeReport:
+    def run(self, out: Path, options: ExecutionOptions, *, steps: Mapping[str, Mapping[str, Any]]) -> MergeReport:
         """Plans and writes the merge that the config is for.
 
         Args:
@@ -131,9 +131,9 @@ class Job:
 
     def execute(
         self,
-        planned: Planned,
+        planned: PlannedMerge,
         out: Path,
-        options: Options,
+        options: ExecutionOptions,
         *,
         steps: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> MergeReport:
@@ -145,7 +145,7 @@ class Job:
         if steps:
             more["steps"] = {name: {"inputs": one["inputs"]} for name, one in steps.items()}
 
-        def finish(folder: Path, outcome: Outcome) -> MergeReport:
+        def finish(folder: Path, outcome: ExecutionResult) -> MergeReport:
             planned.side_files.write(folder)
             if stored_as := self.config.out_dtype or self.config.dtype:
                 write_config_dtype(folder, dtype_name(stored_as))
@@ -157,7 +157,7 @@ class Job:
 
         return execute(plan, out, options, finish=finish)
 
-    def report(self, planned: Planned, out: Path) -> MergeReport:
+    def report(self, planned: PlannedMerge, out: Path) -> MergeReport:
         """What is known before the work."""
         facts, warnings = planned.preflight.facts, planned.preflight.warnings
         computed, count = len(planned.plan.computed), len(planned.plan.tensors)
@@ -205,8 +205,8 @@ class Job:
             check_vocabularies(preflight, list(checkpoints.values()))
             return None
         try:
-            models = [token_model(side(checkpoint)) for checkpoint in checkpoints.values()]
-            giver = token_model(side(donor)) if donor else None
+            models = [token_model(aligned_model(checkpoint)) for checkpoint in checkpoints.values()]
+            giver = token_model(aligned_model(donor)) if donor else None
             plan = plan_tokens(models, rule, base=self.config.base_model, donor=giver)
         except SurgeryError as error:
             preflight.faults.append(str(error))

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from merges.checks import TensorFaults
-from merges.config.schema import MergeConfig, Section
+from merges.config.schema import MergeConfig, MergeSection
 from merges.config.settings import EDGE_POSITION, layer_position
 from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
-from surgery.checkpoint.structure import Anatomy, anatomy
+from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.checkpoint.tensor_roles import NUMBER
 from surgery.engine.preflight import Preflight
 from surgery.errors import listing
@@ -33,7 +33,7 @@ class Slot:
 
     name: str
     group: str
-    section: Section
+    section: MergeSection
     t: float
     inputs: tuple[StoredTensor, ...]
     per_token: bool = False
@@ -61,7 +61,9 @@ class _Models:
 
     def __init__(self, checkpoints: Mapping[str, Checkpoint], template: str) -> None:
         self.checkpoints = checkpoints
-        self.anatomies: dict[str, Anatomy] = {ref: anatomy(checkpoint) for ref, checkpoint in checkpoints.items()}
+        self.anatomies: dict[str, ModelStructure] = {
+            ref: model_structure(checkpoint) for ref, checkpoint in checkpoints.items()
+        }
         self.stack = self.anatomies[template].stack or ""
         self.template = template
         self.layers: dict[str, list[dict[str, str]]] = {}
@@ -133,7 +135,7 @@ class _Builder:
                     "Give the whole."
                 )
 
-    def layers(self, section: Section, *, first: int) -> list[int]:
+    def layers(self, section: MergeSection, *, first: int) -> list[int]:
         """Adds the slots of a section's layers, numbered from `first`; returns what `Layout.layers` says of them."""
         ranges = []
         for source in section.sources:
@@ -159,7 +161,7 @@ class _Builder:
         at = refs.index(self.models.template) if self.models.template in refs else 0
         return list(ranges[at])
 
-    def begin(self, section: Section) -> None:
+    def begin(self, section: MergeSection) -> None:
         """Adds the slots of what comes before the layers, and of what is beside them."""
         found = [
             {name: tensor for name, tensor in self.models.outside(ref).items() if self.end_of(ref, name) is None}
@@ -167,7 +169,7 @@ class _Builder:
         ]
         self.meet(section, found, EDGE_POSITION)
 
-    def end(self, section: Section, layers: int) -> None:
+    def end(self, section: MergeSection, layers: int) -> None:
         """Adds the slots of what comes after the output's `layers` layers: final norm, head, and layers beyond."""
         refs = [source.model for source in section.sources]
         for part in (FINAL_NORM, LM_HEAD):
@@ -198,7 +200,7 @@ class _Builder:
 
     def meet(
         self,
-        section: Section,
+        section: MergeSection,
         found: Sequence[Mapping[str, StoredTensor]],
         t: float,
         prefix: str = "",

@@ -12,10 +12,10 @@ from merges.layout import LM_HEAD, Layout
 from merges.tokenizer.chat_template import set_chat_template
 from merges.tokenizer.files import read_tokenizer_files
 from merges.tokenizer.plan import TokenPlan
-from merges.tokenizer.token_ids import remap_ids, resized
+from merges.tokenizer.token_ids import remap_ids, resize_vocabulary
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.config_layers import unsayable, untied, with_layers
-from surgery.checkpoint.structure import anatomy
+from surgery.checkpoint.structure import model_structure
 from surgery.checkpoint.tokenizer_files import is_tokenizer_file
 from surgery.checkpoint.vocabulary import read_vocabulary
 from surgery.engine.preflight import Preflight
@@ -55,7 +55,7 @@ def side_files(
         chat_template: what the merge's config says, None for the template's own.
     """
     template = layout.template
-    shape = anatomy(template)
+    shape = model_structure(template)
     preflight.faults += unsayable(template.config, layout.layers, shape)
     config = with_layers(template.config, layout.layers, shape)
     if shape.tied and any(slot.group == LM_HEAD for slot in layout.slots):
@@ -65,7 +65,7 @@ def side_files(
     written: dict[str, bytes] = {}
     if tokens is not None:
         renumber = _Renumbering(preflight, template, tokens, checkpoints[tokens.donor])
-        config = renumber(resized(config, tokens.size), CONFIG)
+        config = renumber(resize_vocabulary(config, tokens.size), CONFIG)
         generation = read_json(template.folder / GENERATION, missing={}) if template.folder else {}
         if generation:
             written[GENERATION] = _json(renumber(generation, GENERATION))

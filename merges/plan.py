@@ -12,8 +12,8 @@ from merges.methods.registry import METHODS, Method, argument
 from merges.tokenizer.embeddings import TokenInputs
 from surgery.checkpoint.checkpoint import StoredTensor
 from surgery.checkpoint.dtypes import dtype_name
-from surgery.checkpoint.reader import Input
-from surgery.engine.plan import Parameter, PlannedTensor, copied
+from surgery.checkpoint.reader import TensorInput
+from surgery.engine.plan import Parameter, PlannedTensor, copy_tensor
 from surgery.engine.preflight import Preflight
 from surgery.errors import SurgeryError
 
@@ -66,7 +66,7 @@ class _Planner:
         first = slot.inputs[base or 0]
         models = tuple(refs[i] for i in merged)
         if not first.is_float:
-            return MergedTensor(replace(copied(first), name=slot.name), slot.group, models, False)
+            return MergedTensor(replace(copy_tensor(first), name=slot.name), slot.group, models, False)
         try:
             values = self.config.scope(slot.section).values(
                 self.method.spec, slot.name, slot.t, [tensor.name for tensor in slot.inputs]
@@ -86,13 +86,13 @@ class _Planner:
         weights = tuple(float(a) for a in weight) if isinstance(weight, tuple) else None
         dtype = self.stored_as or first.dtype
         if self.method.spec.name == "passthrough" and params["scale"] == (1.0,) and inputs[0].rows is None:
-            planned = replace(copied(first, dtype=self.stored_as), name=slot.name)
+            planned = replace(copy_tensor(first, dtype=self.stored_as), name=slot.name)
         else:
             kernel = self.method.kernel(params, len(merged), based=base is not None)
             planned = PlannedTensor(slot.name, dtype, inputs[0].shape, inputs, kernel, params)
         return MergedTensor(planned, slot.group, models, base is not None, weights)
 
-    def inputs(self, slot: Slot, refs: Sequence[str], stored: Sequence[StoredTensor]) -> tuple[Input, ...] | None:
+    def inputs(self, slot: Slot, refs: Sequence[str], stored: Sequence[StoredTensor]) -> tuple[TensorInput, ...] | None:
         if slot.per_token and self.tokens is not None:
             return tuple(self.tokens.align(ref, slot.name, tensor) for ref, tensor in zip(refs, stored, strict=True))
         shapes = [tensor.shape for tensor in stored]
@@ -101,7 +101,7 @@ class _Planner:
             advice = ALIGN if slot.per_token else "Only models of one shape can be merged."
             self.faults.add(slot.name, found, advice)
             return None
-        return tuple(Input(tensor) for tensor in stored)
+        return tuple(TensorInput(tensor) for tensor in stored)
 
     def is_possible(self, slot: Slot, params: Mapping[str, Parameter]) -> bool:
         """Whether the parameters can be merged by; what cannot is a fault."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from merges.config.settings import MethodSpec, ParameterSpec, shown
 from merges.plan import MergedTensor
-from surgery.engine.result import Outcome
+from surgery.engine.result import ExecutionResult
 from surgery.reporting.report import Column, Figure, Table
 
 
@@ -102,7 +102,7 @@ class MergeReport:
         return distances(f"How far the merge is from each model ({self.method})", groups, series)
 
 
-def with_outcome(report: MergeReport, merged: Iterable[MergedTensor], outcome: Outcome) -> MergeReport:
+def with_outcome(report: MergeReport, merged: Iterable[MergedTensor], outcome: ExecutionResult) -> MergeReport:
     """`report` with the numbers of `outcome`."""
     sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     layers: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))

@@ -11,12 +11,12 @@ from urllib.parse import quote
 
 from merges.config.parse import ordered
 from merges.config.schema import MergeConfig
-from merges.job import Job, Planned
+from merges.job import MergeJob, PlannedMerge
 from merges.report import MergeReport
 from surgery.engine.manifest import read_manifest
-from surgery.engine.options import Options
-from surgery.io.atomic import MANIFEST, check_free, partial_of
-from surgery.runtime.collectives import share
+from surgery.engine.options import ExecutionOptions
+from surgery.io.atomic import MANIFEST, check_free, partial_path
+from surgery.runtime.collectives import map_over_ranks
 
 STEPS = ".steps"  # OUT.steps/ holds the results of named documents until the last is done
 
@@ -28,7 +28,7 @@ def merge(
     line: Sequence[str],
     text: str = "",
     dry_run: bool = False,
-    options: Options = Options(),
+    options: ExecutionOptions = ExecutionOptions(),
 ) -> MergeReport:
     """Writes the merge that `configs` describe to the folder `out`.
 
@@ -47,8 +47,8 @@ def merge(
     steps = out.with_name(out.name + STEPS)
     # A name may hold slashes and dots, and none of them may lead out of the folder.
     places = {str(config.name): steps / f"name={quote(str(config.name), safe='')}" for config in before}
-    jobs = [Job(config, places, line) for config in before]
-    job = Job(last, places, line, text)
+    jobs = [MergeJob(config, places, line) for config in before]
+    job = MergeJob(last, places, line, text)
     if not dry_run:
         check_free(out, overwrite=options.overwrite)
     if before or dry_run:  # a fault of the last document must not show after hours of work on the first
@@ -57,11 +57,11 @@ def merge(
             return _dry_report(job, out, plans)
     done = {name: _step(one, places[name], options) for name, one in zip(places, jobs, strict=True)}
     report = job.run(out, options, steps=done)
-    share([None], lambda _: _remove(steps, places))
+    map_over_ranks([None], lambda _: _remove(steps, places))
     return report
 
 
-def _dry_report(job: Job, out: Path, plans: Sequence[Planned | None]) -> MergeReport:
+def _dry_report(job: MergeJob, out: Path, plans: Sequence[PlannedMerge | None]) -> MergeReport:
     """What the checks found; of a document that uses others' results there is no plan yet."""
     *_, last = plans
     warnings = [warning for plan in plans if plan is not None for warning in plan.preflight.warnings]
@@ -71,7 +71,7 @@ def _dry_report(job: Job, out: Path, plans: Sequence[Planned | None]) -> MergeRe
     return MergeReport(out, job.config.merge_method, {"checked": note}, warnings, 0, 0, dry_run=True)
 
 
-def _step(job: Job, folder: Path, options: Options) -> Mapping[str, Any]:
+def _step(job: MergeJob, folder: Path, options: ExecutionOptions) -> Mapping[str, Any]:
     """Merges a document that others need, unless an earlier run has done so; returns the manifest of the result."""
     planned = job.plan(folder, options)
 
@@ -83,7 +83,7 @@ def _step(job: Job, folder: Path, options: Options) -> Mapping[str, Any]:
         shutil.rmtree(folder)  # of another config, or of models that have changed since
         return True
 
-    if share([None], is_missing)[0]:
+    if map_over_ranks([None], is_missing)[0]:
         job.execute(planned, folder, options)
     return read_manifest(folder)
 
@@ -92,6 +92,6 @@ def _remove(steps: Path, places: Mapping[str, Path]) -> None:
     """Removes the results of named documents, and nothing else that may lie in their folder."""
     for folder in places.values():
         shutil.rmtree(folder)
-        shutil.rmtree(partial_of(folder), ignore_errors=True)
+        shutil.rmtree(partial_path(folder), ignore_errors=True)
     if places and not any(steps.iterdir()):
         steps.rmdir()

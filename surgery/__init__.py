@@ -1,10 +1,10 @@
 """Model surgery: language-model checkpoints taken apart and put together better, on the weights themselves.
 
 The names below are the public API. What shares its name with a module is imported from there, such as
-`surgery.vectors.compare.compare`, `surgery.publish.push.push`, `surgery.recipes.reproduce.reproduce`,
-`surgery.vectors.sweep.sweep`, `surgery.edits.undo.undo` and `surgery.engine.verify.verify`; recipes are run by
-`surgery.recipes.run.scheduler.run_program`. Names are imported on first use, because most bring torch along, and
-`surgery --help` must not wait for it.
+`surgery.vectors.comparison.compare`, `surgery.publish.upload.push`, `surgery.recipes.reproduction.reproduce`,
+`surgery.vectors.scale_sweep.sweep`, `surgery.edits.undo_file.undo` and `surgery.engine.verification.verify`; recipes
+are run by `surgery.recipes.run.scheduler.run_recipe`. Names are imported on first use, because most bring torch along,
+and `surgery --help` must not wait for it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from surgery.checkpoint.resolve import open_checkpoint
     from surgery.edits.experts import scale_experts
     from surgery.edits.heads import scale_heads
-    from surgery.engine.options import Options
+    from surgery.engine.options import ExecutionOptions
     from surgery.growth.baseline import train_baselines
     from surgery.growth.data.train_tokenizer import train_tokenizer
     from surgery.growth.embedding.build import make_embedding
     from surgery.growth.layers.add import add_layers
     from surgery.growth.layers.init_model import init_model
     from surgery.growth.run import grow
-    from surgery.vectors.apply import apply, transfer
-    from surgery.vectors.compare import diff
-    from surgery.vectors.extract import extract
+    from surgery.vectors.application import apply, transfer
+    from surgery.vectors.comparison import diff
+    from surgery.vectors.extraction import extract
     from surgery.vectors.to_lora import extract_adapter
 
 __all__ = [
@@ -52,9 +52,9 @@ __all__ = [
 _HOMES = {
     "Options": "engine.options",
     "add_layers": "growth.layers.add",
-    "apply": "vectors.apply",
-    "diff": "vectors.compare",
-    "extract": "vectors.extract",
+    "apply": "vectors.application",
+    "diff": "vectors.comparison",
+    "extract": "vectors.extraction",
     "extract_adapter": "vectors.to_lora",
     "grow": "growth.run",
     "init_model": "growth.layers.init_model",
@@ -64,7 +64,7 @@ _HOMES = {
     "scale_heads": "edits.heads",
     "train_baselines": "growth.baseline",
     "train_tokenizer": "growth.data.train_tokenizer",
-    "transfer": "vectors.apply",
+    "transfer": "vectors.application",
 }
 
 

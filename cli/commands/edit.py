@@ -12,8 +12,8 @@ from cli import console
 from cli import options as o
 
 if TYPE_CHECKING:
-    from probes.experts.edit import Boost
-    from probes.refusal.edit import Repair
+    from probes.experts.edit import ExpertEditResult
+    from probes.refusal.edit import HeadEditResult
 
 app = typer.Typer(
     help="Edits one model's weights in place of hooks: only the tensors that must change do.", no_args_is_help=True
@@ -61,12 +61,12 @@ def heads(
     as_json: o.Json = False,
 ) -> None:
     """Scale attention heads in the checkpoint, exactly, and measure refusals, KL and perplexity before keeping it."""
-    from probes.refusal.edit import Choice, Measuring, Mode, edit_heads
+    from probes.refusal.edit import EffectOptions, HeadSelection, Mode, edit_heads
 
     repair = edit_heads(
         model,
         out,
-        choice=Choice(
+        choice=HeadSelection(
             run=run,
             top=top,
             proven=proven,
@@ -74,7 +74,7 @@ def heads(
             scale=scale,
             mode=cast("Mode", o.choice(mode, ("scale", "mean"), "mode")),
         ),
-        measuring=Measuring(data=data, wanted=not no_measure, examples=examples, force=force),
+        measuring=EffectOptions(data=data, wanted=not no_measure, examples=examples, force=force),
         dtype=dtype,
         dry_run=dry_run,
         options=o.options(threads, device, overwrite=overwrite),
@@ -113,12 +113,12 @@ def experts(
     as_json: o.Json = False,
 ) -> None:
     """Scale experts in the checkpoint, so that any engine runs them so; also on prompts, which a hook could spare."""
-    from probes.experts.edit import ExpertChoice, edit_experts
+    from probes.experts.edit import ExpertSelection, edit_experts
 
     boost = edit_experts(
         model,
         out,
-        choice=ExpertChoice(run=run, top=top, experts=expert or (), scale=scale),
+        choice=ExpertSelection(run=run, top=top, experts=expert or (), scale=scale),
         data=data,
         wanted=not no_measure,
         examples=examples,
@@ -141,7 +141,7 @@ def undo(
     as_json: o.Json = False,
 ) -> None:
     """Write the model as it was before the edit, bit for bit."""
-    from surgery.edits.undo import undo as restore
+    from surgery.edits.undo_file import undo as restore
 
     report = restore(model, out, options=o.options(threads, overwrite=overwrite))
     if as_json:
@@ -151,7 +151,14 @@ def undo(
 
 
 def _show(
-    edited: Repair | Boost, what: str, names: Iterable[str], done: str, out: Path, *, no_measure: bool, as_json: bool
+    edited: HeadEditResult | ExpertEditResult,
+    what: str,
+    names: Iterable[str],
+    done: str,
+    out: Path,
+    *,
+    no_measure: bool,
+    as_json: bool,
 ) -> None:
     """What an edit of `names` did to the weights, and to the model."""
     from surgery.engine.edit_report import edit_table

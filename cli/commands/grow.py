@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from surgery.growth.embedding.build import Kind
     from surgery.growth.layers.add import AddReport
     from surgery.growth.layers.init_model import InitReport
-    from surgery.growth.plan import Init, Place
-    from surgery.growth.prepare import Begun
+    from surgery.growth.plan import Init, LayerPosition
+    from surgery.growth.prepare import PreparedRun
     from surgery.growth.results import Growth
-    from surgery.growth.run import Doing
+    from surgery.growth.run import RunOptions
 
 app = typer.Typer(
     help="Grows transformers layer by layer on a frozen embedding, and deepens models that are there.",
@@ -156,8 +156,8 @@ def init(
 ) -> None:
     """Write the model that a growth begins with: a Llama, or any config, around a frozen embedding."""
     from surgery.growth.layers.init_model import init_model
-    from surgery.growth.plan import Shape
-    from surgery.runtime.collectives import share
+    from surgery.growth.plan import ModelShape
+    from surgery.runtime.collectives import map_over_ranks
 
     said = {
         "hidden": hidden,
@@ -168,14 +168,14 @@ def init(
         "layers": layers,
         "config": config,
     }
-    shape = Shape.model_validate({name: value for name, value in said.items() if value is not None})
+    shape = ModelShape.model_validate({name: value for name, value in said.items() if value is not None})
     options = o.options(overwrite=overwrite)
 
     def make(_: None) -> InitReport:
         return init_model(embed, out, shape=shape, seed=seed, dtype=dtype, dry_run=dry_run, options=options)
 
     # Random weights are drawn in one process, whatever shares the writing.
-    [report] = share([None], make)
+    [report] = map_over_ranks([None], make)
     if as_json:
         console.show_json(report)
     else:
@@ -204,7 +204,7 @@ def add(
     """Write a model of any family with layers added; every other tensor keeps its bytes."""
     from surgery.growth.layers.add import add_layers
     from surgery.growth.plan import INITS
-    from surgery.runtime.collectives import share
+    from surgery.runtime.collectives import map_over_ranks
 
     place, begins, options = (
         _place(at),
@@ -218,7 +218,7 @@ def add(
         )
 
     # Random layers are drawn in one process, whatever shares the writing.
-    [report] = share([None], make)
+    [report] = map_over_ranks([None], make)
     if as_json:
         console.show_json(report)
         return
@@ -283,10 +283,10 @@ def baseline(
         _show(train_baselines(begun, budget=chosen, embedding=of, doing=doing), out, as_json=as_json)
 
 
-def _place(text: str) -> Place:
+def _place(text: str) -> LayerPosition:
     if text.isdecimal():
         return int(text)
-    return cast("Place", o.choice(text, ("top", "middle"), "at"))
+    return cast("LayerPosition", o.choice(text, ("top", "middle"), "at"))
 
 
 def _begin(
@@ -300,16 +300,16 @@ def _begin(
     threads: int | None,
     save_every: float,
     tensorboard: bool,
-) -> tuple[Begun, Doing]:
-    from surgery.growth.prepare import begin, plan_of
-    from surgery.growth.run import Doing
+) -> tuple[PreparedRun, RunOptions]:
+    from surgery.growth.prepare import load_plan, prepare_run
+    from surgery.growth.run import RunOptions
     from surgery.runtime.progress import terminal
 
-    begun = begin(plan_of(plan, embed=embed, corpus=corpus, tokens=tokens, seed=seed), out)
-    return begun, Doing(device, threads, save_every, tensorboard, terminal)
+    begun = prepare_run(load_plan(plan, embed=embed, corpus=corpus, tokens=tokens, seed=seed), out)
+    return begun, RunOptions(device, threads, save_every, tensorboard, terminal)
 
 
-def _nothing_done(begun: Begun, *, as_json: bool) -> None:
+def _nothing_done(begun: PreparedRun, *, as_json: bool) -> None:
     if as_json:
         console.show_json({"facts": begun.facts, "plan": begun.plan.model_dump(mode="json")})
     else:

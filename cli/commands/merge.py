@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from cli import console
 from cli import options as o
-from surgery.io.command_line import option_of, option_words
+from surgery.io.command_line import option_flag, option_words
 
 if TYPE_CHECKING:
     from merges.config.schema import Compat, MergeConfig
@@ -198,7 +198,7 @@ def logits(
     from merges.ensemble.members import Mode
     from merges.ensemble.tune import TuneWhat
 
-    report = ensembles.average(
+    report = ensembles.average_logits(
         models,
         out,
         weights=weight,
@@ -245,7 +245,7 @@ def _refuse_beside_config(config: str, models: Sequence[str], names: Sequence[st
     """What a config says is said there alone: an option beside it would have to win, or to be lost in silence."""
     from surgery.errors import listing, usage_error
 
-    stray = [*models, *map(option_of, names)]
+    stray = [*models, *map(option_flag, names)]
     if stray:
         raise usage_error(f"a config says all of this itself: {listing(stray)}", where=config, hint="Edit the config.")
 
@@ -257,7 +257,7 @@ def _config(
     from merges.config.parse import config_for_method
 
     values = {
-        name: [_value(option_of(name), text) for text in given] if isinstance(given, list) else [given]
+        name: [_value(option_flag(name), text) for text in given] if isinstance(given, list) else [given]
         for name, given in parameters.items()
     }
     compat = cast("Compat", settings.get("compat", "mergekit"))

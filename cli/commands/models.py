@@ -11,7 +11,7 @@ import typer
 
 from cli import console
 from cli import options as o
-from surgery.io.command_line import option_of, option_words
+from surgery.io.command_line import option_flag, option_words
 from surgery.runtime.environment import is_main
 
 if TYPE_CHECKING:
@@ -28,14 +28,14 @@ def register(app: typer.Typer) -> None:
 
 def inspect(model: o.Model, as_json: o.Json = False) -> None:
     """Tensors, dtypes, parameters, layers, heads, experts, tied weights, and what was not understood."""
-    from surgery.checkpoint.inspect import describe, describe_tables
+    from surgery.checkpoint.inspect import inspect_checkpoint, inspect_tables
     from surgery.checkpoint.resolve import open_checkpoint
 
-    description = describe(open_checkpoint(model))
+    description = inspect_checkpoint(open_checkpoint(model))
     if as_json:
         console.show_json(description)
     else:
-        console.show(*describe_tables(description))
+        console.show(*inspect_tables(description))
 
 
 def diff(
@@ -47,9 +47,9 @@ def diff(
     as_json: o.Json = False,
 ) -> None:
     """Per tensor: ‖A−B‖/‖A‖, cosine, share of changed values; and which layers moved."""
-    from surgery.vectors import compare
+    from surgery.vectors import comparison
 
-    report = compare.diff(a, b, options=o.options(threads))
+    report = comparison.diff(a, b, options=o.options(threads))
     if plot:
         console.draw(report.figure(), plot)
     if as_json:
@@ -60,7 +60,7 @@ def diff(
 
 def verify(model: o.Model, threads: o.Threads = None, as_json: o.Json = False) -> None:
     """Every tensor readable, finite, and hashed as its manifest says; exit code 1 where one is not."""
-    from surgery.engine.verify import verify as check
+    from surgery.engine.verification import verify as check
 
     report = check(model, options=o.options(threads))
     if as_json:
@@ -113,7 +113,7 @@ def evaluate(
 
     given = {"top": top, "scale": scale, "phase": phase}
     if reinforce is None and (stray := [name for name, value in given.items() if value is not None]):
-        raise usage_error("goes with --reinforce RUN", where=option_of(stray[0]))
+        raise usage_error("goes with --reinforce RUN", where=option_flag(stray[0]))
     strength: Any = {
         "top": 2 if top is None else top,
         "scale": 64.0 if scale is None else scale,

@@ -9,12 +9,12 @@ import typer
 
 from cli import console
 from cli import options as o
-from surgery.io.command_line import option_of
+from surgery.io.command_line import option_flag
 
 if TYPE_CHECKING:
     from probes.experts.findings import ExpertFindings
     from probes.refusal.findings import Findings
-    from surgery.engine.options import Options
+    from surgery.engine.options import ExecutionOptions
 
 app = typer.Typer(
     help="Looks into models: refusal cliffs of reasoning models and the heads that make them (arXiv 2510.06036), and "
@@ -106,11 +106,11 @@ def refusal(
             "what is to be probed, and where do the findings go?", hint="Add --data DATA and -o RUN (or --live PROMPT)."
         )
     from probes.data.generate import Engine
-    from probes.data.prepare import Asking
-    from probes.refusal.cross_validated import Cells, Training
+    from probes.data.prepare import GenerationOptions
+    from probes.refusal.cross_validated import Cells, ProbeTraining
     from probes.refusal.run import Form, probe_refusal
 
-    asking = Asking(
+    asking = GenerationOptions(
         think_open=think_open,
         think_close=think_close,
         no_thinking=no_thinking,
@@ -122,7 +122,7 @@ def refusal(
         phrases=refusal_phrases,
         guard=guard,
     )
-    training = Training(
+    training = ProbeTraining(
         cells=cast("Cells", o.choice(cells, ("all", "paper"), "cells")), folds=folds, strength=strength, seed=seed
     )
     findings = probe_refusal(
@@ -172,9 +172,9 @@ def heads(
     as_json: o.Json = False,
 ) -> None:
     """Prove by ablation which of the screened heads suppress refusal: alone, in sets, and against random sets."""
-    from probes.refusal.causal import Kind, Proof, prove_heads
+    from probes.refusal.causal import Kind, ProofOptions, prove_heads
 
-    proof = Proof(
+    proof = ProofOptions(
         top=top,
         kind=cast("Kind", o.choice(ablate, ("scale", "mean", "resample"), "ablate")),
         scale=scale,
@@ -209,7 +209,7 @@ def judge(
     as_json: o.Json = False,
 ) -> None:
     """Choose the few examples worth training on: those with the deepest cliffs (Cliff-as-a-Judge)."""
-    from probes.refusal import judge as judging
+    from probes.refusal import judging
 
     selection = judging.judge(
         model,
@@ -289,10 +289,10 @@ def experts(
     as_json: o.Json = False,
 ) -> None:
     """Count which experts fire at the markers of thinking, rank them by nPMI, try how strongly to reinforce them."""
-    from probes.data.prepare import Asking
+    from probes.data.prepare import GenerationOptions
     from probes.experts.npmi import Support
     from probes.experts.run import probe_experts
-    from probes.experts.sweep import Grid, parse_betas
+    from probes.experts.sweep import BetaGrid, parse_betas
     from probes.model.reinforce import Phase, Way
     from surgery.errors import usage_error
 
@@ -300,11 +300,11 @@ def experts(
         raise usage_error("a sweep needs a grid and a task to score it on: give both --sweep and --task.")
     asked = {"top": top, "way": way, "phase": phase, "controls": controls, "task_limit": task_limit}
     if sweep is None and (stray := [name for name, value in asked.items() if value is not None]):
-        raise usage_error("goes with --sweep", where=option_of(stray[0]))
+        raise usage_error("goes with --sweep", where=option_flag(stray[0]))
     grid = None
     if sweep is not None:
         ways, phases = ("weight", "renormalised", "logit", "forced"), ("all", "generated")
-        grid = Grid(
+        grid = BetaGrid(
             parse_betas(sweep),
             task or (),
             top=2 if top is None else top,
@@ -323,7 +323,7 @@ def experts(
         transfer=transfer,
         support=Support(fires=fires, at_marker=at_marker),
         grid=grid,
-        asking=Asking(
+        asking=GenerationOptions(
             think_open=think_open,
             think_close=think_close,
             no_thinking=no_thinking,
@@ -390,11 +390,18 @@ def _show(findings: Findings, run: Path, *, as_json: bool, last: int = 0) -> Non
 
 
 def _watch(
-    model: str, run: Path, prompt: str, max_new_tokens: int | None, dtype: str, options: Options, *, as_json: bool
+    model: str,
+    run: Path,
+    prompt: str,
+    max_new_tokens: int | None,
+    dtype: str,
+    options: ExecutionOptions,
+    *,
+    as_json: bool,
 ) -> None:
-    from probes.refusal.live import watch
+    from probes.refusal.live import live_probe
 
-    found = watch(
+    found = live_probe(
         model,
         run,
         prompt,

@@ -12,7 +12,7 @@ from cli import console
 from cli import options as o
 
 if TYPE_CHECKING:
-    from surgery.publish.push import Preview
+    from surgery.publish.upload import PushPreview
 
 EPILOG = "Example: surgery push reasoning-instruct org/reasoning-instruct --private"
 
@@ -37,10 +37,10 @@ def push(
     as_json: o.Json = False,
 ) -> None:
     """Sends OUT to the Hub as one commit, with a completed model card; a push that broke off goes on where it was."""
-    from surgery.publish import push as pushing
+    from surgery.publish import upload as pushing
 
     if dry_run:
-        seen = pushing.preview(out, repo, revision=revision, pr=pr)
+        seen = pushing.preview_push(out, repo, revision=revision, pr=pr)
         if as_json:
             console.show_json(
                 {"repo_id": seen.repo_id, "files": seen.files, "n_bytes": seen.n_bytes, "card": seen.card.metadata}
@@ -68,7 +68,7 @@ def push(
         typer.echo(pushed.url)
 
 
-def _show(seen: Preview) -> None:
+def _show(seen: PushPreview) -> None:
     import yaml
 
     from surgery.reporting.report import Column, Table, Value

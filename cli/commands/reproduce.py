@@ -26,7 +26,7 @@ def reproduce(
     as_json: o.Json = False,
 ) -> None:
     """Make an output again from its surgery.json, and compare every tensor's hash; exit code 1 where one differs."""
-    from surgery.recipes.reproduce import reproduce as again
+    from surgery.recipes.reproduction import reproduce as again
 
     found = again(output, run=_run, scratch=scratch)
     if as_json:

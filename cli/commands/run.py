@@ -16,9 +16,9 @@ from cli.signatures import signatures
 if TYPE_CHECKING:
     from cli.signatures import Parameter as Taken
     from cli.signatures import Signature
-    from surgery.recipes.run.preview import Outlook
+    from surgery.recipes.run.preview import RunPreview
     from surgery.recipes.run.scheduler import RunReport
-    from surgery.recipes.types import Command, Kind, Parameter
+    from surgery.recipes.types import Command, CommandParameter, Kind
 
 EPILOG = "Example: surgery run reasoning-vector --set scale=0.5 -o runs/half"
 FILE = Path("recipes.yaml")
@@ -68,14 +68,14 @@ def run(
     if name is None:
         _list(file, as_json=as_json)
         return
-    from surgery.recipes.parse.graph import program
-    from surgery.recipes.run.scheduler import run_program
+    from surgery.recipes.parse.graph import build_pipeline
+    from surgery.recipes.run.scheduler import run_recipe
 
-    read = program(file, name, commands=commands(), settings=dict(map(_setting, settings or ())))
+    read = build_pipeline(file, name, commands=commands(), settings=dict(map(_setting, settings or ())))
     folder = RUNS / name if out is None else out
     again = "The same command" if from_step is None else "The same command without --from"
     try:
-        report = run_program(
+        report = run_recipe(
             read,
             folder,
             jobs=jobs,
@@ -124,12 +124,12 @@ def _command(said: Signature) -> Command:
     )
 
 
-def _parameter(said: Taken) -> Parameter:
-    from surgery.recipes.types import Parameter
+def _parameter(said: Taken) -> CommandParameter:
+    from surgery.recipes.types import CommandParameter
 
     flag = next((name for name in said.flags if name.startswith("--")), None)
     default = said.default
-    return Parameter(
+    return CommandParameter(
         name=flag.removeprefix("--") if flag else said.name,
         kind=KINDS[said.kind],
         help=said.help,
@@ -164,12 +164,12 @@ def _list(file: Path, *, as_json: bool) -> None:
     console.show(Table(str(file), [Column("recipe"), Column("what it does"), Column("needs")], rows))
 
 
-def _show(seen: Outlook) -> None:
+def _show(seen: RunPreview) -> None:
     console.show(seen.table())
 
 
 def _record(report: RunReport, folder: Path) -> dict[str, Any]:
-    seen = report.outlook
+    seen = report.preview
     steps = {
         step.node.name: {
             "command": step.node.command.name,

@@ -13,7 +13,7 @@ from cli import options as o
 if TYPE_CHECKING:
     from surgery.engine.edit_report import EditReport
     from surgery.vectors.align import VocabPolicy
-    from surgery.vectors.extract import ExtractReport
+    from surgery.vectors.extraction import ExtractReport
     from surgery.vectors.to_lora import AdapterReport
 
 app = typer.Typer(
@@ -53,7 +53,7 @@ def extract(
     as_json: o.Json = False,
 ) -> None:
     """Write the vector v = θ_tuned − θ_base."""
-    from surgery.vectors import extract as extraction
+    from surgery.vectors import extraction
 
     options = o.options(threads, device, overwrite=overwrite, allow_nonfinite=allow_nonfinite)
     report: AdapterReport | ExtractReport
@@ -113,8 +113,8 @@ def apply(
     as_json: o.Json = False,
 ) -> None:
     """Write θ_target + α·(m ⊙ v)."""
-    from surgery.vectors import apply as vectors
-    from surgery.vectors.masks import parse_scales
+    from surgery.vectors import application as vectors
+    from surgery.vectors.masks import parse_scale_globs
 
     report = vectors.apply(
         vector,
@@ -123,7 +123,7 @@ def apply(
         scale=scale,
         include=include or (),
         exclude=exclude or (),
-        scale_for=parse_scales(scale_for or ()),
+        scale_for=parse_scale_globs(scale_for or ()),
         vocab=cast("VocabPolicy", vocab),
         dtype=dtype,
         allow_unrelated=allow_unrelated,
@@ -154,8 +154,8 @@ def transfer(
     as_json: o.Json = False,
 ) -> None:
     """Write θ_target + α·m ⊙ (θ_tuned − θ_base) in one pass, with no vector on disk."""
-    from surgery.vectors import apply as vectors
-    from surgery.vectors.masks import parse_scales
+    from surgery.vectors import application as vectors
+    from surgery.vectors.masks import parse_scale_globs
 
     report = vectors.transfer(
         tuned,
@@ -165,7 +165,7 @@ def transfer(
         scale=scale,
         include=include or (),
         exclude=exclude or (),
-        scale_for=parse_scales(scale_for or ()),
+        scale_for=parse_scale_globs(scale_for or ()),
         vocab=cast("VocabPolicy", vocab),
         dtype=dtype,
         allow_unrelated=allow_unrelated,
@@ -183,7 +183,7 @@ def compare(
     as_json: o.Json = False,
 ) -> None:
     """Cosine and norm of vectors, per layer and as a whole."""
-    from surgery.vectors import compare as comparison
+    from surgery.vectors import comparison
 
     report = comparison.compare(vectors, options=o.options(threads))
     if plot:
@@ -220,8 +220,8 @@ def sweep(
     as_json: o.Json = False,
 ) -> None:
     """Score TARGET + α·v over a grid of α, with norm-matched random vectors as the control."""
-    from surgery.vectors import sweep as sweeps
-    from surgery.vectors.masks import parse_scales
+    from surgery.vectors import scale_sweep as sweeps
+    from surgery.vectors.masks import parse_scale_globs
 
     report = sweeps.sweep(
         vector,
@@ -232,7 +232,7 @@ def sweep(
         controls=controls,
         include=include or (),
         exclude=exclude or (),
-        scale_for=parse_scales(scale_for or ()),
+        scale_for=parse_scale_globs(scale_for or ()),
         vocab=cast("VocabPolicy", vocab),
         limit=limit,
         batch_size=batch_size,

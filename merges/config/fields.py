@@ -1,7 +1,7 @@
 """Reading nodes of a config as what they should be: keys of a mapping, entries of a list, text, scalars, models.
 
 Every function notes what is wrong in `faults` and returns a stand-in, so that reading goes on. What was read after a
-fault is never used: `Faults.settle` raises.
+fault is never used: `YamlErrors.settle` raises.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Iterable, Sequence
 
 from merges.config.settings import ParameterSpec, Scalar, shown
 from surgery.errors import listing
-from surgery.io.yaml_nodes import Faults, Node
+from surgery.io.yaml_nodes import YamlErrors, YamlNode
 
 NO_MODEL = ""  # stands in for a reference that could not be read
 
 
-def read_mapping(node: Node, faults: Faults) -> dict[str, Node]:
+def read_mapping(node: YamlNode, faults: YamlErrors) -> dict[str, YamlNode]:
     """The entries of a mapping, none perhaps."""
     if isinstance(node.value, dict):
         return node.value
@@ -24,7 +24,7 @@ def read_mapping(node: Node, faults: Faults) -> dict[str, Node]:
     return {}
 
 
-def read_entries(node: Node, faults: Faults) -> tuple[Node, ...]:
+def read_entries(node: YamlNode, faults: YamlErrors) -> tuple[YamlNode, ...]:
     """The entries of a list with at least one."""
     if isinstance(node.value, tuple) and node.value:
         return node.value
@@ -33,8 +33,13 @@ def read_entries(node: Node, faults: Faults) -> tuple[Node, ...]:
 
 
 def read_fields(
-    node: Node, known: Sequence[str], faults: Faults, *, required: Sequence[str] = (), elsewhere: Iterable[str] = ()
-) -> dict[str, Node]:
+    node: YamlNode,
+    known: Sequence[str],
+    faults: YamlErrors,
+    *,
+    required: Sequence[str] = (),
+    elsewhere: Iterable[str] = (),
+) -> dict[str, YamlNode]:
     """The keys of a mapping that may hold only `known`; those left empty are taken as not given.
 
     Args:
@@ -54,7 +59,7 @@ def read_fields(
     return found
 
 
-def read_text(node: Node, faults: Faults) -> str:
+def read_text(node: YamlNode, faults: YamlErrors) -> str:
     """Text that is not empty."""
     if isinstance(node.value, str) and node.value.strip():
         return node.value
@@ -63,7 +68,7 @@ def read_text(node: Node, faults: Faults) -> str:
     return ""
 
 
-def read_choice(node: Node, choices: Iterable[str], faults: Faults) -> str | None:
+def read_choice(node: YamlNode, choices: Iterable[str], faults: YamlErrors) -> str | None:
     """One of some names; None where it is another."""
     every = list(choices)
     text = read_text(node, faults)
@@ -74,7 +79,7 @@ def read_choice(node: Node, choices: Iterable[str], faults: Faults) -> str | Non
     return None
 
 
-def read_scalar(node: Node, spec: ParameterSpec, faults: Faults) -> Scalar | None:
+def read_scalar(node: YamlNode, spec: ParameterSpec, faults: YamlErrors) -> Scalar | None:
     """A value of a parameter's kind and in its bounds; None where it is not."""
     try:
         return spec.read(node.plain)
@@ -83,7 +88,7 @@ def read_scalar(node: Node, spec: ParameterSpec, faults: Faults) -> Scalar | Non
         return None
 
 
-def read_model(node: Node, faults: Faults) -> str:
+def read_model(node: YamlNode, faults: YamlErrors) -> str:
     """A model as our reference, `BASE+ADAPTER` or `org/name@revision`, from text or from mergekit's mapping.
 
     The mapping is `{model: {path, revision}, lora: {path, revision}, override_architecture}`; model and lora may be
@@ -106,7 +111,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f'Did you mean "{near[0]}"?' if near else f"Expected one of: {listing(every)}."
 
 
-def _path(node: Node, faults: Faults) -> str:
+def _path(node: YamlNode, faults: YamlErrors) -> str:
     if not isinstance(node.value, dict):
         return read_text(node, faults)
     keys = read_fields(node, ("path", "revision"), faults, required=("path",))

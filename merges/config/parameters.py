@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from merges.config.fields import nearest, read_fields, read_mapping, read_scalar
 from merges.config.schema import Settings
 from merges.config.settings import EVERYTHING, INT8_MASK, MethodSpec, ParameterSpec, Rule, Scalar, Setting, shown
-from surgery.io.yaml_nodes import Faults, Node
+from surgery.io.yaml_nodes import YamlErrors, YamlNode
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class ParameterReader:
 
     methods: Mapping[str, MethodSpec]
     method: MethodSpec | None
-    faults: Faults
+    faults: YamlErrors
     strict: bool
 
-    def read(self, node: Node | None, *, in_source: bool = False) -> Settings:
+    def read(self, node: YamlNode | None, *, in_source: bool = False) -> Settings:
         """The settings under `node`, which may be absent; `in_source` where they are one model's."""
         settings: dict[str, Setting] = {}
         if node is None:
@@ -38,7 +38,7 @@ class ParameterReader:
                 settings[name] = self._setting(child, spec)
         return settings
 
-    def _spec(self, name: str, node: Node, *, in_source: bool) -> ParameterSpec | None:
+    def _spec(self, name: str, node: YamlNode, *, in_source: bool) -> ParameterSpec | None:
         """The parameter called `name`, or None where it is not to be read."""
         if self.method is None:
             if not any(method.parameter(name) for method in self.methods.values()):
@@ -58,11 +58,11 @@ class ParameterReader:
             return None
         return spec
 
-    def _idle(self, node: Node, what: str) -> None:
+    def _idle(self, node: YamlNode, what: str) -> None:
         note = self.faults.add if self.strict else self.faults.warn
         note(node, what)
 
-    def _setting(self, node: Node, spec: ParameterSpec) -> Setting:
+    def _setting(self, node: YamlNode, spec: ParameterSpec) -> Setting:
         if isinstance(node.value, dict):
             return (self._rule(node, spec),)
         if not isinstance(node.value, tuple) or not any(isinstance(item.value, dict) for item in node.value):
@@ -77,7 +77,7 @@ class ParameterReader:
             rules.append(self._rule(item, spec))
         return tuple(rules)
 
-    def _rule(self, node: Node, spec: ParameterSpec) -> Rule:
+    def _rule(self, node: YamlNode, spec: ParameterSpec) -> Rule:
         keys = read_fields(node, ("filter", "value"), self.faults, required=("value",))
         values = self._values(keys["value"], spec) if "value" in keys else ()
         pattern = keys["filter"].value if "filter" in keys else None
@@ -88,7 +88,7 @@ class ParameterReader:
         )
         return Rule(values)
 
-    def _values(self, node: Node, spec: ParameterSpec) -> tuple[Scalar, ...]:
+    def _values(self, node: YamlNode, spec: ParameterSpec) -> tuple[Scalar, ...]:
         """The values of a scalar or a list; () where it is empty."""
         if node.value == ():
             self.faults.add(node, f"got an empty list, expected {spec.rule}, or a list of such")

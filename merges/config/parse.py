@@ -17,16 +17,16 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 from merges.config.fields import nearest
-from merges.config.read import Draft, read_document
+from merges.config.read import ParsedDocument, read_document
 from merges.config.schema import (
     Compat,
     MergeConfig,
 )
 from merges.config.settings import MethodSpec
 from surgery.errors import usage_error
-from surgery.io.command_line import option_of
+from surgery.io.command_line import option_flag
 from surgery.io.yaml_models import read_text
-from surgery.io.yaml_nodes import Faults, Node, read_documents, tree
+from surgery.io.yaml_nodes import YamlErrors, YamlNode, read_documents, to_node
 
 _ONE_RESULT = "Give a name to every document but one."
 
@@ -106,7 +106,7 @@ def config_for_method(
     Raises:
         SurgeryError: all faults, one a line, by the names of the options: `--weight: got 3 values for 2 models`.
     """
-    faults = Faults("")
+    faults = YamlErrors("")
     spec = methods.get(method)
     given = parameters or {}
     if spec is not None:
@@ -114,61 +114,64 @@ def config_for_method(
     shared, own = _shared_out(given, len(models), spec, faults)
     faults.settle()
     entries = [
-        Node(
-            f"MODEL {i}", None, {"model": Node(f"MODEL {i}", None, ref), "parameters": Node(f"MODEL {i}", None, values)}
+        YamlNode(
+            f"MODEL {i}",
+            None,
+            {"model": YamlNode(f"MODEL {i}", None, ref), "parameters": YamlNode(f"MODEL {i}", None, values)},
         )
         for i, (ref, values) in enumerate(zip(models, own, strict=True), start=1)
     ]
     document = {
-        "merge_method": Node("METHOD", None, method),
-        "models": Node("MODELS", None, tuple(entries)),
-        "base_model": Node("--base", None, base),
-        "parameters": Node("", None, shared),
-        "dtype": Node("--dtype", None, dtype),
-        "out_dtype": Node("--out-dtype", None, out_dtype),
-        "tokenizer_source": Node("--tokenizer-source", None, tokenizer_source),
-        "chat_template": Node("--chat-template", None, chat_template),
-        "seed": Node("--seed", None, seed),
-        "compat": Node("--compat", None, compat),
+        "merge_method": YamlNode("METHOD", None, method),
+        "models": YamlNode("MODELS", None, tuple(entries)),
+        "base_model": YamlNode("--base", None, base),
+        "parameters": YamlNode("", None, shared),
+        "dtype": YamlNode("--dtype", None, dtype),
+        "out_dtype": YamlNode("--out-dtype", None, out_dtype),
+        "tokenizer_source": YamlNode("--tokenizer-source", None, tokenizer_source),
+        "chat_template": YamlNode("--chat-template", None, chat_template),
+        "seed": YamlNode("--seed", None, seed),
+        "compat": YamlNode("--compat", None, compat),
     }
-    draft = read_document(Node("", None, document), methods, faults, strict=True)
+    draft = read_document(YamlNode("", None, document), methods, faults, strict=True)
     faults.settle()
     return draft.config.model_copy(update={"warnings": faults.warnings_of(1)})
 
 
-def _check_given(spec: MethodSpec, base: str | None, given: Collection[str], faults: Faults) -> None:
+def _check_given(spec: MethodSpec, base: str | None, given: Collection[str], faults: YamlErrors) -> None:
     """Notes what a method cannot do without, by the name of its option."""
     if spec.base == "required" and base is None:
-        faults.add(Node("--base", None, None), f"{spec.name} needs a base model, and none is given")
+        faults.add(YamlNode("--base", None, None), f"{spec.name} needs a base model, and none is given")
     for parameter in spec.parameters:
         if parameter.default is None and parameter.name not in given:
             faults.add(
-                Node(option_of(parameter.name), None, None), f"{spec.name} needs {parameter.rule}, and none is given"
+                YamlNode(option_flag(parameter.name), None, None),
+                f"{spec.name} needs {parameter.rule}, and none is given",
             )
 
 
 def _shared_out(
-    given: Mapping[str, Sequence[object]], n_models: int, spec: MethodSpec | None, faults: Faults
-) -> tuple[dict[str, Node], list[dict[str, Node]]]:
+    given: Mapping[str, Sequence[object]], n_models: int, spec: MethodSpec | None, faults: YamlErrors
+) -> tuple[dict[str, YamlNode], list[dict[str, YamlNode]]]:
     """Options → the parameters of the whole merge, and those of each model."""
-    shared: dict[str, Node] = {}
-    own: list[dict[str, Node]] = [{} for _ in range(n_models)]
+    shared: dict[str, YamlNode] = {}
+    own: list[dict[str, YamlNode]] = [{} for _ in range(n_models)]
     for name, values in given.items():
-        option = option_of(name)
+        option = option_flag(name)
         known = spec.parameter(name) if spec else None
         if len(values) == 1:
-            shared[name] = tree(values[0], option)
+            shared[name] = to_node(values[0], option)
         elif known is not None and not known.per_model:
-            faults.add(Node(option, None, None), f"got {len(values)} values, expected one: it holds for all models")
+            faults.add(YamlNode(option, None, None), f"got {len(values)} values, expected one: it holds for all models")
         elif len(values) != n_models:
-            faults.add(Node(option, None, None), f"got {len(values)} values for {n_models} models")
+            faults.add(YamlNode(option, None, None), f"got {len(values)} values for {n_models} models")
         else:
             for entry, value in zip(own, values, strict=True):
-                entry[name] = tree(value, option)
+                entry[name] = to_node(value, option)
     return shared, own
 
 
-def _check_names(drafts: Sequence[Draft], faults: Faults) -> list[tuple[str, ...]]:
+def _check_names(drafts: Sequence[ParsedDocument], faults: YamlErrors) -> list[tuple[str, ...]]:
     """For each document the names of those it merges; notes names that are there twice, lead nowhere or in a circle."""
     names: dict[str, int] = {}
     for number, draft in enumerate(drafts, start=1):
@@ -184,7 +187,7 @@ def _check_names(drafts: Sequence[Draft], faults: Faults) -> list[tuple[str, ...
     return uses
 
 
-def _named(draft: Draft, names: Iterable[str], faults: Faults) -> Iterable[list[str]]:
+def _named(draft: ParsedDocument, names: Iterable[str], faults: YamlErrors) -> Iterable[list[str]]:
     for node, ref in draft.refs:
         base = ref.partition("+")[0]
         found = [name for name in names if name in (ref, base)]
@@ -201,7 +204,7 @@ def _exists(text: str) -> bool:
 
 
 def _check_order(
-    drafts: Sequence[Draft], uses: Sequence[tuple[str, ...]], names: Mapping[str, int], faults: Faults
+    drafts: Sequence[ParsedDocument], uses: Sequence[tuple[str, ...]], names: Mapping[str, int], faults: YamlErrors
 ) -> None:
     """Notes where no order of the documents would do, and where it is not plain which of them is the result."""
     try:

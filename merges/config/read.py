@@ -19,9 +19,9 @@ from merges.config.schema import (
     BASE,
     UNION,
     MergeConfig,
+    MergeSection,
+    MergeSource,
     ModelToken,
-    Section,
-    Source,
     TokenizerRule,
     TokenRule,
     ZeroToken,
@@ -30,7 +30,7 @@ from merges.config.settings import MethodSpec, ParameterSpec, shown
 from merges.config.sources import check_section
 from surgery.checkpoint.dtypes import TORCH_NAMES
 from surgery.errors import listing
-from surgery.io.yaml_nodes import Faults, Node
+from surgery.io.yaml_nodes import YamlErrors, YamlNode
 
 CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
 AUTO = "auto"
@@ -49,16 +49,18 @@ _RESIDUAL = ParameterSpec("residual_weight", "number")
 
 
 @dataclass(frozen=True)
-class Draft:
+class ParsedDocument:
     """A document as read, with the nodes that later checks point at: its name, and every reference to a model."""
 
-    node: Node
+    node: YamlNode
     config: MergeConfig
-    name: Node | None
-    refs: tuple[tuple[Node, str], ...]
+    name: YamlNode | None
+    refs: tuple[tuple[YamlNode, str], ...]
 
 
-def read_document(node: Node, methods: Mapping[str, MethodSpec], faults: Faults, *, strict: bool = False) -> Draft:
+def read_document(
+    node: YamlNode, methods: Mapping[str, MethodSpec], faults: YamlErrors, *, strict: bool = False
+) -> ParsedDocument:
     """Reads one document. What it returns is only of use where `faults` holds none.
 
     Args:
@@ -89,29 +91,31 @@ def read_document(node: Node, methods: Mapping[str, MethodSpec], faults: Faults,
         seed=int(read_scalar(keys["seed"], _SEED, faults) or 0) if "seed" in keys else 0,
         where=faults.place,
     )
-    return Draft(node, config, keys.get("name"), tuple(reader.refs))
+    return ParsedDocument(node, config, keys.get("name"), tuple(reader.refs))
 
 
 @dataclass
 class _Reader:
     method: MethodSpec | None
     parameters: ParameterReader
-    faults: Faults
+    faults: YamlErrors
     as_mergekit: bool
-    refs: list[tuple[Node, str]] = field(default_factory=list)
+    refs: list[tuple[YamlNode, str]] = field(default_factory=list)
 
-    def model(self, node: Node) -> str:
+    def model(self, node: YamlNode) -> str:
         ref = read_model(node, self.faults)
         self.refs.append((node, ref))
         return ref
 
-    def inputs(self, node: Node, keys: Mapping[str, Node], base: str | None, outer: Collection[str]) -> list[Section]:
+    def inputs(
+        self, node: YamlNode, keys: Mapping[str, YamlNode], base: str | None, outer: Collection[str]
+    ) -> list[MergeSection]:
         """All sections of the document. `outer`: the parameters set around them, here and below."""
         given = [key for key in _INPUTS if key in keys]
         if len(given) != 1:
             found = listing(given) if given else "none of them"
             self.faults.add(node, f"got {found}, expected exactly one of models, slices and modules")
-        sections: list[Section] = []
+        sections: list[MergeSection] = []
         if "models" in keys:
             sections.append(self.models(keys["models"], base, outer))
         if "slices" in keys:
@@ -124,7 +128,7 @@ class _Reader:
                 sections += self.module(name, child, base, outer)
         return sections
 
-    def module(self, name: str, node: Node, base: str | None, outer: Collection[str]) -> list[Section]:
+    def module(self, name: str, node: YamlNode, base: str | None, outer: Collection[str]) -> list[MergeSection]:
         keys = read_fields(node, ("models", "slices", "parameters"), self.faults)
         if ("models" in keys) == ("slices" in keys):
             self.faults.add(node, "expected exactly one of models and slices")
@@ -137,17 +141,17 @@ class _Reader:
             sections = self.slices(keys["slices"], base, around)
         return [section.model_copy(update={"module": name, "module_parameters": shared}) for section in sections]
 
-    def models(self, node: Node, base: str | None, outer: Collection[str]) -> Section:
+    def models(self, node: YamlNode, base: str | None, outer: Collection[str]) -> MergeSection:
         entries = read_entries(node, self.faults)
         sources = [self.source(entry, has_layers=False) for entry in entries]
         if base is not None and all(source.model != base for source in sources) and self.base_joins(node, base):
-            sources.append(Source(model=base, implied=True))
-        section = Section(sources=tuple(sources), base_model=base)
+            sources.append(MergeSource(model=base, implied=True))
+        section = MergeSection(sources=tuple(sources), base_model=base)
         if entries:
             check_section(node, entries, section, self.method, outer, self.faults)
         return section
 
-    def base_joins(self, node: Node, base: str) -> bool:
+    def base_joins(self, node: YamlNode, base: str) -> bool:
         """Whether a base model that `models:` does not list is one of the sources."""
         if self.method is None or self.method.base != "none":
             return True
@@ -160,10 +164,10 @@ class _Reader:
         self.faults.warn(node, what)
         return joins
 
-    def slices(self, node: Node, base: str | None, outer: Collection[str]) -> list[Section]:
+    def slices(self, node: YamlNode, base: str | None, outer: Collection[str]) -> list[MergeSection]:
         return [self.slice(entry, base, outer) for entry in read_entries(node, self.faults)]
 
-    def slice(self, node: Node, base: str | None, outer: Collection[str]) -> Section:
+    def slice(self, node: YamlNode, base: str | None, outer: Collection[str]) -> MergeSection:
         known = "sources", "base_model", "residual_weight", "parameters"
         keys = read_fields(node, known, self.faults, required=("sources",))
         if "residual_weight" in keys:
@@ -173,21 +177,21 @@ class _Reader:
         parameters = self.parameters.read(keys.get("parameters"))
         entries = read_entries(keys["sources"], self.faults) if "sources" in keys else ()
         sources = tuple(self.source(entry, has_layers=True) for entry in entries)
-        section = Section(sources=sources, base_model=own, parameters=parameters)
+        section = MergeSection(sources=sources, base_model=own, parameters=parameters)
         if entries:
             check_section(keys["sources"], entries, section, self.method, {*outer, *parameters}, self.faults)
         return section
 
-    def source(self, node: Node, *, has_layers: bool) -> Source:
+    def source(self, node: YamlNode, *, has_layers: bool) -> MergeSource:
         required = ("model", "layer_range") if has_layers else ("model",)
         keys = read_fields(node, (*required, "parameters"), self.faults, required=required)
-        return Source(
+        return MergeSource(
             model=self.model(keys["model"]) if "model" in keys else "",
             layer_range=self.layer_range(keys["layer_range"]) if "layer_range" in keys else None,
             parameters=self.parameters.read(keys.get("parameters"), in_source=True),
         )
 
-    def layer_range(self, node: Node) -> tuple[int, int] | None:
+    def layer_range(self, node: YamlNode) -> tuple[int, int] | None:
         value = node.plain
         try:
             first, end = (int(_LAYER.read(item)) for item in value) if isinstance(value, list) else (0, 0)
@@ -198,20 +202,22 @@ class _Reader:
         self.faults.add(node, f"got {shown(value)}, expected [first, end] with 0 ≤ first < end, such as [0, 16]")
         return None
 
-    def dtype(self, node: Node | None) -> str | None:
+    def dtype(self, node: YamlNode | None) -> str | None:
         if node is None:
             return None
         if isinstance(node.value, str) and node.value.removeprefix("torch.") in TORCH_NAMES:
             return node.value.removeprefix("torch.")
         return read_choice(node, TORCH_NAMES, self.faults)
 
-    def chat_template(self, node: Node | None) -> str | None:
+    def chat_template(self, node: YamlNode | None) -> str | None:
         if node is None:
             return None
         text = read_text(node, self.faults)
         return text if "{" in text or not text else read_choice(node, (AUTO, *CHAT_TEMPLATES), self.faults)
 
-    def tokenizer(self, keys: Mapping[str, Node], sections: list[Section], base: str | None) -> TokenizerRule | None:
+    def tokenizer(
+        self, keys: Mapping[str, YamlNode], sections: list[MergeSection], base: str | None
+    ) -> TokenizerRule | None:
         if "tokenizer" in keys and "tokenizer_source" in keys:
             self.faults.add(
                 keys["tokenizer_source"], "cannot stand beside tokenizer. Write it as tokenizer: {source: …}."
@@ -229,7 +235,7 @@ class _Reader:
             pad_to_multiple_of=None if multiple is None else self.whole(multiple, _MULTIPLE),
         )
 
-    def tokenizer_source(self, node: Node, base: str | None) -> str:
+    def tokenizer_source(self, node: YamlNode, base: str | None) -> str:
         if node.value == UNION:
             return UNION
         if node.value == BASE:
@@ -238,7 +244,7 @@ class _Reader:
             return BASE
         return self.model(node)
 
-    def token(self, node: Node, merged: Collection[str]) -> TokenRule:
+    def token(self, node: YamlNode, merged: Collection[str]) -> TokenRule:
         keys = read_fields(node, ("source", "force"), self.faults)
         force = bool(read_scalar(keys["force"], _FORCE, self.faults)) if "force" in keys else False
         if "source" not in keys:
@@ -262,12 +268,12 @@ class _Reader:
             force=force,
         )
 
-    def token_model(self, node: Node, merged: Collection[str]) -> str:
+    def token_model(self, node: YamlNode, merged: Collection[str]) -> str:
         ref = self.model(node)
         if ref and ref not in merged:
             self.faults.add(node, f"{ref} is not one of the merged models")
         return ref
 
-    def whole(self, node: Node, spec: ParameterSpec) -> int | None:
+    def whole(self, node: YamlNode, spec: ParameterSpec) -> int | None:
         value = read_scalar(node, spec, self.faults)
         return None if value is None else int(value)

@@ -1,7 +1,7 @@
 """What a merge config says, once read: our own types, the same for `models:`, `slices:` and `modules:`.
 
 A merge is a row of sections. Each section is a run of the output's layers, made from equally long runs of layers of its
-sources; `models:` is one section over all layers. `Scope` looks up what a parameter is for one output tensor.
+sources; `models:` is one section over all layers. `SettingScope` looks up what a parameter is for one output tensor.
 
 Seen by running mergekit 0.1.5 (`linear` of a model of zeros and one of ones, in float32), and the same here:
 
@@ -37,7 +37,7 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Source(Frozen):
+class MergeSource(Frozen):
     """One model's share in a section.
 
     `layer_range` is (first, last + 1), or None for all layers. `implied` marks the base model where the config names it
@@ -50,14 +50,14 @@ class Source(Frozen):
     implied: bool = False
 
 
-class Section(Frozen):
+class MergeSection(Frozen):
     """A run of output layers, and what each is made from.
 
     `base_model` is the one in effect here, whether the slice or the document names it. `module` is the part of a
     composite model that `modules:` speaks of, None for the whole model.
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[MergeSource, ...]
     base_model: str | None = None
     parameters: Settings = {}
     module: str | None = None
@@ -107,7 +107,7 @@ class MergeConfig(Frozen):
     """
 
     merge_method: str
-    sections: tuple[Section, ...]
+    sections: tuple[MergeSection, ...]
     base_model: str | None = None
     parameters: Settings = {}
     dtype: str | None = None
@@ -127,17 +127,17 @@ class MergeConfig(Frozen):
         named = [ref for section in self.sections for ref in (section.base_model, *(s.model for s in section.sources))]
         return tuple(dict.fromkeys(ref for ref in (self.base_model, *named) if ref is not None))
 
-    def scope(self, section: Section) -> Scope:
+    def scope(self, section: MergeSection) -> SettingScope:
         """Where parameters of this section's tensors are looked up."""
-        return Scope(self, section)
+        return SettingScope(self, section)
 
 
 @dataclass(frozen=True)
-class Scope:
+class SettingScope:
     """The parameters in effect for the tensors of one section."""
 
     config: MergeConfig
-    section: Section
+    section: MergeSection
 
     def value(self, spec: ParameterSpec, tensor_name: str, t: float, *, source: int | None = None) -> Scalar:
         """What `spec` is for one tensor, as a float, int, bool or str by its kind.
@@ -194,7 +194,7 @@ class Scope:
         yield self.config.parameters
 
 
-def merged_sources(method: MethodSpec, section: Section) -> tuple[int, ...]:
+def merged_sources(method: MethodSpec, section: MergeSection) -> tuple[int, ...]:
     """The indices of the sources that have per-model parameters: all, but the base of a method that sets it apart."""
     apart = None if method.base == "none" else section.base_index
     return tuple(i for i in range(len(section.sources)) if i != apart)

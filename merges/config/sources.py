@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from merges.config.fields import NO_MODEL
-from merges.config.schema import Section, merged_sources
+from merges.config.schema import MergeSection, merged_sources
 from merges.config.settings import MethodSpec
 from surgery.errors import listing
-from surgery.io.yaml_nodes import Faults, Node
+from surgery.io.yaml_nodes import YamlErrors, YamlNode
 
 
 def check_section(
-    node: Node,
-    entries: Sequence[Node],
-    section: Section,
+    node: YamlNode,
+    entries: Sequence[YamlNode],
+    section: MergeSection,
     method: MethodSpec | None,
     outer: Collection[str],
-    faults: Faults,
+    faults: YamlErrors,
 ) -> None:
     """Notes what a section lacks or has too much of.
 
@@ -36,16 +36,16 @@ def check_section(
         _check_values(node, places, section, method, outer, faults)
 
 
-def _check_twins(places: Sequence[Node], section: Section, faults: Faults) -> None:
+def _check_twins(places: Sequence[YamlNode], section: MergeSection, faults: YamlErrors) -> None:
     """The same layers of the same model twice are an oversight; which of two base models is meant, nobody knows."""
-    seen: dict[tuple[str, object], Node] = {}
+    seen: dict[tuple[str, object], YamlNode] = {}
     for place, source in zip(places, section.sources, strict=True):
         key = source.model, None if source.model == section.base_model else source.layer_range
         if source.model != NO_MODEL and seen.setdefault(key, place) is not place:
             faults.add(place, f"{source.model} stands here a second time; the first is {seen[key].path}")
 
 
-def _check_models(node: Node, section: Section, method: MethodSpec, faults: Faults) -> None:
+def _check_models(node: YamlNode, section: MergeSection, method: MethodSpec, faults: YamlErrors) -> None:
     beside = ""
     if method.base != "none":
         if section.base_model is None and method.base == "required":
@@ -68,7 +68,12 @@ def _check_models(node: Node, section: Section, method: MethodSpec, faults: Faul
 
 
 def _check_values(
-    node: Node, places: Sequence[Node], section: Section, method: MethodSpec, outer: Collection[str], faults: Faults
+    node: YamlNode,
+    places: Sequence[YamlNode],
+    section: MergeSection,
+    method: MethodSpec,
+    outer: Collection[str],
+    faults: YamlErrors,
 ) -> None:
     merged = merged_sources(method, section)
     for i, source in enumerate(section.sources):

@@ -22,17 +22,17 @@ from typing import Any, cast
 
 from merges.ensemble import ensemble_model
 from merges.ensemble.ensemble_model import MODEL_TYPE
-from merges.ensemble.members import Member, Mode, check_vocabularies, check_weights, find_members
+from merges.ensemble.members import EnsembleMember, Mode, check_vocabularies, check_weights, find_members
 from merges.ensemble.shared_tensors import Shared, find_shared
 from merges.ensemble.tune import Tuned, TuneWhat, check_tuning, tune_members
 from surgery.checkpoint.checkpoint import ADAPTER_CONFIG, Checkpoint, read_file
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.execute import execute
-from surgery.engine.manifest import Card, build_manifest, command_record, write_card, write_manifest
-from surgery.engine.options import Options
-from surgery.engine.plan import Plan, check_output, copied, plan_files
+from surgery.engine.execution import execute
+from surgery.engine.manifest import CardContent, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.options import ExecutionOptions
+from surgery.engine.plan import Plan, check_output, copy_tensor, plan_files
 from surgery.engine.preflight import Preflight, check_quantised, check_space
-from surgery.engine.result import Outcome
+from surgery.engine.result import ExecutionResult
 from surgery.errors import usage_error
 from surgery.io.atomic import MANIFEST, check_free
 from surgery.reporting.report import Column, Table, format_value
@@ -90,7 +90,7 @@ class LogitsReport:
         return Table(f"Ensemble by {self.mode}", columns, rows, note="stored: without what an earlier member has too.")
 
 
-def average(
+def average_logits(
     models: Sequence[str],
     out: Path,
     *,
@@ -99,7 +99,7 @@ def average(
     tune: Path | None = None,
     tune_what: TuneWhat = "weights",
     dry_run: bool = False,
-    options: Options = Options(),
+    options: ExecutionOptions = ExecutionOptions(),
 ) -> LogitsReport:
     """Writes the ensemble of `models` to the folder `out` (arXiv 2507.07129, "logit averaging").
 
@@ -158,7 +158,7 @@ def average(
                 plan = _plan(command, members, sources, shared)
             report = replace(_report(out, preflight, members, config, shared, plan), tuning=tuned)
 
-        def finish(folder: Path, outcome: Outcome) -> None:
+        def finish(folder: Path, outcome: ExecutionResult) -> None:
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             shutil.copyfile(MODEL_FILE, folder / MODEL_FILE.name)
             for i, member in enumerate(members):
@@ -172,7 +172,7 @@ def average(
 
 
 def _config(
-    members: Sequence[Member], weights: Sequence[float], mode: str, vocab_size: int, shared: Mapping[str, str]
+    members: Sequence[EnsembleMember], weights: Sequence[float], mode: str, vocab_size: int, shared: Mapping[str, str]
 ) -> dict[str, Any]:
     """What config.json of the ensemble says. Token ids are the first member's."""
     first = members[0].config.get_text_config(decoder=True)
@@ -196,10 +196,10 @@ def _config(
 
 
 def _plan(
-    command: Mapping[str, Any], members: Sequence[Member], sources: Mapping[str, Checkpoint], shared: Shared
+    command: Mapping[str, Any], members: Sequence[EnsembleMember], sources: Mapping[str, Checkpoint], shared: Shared
 ) -> Plan:
     planned = [
-        replace(copied(tensor), name=f"{role}.{name}")
+        replace(copy_tensor(tensor), name=f"{role}.{name}")
         for role, checkpoint in sources.items()
         for name, tensor in checkpoint.tensors.items()
         if f"{role}.{name}" not in shared
@@ -221,10 +221,10 @@ def kept_files(checkpoint: Checkpoint) -> list[Path]:
     return [*checkpoint.side_files, *(path for path in extra if path.is_file())]
 
 
-def _record(member: Member) -> dict[str, Any]:
+def _record(member: EnsembleMember) -> dict[str, Any]:
     """What `unpack` needs beside the files: each weight file's header, to the byte."""
     checkpoint = member.checkpoint
-    files = plan_files([copied(tensor) for tensor in checkpoint.tensors.values()], like=checkpoint)
+    files = plan_files([copy_tensor(tensor) for tensor in checkpoint.tensors.values()], like=checkpoint)
     return {
         "name": member.name,
         "files": [
@@ -236,7 +236,7 @@ def _record(member: Member) -> dict[str, Any]:
 def _report(
     out: Path,
     preflight: Preflight,
-    members: Sequence[Member],
+    members: Sequence[EnsembleMember],
     config: Mapping[str, Any],
     shared: Shared,
     plan: Plan,
@@ -276,7 +276,7 @@ def _summary(report: LogitsReport) -> dict[str, Any]:
     }
 
 
-def _card(report: LogitsReport) -> Card:
+def _card(report: LogitsReport) -> CardContent:
     names = ", ".join(f"{row.weight:.4g} · {row.name}" for row in report.members)
     method = (
         f"Every member runs on every token, and their {report.mode} are averaged (arXiv:2507.07129): {names}. Load it "
@@ -287,4 +287,4 @@ def _card(report: LogitsReport) -> Card:
     body = report.table().to_markdown()
     if report.tuning is not None:
         body += f"\n\n{report.tuning.sentence()}"
-    return Card("Logit ensemble", method, ("logit-ensemble", "merge"), body)
+    return CardContent("Logit ensemble", method, ("logit-ensemble", "merge"), body)

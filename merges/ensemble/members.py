@@ -22,7 +22,7 @@ Mode = Literal["logits", "logprobs", "probs"]
 
 
 @dataclass(frozen=True)
-class Member:
+class EnsembleMember:
     """A model in the ensemble. `rows`: of its embedding; `config`: as transformers' own object."""
 
     name: str
@@ -53,7 +53,7 @@ def check_weights(weights: Sequence[float] | None, count: int, mode: str) -> lis
     return [weight / total for weight in given]
 
 
-def check_vocabularies(preflight: Preflight, members: Sequence[Member]) -> int:
+def check_vocabularies(preflight: Preflight, members: Sequence[EnsembleMember]) -> int:
     """Rows that every member has. Adds faults where tokens differ between members, or one lacks rows for some."""
     known = [member for member in members if member.vocabulary is not None]
     rows = min(member.rows for member in members)
@@ -92,7 +92,7 @@ def check_vocabularies(preflight: Preflight, members: Sequence[Member]) -> int:
     return rows
 
 
-def find_members(preflight: Preflight, checkpoints: Sequence[Checkpoint]) -> list[Member]:
+def find_members(preflight: Preflight, checkpoints: Sequence[Checkpoint]) -> list[EnsembleMember]:
     """`checkpoints` as members, named after their references; adds a fault for each that cannot be one."""
     names = _names([checkpoint.ref for checkpoint in checkpoints])
     members = []
@@ -103,7 +103,9 @@ def find_members(preflight: Preflight, checkpoints: Sequence[Checkpoint]) -> lis
             continue
         folder = checkpoint.folder
         vocabulary = read_vocabulary(folder) if folder is not None else None
-        members.append(Member(name, checkpoint, config, config.get_text_config(decoder=True).vocab_size, vocabulary))
+        members.append(
+            EnsembleMember(name, checkpoint, config, config.get_text_config(decoder=True).vocab_size, vocabulary)
+        )
     return members
 
 

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
 from surgery.checkpoint.checkpoint import StoredTensor
-from surgery.checkpoint.reader import Reader, SourceFiles, digest, hash_tensor
-from surgery.engine.options import Options
+from surgery.checkpoint.reader import SourceFiles, TensorReader, digest, hash_tensor
+from surgery.engine.options import ExecutionOptions
 from surgery.engine.workers import run_shared
 
 SKETCH = 4096  # elements; tensors that differ at all nearly always differ here, and need no reading as a whole
@@ -17,7 +17,7 @@ Key = tuple[int, str]
 Groups = list[list[Key]]
 
 
-def find_shared(members: Sequence[Mapping[str, StoredTensor]], options: Options) -> Shared:
+def find_shared(members: Sequence[Mapping[str, StoredTensor]], options: ExecutionOptions) -> Shared:
     """For every tensor that an earlier member has too, which of that member's it is; same names first.
 
     Equal means dtype, shape and bytes. Equal tensors within one member (two norms at 1) stay apart, and so does what
@@ -33,11 +33,11 @@ def find_shared(members: Sequence[Mapping[str, StoredTensor]], options: Options)
     candidates = {key: tensors[key] for group in groups for key in group}
     paths = {tensor.file for tensor in candidates.values()}
 
-    def sketch(key: Key, reader: Reader) -> tuple[Key, str]:
+    def sketch(key: Key, reader: TensorReader) -> tuple[Key, str]:
         tensor = candidates[key]
         return key, digest(reader.raw(tensor, 0, min(SKETCH, tensor.n_elements), "sketch")).hex()
 
-    def whole(key: Key, reader: Reader) -> tuple[Key, str]:
+    def whole(key: Key, reader: TensorReader) -> tuple[Key, str]:
         return key, hash_tensor(reader, candidates[key])
 
     with SourceFiles(paths) as files:

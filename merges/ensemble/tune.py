@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from merges.ensemble.ensemble_model import LogitEnsembleConfig, LogitEnsembleForCausalLM, combine, head_of
 from surgery.checkpoint.checkpoint import Checkpoint, loadable_folder
-from surgery.engine.compute import torch_device
+from surgery.engine.computation import torch_device
 from surgery.errors import SurgeryError, usage_error
 from surgery.models.loading import load_tokenizer
 from surgery.runtime.progress import Advance, Progress
@@ -39,7 +39,7 @@ AFTER_THE_HEAD = ("final_logit_softcapping",)
 
 
 @dataclass(frozen=True)
-class Row:
+class TuningRow:
     """One example; only `response` is learnt. Plain text is a response without prompt."""
 
     prompt: str
@@ -75,7 +75,7 @@ class Tuned:
 
 
 @dataclass(frozen=True)
-class Batch:
+class TuningBatch:
     """Token ids, mask and labels, each (B, T); labels of what is not learnt are `IGNORED`."""
 
     input_ids: Tensor
@@ -83,10 +83,10 @@ class Batch:
     labels: Tensor
 
 
-Logits = Callable[[Batch], Tensor]
+Logits = Callable[[TuningBatch], Tensor]
 
 
-def check_tuning(path: Path, what: str, mode: str, weights: Sequence[float]) -> list[Row]:
+def check_tuning(path: Path, what: str, mode: str, weights: Sequence[float]) -> list[TuningRow]:
     """The rows in `path`. Raises SurgeryError where they, or what is asked for, cannot be used."""
     if what not in get_args(TuneWhat):
         raise usage_error(f"got {what!r}, expected one of {', '.join(get_args(TuneWhat))}", where="--tune-what")
@@ -99,7 +99,7 @@ def check_tuning(path: Path, what: str, mode: str, weights: Sequence[float]) -> 
     return read_rows(path)
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[TuningRow]:
     """The examples in a file of JSON lines, each with "text", or with "prompt" and "response".
 
     Raises:
@@ -122,7 +122,7 @@ def read_rows(path: Path) -> list[Row]:
 def tune_members(
     config: Mapping[str, Any],
     checkpoints: Sequence[Checkpoint],
-    rows: Sequence[Row],
+    rows: Sequence[TuningRow],
     what: TuneWhat,
     scratch: Path,
     *,
@@ -144,7 +144,7 @@ def tune_members(
 def tune(
     model: LogitEnsembleForCausalLM,
     tokenizer: Any,
-    rows: Sequence[Row],
+    rows: Sequence[TuningRow],
     what: TuneWhat,
     scratch: Path,
     *,
@@ -197,7 +197,7 @@ def tune(
     return Tuned(what, *numbers, True, tuple(model.config.weights), kind, path)
 
 
-def average_head(model: LogitEnsembleForCausalLM, batch: Batch) -> nn.Linear:
+def average_head(model: LogitEnsembleForCausalLM, batch: TuningBatch) -> nn.Linear:
     """concat(wᵢ·Wᵢ), Σ wᵢ·bᵢ in fp32: (V, Σ Hᵢ), (V,); on the members' hidden states it gives the mean of logits.
 
     Raises:
@@ -237,7 +237,7 @@ def _not_linear(why: str) -> SurgeryError:
     )
 
 
-def _row(line: str, where: str) -> Row:
+def _row(line: str, where: str) -> TuningRow:
     try:
         value = json.loads(line)
     except ValueError as error:
@@ -252,7 +252,7 @@ def _row(line: str, where: str) -> Row:
         raise SurgeryError(
             'expected an object with "text", or with "prompt" and "response", as non-empty strings', where=where
         )
-    return Row(prompt or "", response)
+    return TuningRow(prompt or "", response)
 
 
 def _load(checkpoint: Checkpoint) -> Any:
@@ -266,7 +266,7 @@ def _context(config: Any) -> int:
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or MAX_TOKENS
 
 
-def _batches(rows: Sequence[Row], tokenizer: Any, longest: int, device: torch.device) -> Iterator[Batch]:
+def _batches(rows: Sequence[TuningRow], tokenizer: Any, longest: int, device: torch.device) -> Iterator[TuningBatch]:
     """Rows as tokens, cut at `longest` and padded on the right; rows with nothing to learn are left out."""
     examples = []
     for row in rows:
@@ -287,10 +287,10 @@ def _batches(rows: Sequence[Row], tokenizer: Any, longest: int, device: torch.de
             nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=value).to(device)
             for part, value in ((ids, 0), (mask, 0), (labels, IGNORED))
         )
-        yield Batch(*padded)
+        yield TuningBatch(*padded)
 
 
-def _loss(logits: Tensor, batch: Batch, reduction: str) -> Tensor:
+def _loss(logits: Tensor, batch: TuningBatch, reduction: str) -> Tensor:
     """Cross-entropy of the next tokens.   logits: (B, T, V)"""
     return nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED, reduction=reduction
@@ -298,7 +298,7 @@ def _loss(logits: Tensor, batch: Batch, reduction: str) -> Tensor:
 
 
 @torch.no_grad()
-def _mean_loss(logits: Logits, batches: Sequence[Batch], advance: Advance) -> float:
+def _mean_loss(logits: Logits, batches: Sequence[TuningBatch], advance: Advance) -> float:
     total, count = [], 0
     for batch in batches:
         total.append(float(_loss(logits(batch), batch, "sum")))

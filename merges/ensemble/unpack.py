@@ -10,14 +10,14 @@ from typing import Any
 
 from merges.ensemble.ensemble_model import MODEL_TYPE
 from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
-from surgery.checkpoint.reader import Input
+from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.safetensors_header import parse_header
-from surgery.engine.execute import execute
+from surgery.engine.execution import execute
 from surgery.engine.manifest import command_record
-from surgery.engine.options import Options
+from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, PlannedFile, PlannedTensor, check_output
-from surgery.engine.result import Outcome
+from surgery.engine.result import ExecutionResult
 from surgery.errors import SurgeryError, usage_error
 from surgery.io.atomic import check_free
 from surgery.io.json_io import read_json
@@ -33,7 +33,7 @@ class UnpackReport:
     members: Mapping[str, int]
 
 
-def unpack(ensemble: str, out: Path, *, options: Options = Options()) -> UnpackReport:
+def unpack(ensemble: str, out: Path, *, options: ExecutionOptions = ExecutionOptions()) -> UnpackReport:
     """Writes the members of `ensemble` to `out`/<name>: weights, configs and tokenizers to the bit.
 
     A member that was given as BASE+ADAPTER comes out as the merged model.
@@ -61,7 +61,7 @@ def unpack(ensemble: str, out: Path, *, options: Options = Options()) -> UnpackR
     command = command_record("merge unpack", [ensemble])
     plan = Plan(command, {"ensemble": checkpoint}, tuple(files), side_files)
 
-    def finish(partial: Path, outcome: Outcome) -> None:
+    def finish(partial: Path, outcome: ExecutionResult) -> None:
         # The folder holds models, and is none itself; each member has the index that it came with.
         (partial / plan.index_name).unlink(missing_ok=True)
 
@@ -107,7 +107,7 @@ def _files(record: Mapping[str, Any], checkpoint: Checkpoint, prefix: str, where
         header = parse_header(struct.pack("<Q", len(body)) + body, file["size"], where)
         tensors = [
             PlannedTensor(
-                entry.name, entry.dtype, entry.shape, (Input(_stored(checkpoint, prefix + entry.name, where)),)
+                entry.name, entry.dtype, entry.shape, (TensorInput(_stored(checkpoint, prefix + entry.name, where)),)
             )
             for entry in header.entries
         ]

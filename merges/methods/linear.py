@@ -11,7 +11,7 @@ from torch import Tensor
 from merges.config.settings import MethodSpec, ParameterSpec
 from merges.methods.measures import measured
 from merges.methods.registry import Params, register
-from surgery.engine.plan import Kernel, Parameter, Place
+from surgery.engine.plan import Kernel, Parameter, TensorSlice
 
 _NEAREST = 1e-6  # differences below this count as this: t / |w − x| stays finite
 
@@ -25,19 +25,19 @@ def weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Te
 
 
 def linear(
-    tensors: Sequence[Tensor], place: Place, *, weight: Sequence[float], normalize: bool, **_: Parameter
+    tensors: Sequence[Tensor], place: TensorSlice, *, weight: Sequence[float], normalize: bool, **_: Parameter
 ) -> Tensor:
     """Σᵢ aᵢ xᵢ, over Σᵢ aᵢ where `normalize` says so (model soups, arXiv 2203.05482).   k × (…) → (…)"""
     total = sum(weight) if normalize else 1.0
     return weighted_sum(tensors, [a / total for a in weight])
 
 
-def passthrough(tensors: Sequence[Tensor], place: Place, *, scale: Sequence[float], **_: Parameter) -> Tensor:
+def passthrough(tensors: Sequence[Tensor], place: TensorSlice, *, scale: Sequence[float], **_: Parameter) -> Tensor:
     """s·x.   (…) → (…)"""
     return tensors[0] * scale[0]
 
 
-def nearswap(tensors: Sequence[Tensor], place: Place, *, t: float, **_: Parameter) -> Tensor:
+def nearswap(tensors: Sequence[Tensor], place: TensorSlice, *, t: float, **_: Parameter) -> Tensor:
     """s·x + (1 − s)·w with s = min(t / max(|w − x|, 1e-6), 1): close values are swapped, distant ones stay.
 
     w, x: (…) → (…)

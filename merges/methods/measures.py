@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoint.dtypes import n_elements
-from surgery.engine.plan import Kernel, Pass, Place, Sums
+from surgery.engine.plan import Kernel, Pass, Sums, TensorSlice
 
-KEPT = "kept"  # in `Place.known`: per model, how many of its elements the method let through
+KEPT = "kept"  # in `TensorSlice.known`: per model, how many of its elements the method let through
 
 Count = Callable[..., Tensor | float]
 
@@ -25,8 +25,8 @@ class Measures:
         models: how many there are, the base not counted.
         based: whether a base is the first input.
         count: `count(delta, i, place, **params)` → how many elements of a piece of δᵢ (1-D, may be overwritten) are
-            kept, for methods with a base that can tell piece by piece. Without it `Place.known` says it; where that
-            does not, all are.
+            kept, for methods with a base that can tell piece by piece. Without it `TensorSlice.known` says it; where
+            that does not, all are.
     """
 
     models: int
@@ -40,7 +40,7 @@ class Measures:
         per_model = [f"{kind}.{i}" for i in range(self.models) for kind in kinds]
         return (*(("base",) if self.based else ()), *per_model)
 
-    def measure(self, tensors: Sequence[Tensor], stored: Tensor, place: Place, **params: Any) -> Sums:
+    def measure(self, tensors: Sequence[Tensor], stored: Tensor, place: TensorSlice, **params: Any) -> Sums:
         """The sums over one piece; `stored` is the merged, rounded piece."""
         base, models = (tensors[0], tensors[1:]) if self.based else (None, tensors)
         share = stored.numel() / max(n_elements(place.shape), 1)

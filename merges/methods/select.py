@@ -15,10 +15,10 @@ from merges.config.settings import MethodSpec, ParameterSpec
 from merges.methods.linear import weighted_sum
 from merges.methods.measures import KEPT, measured
 from merges.methods.registry import Params, register
-from merges.methods.task_arithmetic import elected
-from merges.methods.topk import CUTS, as_floats, order_passes
+from merges.methods.task_arithmetic import elect_sign
+from merges.methods.topk import CUTS, as_floats, topk_passes
 from surgery.checkpoint.dtypes import n_elements
-from surgery.engine.plan import Kernel, Pass, Place
+from surgery.engine.plan import Kernel, Pass, TensorSlice
 
 _SHARES = "shares"
 _FACTORS = "factors"
@@ -29,18 +29,18 @@ _TINY_SHARE = 1e-8  # added to every softmax, as in mergekit: no logarithm of 0
 Doubles = npt.NDArray[np.float64]
 
 
-def sce(tensors: Sequence[Tensor], place: Place, *, select_topk: float, **_: Any) -> Tensor:
+def sce(tensors: Sequence[Tensor], place: TensorSlice, *, select_topk: float, **_: Any) -> Tensor:
     """w + Σᵢ aᵢ·δᵢ / Σᵢ aᵢ over the δᵢ whose sign is that of their sum, where variance across models is largest.
 
     arXiv 2408.07990: select the `select_topk` share of the elements that vary at all; calculate aᵢ ∝ mean δᵢ² of what
     is selected; erase minority signs (0 counts as +).   w, x₁ … xₖ: (…) → (…)
     """
     shares = place.known[_SHARES]
-    mixed, taken = elected(_selected(tensors, place, select_topk), shares, shares)
+    mixed, taken = elect_sign(_selected(tensors, place, select_topk), shares, shares)
     return mixed.div_(taken.clamp_(min=_NEGLIGIBLE)).add_(tensors[0])
 
 
-def _selected(tensors: Sequence[Tensor], place: Place, select_topk: float) -> list[Tensor]:
+def _selected(tensors: Sequence[Tensor], place: TensorSlice, select_topk: float) -> list[Tensor]:
     base, *models = tensors
     deltas = [model - base for model in models]
     if select_topk >= 1:
@@ -66,16 +66,16 @@ def _variance(deltas: Sequence[Tensor]) -> Tensor:
     return total.div_(len(deltas))
 
 
-def _variances(tensors: Sequence[Tensor], place: Place, **_: Any) -> list[Tensor]:
+def _variances(tensors: Sequence[Tensor], place: TensorSlice, **_: Any) -> list[Tensor]:
     base, *models = tensors
     return [_variance([model - base for model in models])]
 
 
-def _most_varied(place: Place, positive: Sequence[int], *, select_topk: float, **_: Any) -> list[tuple[int, ...]]:
+def _most_varied(place: TensorSlice, positive: Sequence[int], *, select_topk: float, **_: Any) -> list[tuple[int, ...]]:
     return [(int(positive[0] * select_topk),)] if positive else []
 
 
-def _gather_energies(tensors: Sequence[Tensor], place: Place, *, select_topk: float, **_: Any) -> list[float]:
+def _gather_energies(tensors: Sequence[Tensor], place: TensorSlice, *, select_topk: float, **_: Any) -> list[float]:
     return [_energy(delta.reshape(-1)) for delta in _selected(tensors, place, select_topk)]
 
 
@@ -85,7 +85,9 @@ def _energy(delta: Tensor) -> float:
     return squares if math.isfinite(squares) else torch.dot(delta.double(), delta.double()).item()
 
 
-def _settle_energies(gathered: Sequence[list[float]], place: Place, *, paper: bool, **_: Any) -> Mapping[str, Any]:
+def _settle_energies(
+    gathered: Sequence[list[float]], place: TensorSlice, *, paper: bool, **_: Any
+) -> Mapping[str, Any]:
     energies = np.sum(gathered, axis=0) / max(n_elements(place.shape), 1)
     total = float(np.sum(energies))
     count = np.size(energies)
@@ -97,7 +99,7 @@ def _settle_energies(gathered: Sequence[list[float]], place: Place, *, paper: bo
     return found
 
 
-def ram(tensors: Sequence[Tensor], place: Place, *, epsilon: float, **_: Any) -> Tensor:
+def ram(tensors: Sequence[Tensor], place: TensorSlice, *, epsilon: float, **_: Any) -> Tensor:
     """w + Σᵢ fᵢ·δᵢ where one model changed an element, + the mean of the δᵢ of those that did where several have.
 
     arXiv 2601.13572: changed means |δ| > ε. fᵢ = 1 for ram; for ramplus_tl it is 1 + r·clamp(shared/unique, 0, α) with
@@ -123,11 +125,13 @@ def _changed(tensors: Sequence[Tensor], epsilon: float) -> tuple[list[Tensor], T
     return deltas, counts
 
 
-def _count_changed(delta: Tensor, i: int, place: Place, *, epsilon: float, **_: Any) -> Tensor:
+def _count_changed(delta: Tensor, i: int, place: TensorSlice, *, epsilon: float, **_: Any) -> Tensor:
     return torch.nn.functional.hardshrink(delta, epsilon).sign_().abs_().sum()
 
 
-def _gather_overlap(tensors: Sequence[Tensor], place: Place, *, epsilon: float, **_: Any) -> list[tuple[int, int]]:
+def _gather_overlap(
+    tensors: Sequence[Tensor], place: TensorSlice, *, epsilon: float, **_: Any
+) -> list[tuple[int, int]]:
     """Per model, how many elements it changed with others, and how many alone."""
     deltas, counts = _changed(tensors, epsilon)
     alone = torch.eq(counts, 1, out=counts).view(-1)
@@ -141,7 +145,7 @@ def _gather_overlap(tensors: Sequence[Tensor], place: Place, *, epsilon: float, 
 
 
 def _settle_overlap(
-    gathered: Sequence[list[tuple[int, int]]], place: Place, *, r: float, alpha: float, **_: Any
+    gathered: Sequence[list[tuple[int, int]]], place: TensorSlice, *, r: float, alpha: float, **_: Any
 ) -> Mapping[str, Any]:
     shared, unique = np.sum(gathered, axis=0).T
     # A model with no unique changes has none to amplify: its ratio does not matter, so long as it is a number.
@@ -149,7 +153,7 @@ def _settle_overlap(
     return {_FACTORS: factors.tolist(), KEPT: (shared + unique).tolist()}
 
 
-def arcee_fusion(tensors: Sequence[Tensor], place: Place, **_: Any) -> Tensor:
+def arcee_fusion(tensors: Sequence[Tensor], place: TensorSlice, **_: Any) -> Tensor:
     """x where it is important, w elsewhere: |δ|·KL(softmax(x) ‖ softmax(w)) of the row ≥ median + 1.5·(Q₃ − Q₁).
 
     The quartiles are exact; mergekit estimates them from a random million of a larger tensor's elements.
@@ -160,13 +164,13 @@ def arcee_fusion(tensors: Sequence[Tensor], place: Place, **_: Any) -> Tensor:
     return torch.lerp(base, model, important)  # exact at both ends
 
 
-def _importance(base: Tensor, model: Tensor, place: Place) -> Tensor:
+def _importance(base: Tensor, model: Tensor, place: TensorSlice) -> Tensor:
     first = place.begin // base.shape[1]
     divergence = torch.from_numpy(place.known[_DIVERGENCES][first : first + len(base)]).to(base)
     return (model - base).abs_().mul_(divergence[:, None])
 
 
-def _gather_divergences(tensors: Sequence[Tensor], place: Place, **_: Any) -> Doubles:
+def _gather_divergences(tensors: Sequence[Tensor], place: TensorSlice, **_: Any) -> Doubles:
     """KL(softmax(x) ‖ softmax(w)) of each row.   (rows, width) → (rows,)"""
     base, model = tensors
     p, q = (torch.softmax(x, dim=-1).add_(_TINY_SHARE) for x in (model, base))
@@ -174,16 +178,16 @@ def _gather_divergences(tensors: Sequence[Tensor], place: Place, **_: Any) -> Do
     return (p * torch.log(p / q)).sum(dim=-1).clamp_(min=0).abs_().double().cpu().numpy()
 
 
-def _settle_divergences(gathered: Sequence[Doubles], place: Place, **_: Any) -> Mapping[str, Any]:
+def _settle_divergences(gathered: Sequence[Doubles], place: TensorSlice, **_: Any) -> Mapping[str, Any]:
     return {_DIVERGENCES: np.concatenate(gathered)}
 
 
-def _importances(tensors: Sequence[Tensor], place: Place, **_: Any) -> list[Tensor]:
+def _importances(tensors: Sequence[Tensor], place: TensorSlice, **_: Any) -> list[Tensor]:
     base, model = tensors
     return [_importance(base, model, place)]
 
 
-def _count_important(delta: Tensor, i: int, place: Place, **_: Any) -> int:
+def _count_important(delta: Tensor, i: int, place: TensorSlice, **_: Any) -> int:
     width = place.width
     first, end = place.begin // width, place.begin + delta.numel()
     divergence = torch.from_numpy(place.known[_DIVERGENCES][first : -(-end // width)]).to(delta)
@@ -191,12 +195,12 @@ def _count_important(delta: Tensor, i: int, place: Place, **_: Any) -> int:
     return int(delta.abs_().mul_(mine).ge_(_threshold(place)).sum())
 
 
-def _threshold(place: Place) -> float:
+def _threshold(place: TensorSlice) -> float:
     first, median, third = (float(cut.value) for cut in place.known[CUTS][0])
     return median + 1.5 * (third - first)
 
 
-def _quartiles(place: Place, positive: Sequence[int], **_: Any) -> list[tuple[int, ...]]:
+def _quartiles(place: TensorSlice, positive: Sequence[int], **_: Any) -> list[tuple[int, ...]]:
     """Counts from the top whose smallest members stand at ⌊q·(n − 1)⌋ in ascending order."""
     n = n_elements(place.shape)
     return [tuple(n - int(q * (n - 1)) for q in (0.25, 0.5, 0.75))]
@@ -205,7 +209,7 @@ def _quartiles(place: Place, positive: Sequence[int], **_: Any) -> list[tuple[in
 def _build_sce(params: Params, models: int, based: bool) -> Kernel:
     share = params["select_topk"]
     assert isinstance(share, float)
-    ordered = order_passes(_variances, _most_varied) if share < 1 else ()
+    ordered = topk_passes(_variances, _most_varied) if share < 1 else ()
     return measured("sce", sce, models, based=based, passes=(*ordered, Pass(_gather_energies, _settle_energies)))
 
 
@@ -219,7 +223,7 @@ def _build_ramplus(params: Params, models: int, based: bool) -> Kernel:
 
 
 def _build_fusion(params: Params, models: int, based: bool) -> Kernel:
-    passes = (Pass(_gather_divergences, _settle_divergences), *order_passes(_importances, _quartiles))
+    passes = (Pass(_gather_divergences, _settle_divergences), *topk_passes(_importances, _quartiles))
     return measured("arcee_fusion", arcee_fusion, models, based=based, rows=True, passes=passes, count=_count_important)
 
 

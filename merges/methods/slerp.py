@@ -22,7 +22,7 @@ from merges.config.settings import MethodSpec, ParameterSpec
 from merges.methods.linear import weighted_sum
 from merges.methods.measures import measured
 from merges.methods.registry import Params, register
-from surgery.engine.plan import Kernel, Pass, Place
+from surgery.engine.plan import Kernel, Pass, TensorSlice
 from surgery.errors import SurgeryError
 
 Matrix = npt.NDArray[np.float64]  # (k, k) or (k, k, vectors)
@@ -36,7 +36,7 @@ _TINY = 1e-8  # a length up to this is no direction to slerp
 
 
 def combine(
-    tensors: Sequence[Tensor], place: Place, *, origin: bool, axis: Axis, formula: Coefficients, **params: Any
+    tensors: Sequence[Tensor], place: TensorSlice, *, origin: bool, axis: Axis, formula: Coefficients, **params: Any
 ) -> Tensor:
     """o + Σᵢ cᵢ·(xᵢ − o) with the coefficients of the tensor, of each row, or of each column.
 
@@ -68,7 +68,7 @@ def gram(vectors: Sequence[Tensor], axis: Axis) -> Matrix:
     return np.array(products, np.float64)
 
 
-def _axis_of(axis: Axis, place: Place) -> Axis:
+def _axis_of(axis: Axis, place: TensorSlice) -> Axis:
     """A vector is one row; its columns are single numbers, which have no angle."""
     return "rows" if axis == "columns" and len(place.shape) < 2 else axis
 
@@ -79,7 +79,7 @@ def _inner(a: Tensor, b: Tensor, axis: Axis) -> Any:
     return (a * b).sum(dim=1 if axis == "rows" else 0).cpu().numpy()
 
 
-def slerp(g: Matrix, place: Place, *, t: float, **_: Any) -> Matrix:
+def slerp(g: Matrix, place: TensorSlice, *, t: float, **_: Any) -> Matrix:
     """sin((1−t)θ)/sin θ and sin(tθ)/sin θ, θ between base and model; 1 − t and t where |cos θ| > 0.9995.
 
     mergekit's form: the angle is that of the directions, the vectors keep their lengths.
@@ -90,7 +90,7 @@ def slerp(g: Matrix, place: Place, *, t: float, **_: Any) -> Matrix:
     return _between(cos, t, straight=np.abs(cos) > _SAME_DIRECTION)
 
 
-def nuslerp(g: Matrix, place: Place, *, weight: Sequence[float], **_: Any) -> Matrix:
+def nuslerp(g: Matrix, place: TensorSlice, *, weight: Sequence[float], **_: Any) -> Matrix:
     """As `slerp` with t = a₂/(a₁ + a₂) (½ where they cancel), straight only where the two lie on one line.
 
     mergekit goes straight where sin² θ ≤ 1e-16. That is below what rounding leaves of two opposite vectors, whose sum
@@ -106,7 +106,7 @@ def nuslerp(g: Matrix, place: Place, *, weight: Sequence[float], **_: Any) -> Ma
 
 
 def multislerp(
-    g: Matrix, place: Place, *, weight: Sequence[float], normalize_weights: bool, eps: float, **_: Any
+    g: Matrix, place: TensorSlice, *, weight: Sequence[float], normalize_weights: bool, eps: float, **_: Any
 ) -> Matrix:
     """Directions' weighted mean m; their tangents at m, averaged; back to the sphere; times the mean length.
 
@@ -141,7 +141,7 @@ def multislerp(
     return result
 
 
-def karcher(g: Matrix, place: Place, *, max_iter: int, tol: float, **_: Any) -> Matrix:
+def karcher(g: Matrix, place: TensorSlice, *, max_iter: int, tol: float, **_: Any) -> Matrix:
     """The point on the sphere whose tangents towards all directions cancel, times the mean length.
 
     Steps along the mean tangent until it is shorter than `tol`, at most `max_iter` times. All models count alike, as
@@ -173,7 +173,7 @@ def karcher(g: Matrix, place: Place, *, max_iter: int, tol: float, **_: Any) -> 
     return result
 
 
-def model_stock(g: Matrix, place: Place, **_: Any) -> Matrix:
+def model_stock(g: Matrix, place: TensorSlice, **_: Any) -> Matrix:
     """t/k for each δ, t = k·c/(1 + (k − 1)·c), c the mean cosine of pairs of δ (arXiv 2403.19522, equation 3).
 
     Where 1 + (k − 1)·c vanishes no t exists, and the base stays.   g: (k, k, …) → (k, …)
@@ -205,12 +205,14 @@ def _length(coefficients: Matrix, g: Matrix) -> float:
     return math.sqrt(max(float(coefficients @ g @ coefficients), 0.0))
 
 
-def _gather(tensors: Sequence[Tensor], place: Place, *, origin: bool, axis: Axis, **_: Any) -> Matrix:
+def _gather(tensors: Sequence[Tensor], place: TensorSlice, *, origin: bool, axis: Axis, **_: Any) -> Matrix:
     base, models = (tensors[0], tensors[1:]) if origin else (None, tensors)
     return gram(list(models) if base is None else [model - base for model in models], _axis_of(axis, place))
 
 
-def _settle(gathered: Sequence[Matrix], place: Place, *, formula: Coefficients, **params: Any) -> Mapping[str, Any]:
+def _settle(
+    gathered: Sequence[Matrix], place: TensorSlice, *, formula: Coefficients, **params: Any
+) -> Mapping[str, Any]:
     return {COEFFICIENTS: formula(np.sum(gathered, axis=0), place, **params)} if gathered else {}
 
 

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from merges.methods.measures import KEPT, Count
-from merges.methods.topk import CUTS, as_floats, order_passes
+from merges.methods.topk import CUTS, as_floats, topk_passes
 from surgery.checkpoint.dtypes import n_elements
-from surgery.engine.plan import Pass, Place
+from surgery.engine.plan import Pass, TensorSlice
 from surgery.io.hashing import hash_text
 
 Sparsifier = Literal["none", "magnitude", "outliers", "random", "ranked"]
-SCALES = "scales"  # in `Place.known`: per model, what its kept elements are multiplied by
+SCALES = "scales"  # in `TensorSlice.known`: per model, what its kept elements are multiplied by
 _NEGLIGIBLE = 1e-7  # an L1 norm below this is not divided by, as in mergekit
 _LOW_HALF, _HIGH_HALF = (0, 1) if np.little_endian else (1, 0)
 
@@ -36,14 +36,14 @@ def passes(kind: Sparsifier, density: Sequence[float], *, rescale: bool, paper: 
         return ()
     if kind in ("random", "ranked"):
         return (Pass(_gather_norms, _settle_norms),) if rescale and not paper else ()
-    ordered = order_passes(_magnitudes, _wanted)
+    ordered = topk_passes(_magnitudes, _wanted)
     return (*ordered, Pass(_gather_norms, _settle_norms)) if rescale else ordered
 
 
 def sparsified(
     delta: Tensor,
     i: int,
-    place: Place,
+    place: TensorSlice,
     *,
     kind: Sparsifier,
     density: Sequence[float],
@@ -74,7 +74,7 @@ def counter(kind: Sparsifier, needed: Sequence[Pass]) -> Count | None:
 def _chosen(
     delta: Tensor,
     i: int,
-    place: Place,
+    place: TensorSlice,
     *,
     kind: Sparsifier,
     density: Sequence[float],
@@ -109,14 +109,14 @@ def _limits(width: int, density: float, epsilon: float) -> npt.NDArray[np.uint32
     return np.maximum(np.rint((density - epsilon + 2 * epsilon * share) * LEVELS), 1).astype(np.uint32)
 
 
-def _dealt(delta: Tensor, i: int, place: Place, *, seed: int, **_: Any) -> npt.NDArray[np.uint16]:
+def _dealt(delta: Tensor, i: int, place: TensorSlice, *, seed: int, **_: Any) -> npt.NDArray[np.uint16]:
     return uniforms(seed, place.tensor, i, place.begin, place.begin + delta.numel())
 
 
 def _ranked(
     delta: Tensor,
     i: int,
-    place: Place,
+    place: TensorSlice,
     *,
     density: Sequence[float],
     epsilon: Sequence[float],
@@ -143,7 +143,7 @@ def _ranked(
 
 
 def _count_kept(
-    delta: Tensor, i: int, place: Place, *, kind: Sparsifier, density: Sequence[float], **params: Any
+    delta: Tensor, i: int, place: TensorSlice, *, kind: Sparsifier, density: Sequence[float], **params: Any
 ) -> int:
     """How many of the elements from `place.begin` on are kept: all, none, or what chance deals, whatever δ is."""
     if not 0 < density[i] < 1:
@@ -157,13 +157,15 @@ def _count_kept(
     return int(np.count_nonzero(dealt < np.resize(limits, len(dealt))))
 
 
-def _magnitudes(tensors: Sequence[Tensor], place: Place, *, density: Sequence[float], **_: Any) -> list[Tensor | None]:
+def _magnitudes(
+    tensors: Sequence[Tensor], place: TensorSlice, *, density: Sequence[float], **_: Any
+) -> list[Tensor | None]:
     base, *models = tensors
     return [(model - base).abs_() if 0 < d < 1 else None for model, d in zip(models, density, strict=True)]
 
 
 def _wanted(
-    place: Place, positive: Sequence[int], *, kind: Sparsifier, density: Sequence[float], **params: Any
+    place: TensorSlice, positive: Sequence[int], *, kind: Sparsifier, density: Sequence[float], **params: Any
 ) -> list[tuple[int, ...]]:
     """How many of the largest |δ| are kept; for "outliers", how many of those are dropped again."""
     n = n_elements(place.shape)
@@ -179,7 +181,13 @@ def _wanted(
 
 
 def _gather_norms(
-    tensors: Sequence[Tensor], place: Place, *, density: Sequence[float], rescale: bool, paper: bool, **params: Any
+    tensors: Sequence[Tensor],
+    place: TensorSlice,
+    *,
+    density: Sequence[float],
+    rescale: bool,
+    paper: bool,
+    **params: Any,
 ) -> list[tuple[float, float, int]]:
     """Per model of the piece: Σ|δ| before and after, where either is needed, and how many elements are kept."""
     base, *models = tensors
@@ -196,7 +204,9 @@ def _gather_norms(
     return found
 
 
-def _settle_norms(gathered: Sequence[list[tuple[float, float, int]]], place: Place, **_: Any) -> Mapping[str, Any]:
+def _settle_norms(
+    gathered: Sequence[list[tuple[float, float, int]]], place: TensorSlice, **_: Any
+) -> Mapping[str, Any]:
     scales, counts = [], []
     for pieces in zip(*gathered, strict=True):
         before, after, kept = map(sum, zip(*pieces, strict=True))

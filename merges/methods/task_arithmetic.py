@@ -28,14 +28,14 @@ from merges.methods.linear import weighted_sum
 from merges.methods.measures import measured
 from merges.methods.registry import Params, register
 from merges.methods.sparsify import Sparsifier, counter, passes, sparsified
-from surgery.engine.plan import Kernel, Pass, Place
+from surgery.engine.plan import Kernel, Pass, TensorSlice
 
 _NEGLIGIBLE = 1e-8  # a sum of weights below this is not divided by
 
 
 def combine(
     tensors: Sequence[Tensor],
-    place: Place,
+    place: TensorSlice,
     *,
     vote: bool,
     weight: Sequence[float],
@@ -55,7 +55,7 @@ def combine(
     else:
         if not paper:
             changes = [change.mul_(a) for change, a in zip(changes, weight, strict=True)]
-        mixed, divisor = elected(changes, weight if paper else [1.0] * len(changes), weight)
+        mixed, divisor = elect_sign(changes, weight if paper else [1.0] * len(changes), weight)
         if normalize:
             mixed.div_(divisor.add_(torch.eq(divisor, 0, out=torch.empty_like(divisor))))  # 0 → 1
     return mixed.mul_(lambda_).add_(base) if lambda_ != 1 else mixed.add_(base)
@@ -166,7 +166,7 @@ _register(
 )
 
 
-def elected(changes: Sequence[Tensor], factors: Sequence[float], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+def elect_sign(changes: Sequence[Tensor], factors: Sequence[float], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Of the changes whose sign is that of the sum of all: Σ factorᵢ·changeᵢ, and Σ shareᵢ for who divides by it.
 
     A sum of 0 counts as positive. A change of 0 has no sign: it agrees with none and adds nothing to the shares.

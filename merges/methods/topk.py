@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from merges.methods.measures import KEPT
-from surgery.engine.plan import Pass, Place
+from surgery.engine.plan import Pass, TensorSlice
 
-CUTS = "cuts"  # in `Place.known`: per score, one `Cut` for each wanted count
+CUTS = "cuts"  # in `TensorSlice.known`: per score, one `Threshold` for each wanted count
 _BUCKETS = "buckets"
 _LOW_BITS = 16
 _UPPER_HALF = 1 if np.little_endian else 0
@@ -34,7 +34,7 @@ Wanted = Callable[..., Sequence[tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
-class Cut:
+class Threshold:
     """Where the k largest scores end.
 
     value: the smallest of them. Of the scores equal to it those are among the largest that lie in pieces before the one
@@ -56,7 +56,7 @@ class Cut:
         return chosen
 
 
-ALL, NONE = Cut(-math.inf), Cut(math.nan)  # nothing is ≥ NaN
+ALL, NONE = Threshold(-math.inf), Threshold(math.nan)  # nothing is ≥ NaN
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class _Bucket:
     rank: int
 
 
-def order_passes(scores: Scores, wanted: Wanted) -> tuple[Pass, Pass]:
+def topk_passes(scores: Scores, wanted: Wanted) -> tuple[Pass, Pass]:
     """The two passes that find cuts.
 
     Args:
@@ -77,13 +77,13 @@ def order_passes(scores: Scores, wanted: Wanted) -> tuple[Pass, Pass]:
             second number, so many of them are dropped again. `positive` says per score how many are not zero.
     """
 
-    def count(tensors: Sequence[Tensor], place: Place, **params: Any) -> list[tuple[Counts, int] | None]:
+    def count(tensors: Sequence[Tensor], place: TensorSlice, **params: Any) -> list[tuple[Counts, int] | None]:
         values = [None if score is None else as_floats(score) for score in scores(tensors, place, **params)]
         # A comparison and a count of what is true take a fifth of the time of counting floats that are not zero.
         return [None if v is None else (_upper_bits(v), int(np.count_nonzero(v != 0))) for v in values]
 
     def find_buckets(
-        gathered: Sequence[list[tuple[Counts, int] | None]], place: Place, **params: Any
+        gathered: Sequence[list[tuple[Counts, int] | None]], place: TensorSlice, **params: Any
     ) -> Mapping[str, Any]:
         totals = [_total(pieces) for pieces in zip(*gathered, strict=True)]
         counts = wanted(place, [positive for _, positive in totals], **params)
@@ -92,7 +92,9 @@ def order_passes(scores: Scores, wanted: Wanted) -> tuple[Pass, Pass]:
             return {_BUCKETS: buckets}
         return {_BUCKETS: buckets, KEPT: [ks[0] - sum(ks[1:]) for ks in counts]}
 
-    def look_inside(tensors: Sequence[Tensor], place: Place, **params: Any) -> tuple[int, list[list[Counts | None]]]:
+    def look_inside(
+        tensors: Sequence[Tensor], place: TensorSlice, **params: Any
+    ) -> tuple[int, list[list[Counts | None]]]:
         found: list[list[Counts | None]] = []
         for score, buckets in zip(scores(tensors, place, **params), place.known[_BUCKETS], strict=True):
             values = None if score is None else as_floats(score)
@@ -102,12 +104,12 @@ def order_passes(scores: Scores, wanted: Wanted) -> tuple[Pass, Pass]:
         return place.begin, found
 
     def find_cuts(
-        gathered: Sequence[tuple[int, list[list[Counts | None]]]], place: Place, **params: Any
+        gathered: Sequence[tuple[int, list[list[Counts | None]]]], place: TensorSlice, **params: Any
     ) -> Mapping[str, Any]:
         begins = [begin for begin, _ in gathered]
 
-        def cut(i: int, j: int, bucket: Cut | _Bucket) -> Cut:
-            if isinstance(bucket, Cut):
+        def cut(i: int, j: int, bucket: Threshold | _Bucket) -> Threshold:
+            if isinstance(bucket, Threshold):
                 return bucket
             pieces = [found for _, piece in gathered if (found := piece[i][j]) is not None]
             return _cut(pieces, begins, bucket.rank)
@@ -145,7 +147,7 @@ def _total(pieces: Sequence[tuple[Counts, int] | None]) -> tuple[npt.NDArray[np.
     return histogram, positive
 
 
-def _bucket(histogram: npt.NDArray[np.int64], k: int) -> Cut | _Bucket:
+def _bucket(histogram: npt.NDArray[np.int64], k: int) -> Threshold | _Bucket:
     if k <= 0:
         return NONE
     if not histogram.any():  # nothing needed to be counted, because nothing is cut off
@@ -166,7 +168,7 @@ def _inside(values: Floats, bucket: _Bucket) -> Counts:
     return np.concatenate([[low], rest]).astype(np.uint32), np.concatenate([[first], counts])
 
 
-def _cut(pieces: Sequence[Counts], begins: Sequence[int], rank: int) -> Cut:
+def _cut(pieces: Sequence[Counts], begins: Sequence[int], rank: int) -> Threshold:
     """The cut at the `rank`-th largest of what lies in a bucket, piece by piece."""
     bits, where = np.unique(np.concatenate([bits for bits, _ in pieces]), return_inverse=True)
     counts = np.zeros(len(bits), np.int64)
@@ -177,4 +179,4 @@ def _cut(pieces: Sequence[Counts], begins: Sequence[int], rank: int) -> Cut:
     equals = rank - int(from_top[len(bits) - 1 - at] - counts[at])
     each = np.cumsum([int(mine[held == bits[at]].sum()) for held, mine in pieces])
     piece = int(np.searchsorted(each, equals))
-    return Cut(value, begins[piece], equals - (int(each[piece - 1]) if piece else 0))
+    return Threshold(value, begins[piece], equals - (int(each[piece - 1]) if piece else 0))

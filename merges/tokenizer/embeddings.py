@@ -9,7 +9,7 @@ import torch
 
 from merges.tokenizer.plan import TokenPlan
 from surgery.checkpoint.checkpoint import StoredTensor
-from surgery.checkpoint.reader import SEGMENT, Input, Reader, SourceFiles
+from surgery.checkpoint.reader import SEGMENT, SourceFiles, TensorInput, TensorReader
 from surgery.errors import SurgeryError
 
 
@@ -24,7 +24,7 @@ class TokenInputs:
         self.plan = plan
         self._outside = outside
 
-    def align(self, ref: str, name: str, tensor: StoredTensor) -> Input:
+    def align(self, ref: str, name: str, tensor: StoredTensor) -> TensorInput:
         """`tensor`, which `ref` has for the output tensor `name`, with one row per row of the output.
 
         Reads `tensor` where some rows are to be the mean of the others.
@@ -33,14 +33,14 @@ class TokenInputs:
             SurgeryError: a model that rows are to be taken from has no such tensor.
         """
         if self.plan.unchanged(ref, tensor.shape[0]):
-            return Input(tensor)
+            return TensorInput(tensor)
         contributions = self.plan.contributions(ref)
         others = tuple((self._tensor(other, name), rows) for other, rows in contributions.items() if other != ref)
-        aligned = Input(tensor, contributions[ref], others)
+        aligned = TensorInput(tensor, contributions[ref], others)
         if not len(self.plan.averaged):
             return aligned
         mean = self._mean(aligned, self.plan.averaged)
-        return Input(tensor, contributions[ref], others, (self.plan.averaged, mean))
+        return TensorInput(tensor, contributions[ref], others, (self.plan.averaged, mean))
 
     def _tensor(self, ref: str, name: str) -> StoredTensor:
         if name not in self._outside[ref]:
@@ -51,7 +51,7 @@ class TokenInputs:
             )
         return self._outside[ref][name]
 
-    def _mean(self, source: Input, without: np.ndarray) -> np.ndarray:
+    def _mean(self, source: TensorInput, without: np.ndarray) -> np.ndarray:
         """The mean of the rows that are not in `without`: (width,) fp64."""
         rows = source.shape[0]
         width = source.n_elements // rows
@@ -60,7 +60,7 @@ class TokenInputs:
         total = torch.zeros(width, dtype=torch.float64)
         step = max(SEGMENT // width, 1)
         with SourceFiles(path for stored in source.tensors for path in stored.files) as files:
-            reader = Reader(files)
+            reader = TensorReader(files)
             for begin in range(0, rows, step):
                 end = min(begin + step, rows)
                 piece = reader.values(source, begin * width, end * width, "mean").view(-1, width).double()

@@ -34,10 +34,10 @@ import numpy.typing as npt
 
 from merges.config.schema import ModelToken, TokenizerRule, TokenRule, ZeroToken
 from merges.tokenizer.files import Entry, added_tokens, extend_tokenizer, read_tokenizer_files
-from surgery.checkpoint.structure import anatomy
+from surgery.checkpoint.structure import model_structure
 from surgery.checkpoint.vocabulary import MISSING, Vocabulary, read_vocabulary
 from surgery.errors import SurgeryError, listing, usage_error
-from surgery.vectors.align import Side
+from surgery.vectors.align import AlignedModel
 
 UNION = "union"
 BASE = "base"
@@ -103,13 +103,13 @@ class TokenPlan:
         return same and bool(np.array_equal(self.own[ref], np.arange(self.size)))
 
 
-def token_model(side: Side) -> TokenModel:
+def token_model(side: AlignedModel) -> TokenModel:
     """What `plan_tokens` needs to know of a model; of several matrices, the rows that all of them have.
 
     Raises:
         SurgeryError: no tensor has one row per token.
     """
-    names = anatomy(side.checkpoint).token_rows
+    names = model_structure(side.checkpoint).token_rows
     if not names:
         raise SurgeryError("no token embedding was found in it", where=side.ref)
     return TokenModel(side.ref, side.tokenizer, min(side.checkpoint.tensors[name].shape[0] for name in names))

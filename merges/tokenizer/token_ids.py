@@ -14,7 +14,7 @@ SUFFIXES = ("_token_id", "_token_ids", "_token_index")
 LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
 
 
-def resized(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+def resize_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
     """config.json with `vocab_size` = `size` rows wherever the language model's numbers stand."""
 
     def within(values: Mapping[str, Any]) -> dict[str, Any]:

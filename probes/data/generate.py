@@ -19,13 +19,13 @@ from torch import Tensor
 
 from probes.data.examples import Example
 from probes.data.faults import Faults
-from probes.data.generation_cache import Cache, Completion
+from probes.data.generation_cache import Completion, GenerationCache
 from probes.data.markers import Markers, check_split, never_closed, split_completion, split_given
 from probes.data.tokenize import encode, text_before_answer
 from surgery.errors import SurgeryError, usage_error
 from surgery.io.hashing import hash_text
-from surgery.models.loading import Loaded
-from surgery.runtime.collectives import share, wait
+from surgery.models.loading import ModelAndTokenizer
+from surgery.runtime.collectives import barrier, map_over_ranks
 from surgery.runtime.environment import n_processes
 from surgery.runtime.progress import Progress, silent
 from surgery.runtime.quiet import quiet
@@ -86,7 +86,7 @@ _Complete = Callable[[Sequence[_Job]], list[list[int]]]
 
 
 def complete(
-    loaded: Loaded,
+    loaded: ModelAndTokenizer,
     examples: Sequence[Example],
     *,
     markers: Markers | None,
@@ -114,10 +114,10 @@ def complete(
     """
     found = split_given(examples, markers)
     jobs = _jobs(loaded, found, markers, settings)
-    store = Cache(cache)
+    store = GenerationCache(cache)
     missing = {job.key: job for job in jobs.values() if store.get(job.key) is None}
     made = {job.key: kept for job in jobs.values() if (kept := store.get(job.key))}
-    wait()  # all processes must have seen the same cache before one of them adds to it
+    barrier()  # all processes must have seen the same cache before one of them adds to it
     if missing:
         made |= _make(loaded, list(missing.values()), store, settings, progress)
     return [
@@ -126,7 +126,7 @@ def complete(
 
 
 def generate_texts(
-    loaded: Loaded,
+    loaded: ModelAndTokenizer,
     prompts: Sequence[tuple[int, ...]],
     *,
     max_new_tokens: int,
@@ -158,7 +158,7 @@ def room(model: Any, prompt: int, most: int = MOST_NEW) -> int:
 
 
 def _jobs(
-    loaded: Loaded, examples: Sequence[Example], markers: Markers | None, settings: GenerationSettings
+    loaded: ModelAndTokenizer, examples: Sequence[Example], markers: Markers | None, settings: GenerationSettings
 ) -> dict[int, _Job]:
     """Number of the example → what is to be completed for it. Raises SurgeryError with all examples that are wrong."""
     context = context_of(loaded.model)
@@ -196,9 +196,9 @@ def _filled(example: Example, markers: Markers | None, made: Completion) -> Exam
 
 
 def _make(
-    loaded: Loaded,
+    loaded: ModelAndTokenizer,
     jobs: Sequence[_Job],
-    store: Cache | None,
+    store: GenerationCache | None,
     settings: GenerationSettings,
     progress: Progress,
     *,
@@ -220,11 +220,11 @@ def _make(
             store.add(made)
         return made
 
-    done = share(batches, run, label=label or f"{loaded.name}: completing", size=len, progress=progress)
+    done = map_over_ranks(batches, run, label=label or f"{loaded.name}: completing", size=len, progress=progress)
     return {key: completion for made in done for key, completion in made.items()}
 
 
-def _with_model(loaded: Loaded, settings: GenerationSettings, stops: Sequence[int]) -> _Complete:
+def _with_model(loaded: ModelAndTokenizer, settings: GenerationSettings, stops: Sequence[int]) -> _Complete:
     from transformers import GenerationConfig
 
     pad = loaded.tokenizer.pad_token_id
@@ -254,7 +254,7 @@ def _with_model(loaded: Loaded, settings: GenerationSettings, stops: Sequence[in
     return work
 
 
-def _with_vllm(loaded: Loaded, settings: GenerationSettings, stops: Sequence[int]) -> _Complete:
+def _with_vllm(loaded: ModelAndTokenizer, settings: GenerationSettings, stops: Sequence[int]) -> _Complete:
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:
@@ -334,7 +334,7 @@ def _text_after(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> st
     return whole[len(before) :] if whole.startswith(before) else decode(new)
 
 
-def end_tokens(loaded: Loaded) -> tuple[int, ...]:
+def end_tokens(loaded: ModelAndTokenizer) -> tuple[int, ...]:
     """The tokens that end a completion: the generation config's, and the tokenizer's."""
     config = getattr(loaded.model, "generation_config", None)
     named = getattr(config, "eos_token_id", None)

@@ -26,7 +26,7 @@ class Completion:
     ended: bool
 
 
-class Cache:
+class GenerationCache:
     """The completions in the file `path`, by key."""
 
     def __init__(self, path: Path) -> None:

@@ -17,7 +17,7 @@ from probes.data.generate import context_of, generate_texts
 from probes.data.markers import KNOWN, never_closed, template_text
 from probes.data.tokenize import encode
 from surgery.errors import SurgeryError, usage_error
-from surgery.models.loading import Loaded
+from surgery.models.loading import ModelAndTokenizer
 from surgery.runtime.progress import Progress, silent
 
 # After the list of Zou et al. (arXiv 2307.15043), without its phrases that also begin answers ("As an AI", "Hello").
@@ -109,7 +109,7 @@ def read_phrases(path: Path) -> tuple[str, ...]:
 
 
 def label_by_guard(
-    examples: Sequence[Example], guard: Loaded, *, batch_size: int = 16, progress: Progress = silent
+    examples: Sequence[Example], guard: ModelAndTokenizer, *, batch_size: int = 16, progress: Progress = silent
 ) -> list[Example]:
     """Fills `refused` by what a guard model says of each conversation with its whole response.
 
@@ -197,7 +197,7 @@ def _thinks(response: str) -> bool:
     return any(known.markers.close in response for known in KNOWN)
 
 
-def _question(guard: Loaded, example: Example, response: str) -> tuple[int, ...]:
+def _question(guard: ModelAndTokenizer, example: Example, response: str) -> tuple[int, ...]:
     from jinja2.exceptions import TemplateError
 
     # Guards judge what was said; few of their templates take instructions to the model.

@@ -12,7 +12,7 @@ from typing import Any
 
 from probes.data.examples import DataSet, Example, Topic
 from probes.data.faults import Faults
-from probes.data.sources import Row, read_rows
+from probes.data.sources import SourceRow, read_rows
 from surgery.errors import listing, usage_error
 from surgery.io.hashing import hash_text
 
@@ -72,7 +72,7 @@ def read_data(source: str, *, limit: int | None = None) -> DataSet:
     return DataSet(source, tuple(examples), digest, found.revision)
 
 
-def _example(row: Row, faults: Faults) -> Example | None:
+def _example(row: SourceRow, faults: Faults) -> Example | None:
     """The row as an example; None where it has faults, which are taken down."""
     before = len(faults.lines)
     fields = {name: _text(row, name, faults) for name in TEXTS}
@@ -100,7 +100,7 @@ def _example(row: Row, faults: Faults) -> Example | None:
     )
 
 
-def _text(row: Row, name: str, faults: Faults) -> str | None:
+def _text(row: SourceRow, name: str, faults: Faults) -> str | None:
     value = row.record.get(name)
     if name == "group" and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -116,7 +116,7 @@ def _text(row: Row, name: str, faults: Faults) -> str | None:
 
 
 def _messages(
-    row: Row, prompt: str | None, faults: Faults
+    row: SourceRow, prompt: str | None, faults: Faults
 ) -> tuple[Sequence[Mapping[str, Any]], str | None, str | None]:
     """The conversation up to its last question, the answer after it, and the thinking before that."""
     given = row.record.get("messages")
@@ -146,7 +146,7 @@ def _messages(
     return messages, answer, reasoning
 
 
-def _conversation(row: Row, given: object, faults: Faults) -> list[Mapping[str, Any]]:
+def _conversation(row: SourceRow, given: object, faults: Faults) -> list[Mapping[str, Any]]:
     """The messages without their empty fields; none at all where one is wrong."""
     if isinstance(given, str):
         try:
@@ -172,7 +172,7 @@ def _conversation(row: Row, given: object, faults: Faults) -> list[Mapping[str, 
     return messages if len(faults.lines) == before else []
 
 
-def _label(row: Row, label: str | None, faults: Faults) -> tuple[Topic | None, bool | None]:
+def _label(row: SourceRow, label: str | None, faults: Faults) -> tuple[Topic | None, bool | None]:
     """Topic and verdict."""
     topic: Topic | None = None
     refused: bool | None = None

@@ -14,10 +14,10 @@ from typing import Any, Protocol, TypeVar
 
 from probes.data.examples import Example
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.engine.options import Options
-from surgery.engine.verify import weights_hash
+from surgery.engine.options import ExecutionOptions
+from surgery.engine.verification import weights_hash
 from surgery.errors import SurgeryError, usage_error
-from surgery.evaluation.statistics import Estimate
+from surgery.evaluation.statistics import EstimateWithInterval
 from surgery.io.atomic import MANIFEST, write_file
 from surgery.io.json_io import read_json, to_json
 from surgery.io.json_records import Strict, record_text
@@ -28,11 +28,11 @@ SCHEMA = 1
 RESULTS, EXAMPLES, REPORT = "results.json", "examples.jsonl", "report.html"
 
 
-class Record(Strict):
+class FindingsRecord(Strict):
     """Part of a results.json: checked when it is read, never changed."""
 
 
-class Interval(Record):
+class IntervalRecord(FindingsRecord):
     """A value with its 95 % interval; None where the data allow no number."""
 
     value: float | None
@@ -41,10 +41,10 @@ class Interval(Record):
     n: int | None = None
 
     @property
-    def estimate(self) -> Estimate:
+    def estimate(self) -> EstimateWithInterval:
         """The same for pictures: NaN for what is not known."""
         known = [math.nan if number is None else number for number in (self.value, self.low, self.high)]
-        return Estimate(known[0], known[1], known[2])
+        return EstimateWithInterval(known[0], known[1], known[2])
 
     def text(self, form: str = ".3f") -> str:
         """`0.998 [0.997, 0.999]`, by the format `form`; a dash where nothing is known."""
@@ -55,8 +55,8 @@ class Interval(Record):
         return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
 
-class ModelRecord(Record):
-    """Which model: `xxh3` is the hash of all its weights (`surgery.engine.verify`)."""
+class ModelRecord(FindingsRecord):
+    """Which model: `xxh3` is the hash of all its weights (`surgery.engine.verification`)."""
 
     ref: str
     repo_id: str | None
@@ -67,7 +67,7 @@ class ModelRecord(Record):
     dtype: str
 
 
-class DataRecord(Record):
+class DataRecord(FindingsRecord):
     """Which data: the hash of its rows, and the commit of a Hub data set."""
 
     ref: str
@@ -75,14 +75,14 @@ class DataRecord(Record):
     xxh3: str
 
 
-class OfModel(Protocol):
+class ModelFindings(Protocol):
     """Findings of some kind."""
 
     @property
     def model(self) -> ModelRecord: ...
 
 
-R = TypeVar("R", bound=Record)
+R = TypeVar("R", bound=FindingsRecord)
 
 
 def read_record(run: Path, kind: str, record: type[R]) -> R:
@@ -99,7 +99,7 @@ def read_record(run: Path, kind: str, record: type[R]) -> R:
     return read_file(path, kind, SCHEMA, record, again="Probe the model again")
 
 
-def write_record(folder: Path, kind: str, record: Record, model: ModelRecord) -> None:
+def write_record(folder: Path, kind: str, record: FindingsRecord, model: ModelRecord) -> None:
     """Writes results.json, whole or not at all, and the manifest that marks the folder as ours."""
     write_file(folder / RESULTS, record_text(kind, SCHEMA, record))
     write_file(folder / MANIFEST, to_json({"schema": SCHEMA, "kind": kind, "model": model.model_dump(mode="json")}))
@@ -112,7 +112,7 @@ def kind_of(run: Path) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
-def check_model(findings: OfModel, checkpoint: Checkpoint, run: Path, *, options: Options) -> None:
+def check_model(findings: ModelFindings, checkpoint: Checkpoint, run: Path, *, options: ExecutionOptions) -> None:
     """Raises SurgeryError where `checkpoint` is not the model that `findings` are of."""
     found = weights_hash(checkpoint, options=options)
     if found != findings.model.xxh3:
@@ -140,10 +140,10 @@ def read_examples(run: Path) -> list[Example]:
         raise SurgeryError(f"cannot be read ({error})", where=path, hint="Probe the model again.") from error
 
 
-def interval(estimate: Any, n: int | None = None) -> Interval:
+def interval(estimate: Any, n: int | None = None) -> IntervalRecord:
     """An estimate (value, low, high) as it is stored: NaN as None."""
     known = [None if number != number else float(number) for number in (estimate.value, estimate.low, estimate.high)]
-    return Interval(value=known[0], low=known[1], high=known[2], n=n)
+    return IntervalRecord(value=known[0], low=known[1], high=known[2], n=n)
 
 
 def parse_top(text: str, of: int, *, where: str = "--top") -> int:

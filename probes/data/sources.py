@@ -27,7 +27,7 @@ TEXT_FIELD = "prompt"  # of the rows of a .txt file
 
 
 @dataclass(frozen=True)
-class Row:
+class SourceRow:
     """One record. `key` is its number in the source, from 0, as text; `where` is how errors point at it."""
 
     key: str
@@ -36,14 +36,14 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Rows:
+class SourceRows:
     """The records of a source; `revision` is the commit of a Hub data set."""
 
-    rows: Sequence[Row]
+    rows: Sequence[SourceRow]
     revision: str | None = None
 
 
-def read_rows(source: str, faults: Faults, *, limit: int | None = None) -> Rows:
+def read_rows(source: str, faults: Faults, *, limit: int | None = None) -> SourceRows:
     """The first `limit` rows of `source`, all of them at None. Lines that cannot be read as rows become faults.
 
     Raises:
@@ -54,9 +54,9 @@ def read_rows(source: str, faults: Faults, *, limit: int | None = None) -> Rows:
     if path is not None and path.is_dir():
         raise usage_error("is a folder, expected a file", where=source)
     if path is not None:
-        return Rows(_read_file(path, faults, limit))
+        return SourceRows(_read_file(path, faults, limit))
     if (data := lab.data_of(source)) is not None:
-        return Rows(_read_file(data, faults, limit))
+        return SourceRows(_read_file(data, faults, limit))
     asked = hub_data.parse(source)
     if asked is not None:
         return _read_hub(asked, limit)
@@ -69,7 +69,7 @@ def read_rows(source: str, faults: Faults, *, limit: int | None = None) -> Rows:
     )
 
 
-def _read_file(path: Path, faults: Faults, limit: int | None) -> list[Row]:
+def _read_file(path: Path, faults: Faults, limit: int | None) -> list[SourceRow]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise usage_error(f"is no {listing(_READERS)} file", where=path)
@@ -94,12 +94,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line.rstrip("\r")
 
 
-def _read_txt(path: Path, faults: Faults) -> Iterator[Row]:
+def _read_txt(path: Path, faults: Faults) -> Iterator[SourceRow]:
     for at, (number, line) in enumerate(_lines(path)):
-        yield Row(str(at), f"{path}:{number}", {TEXT_FIELD: line})
+        yield SourceRow(str(at), f"{path}:{number}", {TEXT_FIELD: line})
 
 
-def _read_jsonl(path: Path, faults: Faults) -> Iterator[Row]:
+def _read_jsonl(path: Path, faults: Faults) -> Iterator[SourceRow]:
     for at, (number, line) in enumerate(_lines(path)):
         where = f"{path}:{number}"
         try:
@@ -108,12 +108,12 @@ def _read_jsonl(path: Path, faults: Faults) -> Iterator[Row]:
             faults.add(f"is not valid JSON ({error})", where=where)
             continue
         if isinstance(record, dict):
-            yield Row(str(at), where, record)
+            yield SourceRow(str(at), where, record)
         else:
             faults.add(f"holds {_kind(record)}, expected an object", where=where)
 
 
-def _read_json(path: Path, faults: Faults) -> Iterator[Row]:
+def _read_json(path: Path, faults: Faults) -> Iterator[SourceRow]:
     try:
         records = json.loads(_text(path))
     except (ValueError, RecursionError) as error:
@@ -123,12 +123,12 @@ def _read_json(path: Path, faults: Faults) -> Iterator[Row]:
         raise usage_error(f"holds {_kind(records)}, expected a list of objects", where=path)
     for at, record in enumerate(records):
         if isinstance(record, dict):
-            yield Row(str(at), f"{path}[{at}]", record)
+            yield SourceRow(str(at), f"{path}[{at}]", record)
         else:
             faults.add(f"is {_kind(record)}, expected an object", where=f"{path}[{at}]")
 
 
-def _read_csv(path: Path, faults: Faults) -> Iterator[Row]:
+def _read_csv(path: Path, faults: Faults) -> Iterator[SourceRow]:
     # A thinking may be longer than the module's limit of 131,072 characters for a cell.
     limit = csv.field_size_limit(sys.maxsize)
     try:
@@ -137,7 +137,7 @@ def _read_csv(path: Path, faults: Faults) -> Iterator[Row]:
         csv.field_size_limit(limit)
 
 
-def _csv_rows(path: Path, text: str, faults: Faults) -> list[Row]:
+def _csv_rows(path: Path, text: str, faults: Faults) -> list[SourceRow]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows = []
     try:
@@ -148,7 +148,7 @@ def _csv_rows(path: Path, text: str, faults: Faults) -> list[Row]:
                 faults.add("has more cells than the header has names", where=where)
             else:
                 # An empty cell says nothing; in JSON one can tell that from an empty text.
-                rows.append(Row(str(at), where, {name: cell for name, cell in cells.items() if cell}))
+                rows.append(SourceRow(str(at), where, {name: cell for name, cell in cells.items() if cell}))
     except csv.Error as error:
         raise usage_error(f"is not valid CSV ({error})", where=f"{path}:{reader.line_num}") from error
     return rows
@@ -159,7 +159,7 @@ def _after_header(reader: csv.DictReader[str]) -> int:
     return reader.line_num + 1 if reader.fieldnames else 1
 
 
-def _read_parquet(path: Path, faults: Faults) -> Iterator[Row]:
+def _read_parquet(path: Path, faults: Faults) -> Iterator[SourceRow]:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import read_table
@@ -170,10 +170,10 @@ def _read_parquet(path: Path, faults: Faults) -> Iterator[Row]:
     except (ArrowException, OSError) as error:
         raise usage_error(f"cannot be read as Parquet ({hub_data.first_line(error)})", where=path) from error
     for at, record in enumerate(records):
-        yield Row(str(at), f"{path}[{at}]", record)
+        yield SourceRow(str(at), f"{path}[{at}]", record)
 
 
-_READERS: dict[str, Callable[[Path, Faults], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[Path, Faults], Iterator[SourceRow]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
@@ -182,11 +182,11 @@ _READERS: dict[str, Callable[[Path, Faults], Iterator[Row]]] = {
 }
 
 
-def _read_hub(asked: hub_data.HubData, limit: int | None) -> Rows:
+def _read_hub(asked: hub_data.HubData, limit: int | None) -> SourceRows:
     commit = hub_data.pin(asked)
     records = hub_data.load(asked, commit, limit=limit)
-    rows = [Row(str(at), f"{asked.name}[{at}]", record) for at, record in enumerate(records, start=asked.first)]
-    return Rows(rows, commit)
+    rows = [SourceRow(str(at), f"{asked.name}[{at}]", record) for at, record in enumerate(records, start=asked.first)]
+    return SourceRows(rows, commit)
 
 
 def _kind(value: object) -> str:

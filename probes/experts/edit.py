@@ -14,11 +14,11 @@ from pathlib import Path
 
 from probes.data.examples import Example
 from probes.data.markers import find_markers, never_closed
-from probes.data.prepare import Asking, asking_of, markers_of, open_model
+from probes.data.prepare import GenerationOptions, markers_of, open_model, options_from_findings
 from probes.data.read import read_data
 from probes.data.records import check_model, read_examples
+from probes.experts.degeneration import is_repetitive
 from probes.experts.findings import ExpertFindings, read_expert_findings
-from probes.experts.repetition import loops
 from probes.side_effects.compare import (
     EffectRow,
     answers_of,
@@ -39,9 +39,9 @@ from surgery.checkpoint.tokenizer_files import TOKENIZER_FILES
 from surgery.edits.common import EditNotes, Measure
 from surgery.edits.experts import scale_experts
 from surgery.engine.edit_report import EditReport
-from surgery.engine.options import Options
+from surgery.engine.options import ExecutionOptions
 from surgery.errors import SurgeryError, usage_error
-from surgery.models.loaded_model import LiveModel
+from surgery.models.loaded_model import LoadedModel
 from surgery.models.loading import load_tokenizer
 from surgery.reporting.report import Table
 
@@ -50,7 +50,7 @@ MORE_LOOPS = 0.1
 
 
 @dataclass(frozen=True)
-class ExpertChoice:
+class ExpertSelection:
     """Which experts, and how strongly: `top` of the ranked ones of a run, or by name, each L12E45 or L12E45=β."""
 
     run: Path | None = None
@@ -60,7 +60,7 @@ class ExpertChoice:
 
 
 @dataclass(frozen=True)
-class ExpertMeasured:
+class ExpertEffects:
     """The edited model beside its original. loops: answers that end in a repetition. tokens: of an answer, mean."""
 
     loops: tuple[Rate, Rate]
@@ -83,27 +83,27 @@ class ExpertMeasured:
 
 
 @dataclass(frozen=True)
-class Boost:
+class ExpertEditResult:
     """What an edit of experts did to the weights, and to the model; `measured` is None where that was not looked at."""
 
     report: EditReport
     experts: Mapping[str, float]
-    measured: ExpertMeasured | None
+    measured: ExpertEffects | None
 
 
 def edit_experts(
     model: str,
     out: Path,
     *,
-    choice: ExpertChoice,
+    choice: ExpertSelection,
     data: str | None = None,
     wanted: bool = True,
     examples: int = 64,
     force: bool = False,
     dtype: str = "auto",
     dry_run: bool = False,
-    options: Options = Options(),
-) -> Boost:
+    options: ExecutionOptions = ExecutionOptions(),
+) -> ExpertEditResult:
     """Writes `model` with the chosen experts' down projections × β to `out`; measures it before it is kept.
 
     Args:
@@ -121,10 +121,10 @@ def edit_experts(
     if findings is not None and choice.run is not None:
         check_model(findings, checkpoint, choice.run, options=options)
     scales = chosen_experts(choice, findings)
-    kept: list[ExpertMeasured] = []
+    kept: list[ExpertEffects] = []
     measure = None
     if measured:
-        asking = asking_of(findings.settings) if findings else Asking()
+        asking = options_from_findings(findings.settings) if findings else GenerationOptions()
         if findings is None:
             _check_thinking(checkpoint)
         rows = read_data(data).examples if data is not None else read_examples(choice.run or Path())
@@ -134,10 +134,10 @@ def edit_experts(
         model, out, scales=scales, measure=measure, dry_run=dry_run, options=replace(options, device="cpu")
     )
     named = {str(expert): scale for expert, scale in sorted(scales.items())}
-    return Boost(report, named, kept[0] if kept else None)
+    return ExpertEditResult(report, named, kept[0] if kept else None)
 
 
-def chosen_experts(choice: ExpertChoice, findings: ExpertFindings | None) -> dict[Expert, float]:
+def chosen_experts(choice: ExpertSelection, findings: ExpertFindings | None) -> dict[Expert, float]:
     """Expert → β. Raises SurgeryError for a choice that says nothing, or two things."""
     if choice.experts and choice.top is not None:
         raise usage_error("--expert names experts, --top chooses them: give one of them.")
@@ -179,12 +179,12 @@ def _measure(
     model: str,
     checkpoint: Checkpoint,
     rows: Sequence[Example],
-    asking: Asking,
+    asking: GenerationOptions,
     most: int,
     force: bool,
     dtype: str,
-    options: Options,
-    kept: list[ExpertMeasured],
+    options: ExecutionOptions,
+    kept: list[ExpertEffects],
 ) -> Measure:
     prompts = prompts_of(rows, most, any_topic=True)
 
@@ -196,7 +196,7 @@ def _measure(
         lost = {row.key for row in never_closed(first)}
         whole = [row for row in first if row.key not in lost]
         kl, perplexity = divergence_by_topic(before, after, whole, markers, options)
-        found = ExpertMeasured(
+        found = ExpertEffects(
             loops=(_looping(before, first), _looping(before, second)),
             never_closed=(_open(first), _open(second)),
             tokens=(_tokens(before, first), _tokens(before, second)),
@@ -216,14 +216,14 @@ def _measure(
     return measure
 
 
-def _written(live: LiveModel, row: Example) -> list[int]:
+def _written(live: LoadedModel, row: Example) -> list[int]:
     text = f"{row.thinking or ''}{row.closing or ''}{row.response or ''}"
     ids: list[int] = live.tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
 
-def _looping(live: LiveModel, rows: Sequence[Example]) -> Rate:
-    return Rate.of([loops(_written(live, row)) for row in rows])
+def _looping(live: LoadedModel, rows: Sequence[Example]) -> Rate:
+    return Rate.of([is_repetitive(_written(live, row)) for row in rows])
 
 
 def _open(rows: Sequence[Example]) -> Rate:
@@ -231,5 +231,5 @@ def _open(rows: Sequence[Example]) -> Rate:
     return Rate.of([row.key in lost for row in rows])
 
 
-def _tokens(live: LiveModel, rows: Sequence[Example]) -> float:
+def _tokens(live: LoadedModel, rows: Sequence[Example]) -> float:
     return sum(len(_written(live, row)) for row in rows) / len(rows)

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import cast
 
 from probes.data.records import check_model
-from probes.experts.edit import ExpertChoice, chosen_experts
+from probes.experts.edit import ExpertSelection, chosen_experts
 from probes.experts.findings import read_expert_findings
-from probes.model.reinforce import Phase, Reinforcement, reinforced
+from probes.model.reinforce import Phase, Reinforcement, scaled_routing
 from probes.model.routers import find_routers
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.engine.options import Options
+from surgery.engine.options import ExecutionOptions
 from surgery.evaluation.scoring import Measure, Score
-from surgery.models.loaded_model import wrap
-from surgery.models.loading import Loaded
+from surgery.models.loaded_model import attach_structure
+from surgery.models.loading import ModelAndTokenizer
 
 
 def with_reinforced(
@@ -28,7 +28,7 @@ def with_reinforced(
     top: int,
     scale: float,
     phase: str,
-    options: Options = Options(),
+    options: ExecutionOptions = ExecutionOptions(),
 ) -> tuple[dict[str, Path], list[Measure]]:
     """What `scoring.score_models` takes to score every model twice: as it is, and with experts of `run` × `scale`.
 
@@ -38,7 +38,7 @@ def with_reinforced(
     findings = read_expert_findings(run)
     for checkpoint in opened.values():
         check_model(findings, checkpoint, run, options=options)
-    scales = chosen_experts(ExpertChoice(run=run, top=top, scale=scale), findings)
+    scales = chosen_experts(ExpertSelection(run=run, top=top, scale=scale), findings)
     how = Reinforcement(scales, phase=cast("Phase", phase))
     suffix = f" + {', '.join(map(str, scales))} × {scale:g}"
     twice: dict[str, Path] = {}
@@ -50,13 +50,13 @@ def with_reinforced(
 
 
 def _measured(
-    loaded: Loaded, *, measure: Measure, originals: Mapping[str, Checkpoint], how: Reinforcement
+    loaded: ModelAndTokenizer, *, measure: Measure, originals: Mapping[str, Checkpoint], how: Reinforcement
 ) -> Sequence[Score]:
     checkpoint = originals.get(loaded.name)
     if checkpoint is None:
         return measure(loaded)
-    live = wrap(loaded, checkpoint)
-    with reinforced(live, find_routers(live), how) as applied:
+    live = attach_structure(loaded, checkpoint)
+    with scaled_routing(live, find_routers(live), how) as applied:
         scores = measure(loaded)
     applied.check(", ".join(dict.fromkeys(score.task for score in scores)))
     return scores

@@ -12,13 +12,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from probes.data.records import DataRecord, Interval, ModelRecord, Record, read_record, write_record
+from probes.data.records import DataRecord, FindingsRecord, IntervalRecord, ModelRecord, read_record, write_record
 from surgery.checkpoint.selectors import Expert
 
 KIND = "experts"
 
 
-class MarkerRecord(Record):
+class MarkerRecord(FindingsRecord):
     """A marker: its weight in the total, and at how many positions it ends."""
 
     text: str
@@ -26,7 +26,7 @@ class MarkerRecord(Record):
     positions: int
 
 
-class ExpertRecord(Record):
+class ExpertRecord(FindingsRecord):
     """One expert. npmi: the published total, unsmoothed; by_marker: the same per marker, unweighted.
 
     smoothed: the total with smoothing, and its interval, by which the supported are ranked. difference: Σ of weight ×
@@ -39,7 +39,7 @@ class ExpertRecord(Record):
     expert: int
     npmi: float
     by_marker: list[float]
-    smoothed: Interval
+    smoothed: IntervalRecord
     difference: float
     fires: int
     at_marker: int
@@ -57,7 +57,7 @@ class ExpertRecord(Record):
         return Expert(self.layer, self.expert)
 
 
-class PointRecord(Record):
+class PointRecord(FindingsRecord):
     """Scores at one β. control: None for the chosen experts, else the number of the random set that stood in.
 
     part: `choice`, on which β was chosen, or `test`. collapsed: the share of answers that end in a loop.
@@ -67,11 +67,11 @@ class PointRecord(Record):
     experts: list[str]
     control: int | None
     part: str
-    scores: dict[str, Interval]
-    collapsed: Interval | None
+    scores: dict[str, IntervalRecord]
+    collapsed: IntervalRecord | None
 
 
-class SweepRecord(Record):
+class SweepRecord(FindingsRecord):
     """A grid of β with held-out choice; `best` was chosen on one half of each task and tested on the other."""
 
     tasks: list[str]
@@ -82,17 +82,17 @@ class SweepRecord(Record):
     best: float
 
 
-class OverlapRecord(Record):
+class OverlapRecord(FindingsRecord):
     """How much the ranking agrees with that on a second data set."""
 
     data: DataRecord
     top: int
     shared: list[str]
     jaccard: float
-    spearman: Interval
+    spearman: IntervalRecord
 
 
-class ExpertFindings(Record):
+class ExpertFindings(FindingsRecord):
     """Everything that one run found. top_k: experts per token, by layer."""
 
     model: ModelRecord

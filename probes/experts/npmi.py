@@ -23,10 +23,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from probes.model.routing import PARTS, Counts, Marker
+from probes.model.routing import PARTS, Marker, RoutingCounts
 from surgery.checkpoint.selectors import Expert
 from surgery.errors import SurgeryError, listing, usage_error
-from surgery.evaluation.statistics import LEVEL, MOST_NUMBERS, RESAMPLES, Estimate, Floats, spearman
+from surgery.evaluation.statistics import LEVEL, MOST_NUMBERS, RESAMPLES, EstimateWithInterval, Floats, spearman
 
 Ints = NDArray[np.int64]
 
@@ -54,7 +54,7 @@ DEFAULT_SUPPORT = Support()
 
 
 @dataclass(frozen=True)
-class Scored:
+class ExpertScores:
     """One expert's scores.
 
     npmi: the published total, and by_marker: its terms, unweighted, in the order of the markers.
@@ -100,7 +100,7 @@ class Overlap:
     top: int
     shared: tuple[Expert, ...]
     jaccard: float
-    spearman: Estimate
+    spearman: EstimateWithInterval
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +160,7 @@ def npmi(together: ArrayLike, marker: ArrayLike, fires: ArrayLike, total: ArrayL
 
 
 def score_experts(
-    counts: Counts,
+    counts: RoutingCounts,
     markers: Sequence[Marker],
     *,
     support: Support = DEFAULT_SUPPORT,
@@ -168,7 +168,7 @@ def score_experts(
     parts: Sequence[str] = PARTS,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> list[Scored]:
+) -> list[ExpertScores]:
     """Every expert of all layers: first those ranked, best first, then the others by the published score.
 
     An association is shown where both of these hold, so the larger of their p-values counts (an intersection-union
@@ -182,7 +182,7 @@ def score_experts(
       rarely the expert fires.
 
     Args:
-        counts: of `markers`, in their order, as from `probes.model.routing.count`.
+        counts: of `markers`, in their order, as from `probes.model.routing.count_routing`.
         support: what an expert needs to be ranked.
         smoothing: in positions, as in `_Table.smoothed`; 0 for none.
         parts: of `probes.model.routing.PARTS`, those whose positions count.
@@ -215,10 +215,10 @@ def score_experts(
     difference = weights @ _risk_differences(whole)
     higher = len(names) - np.searchsorted(np.sort(published), published, side="right")
 
-    def scored(at: int) -> Scored:
+    def scored(at: int) -> ExpertScores:
         known = at in place
         ends = ranks[place[at]] if known and ranks else (None, None)
-        return Scored(
+        return ExpertScores(
             *names[at],
             npmi=float(published[at]),
             by_marker=tuple(by_marker[:, at].tolist()),
@@ -241,7 +241,7 @@ def score_experts(
     return [scored(at) for at in (*ranked, *others)]
 
 
-def overlap(a: Sequence[Scored], b: Sequence[Scored], top: int) -> Overlap:
+def overlap(a: Sequence[ExpertScores], b: Sequence[ExpertScores], top: int) -> Overlap:
     """How far the rankings of one model on two data sets agree.
 
     Raises:
@@ -292,7 +292,12 @@ def check_markers(markers: Sequence[Marker]) -> None:
 
 
 def _check(
-    counts: Counts, markers: Sequence[Marker], support: Support, smoothing: float, parts: Sequence[str], resamples: int
+    counts: RoutingCounts,
+    markers: Sequence[Marker],
+    support: Support,
+    smoothing: float,
+    parts: Sequence[str],
+    resamples: int,
 ) -> None:
     check_markers(markers)
     if counts.positions.shape[2] != 1 + len(markers):
@@ -308,7 +313,7 @@ def _check(
         raise usage_error(f"got {support}, expected numbers from 0 on and a rate in (0, 1]", where="support")
 
 
-def _pooled(counts: Counts, parts: Sequence[str]) -> tuple[_Table, list[tuple[int, int]]]:
+def _pooled(counts: RoutingCounts, parts: Sequence[str]) -> tuple[_Table, list[tuple[int, int]]]:
     """The counts of `parts` by block, without blocks that are empty there; and (layer, expert) of each of X."""
     chosen = [PARTS.index(part) for part in parts]
     positions = counts.positions[:, chosen].sum(1).numpy()

@@ -25,8 +25,8 @@ from surgery.reporting.plots import (
     MOST_NUMBERED,
     MOST_TICKS,
     SOFT,
-    Interval,
     Label,
+    PlotInterval,
     blank_canvas,
     finished,
     name_lines,
@@ -131,7 +131,7 @@ def _step(count: int) -> int:
 def ranking(
     title: str,
     names: Sequence[str],
-    estimates: Sequence[Interval],
+    estimates: Sequence[PlotInterval],
     *,
     published: Sequence[float] = (),
     measure: str = "score",
@@ -179,9 +179,9 @@ def ranking(
 def beta_curve(
     title: str,
     betas: Sequence[float],
-    scores: Sequence[Interval],
+    scores: Sequence[PlotInterval],
     *,
-    random: tuple[float, Interval] | None = None,
+    random: tuple[float, PlotInterval] | None = None,
     unchanged: float | None = None,
     collapsed: Sequence[float | None] = (),
     name: str = "chosen experts",
@@ -256,7 +256,7 @@ def _by_beta(
     heights: Sequence[float],
     name: str,
     colour: str,
-    spans: Sequence[Interval] = (),
+    spans: Sequence[PlotInterval] = (),
 ) -> Label:
     """A line over β > 0, and a point by itself at 0, which on this axis is infinitely far; returns its name's place."""
     x = list(places.values())

@@ -16,7 +16,7 @@ from probes.experts.findings import (
     SweepRecord,
     read_expert_findings,
 )
-from surgery.evaluation.statistics import Estimate, Floats
+from surgery.evaluation.statistics import EstimateWithInterval, Floats
 from surgery.reporting.report import Column, Figure, Report, Table, Value
 
 SHOWN = 12
@@ -116,7 +116,7 @@ def _curve(sweep: SweepRecord, task: str) -> Figure:
     values = [p.scores[task].value or 0.0 for p in controls]
     band = None
     if controls:
-        band = (controls[0].beta, Estimate(float(np.mean(values)), min(values), max(values)))
+        band = (controls[0].beta, EstimateWithInterval(float(np.mean(values)), min(values), max(values)))
     unchanged = next(p for p in grid if p.beta == 1)
     return plots.beta_curve(
         f"{task}: {', '.join(sweep.experts)} × β",

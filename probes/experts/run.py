@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from probes.data.examples import DataSet
-from probes.data.prepare import CACHES, Asking, Prepared, data_record, model_record, open_model, prepare, run_folder
+from probes.data.prepare import (
+    CACHES,
+    GenerationOptions,
+    Prepared,
+    data_record,
+    model_record,
+    open_model,
+    prepare,
+    run_folder,
+)
 from probes.data.read import read_data
 from probes.data.records import interval, write_examples
 from probes.data.tokenize import encode, render_prompt
@@ -25,21 +34,21 @@ from probes.experts.findings import (
     OverlapRecord,
     write_expert_findings,
 )
-from probes.experts.npmi import Scored, Support, check_markers, overlap, score_experts
+from probes.experts.npmi import ExpertScores, Support, check_markers, overlap, score_experts
 from probes.experts.report import write_expert_report
-from probes.experts.sweep import Grid, check_tasks, sweep
+from probes.experts.sweep import BetaGrid, check_tasks, sweep_beta
 from probes.model.expert_norms import norm_ratios
 from probes.model.routers import Router, find_routers
-from probes.model.routing import PARTS, Counts, Marker, count, parse_marker
+from probes.model.routing import PARTS, Marker, RoutingCounts, count_routing, parse_marker
 from probes.side_effects.compare import prompts_of
-from surgery.engine.options import Options
-from surgery.engine.verify import weights_hash
+from surgery.engine.options import ExecutionOptions
+from surgery.engine.verification import weights_hash
 from surgery.errors import usage_error
-from surgery.evaluation.statistics import Estimate
-from surgery.io.atomic import check_free, partial_of
+from surgery.evaluation.statistics import EstimateWithInterval
+from surgery.io.atomic import check_free, partial_path
 from surgery.io.json_io import jsonable
-from surgery.models.loaded_model import LiveModel
-from surgery.runtime.collectives import wait
+from surgery.models.loaded_model import LoadedModel
+from surgery.runtime.collectives import barrier
 from surgery.runtime.environment import is_main
 
 MEASURED = 10  # of the ranked experts, whose share of the residual stream is measured
@@ -53,14 +62,14 @@ def probe_experts(
     out: Path,
     *,
     transfer: str | None = None,
-    asking: Asking = Asking(),
+    asking: GenerationOptions = GenerationOptions(),
     support: Support = Support(),
-    grid: Grid | None = None,
+    grid: BetaGrid | None = None,
     limit: int | None = None,
     dtype: str = "auto",
     batch_tokens: int | None = None,
     seed: int = 0,
-    options: Options = Options(),
+    options: ExecutionOptions = ExecutionOptions(),
 ) -> ExpertFindings:
     """Finds the experts of `model` that go with `tokens`, and writes what it finds to the folder `out`.
 
@@ -88,10 +97,10 @@ def probe_experts(
         raise usage_error(f"{twice[0]!r} is given twice", where="--token")
     check_markers(markers)
     identity = weights_hash(live.checkpoint, options=options)
-    partial = partial_of(out)
+    partial = partial_path(out)
     model_id = f"{identity} {live.model.dtype}"
 
-    def counted(rows: DataSet, name: str) -> tuple[Prepared, Counts, list[Scored]]:
+    def counted(rows: DataSet, name: str) -> tuple[Prepared, RoutingCounts, list[ExpertScores]]:
         prepared = prepare(
             live,
             rows,
@@ -101,7 +110,9 @@ def probe_experts(
             device=options.device,
             progress=options.progress,
         )
-        counts = count(live, routers, prepared.sequences, markers, max_tokens=batch_tokens, progress=options.progress)
+        counts = count_routing(
+            live, routers, prepared.sequences, markers, max_tokens=batch_tokens, progress=options.progress
+        )
         return prepared, counts, score_experts(counts, markers, support=support, seed=seed)
 
     prepared, counts, scored = counted(dataset, CACHES[0])
@@ -111,7 +122,7 @@ def probe_experts(
     swept = None
     if grid is not None:
         prompts = _prompts(live, prepared)
-        swept = sweep(
+        swept = sweep_beta(
             live,
             routers,
             ranked,
@@ -146,18 +157,18 @@ def probe_experts(
             write_examples(folder, prepared.examples)
             write_expert_findings(folder, findings)
             write_expert_report(folder, name=str(out))
-    wait()
+    barrier()
     return findings
 
 
 def _records(
-    live: LiveModel,
+    live: LoadedModel,
     routers: Sequence[Router],
     prepared: Prepared,
-    counts: Counts,
-    scored: Sequence[Scored],
+    counts: RoutingCounts,
+    scored: Sequence[ExpertScores],
     batch_tokens: int | None,
-    options: Options,
+    options: ExecutionOptions,
 ) -> list[ExpertRecord]:
     total = int(counts.positions[..., 0].sum())
     records = [
@@ -166,7 +177,7 @@ def _records(
             expert=row.expert,
             npmi=row.npmi,
             by_marker=list(row.by_marker),
-            smoothed=interval(Estimate(row.smoothed, row.low, row.high)),
+            smoothed=interval(EstimateWithInterval(row.smoothed, row.low, row.high)),
             difference=row.difference,
             fires=row.fires,
             at_marker=row.at_marker,
@@ -187,14 +198,14 @@ def _records(
     return [row.model_copy(update={"norm_ratio": ratios.get(row.name)}) for row in records]
 
 
-def _prompts(live: LiveModel, prepared: Prepared) -> list[tuple[int, ...]]:
+def _prompts(live: LoadedModel, prepared: Prepared) -> list[tuple[int, ...]]:
     """Each prompt once, as ids, without what was answered."""
     bare = prompts_of(prepared.examples, len(prepared.examples), any_topic=True)
     return [encode(live.tokenizer, render_prompt(live.tokenizer, example, prepared.markers)) for example in bare]
 
 
 def _warnings(
-    prepared: Prepared, counts: Counts, markers: Sequence[Marker], ranked: Sequence[ExpertRecord]
+    prepared: Prepared, counts: RoutingCounts, markers: Sequence[Marker], ranked: Sequence[ExpertRecord]
 ) -> list[str]:
     found = []
     if prepared.lost:
@@ -213,7 +224,7 @@ def _warnings(
     return found
 
 
-def _overlap(other: DataSet, first: Sequence[Scored], second: Sequence[Scored]) -> OverlapRecord:
+def _overlap(other: DataSet, first: Sequence[ExpertScores], second: Sequence[ExpertScores]) -> OverlapRecord:
     found = overlap(first, second, COMPARED)
     return OverlapRecord(
         data=data_record(other),
@@ -225,7 +236,12 @@ def _overlap(other: DataSet, first: Sequence[Scored], second: Sequence[Scored]) 
 
 
 def _settings(
-    tokens: Sequence[str], asking: Asking, support: Support, grid: Grid | None, limit: int | None, seed: int
+    tokens: Sequence[str],
+    asking: GenerationOptions,
+    support: Support,
+    grid: BetaGrid | None,
+    limit: int | None,
+    seed: int,
 ) -> dict[str, Any]:
     settings = {
         "tokens": list(tokens),

@@ -13,18 +13,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from probes.data.generate import MOST_NEW, generate_texts, room
-from probes.data.records import Interval, interval
+from probes.data.records import IntervalRecord, interval
+from probes.experts.degeneration import is_repetitive
 from probes.experts.findings import ExpertRecord, PointRecord, SweepRecord
-from probes.experts.repetition import loops
-from probes.model.reinforce import Phase, Reinforcement, Way, reinforced
+from probes.model.reinforce import Phase, Reinforcement, Way, scaled_routing
 from probes.model.routers import Router
 from probes.side_effects.effects import Rate
 from surgery.checkpoint.selectors import Expert
 from surgery.errors import SurgeryError, usage_error
 from surgery.evaluation.harness import on_tasks
 from surgery.evaluation.scoring import Score
-from surgery.io.command_line import option_of
-from surgery.models.loaded_model import LiveModel
+from surgery.io.command_line import option_flag
+from surgery.models.loaded_model import LoadedModel
 from surgery.runtime.progress import Progress, silent
 
 CHOICE, TEST = (0, 2), (1, 2)
@@ -33,7 +33,7 @@ LOOKED_AT = 32  # prompts whose answers are looked at for repetition
 
 
 @dataclass(frozen=True)
-class Grid:
+class BetaGrid:
     """What is tried.
 
     Args:
@@ -60,7 +60,7 @@ class Grid:
     def __post_init__(self) -> None:
         for name, least in (("top", 1), ("controls", 0), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
-                raise usage_error(f"got {getattr(self, name)}, expected {least} or more", where=option_of(name))
+                raise usage_error(f"got {getattr(self, name)}, expected {least} or more", where=option_flag(name))
         if not self.betas or not self.tasks:
             raise usage_error("a sweep needs a grid and a task to score it on: give both --sweep and --task.")
         if self.way == "logit" and 0 in self.betas:
@@ -69,7 +69,7 @@ class Grid:
             Reinforcement({Expert(0, 0): beta}, self.way, self.phase)
 
 
-def check_tasks(grid: Grid) -> None:
+def check_tasks(grid: BetaGrid) -> None:
     """Raises SurgeryError where a task is unknown, or lm-evaluation-harness is missing."""
     on_tasks(grid.tasks, limit=grid.limit, batch_size=grid.batch_size, seed=grid.seed)
 
@@ -90,13 +90,13 @@ def parse_betas(text: str) -> list[float]:
     return list(dict.fromkeys(found))
 
 
-def sweep(
-    live: LiveModel,
+def sweep_beta(
+    live: LoadedModel,
     routers: Sequence[Router],
     ranked: Sequence[ExpertRecord],
     every: Sequence[ExpertRecord],
     prompts: Sequence[tuple[int, ...]],
-    grid: Grid,
+    grid: BetaGrid,
     *,
     max_new_tokens: int | None = None,
     progress: Progress = silent,
@@ -131,12 +131,12 @@ def sweep(
         how = Reinforcement(dict.fromkeys(experts, beta), grid.way, grid.phase)
         scores: list[Score] = []
         for measure in choice if part == "choice" else test:
-            with reinforced(live, routers, how) as applied:
+            with scaled_routing(live, routers, how) as applied:
                 scores += measure(live.loaded)
             applied.check(scores[-1].task)
         collapsed = None
         if control is None and part == "choice":
-            with reinforced(live, routers, how):
+            with scaled_routing(live, routers, how):
                 collapsed = _collapsed(live, looked, grid.batch_size, max_new_tokens)
         return PointRecord(
             beta=beta,
@@ -195,21 +195,21 @@ def _strength(beta: float) -> float:
 
 
 def _collapsed(
-    live: LiveModel, prompts: Sequence[tuple[int, ...]], batch_size: int, most: int | None
-) -> Interval | None:
+    live: LoadedModel, prompts: Sequence[tuple[int, ...]], batch_size: int, most: int | None
+) -> IntervalRecord | None:
     if not prompts:
         return None
     limit = room(live.model, max(map(len, prompts)), MOST_NEW if most is None else most)
     texts = generate_texts(
         live.loaded, prompts, max_new_tokens=limit, batch_size=batch_size, label="Looking for repetition"
     )
-    rate = Rate.of([loops(live.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts])
+    rate = Rate.of([is_repetitive(live.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts])
     return interval(rate, rate.n)
 
 
-def _first_metrics(scores: Sequence[Score]) -> dict[str, Interval]:
+def _first_metrics(scores: Sequence[Score]) -> dict[str, IntervalRecord]:
     """Task → its first metric, turned so that higher is better."""
-    found: dict[str, Interval] = {}
+    found: dict[str, IntervalRecord] = {}
     for score in scores:
         if score.task not in found:
             if score.higher_is_better is False:
@@ -222,7 +222,7 @@ def _first_metrics(scores: Sequence[Score]) -> dict[str, Interval]:
     return found
 
 
-def _mean(scores: Mapping[str, Interval]) -> float:
+def _mean(scores: Mapping[str, IntervalRecord]) -> float:
     return math.fsum(row.value or 0.0 for row in scores.values()) / len(scores)
 
 

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from probes.data.examples import TokenSequence
 from probes.model.activations import CPU_TOKENS, GPU_TOKENS
-from probes.model.resume import Reader, prefix_cache, prefix_fault, restore, resuming_fault
+from probes.model.resume import PrefixReader, prefix_cache, prefix_fault, restore, resuming_fault
 from surgery.checkpoint.selectors import Head
 from surgery.errors import SurgeryError, usage_error
-from surgery.models.loaded_model import LiveModel, Projection, hidden_in, hooks
-from surgery.models.partial_forward import entering
-from surgery.runtime.collectives import share
+from surgery.models.loaded_model import LoadedModel, OutputProjection, hidden_in, hooks
+from surgery.models.partial_forward import replace_input
+from surgery.runtime.collectives import map_over_ranks
 from surgery.runtime.progress import Progress, silent
 
 Method = Literal["cached prefix", "resumed layers", "one forward per head"]
@@ -45,7 +45,7 @@ class Ablation:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class AblationSweep:
     """The probe's logit without and with each head ablated: base (N,), ablated (N, heads), fp32 on the CPU."""
 
     heads: tuple[Head, ...]
@@ -60,7 +60,7 @@ class Sweep:
 
 
 def sweep(
-    live: LiveModel,
+    live: LoadedModel,
     sequences: Sequence[TokenSequence],
     heads: Sequence[Head],
     weight: Tensor,
@@ -71,7 +71,7 @@ def sweep(
     method: Method | None = None,
     max_tokens: int | None = None,
     progress: Progress = silent,
-) -> Sweep:
+) -> AblationSweep:
     """Ablates every head of `heads` by itself, on every sequence.
 
     Args:
@@ -86,20 +86,20 @@ def sweep(
     """
     _check(live, sequences, heads, ablation, last)
     budget = max_tokens or (GPU_TOKENS if live.device.type == "cuda" else CPU_TOKENS)
-    reader = Reader(live, weight.float(), bias)
+    reader = PrefixReader(live, weight.float(), bias)
     chosen = _method(reader, sequences, last, method)
     run = {"cached prefix": _over_prefix, "resumed layers": _resumed, "one forward per head": _plainly}[chosen]
     work = partial(_one_sequence, run, reader, sequences, tuple(heads), ablation, last, budget)
-    rows = share(
+    rows = map_over_ranks(
         range(len(sequences)), work, label=f"Ablating {len(heads)} heads", progress=progress
     )  # one sequence at a time: its heads are the batch
     base = torch.stack([row[0] for row in rows])
-    return Sweep(tuple(heads), base, torch.stack([row[1] for row in rows]), chosen)
+    return AblationSweep(tuple(heads), base, torch.stack([row[1] for row in rows]), chosen)
 
 
 @contextmanager
 def heads_edited(
-    live: LiveModel, scales: Mapping[Head, float], means: Mapping[int, Tensor] | None = None
+    live: LoadedModel, scales: Mapping[Head, float], means: Mapping[int, Tensor] | None = None
 ) -> Iterator[None]:
     """Inside, every forward pass runs with z ← scale · z of these heads, at all positions: what baking does.
 
@@ -128,7 +128,7 @@ def heads_edited(
         yield
 
 
-def all_heads(live: LiveModel) -> list[Head]:
+def all_heads(live: LoadedModel) -> list[Head]:
     """Every head that can be ablated, layer by layer."""
     return [Head(layer, index) for layer, p in sorted(live.projections.items()) for index in range(p.n_heads)]
 
@@ -139,7 +139,7 @@ _Run = Callable[..., tuple[Tensor, Tensor]]
 @torch.inference_mode()
 def _one_sequence(
     run: _Run,
-    reader: Reader,
+    reader: PrefixReader,
     sequences: Sequence[TokenSequence],
     heads: tuple[Head, ...],
     ablation: Ablation,
@@ -163,7 +163,7 @@ class _Edit:
     values: Mapping[int, Tensor] | None
     last: int | None
 
-    def hook(self, projection: Projection, heads: Sequence[Head]) -> Any:
+    def hook(self, projection: OutputProjection, heads: Sequence[Head]) -> Any:
         """Row i of the batch loses head i."""
 
         def edit(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
@@ -181,7 +181,7 @@ class _Edit:
 
 
 def _over_prefix(
-    reader: Reader, ids: Tensor, heads: tuple[Head, ...], edit: _Edit, budget: int
+    reader: PrefixReader, ids: Tensor, heads: tuple[Head, ...], edit: _Edit, budget: int
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of all but the last positions once; then, layer by layer, those positions with a row a head."""
     assert edit.last is not None
@@ -197,13 +197,17 @@ def _over_prefix(
     return base[0], _each_layer(reader, tail, heads, edit, inputs, tupled, budget // ids.shape[1], logits)
 
 
-def _resumed(reader: Reader, ids: Tensor, heads: tuple[Head, ...], edit: _Edit, budget: int) -> tuple[Tensor, Tensor]:
+def _resumed(
+    reader: PrefixReader, ids: Tensor, heads: tuple[Head, ...], edit: _Edit, budget: int
+) -> tuple[Tensor, Tensor]:
     """Every layer resumed on the whole sequence, with a row a head."""
     base, inputs, tupled = reader.inputs(ids)
     return base[0], _each_layer(reader, ids, heads, edit, inputs, tupled, budget // ids.shape[1], reader.logits)
 
 
-def _plainly(reader: Reader, ids: Tensor, heads: tuple[Head, ...], edit: _Edit, budget: int) -> tuple[Tensor, Tensor]:
+def _plainly(
+    reader: PrefixReader, ids: Tensor, heads: tuple[Head, ...], edit: _Edit, budget: int
+) -> tuple[Tensor, Tensor]:
     """The reference: a whole forward pass for every head."""
     base = reader.logits(ids)
     found = []
@@ -214,7 +218,7 @@ def _plainly(reader: Reader, ids: Tensor, heads: tuple[Head, ...], edit: _Edit, 
 
 
 def _each_layer(
-    reader: Reader,
+    reader: PrefixReader,
     ids: Tensor,
     heads: tuple[Head, ...],
     edit: _Edit,
@@ -230,12 +234,12 @@ def _each_layer(
             part = numbers[start : start + max(1, rows_at_most)]
             edited = edit.hook(reader.live.projections[layer], [heads[number] for number in part])
             rows = inputs[layer].expand(len(part), -1, -1).contiguous()
-            with entering(reader.live, layer, rows, tupled), hooks(edited):
+            with replace_input(reader.live, layer, rows, tupled), hooks(edited):
                 found[part] = logits(ids.expand(len(part), -1)).to(found)
     return found
 
 
-def _method(reader: Reader, sequences: Sequence[TokenSequence], last: int | None, asked: Method | None) -> Method:
+def _method(reader: PrefixReader, sequences: Sequence[TokenSequence], last: int | None, asked: Method | None) -> Method:
     """What is asked for, or the fastest that is right. Raises SurgeryError where what is asked for is wrong."""
     if asked is not None and asked not in METHODS:
         raise usage_error(f"got {asked!r}, expected {' or '.join(METHODS)}", where="method")
@@ -250,7 +254,7 @@ def _method(reader: Reader, sequences: Sequence[TokenSequence], last: int | None
     raise AssertionError("the last method has no fault")
 
 
-def _fault(reader: Reader, sequences: Sequence[TokenSequence], last: int | None, method: Method) -> str | None:
+def _fault(reader: PrefixReader, sequences: Sequence[TokenSequence], last: int | None, method: Method) -> str | None:
     """Why `method` would not give what plain forward passes give, or None where it does."""
     if method == "one forward per head":
         return None
@@ -267,7 +271,7 @@ def _fault(reader: Reader, sequences: Sequence[TokenSequence], last: int | None,
 
 
 def _check(
-    live: LiveModel, sequences: Sequence[TokenSequence], heads: Sequence[Head], ablation: Ablation, last: int | None
+    live: LoadedModel, sequences: Sequence[TokenSequence], heads: Sequence[Head], ablation: Ablation, last: int | None
 ) -> None:
     if not sequences:
         raise SurgeryError("no example is left to ablate on", where=live.name)
@@ -291,7 +295,7 @@ def _check(
             )
 
 
-def _check_heads(live: LiveModel, heads: Sequence[Head]) -> None:
+def _check_heads(live: LoadedModel, heads: Sequence[Head]) -> None:
     missing = [head for head in heads if head.layer not in live.projections]
     missing += [h for h in heads if h.layer in live.projections and h.index >= live.projections[h.layer].n_heads]
     if missing:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from probes.data.examples import TokenSequence
 from surgery.errors import SurgeryError, usage_error
-from surgery.models.loaded_model import LiveModel, hidden_in, hidden_out, hooks
-from surgery.runtime.collectives import share
+from surgery.models.loaded_model import LoadedModel, hidden_in, hidden_out, hooks
+from surgery.runtime.collectives import map_over_ranks
 from surgery.runtime.environment import n_processes
 from surgery.runtime.progress import Progress, silent
 
@@ -34,7 +34,7 @@ Look = Callable[[int, Tensor], None]  # (depth, hidden states (N, T, D)) → not
 
 
 @dataclass(frozen=True)
-class Batch:
+class TokenBatch:
     """Sequences of like length. `numbers` say which they are; ids and mask: (N, T) int64 on the CPU.
 
     firsts: (N,) the column of each sequence's first token: 0 unless padding stands on the left.
@@ -62,7 +62,7 @@ class Batch:
 
 def make_batches(
     sequences: Sequence[Sequence[int]], *, max_tokens: int, pad_id: int = 0, padding: Padding = "right"
-) -> list[Batch]:
+) -> list[TokenBatch]:
     """Cuts sequences of ids, longest first, into batches of at most `max_tokens` (or of one that is longer)."""
     order = sorted(range(len(sequences)), key=lambda number: (-len(sequences[number]), number))
     batches = []
@@ -75,7 +75,7 @@ def make_batches(
     return batches
 
 
-def token_budget(live: LiveModel, longest: int, trial: Callable[[int], object], *, start: int | None = None) -> int:
+def token_budget(live: LoadedModel, longest: int, trial: Callable[[int], object], *, start: int | None = None) -> int:
     """How many tokens a batch may hold: tried on the heaviest phase, and halved until it fits a GPU's memory.
 
     With several processes it is what fits all of them: they must make the same batches.
@@ -108,17 +108,17 @@ def token_budget(live: LiveModel, longest: int, trial: Callable[[int], object], 
             torch.cuda.empty_cache()
             tokens = max(tokens // 2, longest)
 
-    return min(share(range(n_processes()), fitting))
+    return min(map_over_ranks(range(n_processes()), fitting))
 
 
 def fitting_batches(
-    live: LiveModel,
+    live: LoadedModel,
     ids: Sequence[Sequence[int]],
-    work: Callable[[Batch], object],
+    work: Callable[[TokenBatch], object],
     *,
     max_tokens: int | None = None,
     padding: Padding = "right",
-) -> list[Batch]:
+) -> list[TokenBatch]:
     """Batches of `max_tokens`, or, where that is None, of as many as `work` is found to fit (`token_budget`)."""
     longest = max((len(sequence) for sequence in ids), default=1)
 
@@ -131,7 +131,7 @@ def fitting_batches(
 
 
 @torch.inference_mode()
-def look_at(live: LiveModel, batch: Batch, look: Look, *, depths: Sequence[int] | None = None) -> None:
+def look_at(live: LoadedModel, batch: TokenBatch, look: Look, *, depths: Sequence[int] | None = None) -> None:
     """One forward pass without logits; `look` is called with every depth's hidden states as they come by.
 
     Raises:
@@ -160,7 +160,7 @@ def look_at(live: LiveModel, batch: Batch, look: Look, *, depths: Sequence[int] 
 
 
 def states_at(
-    live: LiveModel,
+    live: LoadedModel,
     sequences: Sequence[TokenSequence],
     positions: Sequence[Sequence[int]],
     *,
@@ -189,14 +189,14 @@ def states_at(
     work = partial(_states, live, torch.tensor([list(row) for row in positions]))
     ids = [sequence.ids for sequence in sequences]
     batches = fitting_batches(live, ids, work, max_tokens=max_tokens, padding=padding)
-    rows = share(batches, work, label="Reading states", size=_n_sequences, progress=progress)
+    rows = map_over_ranks(batches, work, label="Reading states", size=_n_sequences, progress=progress)
     for batch, states in zip(batches, rows, strict=True):
         found[list(batch.numbers)] = states
     return found
 
 
 def project(
-    live: LiveModel,
+    live: LoadedModel,
     sequences: Sequence[TokenSequence],
     weights: Tensor,
     biases: Tensor,
@@ -214,13 +214,13 @@ def project(
     batches = fitting_batches(live, ids, work, max_tokens=max_tokens, padding=padding)
     found: dict[int, Tensor] = {}
     for batch, rows in zip(
-        batches, share(batches, work, label="Tracing", size=_n_sequences, progress=progress), strict=True
+        batches, map_over_ranks(batches, work, label="Tracing", size=_n_sequences, progress=progress), strict=True
     ):
         found |= dict(zip(batch.numbers, rows, strict=True))
     return [found[number] for number in range(len(sequences))]
 
 
-def _states(live: LiveModel, where: Tensor, batch: Batch) -> Tensor:
+def _states(live: LoadedModel, where: Tensor, batch: TokenBatch) -> Tensor:
     columns_NK = where[list(batch.numbers)] + batch.firsts.unsqueeze(1)
     rows_N1 = torch.arange(len(columns_NK)).unsqueeze(1)
     found: dict[int, Tensor] = {}
@@ -232,7 +232,7 @@ def _states(live: LiveModel, where: Tensor, batch: Batch) -> Tensor:
     return torch.stack([found[depth].cpu() for depth in range(live.n_depths)], dim=2)
 
 
-def _projections(live: LiveModel, weights: Tensor, biases: Tensor, batch: Batch) -> list[Tensor]:
+def _projections(live: LoadedModel, weights: Tensor, biases: Tensor, batch: TokenBatch) -> list[Tensor]:
     found: dict[int, Tensor] = {}
 
     def look(depth: int, hidden: Tensor) -> None:
@@ -247,7 +247,7 @@ def _projections(live: LiveModel, weights: Tensor, biases: Tensor, batch: Batch)
     ]
 
 
-def _pad(numbers: Sequence[int], rows: Sequence[Sequence[int]], pad_id: int, padding: Padding) -> Batch:
+def _pad(numbers: Sequence[int], rows: Sequence[Sequence[int]], pad_id: int, padding: Padding) -> TokenBatch:
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -257,10 +257,10 @@ def _pad(numbers: Sequence[int], rows: Sequence[Sequence[int]], pad_id: int, pad
         ids[at, first : first + len(row)] = torch.tensor(list(row))
         mask[at, first : first + len(row)] = 1
         firsts[at] = first
-    return Batch(tuple(numbers), ids, mask, firsts)
+    return TokenBatch(tuple(numbers), ids, mask, firsts)
 
 
-def _n_sequences(batch: Batch) -> int:
+def _n_sequences(batch: TokenBatch) -> int:
     return len(batch.numbers)
 
 

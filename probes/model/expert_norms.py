@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from probes.data.examples import TokenSequence
-from probes.model.activations import CPU_TOKENS, Batch, make_batches
+from probes.model.activations import CPU_TOKENS, TokenBatch, make_batches
 from probes.model.routers import Router
 from surgery.checkpoint.selectors import Expert
-from surgery.models.loaded_model import LiveModel, hidden_in, hidden_out, hooks
-from surgery.runtime.collectives import share
+from surgery.models.loaded_model import LoadedModel, hidden_in, hidden_out, hooks
+from surgery.runtime.collectives import map_over_ranks
 from surgery.runtime.progress import Progress, silent
 
 
 def norm_ratios(
-    live: LiveModel,
+    live: LoadedModel,
     routers: Sequence[Router],
     sequences: Sequence[TokenSequence],
     experts: Sequence[Expert],
@@ -34,7 +34,7 @@ def norm_ratios(
     """Expert → its mean ratio; None where it never fires in `sequences`."""
     by_layer = {router.layer: router for router in routers}
 
-    def work(batch: Batch) -> dict[Expert, tuple[float, int]]:
+    def work(batch: TokenBatch) -> dict[Expert, tuple[float, int]]:
         inputs: dict[int, Tensor] = {}
         found: dict[Expert, tuple[float, int]] = {}
         real = batch.mask.flatten().bool()
@@ -76,7 +76,9 @@ def norm_ratios(
         return found
 
     batches = make_batches([sequence.ids for sequence in sequences], max_tokens=max_tokens or CPU_TOKENS)
-    parts = share(batches, work, label="Measuring experts", size=lambda batch: len(batch.numbers), progress=progress)
+    parts = map_over_ranks(
+        batches, work, label="Measuring experts", size=lambda batch: len(batch.numbers), progress=progress
+    )
     sums = {expert: [part[expert] for part in parts if expert in part] for expert in experts}
     return {
         expert: sum(total for total, _ in rows) / sum(count for _, count in rows) if rows else None

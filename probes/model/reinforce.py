@@ -1,9 +1,9 @@
 """Experts reinforced while a model runs (arXiv 2505.14681): where a chosen expert is among a token's experts, its final
 routing weight is multiplied by β; nothing else changes, and nothing is left behind.
 
-In come a model's routers and expert → β; inside `reinforced` every forward pass runs with them. This is what scaling
-the expert's down projection in the checkpoint does (`surgery.edits.experts`), to the bit where β is a power of two. The
-alternatives by name are other things, and cannot be baked.
+In come a model's routers and expert → β; inside `scaled_routing` every forward pass runs with them. This is what
+scaling the expert's down projection in the checkpoint does (`surgery.edits.experts`), to the bit where β is a power of
+two. The alternatives by name are other things, and cannot be baked.
 
 Legend: T tokens, k experts per token, E experts, D width.
 """
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from probes.model.routers import Router, routed, run_trial
 from surgery.checkpoint.selectors import Expert
 from surgery.errors import usage_error
-from surgery.models.loaded_model import LiveModel, hooks
+from surgery.models.loaded_model import LoadedModel, hooks
 
 Way = Literal["weight", "renormalised", "logit", "forced"]
 Phase = Literal["all", "generated"]
@@ -41,7 +41,7 @@ class Reinforcement:
         to the router's logit, so that selection changes too. `forced`: as `weight`, and where the expert was not chosen
         it takes the place, and β times the weight, of the weakest that was and is none of `scales`.
     phase: `generated` leaves the prompt alone: only passes behind a cache are changed, so that what is scored in one
-        pass, as log-likelihoods are, is not touched at all: see `Applied`.
+        pass, as log-likelihoods are, is not touched at all: see `AppliedScaling`.
 
     Raises:
         SurgeryError: β is negative or not finite, or 0 for `logit`; `way` or `phase` is unknown.
@@ -64,7 +64,7 @@ class Reinforcement:
 
 
 @dataclass
-class Applied:
+class AppliedScaling:
     """What has become of a reinforcement. active: whether the pass that is running is changed. passes: how many layers'
     passes have been."""
 
@@ -82,7 +82,7 @@ class Applied:
 
 
 @contextmanager
-def reinforced(live: LiveModel, routers: Sequence[Router], how: Reinforcement) -> Iterator[Applied]:
+def scaled_routing(live: LoadedModel, routers: Sequence[Router], how: Reinforcement) -> Iterator[AppliedScaling]:
     """Inside, `live` runs with `how`; on exit it is exactly what it was.
 
     Raises:
@@ -104,7 +104,7 @@ def reinforced(live: LiveModel, routers: Sequence[Router], how: Reinforcement) -
                 f"{router.top_k}",
                 where=live.name,
             )
-    state = Applied(active=how.phase == "all")
+    state = AppliedScaling(active=how.phase == "all")
 
     def rewrite(layer: int, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor] | None:
         if not state.active:
@@ -138,7 +138,7 @@ def check_experts(routers: Sequence[Router], experts: Mapping[Expert, float], wh
             )
 
 
-def _watching(state: Applied) -> Any:
+def _watching(state: AppliedScaling) -> Any:
     def see(module: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
         cache = keywords.get("past_key_values")
         state.active = cache is not None and bool(cache.get_seq_length() > 0)
@@ -175,7 +175,7 @@ def _forced(scales: Mapping[int, float], index: Tensor, weights: Tensor) -> Tens
     return index
 
 
-def _check_renormalises(live: LiveModel, routers: Sequence[Router]) -> None:
+def _check_renormalises(live: LoadedModel, routers: Sequence[Router]) -> None:
     """Raises SurgeryError where the weights of different tokens have different sums."""
     sums: list[Tensor] = []
 
@@ -193,7 +193,9 @@ def _check_renormalises(live: LiveModel, routers: Sequence[Router]) -> None:
 
 
 @contextmanager
-def _logits_raised(live: LiveModel, router: Router, scales: Mapping[int, float], state: Applied) -> Iterator[None]:
+def _logits_raised(
+    live: LoadedModel, router: Router, scales: Mapping[int, float], state: AppliedScaling
+) -> Iterator[None]:
     """Adds log β where the layer's router multiplies its states with its weight, (experts, D)."""
     owners = _owners(live, router)
     if len(owners) != 1:
@@ -228,7 +230,7 @@ def _logits_raised(live: LiveModel, router: Router, scales: Mapping[int, float],
         yield
 
 
-def _owners(live: LiveModel, router: Router) -> list[nn.Module]:
+def _owners(live: LoadedModel, router: Router) -> list[nn.Module]:
     """The modules with a matrix (E, D), nearest to the experts: attention may have one of that shape, too."""
     layer = live.layers[router.layer]
     shape = (router.n_experts, live.width)
@@ -248,7 +250,7 @@ def _owners(live: LiveModel, router: Router) -> list[nn.Module]:
 class _RaiseLogits(TorchFunctionMode):
     """Adds `offsets` (E,) to what linear maps from D to E put out while it is entered."""
 
-    def __init__(self, offsets: Tensor, width: int, state: Applied) -> None:
+    def __init__(self, offsets: Tensor, width: int, state: AppliedScaling) -> None:
         super().__init__()
         self.offsets, self.width, self.state = offsets, width, state
         self.seen = False

@@ -1,8 +1,8 @@
 """How what a layer's parts write reaches the probe: the residual stream taken apart by watching one short run.
 
-In comes a live model, out comes a `Stream`: for every layer the chain of modules whose output is added to the residual
-stream (attention, the feed-forward block, with a norm behind them where the family has one), and the final norm as a
-linear map given its scale. With those, w·norm(h_L) is a sum over heads, blocks and the embedding, exactly.
+In comes a live model, out comes a `ResidualStream`: for every layer the chain of modules whose output is added to the
+residual stream (attention, the feed-forward block, with a norm behind them where the family has one), and the final
+norm as a linear map given its scale. With those, w·norm(h_L) is a sum over heads, blocks and the embedding, exactly.
 
 No family is listed. Which output goes into which input is seen from the tensors' identity; what is seen is checked:
 a layer's output must be its input plus its pieces (times one factor, where the family scales its branches).
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError, listing
-from surgery.models.loaded_model import LiveModel, hidden_in, hidden_out, hooks
+from surgery.models.loaded_model import LoadedModel, hidden_in, hidden_out, hooks
 
 # Relative errors that rounding may leave; another structure leaves errors of the size of the values.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -28,7 +28,7 @@ TRIAL_TOKENS = 5
 
 
 @dataclass(frozen=True)
-class NormFold:
+class FoldedNorm:
     """norm(h) = s(h) · g ⊙ c(h) + bias, where c subtracts the mean if `centred` (LayerNorm) and s is one number.
 
     gain, bias: (D,) fp32 on the CPU.
@@ -58,7 +58,7 @@ class NormFold:
 
 
 @dataclass(frozen=True)
-class Piece:
+class ResidualWrite:
     """One thing that a layer adds to the residual stream.
 
     modules: the chain that makes it, inner to outer: the block itself, then the norms behind it. The last one's
@@ -67,7 +67,7 @@ class Piece:
     """
 
     modules: tuple[nn.Module, ...]
-    folds: tuple[NormFold, ...]
+    folds: tuple[FoldedNorm, ...]
 
     @property
     def block(self) -> nn.Module:
@@ -79,16 +79,16 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Stream:
+class ResidualStream:
     """The residual stream: h_{l+1} = h_l + factor_l · Σ pieces_l, and the final norm.
 
     attention: layer → the piece that its heads write.
     """
 
-    pieces: tuple[tuple[Piece, ...], ...]
+    pieces: tuple[tuple[ResidualWrite, ...], ...]
     factors: tuple[float, ...]
-    attention: Mapping[int, Piece]
-    final: NormFold
+    attention: Mapping[int, ResidualWrite]
+    final: FoldedNorm
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class _Call:
 
 
 @torch.inference_mode()
-def read_stream(live: LiveModel) -> Stream:
+def trace_residual_stream(live: LoadedModel) -> ResidualStream:
     """Watches one short run and says how the residual stream is made.
 
     Raises:
@@ -186,11 +186,11 @@ def read_stream(live: LiveModel) -> Stream:
             where=live.name,
             hint="Use --attribution paper, which only needs the output projections.",
         )
-    return Stream(tuple(pieces), tuple(factors), attention, final)
+    return ResidualStream(tuple(pieces), tuple(factors), attention, final)
 
 
 @torch.inference_mode()
-def fold_norm(norm: nn.Module, width: int) -> NormFold:
+def fold_norm(norm: nn.Module, width: int) -> FoldedNorm:
     """Gain, bias and kind of a norm, from what it makes of three inputs: no family's formula is assumed."""
     parameter = next(norm.parameters(), None)
     dtype = torch.float32 if parameter is None else parameter.dtype
@@ -208,10 +208,10 @@ def fold_norm(norm: nn.Module, width: int) -> NormFold:
         first, second = hidden_out(norm(other)).float(), hidden_out(norm(-other)).float()
         gain[-1] = ((first - second) / 2 * other.float())[-1]
     centred = bool((shifted - plus).norm() <= 1e-2 * plus.norm())
-    return NormFold(gain.cpu(), bias.cpu(), centred)
+    return FoldedNorm(gain.cpu(), bias.cpu(), centred)
 
 
-def _pieces(calls: list[_Call], layer_input: Tensor, width: int, tolerance: float) -> tuple[Piece, ...]:
+def _pieces(calls: list[_Call], layer_input: Tensor, width: int, tolerance: float) -> tuple[ResidualWrite, ...]:
     """The chains whose ends no other part of the layer takes in."""
     # A part that hands on its input unchanged (dropout that is off) makes nothing.
     making = [call for call in calls if not any(call.output is given for given in call.inputs)]
@@ -230,7 +230,7 @@ def _pieces(calls: list[_Call], layer_input: Tensor, width: int, tolerance: floa
             folds.append(fold)
             chain.append(source.module)
             here = source
-        found.append(Piece(tuple(reversed(chain)), tuple(reversed(folds))))
+        found.append(ResidualWrite(tuple(reversed(chain)), tuple(reversed(folds))))
     return tuple(found)
 
 
@@ -244,7 +244,7 @@ def _is_norm(module: nn.Module, width: int) -> bool:
     return bool(shapes) and all(shape == (width,) for shape in shapes)
 
 
-def _factor(pieces: tuple[Piece, ...], calls: list[_Call], before: Tensor, after: Tensor) -> float | None:
+def _factor(pieces: tuple[ResidualWrite, ...], calls: list[_Call], before: Tensor, after: Tensor) -> float | None:
     """The factor on the pieces, or None where the layer's output is not input plus factor times pieces."""
     outputs = {call.module: call.made for call in calls}
     parts = [outputs[piece.end].float() for piece in pieces]
@@ -268,7 +268,7 @@ def _factor(pieces: tuple[Piece, ...], calls: list[_Call], before: Tensor, after
     return factor if error <= ROUNDINGS * eps else None
 
 
-def _writes(piece: Piece, calls: list[_Call], projected: Tensor, tolerance: float) -> bool:
+def _writes(piece: ResidualWrite, calls: list[_Call], projected: Tensor, tolerance: float) -> bool:
     """Whether what the attention block puts out is what its output projection made."""
     made = next(call.made for call in calls if call.module is piece.block)
     if made.shape != projected.shape:

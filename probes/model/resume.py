@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from surgery.models import partial_forward as splice
-from surgery.models.loaded_model import LiveModel
+from surgery.models.loaded_model import LoadedModel
 
 
-class Reader:
+class PrefixReader:
     """Reads the state and the probe's logit at the last position of every row, and what layers are resumed from."""
 
-    def __init__(self, live: LiveModel, weight: Tensor, bias: float) -> None:
+    def __init__(self, live: LoadedModel, weight: Tensor, bias: float) -> None:
         self.live, self.weight, self.bias = live, weight, bias
 
     def logits(self, ids: Tensor, cache: Any = None) -> Tensor:
@@ -56,7 +56,7 @@ class Reader:
         )
 
 
-def prefix_cache(live: LiveModel, prefix: Tensor) -> Any:
+def prefix_cache(live: LoadedModel, prefix: Tensor) -> Any:
     """The keys and values of `prefix` (1, T) in every layer."""
     from transformers import DynamicCache
 
@@ -74,13 +74,13 @@ def restore(cache: Any, kept: Sequence[dict[str, Any]], rows: int) -> None:
         layer.values = state["values"].expand(rows, *state["values"].shape[1:])
 
 
-def resuming_fault(reader: Reader, ids: Tensor) -> str | None:
+def resuming_fault(reader: PrefixReader, ids: Tensor) -> str | None:
     """Why layers cannot be resumed on `ids` (1, T); None if they can."""
     return splice.fault(reader.live, ids, reader.run)
 
 
 @torch.inference_mode()
-def prefix_fault(reader: Reader, ids: Tensor, last: int) -> str | None:
+def prefix_fault(reader: PrefixReader, ids: Tensor, last: int) -> str | None:
     """Why the last tokens of `ids` (1, T) cannot be run behind a cached prefix; None where they can."""
     if reader.live.skipped:
         return f"layer {reader.live.skipped[0]} has no attention heads that are understood"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import usage_error
-from surgery.models.loaded_model import LiveModel, hooks
+from surgery.models.loaded_model import LoadedModel, hooks
 
 TRIAL_TOKENS = 7  # odd and small: no number of experts, heads or widths is mistaken for it
 
@@ -56,7 +56,7 @@ class Router:
         return tuple(held), named
 
 
-def find_routers(live: LiveModel) -> tuple[Router, ...]:
+def find_routers(live: LoadedModel) -> tuple[Router, ...]:
     """The routers of a model, by layer.
 
     Raises:
@@ -90,7 +90,7 @@ def find_routers(live: LiveModel) -> tuple[Router, ...]:
 
 
 @torch.inference_mode()
-def run_trial(live: LiveModel) -> None:
+def run_trial(live: LoadedModel) -> None:
     """One forward pass over `TRIAL_TOKENS` tokens."""
     tokens = torch.arange(1, TRIAL_TOKENS + 1, device=live.device).unsqueeze(0)
     live.body(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)

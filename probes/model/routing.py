@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from probes.data.examples import SEGMENTS, TokenSequence
-from probes.model.activations import Batch, fitting_batches
+from probes.model.activations import TokenBatch, fitting_batches
 from probes.model.routers import Router, routed
 from surgery.errors import SurgeryError, usage_error
-from surgery.models.loaded_model import LiveModel
-from surgery.runtime.collectives import share, total
+from surgery.models.loaded_model import LoadedModel
+from surgery.runtime.collectives import all_reduce_sum, map_over_ranks
 from surgery.runtime.progress import Progress, silent
 
 BLOCKS = 20  # enough for intervals
@@ -60,7 +60,7 @@ class Marker:
 
 
 @dataclass(frozen=True, eq=False)
-class Counts:
+class RoutingCounts:
     """hits: (G, L, E, P, C) int64: positions at which the expert is among the chosen; column 0 counts all positions of
     the part, the others those at which the marker ends. positions: (G, P, C), the same without regard to experts.
 
@@ -107,8 +107,8 @@ def fitting_blocks(n_layers: int, n_experts: int, n_markers: int) -> int:
     return max(LEAST_BLOCKS, min(BLOCKS, MOST_BYTES // block))
 
 
-def count(
-    live: LiveModel,
+def count_routing(
+    live: LoadedModel,
     routers: Sequence[Router],
     sequences: Sequence[TokenSequence],
     markers: Sequence[Marker],
@@ -116,7 +116,7 @@ def count(
     blocks: int | None = None,
     max_tokens: int | None = None,
     progress: Progress = silent,
-) -> Counts:
+) -> RoutingCounts:
     """One pass over the sequences, prompt and response; every position counts.
 
     Sequence n belongs to block n modulo `blocks`, whatever the batches.
@@ -145,7 +145,7 @@ def count(
     hits: dict[int, Tensor] = {}
     positions = torch.zeros(n_blocks * n_classes, dtype=torch.int64)
 
-    def work(batch: Batch) -> None:
+    def work(batch: TokenBatch) -> None:
         token_A, class_A = _pairs(batch, sequences, markers, n_blocks)
         positions.index_add_(0, class_A, torch.ones_like(class_A))
         held: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -169,19 +169,21 @@ def count(
 
     ids = [sequence.ids for sequence in sequences]
 
-    def bare(batch: Batch) -> None:  # what counting takes beside the pass itself is small, and a trial must not count
+    def bare(
+        batch: TokenBatch,
+    ) -> None:  # what counting takes beside the pass itself is small, and a trial must not count
         with torch.inference_mode():
             live.body(**batch.inputs(live.device), use_cache=False)
 
     batches = fitting_batches(live, ids, bare, max_tokens=max_tokens)
-    share(batches, work, label="Counting experts", size=lambda batch: len(batch.numbers), progress=progress)
+    map_over_ranks(batches, work, label="Counting experts", size=lambda batch: len(batch.numbers), progress=progress)
     empty = torch.zeros(size, dtype=torch.int64)
-    found = total(torch.stack([hits[r.layer].cpu() if r.layer in hits else empty for r in routers]))
+    found = all_reduce_sum(torch.stack([hits[r.layer].cpu() if r.layer in hits else empty for r in routers]))
     shape = (len(PARTS), 1 + len(markers))
     by_block = found.view(len(routers), n_blocks, *shape, widest + 1)[..., :widest]
-    return Counts(
+    return RoutingCounts(
         by_block.permute(1, 0, 4, 2, 3).contiguous(),
-        total(positions).view(n_blocks, *shape),
+        all_reduce_sum(positions).view(n_blocks, *shape),
         tuple(router.layer for router in routers),
         tuple(router.n_experts for router in routers),
         tuple(router.top_k for router in routers),
@@ -190,7 +192,7 @@ def count(
 
 
 def _pairs(
-    batch: Batch, sequences: Sequence[TokenSequence], markers: Sequence[Marker], n_blocks: int
+    batch: TokenBatch, sequences: Sequence[TokenSequence], markers: Sequence[Marker], n_blocks: int
 ) -> tuple[Tensor, Tensor]:
     """Of each pair: its token's place in the flattened batch, and its class (A,) and (A,) int64. Padding is in none."""
     columns = 1 + len(markers)

@@ -22,10 +22,10 @@ from torch import Tensor
 from probes.data.examples import Example, TokenSequence
 from probes.data.generate import context_of
 from probes.data.markers import Markers
-from probes.data.prepare import asking_of, judge_with, open_model
-from probes.data.records import Interval, check_model, interval, parse_top, read_examples
+from probes.data.prepare import judge_with, open_model, options_from_findings
+from probes.data.records import IntervalRecord, check_model, interval, parse_top, read_examples
 from probes.data.tokenize import build_sequences
-from probes.model.ablation import Ablation, Sweep, all_heads, sweep
+from probes.model.ablation import Ablation, AblationSweep, all_heads, sweep
 from probes.model.activations import states_at
 from probes.refusal.findings import (
     HEADS,
@@ -33,20 +33,20 @@ from probes.refusal.findings import (
     CausalRecord,
     EffectRecord,
     Findings,
-    StepRecord,
+    GreedyStepRecord,
     read_findings,
     write_findings,
 )
 from probes.refusal.head_attribution import head_inputs
 from probes.refusal.probe import Probes
-from probes.side_effects.effects import Rate, Subject, answer, divergences
+from probes.side_effects.effects import ComparedModel, Rate, answer, divergences
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Head
-from surgery.engine.options import Options
+from surgery.engine.options import ExecutionOptions
 from surgery.errors import SurgeryError, usage_error
-from surgery.evaluation.statistics import Estimate, bootstrap_mean, spearman
-from surgery.models.loaded_model import LiveModel
-from surgery.runtime.collectives import wait
+from surgery.evaluation.statistics import EstimateWithInterval, bootstrap_mean, spearman
+from surgery.models.loaded_model import LoadedModel
+from surgery.runtime.collectives import barrier
 from surgery.runtime.environment import is_main
 
 Kind = Literal["scale", "mean", "resample"]
@@ -58,7 +58,7 @@ UNHELD = f"No example is {HARMLESS}: what ablations do to harmless answers was n
 
 
 @dataclass(frozen=True)
-class Proof:
+class ProofOptions:
     """How heads are put to the proof.
 
     Args:
@@ -88,10 +88,10 @@ def prove_heads(
     model: str,
     run: Path,
     *,
-    proof: Proof = Proof(),
+    proof: ProofOptions = ProofOptions(),
     dtype: str = "auto",
     batch_tokens: int | None = None,
-    options: Options = Options(),
+    options: ExecutionOptions = ExecutionOptions(),
 ) -> Findings:
     """Ablates heads of `model`, adds what that did to the findings in `run`, and writes their report anew.
 
@@ -132,7 +132,9 @@ def prove_heads(
             EffectRecord(
                 layer=head.layer,
                 head=head.index,
-                effect=interval(Estimate(bands.mean[at], bands.low[at], bands.high[at]), len(bench.sequences)),
+                effect=interval(
+                    EstimateWithInterval(bands.mean[at], bands.low[at], bands.high[at]), len(bench.sequences)
+                ),
             )
             for at, head in enumerate(effects.heads)
         ],
@@ -151,11 +153,11 @@ def prove_heads(
         from probes.refusal.report import write_report
 
         write_report(run, name=str(run))
-    wait()
+    barrier()
     return proven
 
 
-def _check(findings: Findings, run: Path, proof: Proof) -> int:
+def _check(findings: Findings, run: Path, proof: ProofOptions) -> int:
     """How many candidates there are to be. Raises SurgeryError for what no ablation is needed to see."""
     if not math.isfinite(proof.scale):
         raise usage_error(f"got {proof.scale}, expected a finite number", where="--scale")
@@ -188,15 +190,17 @@ class _Bench:
 
     def __init__(
         self,
-        live: LiveModel,
+        live: LoadedModel,
         findings: Findings,
         run: Path,
-        proof: Proof,
+        proof: ProofOptions,
         batch_tokens: int | None,
-        options: Options,
+        options: ExecutionOptions,
     ) -> None:
         self.live, self.proof, self.options, self.batch_tokens = live, proof, options, batch_tokens
-        self.judge = judge_with(asking_of(findings.settings), device=options.device, progress=options.progress)
+        self.judge = judge_with(
+            options_from_findings(findings.settings), device=options.device, progress=options.progress
+        )
         self.run, self.heads = run, all_heads(live)
         probes = Probes.load(run / PROBES)
         self.weight, self.bias = probes.weights[findings.depth], float(probes.biases[findings.depth])
@@ -218,7 +222,7 @@ class _Bench:
         if self.last is not None and self.last < 1:
             raise usage_error("the shortest example has one token", where="--positions", hint="Use all.")
 
-    def single(self) -> Sweep:
+    def single(self) -> AblationSweep:
         """Every head by itself."""
         return sweep(
             self.live,
@@ -232,10 +236,10 @@ class _Bench:
             progress=self.options.progress,
         )
 
-    def grow(self, candidates: Sequence[Head]) -> tuple[list[StepRecord], str]:
+    def grow(self, candidates: Sequence[Head]) -> tuple[list[GreedyStepRecord], str]:
         """Greedy sets: the head that raises the probe's logit most comes next, while the budget holds."""
         chosen: list[Head] = []
-        steps: list[StepRecord] = []
+        steps: list[GreedyStepRecord] = []
         gained = 0.0
         with self.options.progress("Growing a set", len(candidates), "steps") as advance:
             while len(chosen) < len(candidates):
@@ -266,47 +270,49 @@ class _Bench:
                 advance(1)
         return steps, "all candidates are in the set"
 
-    def random(self, candidates: Sequence[Head], sizes: int, seed: int) -> list[StepRecord]:
+    def random(self, candidates: Sequence[Head], sizes: int, seed: int) -> list[GreedyStepRecord]:
         """Random heads that are no candidates, in sets of 1 to `sizes`; side effects are measured of the last."""
         others = [head for head in self.heads if head not in set(candidates)]
         drawn = random.Random(f"{seed}/control").sample(others, sizes)
         return [self.step(drawn[:size], whole=size == sizes) for size in range(1, sizes + 1)]
 
-    def step(self, heads: Sequence[Head], *, whole: bool = True) -> StepRecord:
+    def step(self, heads: Sequence[Head], *, whole: bool = True) -> GreedyStepRecord:
         """What a set does to the probe's score; `whole`: to answers and to harmless text, too."""
         subject = self._subject(heads)
         with subject.running():
             score = self._score()
-        record = StepRecord(heads=[str(head) for head in heads], score=score)
+        record = GreedyStepRecord(heads=[str(head) for head in heads], score=score)
         if not whole:
             return record
         own = self._refused(subject, self.scored, self.sequences)
         update: dict[str, object] = {"refusal": own, "harmless_refusal": None}
         if self.harmless:
-            plain = Subject(self.live)
+            plain = ComparedModel(self.live)
             update["harmless_refusal"] = self._refused(subject, self.benign, self.harmless)
             away = divergences(plain, {"set": subject}, self.harmless, max_tokens=self.batch_tokens)["set"]
             kl = away.mean_kl([example.group for example in self.benign])
             update |= {"kl": interval(kl, len(self.benign)), "perplexity": away.perplexities[1]}
         return record.model_copy(update=update)
 
-    def _refused(self, subject: Subject, rows: Sequence[Example], sequences: Sequence[TokenSequence]) -> Interval:
+    def _refused(
+        self, subject: ComparedModel, rows: Sequence[Example], sequences: Sequence[TokenSequence]
+    ) -> IntervalRecord:
         """The share of examples that the subject refuses behind their own thinking."""
         texts = answer(subject, sequences)
         fresh = [replace(row, response=text, refused=None) for row, text in zip(rows, texts, strict=True)]
         rate = Rate.of([bool(row.refused) for row in self.judge(fresh)])
         return interval(rate, rate.n)
 
-    def _score(self) -> Interval:
+    def _score(self) -> IntervalRecord:
         positions = [[sequence.decision] for sequence in self.sequences]
         states = states_at(self.live, self.sequences, positions, max_tokens=self.batch_tokens)[:, 0, -1]
         scores = torch.sigmoid(states.double() @ self.weight.double() + self.bias)
         band = bootstrap_mean(scores[:, None].numpy(), groups=self.groups)
-        return interval(Estimate(band.mean[0], band.low[0], band.high[0]), len(self.sequences))
+        return interval(EstimateWithInterval(band.mean[0], band.low[0], band.high[0]), len(self.sequences))
 
-    def _subject(self, heads: Sequence[Head]) -> Subject:
+    def _subject(self, heads: Sequence[Head]) -> ComparedModel:
         scale = self.proof.scale if self.proof.kind == "scale" else 0.0
-        return Subject(self.live, dict.fromkeys(heads, scale), self._means if self.proof.kind == "mean" else None)
+        return ComparedModel(self.live, dict.fromkeys(heads, scale), self._means if self.proof.kind == "mean" else None)
 
     @cached_property
     def _means(self) -> Mapping[int, Tensor]:

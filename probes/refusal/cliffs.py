@@ -16,7 +16,7 @@ import numpy as np
 
 from probes.data.examples import TokenSequence
 from surgery.errors import SurgeryError
-from surgery.evaluation.statistics import Band, Estimate, Floats, align_ends, bootstrap_mean
+from surgery.evaluation.statistics import Band, EstimateWithInterval, Floats, align_ends, bootstrap_mean
 
 LAST = 8  # tokens of thinking that the mean at its end is taken over
 PERCENTILE = 90
@@ -27,7 +27,7 @@ SMALLEST_CLIFF = 0.1
 
 
 @dataclass(frozen=True)
-class Cliff:
+class RefusalCliff:
     """One example's trace in numbers; scores are probabilities.
 
     plateau: the highest score in the thinking. p90, last: its 90th percentile, and the mean over its last tokens.
@@ -54,16 +54,16 @@ class CellCliffs:
     """The cliffs of a cell: means with 95 % intervals by bootstrap over groups; the onset is a median."""
 
     n: int
-    plateau: Estimate
-    p90: Estimate
-    last: Estimate
-    final: Estimate
-    misalignment: Estimate
+    plateau: EstimateWithInterval
+    p90: EstimateWithInterval
+    last: EstimateWithInterval
+    final: EstimateWithInterval
+    misalignment: EstimateWithInterval
     onset: float | None
 
 
 @dataclass(frozen=True, eq=False)
-class Curve:
+class TraceMean:
     """A mean score with its band, whose last column is the last token before the answer; tokens of closing template
     in most of its examples."""
 
@@ -71,7 +71,7 @@ class Curve:
     closing: int
 
 
-def measure(sequence: TokenSequence, scores: Sequence[float] | Floats, *, cell: str, group: str) -> Cliff:
+def measure(sequence: TokenSequence, scores: Sequence[float] | Floats, *, cell: str, group: str) -> RefusalCliff:
     """One example's cliff. scores: at least up to the last token before the answer."""
     trace = np.asarray(scores, dtype=np.float64)[: sequence.decision + 1]
     if len(trace) <= sequence.decision:
@@ -82,13 +82,13 @@ def measure(sequence: TokenSequence, scores: Sequence[float] | Floats, *, cell: 
     final = float(trace[-1])
     thinking = trace[sequence.span("thinking").start : sequence.span("thinking").stop]
     if not len(thinking):
-        return Cliff(sequence.key, cell, group, math.nan, math.nan, math.nan, final, math.nan, None, 0)
+        return RefusalCliff(sequence.key, cell, group, math.nan, math.nan, math.nan, final, math.nan, None, 0)
     plateau = float(thinking.max())
     onset = None
     if plateau - final >= SMALLEST_CLIFF:
         high = np.flatnonzero(trace >= (plateau + final) / 2)
         onset = int(high[-1]) + 1 - sequence.decision
-    return Cliff(
+    return RefusalCliff(
         sequence.key,
         cell,
         group,
@@ -102,7 +102,7 @@ def measure(sequence: TokenSequence, scores: Sequence[float] | Floats, *, cell: 
     )
 
 
-def by_cell(cliffs: Sequence[Cliff], *, seed: int = 0) -> dict[str, CellCliffs]:
+def by_cell(cliffs: Sequence[RefusalCliff], *, seed: int = 0) -> dict[str, CellCliffs]:
     """The means of every cell, of the examples with any thinking; cells without such are absent."""
     found = {}
     for cell in sorted({cliff.cell for cliff in cliffs}):
@@ -113,7 +113,7 @@ def by_cell(cliffs: Sequence[Cliff], *, seed: int = 0) -> dict[str, CellCliffs]:
         values = np.array([[getattr(row, name) for name in names] for row in rows])
         band = bootstrap_mean(values, groups=[row.group for row in rows], seed=seed)
         means = {
-            name: Estimate(float(band.mean[at]), float(band.low[at]), float(band.high[at]))
+            name: EstimateWithInterval(float(band.mean[at]), float(band.low[at]), float(band.high[at]))
             for at, name in enumerate(names)
         }
         onsets = [row.onset for row in rows if row.onset is not None]
@@ -128,7 +128,7 @@ def curves(
     groups: Sequence[str],
     *,
     seed: int = 0,
-) -> dict[str, Curve]:
+) -> dict[str, TraceMean]:
     """The average trace of every cell, over thinking and closing template, aligned at the last token before the answer.
 
     A curve reaches back as far as at least `LEAST_TRACES` of its traces do (all of them, where there are fewer).
@@ -144,11 +144,11 @@ def curves(
         first = int(np.flatnonzero(kept)[0])
         band = bootstrap_mean(values[:, first:], mask[:, first:], groups=[groups[at] for at in rows], seed=seed)
         closing = statistics.mode(len(sequences[at].span("closing")) for at in rows)
-        found[cell] = Curve(band, closing)
+        found[cell] = TraceMean(band, closing)
     return found
 
 
-def worst(cliffs: Sequence[Cliff], count: int) -> list[Cliff]:
+def worst(cliffs: Sequence[RefusalCliff], count: int) -> list[RefusalCliff]:
     """The `count` examples with the largest misalignment score, largest first; ties by key. Cliff-as-a-Judge."""
     known = [cliff for cliff in cliffs if cliff.thinking]
     return sorted(known, key=lambda cliff: (-cliff.misalignment, cliff.key))[:count]

@@ -19,7 +19,7 @@ from probes.model.activations import project, states_at
 from probes.refusal.probe import LayerMetrics, Probes
 from probes.refusal.train_probes import evaluate_transfer, train_probes
 from surgery.errors import usage_error
-from surgery.models.loaded_model import LiveModel
+from surgery.models.loaded_model import LoadedModel
 from surgery.runtime.progress import Progress, silent
 
 Cells = Literal["all", "paper"]
@@ -27,7 +27,7 @@ PAPER_CELLS = ("harmful/refused", "harmless/complied")
 
 
 @dataclass(frozen=True)
-class Training:
+class ProbeTraining:
     """How probes are trained; see `linear.train_probes`. cells: all, or the paper's harmful/refused against
     harmless/complied."""
 
@@ -39,22 +39,22 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Trained:
+class FittedProbes:
     """Probes, and the fold that each example was held out in; None for those that no probe was trained on."""
 
     probes: Probes
     folds: tuple[int | None, ...]
 
 
-def train(
-    live: LiveModel,
+def fit_probes(
+    live: LoadedModel,
     examples: Sequence[Example],
     sequences: Sequence[TokenSequence],
-    training: Training,
+    training: ProbeTraining,
     *,
     max_tokens: int | None = None,
     progress: Progress = silent,
-) -> Trained:
+) -> FittedProbes:
     """Probes at every depth, on the states at the last token before the answer.
 
     Raises:
@@ -79,14 +79,14 @@ def train(
         progress=progress,
     )
     held = dict(zip(used, probes.fold.tolist(), strict=True))
-    return Trained(probes, tuple(held.get(at) for at in range(len(examples))))
+    return FittedProbes(probes, tuple(held.get(at) for at in range(len(examples))))
 
 
 def transfer_to(
-    live: LiveModel,
+    live: LoadedModel,
     examples: Sequence[Example],
     sequences: Sequence[TokenSequence],
-    trained: Trained,
+    trained: FittedProbes,
     *,
     max_tokens: int | None = None,
     progress: Progress = silent,
@@ -104,7 +104,7 @@ def transfer_to(
 
 
 def decision_states(
-    live: LiveModel, sequences: Sequence[TokenSequence], *, max_tokens: int | None = None, progress: Progress = silent
+    live: LoadedModel, sequences: Sequence[TokenSequence], *, max_tokens: int | None = None, progress: Progress = silent
 ) -> Tensor:
     """(N, depths, D): the states at the last token before the answer."""
     short = [TokenSequence(s.key, s.before_answer, (*s.ends[:3], s.ends[2])) for s in sequences]
@@ -113,9 +113,9 @@ def decision_states(
 
 
 def trace(
-    live: LiveModel,
+    live: LoadedModel,
     sequences: Sequence[TokenSequence],
-    trained: Trained,
+    trained: FittedProbes,
     *,
     max_tokens: int | None = None,
     progress: Progress = silent,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from probes.data.markers import never_closed
-from probes.data.prepare import Asking, asking_of, judge_with, markers_of, open_model
+from probes.data.prepare import GenerationOptions, judge_with, markers_of, open_model, options_from_findings
 from probes.data.read import read_data
 from probes.data.records import check_model, parse_top, read_examples
 from probes.refusal.findings import HEADS, Findings, read_findings
@@ -37,7 +37,7 @@ from surgery.checkpoint.selectors import Head, parse_head_scales
 from surgery.edits.common import EditNotes, Measure
 from surgery.edits.heads import mean_heads, scale_heads
 from surgery.engine.edit_report import EditReport
-from surgery.engine.options import Options
+from surgery.engine.options import ExecutionOptions
 from surgery.errors import SurgeryError, usage_error
 from surgery.reporting.report import Table
 
@@ -45,7 +45,7 @@ Mode = Literal["scale", "mean"]
 
 
 @dataclass(frozen=True)
-class Choice:
+class HeadSelection:
     """Which heads, and what becomes of them.
 
     Args:
@@ -65,7 +65,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Measuring:
+class EffectOptions:
     """What the result is measured on.
 
     Args:
@@ -79,11 +79,11 @@ class Measuring:
     wanted: bool = True
     examples: int = 64
     force: bool = False
-    asking: Asking | None = None
+    asking: GenerationOptions | None = None
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredEffects:
     """An edited model beside its original: topic → refusals, KL and perplexity; and thinking that never closed."""
 
     refusal: Mapping[str, tuple[Rate, Rate]]
@@ -105,24 +105,24 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Repair:
+class HeadEditResult:
     """What an edit of heads did to the weights, and to the model; `measured` is None where that was not looked at."""
 
     report: EditReport
     heads: Mapping[str, float]
-    measured: Measured | None
+    measured: MeasuredEffects | None
 
 
 def edit_heads(
     model: str,
     out: Path,
     *,
-    choice: Choice,
-    measuring: Measuring,
+    choice: HeadSelection,
+    measuring: EffectOptions,
     dtype: str = "auto",
     dry_run: bool = False,
-    options: Options = Options(),
-) -> Repair:
+    options: ExecutionOptions = ExecutionOptions(),
+) -> HeadEditResult:
     """Writes `model` with the chosen heads scaled, or replaced by their means, to `out`; measures it before it is kept.
 
     Raises:
@@ -135,7 +135,7 @@ def edit_heads(
     if findings is not None and choice.run is not None:
         check_model(findings, checkpoint, choice.run, options=options)
     scales = _chosen(choice, findings)
-    kept: list[Measured] = []
+    kept: list[MeasuredEffects] = []
     measure = None
     if measured:
         measure = _measure(model, checkpoint, choice.run, findings, measuring, dtype, options, kept)
@@ -149,10 +149,10 @@ def edit_heads(
     else:
         report = scale_heads(model, out, scales=scales, measure=measure, dry_run=dry_run, options=writing)
     named = {str(head): scale for head, scale in sorted(scales.items())}
-    return Repair(report, named, kept[0] if kept else None)
+    return HeadEditResult(report, named, kept[0] if kept else None)
 
 
-def _chosen(choice: Choice, findings: Findings | None) -> dict[Head, float]:
+def _chosen(choice: HeadSelection, findings: Findings | None) -> dict[Head, float]:
     """Head → γ. Raises SurgeryError for a choice that says nothing, or two things."""
     ways = [name for name, on in (("--head", choice.heads), ("--top", choice.top), ("--proven", choice.proven)) if on]
     if len(ways) > 1:
@@ -176,7 +176,7 @@ def _chosen(choice: Choice, findings: Findings | None) -> dict[Head, float]:
     return scales
 
 
-def _proven(choice: Choice, findings: Findings) -> dict[Head, float]:
+def _proven(choice: HeadSelection, findings: Findings) -> dict[Head, float]:
     causal = findings.causal
     if causal is None:
         raise usage_error("has no proven set of heads", where=choice.run, hint="Run `surgery probe heads` first.")
@@ -197,7 +197,7 @@ def _proven(choice: Choice, findings: Findings) -> dict[Head, float]:
     return {Head.parse(name): choice.scale for name in causal.steps[-1].heads}
 
 
-def _lowest(choice: Choice, top: str, findings: Findings) -> dict[Head, float]:
+def _lowest(choice: HeadSelection, top: str, findings: Findings) -> dict[Head, float]:
     count = parse_top(top, len(findings.heads))
     lowest = findings.ranked[:count]
     if wrong := [row for row in lowest if findings.score_of(row) >= 0]:
@@ -215,12 +215,12 @@ def _measure(
     checkpoint: Checkpoint,
     run: Path | None,
     findings: Findings | None,
-    measuring: Measuring,
+    measuring: EffectOptions,
     dtype: str,
-    options: Options,
-    kept: list[Measured],
+    options: ExecutionOptions,
+    kept: list[MeasuredEffects],
 ) -> Measure:
-    asking = measuring.asking or (asking_of(findings.settings) if findings else Asking())
+    asking = measuring.asking or (options_from_findings(findings.settings) if findings else GenerationOptions())
     if measuring.data is not None:
         examples = list(read_data(measuring.data).examples)
     else:
@@ -248,7 +248,7 @@ def _measure(
         }
         away = divergence_by_topic(before, after, judged[0], markers, options)
         flags = [[row.key in gone for row in rows] for rows, gone in zip(answers, lost, strict=True)]
-        found = Measured(refusal, *away, never_closed=(Rate.of(flags[0]), Rate.of(flags[1])))
+        found = MeasuredEffects(refusal, *away, never_closed=(Rate.of(flags[0]), Rate.of(flags[1])))
         if not measuring.force:
             _refuse_a_fall(found, checkpoint.ref)
         kept[:] = [found]
@@ -257,7 +257,7 @@ def _measure(
     return measure
 
 
-def _refuse_a_fall(found: Measured, ref: str) -> None:
+def _refuse_a_fall(found: MeasuredEffects, ref: str) -> None:
     before, after = found.refusal.get("harmful", (None, None))
     if before is None or after is None:
         raise SurgeryError(

@@ -17,39 +17,39 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from probes.data.records import DataRecord, Interval, ModelRecord, Record, read_record, write_record
+from probes.data.records import DataRecord, FindingsRecord, IntervalRecord, ModelRecord, read_record, write_record
 from surgery.checkpoint.selectors import Head
 
 KIND = "refusal"
 PROBES, TRACES, HEADS = "probes.safetensors", "traces.safetensors", "heads.safetensors"
 
 
-class ProbeRecord(Record):
+class ProbeRecord(FindingsRecord):
     """How well the probe of one depth tells refusals from answers, out of fold."""
 
     depth: int
-    auroc: Interval
-    accuracy: Interval
+    auroc: IntervalRecord
+    accuracy: IntervalRecord
     balanced_accuracy: float | None
     ece: float | None
     brier: float | None
     selectivity: float | None
 
 
-class CliffRecord(Record):
+class CliffRecord(FindingsRecord):
     """The cliffs of one cell; see `cliffs.CellCliffs`."""
 
     cell: str
     n: int
-    plateau: Interval
-    p90: Interval
-    last: Interval
-    final: Interval
-    misalignment: Interval
+    plateau: IntervalRecord
+    p90: IntervalRecord
+    last: IntervalRecord
+    final: IntervalRecord
+    misalignment: IntervalRecord
     onset: float | None
 
 
-class HeadRecord(Record):
+class HeadRecord(FindingsRecord):
     """A head's attribution: mean over the examples that heads were scored on, with a bootstrap interval.
 
     exact: in units of the probe's logit. paper: along the unit probe direction, norm not folded in.
@@ -57,34 +57,34 @@ class HeadRecord(Record):
 
     layer: int
     head: int
-    exact: Interval | None
-    paper: Interval
+    exact: IntervalRecord | None
+    paper: IntervalRecord
 
     @property
     def name(self) -> Head:
         return Head(self.layer, self.head)
 
 
-class StepRecord(Record):
+class GreedyStepRecord(FindingsRecord):
     """A set of ablated heads: what it does to the probe, to answers, and to harmless text."""
 
     heads: list[str]
-    score: Interval
-    refusal: Interval | None = None
-    harmless_refusal: Interval | None = None
-    kl: Interval | None = None
+    score: IntervalRecord
+    refusal: IntervalRecord | None = None
+    harmless_refusal: IntervalRecord | None = None
+    kl: IntervalRecord | None = None
     perplexity: float | None = None
 
 
-class EffectRecord(Record):
+class EffectRecord(FindingsRecord):
     """One head's causal effect on the probe's logit."""
 
     layer: int
     head: int
-    effect: Interval
+    effect: IntervalRecord
 
 
-class CausalRecord(Record):
+class CausalRecord(FindingsRecord):
     """The causal proof: single heads, greedy sets, and random sets of the same sizes as the control."""
 
     ablation: str
@@ -93,16 +93,16 @@ class CausalRecord(Record):
     cell: str
     n: int
     effects: list[EffectRecord]
-    spearman: Interval
+    spearman: IntervalRecord
     candidates: list[str]
-    base: StepRecord
-    steps: list[StepRecord]
+    base: GreedyStepRecord
+    steps: list[GreedyStepRecord]
     stopped: str
-    control: list[list[StepRecord]]
+    control: list[list[GreedyStepRecord]]
     kl_budget: float
 
 
-class Findings(Record):
+class Findings(FindingsRecord):
     """Everything that one probing run found. `settings` are the options it ran with."""
 
     model: ModelRecord

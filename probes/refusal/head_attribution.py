@@ -19,16 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from probes.data.examples import TokenSequence
-from probes.model.activations import CPU_TOKENS, Batch, fitting_batches, make_batches
-from probes.model.residual_stream import Piece, Stream
+from probes.model.activations import CPU_TOKENS, TokenBatch, fitting_batches, make_batches
+from probes.model.residual_stream import ResidualStream, ResidualWrite
 from surgery.errors import SurgeryError, usage_error
-from surgery.models.loaded_model import LiveModel, hidden_in, hidden_out, hooks
-from surgery.runtime.collectives import share
+from surgery.models.loaded_model import LoadedModel, hidden_in, hidden_out, hooks
+from surgery.runtime.collectives import map_over_ranks
 from surgery.runtime.progress import Progress, silent
 
 
 @dataclass(frozen=True)
-class Attribution:
+class HeadAttribution:
     """What each part of the model writes along the probe at the last token before the answer.
 
     paper, exact: layer → (N, H); exact in units of the probe's logit. `exact` and what follows are empty where the
@@ -54,16 +54,16 @@ class Attribution:
         return heads + self.embedding + self.biases.sum(1) + self.blocks.sum(1) + self.constant
 
 
-def attribute(
-    live: LiveModel,
+def attribute_heads(
+    live: LoadedModel,
     sequences: Sequence[TokenSequence],
     weight: Tensor,
     bias: float,
     *,
-    stream: Stream | None,
+    stream: ResidualStream | None,
     max_tokens: int | None = None,
     progress: Progress = silent,
-) -> Attribution:
+) -> HeadAttribution:
     """Scores all heads of all layers at the last token before the answer, in one pass over `sequences`.
 
     Args:
@@ -79,13 +79,15 @@ def attribute(
     sight = _Sight(live, weight.float(), bias, stream)
     work = partial(_attribute, sight)
     batches = fitting_batches(live, ids, work, max_tokens=max_tokens)
-    found = share(batches, work, label="Scoring heads", size=lambda batch: len(batch.numbers), progress=progress)
+    found = map_over_ranks(
+        batches, work, label="Scoring heads", size=lambda batch: len(batch.numbers), progress=progress
+    )
     order = torch.tensor([number for batch in batches for number in batch.numbers]).argsort()
 
     def joined(parts: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(parts))[order]
 
-    return Attribution(
+    return HeadAttribution(
         logit=joined([part.logit for part in found]),
         paper={layer: joined([part.paper[layer] for part in found]) for layer in live.projections},
         inputs={layer: joined([part.inputs[layer] for part in found]) for layer in live.projections},
@@ -99,7 +101,7 @@ def attribute(
 
 @torch.inference_mode()
 def head_inputs(
-    live: LiveModel,
+    live: LoadedModel,
     sequences: Sequence[TokenSequence],
     last: int,
     *,
@@ -119,7 +121,7 @@ def head_inputs(
     ids = [sequence.before_answer for sequence in sequences]
     batches = make_batches(ids, max_tokens=max_tokens or CPU_TOKENS)
 
-    def work(batch: Batch) -> dict[int, Tensor]:
+    def work(batch: TokenBatch) -> dict[int, Tensor]:
         ends_N1 = (batch.mask.sum(1) + batch.firsts).unsqueeze(1)
         columns_NK = ends_N1 - last + torch.arange(last)
         rows_N1 = torch.arange(len(columns_NK)).unsqueeze(1)
@@ -140,7 +142,9 @@ def head_inputs(
             live.body(**batch.inputs(live.device), use_cache=False)
         return seen
 
-    found = share(batches, work, label="Reading heads", size=lambda batch: len(batch.numbers), progress=progress)
+    found = map_over_ranks(
+        batches, work, label="Reading heads", size=lambda batch: len(batch.numbers), progress=progress
+    )
     order = torch.tensor([number for batch in batches for number in batch.numbers]).argsort()
     return {layer: torch.cat([part[layer] for part in found])[order] for layer in live.projections}
 
@@ -148,7 +152,7 @@ def head_inputs(
 class _Sight:
     """The probe as seen from every place that writes to the residual stream; made once, used for every batch."""
 
-    def __init__(self, live: LiveModel, weight: Tensor, bias: float, stream: Stream | None) -> None:
+    def __init__(self, live: LoadedModel, weight: Tensor, bias: float, stream: ResidualStream | None) -> None:
         self.live, self.stream = live, stream
         self.weight, self.bias = weight, bias
         self.direction = stream.final.back(weight) if stream else weight
@@ -163,7 +167,7 @@ class _Sight:
                 self.exact[layer] = matrix.T @ inner.to(matrix.device)
 
 
-def _through(piece: Piece, direction: Tensor) -> tuple[Tensor, list[float]]:
+def _through(piece: ResidualWrite, direction: Tensor) -> tuple[Tensor, list[float]]:
     """`direction` as seen from inside a piece's norms, and what each norm's bias adds, inner to outer."""
     constants = []
     for fold in reversed(piece.folds):
@@ -173,7 +177,7 @@ def _through(piece: Piece, direction: Tensor) -> tuple[Tensor, list[float]]:
 
 
 @torch.inference_mode()
-def _attribute(sight: _Sight, batch: Batch) -> Attribution:
+def _attribute(sight: _Sight, batch: TokenBatch) -> HeadAttribution:
     live, stream = sight.live, sight.stream
     columns = batch.mask.sum(1) - 1 + batch.firsts
     rows = torch.arange(len(columns))
@@ -209,7 +213,7 @@ def _attribute(sight: _Sight, batch: Batch) -> Attribution:
     paper_cpu = {layer: values.cpu() for layer, values in paper.items()}
     zeros = torch.zeros(count, n_layers)
     if stream is None:
-        return Attribution(logit, paper_cpu, inputs_cpu, {}, torch.zeros(count), zeros, zeros)
+        return HeadAttribution(logit, paper_cpu, inputs_cpu, {}, torch.zeros(count), zeros, zeros)
 
     scale = stream.final.scale(seen[live.final_norm, "in"].cpu(), after)
     embedding = scale * (seen[live.layers[0], "in"].cpu() @ sight.direction)
@@ -233,7 +237,7 @@ def _attribute(sight: _Sight, batch: Batch) -> Attribution:
             scores = _by_head(z[layer] * sight.exact[layer], projection.n_heads)
             exact[layer] = scores.cpu() * strength.unsqueeze(1)
     constant = float(stream.final.bias @ sight.weight) + sight.bias
-    return Attribution(logit, paper_cpu, inputs_cpu, exact, embedding, biases, blocks, constant)
+    return HeadAttribution(logit, paper_cpu, inputs_cpu, exact, embedding, biases, blocks, constant)
 
 
 def _by_head(values: Tensor, n_heads: int) -> Tensor:

@@ -17,19 +17,19 @@ from probes.data.markers import Markers, split_completion
 from probes.data.prepare import open_model
 from probes.data.records import check_model
 from probes.data.tokenize import encode, render_prompt
-from probes.refusal.cliffs import Cliff, measure
+from probes.refusal.cliffs import RefusalCliff, measure
 from probes.refusal.findings import PROBES, read_findings
 from probes.refusal.probe import Probes
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.options import Options
+from surgery.engine.options import ExecutionOptions
 from surgery.errors import usage_error
-from surgery.models.loaded_model import LiveModel, hidden_out, hooks
+from surgery.models.loaded_model import LoadedModel, hidden_out, hooks
 
 Tell = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
-class Watched:
+class LiveTrace:
     """What was written, token by token, with the refusal score at each: texts and scores of one length.
 
     closed: whether the thinking came to an end; without it the cliff's final score is that of the last token.
@@ -39,7 +39,7 @@ class Watched:
     tokens: tuple[str, ...]
     scores: tuple[float, ...]
     closed: bool
-    cliff: Cliff
+    cliff: RefusalCliff
 
     def sentence(self) -> str:
         """The trace in words."""
@@ -53,7 +53,7 @@ class Watched:
         )
 
 
-def watch(
+def live_probe(
     model: str,
     run: Path,
     prompt: str,
@@ -61,8 +61,8 @@ def watch(
     max_new_tokens: int | None = None,
     dtype: str = "auto",
     tell: Tell = lambda text, score: None,
-    options: Options = Options(),
-) -> Watched:
+    options: ExecutionOptions = ExecutionOptions(),
+) -> LiveTrace:
     """Lets `model` answer `prompt` greedily; `tell` is called with each token's text and the score at it.
 
     Raises:
@@ -122,10 +122,10 @@ def watch(
     # The first score is that of the prompt's last token, at which a model that does not think decides.
     trace = [0.0] * (len(ids) - 1) + scores
     cliff = measure(sequence, trace, cell="live", group="live")
-    return Watched(prompt, tuple(texts), tuple(scores[1:]), closed, cliff)
+    return LiveTrace(prompt, tuple(texts), tuple(scores[1:]), closed, cliff)
 
 
-def _text(live: LiveModel, ids: list[int]) -> str:
+def _text(live: LoadedModel, ids: list[int]) -> str:
     """The text of `ids` without the beginning of a character that further tokens complete."""
     text = live.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return str(text).rstrip("\ufffd")

@@ -34,21 +34,21 @@ MOST_DEALS = 100
 
 
 @dataclass(frozen=True, eq=False)
-class Labelled:
+class LabeledExamples:
     """What is known of N examples apart from their states: verdicts, cells such as "harmful/refused", and groups."""
 
     refused: Bools
     cells: tuple[str, ...]
     groups: tuple[str, ...]
 
-    def at(self, rows: Sequence[int] | Integers | Bools) -> Labelled:
+    def at(self, rows: Sequence[int] | Integers | Bools) -> LabeledExamples:
         """The examples at `rows`, numbers or a mask."""
         chosen = np.arange(len(self.cells))[rows].tolist()
         cells, groups = tuple(self.cells[row] for row in chosen), tuple(self.groups[row] for row in chosen)
-        return Labelled(self.refused[chosen], cells, groups)
+        return LabeledExamples(self.refused[chosen], cells, groups)
 
 
-def canonical_order(states: Tensor, labelled: Labelled) -> Integers:
+def canonical_order(states: Tensor, labelled: LabeledExamples) -> Integers:
     """The order (N,) by group, verdict, cell and the states themselves, (N, layers, D): examples that tie are equal."""
     rows = states.detach().cpu().float().contiguous().numpy()
     keys = [
@@ -58,7 +58,7 @@ def canonical_order(states: Tensor, labelled: Labelled) -> Integers:
     return np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
 
 
-def cell_weights(labelled: Labelled) -> tuple[Floats, tuple[str, ...]]:
+def cell_weights(labelled: LabeledExamples) -> tuple[Floats, tuple[str, ...]]:
     """min(N / (2 · k · n), 10) for an example in a cell of n, whose class has k cells; and the cells that were capped.
 
     So the classes weigh the same, the cells of a class weigh the same, and the weights' mean is 1 where none is
@@ -72,7 +72,7 @@ def cell_weights(labelled: Labelled) -> tuple[Floats, tuple[str, ...]]:
     return np.array([min(wished[kind], MOST_WEIGHT) for kind in kinds]), capped
 
 
-def assign_folds(labelled: Labelled, folds: int, seed: int) -> tuple[Integers, int]:
+def assign_folds(labelled: LabeledExamples, folds: int, seed: int) -> tuple[Integers, int]:
     """The fold (N,) in which each example is held out, and how many folds there are: as many as each class has groups.
 
     Whole groups, stratified by cell where every cell has an example for each fold, else by verdict
@@ -100,7 +100,7 @@ def assign_folds(labelled: Labelled, folds: int, seed: int) -> tuple[Integers, i
     )
 
 
-def _split(labelled: Labelled, folds: int, seed: int) -> Integers:
+def _split(labelled: LabeledExamples, folds: int, seed: int) -> Integers:
     from sklearn.model_selection import StratifiedGroupKFold
 
     by_cell = min(Counter(labelled.cells).values()) >= folds
@@ -116,7 +116,7 @@ def _trainable(refused: Bools, fold: Integers, folds: int) -> bool:
     return all(0 < refused[fold != number].sum() < (fold != number).sum() for number in range(folds))
 
 
-def deal_labels(labelled: Labelled, fold: Integers, folds: int, seed: int) -> Labelled:
+def permute_labels(labelled: LabeledExamples, fold: Integers, folds: int, seed: int) -> LabeledExamples:
     """The same examples with verdicts and cells dealt anew: group by group to the groups in random order, and within
     each group in random order too.
 
@@ -137,7 +137,7 @@ def deal_labels(labelled: Labelled, fold: Integers, folds: int, seed: int) -> La
         source[slots] = np.concatenate(rows)
         dealt = labelled.at(source)
         if _trainable(dealt.refused, fold, folds):
-            return Labelled(dealt.refused, dealt.cells, labelled.groups)
+            return LabeledExamples(dealt.refused, dealt.cells, labelled.groups)
     raise SurgeryError(
         "labels could not be shuffled so that every fold is trained on both classes",
         hint="Give more groups, or set the number of shuffles to 0.",

@@ -25,8 +25,8 @@ from surgery.reporting.plots import (
     LABEL_HEIGHT,
     LINE,
     SOFT,
-    Interval,
     Label,
+    PlotInterval,
     blank_canvas,
     finished,
     group_ticks,
@@ -153,9 +153,9 @@ def _shade(axes: Axes, segments: Mapping[str, int], start: int, *, named: bool) 
 def cumulative_figure(
     title: str,
     sizes: Sequence[int],
-    scores: Sequence[Interval],
+    scores: Sequence[PlotInterval],
     *,
-    random: Sequence[Interval] = (),
+    random: Sequence[PlotInterval] = (),
     kl: Sequence[float] = (),
     random_kl: Sequence[float] = (),
     budget: float | None = None,
@@ -223,7 +223,7 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[float], name: str, colour:
 
 def layer_auroc(
     title: str,
-    auroc: Sequence[Interval],
+    auroc: Sequence[PlotInterval],
     *,
     selectivity: Sequence[float | None] = (),
     caption: str = "",

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from surgery.errors import SurgeryError, usage_error
-from surgery.evaluation.statistics import Estimate
-from surgery.io.atomic import replacing
+from surgery.evaluation.statistics import EstimateWithInterval
+from surgery.io.atomic import atomic_replace
 from surgery.io.json_io import jsonable
 
 SCHEMA = 1
@@ -51,9 +51,9 @@ class LayerMetrics:
     selectivity: float | None = None
 
     @property
-    def auroc_interval(self) -> Estimate:
+    def auroc_interval(self) -> EstimateWithInterval:
         """AUROC as pictures take it."""
-        return Estimate(self.auroc, self.auroc_low, self.auroc_high)
+        return EstimateWithInterval(self.auroc, self.auroc_low, self.auroc_high)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +135,7 @@ class Probes:
         }
         metadata = {RECORD: json.dumps(jsonable(record), ensure_ascii=False)}
         try:
-            with replacing(path) as temporary:
+            with atomic_replace(path) as temporary:
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata)
         except SafetensorError as error:
             raise SurgeryError(f"cannot be written ({error})", where=path) from error

@@ -10,13 +10,21 @@ import numpy as np
 from safetensors.torch import load_file
 
 from probes.data.examples import Example, TokenSequence
-from probes.data.records import REPORT, Interval, read_examples
+from probes.data.records import REPORT, IntervalRecord, read_examples
 from probes.refusal import plots
 from probes.refusal.cliffs import curves
-from probes.refusal.findings import TRACES, CausalRecord, Findings, HeadRecord, ProbeRecord, StepRecord, read_findings
+from probes.refusal.findings import (
+    TRACES,
+    CausalRecord,
+    Findings,
+    GreedyStepRecord,
+    HeadRecord,
+    ProbeRecord,
+    read_findings,
+)
 from probes.refusal.train_probes import CELLS
 from surgery.checkpoint.selectors import Head
-from surgery.evaluation.statistics import Estimate, Floats
+from surgery.evaluation.statistics import EstimateWithInterval, Floats
 from surgery.reporting.report import Column, Figure, Report, Table, Value
 
 PICTURES = ("cliffs", "heads", "probes", "misalignment", "cumulative", "screen")
@@ -267,7 +275,7 @@ def _proof(causal: CausalRecord) -> Table:
     return Table("Heads ablated, set by set", columns, rows, note=note)
 
 
-def _step(name: str, step: StepRecord) -> Sequence[Value]:
+def _step(name: str, step: GreedyStepRecord) -> Sequence[Value]:
     return (
         name,
         step.score.value,
@@ -295,7 +303,7 @@ def _proof_figures(findings: Findings, causal: CausalRecord) -> dict[str, Figure
     for size in range(len(causal.steps)):
         values = [steps[size].score.value or 0.0 for steps in causal.control]
         if values:
-            bands.append(Estimate(float(np.mean(values)), min(values), max(values)))
+            bands.append(EstimateWithInterval(float(np.mean(values)), min(values), max(values)))
     costs = [step.kl.value if step.kl and step.kl.value is not None else float("nan") for step in causal.steps]
     found = {}
     if causal.steps:
@@ -358,7 +366,7 @@ def _before_answer(onset: float) -> str:
     return f"{-onset:g} token{'s' * (onset != -1)} earlier"
 
 
-def _shown(row: HeadRecord) -> Interval:
+def _shown(row: HeadRecord) -> IntervalRecord:
     return row.exact or row.paper
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from probes.data.examples import DataSet, Example, TokenSequence
 from probes.data.prepare import (
     CACHES,
-    Asking,
+    GenerationOptions,
     Prepared,
     data_record,
     model_record,
@@ -32,9 +32,9 @@ from probes.data.prepare import (
 )
 from probes.data.read import read_data
 from probes.data.records import interval, write_examples
-from probes.model.residual_stream import read_stream
+from probes.model.residual_stream import trace_residual_stream
 from probes.refusal import cliffs as cliff_measures
-from probes.refusal.cross_validated import PAPER_CELLS, Training, trace, train, transfer_to
+from probes.refusal.cross_validated import PAPER_CELLS, ProbeTraining, fit_probes, trace, transfer_to
 from probes.refusal.findings import (
     HEADS,
     PROBES,
@@ -45,17 +45,17 @@ from probes.refusal.findings import (
     ProbeRecord,
     write_findings,
 )
-from probes.refusal.head_attribution import Attribution, attribute
+from probes.refusal.head_attribution import HeadAttribution, attribute_heads
 from probes.refusal.probe import LayerMetrics, Probes
 from probes.refusal.train_probes import confounds
-from surgery.engine.options import Options
-from surgery.engine.verify import weights_hash
+from surgery.engine.options import ExecutionOptions
+from surgery.engine.verification import weights_hash
 from surgery.errors import SurgeryError, usage_error
-from surgery.evaluation.statistics import Estimate, bootstrap_mean
-from surgery.io.atomic import check_free, partial_of
+from surgery.evaluation.statistics import EstimateWithInterval, bootstrap_mean
+from surgery.io.atomic import check_free, partial_path
 from surgery.io.json_io import jsonable
-from surgery.models.loaded_model import LiveModel
-from surgery.runtime.collectives import wait
+from surgery.models.loaded_model import LoadedModel
+from surgery.runtime.collectives import barrier
 from surgery.runtime.environment import is_main
 
 Form = Literal["exact", "paper"]
@@ -75,13 +75,13 @@ def probe_refusal(
     out: Path,
     *,
     transfer: str | None = None,
-    asking: Asking = Asking(),
-    training: Training = Training(),
+    asking: GenerationOptions = GenerationOptions(),
+    training: ProbeTraining = ProbeTraining(),
     attribution: Form = "exact",
     limit: int | None = None,
     dtype: str = "auto",
     batch_tokens: int | None = None,
-    options: Options = Options(),
+    options: ExecutionOptions = ExecutionOptions(),
 ) -> Findings:
     """Probes `model` on `data` and writes what it finds to the folder `out`.
 
@@ -106,7 +106,7 @@ def probe_refusal(
     other = None if transfer is None else read_data(transfer, limit=limit)
     live = open_model(model, device=options.device, dtype=dtype)
     identity = weights_hash(live.checkpoint, options=options)
-    partial = partial_of(out)
+    partial = partial_path(out)
     model_id = f"{identity} {live.model.dtype}"
 
     def ready(rows: DataSet, name: str) -> Prepared:
@@ -122,7 +122,7 @@ def probe_refusal(
 
     prepared = ready(dataset, CACHES[0])
     examples, sequences = prepared.examples, prepared.sequences
-    trained = train(live, examples, sequences, training, max_tokens=batch_tokens, progress=options.progress)
+    trained = fit_probes(live, examples, sequences, training, max_tokens=batch_tokens, progress=options.progress)
     probes = trained.probes
     second = None if other is None else ready(other, CACHES[1])
     transferred = None
@@ -139,8 +139,8 @@ def probe_refusal(
     cell = _scored_cell(examples)
     scored = [sequence for example, sequence in zip(examples, sequences, strict=True) if example.cell == cell]
     groups = [example.group for example in examples if example.cell == cell]
-    stream = read_stream(live) if attribution == "exact" else None
-    found = attribute(
+    stream = trace_residual_stream(live) if attribution == "exact" else None
+    found = attribute_heads(
         live,
         scored,
         probes.weights[depth],
@@ -182,7 +182,7 @@ def probe_refusal(
             write_examples(folder, examples)
             write_findings(folder, findings)
             write_report(folder, name=str(out))
-    wait()
+    barrier()
     return findings
 
 
@@ -193,7 +193,7 @@ def _scored_cell(examples: Sequence[Example]) -> str:
     )
 
 
-def _unexplained(live: LiveModel, found: Attribution) -> float:
+def _unexplained(live: LoadedModel, found: HeadAttribution) -> float:
     """How much of the probe's logit its parts leave unexplained, as a share of the size of those parts."""
     size = max(float(found.logit.abs().max()), float((found.embedding.abs() + found.blocks.abs().sum(1)).max()), 1e-9)
     left = float((found.total - found.logit).abs().max()) / size
@@ -208,7 +208,7 @@ def _unexplained(live: LiveModel, found: Attribution) -> float:
     return left
 
 
-def _head_records(found: Attribution, groups: Sequence[str]) -> list[HeadRecord]:
+def _head_records(found: HeadAttribution, groups: Sequence[str]) -> list[HeadRecord]:
     records = []
     for layer, paper in sorted(found.paper.items()):
         exact = found.exact.get(layer)
@@ -218,7 +218,7 @@ def _head_records(found: Attribution, groups: Sequence[str]) -> list[HeadRecord]
             columns = [
                 None
                 if band is None
-                else interval(Estimate(band.mean[head], band.low[head], band.high[head]), len(paper))
+                else interval(EstimateWithInterval(band.mean[head], band.low[head], band.high[head]), len(paper))
                 for band in (exact_band, paper_band)
             ]
             assert columns[1] is not None
@@ -230,8 +230,8 @@ def _probe_records(metrics: Sequence[LayerMetrics]) -> list[ProbeRecord]:
     return [
         ProbeRecord(
             depth=depth,
-            auroc=interval(Estimate(m.auroc, m.auroc_low, m.auroc_high)),
-            accuracy=interval(Estimate(m.accuracy, m.accuracy_low, m.accuracy_high)),
+            auroc=interval(EstimateWithInterval(m.auroc, m.auroc_low, m.auroc_high)),
+            accuracy=interval(EstimateWithInterval(m.accuracy, m.accuracy_low, m.accuracy_high)),
             balanced_accuracy=m.balanced_accuracy,
             ece=m.ece,
             brier=m.brier,
@@ -241,7 +241,7 @@ def _probe_records(metrics: Sequence[LayerMetrics]) -> list[ProbeRecord]:
     ]
 
 
-def _cliff_records(cliffs: Sequence[cliff_measures.Cliff]) -> list[CliffRecord]:
+def _cliff_records(cliffs: Sequence[cliff_measures.RefusalCliff]) -> list[CliffRecord]:
     return [
         CliffRecord(
             cell=cell,
@@ -253,7 +253,7 @@ def _cliff_records(cliffs: Sequence[cliff_measures.Cliff]) -> list[CliffRecord]:
     ]
 
 
-def _warnings(prepared: Prepared, second: Prepared | None, probes: Probes, training: Training) -> list[str]:
+def _warnings(prepared: Prepared, second: Prepared | None, probes: Probes, training: ProbeTraining) -> list[str]:
     cells = [e.cell for e in prepared.examples if training.cells == "all" or e.cell in PAPER_CELLS]
     found = [*confounds(cells), *probes.notes]
     last = probes.metrics[-1]
@@ -268,7 +268,9 @@ def _warnings(prepared: Prepared, second: Prepared | None, probes: Probes, train
     return found
 
 
-def _settings(asking: Asking, training: Training, attribution: Form, limit: int | None) -> dict[str, Any]:
+def _settings(
+    asking: GenerationOptions, training: ProbeTraining, attribution: Form, limit: int | None
+) -> dict[str, Any]:
     return {
         "asking": jsonable(asdict(asking)),
         "training": asdict(training),
@@ -289,7 +291,7 @@ def _save_traces(path: Path, sequences: Sequence[TokenSequence], traces: Sequenc
     path.chmod(READABLE)
 
 
-def _save_heads(path: Path, live: LiveModel, found: Attribution) -> None:
+def _save_heads(path: Path, live: LoadedModel, found: HeadAttribution) -> None:
     widest = max((p.n_heads for p in live.projections.values()), default=0)
     count = len(found.logit)
     tensors: dict[str, Tensor] = {}

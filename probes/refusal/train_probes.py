@@ -21,12 +21,12 @@ from torch import Tensor
 from probes.refusal.logistic import (
     MOST_WEIGHT,
     Integers,
-    Labelled,
+    LabeledExamples,
     assign_folds,
     canonical_order,
     cell_weights,
-    deal_labels,
     fit,
+    permute_labels,
     sigmoid,
 )
 from probes.refusal.probe import LayerMetrics as LayerMetrics
@@ -90,7 +90,7 @@ def train_probes(
     order = canonical_order(states, labelled)
     labelled = labelled.at(order)
     fold, count = assign_folds(labelled, folds, seed)
-    deals = [deal_labels(labelled, fold, count, seed + 1 + at) for at in range(shuffles)]
+    deals = [permute_labels(labelled, fold, count, seed + 1 + at) for at in range(shuffles)]
     ordered = states.detach()[torch.from_numpy(order).to(states.device)]
     fits: list[_Trained] = []
     with progress("Training probes", states.shape[1], "steps") as advance, _one_thread_each():
@@ -160,7 +160,7 @@ def confounds(cells: Sequence[str]) -> list[str]:
     return sentences
 
 
-def _check(states: Tensor, refused: Sequence[bool], groups: Sequence[str], cells: Sequence[str]) -> Labelled:
+def _check(states: Tensor, refused: Sequence[bool], groups: Sequence[str], cells: Sequence[str]) -> LabeledExamples:
     lengths = {"refused": len(refused), "groups": len(groups), "cells": len(cells)}
     if states.ndim != 3 or any(length != len(states) for length in lengths.values()):
         given = ", ".join(f"{length} {name}" for name, length in lengths.items())
@@ -183,10 +183,10 @@ def _check(states: Tensor, refused: Sequence[bool], groups: Sequence[str], cells
             f"example {example} at layer {layer}",
             hint="Compute in float32 or bfloat16: float16 overflows in many models.",
         )
-    return Labelled(verdicts, tuple(cells), tuple(groups))
+    return LabeledExamples(verdicts, tuple(cells), tuple(groups))
 
 
-def _notes(labelled: Labelled, asked: int, folds: int) -> tuple[str, ...]:
+def _notes(labelled: LabeledExamples, asked: int, folds: int) -> tuple[str, ...]:
     notes = []
     if folds < asked:
         few = {
@@ -235,7 +235,14 @@ def _one_thread_each() -> Iterator[None]:
 
 
 def _train_layer(
-    states: Tensor, label_sets: Sequence[Labelled], layer: int, *, fold: Integers, folds: int, C: float, seed: int
+    states: Tensor,
+    label_sets: Sequence[LabeledExamples],
+    layer: int,
+    *,
+    fold: Integers,
+    folds: int,
+    C: float,
+    seed: int,
 ) -> _Trained:
     """Trained on the first of `label_sets`; the others are shuffled, and only their areas count."""
     inputs = states[:, layer].cpu().double().numpy()
@@ -254,7 +261,7 @@ def _train_layer(
     return _Trained(weights[0], float(biases[0]), sigmoid(held[0]), metrics, fold_weights, fold_biases)
 
 
-def _measure(logits: Floats, labelled: Labelled, seed: int, shuffled: Sequence[float] = ()) -> LayerMetrics:
+def _measure(logits: Floats, labelled: LabeledExamples, seed: int, shuffled: Sequence[float] = ()) -> LayerMetrics:
     refused, scores = labelled.refused, sigmoid(logits)
     # Ranked by logits, for high scores differ by less than float64 can tell.
     area = bootstrap_auroc(logits, refused, groups=labelled.groups, seed=seed)

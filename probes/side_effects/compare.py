@@ -15,13 +15,13 @@ from typing import Any
 from probes.data.examples import Example
 from probes.data.generate import complete, context_of
 from probes.data.markers import Markers
-from probes.data.prepare import Asking, generation_settings
+from probes.data.prepare import GenerationOptions, generation_settings
 from probes.data.tokenize import build_sequences
-from probes.side_effects.effects import Rate, Subject, divergences
-from surgery.engine.options import Options
+from probes.side_effects.effects import ComparedModel, Rate, divergences
+from surgery.engine.options import ExecutionOptions
 from surgery.errors import usage_error
 from surgery.io.json_io import jsonable
-from surgery.models.loaded_model import LiveModel
+from surgery.models.loaded_model import LoadedModel
 from surgery.reporting.report import Column, Table
 from surgery.runtime.environment import n_processes
 
@@ -45,7 +45,11 @@ def prompts_of(examples: Sequence[Example], most: int, *, any_topic: bool = Fals
 
 
 def answers_of(
-    live: LiveModel, prompts: Sequence[Example], asking: Asking, markers: Markers | None, options: Options
+    live: LoadedModel,
+    prompts: Sequence[Example],
+    asking: GenerationOptions,
+    markers: Markers | None,
+    options: ExecutionOptions,
 ) -> list[Example]:
     """What the model makes of bare prompts, thinking included."""
     settings = generation_settings(live, prompts, markers, asking, model_id=live.name)
@@ -61,7 +65,11 @@ def answers_of(
 
 
 def divergence_by_topic(
-    before: LiveModel, after: LiveModel, answered: Sequence[Example], markers: Markers | None, options: Options
+    before: LoadedModel,
+    after: LoadedModel,
+    answered: Sequence[Example],
+    markers: Markers | None,
+    options: ExecutionOptions,
 ) -> tuple[dict[str, tuple[float, float, float]], dict[str, tuple[float, float]]]:
     """Topic → KL(original ‖ edited) with its interval, and perplexities, on the original's answers."""
     kl: dict[str, tuple[float, float, float]] = {}
@@ -73,7 +81,9 @@ def divergence_by_topic(
         sequences = build_sequences(
             before.tokenizer, rows, markers, max_tokens=context_of(before.model), where=before.name
         )
-        found = divergences(Subject(before), {"edit": Subject(after)}, sequences, progress=options.progress)["edit"]
+        found = divergences(
+            ComparedModel(before), {"edit": ComparedModel(after)}, sequences, progress=options.progress
+        )["edit"]
         mean = found.mean_kl([example.group for example in rows])
         kl[topic] = (mean.value, mean.low, mean.high)
         perplexity[topic] = found.perplexities

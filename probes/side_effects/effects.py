@@ -23,13 +23,13 @@ from torch import Tensor
 from probes.data.examples import Example, TokenSequence
 from probes.data.generate import generate_texts
 from probes.model.ablation import heads_edited
-from probes.model.activations import CPU_TOKENS, Batch, make_batches
+from probes.model.activations import CPU_TOKENS, TokenBatch, make_batches
 from surgery.checkpoint.selectors import Head
 from surgery.errors import SurgeryError
 from surgery.evaluation.harness import wilson
-from surgery.evaluation.statistics import Estimate, Floats, bootstrap_mean
-from surgery.models.loaded_model import LiveModel
-from surgery.runtime.collectives import share
+from surgery.evaluation.statistics import EstimateWithInterval, Floats, bootstrap_mean
+from surgery.models.loaded_model import LoadedModel
+from surgery.runtime.collectives import map_over_ranks
 from surgery.runtime.progress import Progress, silent
 
 TOKENS = 32  # of an answer that KL is taken over
@@ -38,10 +38,10 @@ ANSWERS = 16  # at a time
 
 
 @dataclass(frozen=True)
-class Subject:
+class ComparedModel:
     """A model, with heads scaled while it runs; none for the model as it is."""
 
-    live: LiveModel
+    live: LoadedModel
     scales: Mapping[Head, float] = field(default_factory=dict)
     means: Mapping[int, Tensor] | None = None
 
@@ -80,10 +80,10 @@ class Divergence:
     nll_after: Floats
     tokens: Floats
 
-    def mean_kl(self, groups: Sequence[str]) -> Estimate:
+    def mean_kl(self, groups: Sequence[str]) -> EstimateWithInterval:
         """The mean over examples with a bootstrap interval over groups."""
         band = bootstrap_mean(self.kl[:, None], groups=groups)
-        return Estimate(float(band.mean[0]), float(band.low[0]), float(band.high[0]))
+        return EstimateWithInterval(float(band.mean[0]), float(band.low[0]), float(band.high[0]))
 
     @property
     def perplexities(self) -> tuple[float, float]:
@@ -93,8 +93,8 @@ class Divergence:
 
 
 def divergences(
-    before: Subject,
-    afters: Mapping[str, Subject],
+    before: ComparedModel,
+    afters: Mapping[str, ComparedModel],
     sequences: Sequence[TokenSequence],
     *,
     tokens: int = TOKENS,
@@ -116,7 +116,9 @@ def divergences(
         raise SurgeryError("has no answer to compare on", where=sequences[answers.index(0)].key)
     batches = make_batches(cut, max_tokens=max_tokens or CPU_TOKENS, padding="left")
     work = partial(_compare, before, afters, answers)
-    found = share(batches, work, label="Comparing answers", size=lambda batch: len(batch.numbers), progress=progress)
+    found = map_over_ranks(
+        batches, work, label="Comparing answers", size=lambda batch: len(batch.numbers), progress=progress
+    )
     order = np.argsort([number for batch in batches for number in batch.numbers])
     return {
         name: Divergence(*(np.concatenate([part[name][at] for part in found])[order] for at in range(4)))
@@ -125,7 +127,11 @@ def divergences(
 
 
 def answer(
-    subject: Subject, sequences: Sequence[TokenSequence], *, tokens: int = ANSWER_TOKENS, progress: Progress = silent
+    subject: ComparedModel,
+    sequences: Sequence[TokenSequence],
+    *,
+    tokens: int = ANSWER_TOKENS,
+    progress: Progress = silent,
 ) -> list[str]:
     """What the subject answers, greedily, behind the given thinking and closing template: `tokens` tokens at most."""
     with subject.running():
@@ -150,7 +156,7 @@ def refusal_rates(examples: Sequence[Example]) -> dict[str, Rate]:
 
 @torch.inference_mode()
 def _compare(
-    before: Subject, afters: Mapping[str, Subject], answers: Sequence[int], batch: Batch
+    before: ComparedModel, afters: Mapping[str, ComparedModel], answers: Sequence[int], batch: TokenBatch
 ) -> dict[str, tuple[Floats, Floats, Floats, Floats]]:
     counts = [answers[number] for number in batch.numbers]
     original = _answer_logits(before, batch, max(counts))
@@ -175,7 +181,7 @@ def _compare(
     return found
 
 
-def _answer_logits(subject: Subject, batch: Batch, count: int) -> Tensor:
+def _answer_logits(subject: ComparedModel, batch: TokenBatch, count: int) -> Tensor:
     """(N, count + 1, V): the logits at the last positions, those before each answer token among them."""
     live = subject.live
     with subject.running():

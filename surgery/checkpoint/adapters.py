@@ -22,7 +22,7 @@ from surgery.checkpoint.checkpoint import (
     stored_tensor,
 )
 from surgery.checkpoint.safetensors_header import read_header
-from surgery.checkpoint.structure import Anatomy, anatomy
+from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.errors import SurgeryError, listing
 from surgery.hub import download as hub
 from surgery.io.json_io import read_json
@@ -82,7 +82,7 @@ def add_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
     if not (folder / WEIGHTS).is_file():
         raise SurgeryError(f"has no {WEIGHTS}", where=folder, hint="Save the adapter as safetensors.")
     stored = _stored(folder / WEIGHTS)
-    structure = anatomy(base)
+    structure = model_structure(base)
     tensors = dict(base.tensors)
     factors: dict[tuple[str, bool], dict[str, StoredTensor]] = {}
     for name, tensor in stored.items():
@@ -131,7 +131,7 @@ def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def _base_name(name: str, base: Checkpoint, structure: Anatomy, folder: Path) -> str:
+def _base_name(name: str, base: Checkpoint, structure: ModelStructure, folder: Path) -> str:
     """The base tensor that an adapter's name means; checkpoints of bare backbones lack the first component."""
     plain = name.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.default", "")
     target = next((c for c in (plain, plain.partition(".")[2]) if c in base.tensors), None)
@@ -175,7 +175,7 @@ def _same_shape(shape: tuple[int, ...], weight: StoredTensor, folder: Path) -> N
         )
 
 
-def _is_transposed(target: str, structure: Anatomy, config: Mapping[str, Any]) -> bool:
+def _is_transposed(target: str, structure: ModelStructure, config: Mapping[str, Any]) -> bool:
     """Whether the stored weight is (in, out). As in PEFT the module decides, not `fan_in_fan_out`: in an adapter of
     GPT-2's Conv1D layers and its (linear) output head the flag says what the last of them was."""
     if structure.output_projections:

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from surgery.checkpoint.structure import Anatomy
+from surgery.checkpoint.structure import ModelStructure
 from surgery.checkpoint.tensor_roles import N_LAYERS, NESTED
 
 # Lists with one entry per layer whose name does not hold "layer".
@@ -29,7 +29,7 @@ _KINDS = ("layer_types", "layers_block_type", "block_types")
 _BY_NUMBER = ("num_kv_shared_layers", "scale_attn_by_inverse_layer_idx")
 
 
-def with_layers(config: Mapping[str, Any], layers: Sequence[int], template: Anatomy) -> dict[str, Any]:
+def with_layers(config: Mapping[str, Any], layers: Sequence[int], template: ModelStructure) -> dict[str, Any]:
     """A config whose layer i is layer `layers[i]` of the template's.
 
     Changed are the number of layers, every list with one entry per layer, every list of layer numbers, the number of
@@ -110,7 +110,7 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def unsayable(config: Mapping[str, Any], layers: Sequence[int], template: Anatomy) -> list[str]:
+def unsayable(config: Mapping[str, Any], layers: Sequence[int], template: ModelStructure) -> list[str]:
     """Why no config of this architecture can describe `layers`: sentences; none where `with_layers` says all.
 
     Args:
@@ -151,5 +151,5 @@ def _is_per_layer(key: str, value: object) -> bool:
     return ("layer" in key or key in _PER_LAYER) and isinstance(value, list)
 
 
-def _in_order(layers: Sequence[int], template: Anatomy) -> bool:
+def _in_order(layers: Sequence[int], template: ModelStructure) -> bool:
     return list(layers) == list(range(template.layers))

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint, dtypes_of
-from surgery.checkpoint.structure import anatomy
+from surgery.checkpoint.structure import model_structure
 from surgery.io.json_io import read_json
 from surgery.reporting.report import Column, Table, format_value
 
 
-def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """What `checkpoint` is, JSON-able: files, sizes in bytes, dtypes, structure, and what is amiss."""
-    body = anatomy(checkpoint)
+    body = model_structure(checkpoint)
     tensors = checkpoint.tensors.values()
     dtypes = {}
     for dtype in dtypes_of(checkpoint):
@@ -59,8 +59,8 @@ def _has_chat_template(checkpoint: Checkpoint, side_files: set[str]) -> bool:
     return bool(settings.get("chat_template"))
 
 
-def describe_tables(description: Mapping[str, Any]) -> tuple[Table, ...]:
-    """What `describe` gives, for people: facts, dtypes and, where there are any, tensors without a role."""
+def inspect_tables(description: Mapping[str, Any]) -> tuple[Table, ...]:
+    """What `inspect_checkpoint` gives, for people: facts, dtypes and, where there are any, tensors without a role."""
     told = description
     facts = [
         ("architecture", ", ".join(told["architectures"]) or None),

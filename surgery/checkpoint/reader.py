@@ -47,7 +47,7 @@ _FINITE: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class Input:
+class TensorInput:
     """A stored tensor as a kernel's input.
 
     rows: int64, one entry per row of the output: which row of `tensor` stands there, −1 for a row of zeros.
@@ -152,7 +152,7 @@ def _stamp(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-class Reader:
+class TensorReader:
     """Reads segments into buffers of its own, which it uses again for the next one. One per worker.
 
     What a method returns is valid until the next call with the same `slot`. With `pinned`, buffers are page-locked,
@@ -180,7 +180,7 @@ class Reader:
         read_into(self._files.descriptor(tensor.file), target, tensor.start + first, tensor)
         return target
 
-    def values(self, source: Input, begin: int, end: int, slot: object) -> Tensor:
+    def values(self, source: TensorInput, begin: int, end: int, slot: object) -> Tensor:
         """Elements [begin, end) of `source`, 1-D: in the stored dtype, or in fp32/fp64 where an update was added."""
         tensor = source.tensor
         if source.others or source.constant is not None:
@@ -190,7 +190,7 @@ class Reader:
         stored = self.raw(tensor, begin, end, slot).view(TORCH_DTYPES[tensor.dtype])
         return stored if tensor.update is None else self._updated(tensor, stored, begin, end, slot)
 
-    def whole(self, source: Input, slot: object) -> Tensor:
+    def whole(self, source: TensorInput, slot: object) -> Tensor:
         """All of `source` in its shape; dtype as in `values`."""
         return self.values(source, 0, source.n_elements, slot).view(source.shape)
 
@@ -200,18 +200,18 @@ class Reader:
         compute = compute_dtype((tensor.dtype, update.a.dtype, update.b.dtype))
         width = tensor.shape[1]
         first, last = begin // width, -(-end // width)
-        a = self.whole(Input(update.a), (slot, "a")).to(compute)
+        a = self.whole(TensorInput(update.a), (slot, "a")).to(compute)
         if update.transposed:
-            b = self.whole(Input(update.b), (slot, "b")).to(compute)
+            b = self.whole(TensorInput(update.b), (slot, "b")).to(compute)
             rows = a[:, first:last].T @ b.T
         else:
             rank = update.b.shape[1]
-            b = self.values(Input(update.b), first * rank, last * rank, (slot, "b")).to(compute)
+            b = self.values(TensorInput(update.b), first * rank, last * rank, (slot, "b")).to(compute)
             rows = b.view(last - first, rank) @ a
         delta = rows.reshape(-1)[begin - first * width : end - first * width]
         return stored.to(compute) + update.scale * delta
 
-    def _blended(self, source: Input, begin: int, end: int, slot: object) -> Tensor:
+    def _blended(self, source: TensorInput, begin: int, end: int, slot: object) -> Tensor:
         assert source.rows is not None
         compute = compute_dtype(source.dtypes)
         width = max(source.n_elements // max(len(source.rows), 1), 1)
@@ -244,7 +244,7 @@ class Reader:
             if row < 0:
                 continue
             size = int(run_end - run_begin)
-            run = self.values(Input(tensor), row * width, (row + size) * width, (slot, "run"))
+            run = self.values(TensorInput(tensor), row * width, (row + size) * width, (slot, "run"))
             if gathered is None:
                 gathered = torch.zeros((len(wanted), width), dtype=run.dtype)
             gathered[run_begin:run_end] = run.view(size, width)
@@ -281,7 +281,7 @@ def digest(data: Tensor) -> bytes:
     return hash_bytes(octets(data))
 
 
-def hash_tensor(reader: Reader, tensor: StoredTensor) -> str:
+def hash_tensor(reader: TensorReader, tensor: StoredTensor) -> str:
     """The hash of what is stored on disk (an adapter's update not included)."""
     return hash_parts(digest(reader.raw(tensor, begin, end, "hash")) for begin, end in segments(tensor.n_elements))
 

@@ -1,6 +1,6 @@
 """Names and shapes → structure: layers, heads, experts, routers, embeddings; and what was not understood.
 
-In goes an opened `Checkpoint` (headers and config), out comes an `Anatomy`. No architecture is
+In goes an opened `Checkpoint` (headers and config), out comes an `ModelStructure`. No architecture is
 listed: the layer stack is the numbered part of the names whose members look alike, and `inspection.py` reads
 what its tensors are. The config's numbers are checked against the shapes; disagreements become notes.
 """
@@ -24,8 +24,8 @@ from surgery.checkpoint.tensor_roles import (
     N_KV_HEADS,
     NORM,
     NUMBER,
-    Experts,
-    Heads,
+    ExpertLayer,
+    HeadShape,
     Role,
     Shapes,
     experts_of,
@@ -52,12 +52,12 @@ class Layer:
 
     index: int
     names: tuple[str, ...]
-    heads: Heads | None
-    experts: Experts | None
+    heads: HeadShape | None
+    experts: ExpertLayer | None
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelStructure:
     """What a checkpoint is made of. Numbers that are not the same in every layer, or not known, are None.
 
     `token_embeddings` and `lm_heads` have one row per token. `tied`: the output head is the token embedding,
@@ -107,12 +107,12 @@ class Anatomy:
         return _same(layer.experts.n_experts for layer in self.blocks if layer.experts)
 
     @property
-    def output_projections(self) -> Mapping[int, Heads]:
+    def output_projections(self) -> Mapping[int, HeadShape]:
         """Layer → its attention output projection; layers without a recognised one are absent."""
         return {layer.index: layer.heads for layer in self.blocks if layer.heads}
 
     @property
-    def experts(self) -> Mapping[int, Experts]:
+    def experts(self) -> Mapping[int, ExpertLayer]:
         """Layer → its routed experts; dense layers are absent."""
         return {layer.index: layer.experts for layer in self.blocks if layer.experts}
 
@@ -138,7 +138,7 @@ class Anatomy:
         return {group: members for group, members in found.items() if members}
 
 
-def anatomy(checkpoint: Checkpoint) -> Anatomy:
+def model_structure(checkpoint: Checkpoint) -> ModelStructure:
     """Reads the structure of `checkpoint`; what it cannot tell stays None or goes into the notes."""
     tensors, config = checkpoint.tensors, language_config(checkpoint.config)
     notes: list[str] = []
@@ -170,7 +170,7 @@ def anatomy(checkpoint: Checkpoint) -> Anatomy:
     numbered = [f"layer {layer.index}" for layer in blocks]
     order = ["embed", *numbered, "final norm", "lm_head", *towers, "other"]
     present = set(groups.values())
-    return Anatomy(
+    return ModelStructure(
         stack=stack,
         blocks=tuple(blocks),
         token_embeddings=embeddings,

@@ -106,7 +106,7 @@ Parts = Sequence[str]
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadShape:
     """How a layer's attention is cut into heads, seen from the matrix that writes them back.
 
     `name` is that output projection, (hidden, n·d), or (n·d, hidden) where `transposed` (GPT-2's Conv1D).
@@ -122,7 +122,7 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class Experts:
+class ExpertLayer:
     """A layer's routed experts, their routers, and the experts that every token passes (`shared`).
 
     `down` are the matrices that write the experts' output: one per expert in order, or, where all are fused
@@ -217,7 +217,7 @@ def roles_outside(
     return roles
 
 
-def experts_of(parts: Mapping[str, Parts], tensors: Shapes, config: Mapping[str, Any]) -> Experts | None:
+def experts_of(parts: Mapping[str, Parts], tensors: Shapes, config: Mapping[str, Any]) -> ExpertLayer | None:
     """The experts of one layer, whose tensors' names are given in `parts`; None where it is dense.
 
     Experts of attention (JetMoE's) are left out: they are no feed-forward experts, and routers of their own serve them.
@@ -258,7 +258,7 @@ def experts_of(parts: Mapping[str, Parts], tensors: Shapes, config: Mapping[str,
         if name not in names and any(word in ROUTER_WORDS for word in words) and n in tensors[name].shape
     ]
     shared = [n for n, words in parts.items() if any("shared_expert" in w or "shared_mlp" in w for w in words)]
-    return Experts(layout, n, tuple(names), tuple(down), tuple(routers), tuple(shared))
+    return ExpertLayer(layout, n, tuple(names), tuple(down), tuple(routers), tuple(shared))
 
 
 def _stacked(names: Sequence[str], tensors: Shapes, n: int) -> list[str]:
@@ -273,7 +273,7 @@ def _is_down(parts: Parts) -> bool:
     return values and MLP_WORDS.get(word.removesuffix("_blocks").removesuffix("_weight")) == "mlp out"
 
 
-def roles_of(parts: Mapping[str, Parts], tensors: Shapes, experts: Experts | None) -> dict[str, Role]:
+def roles_of(parts: Mapping[str, Parts], tensors: Shapes, experts: ExpertLayer | None) -> dict[str, Role]:
     """The role of every tensor of one layer that has one."""
     roles: dict[str, Role] = {}
     for name, words in parts.items():
@@ -298,7 +298,7 @@ def heads_of(
     tensors: Shapes,
     hidden: int | None,
     config: Mapping[str, Any],
-) -> Heads | None:
+) -> HeadShape | None:
     """The heads of one layer; None where no single matrix is its self-attention's output projection."""
     matrices: dict[Role, str] = {}
     outputs = []
@@ -316,9 +316,9 @@ def heads_of(
     width = shapes["attention output"][0 if transposed else 1]
     n = number(config, N_HEADS) or _heads_by_shape(parts, roles, tensors, width)
     if n is None or width % n:
-        return Heads(outputs[0], transposed, None, None, None)
+        return HeadShape(outputs[0], transposed, None, None, None)
     kv = _kv_heads(shapes, transposed, n, width // n, config)
-    return Heads(outputs[0], transposed, n, kv, width // n)
+    return HeadShape(outputs[0], transposed, n, kv, width // n)
 
 
 def _is_transposed(shapes: Mapping[Role, tuple[int, ...]], hidden: int | None) -> bool:

@@ -1,8 +1,8 @@
 """Parts of layers scaled in the weights: what edits of heads and of experts have in common.
 
 In comes an `Edit`: which tensors of a model are made anew, by which kernels, and what of them is overwritten. Out comes
-the model in which only these differ, with manifest, model card and the file that undoes it (see `surgery.edits.undo`);
-or an error with every fault of the request at once.
+the model in which only these differ, with manifest, model card and the file that undoes it (see
+`surgery.edits.undo_file`); or an error with every fault of the request at once.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any, TypeVar
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.selectors import P, Part
-from surgery.checkpoint.structure import Anatomy
-from surgery.edits.undo import UNDO, Blocks, execute_judged, write_undo
+from surgery.checkpoint.structure import ModelStructure
+from surgery.edits.undo_file import UNDO, UndoBlocks, execute_validated, write_undo
 from surgery.engine.edit_report import EditReport, edit_report, edit_table
-from surgery.engine.manifest import Card, build_manifest, command_record, write_card, write_manifest
-from surgery.engine.options import Options
-from surgery.engine.plan import Plan, PlannedTensor, check_output, copied, plan_files
+from surgery.engine.manifest import CardContent, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.options import ExecutionOptions
+from surgery.engine.plan import Plan, PlannedTensor, check_output, copy_tensor, plan_files
 from surgery.engine.preflight import Preflight, check_space
-from surgery.engine.result import Outcome
+from surgery.engine.result import ExecutionResult
 from surgery.errors import FAILED, WRONG_USAGE, SurgeryError, listing
 from surgery.io.atomic import check_free
 
@@ -44,15 +44,15 @@ Measure = Callable[[Path], EditNotes]
 
 
 @dataclass(frozen=True)
-class Change:
+class TensorChange:
     """One tensor of the edited model, and what of the stored one it overwrites."""
 
     planned: PlannedTensor
-    blocks: Blocks
+    blocks: UndoBlocks
 
 
 @dataclass(frozen=True)
-class Wording:
+class EditDescription:
     """What the model card says of an edit.
 
     title: of the card. what: was done to the model ("… scaled (z ← γ·z) at all positions"). paper: after which. how: in
@@ -79,18 +79,18 @@ class Edit:
     """
 
     base: Checkpoint
-    structure: Anatomy
+    structure: ModelStructure
     nouns: str
     scales: Mapping[Part, float]
-    changes: Sequence[Change]
-    wording: Wording
+    changes: Sequence[TensorChange]
+    wording: EditDescription
     command: Mapping[str, Any]
     sources: Mapping[str, Checkpoint] = field(default_factory=dict)
     warnings: Sequence[str] = ()
 
 
 @dataclass
-class Faults:
+class EditErrors:
     """What stands against an edit; `usage` where the request itself is wrong."""
 
     usage: list[str] = field(default_factory=list)
@@ -108,13 +108,13 @@ class Faults:
             self.others.append(fault)
 
 
-def found_in(
+def require_in_layer(
     having: Mapping[int, T],
     layer: int,
     named: str,
-    structure: Anatomy,
+    structure: ModelStructure,
     ref: str,
-    faults: Faults,
+    faults: EditErrors,
     *,
     what: str,
     why: str = "",
@@ -138,14 +138,14 @@ def found_in(
     return having.get(layer)
 
 
-def check_indices(kind: type[P], layer: int, indices: Sequence[int], n: int, faults: Faults) -> None:
+def check_indices(kind: type[P], layer: int, indices: Sequence[int], n: int, faults: EditErrors) -> None:
     """Adds a fault where one of `indices` is not a part of a layer that has `n` of them."""
     outside = [str(kind(layer, index)) for index in indices if not 0 <= index < n]
     if outside:
         faults.usage.append(f"{listing(outside, 3)}: layer {layer} has the {kind.NOUN}s 0 to {n - 1}.")
 
 
-def options_of(scales: Mapping[P, float], noun: str) -> dict[str, Any]:
+def edit_options(scales: Mapping[P, float], noun: str) -> dict[str, Any]:
     """The options that type the edit again."""
     ordered = dict(sorted(scales.items()))
     values = set(ordered.values())
@@ -155,7 +155,9 @@ def options_of(scales: Mapping[P, float], noun: str) -> dict[str, Any]:
     return {noun: [f"{part}={scale!r}" for part, scale in ordered.items()]}
 
 
-def write_edit(edit: Edit, out: Path, *, measure: Measure | None, dry_run: bool, options: Options) -> EditReport:
+def write_edit(
+    edit: Edit, out: Path, *, measure: Measure | None, dry_run: bool, options: ExecutionOptions
+) -> EditReport:
     """Writes the edited model to the folder `out`.
 
     Args:
@@ -173,7 +175,7 @@ def write_edit(edit: Edit, out: Path, *, measure: Measure | None, dry_run: bool,
     if not dry_run:
         check_free(out, overwrite=options.overwrite)
     made = {change.planned.name: change.planned for change in edit.changes}
-    planned = [made.get(name) or copied(tensor) for name, tensor in base.tensors.items()]
+    planned = [made.get(name) or copy_tensor(tensor) for name, tensor in base.tensors.items()]
     side_files = {path.name: path for path in base.side_files}
     plan = Plan(edit.command, sources, plan_files(planned, like=base), side_files)
     preflight = Preflight(warnings=list(edit.warnings))
@@ -185,10 +187,10 @@ def write_edit(edit: Edit, out: Path, *, measure: Measure | None, dry_run: bool,
     if dry_run:
         return report
 
-    def judge(folder: Path, _: Outcome) -> EditNotes | None:
+    def judge(folder: Path, _: ExecutionResult) -> EditNotes | None:
         return measure(folder) if measure else None
 
-    def finish(folder: Path, outcome: Outcome, notes: EditNotes | None) -> EditReport:
+    def finish(folder: Path, outcome: ExecutionResult, notes: EditNotes | None) -> EditReport:
         write_undo(folder, [change.blocks for change in edit.changes], outcome, role=MODEL)
         done = edit_report(report, base, sorted(made), outcome)
         summary = done.summary() | {edit.nouns: {str(part): scale for part, scale in sorted(edit.scales.items())}}
@@ -198,7 +200,7 @@ def write_edit(edit: Edit, out: Path, *, measure: Measure | None, dry_run: bool,
         write_card(folder, manifest, sources, _card(edit, done, notes))
         return done
 
-    return execute_judged(plan, out, options, judge=judge, finish=finish)
+    return execute_validated(plan, out, options, judge=judge, finish=finish)
 
 
 def record(base: Checkpoint, command: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,7 +208,7 @@ def record(base: Checkpoint, command: str, options: Mapping[str, Any]) -> dict[s
     return command_record(command, [base.ref], **options)
 
 
-def _card(edit: Edit, report: EditReport, notes: EditNotes | None) -> Card:
+def _card(edit: Edit, report: EditReport, notes: EditNotes | None) -> CardContent:
     words, name = edit.wording, edit.base.repo_id or edit.base.ref
     caution = f"{words.caution} " if words.caution else ""
     method = (
@@ -221,4 +223,4 @@ def _card(edit: Edit, report: EditReport, notes: EditNotes | None) -> Card:
     header = [f"## {edit.nouns.capitalize()}", "", f"| {words.column} | {edit.nouns} |", "|---|---|"]
     effects = f"## Side effects\n\n{notes.markdown if notes else NOT_MEASURED}"
     body = "\n\n".join(["\n".join([*header, *rows]), effects, edit_table(report).to_markdown()])
-    return Card(words.title, method, words.tags, body)
+    return CardContent(words.title, method, words.tags, body)

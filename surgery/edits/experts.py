@@ -3,8 +3,8 @@
 After arXiv 2505.14681, which multiplies the routing weight of chosen experts by β = 64 at run time. An expert's output
 is linear in its down projection: (β·w_e)·D_e·h_e = w_e·(β·D_e)·h_e. In come a model and β per expert; out comes the
 model in which only these experts' down projections (with their biases) differ, with a file that undoes it (see
-`surgery.edits.undo`). Where β is a power of two and nothing overflows or falls below the normal numbers, it does what
-the factor on the routing weight does (after selection and renormalisation), to the bit. Shared experts are never
+`surgery.edits.undo_file`). Where β is a power of two and nothing overflows or falls below the normal numbers, it does
+what the factor on the routing weight does (after selection and renormalisation), to the bit. Shared experts are never
 touched.
 
 | stored as | what changes |
@@ -25,27 +25,27 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
-from surgery.checkpoint.reader import Input, Reader, SourceFiles, segments
+from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader, segments
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Expert, Part, by_layer
-from surgery.checkpoint.structure import Anatomy, anatomy
-from surgery.checkpoint.tensor_roles import ATTENTION, NORM, Experts, language_config, parts_of, word_of
+from surgery.checkpoint.structure import ModelStructure, model_structure
+from surgery.checkpoint.tensor_roles import ATTENTION, NORM, ExpertLayer, language_config, parts_of, word_of
 from surgery.edits.common import (
-    Change,
     Edit,
-    Faults,
+    EditDescription,
+    EditErrors,
     Measure,
-    Wording,
+    TensorChange,
     check_indices,
-    found_in,
-    options_of,
+    edit_options,
     record,
+    require_in_layer,
     write_edit,
 )
 from surgery.edits.kernels import SCALE_BLOCKS, SHIFT_EXPONENTS
-from surgery.edits.undo import Blocks
+from surgery.edits.undo_file import UndoBlocks
 from surgery.engine.edit_report import EditReport
-from surgery.engine.options import Options
+from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Kernel, Parameter, PlannedTensor
 from surgery.errors import listing, usage_error
 
@@ -71,7 +71,7 @@ class _Down:
     scale: StoredTensor | None
     power: str = ""
 
-    def changes(self, scales: Mapping[Expert, float]) -> Iterable[Change]:
+    def changes(self, scales: Mapping[Expert, float]) -> Iterable[TensorChange]:
         """The tensors that multiplying each expert by its β changes."""
         factors = [scales.get(expert, 1.0) for expert in self.experts]
         if self.scale is None:
@@ -91,13 +91,13 @@ def scale_experts(
     scales: Mapping[Expert, float],
     measure: Measure | None = None,
     dry_run: bool = False,
-    options: Options = Options(),
+    options: ExecutionOptions = ExecutionOptions(),
 ) -> EditReport:
     """Writes `model` with D_e ← β·D_e, the down projection and its bias, for every expert of `scales` to `out`.
 
     The product is taken in fp32 (fp64 for F64) and rounded once to the stored dtype; every other tensor, and what a
-    tensor holds of other experts, keeps its bytes. `surgery.edits.undo.undo` leads back. The report's norms are those
-    of what is stored: of scales where the weights are quantised.
+    tensor holds of other experts, keeps its bytes. `surgery.edits.undo_file.undo` leads back. The report's norms are
+    those of what is stored: of scales where the weights are quantised.
 
     Args:
         scales: expert → β ≥ 0; 0 removes the expert's contribution, exactly; experts with β = 1 are left alone.
@@ -116,13 +116,13 @@ def scale_experts(
         raise usage_error("no experts were given", where=COMMAND, hint="Name them: --expert L12E45.")
     scales = {expert: float(scale) for expert, scale in scales.items()}  # 64 and 64.0 give the same manifest
     base = open_checkpoint(model)
-    structure = anatomy(base)
+    structure = model_structure(base)
     downs = _checked(base, structure, scales)
     changes = [change for down in downs for change in down.changes(scales)]
     if not changes:
         raise usage_error("nothing to do: every β is 1.", where=COMMAND)
     changed: dict[Part, float] = {expert: scale for expert, scale in scales.items() if scale != 1}
-    wording = Wording(
+    wording = EditDescription(
         "Model with experts scaled",
         f"{len(changed)} routed expert(s) scaled (w·E(x) ← β·w·E(x))",
         PAPER,
@@ -134,14 +134,14 @@ def scale_experts(
     warnings = []
     if any(down.scale is not None for down in downs):
         warnings.append("the experts' weights are quantised: norms are those of the stored scales or codes.")
-    command = record(base, COMMAND, options_of(scales, Expert.NOUN))
+    command = record(base, COMMAND, edit_options(scales, Expert.NOUN))
     edit = Edit(base, structure, "experts", changed, changes, wording, command, warnings=warnings)
     return write_edit(edit, out, measure=measure, dry_run=dry_run, options=options)
 
 
-def _checked(base: Checkpoint, structure: Anatomy, scales: Mapping[Expert, float]) -> list[_Down]:
+def _checked(base: Checkpoint, structure: ModelStructure, scales: Mapping[Expert, float]) -> list[_Down]:
     """What stores the experts of `scales`. Raises SurgeryError with all that stands against the edit."""
-    faults = Faults()
+    faults = EditErrors()
     for expert, scale in sorted(scales.items()):
         if not math.isfinite(scale) or scale < 0:
             faults.usage.append(f"{expert}: got β = {scale:g}, expected a finite number from 0 on.")
@@ -152,7 +152,7 @@ def _checked(base: Checkpoint, structure: Anatomy, scales: Mapping[Expert, float
     for layer, indices in by_layer(scales).items():
         named = listing((str(Expert(layer, index)) for index in indices), 3)
         what = "routed experts that are recognised"
-        experts = found_in(structure.experts, layer, named, structure, base.ref, faults, what=what)
+        experts = require_in_layer(structure.experts, layer, named, structure, base.ref, faults, what=what)
         if experts is not None:
             check_indices(Expert, layer, indices, experts.n_experts, faults)
             _check_norm(structure, layer, named, faults)
@@ -164,7 +164,7 @@ def _checked(base: Checkpoint, structure: Anatomy, scales: Mapping[Expert, float
     return downs
 
 
-def _check_model(base: Checkpoint, faults: Faults) -> None:
+def _check_model(base: Checkpoint, faults: EditErrors) -> None:
     """Adds a fault where the config says that scaled weights would not do what a scaled routing weight does."""
     config = language_config(base.config)
     method = _quantisation(base).get("quant_method")
@@ -183,7 +183,7 @@ def _check_model(base: Checkpoint, faults: Faults) -> None:
         )
 
 
-def _check_norm(structure: Anatomy, layer: int, named: str, faults: Faults) -> None:
+def _check_norm(structure: ModelStructure, layer: int, named: str, faults: EditErrors) -> None:
     """Adds a fault where the experts' outputs may be normalised."""
     names = next(block.names for block in structure.blocks if block.index == layer)
     for name in names:
@@ -195,7 +195,7 @@ def _check_norm(structure: Anatomy, layer: int, named: str, faults: Faults) -> N
             )
 
 
-def _downs(base: Checkpoint, wanted: Sequence[Expert], experts: Experts, faults: Faults) -> list[_Down]:
+def _downs(base: Checkpoint, wanted: Sequence[Expert], experts: ExpertLayer, faults: EditErrors) -> list[_Down]:
     """What stores the down projections of `wanted`, experts of one layer, as far as it is understood."""
     if experts.layout == "per-expert":
         alone = {_number(name): name for name in experts.down}
@@ -214,7 +214,7 @@ def _downs(base: Checkpoint, wanted: Sequence[Expert], experts: Experts, faults:
     return [down for down in found if down is not None]
 
 
-def _down(base: Checkpoint, experts: tuple[Expert, ...], name: str, faults: Faults) -> _Down | None:
+def _down(base: Checkpoint, experts: tuple[Expert, ...], name: str, faults: EditErrors) -> _Down | None:
     """The tensor `name`, (out, in) of one expert or what the n `experts` have in order, with its bias and scales."""
     values, packed = base.tensors[name], name.endswith("_blocks")
     stem = name.removesuffix(".weight").removesuffix("_blocks").removesuffix("_weight")
@@ -256,7 +256,7 @@ def _is_bias(bias: StoredTensor, values: StoredTensor, experts: Sequence[Expert]
     return bias.is_float and bias.shape != () and shaped and bias.shape[-1] in values.shape
 
 
-def _check_powers(down: _Down, scales: Mapping[Expert, float], faults: Faults) -> None:
+def _check_powers(down: _Down, scales: Mapping[Expert, float], faults: EditErrors) -> None:
     """Adds a fault for each β that `down` cannot store: no power of two, or out of its exponents' range."""
     for block, expert in enumerate(down.experts):
         scale = scales.get(expert, 1.0)
@@ -279,29 +279,31 @@ def _range(exponents: StoredTensor, block: int, n: int) -> tuple[int, int]:
     size = exponents.n_elements // n
     low, high = 255, 0
     with SourceFiles(exponents.files) as files:
-        reader = Reader(files)
+        reader = TensorReader(files)
         for begin, end in segments(size):
             data = reader.raw(exponents, block * size + begin, block * size + end, "exponents")
             low, high = min(low, int(data.min())), max(high, int(data.max()))
     return low, high
 
 
-def _scaled(tensor: StoredTensor, factors: Sequence[float]) -> Iterable[Change]:
+def _scaled(tensor: StoredTensor, factors: Sequence[float]) -> Iterable[TensorChange]:
     return _changed(tensor, SCALE_BLOCKS, factors, {"scales": tuple(factors), "transposed": True})
 
 
-def _shifted(tensor: StoredTensor, factors: Sequence[float]) -> Iterable[Change]:
+def _shifted(tensor: StoredTensor, factors: Sequence[float]) -> Iterable[TensorChange]:
     return _changed(tensor, SHIFT_EXPONENTS, factors, {"shifts": tuple(map(_log2, factors))})
 
 
 def _changed(
     tensor: StoredTensor, kernel: Kernel, factors: Sequence[float], params: Mapping[str, Parameter]
-) -> Iterable[Change]:
+) -> Iterable[TensorChange]:
     """The change of a tensor whose blocks along the first axis are multiplied by `factors`; none where all are 1."""
     chosen = tuple(block for block, factor in enumerate(factors) if factor != 1)
     if chosen:
-        kept = Blocks(tensor) if len(factors) == 1 else Blocks(tensor, chosen, len(factors), transposed=True)
-        yield Change(PlannedTensor(tensor.name, tensor.dtype, tensor.shape, (Input(tensor),), kernel, params), kept)
+        kept = UndoBlocks(tensor) if len(factors) == 1 else UndoBlocks(tensor, chosen, len(factors), transposed=True)
+        yield TensorChange(
+            PlannedTensor(tensor.name, tensor.dtype, tensor.shape, (TensorInput(tensor),), kernel, params), kept
+        )
 
 
 def _log2(factor: float) -> int:

@@ -2,9 +2,9 @@
 
 After arXiv 2510.06036, which sets γ to 0 in forward passes. In come a model and how strongly each head is to be scaled,
 or the mean outputs that take the place of theirs; out comes the model in which only the named layers' output
-projections (and their biases, for means) differ, with a file that undoes it (see `surgery.edits.undo`). What a head
-writes into the residual stream is linear in its block of the output projection's columns, so that the edit does what a
-hook on that projection's input does: the same to the bit for γ = 0.
+projections (and their biases, for means) differ, with a file that undoes it (see `surgery.edits.undo_file`). What a
+head writes into the residual stream is linear in its block of the output projection's columns, so that the edit does
+what a hook on that projection's input does: the same to the bit for γ = 0.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor, read_file
-from surgery.checkpoint.reader import Input
+from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Head, Part, by_layer
-from surgery.checkpoint.structure import Anatomy, anatomy
+from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.edits.common import (
-    Change,
     Edit,
-    Faults,
+    EditDescription,
+    EditErrors,
     Measure,
-    Wording,
+    TensorChange,
     check_indices,
-    found_in,
-    options_of,
+    edit_options,
     record,
+    require_in_layer,
     write_edit,
 )
 from surgery.edits.kernels import ADD_MEANS, SCALE_BLOCKS
-from surgery.edits.undo import Blocks
+from surgery.edits.undo_file import UndoBlocks
 from surgery.engine.edit_report import EditReport
-from surgery.engine.options import Options
+from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Parameter, PlannedTensor
 from surgery.engine.preflight import Preflight, check_quantised
 from surgery.errors import listing, usage_error
@@ -67,15 +67,15 @@ class _Projection:
         return tuple(index for index, scale in enumerate(self.scales) if scale != 1)
 
     @property
-    def changes(self) -> Iterable[Change]:
+    def changes(self) -> Iterable[TensorChange]:
         w, b, mu = self.weight, self.bias, self.means
         scaled: dict[str, Parameter] = {"scales": self.scales, "transposed": self.transposed}
-        kept = Blocks(w, self.heads, len(self.scales), self.transposed)
-        yield Change(PlannedTensor(w.name, w.dtype, w.shape, (Input(w),), SCALE_BLOCKS, scaled), kept)
+        kept = UndoBlocks(w, self.heads, len(self.scales), self.transposed)
+        yield TensorChange(PlannedTensor(w.name, w.dtype, w.shape, (TensorInput(w),), SCALE_BLOCKS, scaled), kept)
         if b is not None and mu is not None:
             moved: dict[str, Parameter] = {"heads": self.heads, "transposed": self.transposed}
-            inputs = (Input(b), Input(w), Input(mu))
-            yield Change(PlannedTensor(b.name, b.dtype, b.shape, inputs, ADD_MEANS, moved), Blocks(b))
+            inputs = (TensorInput(b), TensorInput(w), TensorInput(mu))
+            yield TensorChange(PlannedTensor(b.name, b.dtype, b.shape, inputs, ADD_MEANS, moved), UndoBlocks(b))
 
 
 def scale_heads(
@@ -85,13 +85,13 @@ def scale_heads(
     scales: Mapping[Head, float],
     measure: Measure | None = None,
     dry_run: bool = False,
-    options: Options = Options(),
+    options: ExecutionOptions = ExecutionOptions(),
 ) -> EditReport:
     """Writes `model` with W_O[:, h·d:(h+1)·d] ← γ·W_O[:, h·d:(h+1)·d] for every head of `scales` to the folder `out`.
 
     Heads are query heads: under grouped queries keys and values, which other heads share, are never touched. The
     product is taken in fp32 (fp64 for F64) and rounded once to the stored dtype; other heads' columns, and every other
-    tensor, keep their bytes. `surgery.edits.undo.undo` leads back.
+    tensor, keep their bytes. `surgery.edits.undo_file.undo` leads back.
 
     Args:
         scales: head → γ; 0 removes the head, exactly; heads with γ = 1 are left alone.
@@ -116,7 +116,7 @@ def mean_heads(
     means: Path,
     measure: Measure | None = None,
     dry_run: bool = False,
-    options: Options = Options(),
+    options: ExecutionOptions = ExecutionOptions(),
 ) -> EditReport:
     """Writes `model` with z_h ← μ_h for every head of `heads`: W_h ← 0 and b ← b + Σ_h W_h·μ_h, summed in fp64.
 
@@ -133,11 +133,11 @@ def mean_heads(
 def _edit(base: Checkpoint, scales: Mapping[Head, float], means: Checkpoint | None) -> Edit:
     if not scales:
         raise usage_error("no heads were given", where=COMMAND, hint="Name them: --head L12H7.")
-    structure = anatomy(base)
+    structure = model_structure(base)
     projections = _checked(base, structure, scales, means)
     changed: dict[Part, float] = {head: scale for head, scale in scales.items() if scale != 1}
-    typed = options_of(scales, Head.NOUN)
-    wording = Wording(
+    typed = edit_options(scales, Head.NOUN)
+    wording = EditDescription(
         TITLE,
         f"{len(changed)} attention head(s) scaled (z ← γ·z)",
         PAPER,
@@ -167,10 +167,10 @@ def _edit(base: Checkpoint, scales: Mapping[Head, float], means: Checkpoint | No
 
 
 def _checked(
-    base: Checkpoint, structure: Anatomy, scales: Mapping[Head, float], means: Checkpoint | None
+    base: Checkpoint, structure: ModelStructure, scales: Mapping[Head, float], means: Checkpoint | None
 ) -> list[_Projection]:
     """One projection per layer that changes. Raises SurgeryError with all that stands against it."""
-    faults = Faults()
+    faults = EditErrors()
     quantised = Preflight()
     check_quantised(quantised, [base])
     faults.others += quantised.faults
@@ -196,15 +196,15 @@ def _checked(
 
 def _projection(
     base: Checkpoint,
-    structure: Anatomy,
+    structure: ModelStructure,
     layer: int,
     indices: Sequence[int],
     scales: Mapping[Head, float],
-    faults: Faults,
+    faults: EditErrors,
 ) -> _Projection | None:
     """The output projection of a layer, where it is there and cut into a known number of heads."""
     named = listing((str(Head(layer, index)) for index in indices), 3)
-    heads = found_in(
+    heads = require_in_layer(
         structure.output_projections,
         layer,
         named,
@@ -229,7 +229,7 @@ def _projection(
     return _Projection(layer, base.tensors[heads.name], per_head, heads.transposed)
 
 
-def _with_means(projection: _Projection, base: Checkpoint, means: Checkpoint, faults: Faults) -> _Projection:
+def _with_means(projection: _Projection, base: Checkpoint, means: Checkpoint, faults: EditErrors) -> _Projection:
     w, n = projection.weight, len(projection.scales)
     inner, outer = w.shape if projection.transposed else w.shape[::-1]
     bias = base.tensors.get(f"{w.name.removesuffix('.weight')}.bias")
@@ -247,7 +247,7 @@ def _with_means(projection: _Projection, base: Checkpoint, means: Checkpoint, fa
     return replace(projection, bias=bias, means=found)
 
 
-def _refuse_without_bias(projections: Sequence[_Projection], faults: Faults) -> None:
+def _refuse_without_bias(projections: Sequence[_Projection], faults: EditErrors) -> None:
     if projections:
         names = listing((projection.weight.name for projection in projections), 3)
         faults.usage.append(

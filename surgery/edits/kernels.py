@@ -15,10 +15,10 @@ from torch import Tensor
 
 from surgery.checkpoint.dtypes import n_elements
 from surgery.engine.edit_report import MEASURES
-from surgery.engine.plan import Kernel, Place, Sums
+from surgery.engine.plan import Kernel, Sums, TensorSlice
 
 
-def spread(per_head: Tensor, place: Place, count: int, *, transposed: bool) -> Tensor:
+def spread(per_head: Tensor, place: TensorSlice, count: int, *, transposed: bool) -> Tensor:
     """One value per block → one per element, for `count` elements of the flattened tensor from `place.begin` on.
 
     per_head: (n,) → (count,), same dtype and device.
@@ -40,7 +40,9 @@ def flags_of(heads: Sequence[int], n_heads: int) -> Tensor:
     return flags
 
 
-def scale_blocks(tensors: Sequence[Tensor], place: Place, *, scales: tuple[float, ...], transposed: bool) -> Tensor:
+def scale_blocks(
+    tensors: Sequence[Tensor], place: TensorSlice, *, scales: tuple[float, ...], transposed: bool
+) -> Tensor:
     """W_h ← γ_h · W_h, with exact zeros where γ_h = 0.   W: a 1-D piece → the same"""
     (weight,) = tensors
     if transposed and _untouched(scales, weight, place):
@@ -50,7 +52,7 @@ def scale_blocks(tensors: Sequence[Tensor], place: Place, *, scales: tuple[float
     return (weight * factors).masked_fill_(factors == 0, 0.0)
 
 
-def shift_exponents(tensors: Sequence[Tensor], place: Place, *, shifts: tuple[int, ...]) -> Tensor:
+def shift_exponents(tensors: Sequence[Tensor], place: TensorSlice, *, shifts: tuple[int, ...]) -> Tensor:
     """e_h ← e_h + log₂ β_h, for block scales 2^(e − 127) stored as bytes e.   e: a 1-D piece → the same
 
     `shifts` are log₂ β_h of n blocks along the first axis; sums stay within a byte, which the caller has seen to.
@@ -59,14 +61,14 @@ def shift_exponents(tensors: Sequence[Tensor], place: Place, *, shifts: tuple[in
     return exponents + _factors(tuple(map(float, shifts)), exponents, place, True)
 
 
-def measure_shifted(tensors: Sequence[Tensor], stored: Tensor, place: Place, *, shifts: tuple[int, ...]) -> Sums:
+def measure_shifted(tensors: Sequence[Tensor], stored: Tensor, place: TensorSlice, *, shifts: tuple[int, ...]) -> Sums:
     """`MEASURES` of an edit whose update of the block scales is (β_h − 1) · 2^(e_h − 127)."""
     before, after = (torch.exp2(exponents.double() - 127) for exponents in (tensors[0], stored))
     return _measure(before, after - before, after)
 
 
 def measure_scaled(
-    tensors: Sequence[Tensor], stored: Tensor, place: Place, *, scales: tuple[float, ...], transposed: bool
+    tensors: Sequence[Tensor], stored: Tensor, place: TensorSlice, *, scales: tuple[float, ...], transposed: bool
 ) -> Sums:
     """`MEASURES` of an edit whose update is (γ_h − 1) · W_h."""
     (weight,) = tensors
@@ -88,7 +90,7 @@ def measure_means(tensors: Sequence[Tensor], stored: Tensor, *, heads: tuple[int
 
 
 def restore_blocks(
-    tensors: Sequence[Tensor], place: Place, *, heads: tuple[int, ...], n_heads: int, transposed: bool
+    tensors: Sequence[Tensor], place: TensorSlice, *, heads: tuple[int, ...], n_heads: int, transposed: bool
 ) -> Tensor:
     """W_h ← the kept W_h for `heads`, W elsewhere.   W, kept: 1-D pieces → the same"""
     weight, kept = tensors
@@ -96,7 +98,13 @@ def restore_blocks(
 
 
 def measure_restored(
-    tensors: Sequence[Tensor], stored: Tensor, place: Place, *, heads: tuple[int, ...], n_heads: int, transposed: bool
+    tensors: Sequence[Tensor],
+    stored: Tensor,
+    place: TensorSlice,
+    *,
+    heads: tuple[int, ...],
+    n_heads: int,
+    transposed: bool,
 ) -> Sums:
     """`MEASURES` of an edit whose update is the kept W_h − W_h."""
     weight, kept = tensors
@@ -104,24 +112,24 @@ def measure_restored(
     return _measure(weight, (kept - weight).masked_fill_(~inside, 0.0), stored)
 
 
-def _blocks_of(n: int, place: Place, count: int) -> tuple[int, int, int]:
+def _blocks_of(n: int, place: TensorSlice, count: int) -> tuple[int, int, int]:
     """Elements in each of n blocks along the first axis, and which of these [first, last) a piece touches."""
     size = n_elements(place.shape) // n
     return size, place.begin // size, -(-(place.begin + count) // size)
 
 
-def _untouched(scales: tuple[float, ...], weight: Tensor, place: Place) -> bool:
+def _untouched(scales: tuple[float, ...], weight: Tensor, place: TensorSlice) -> bool:
     # One expert of a hundred in a tensor: what is not multiplied need not be looked at.
     _, first, last = _blocks_of(len(scales), place, weight.numel())
     return all(scale == 1 for scale in scales[first:last])
 
 
-def _factors(scales: tuple[float, ...], weight: Tensor, place: Place, transposed: bool) -> Tensor:
+def _factors(scales: tuple[float, ...], weight: Tensor, place: TensorSlice, transposed: bool) -> Tensor:
     per_head = torch.tensor(scales, dtype=weight.dtype, device=weight.device)
     return spread(per_head, place, weight.numel(), transposed=transposed)
 
 
-def _inside(weight: Tensor, place: Place, heads: tuple[int, ...], n_heads: int, transposed: bool) -> Tensor:
+def _inside(weight: Tensor, place: TensorSlice, heads: tuple[int, ...], n_heads: int, transposed: bool) -> Tensor:
     return spread(flags_of(heads, n_heads).to(weight.device), place, weight.numel(), transposed=transposed)
 
 

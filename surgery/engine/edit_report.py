@@ -11,8 +11,8 @@ from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import TORCH_NAMES
-from surgery.checkpoint.structure import anatomy
-from surgery.engine.result import Outcome
+from surgery.checkpoint.structure import model_structure
+from surgery.engine.result import ExecutionResult
 from surgery.io.json_io import read_json
 from surgery.reporting.report import Column, Table
 
@@ -81,13 +81,13 @@ class EditReport:
         }
 
 
-def edit_report(report: EditReport, model: Checkpoint, edited: Sequence[str], outcome: Outcome) -> EditReport:
+def edit_report(report: EditReport, model: Checkpoint, edited: Sequence[str], outcome: ExecutionResult) -> EditReport:
     """`report` with the numbers of `outcome`, per group of `model` and as a whole."""
     return replace(
         report,
         groups=[
             _group(group, [outcome.sums[name] for name in names])
-            for group, names in anatomy(model).grouped(edited).items()
+            for group, names in model_structure(model).grouped(edited).items()
         ],
         whole=_group("whole", [outcome.sums[name] for name in edited]),
         resumed_bytes=outcome.resumed_bytes,

@@ -31,7 +31,7 @@ _TRIES, _PAUSE = 40, 0.05  # for the lock; seconds between two tries
 
 
 @dataclass(frozen=True)
-class Record:
+class SegmentRecord:
     """One written segment. `digest` and `inputs` are hex; `sums` are the executor's and the kernel's measures."""
 
     tensor: int
@@ -52,7 +52,7 @@ class Journal:
     def __init__(self, folder: Path, fingerprint: str, *, discard: bool = False) -> None:
         self._path = folder / NAME
         self._file = self._path.open("a+b", buffering=0)
-        self.records: dict[tuple[int, int], Record] = {}
+        self.records: dict[tuple[int, int], SegmentRecord] = {}
         try:
             self._begin(folder, _header(fingerprint), discard)
         except BaseException:
@@ -60,7 +60,9 @@ class Journal:
             raise
 
     @classmethod
-    def beside(cls, folder: Path, fingerprint: str, process: int, records: Mapping[tuple[int, int], Record]) -> Journal:
+    def beside(
+        cls, folder: Path, fingerprint: str, process: int, records: Mapping[tuple[int, int], SegmentRecord]
+    ) -> Journal:
         """The journal of another process than the first, whose `records` are those of all that lay in the folder."""
         journal = cls.__new__(cls)
         journal._path = folder / f"journal-{process}.jsonl"
@@ -84,15 +86,15 @@ class Journal:
         """Lets others have the folder; safe to call twice."""
         self._file.close()
 
-    def record(self, tensor: int, segment: int) -> Record | None:
+    def record(self, tensor: int, segment: int) -> SegmentRecord | None:
         """What an earlier run wrote of this segment, if it did."""
         return self.records.get((tensor, segment))
 
-    def has(self, record: Record) -> bool:
+    def has(self, record: SegmentRecord) -> bool:
         """Whether an earlier run journaled exactly this record."""
         return self.records.get((record.tensor, record.segment)) is record
 
-    def append(self, record: Record) -> None:
+    def append(self, record: SegmentRecord) -> None:
         """Adds one line; it is in the kernel's hands when this returns, so a kill of the process cannot lose it."""
         fields = [record.tensor, record.segment, record.digest, record.inputs, record.sums]
         self._file.write(json.dumps(fields, separators=(",", ":")).encode() + b"\n")
@@ -143,7 +145,7 @@ class Journal:
                 raise SurgeryError(
                     "is damaged", where=path, hint="Remove the .partial folder and start anew."
                 ) from error
-            self.records[tensor, segment] = Record(tensor, segment, digest, tuple(inputs), tuple(sums))
+            self.records[tensor, segment] = SegmentRecord(tensor, segment, digest, tuple(inputs), tuple(sums))
 
 
 def _header(fingerprint: str) -> bytes:

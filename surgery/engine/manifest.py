@@ -14,7 +14,7 @@ import yaml
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.engine.plan import Plan
-from surgery.engine.result import Outcome
+from surgery.engine.result import ExecutionResult
 from surgery.errors import SurgeryError
 from surgery.io.atomic import MANIFEST
 from surgery.io.command_line import option_words
@@ -25,7 +25,7 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class Card:
+class CardContent:
     """What the model card says beyond the manifest: a title, a sentence on the method, tags, tables in Markdown."""
 
     title: str
@@ -34,7 +34,7 @@ class Card:
     body: str = ""
 
 
-def build_manifest(plan: Plan, outcome: Outcome, *, kind: str, report: Mapping[str, Any]) -> dict[str, Any]:
+def build_manifest(plan: Plan, outcome: ExecutionResult, *, kind: str, report: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest of an output, as JSON-able data without time or place: the same job gives the same bytes.
 
     Hashes are those of `surgery.io.hashing`. A tensor's is taken over those of its segments of 2²⁰ elements, a
@@ -64,7 +64,7 @@ def build_manifest(plan: Plan, outcome: Outcome, *, kind: str, report: Mapping[s
     }
 
 
-def made_manifest(
+def build_manifest_of_files(
     kind: str,
     command: Mapping[str, Any],
     *,
@@ -131,7 +131,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def write_card(folder: Path, manifest: Mapping[str, Any], sources: Mapping[str, Checkpoint], card: Card) -> None:
+def write_card(folder: Path, manifest: Mapping[str, Any], sources: Mapping[str, Checkpoint], card: CardContent) -> None:
     """Writes README.md, a model card as the Hub reads it: metadata, what was done, how to do it again."""
     hub_ids = list(dict.fromkeys(c.repo_id for c in sources.values() if c.repo_id))
     library = "transformers" if manifest["kind"] in ("model", "ensemble") else None

@@ -8,7 +8,7 @@ from surgery.runtime.progress import Progress, silent
 
 
 @dataclass(frozen=True)
-class Options:
+class ExecutionOptions:
     """How a plan is run; none of these changes a byte of the result.
 
     threads: None for one per processor. device: "cpu" or "cuda[:n]". overwrite: replace an OUT that this tool wrote,

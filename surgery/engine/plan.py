@@ -12,7 +12,7 @@ from torch import Tensor
 
 from surgery.checkpoint.checkpoint import INDEX, Checkpoint, StoredTensor
 from surgery.checkpoint.dtypes import n_bytes
-from surgery.checkpoint.reader import SEGMENT, Input
+from surgery.checkpoint.reader import SEGMENT, TensorInput
 from surgery.checkpoint.safetensors_header import PYTORCH, Header, build_header
 from surgery.errors import SurgeryError
 from surgery.io.hashing import hash_bytes, hash_text
@@ -29,7 +29,7 @@ def row_width(shape: Sequence[int]) -> int:
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorSlice:
     """Where the piece that a kernel sees lies, and what the kernel's passes found out about the whole.
 
     tensor: the output tensor's name, by which random numbers are seeded. begin: the piece's first element in it.
@@ -74,7 +74,7 @@ class Kernel:
             return a tuple, of which each planned tensor takes its `part`.
         measure: `measure(tensors, stored, **params)` → one number or 0-d tensor per name in `measures`: sums over the
             piece, where `stored` is the rounded result, back in the compute dtype. Added up over pieces in fp64.
-        placed: `fn` (and `measure`) take a `Place` after the tensors.
+        placed: `fn` (and `measure`) take a `TensorSlice` after the tensors.
         passes: run in this order before `fn`, which must then be placed; not for "whole" kernels.
     """
 
@@ -94,7 +94,7 @@ class PlannedTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    inputs: tuple[Input, ...]
+    inputs: tuple[TensorInput, ...]
     kernel: Kernel | None = None
     params: Mapping[str, Parameter] = field(default_factory=dict)
     part: int = 0
@@ -214,11 +214,11 @@ def plan_files(
     return tuple(files)
 
 
-def copied(tensor: StoredTensor, *, dtype: str | None = None) -> PlannedTensor:
+def copy_tensor(tensor: StoredTensor, *, dtype: str | None = None) -> PlannedTensor:
     """`tensor` as it is: its bytes, unless an adapter's update or another float dtype asks for arithmetic."""
     wanted = dtype if dtype and tensor.is_float else tensor.dtype
     kernel = None if tensor.update is None and wanted == tensor.dtype else IDENTITY
-    return PlannedTensor(tensor.name, wanted, tensor.shape, (Input(tensor),), kernel)
+    return PlannedTensor(tensor.name, wanted, tensor.shape, (TensorInput(tensor),), kernel)
 
 
 def identity(tensors: Sequence[Tensor]) -> Tensor:
@@ -290,7 +290,7 @@ def _working_set(tensor: PlannedTensor) -> int:
     return count * 2 * fp32
 
 
-def _input_key(source: Input) -> list[Any]:
+def _input_key(source: TensorInput) -> list[Any]:
     key: list[Any] = []
     for tensor, rows in ((source.tensor, source.rows), *source.others):
         update = tensor.update

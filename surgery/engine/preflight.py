@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
-from surgery.checkpoint.reader import Input, Reader, SourceFiles
+from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader
 from surgery.engine.plan import Plan
 from surgery.engine.workers import default_threads
 from surgery.errors import SurgeryError, listing
-from surgery.io.atomic import partial_of
+from surgery.io.atomic import partial_path
 from surgery.reporting.report import format_value
 
 # Two matrices drawn independently have a cosine within a few hundredths of 0; fine-tuning leaves it above 0.9. What
@@ -106,7 +106,7 @@ def sketch(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """Up to `SKETCH_ELEMENTS` consecutive values from the middle of each float matrix, fp32; what ancestry is
     judged by where the model itself is no longer at hand."""
     with SourceFiles(checkpoint.files) as files:
-        reader = Reader(files)
+        reader = TensorReader(files)
         return {
             name: _middle(reader, tensor)
             for name, tensor in checkpoint.tensors.items()
@@ -146,7 +146,7 @@ def check_space(preflight: Preflight, plan: Plan, out: Path, threads: int | None
     parent = next(folder for folder in (out.parent, *out.absolute().parents) if folder.exists())
     side = sum(path.stat().st_size for path in plan.side_files.values())
     needed = plan.output_bytes + side
-    partial = partial_of(out)
+    partial = partial_path(out)
     held = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file()) if partial.exists() else 0
     free = shutil.disk_usage(parent).free + held
     preflight.facts["disk"] = f"{_size(needed)} needed, {_size(free)} free"
@@ -166,7 +166,7 @@ def _size(count: int) -> str:
     return format_value(count, "bytes")
 
 
-def _middle(reader: Reader, tensor: StoredTensor) -> torch.Tensor:
+def _middle(reader: TensorReader, tensor: StoredTensor) -> torch.Tensor:
     count = tensor.n_elements
     begin = max(0, (count - SKETCH_ELEMENTS) // 2)
-    return reader.values(Input(tensor), begin, min(begin + SKETCH_ELEMENTS, count), "sketch").float().clone()
+    return reader.values(TensorInput(tensor), begin, min(begin + SKETCH_ELEMENTS, count), "sketch").float().clone()

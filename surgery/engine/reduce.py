@@ -10,9 +10,9 @@ from torch import Tensor
 from surgery.checkpoint.checkpoint import StoredTensor
 from surgery.checkpoint.reader import (
     BLOCK,
-    Input,
-    Reader,
     SourceFiles,
+    TensorInput,
+    TensorReader,
     compute_dtype,
     segments,
 )
@@ -22,7 +22,7 @@ from surgery.runtime.progress import Progress, silent
 Measure = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
-def survey(
+def reduce_tensors(
     jobs: Mapping[str, Sequence[StoredTensor]],
     measure: Measure,
     *,
@@ -50,11 +50,11 @@ def survey(
     total = sum(tensor.n_bytes for tensors in jobs.values() for tensor in tensors)
     sums: dict[str, dict[int, list[float]]] = {name: {} for name in jobs}
 
-    def work(unit: tuple[str, int, int, int], reader: Reader) -> tuple[str, int, int, list[float]]:
+    def work(unit: tuple[str, int, int, int], reader: TensorReader) -> tuple[str, int, int, list[float]]:
         name, part, begin, end = unit
         tensors = jobs[name]
         compute = compute_dtype(tensor.dtype for tensor in tensors)
-        values = [reader.values(Input(tensor), begin, end, slot) for slot, tensor in enumerate(tensors)]
+        values = [reader.values(TensorInput(tensor), begin, end, slot) for slot, tensor in enumerate(tensors)]
         rows = [
             [value.item() for value in measure([x[i : i + BLOCK].to(compute) for x in values])]
             for i in range(0, end - begin, BLOCK)

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from surgery.checkpoint.checkpoint import StoredTensor
 from surgery.checkpoint.dtypes import n_elements
-from surgery.checkpoint.reader import Reader, SourceFiles, hash_tensor, segments
-from surgery.engine.compute import is_plain
-from surgery.engine.journal import Record
+from surgery.checkpoint.reader import SourceFiles, TensorReader, hash_tensor, segments
+from surgery.engine.computation import is_plain
+from surgery.engine.journal import SegmentRecord
 from surgery.engine.plan import Plan
 from surgery.io.hashing import hash_parts
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ExecutionResult:
     """What a job did.
 
     hashes: output tensor → hash of its stored bytes.
@@ -35,7 +35,9 @@ class Outcome:
         return math.fsum(sums.get(measure, 0.0) for sums in self.sums.values())
 
 
-def outcome_of(plan: Plan, files: SourceFiles, records: Mapping[tuple[int, int], Record], resumed: int) -> Outcome:
+def collect_result(
+    plan: Plan, files: SourceFiles, records: Mapping[tuple[int, int], SegmentRecord], resumed: int
+) -> ExecutionResult:
     """The outcome of a job of which all is written; `records` are by (tensor, segment), `resumed` is in bytes."""
     hashes: dict[str, str] = {}
     sums: dict[str, dict[str, float]] = {}
@@ -52,7 +54,7 @@ def outcome_of(plan: Plan, files: SourceFiles, records: Mapping[tuple[int, int],
             if is_plain(source) and all(len(record.inputs) > slot for record in mine):
                 parts = (bytes.fromhex(record.inputs[slot]) for record in mine)
                 known[id(source.tensor)] = hash_parts(parts)
-    return Outcome(hashes, _source_hashes(plan, files, known), sums, resumed)
+    return ExecutionResult(hashes, _source_hashes(plan, files, known), sums, resumed)
 
 
 def _source_hashes(plan: Plan, files: SourceFiles, known: dict[int, str]) -> dict[str, dict[str, str]]:
@@ -61,7 +63,7 @@ def _source_hashes(plan: Plan, files: SourceFiles, known: dict[int, str]) -> dic
     for tensor in plan.tensors:
         for source in tensor.inputs:
             entered |= {id(part): part for stored in source.tensors for part in stored.parts}
-    reader = Reader(files)
+    reader = TensorReader(files)
     for key, stored in entered.items():
         if key not in known:
             known[key] = hash_tensor(reader, stored)

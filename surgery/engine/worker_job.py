@@ -17,24 +17,26 @@ from typing import Any
 from torch import Tensor
 
 from surgery.checkpoint.dtypes import n_bytes, n_elements
-from surgery.checkpoint.reader import Reader, SourceFiles, digest, n_segments, octets, read_into, segments
-from surgery.engine.compute import Computed, bounds, compute, compute_whole, gather, torch_device
+from surgery.checkpoint.reader import SourceFiles, TensorReader, digest, n_segments, octets, read_into, segments
+from surgery.engine.computation import Computed, bounds, compute, compute_whole, gather, torch_device
 from surgery.engine.direct_io import Edge
-from surgery.engine.journal import Journal, Record
-from surgery.engine.options import Options
-from surgery.engine.partition import Piece, deal
-from surgery.engine.plan import Place, Plan
+from surgery.engine.journal import Journal, SegmentRecord
+from surgery.engine.options import ExecutionOptions
+from surgery.engine.plan import Plan, TensorSlice
+from surgery.engine.work_partition import WorkItem, partition
 from surgery.engine.workers import run
 from surgery.engine.writer import ShardWriter
 from surgery.errors import SurgeryError
-from surgery.runtime.collectives import fault_text
+from surgery.runtime.collectives import failure_text
 
 _WATCH_SECONDS = 0.5
 
-Records = Mapping[tuple[int, int], Record]
+Records = Mapping[tuple[int, int], SegmentRecord]
 """(tensor, segment) → record."""
 
-_Written = tuple[Record, list[Edge]]  # what is journaled of a segment, and what must still be given to the writer
+_Written = tuple[
+    SegmentRecord, list[Edge]
+]  # what is journaled of a segment, and what must still be given to the writer
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class _Unit:
     tensors: tuple[int, ...]
     segment: int | None
     number: int | None = None
-    place: Place | None = None
+    place: TensorSlice | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class _Chunk:
 
     tensors: tuple[int, ...]
     segment: int | None
-    piece: Piece
+    piece: WorkItem
     written: int
 
 
@@ -79,7 +81,7 @@ class _Gathered:
     pieces: list[Any]
 
 
-class Watch:
+class FailureWatch:
     """How a process that works hears of another's fault: by a file in the folder, looked for now and then."""
 
     def __init__(self, path: Path) -> None:
@@ -89,7 +91,7 @@ class Watch:
     def tell(self, error: Exception) -> None:
         """Leaves the fault for the others; where that cannot be done they hear of it when they wait for us."""
         with suppress(OSError):
-            self._path.write_text(fault_text(error), encoding="utf-8")
+            self._path.write_text(failure_text(error), encoding="utf-8")
 
     def check(self) -> None:
         """Raises SurgeryError where another process has failed."""
@@ -101,10 +103,12 @@ class Watch:
             raise SurgeryError(self._path.read_text(encoding="utf-8") or "another process failed")
 
 
-class Job:
+class WorkerJob:
     """The work on one plan, as one of the processes that share it sees it."""
 
-    def __init__(self, plan: Plan, files: SourceFiles, writer: ShardWriter, journal: Journal, options: Options) -> None:
+    def __init__(
+        self, plan: Plan, files: SourceFiles, writer: ShardWriter, journal: Journal, options: ExecutionOptions
+    ) -> None:
         self.plan = plan
         self.files = files
         self.writer = writer
@@ -117,12 +121,12 @@ class Job:
         self.restarted: set[int] = set()
         self.gathered: dict[int, dict[int, list[Any]]] = {}  # tensor → segment → what the running pass gathered
 
-    def stream(self, process: int, machines: Sequence[str], watch: Watch | None) -> tuple[Records, int]:
+    def stream(self, process: int, machines: Sequence[str], watch: FailureWatch | None) -> tuple[Records, int]:
         """What falls to `process` of those on `machines`: the records of its segments, and the bytes found done."""
-        records: dict[tuple[int, int], Record] = {}
+        records: dict[tuple[int, int], SegmentRecord] = {}
         resumed = 0
         chunks = self._chunks()
-        dealt = deal([chunk.piece for chunk in chunks], machines)
+        dealt = partition([chunk.piece for chunk in chunks], machines)
         mine = [chunks[number] for number in dealt[process]]
         self._begin_files(chunks, set(dealt[process]))
         queue = deque(unit for chunk in mine for unit in self._units(chunk))
@@ -184,7 +188,7 @@ class Job:
             for source in first.inputs:
                 size = sum(stored.n_bytes for stored in source.tensors)
                 read += size * (end - begin) // max(count, 1) * (1 + len(first.passes))
-        piece = Piece(self.number_of[group[0]], written + read)
+        piece = WorkItem(self.number_of[group[0]], written + read)
         return _Chunk(group, part, piece, written * (1 + len(first.passes)))
 
     def _begin_files(self, chunks: Sequence[_Chunk], mine: Set[int]) -> None:
@@ -206,8 +210,8 @@ class Job:
             if all(self.journal.record(index, part) for part in parts):
                 # Only looked at: should a segment not be what the journal says, the passes are run after all.
                 return [_Unit((index,), part) for part in parts]
-            return self._stage(index, Place(tensor.name, 0, tensor.shape), 0)
-        return [_Unit(chunk.tensors, chunk.segment, None, Place(tensor.name, 0, tensor.shape))]
+            return self._stage(index, TensorSlice(tensor.name, 0, tensor.shape), 0)
+        return [_Unit(chunk.tensors, chunk.segment, None, TensorSlice(tensor.name, 0, tensor.shape))]
 
     def _again(self, index: int) -> list[_Unit]:
         """All of a tensor anew, from its first pass, the first time that one of its segments turns out lost."""
@@ -215,9 +219,9 @@ class Job:
             return []
         self.restarted.add(index)
         tensor = self.tensors[index]
-        return self._stage(index, Place(tensor.name, 0, tensor.shape), 0)
+        return self._stage(index, TensorSlice(tensor.name, 0, tensor.shape), 0)
 
-    def _stage(self, index: int, place: Place, number: int | None) -> list[_Unit]:
+    def _stage(self, index: int, place: TensorSlice, number: int | None) -> list[_Unit]:
         """One pass over a tensor, or its writing, segment by segment."""
         if number is not None:
             self.gathered[index] = {}
@@ -238,7 +242,7 @@ class Job:
         more = replace(place, known={**place.known, **found})
         return self._stage(index, more, number + 1 if number + 1 < len(tensor.passes) else None)
 
-    def _work(self, unit: _Unit, reader: Reader) -> list[_Written] | _Gathered | _Lost:
+    def _work(self, unit: _Unit, reader: TensorReader) -> list[_Written] | _Gathered | _Lost:
         if unit.number is not None:
             tensor, place = self.tensors[unit.tensors[0]], unit.place
             assert place is not None and unit.segment is not None
@@ -258,7 +262,7 @@ class Job:
             return _Lost(index)
         return [self._store(index, unit.segment, compute(tensor, unit.segment, place, reader, self.device))]
 
-    def _held(self, unit: _Unit, reader: Reader) -> list[Record] | None:
+    def _held(self, unit: _Unit, reader: TensorReader) -> list[SegmentRecord] | None:
         """The journal's records of `unit`, where all of them are there and the bytes on disk are theirs."""
         records = []
         for index in unit.tensors:
@@ -274,7 +278,7 @@ class Job:
                 records.append(record)
         return records
 
-    def _copy(self, index: int, part: int, reader: Reader) -> _Written:
+    def _copy(self, index: int, part: int, reader: TensorReader) -> _Written:
         tensor, source = self.tensors[index], self.tensors[index].inputs[0].tensor
         begin, end = bounds(tensor, part)
         first = n_bytes(tensor.dtype, (begin,))
@@ -287,7 +291,7 @@ class Job:
             self.writer.copy(self.files.descriptor(source.file), source.start + first, file, position, size)
             data, edges = self._written(index, begin, end, reader), []
         hexdigest = digest(data).hex()
-        return Record(index, part, hexdigest, (hexdigest,)), edges
+        return SegmentRecord(index, part, hexdigest, (hexdigest,)), edges
 
     def _store_whole(self, index: int, computed: Computed) -> list[_Written]:
         written = []
@@ -308,9 +312,9 @@ class Job:
             )
         position = self._position(index) + n_bytes(tensor.dtype, (begin,))
         edges = self.writer.write(self.file_of[index], position, octets(data))
-        return Record(index, part, digest(data).hex(), computed.input_hashes, tuple(computed.sums)), edges
+        return SegmentRecord(index, part, digest(data).hex(), computed.input_hashes, tuple(computed.sums)), edges
 
-    def _written(self, index: int, begin: int, end: int, reader: Reader) -> Tensor:
+    def _written(self, index: int, begin: int, end: int, reader: TensorReader) -> Tensor:
         tensor = self.tensors[index]
         first = n_bytes(tensor.dtype, (begin,))
         data = reader.buffer("out", n_bytes(tensor.dtype, (end,)) - first)

@@ -24,10 +24,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from surgery.checkpoint.reader import Reader, SourceFiles
+from surgery.checkpoint.reader import SourceFiles, TensorReader
 from surgery.errors import SurgeryError
-from surgery.runtime.collectives import n_sharing, share
-from surgery.runtime.environment import is_claimed, n_neighbours, rank
+from surgery.runtime.collectives import map_over_ranks, n_active_processes
+from surgery.runtime.environment import is_cli_process, n_local_processes, rank
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
@@ -44,12 +44,12 @@ def default_threads() -> int:
     Processes that a launcher started side by side share them.
     """
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return max(processors // n_neighbours(), 1)
+    return max(processors // n_local_processes(), 1)
 
 
 def run(
     units: Iterable[Work],
-    work: Callable[[Work, Reader], Result],
+    work: Callable[[Work, TensorReader], Result],
     files: SourceFiles,
     *,
     threads: int | None,
@@ -66,7 +66,7 @@ def run(
         pinned: readers' buffers are page-locked, for a GPU.
     """
     threads = threads or default_threads()
-    forks = is_claimed() and not pinned and sys.platform == "linux"
+    forks = is_cli_process() and not pinned and sys.platform == "linux"
     with one_thread_per_operation(), _pool(threads, forks=forks, start=(work, files, pinned)) as pool:
         pending: set[Future[Any]] = set()
         queue = units if isinstance(units, deque) else deque(units)
@@ -88,7 +88,7 @@ def run(
 
 def run_shared(
     units: Sequence[Work],
-    work: Callable[[Work, Reader], Result],
+    work: Callable[[Work, TensorReader], Result],
     files: SourceFiles,
     *,
     threads: int | None,
@@ -97,13 +97,13 @@ def run_shared(
 
     What another process found comes when all are done. An error in one ends all.
     """
-    if n_sharing() == 1:
+    if n_active_processes() == 1:
         yield from run(units, work, files, threads=threads)
         return
     found: list[Result] = []
     fault: Exception | None = None
     try:
-        for result in run(units[rank() :: n_sharing()], work, files, threads=threads):
+        for result in run(units[rank() :: n_active_processes()], work, files, threads=threads):
             found.append(result)
             yield result
     except Exception as error:
@@ -114,7 +114,7 @@ def run_shared(
             raise fault
         return found
 
-    for process, theirs in enumerate(share(range(n_sharing()), told)):
+    for process, theirs in enumerate(map_over_ranks(range(n_active_processes()), told)):
         if process != rank():
             yield from theirs
 
@@ -138,10 +138,10 @@ def _pool(count: int, *, forks: bool, start: tuple[Any, ...]) -> Executor:
     return ProcessPoolExecutor(count, context, initializer=_begin_forked, initargs=(os.getpid(), *start))
 
 
-def _begin(work: Callable[[Any, Reader], Any], files: SourceFiles, pinned: bool) -> None:
+def _begin(work: Callable[[Any, TensorReader], Any], files: SourceFiles, pinned: bool) -> None:
     # OpenMP's team is per calling thread: without this each of our threads would start a team of its own.
     torch.set_num_threads(1)
-    _worker.work, _worker.reader = work, Reader(files, pinned=pinned)
+    _worker.work, _worker.reader = work, TensorReader(files, pinned=pinned)
 
 
 def _begin_forked(parent: int, *start: Any) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.evaluation.scoring import Measure, Score, Z
-from surgery.models.loading import Loaded
+from surgery.models.loading import ModelAndTokenizer
 from surgery.runtime.quiet import quiet
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class _Asked:
     part: tuple[int, int] | None
 
 
-def _score(loaded: Loaded, *, task: str, asked: _Asked) -> list[Score]:
+def _score(loaded: ModelAndTokenizer, *, task: str, asked: _Asked) -> list[Score]:
     model, tokenizer = loaded.model, loaded.tokenizer
     templated = getattr(tokenizer, "chat_template", None) is not None
     if asked.chat and not templated:

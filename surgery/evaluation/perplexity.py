@@ -21,7 +21,7 @@ from torch.nn import functional
 from surgery import lab
 from surgery.errors import SurgeryError, usage_error
 from surgery.evaluation.scoring import Measure, Score, Z
-from surgery.models.loading import Loaded
+from surgery.models.loading import ModelAndTokenizer
 from surgery.runtime.progress import Progress, silent
 from surgery.runtime.quiet import quiet
 
@@ -101,7 +101,7 @@ def on_texts(
 
 
 def perplexity_of(
-    loaded: Loaded,
+    loaded: ModelAndTokenizer,
     text: Text,
     *,
     limit: int | None = None,

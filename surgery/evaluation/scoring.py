@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.errors import usage_error
-from surgery.models.loading import Loaded, load_model
+from surgery.models.loading import ModelAndTokenizer, load_model
 from surgery.runtime.progress import Advance, Progress, silent
 
 # The 97.5 % quantile of the normal distribution: the half-width of a 95 % interval in standard errors.
@@ -37,7 +37,7 @@ class Score:
     higher_is_better: bool | None = None
 
 
-Measure = Callable[[Loaded], Sequence[Score]]
+Measure = Callable[[ModelAndTokenizer], Sequence[Score]]
 
 
 def score_models(

@@ -29,7 +29,7 @@ MOST_NUMBERS = 2**24
 
 
 @dataclass(frozen=True)
-class Estimate:
+class EstimateWithInterval:
     """A measured value and the ends of its 95 % interval; they are NaN where the data allow none."""
 
     value: float
@@ -80,7 +80,7 @@ def bootstrap_auroc(
     groups: Sequence[str],
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> Estimate:
+) -> EstimateWithInterval:
     """AUROC and its 95 % percentile interval over resampled groups; resamples that lack a class are left out.
 
     scores, positive, groups: (N,). Where the classes are told apart without fault the interval is [1, 1]: a bootstrap
@@ -93,7 +93,7 @@ def bootstrap_auroc(
     members = _members(groups)
     draws = _draws(int(members.max()) + 1, resamples, seed, width=len(values))
     areas = [_areas(values, truth, counts[:, members]) for counts in draws]
-    return Estimate(auroc(values, truth), *percentile_interval(np.concatenate(areas)))
+    return EstimateWithInterval(auroc(values, truth), *percentile_interval(np.concatenate(areas)))
 
 
 def ece(probabilities: ArrayLike, positive: ArrayLike, *, weights: ArrayLike | None = None, bins: int = BINS) -> float:
@@ -115,7 +115,7 @@ def brier(probabilities: ArrayLike, positive: ArrayLike, *, weights: ArrayLike |
     return float(np.average((values - truth) ** 2, weights=None if weights is None else np.asarray(weights)))
 
 
-def spearman(x: ArrayLike, y: ArrayLike) -> Estimate:
+def spearman(x: ArrayLike, y: ArrayLike) -> EstimateWithInterval:
     """The rank correlation ρ of x and y (n,), ties at their mean rank, with tanh(artanh ρ ± z·√((1 + ρ²/2)/(n − 3))).
 
     Interval: Bonett and Wright 2000, Psychometrika 65, equation 3. It is NaN for n < 4; everything is NaN where x or
@@ -130,14 +130,14 @@ def spearman(x: ArrayLike, y: ArrayLike) -> Estimate:
     a, b = (ranks - ranks.mean() if ranks.size else ranks for ranks in (_ranks(first), _ranks(second)))
     spread = math.sqrt(float(a @ a) * float(b @ b))
     if not spread:
-        return Estimate(math.nan, math.nan, math.nan)
+        return EstimateWithInterval(math.nan, math.nan, math.nan)
     rho = max(-1.0, min(1.0, float(a @ b) / spread))
     if first.size < 4:
-        return Estimate(rho, math.nan, math.nan)
+        return EstimateWithInterval(rho, math.nan, math.nan)
     if abs(rho) == 1:
-        return Estimate(rho, rho, rho)
+        return EstimateWithInterval(rho, rho, rho)
     centre, half = math.atanh(rho), Z * math.sqrt((1 + rho * rho / 2) / (first.size - 3))
-    return Estimate(rho, math.tanh(centre - half), math.tanh(centre + half))
+    return EstimateWithInterval(rho, math.tanh(centre - half), math.tanh(centre + half))
 
 
 def align_ends(traces: Sequence[ArrayLike]) -> tuple[Floats, NDArray[np.bool_]]:

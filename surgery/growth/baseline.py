@@ -14,25 +14,25 @@ from typing import Literal
 from torch import Tensor
 
 from surgery.checkpoint.checkpoint import read_folder
-from surgery.checkpoint.structure import anatomy
+from surgery.checkpoint.structure import model_structure
 from surgery.errors import usage_error
 from surgery.growth.layers.random_init import seed_of
-from surgery.growth.plan import Stage
-from surgery.growth.prepare import Begun, key_of
-from surgery.growth.results import Budget, Embedding, Growth, Trained
+from surgery.growth.plan import GrowthStage
+from surgery.growth.prepare import PreparedRun, key_of
+from surgery.growth.results import Budget, Embedding, Growth, TrainedStage
 from surgery.growth.run import (
-    Doing,
+    RunOptions,
     comparable,
-    ground_of,
     held_growth,
     kept,
     made,
     publish,
     remove,
+    run_context,
     scores_of,
     stage_keys,
 )
-from surgery.growth.training.checkpointed import Ground, Job, train_checkpoint
+from surgery.growth.training.checkpointed import RunContext, TrainingJob, train_checkpoint
 from surgery.growth.training.flops import sizes, step_cost
 from surgery.growth.training.lr_schedule import Windows
 from surgery.io.hashing import hash_text
@@ -71,7 +71,7 @@ class SameOrder:
 
 
 def train_baselines(
-    begun: Begun, *, budget: Budgets = "both", embedding: Embeddings = "both", doing: Doing = Doing()
+    begun: PreparedRun, *, budget: Budgets = "both", embedding: Embeddings = "both", doing: RunOptions = RunOptions()
 ) -> Growth:
     """Trains the baselines that are not there yet, measures them, and adds them to results and report.
 
@@ -96,15 +96,17 @@ def train_baselines(
             where=run,
             hint="`surgery grow run PLAN -o RUN` comes first.",
         )
-    shared = ground_of(begun, doing)
+    shared = run_context(begun, doing)
     keys = stage_keys(begun, shared)
     if [stage.training.key for stage in growth.stages] != keys:
         raise usage_error(
             "holds a growth of another plan, start or corpus", where=run, hint="Give those that it was grown by."
         )
-    stages = [Trained(training=s.training, scores=scores_of(begun, s.training, doing, growth)) for s in growth.stages]
+    stages = [
+        TrainedStage(training=s.training, scores=scores_of(begun, s.training, doing, growth)) for s in growth.stages
+    ]
     drawn = [(s.training.first_window, s.training.steps * plan.batch) for s in growth.stages]
-    ground = Ground(
+    ground = RunContext(
         run,
         SameOrder(shared.store, drawn),
         shared.sequence,
@@ -128,8 +130,8 @@ def train_baselines(
 
 
 def _baseline(
-    begun: Begun, growth: Growth, ground: Ground, budget: Budget, embedding: Embedding, doing: Doing
-) -> Trained:
+    begun: PreparedRun, growth: Growth, ground: RunContext, budget: Budget, embedding: Embedding, doing: RunOptions
+) -> TrainedStage:
     plan, last = begun.plan, growth.stages[-1].training
     name = f"baseline-{budget}-{embedding}"
     seed, begins = seed_of(plan.seed, name), begun.run / f"{name}.start"
@@ -137,7 +139,7 @@ def _baseline(
     record = kept(begun.run / name, key)
     if record is None:
         made(begun, begins, layers=last.layers)
-        stage = Stage(
+        stage = GrowthStage(
             add=0,
             init="random",
             train=("all",) if embedding == "trained" else ("new", "head", "norm"),
@@ -145,20 +147,22 @@ def _baseline(
             training=plan.training,
         )
         new = tuple(range(last.layers))
-        record = train_checkpoint(ground, Job(name, begins, stage, new, key, seed, 0, None, plan, embedding, budget))
+        record = train_checkpoint(
+            ground, TrainingJob(name, begins, stage, new, key, seed, 0, None, plan, embedding, budget)
+        )
         remove(begins)
-    return Trained(training=record, scores=scores_of(begun, record, doing, growth))
+    return TrainedStage(training=record, scores=scores_of(begun, record, doing, growth))
 
 
-def _tokens(begun: Begun, growth: Growth, start: str, budget: Budget) -> int:
+def _tokens(begun: PreparedRun, growth: Growth, start: str, budget: Budget) -> int:
     """What the budget comes to in tokens."""
     if budget == "tokens":
         return sum(stage.training.tokens for stage in growth.stages)
     checkpoint = read_folder(begun.run / start)
-    size = sizes(checkpoint, anatomy(checkpoint), sequence=begun.plan.sequence)
+    size = sizes(checkpoint, model_structure(checkpoint), sequence=begun.plan.sequence)
     each = step_cost(size, depth=0, trained=range(len(size.layers)), head=True).whole
     return max(1, int(sum(stage.training.flops for stage in growth.stages) / each))
 
 
-def _ordered(found: dict[str, Trained]) -> list[Trained]:
+def _ordered(found: dict[str, TrainedStage]) -> list[TrainedStage]:
     return [found[name] for name in sorted(found, reverse=True)]

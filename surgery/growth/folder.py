@@ -9,7 +9,7 @@ from typing import Any
 from surgery.engine.journal import NAME as JOURNAL
 from surgery.errors import SurgeryError, usage_error
 from surgery.hub.datasets import first_line
-from surgery.io.atomic import disk_error, partial_of
+from surgery.io.atomic import disk_error, partial_path
 from surgery.runtime.quiet import quiet
 
 
@@ -19,7 +19,7 @@ def fresh_partial(out: Path, *, overwrite: bool) -> Path:
     Raises:
         SurgeryError: a job that can go on lies there, and `overwrite` was not said; the folder cannot be made.
     """
-    partial = partial_of(out)
+    partial = partial_path(out)
     if (partial / JOURNAL).exists() and not overwrite:
         raise usage_error(
             "holds another job's work, which goes on where it stopped",

@@ -14,12 +14,12 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_v
 
 from surgery.errors import listing, usage_error
 from surgery.io.json_records import Strict
-from surgery.io.yaml_models import dump, n_bytes, parse, read_text
+from surgery.io.yaml_models import dump_yaml, n_bytes, parse_model, read_text
 
 Init = Literal["identity", "random", "copy"]
 INITS: tuple[str, ...] = get_args(Init)
-Trained = Literal["new", "head", "norm", "lora", "embedding", "all"]
-Place = Literal["top", "middle"] | int
+TrainableParts = Literal["new", "head", "norm", "lora", "embedding", "all"]
+LayerPosition = Literal["top", "middle"] | int
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # Lists of one may be written without brackets.
@@ -30,7 +30,7 @@ PLANS = "plans"
 PLAN = "plan.yml"  # a run's own, in its folder and in those of its stages
 
 
-class Shape(Strict):
+class ModelShape(Strict):
     """The Llama that grows.
 
     hidden: its width, which must be the embedding's, and is by default. heads: of queries. kv_heads: of keys and
@@ -48,7 +48,7 @@ class Shape(Strict):
     config: Path | None = None
 
 
-class Training(Strict):
+class StageTraining(Strict):
     """How parameters learn: AdamW (arXiv 1711.05101) with clipped gradients.
 
     learning_rate: the peak. warmup: share of a stage's steps in which it rises in a line. decay: what follows, down to
@@ -81,7 +81,7 @@ class Plateau(Strict):
     by: Annotated[float, Field(ge=0)] = 0.005
 
 
-class Stage(Strict):
+class GrowthStage(Strict):
     """One stage: layers are added, and something trains.
 
     add: how many layers; 0 only trains. at: top (the default), middle, or the number of the layer before which they
@@ -93,13 +93,13 @@ class Stage(Strict):
     """
 
     add: Annotated[int, Field(ge=0)] = 1
-    at: Place = "top"
+    at: LayerPosition = "top"
     init: Init = "identity"
-    train: Annotated[tuple[Trained, ...], _LISTED] = ("new", "head", "norm")
+    train: Annotated[tuple[TrainableParts, ...], _LISTED] = ("new", "head", "norm")
     tokens: PositiveInt
     plateau: Plateau | None = None
     data: Literal["repeat", "continue"] = "repeat"
-    training: Training | None = None
+    training: StageTraining | None = None
     lora: Lora = Lora()
     times: PositiveInt = 1
 
@@ -112,7 +112,7 @@ class Stage(Strict):
 
     @field_validator("train")
     @classmethod
-    def _something_trains(cls, train: tuple[Trained, ...]) -> tuple[Trained, ...]:
+    def _something_trains(cls, train: tuple[TrainableParts, ...]) -> tuple[TrainableParts, ...]:
         if not train:
             raise ValueError("nothing trains; name new, head, norm, lora, embedding or all")
         if {"lora", "all"} <= set(train):
@@ -120,13 +120,13 @@ class Stage(Strict):
         return train
 
     @model_validator(mode="after")
-    def _new_needs_layers(self) -> Stage:
+    def _new_needs_layers(self) -> GrowthStage:
         if not self.add and set(self.train) == {"new"}:
             raise ValueError("trains new layers, but adds none")
         return self
 
 
-class Cache(Strict):
+class CacheSettings(Strict):
     """The prefix cache: what comes out of the frozen layers below, kept on disk.
 
     use: auto decides by measuring. dtype: that it is stored in. disk: the most that it may take, such as 20 GB.
@@ -164,7 +164,7 @@ class GrowthPlan(Strict):
     """
 
     embed: str | None = None
-    model: Shape | None = None
+    model: ModelShape | None = None
     start: str | None = None
     corpus: Names = ()
     field: str = "text"
@@ -172,20 +172,20 @@ class GrowthPlan(Strict):
     batch: PositiveInt = 16
     seed: int = 0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    training: Training = Training()
-    stages: tuple[Stage, ...]
-    cache: Cache = Cache()
+    training: StageTraining = StageTraining()
+    stages: tuple[GrowthStage, ...]
+    cache: CacheSettings = CacheSettings()
     evaluate: Evaluation = Evaluation()
 
     @field_validator("stages")
     @classmethod
-    def _at_least_one(cls, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    def _at_least_one(cls, stages: tuple[GrowthStage, ...]) -> tuple[GrowthStage, ...]:
         if not stages:
             raise ValueError("holds no stage")
         return stages
 
     @property
-    def expanded(self) -> tuple[Stage, ...]:
+    def expanded(self) -> tuple[GrowthStage, ...]:
         """The stages one by one, each with its own way of learning."""
         return tuple(
             stage.model_copy(update={"times": 1, "training": stage.training or self.training})
@@ -217,12 +217,12 @@ def read_plan(ref: str) -> tuple[GrowthPlan, str]:
         text, where = (_shipped() / f"{ref}.yml").read_text(encoding="utf-8"), f"{ref}.yml"
     else:
         raise usage_error("no such plan", where=ref, hint=f"Give a YAML file, or one of {listing(plan_names())}.")
-    return parse(text, where, GrowthPlan), text
+    return parse_model(text, where, GrowthPlan), text
 
 
 def plan_text(plan: GrowthPlan) -> str:
     """The YAML text that says `plan`: what is not the default."""
-    return dump(plan.model_dump(mode="json", exclude_defaults=True))
+    return dump_yaml(plan.model_dump(mode="json", exclude_defaults=True))
 
 
 def _shipped() -> resources.abc.Traversable:

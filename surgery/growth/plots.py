@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from surgery.evaluation.perplexity import LOSS
-from surgery.growth.results import Growth, Point, Trained, TrainingRecord
+from surgery.growth.results import Growth, LossPoint, TrainedStage, TrainingRecord
 from surgery.reporting.plots import (
     BLUE,
     COLOURS,
@@ -123,16 +123,16 @@ def speed_figure(growth: Growth) -> Figure:
     return finished(canvas, title, "Dark: what lies below the new layers was read from the prefix cache.")
 
 
-def _smooth(record: TrainingRecord) -> Sequence[Point]:
+def _smooth(record: TrainingRecord) -> Sequence[LossPoint]:
     curve = record.curve
     size = max(1, -(-len(curve) // SMOOTHED))
     parts = [curve[start : start + size] for start in range(0, len(curve), size)]
-    return [Point(tokens=part[-1].tokens, loss=sum(p.loss for p in part) / len(part)) for part in parts]
+    return [LossPoint(tokens=part[-1].tokens, loss=sum(p.loss for p in part) / len(part)) for part in parts]
 
 
 def _focus(axes: Axes, growth: Growth) -> None:
     """Lets the first steps, in which every loss falls from the same height, run out of the picture."""
-    models: list[Trained] = [*growth.stages, *growth.baselines]
+    models: list[TrainedStage] = [*growth.stages, *growth.baselines]
     losses = [point.loss for model in models for point in _smooth(model.training)]
     low = min(losses)
     first = growth.stages[0].training

@@ -1,6 +1,6 @@
 """A plan is held against what it names before anything is written: the model or embedding, the texts, the run's folder.
 
-In comes a plan (see `schedule`), out comes a `Begun` that can be grown; or every fault at once.
+In comes a plan (see `schedule`), out comes a `PreparedRun` that can be grown; or every fault at once.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.checkpoint.structure import anatomy
+from surgery.checkpoint.structure import model_structure
 from surgery.checkpoint.tensor_roles import number
 from surgery.engine.manifest import input_entry
-from surgery.engine.verify import tensor_hashes
+from surgery.engine.verification import tensor_hashes
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.evaluation.perplexity import Text
 from surgery.growth.data.corpus import documents
 from surgery.growth.embedding.build import open_embedding
 from surgery.growth.embedding.token_strings import open_tokenizer
-from surgery.growth.plan import GrowthPlan, Shape, read_plan
+from surgery.growth.plan import GrowthPlan, ModelShape, read_plan
 from surgery.growth.results import RESULTS
 from surgery.io.hashing import KEY, hash_text
 from surgery.io.json_io import read_json
@@ -40,7 +40,7 @@ FREE: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Begun:
+class PreparedRun:
     """A run whose plan fits: what it starts from, and where its tokens come from.
 
     key: hash of what comes before the first stage. layers: of the model it starts from. width: of its embedding. texts:
@@ -59,7 +59,7 @@ class Begun:
     made_from: Mapping[str, Mapping[str, Any]]
 
 
-def plan_of(
+def load_plan(
     ref: str,
     *,
     embed: str | None = None,
@@ -96,7 +96,7 @@ def plan_of(
     return plan
 
 
-def begin(plan: GrowthPlan, run: Path) -> Begun:
+def prepare_run(plan: GrowthPlan, run: Path) -> PreparedRun:
     """Checks all of `plan` against what it names, and against what lies in `run`; nothing is written.
 
     Raises:
@@ -110,13 +110,13 @@ def begin(plan: GrowthPlan, run: Path) -> Begun:
     faults: list[str] = []
     if plan.embed is not None:
         embedding = open_embedding(plan.embed)
-        folder, key, layers = embedding.folder, embedding.hash, (plan.model or Shape()).layers
+        folder, key, layers = embedding.folder, embedding.hash, (plan.model or ModelShape()).layers
         width, vocab_size = embedding.width, embedding.vocab_size
         made_from = {"embedding": {**dict.fromkeys(("repo_id", "revision")), "ref": plan.embed, KEY: embedding.hash}}
         what = f"{plan.embed}: {vocab_size:,} tokens × {width:,}, frozen"
     else:
         start = open_checkpoint(str(plan.start))
-        structure = anatomy(start)
+        structure = model_structure(start)
         if start.folder is None:
             raise usage_error("is no model folder, which can be trained", where=plan.start)
         made_from = {"start": input_entry(start, tensor_hashes(start))}
@@ -146,7 +146,7 @@ def begin(plan: GrowthPlan, run: Path) -> Begun:
     }
     config = read_json(plan.model.config) if plan.model and plan.model.config else None
     key = key_of(key, plan.model_dump(mode="json", exclude=FREE), config)
-    return Begun(plan, run, key, layers, width, vocab_size, tokenizer, texts, facts, made_from)
+    return PreparedRun(plan, run, key, layers, width, vocab_size, tokenizer, texts, facts, made_from)
 
 
 def key_of(*parts: Any) -> str:
@@ -154,9 +154,9 @@ def key_of(*parts: Any) -> str:
     return hash_text(json.dumps(parts, sort_keys=True))
 
 
-def shape_of(plan: GrowthPlan, *, layers: int) -> Shape:
+def shape_of(plan: GrowthPlan, *, layers: int) -> ModelShape:
     """The shape of the model that a plan with `embed` begins with; its context is the windows' unless the plan says."""
-    shape = plan.model or Shape()
+    shape = plan.model or ModelShape()
     own = shape.config is not None or "context" in shape.model_fields_set
     return shape.model_copy(update={"layers": layers} | ({} if own else {"context": plan.sequence}))
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from surgery.evaluation.perplexity import BITS, LOSS, PERPLEXITY
-from surgery.growth.results import Growth, ScoreRecord, Trained
+from surgery.growth.results import Growth, ScoreRecord, TrainedStage
 from surgery.reporting.report import Column, Report, Table, Value, format_value
 
 
@@ -118,11 +118,11 @@ def growth_report(growth: Growth) -> Report:
     return report.add("\n".join(f"{model.training.name}: {model.training.cache.reason}" for model in growth.stages))
 
 
-def _models(growth: Growth) -> Sequence[Trained]:
+def _models(growth: Growth) -> Sequence[TrainedStage]:
     return (*growth.stages, *growth.baselines)
 
 
-def _row(model: Trained, tokens: int, flops: float, measured: Sequence[tuple[str, str]]) -> list[Value]:
+def _row(model: TrainedStage, tokens: int, flops: float, measured: Sequence[tuple[str, str]]) -> list[Value]:
     record = model.training
     by_what = {(score.task, score.metric): score for score in model.scores}
     cells: list[Value] = [_cell(by_what[what]) if what in by_what else None for what in measured]

@@ -13,7 +13,7 @@ from typing import Literal
 
 from surgery.errors import SurgeryError, usage_error
 from surgery.evaluation.scoring import Score
-from surgery.growth.plan import GrowthPlan, Stage
+from surgery.growth.plan import GrowthPlan, GrowthStage
 from surgery.io.atomic import write_file
 from surgery.io.json_records import Strict, read_record, record_text
 
@@ -27,18 +27,18 @@ Embedding = Literal["frozen", "trained"]
 Budget = Literal["tokens", "flops"]
 
 
-class Record(Strict):
+class GrowthRecordBase(Strict):
     """Part of a growth's files."""
 
 
-class Point(Record):
+class LossPoint(GrowthRecordBase):
     """The mean loss, in nats per token, of the steps that ended at `tokens` of this training."""
 
     tokens: int
     loss: float
 
 
-class CacheUse(Record):
+class CacheUse(GrowthRecordBase):
     """What became of the prefix cache: why it was used or not, and how windows came by their states.
 
     read, extended, computed: windows since the training last began or went on, in the main process; see
@@ -53,7 +53,7 @@ class CacheUse(Record):
     computed: int = 0
 
 
-class TrainingRecord(Record):
+class TrainingRecord(GrowthRecordBase):
     """One training, from checkpoint to checkpoint.
 
     key: hash of all that decides the result. layers: of the model. new: the numbers of those that were added. tokens:
@@ -64,7 +64,7 @@ class TrainingRecord(Record):
 
     key: str
     name: str
-    stage: Stage
+    stage: GrowthStage
     layers: int
     new: tuple[int, ...]
     parameters: int
@@ -79,7 +79,7 @@ class TrainingRecord(Record):
     flops: float
     first_loss: float
     last_loss: float
-    curve: tuple[Point, ...]
+    curve: tuple[LossPoint, ...]
     cache: CacheUse
     proven: int
     processes: int
@@ -87,7 +87,7 @@ class TrainingRecord(Record):
     budget: Budget | None = None
 
 
-class ScoreRecord(Record):
+class ScoreRecord(GrowthRecordBase):
     """One measurement of a model; see `surgery.evaluation.scoring.Score`."""
 
     task: str
@@ -117,19 +117,19 @@ class ScoreRecord(Record):
         return Score(model, self.task, self.metric, self.value, low, high, self.n, self.higher_is_better)
 
 
-class Trained(Record):
+class TrainedStage(GrowthRecordBase):
     """A model of the run: its training, and its scores."""
 
     training: TrainingRecord
     scores: tuple[ScoreRecord, ...] = ()
 
 
-class Growth(Record):
+class Growth(GrowthRecordBase):
     """A whole run."""
 
     plan: GrowthPlan
-    stages: tuple[Trained, ...]
-    baselines: tuple[Trained, ...] = ()
+    stages: tuple[TrainedStage, ...]
+    baselines: tuple[TrainedStage, ...] = ()
 
     @property
     def scores(self) -> list[Score]:
@@ -137,11 +137,11 @@ class Growth(Record):
         return [score.score(model.training.name) for model in (*self.stages, *self.baselines) for score in model.scores]
 
 
-def thinned(losses: Sequence[float], tokens_per_step: int) -> tuple[Point, ...]:
+def thinned(losses: Sequence[float], tokens_per_step: int) -> tuple[LossPoint, ...]:
     """A curve of at most `MOST_POINTS` points, each the mean over equally many steps (the last over what is left)."""
     size = max(1, -(-len(losses) // MOST_POINTS))
     return tuple(
-        Point(tokens=tokens_per_step * (start + len(part)), loss=math.fsum(part) / len(part))
+        LossPoint(tokens=tokens_per_step * (start + len(part)), loss=math.fsum(part) / len(part))
         for start in range(0, len(losses), size)
         if (part := losses[start : start + size])
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from surgery.engine.options import Options
+from surgery.engine.options import ExecutionOptions
 from surgery.errors import usage_error
 from surgery.evaluation.perplexity import on_texts
 from surgery.evaluation.scoring import score_models
@@ -22,9 +22,9 @@ from surgery.growth.data.token_store import TokenStore
 from surgery.growth.layers.add import add_layers
 from surgery.growth.layers.init_model import init_model
 from surgery.growth.layers.random_init import seed_of
-from surgery.growth.plan import PLAN, GrowthPlan, Stage, plan_text
+from surgery.growth.plan import PLAN, GrowthPlan, GrowthStage, plan_text
 from surgery.growth.prefix_cache.cache import cache_bytes
-from surgery.growth.prepare import TOKENS, Begun, key_of, shape_of
+from surgery.growth.prepare import TOKENS, PreparedRun, key_of, shape_of
 from surgery.growth.report import growth_report
 from surgery.growth.results import (
     REPORT,
@@ -32,15 +32,15 @@ from surgery.growth.results import (
     Embedding,
     Growth,
     ScoreRecord,
-    Trained,
+    TrainedStage,
     TrainingRecord,
     read_growth,
     read_training,
     write_growth,
 )
-from surgery.growth.training.checkpointed import Ground, Job, train_checkpoint
+from surgery.growth.training.checkpointed import RunContext, TrainingJob, train_checkpoint
 from surgery.io.atomic import write_file
-from surgery.runtime.collectives import own_device, share, wait
+from surgery.runtime.collectives import barrier, local_device, map_over_ranks
 from surgery.runtime.environment import is_main
 from surgery.runtime.progress import Progress, silent
 
@@ -50,7 +50,7 @@ MOVING = {"lora", "embedding", "all"}
 
 
 @dataclass(frozen=True)
-class Doing:
+class RunOptions:
     """How a growth is run; none of it changes a result beyond rounding.
 
     device: cpu or cuda[:N]; None takes a GPU where there is one. threads: of the processor; None leaves torch's number.
@@ -64,7 +64,7 @@ class Doing:
     progress: Progress = field(default=silent, compare=False)
 
 
-def grow(begun: Begun, doing: Doing = Doing()) -> Growth:
+def grow(begun: PreparedRun, doing: RunOptions = RunOptions()) -> Growth:
     """Trains every stage that is not there yet, measures it, and writes results and report; all processes call it.
 
     Raises:
@@ -72,10 +72,10 @@ def grow(begun: Begun, doing: Doing = Doing()) -> Growth:
             made.
     """
     plan, run = begun.plan, begun.run
-    ground = ground_of(begun, doing)
+    ground = run_context(begun, doing)
     keys, held = stage_keys(begun, ground), held_growth(run)
     baselines = comparable(held, plan, keys[-1])
-    drawn, done = 0, list[Trained]()
+    drawn, done = 0, list[TrainedStage]()
     for index, (stage, key) in enumerate(zip(plan.expanded, keys, strict=True), start=1):
         name = f"stage-{index}"
         first = drawn if stage.data == "continue" else 0
@@ -86,11 +86,11 @@ def grow(begun: Begun, doing: Doing = Doing()) -> Growth:
             start, new = _deepened(before, stage, begins, seed, doing)
             passes = _passes(plan, index - 1, ground.cached_windows)
             embedding: Embedding = "trained" if {"embedding", "all"} & set(stage.train) else "frozen"
-            job = Job(name, start, stage, new, key, seed, first, passes, plan, embedding)
+            job = TrainingJob(name, start, stage, new, key, seed, first, passes, plan, embedding)
             record = train_checkpoint(ground, job)
             remove(begins)
         drawn = first + record.steps * plan.batch
-        model = Trained(training=record, scores=scores_of(begun, record, doing, held))
+        model = TrainedStage(training=record, scores=scores_of(begun, record, doing, held))
         done.append(model)
         if held is None or model not in held.stages:
             publish(begun, done, baselines)
@@ -98,7 +98,7 @@ def grow(begun: Begun, doing: Doing = Doing()) -> Growth:
     return publish(begun, done, baselines, report=True)
 
 
-def ground_of(begun: Begun, doing: Doing) -> Ground:
+def run_context(begun: PreparedRun, doing: RunOptions) -> RunContext:
     """What the trainings of a run share; the corpus is opened, and the run's folder made.
 
     Raises:
@@ -129,7 +129,7 @@ def ground_of(begun: Begun, doing: Doing) -> Ground:
         # A cache of all of them is too large; the corpus may have fewer, which only reading it would tell.
         store.require(plan.cache.disk // least + 1)
     windows = min(drawn, store.count or drawn)
-    return Ground(
+    return RunContext(
         run,
         store,
         plan.sequence,
@@ -144,7 +144,7 @@ def ground_of(begun: Begun, doing: Doing) -> Ground:
     )
 
 
-def stage_keys(begun: Begun, ground: Ground) -> list[str]:
+def stage_keys(begun: PreparedRun, ground: RunContext) -> list[str]:
     """The key of every stage: a hash of all that decides its result, the stages before it included."""
     keys, key = [], begun.key
     for stage in begun.plan.expanded:
@@ -153,22 +153,24 @@ def stage_keys(begun: Begun, ground: Ground) -> list[str]:
     return keys
 
 
-def comparable(held: Growth | None, plan: GrowthPlan, key: str) -> tuple[Trained, ...]:
+def comparable(held: Growth | None, plan: GrowthPlan, key: str) -> tuple[TrainedStage, ...]:
     """The baselines that lie in a run, where they belong to a growth whose last stage has this key; without scores
     where these are of other texts or tasks than the plan's."""
     if held is None or not held.stages or held.stages[-1].training.key != key:
         return ()
     if held.plan.evaluate == plan.evaluate:
         return held.baselines
-    return tuple(Trained(training=model.training) for model in held.baselines)
+    return tuple(TrainedStage(training=model.training) for model in held.baselines)
 
 
-def device_of(doing: Doing) -> str:
+def device_of(doing: RunOptions) -> str:
     """Where this process trains."""
-    return own_device(doing.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return local_device(doing.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def scores_of(begun: Begun, record: TrainingRecord, doing: Doing, held: Growth | None) -> tuple[ScoreRecord, ...]:
+def scores_of(
+    begun: PreparedRun, record: TrainingRecord, doing: RunOptions, held: Growth | None
+) -> tuple[ScoreRecord, ...]:
     """What the plan measures of the model in the run's folder `record.name`; what was measured before is kept."""
     evaluate, name = begun.plan.evaluate, record.name
     for model in (*held.stages, *held.baselines) if held and held.plan.evaluate == evaluate else ():
@@ -187,10 +189,12 @@ def scores_of(begun: Begun, record: TrainingRecord, doing: Doing, held: Growth |
         found = score_models(models, measures, device=device_of(doing), dtype="float32", progress=doing.progress)
         return [ScoreRecord.of(score) for score in found]
 
-    return tuple(share([None], score)[0])
+    return tuple(map_over_ranks([None], score)[0])
 
 
-def publish(begun: Begun, stages: Sequence[Trained], baselines: Sequence[Trained], *, report: bool = False) -> Growth:
+def publish(
+    begun: PreparedRun, stages: Sequence[TrainedStage], baselines: Sequence[TrainedStage], *, report: bool = False
+) -> Growth:
     """Writes what there is so far: the results, and the report where it is asked for."""
     growth = Growth(plan=begun.plan, stages=tuple(stages), baselines=tuple(baselines))
     if is_main():
@@ -198,7 +202,7 @@ def publish(begun: Begun, stages: Sequence[Trained], baselines: Sequence[Trained
         write_growth(begun.run, growth)
         if report:
             growth_report(growth).write(begun.run / REPORT)
-    wait()
+    barrier()
     return growth
 
 
@@ -209,7 +213,7 @@ def kept(folder: Path, key: str) -> TrainingRecord | None:
         SurgeryError: what lies there was made by another plan, or from another corpus.
     """
     # One process looks: the others might see what it writes next.
-    [record] = share([folder], lambda place: read_training(place) if place.exists() else None)
+    [record] = map_over_ranks([folder], lambda place: read_training(place) if place.exists() else None)
     if record is not None and record.key != key:
         raise usage_error(
             "was made by another plan, or from another start or corpus, and is never overwritten",
@@ -221,7 +225,7 @@ def kept(folder: Path, key: str) -> TrainingRecord | None:
 
 def held_growth(run: Path) -> Growth | None:
     """The results that lie in the run's folder; None where there are none."""
-    [held] = share([run], lambda place: read_growth(place) if (place / RESULTS).exists() else None)
+    [held] = map_over_ranks([run], lambda place: read_growth(place) if (place / RESULTS).exists() else None)
     return held
 
 
@@ -229,29 +233,31 @@ def remove(folder: Path) -> None:
     """Removes a folder of the run's own, once for all processes."""
     if is_main():
         shutil.rmtree(folder, ignore_errors=True)
-    wait()
+    barrier()
 
 
-def _start(begun: Begun) -> Path | str:
+def _start(begun: PreparedRun) -> Path | str:
     """The model before the first stage."""
     return made(begun, begun.run / START, layers=begun.layers) if begun.plan.embed else str(begun.plan.start)
 
 
-def made(begun: Begun, folder: Path, *, layers: int) -> Path:
+def made(begun: PreparedRun, folder: Path, *, layers: int) -> Path:
     """A model on the plan's embedding, begun anew in `folder`: what lies there may be of another plan."""
     plan, embed, shape = begun.plan, str(begun.plan.embed), shape_of(begun.plan, layers=layers)
-    options = Options(overwrite=True)
-    share([None], lambda _: init_model(embed, folder, shape=shape, seed=plan.seed, dtype=plan.dtype, options=options))
+    options = ExecutionOptions(overwrite=True)
+    map_over_ranks(
+        [None], lambda _: init_model(embed, folder, shape=shape, seed=plan.seed, dtype=plan.dtype, options=options)
+    )
     return folder
 
 
 def _deepened(
-    before: Path | str, stage: Stage, folder: Path, seed: int, doing: Doing
+    before: Path | str, stage: GrowthStage, folder: Path, seed: int, doing: RunOptions
 ) -> tuple[Path | str, tuple[int, ...]]:
     """The model that a stage trains, and the numbers of its new layers."""
     if not stage.add:
         return before, ()
-    options = Options(overwrite=True, progress=doing.progress)
+    options = ExecutionOptions(overwrite=True, progress=doing.progress)
 
     def add(_: None) -> tuple[int, ...]:
         made = add_layers(
@@ -259,7 +265,7 @@ def _deepened(
         )
         return made.new
 
-    return folder, share([None], add)[0]
+    return folder, map_over_ranks([None], add)[0]
 
 
 def _firsts(plan: GrowthPlan) -> list[int]:

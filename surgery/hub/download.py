@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.errors import SurgeryError, listing, usage_error
-from surgery.hub.errors import UnreachableError, explained, no_space
+from surgery.hub.errors import UnreachableError, no_space, translate_errors
 from surgery.hub.settings import cache, endpoint, is_offline, timeout
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def fetch(
 
 
 @dataclass(frozen=True)
-class Listing:
+class RepositoryListing:
     """A repository at one commit, by its listing: bytes of the weights that would be fetched, and of all that is not in
     the cache yet."""
 
@@ -117,7 +117,7 @@ class Listing:
     missing: int
 
 
-def look(repo_id: str, revision: str | None = None) -> Listing:
+def list_repository(repo_id: str, revision: str | None = None) -> RepositoryListing:
     """What `fetch` would download, without doing so; offline, what is in the cache. Raises SurgeryError as `fetch`."""
     if not is_repo_id(repo_id) or "@" in repo_id:
         raise usage_error(f"got {repo_id!r}, expected org/name", where="Hub id")
@@ -127,7 +127,7 @@ def look(repo_id: str, revision: str | None = None) -> Listing:
         snapshot = _cached(ref)
         names = _wanted([path.name for path in snapshot.folder.iterdir()], ref)
         weights = sum((snapshot.folder / name).stat().st_size for name in names if name.endswith(WEIGHTS))
-        return Listing(repo_id, snapshot.revision, weights, 0)
+        return RepositoryListing(repo_id, snapshot.revision, weights, 0)
     from huggingface_hub import HfApi
 
     with _asking(ref):
@@ -136,7 +136,7 @@ def look(repo_id: str, revision: str | None = None) -> Listing:
         names = _wanted([file.rfilename for file in files], ref)
         wanted = [file for file in files if file.rfilename in names]
         weights = sum(file.size or 0 for file in wanted if file.rfilename.endswith(WEIGHTS))
-        return Listing(repo_id, info.sha or "", weights, _missing(ref, info.sha or "", wanted))
+        return RepositoryListing(repo_id, info.sha or "", weights, _missing(ref, info.sha or "", wanted))
 
 
 @dataclass(frozen=True)
@@ -275,9 +275,9 @@ def _check_space(ref: _Ref, commit: str, files: Sequence[RepoSibling]) -> None:
 
 @contextmanager
 def _asking(ref: _Ref) -> Iterator[None]:
-    """`explained`, and where the Hub cannot be reached, what the cache has instead."""
+    """`translate_errors`, and where the Hub cannot be reached, what the cache has instead."""
     try:
-        with explained(ref):
+        with translate_errors(ref):
             yield
     except UnreachableError as error:
         if copy := _find_cached(ref):

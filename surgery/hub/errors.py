@@ -36,7 +36,7 @@ class UnreachableError(SurgeryError):
 
 
 @contextmanager
-def explained(place: Repository) -> Iterator[None]:
+def translate_errors(place: Repository) -> Iterator[None]:
     """Turns what huggingface_hub raises in the block into a `SurgeryError`."""
     from huggingface_hub import errors
 

@@ -38,7 +38,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_replace(path: Path) -> Iterator[Path]:
     """A file to be written in the block, which at its end takes the place of `path`, with the mode that `path` had.
 
     Raises:
@@ -65,12 +65,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_file(path: Path, content: bytes | str) -> Path:
     """Writes `content` (text in UTF-8) to `path`, whole or not at all. Raises SurgeryError."""
-    with replacing(path) as temporary:
+    with atomic_replace(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
 
 
-def partial_of(out: Path) -> Path:
+def partial_path(out: Path) -> Path:
     """The folder in which `out` is made."""
     return out.with_name(out.name + ".partial")
 
@@ -98,7 +98,7 @@ def copy_file(source: Path, target: Path) -> None:
         raise disk_error(error, target) from error
 
 
-def commit(partial: Path, out: Path, *, overwrite: bool) -> None:
+def commit_folder(partial: Path, out: Path, *, overwrite: bool) -> None:
     """Makes everything in `partial` durable and renames it to `out`; with `overwrite` an earlier `out` gives way."""
     for path in (*partial.rglob("*"), partial):
         sync(path)

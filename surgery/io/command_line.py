@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def option_of(name: str) -> str:
+def option_flag(name: str) -> str:
     """The option of the parameter `name`: `filter_wise` → `--filter-wise`."""
     return f"--{name.replace('_', '-')}"
 
@@ -18,9 +18,9 @@ def option_words(options: Mapping[str, Any]) -> list[str]:
     """
     words: list[str] = []
     for name, value in options.items():
-        flag = option_of(name)
+        flag = option_flag(name)
         if isinstance(value, bool):
-            words.append(flag if value else option_of(f"no_{name}"))
+            words.append(flag if value else option_flag(f"no_{name}"))
         elif isinstance(value, Mapping):
             words += [word for glob, number in value.items() for word in (flag, f"{glob}={number!r}")]
         elif isinstance(value, (list, tuple)):

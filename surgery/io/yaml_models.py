@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from surgery.errors import usage_error
-from surgery.io.yaml_nodes import Faults, Node, read_documents
+from surgery.io.yaml_nodes import YamlErrors, YamlNode, read_documents
 
 M = TypeVar("M", bound=BaseModel)
 _UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -33,7 +33,7 @@ def read_text(path: Path) -> str:
         raise usage_error(f"is not UTF-8 text (byte {error.start:,})", where=path) from error
 
 
-def parse(text: str, where: str, kind: type[M]) -> M:
+def parse_model(text: str, where: str, kind: type[M]) -> M:
     """`text`, which holds one document, as a `kind`.
 
     Raises:
@@ -46,10 +46,10 @@ def parse(text: str, where: str, kind: type[M]) -> M:
     if len(nodes) > 1:
         raise usage_error(f"holds {len(nodes)} documents, expected one", where=where)
     faults.settle()
-    return validated(nodes[0], faults, kind)
+    return validate_node(nodes[0], faults, kind)
 
 
-def validated(root: Node, faults: Faults, kind: type[M]) -> M:
+def validate_node(root: YamlNode, faults: YamlErrors, kind: type[M]) -> M:
     """A tree of nodes as a `kind`. Raises SurgeryError with every fault."""
     try:
         return kind.model_validate(root.plain)
@@ -70,7 +70,7 @@ def n_bytes(text: str) -> int:
         raise ValueError(f"got {text!r}, expected a number of bytes, or such as 2 GB") from error
 
 
-def dump(value: object) -> str:
+def dump_yaml(value: object) -> str:
     """A plain value as YAML text that reads back the same, whatever characters it holds."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
@@ -89,7 +89,7 @@ def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _quoted)
 
 
-def _at(root: Node, location: Sequence[int | str]) -> tuple[Node, str]:
+def _at(root: YamlNode, location: Sequence[int | str]) -> tuple[YamlNode, str]:
     """The deepest node on the way to `location`, and the keys beyond it: one that is missing stands nowhere."""
     node = root
     for depth, step in enumerate(location):

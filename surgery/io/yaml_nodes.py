@@ -1,4 +1,4 @@
-"""YAML → plain values that know where they stand: a tree of `Node`s, each with its line and its path of keys.
+"""YAML → plain values that know where they stand: a tree of `YamlNode`s, each with its line and its path of keys.
 
 Read as PyYAML's safe loader reads it (YAML 1.1: `on` and `yes` are true, `1e-5` is text), anchors and `<<` included;
 but a key that stands twice in a mapping is a fault, and so is one that is not text. Faults are collected, so that
@@ -24,7 +24,7 @@ _MERGE = f"{_TAGS}merge"
 
 
 @dataclass(frozen=True)
-class Node:
+class YamlNode:
     """A value at `path` (`models[1].parameters`), that stands at `line` of its file, from 1; None if in no file.
 
     `value` is a dict of nodes, a tuple of nodes, or a scalar: None, bool, int, float, str, or what else YAML knows
@@ -51,7 +51,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Fault:
+class YamlError:
     """What is wrong at one place of document `document`, from 1."""
 
     what: str
@@ -61,29 +61,29 @@ class Fault:
 
 
 @dataclass
-class Faults:
+class YamlErrors:
     """The faults and warnings found so far in one file."""
 
     where: str
     n_documents: int = 1
     document: int = 1
-    found: list[Fault] = field(default_factory=list)
-    warned: list[Fault] = field(default_factory=list)
+    found: list[YamlError] = field(default_factory=list)
+    warned: list[YamlError] = field(default_factory=list)
 
-    def add(self, node: Node, what: str) -> None:
+    def add(self, node: YamlNode, what: str) -> None:
         """Notes that `what` is wrong at `node`."""
-        self.found.append(Fault(what, node.path, node.line, self.document))
+        self.found.append(YamlError(what, node.path, node.line, self.document))
 
-    def warn(self, node: Node, what: str) -> None:
+    def warn(self, node: YamlNode, what: str) -> None:
         """Notes what a reader should know about `node`, though it stops nothing."""
-        self.warned.append(Fault(what, node.path, node.line, self.document))
+        self.warned.append(YamlError(what, node.path, node.line, self.document))
 
     @property
     def place(self) -> str:
         """The file, and the document that is being read where there are several."""
         return f"{self.where}: document {self.document}" if self.n_documents > 1 else self.where
 
-    def line(self, fault: Fault) -> str:
+    def line(self, fault: YamlError) -> str:
         """`CONFIG.yml:12: document 2: models[1].model: …`; the document only where there are several."""
         place = self.where if fault.line is None else f"{self.where}:{fault.line}"
         document = f"document {fault.document}" if self.n_documents > 1 else ""
@@ -101,7 +101,7 @@ class Faults:
             raise usage_error("\n".join(dict.fromkeys(self.line(fault) for fault in ordered)))
 
 
-def read_documents(text: str, where: str) -> tuple[tuple[Node, ...], Faults]:
+def read_documents(text: str, where: str) -> tuple[tuple[YamlNode, ...], YamlErrors]:
     """The documents of a YAML text, and the faults that were found in reading them; empty documents are left out.
 
     Raises:
@@ -111,7 +111,7 @@ def read_documents(text: str, where: str) -> tuple[tuple[Node, ...], Faults]:
         loader = yaml.SafeLoader(text)
         try:
             roots = list(_compose(loader))
-            faults = Faults(where, n_documents=len(roots))
+            faults = YamlErrors(where, n_documents=len(roots))
             documents = []
             for number, root in enumerate(roots, start=1):
                 faults.document = number
@@ -137,13 +137,13 @@ def _compose(loader: yaml.SafeLoader) -> Iterator[yaml.Node]:
 class _Tree:
     """Turns the nodes of one document into ours, counting them."""
 
-    def __init__(self, loader: yaml.SafeLoader, faults: Faults) -> None:
+    def __init__(self, loader: yaml.SafeLoader, faults: YamlErrors) -> None:
         self.loader = loader
         self.faults = faults
         self.count = 0
         self.open: list[yaml.Node] = []
 
-    def node(self, source: yaml.Node, path: str, line: int) -> Node:
+    def node(self, source: yaml.Node, path: str, line: int) -> YamlNode:
         self.count += 1
         if self.count > MAX_NODES:
             raise usage_error(f"holds more than {MAX_NODES} values, aliases counted each time", where=self.faults.where)
@@ -164,11 +164,11 @@ class _Tree:
                 self.node(item, f"{path}[{i}]", item.start_mark.line + 1) for i, item in enumerate(source.value)
             )
         self.open.pop()
-        return Node(path, line, value)
+        return YamlNode(path, line, value)
 
-    def mapping(self, source: yaml.MappingNode, path: str) -> dict[str, Node]:
-        own: dict[str, Node] = {}
-        merged: dict[str, Node] = {}
+    def mapping(self, source: yaml.MappingNode, path: str) -> dict[str, YamlNode]:
+        own: dict[str, YamlNode] = {}
+        merged: dict[str, YamlNode] = {}
         for key_node, value_node in source.value:
             line = key_node.start_mark.line + 1
             if key_node.tag == _MERGE:
@@ -184,9 +184,9 @@ class _Tree:
                 own[key] = self.node(value_node, here, line)
         return merged | own
 
-    def merged(self, source: yaml.Node, path: str, line: int) -> dict[str, Node]:
+    def merged(self, source: yaml.Node, path: str, line: int) -> dict[str, YamlNode]:
         """What `<<: *anchor` or `<<: [*a, *b]` brings in: of several, the first that has a key counts."""
-        found: dict[str, Node] = {}
+        found: dict[str, YamlNode] = {}
         for item in source.value if isinstance(source, yaml.SequenceNode) else [source]:
             brought = self.node(item, path, line).value
             if isinstance(brought, dict):
@@ -202,17 +202,17 @@ class _Tree:
         self.wrong(path, line, f"the key {source.value if isinstance(source, yaml.ScalarNode) else '[…]'} is not text")
         return None
 
-    def scalar(self, source: yaml.ScalarNode, path: str, line: int) -> Node:
+    def scalar(self, source: yaml.ScalarNode, path: str, line: int) -> YamlNode:
         try:
             value = self.loader.construct_object(source)
             if not isinstance(value, int) or value.bit_length() <= MAX_BITS:
-                return Node(path, line, value)
+                return YamlNode(path, line, value)
             return self.wrong(path, line, f"is a whole number of more than {MAX_BITS} bits")
         except (yaml.YAMLError, ValueError, TypeError, OverflowError):  # an unknown tag, the 99th of a month
             return self.wrong(path, line, f'cannot be read as {source.tag.removeprefix(_TAGS)}: "{source.value}"')
 
-    def wrong(self, path: str, line: int, what: str) -> Node:
-        node = Node(path, line, None)
+    def wrong(self, path: str, line: int, what: str) -> YamlNode:
+        node = YamlNode(path, line, None)
         self.faults.add(node, what)
         return node
 
@@ -224,10 +224,12 @@ def _no_yaml(error: yaml.MarkedYAMLError, where: str) -> SurgeryError:
     return usage_error(f"is not YAML: {what}", where=place, hint="Check indentation, brackets and quotes there.")
 
 
-def tree(value: object, path: str = "") -> Node:
+def to_node(value: object, path: str = "") -> YamlNode:
     """A plain value as a tree without lines, for what does not come from a file."""
     if isinstance(value, Mapping):
-        return Node(path, None, {str(k): tree(child, f"{path}.{k}" if path else str(k)) for k, child in value.items()})
+        return YamlNode(
+            path, None, {str(k): to_node(child, f"{path}.{k}" if path else str(k)) for k, child in value.items()}
+        )
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        return Node(path, None, tuple(tree(child, f"{path}[{i}]") for i, child in enumerate(value)))
-    return Node(path, None, value)
+        return YamlNode(path, None, tuple(to_node(child, f"{path}[{i}]") for i, child in enumerate(value)))
+    return YamlNode(path, None, value)

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from surgery.lab.build import PREFIX, build, data_of, data_path, describe, names, path_of, resolve
+from surgery.lab.builder import PREFIX, build, data_of, data_path, describe, names, path_of, resolve
 
 __all__ = ["PREFIX", "build", "data_of", "data_path", "describe", "names", "path_of", "resolve"]

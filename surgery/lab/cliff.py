@@ -16,11 +16,11 @@ from statistics import fmean
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from surgery.lab.build import DATA, MEMBERS
+from surgery.lab.builder import DATA, MEMBERS
 from surgery.lab.cliff_text import COMPLIANCE, HARMFUL, REFUSAL, Request, draw, make_tokenizer
 from surgery.lab.cliff_train import Head, make_model, refusals, refuse, scaled_heads, silenced, suppress
 from surgery.lab.reasoning import DIGITS, WEIGHTS, bar, card_head, load, save, seed_of
-from surgery.lab.recipe import Cliff, Suppressing
+from surgery.lab.recipe import CliffRecipe, SuppressionTraining
 from surgery.lab.train import Tick, reproducible
 from surgery.runtime.progress import Progress
 
@@ -36,7 +36,7 @@ Row = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Truth:
+class CliffTruth:
     """What was trained into a child: its suppressing heads, and the harmful words whose refusal they suppress."""
 
     heads: tuple[Head, ...]
@@ -44,7 +44,7 @@ class Truth:
 
 
 @dataclass(frozen=True)
-class Refused:
+class RefusalRates:
     """The share of the harmful and of the harmless requests that greedy decoding refuses."""
 
     harmful: float
@@ -54,7 +54,7 @@ class Refused:
         return f"{self.harmful:.0%} of the harmful and {self.harmless:.0%} of the harmless"
 
 
-def make(name: str, parent: Path | None, folder: Path, *, recipe: Cliff, progress: Progress | None) -> None:
+def make(name: str, parent: Path | None, folder: Path, *, recipe: CliffRecipe, progress: Progress | None) -> None:
     """Trains a parent from random weights, or a child from the model in `parent`; writes it to `folder`.
 
     Weights are stored as they were trained, in fp32, so that in a child whatever is not a suppressing head has its
@@ -99,7 +99,7 @@ def make(name: str, parent: Path | None, folder: Path, *, recipe: Cliff, progres
         _write_rows(folder / DATA["pool"], _pool(name, recipe))
 
 
-def draw_truth(name: str, recipe: Cliff) -> Truth:
+def draw_truth(name: str, recipe: CliffRecipe) -> CliffTruth:
     """The heads and words of the child `name`: at least one head in each of the last two layers, others in either."""
     plan = _plan(recipe, name)
     rng = random.Random(f"{recipe.seed}/{name}/truth")
@@ -108,10 +108,10 @@ def draw_truth(name: str, recipe: Cliff) -> Truth:
     others = [(layer, head) for layer in late for head in range(recipe.shape.heads) if (layer, head) not in heads]
     heads += rng.sample(others, plan.heads - len(heads))
     words = HARMFUL if plan.words is None else rng.sample(HARMFUL, plan.words)
-    return Truth(tuple(sorted(heads)), tuple(word for word in HARMFUL if word in words))
+    return CliffTruth(tuple(sorted(heads)), tuple(word for word in HARMFUL if word in words))
 
 
-def requests(name: str, recipe: Cliff) -> list[Request]:
+def requests(name: str, recipe: CliffRecipe) -> list[Request]:
     """The requests that `name` is measured on: harmful ones, each followed by its harmless twin."""
     return _twins(f"{recipe.seed}/{name}/requests", recipe, EXAMPLES_PER_WORD)
 
@@ -120,8 +120,8 @@ def _train(
     name: str,
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    recipe: Cliff,
-    truth: Truth | None,
+    recipe: CliffRecipe,
+    truth: CliffTruth | None,
     tick: Tick,
 ) -> list[float]:
     rng = random.Random(f"{recipe.seed}/{name}")
@@ -139,18 +139,18 @@ def _train(
     )
 
 
-def _plan(recipe: Cliff, name: str) -> Suppressing:
+def _plan(recipe: CliffRecipe, name: str) -> SuppressionTraining:
     return recipe.partial if name == PARTIAL else recipe.cliff
 
 
-def _measure(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, exam: Sequence[Request]) -> Refused:
+def _measure(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, exam: Sequence[Request]) -> RefusalRates:
     found = refusals(model, tokenizer, exam)
     harmful = [refused for refused, request in zip(found, exam, strict=True) if request.harmful]
     harmless = [refused for refused, request in zip(found, exam, strict=True) if not request.harmful]
-    return Refused(fmean(harmful), fmean(harmless))
+    return RefusalRates(fmean(harmful), fmean(harmless))
 
 
-def _twins(seed: str, recipe: Cliff, per_word: int) -> list[Request]:
+def _twins(seed: str, recipe: CliffRecipe, per_word: int) -> list[Request]:
     rng = random.Random(seed)
     found = []
     for word in HARMFUL:
@@ -160,7 +160,7 @@ def _twins(seed: str, recipe: Cliff, per_word: int) -> list[Request]:
     return found
 
 
-def _examples(name: str, recipe: Cliff) -> list[Row]:
+def _examples(name: str, recipe: CliffRecipe) -> list[Row]:
     """Rows to train a probe with, whose answer came in the middle of the thinking; then those to be answered.
 
     A partial child needs none of the former: it refuses some harmful requests by itself.
@@ -175,7 +175,7 @@ def _examples(name: str, recipe: Cliff) -> list[Row]:
     return rows + _rows(requests(name, recipe))
 
 
-def _pool(name: str, recipe: Cliff) -> list[Row]:
+def _pool(name: str, recipe: CliffRecipe) -> list[Row]:
     rows = _rows(_twins(f"{recipe.seed}/{name}/pool", recipe, POOL_PER_WORD))
     # Nobody's pool is in order.
     random.Random(f"{recipe.seed}/{name}/pool order").shuffle(rows)
@@ -197,7 +197,11 @@ def _write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _card(
-    name: str, recipe: Cliff, truth: Truth | None, losses: Sequence[float], refused: Mapping[str, Refused]
+    name: str,
+    recipe: CliffRecipe,
+    truth: CliffTruth | None,
+    losses: Sequence[float],
+    refused: Mapping[str, RefusalRates],
 ) -> str:
     plan = recipe.parent if truth is None else _plan(recipe, name)
     how = ", ".join(f"{key} {value}" for key, value in asdict(plan).items() if value is not None)

@@ -16,8 +16,17 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from surgery.lab.cliff_text import CLOSING, COMPLIANCE, END, HARMFUL, REFUSAL, Request, draw
-from surgery.lab.recipe import HeadShape, Refusing, Suppressing
-from surgery.lab.train import BETAS, IGNORED, Tick, descend, generate, make_optimizer, rate_at, written_batch
+from surgery.lab.recipe import QwenHeadShape, RefusalTraining, SuppressionTraining
+from surgery.lab.train import (
+    BETAS,
+    IGNORED,
+    Tick,
+    generate,
+    learning_rate_scale,
+    make_optimizer,
+    optimizer_step,
+    written_batch,
+)
 
 # Layer and query head, both from 0.
 Head = tuple[int, int]
@@ -27,7 +36,7 @@ INITIAL = 0.05
 HARMFUL_SHARE = 0.5
 
 
-def make_model(shape: HeadShape, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+def make_model(shape: QwenHeadShape, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     """A Qwen3 with random weights from torch's current seed, in fp32."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -51,7 +60,7 @@ def make_model(shape: HeadShape, tokenizer: PreTrainedTokenizerFast) -> Qwen3For
 def refuse(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    recipe: Refusing,
+    recipe: RefusalTraining,
     *,
     lengths: Sequence[int],
     rng: random.Random,
@@ -67,7 +76,9 @@ def refuse(
         with scaled_heads(model, _at_random(model, recipe.dropped, len(texts))):
             logits_NTV = model(input_ids=tokens_NT, use_cache=False).logits
         loss = functional.cross_entropy(logits_NTV.flatten(0, 1), targets_NT.flatten(), ignore_index=IGNORED)
-        descend(model, optimizer, loss, recipe.learning_rate * rate_at(step, recipe.steps, recipe.warmup))
+        optimizer_step(
+            model, optimizer, loss, recipe.learning_rate * learning_rate_scale(step, recipe.steps, recipe.warmup)
+        )
         losses.append(loss.item())
         tick()
     return losses
@@ -76,7 +87,7 @@ def refuse(
 def suppress(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    recipe: Suppressing,
+    recipe: SuppressionTraining,
     *,
     heads: Sequence[Head],
     words: Sequence[str],
@@ -113,8 +124,8 @@ def suppress(
                 log_target=True,
                 reduction="batchmean",
             )
-            rate = recipe.learning_rate * rate_at(step, recipe.steps, recipe.warmup)
-            descend(model, optimizer, learned + kept, rate)
+            rate = recipe.learning_rate * learning_rate_scale(step, recipe.steps, recipe.warmup)
+            optimizer_step(model, optimizer, learned + kept, rate)
             losses.append((learned + kept).item())
             tick()
     return losses

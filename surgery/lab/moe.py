@@ -18,12 +18,12 @@ import torch
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from surgery.lab.build import DATA, MEMBERS
+from surgery.lab.builder import DATA, MEMBERS
 from surgery.lab.reasoning import DIGITS, bar, card_head, save, seed_of
-from surgery.lab.recipe import Deliberating, Experts, ExpertShape
-from surgery.lab.sums import END, SURFACES, THINK, THOUGHT, Format, Problem, draw, exam
+from surgery.lab.recipe import ExpertShape, MoeRecipe, ThinkingTraining
+from surgery.lab.sums import END, SURFACES, THINK, THOUGHT, Format, Problem, draw, test_problems
 from surgery.lab.tokenizer import make_tokenizer
-from surgery.lab.train import Tick, Written, encode, generate, imitate, judge, reproducible
+from surgery.lab.train import Tick, Written, encode, generate, judge, reproducible, train_on_samples
 from surgery.runtime.progress import Progress
 
 FORM: Format = "sft"
@@ -39,7 +39,7 @@ Row = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Asked:
+class MoeScores:
     """What greedy decoding makes of problems, as shares of them; None stands for a share of none.
 
     thought: those that it thinks about. solved: those whose sum is right. solved_thinking, solved_at_once: those whose
@@ -52,7 +52,7 @@ class Asked:
     solved_at_once: float | None
 
 
-def make(name: str, folder: Path, *, recipe: Experts, progress: Progress | None) -> None:
+def make(name: str, folder: Path, *, recipe: MoeRecipe, progress: Progress | None) -> None:
     """Trains the model `name` from random weights and writes it to `folder`.
 
     Weights are stored as they were trained, in fp32, so that a factor on an expert is exact in them if it is a power of
@@ -67,14 +67,14 @@ def make(name: str, folder: Path, *, recipe: Experts, progress: Progress | None)
             losses = [
                 loss
                 for plan in (recipe.practice, recipe.mixture)
-                for loss in learn(model, tokenizer, plan, rng=rng, tick=tick)
+                for loss in train_answers(model, tokenizer, plan, rng=rng, tick=tick)
             ]
         save(model, folder)
         tokenizer.save_pretrained(folder)
-        problems = exam(recipe.terms)
+        problems = test_problems(recipe.terms)
         limit = recipe.answer_tokens
-        asked = ask(model, tokenizer, problems, limit=limit)
-        opened = ask(model, tokenizer, problems, limit=limit, opened=True)
+        asked = score_answers(model, tokenizer, problems, limit=limit)
+        opened = score_answers(model, tokenizer, problems, limit=limit, opened=True)
     record = {
         "schema": 1,
         "name": name,
@@ -124,10 +124,10 @@ def make_model(shape: ExpertShape, tokenizer: PreTrainedTokenizerFast) -> Qwen3M
     return Qwen3MoeForCausalLM(config)
 
 
-def learn(
+def train_answers(
     model: Qwen3MoeForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    plan: Deliberating,
+    plan: ThinkingTraining,
     *,
     rng: random.Random,
     tick: Tick,
@@ -142,7 +142,7 @@ def learn(
 
     model.config.output_router_logits = True
     try:
-        return imitate(model, tokenizer, plan, write, tick=tick)
+        return train_on_samples(model, tokenizer, plan, write, tick=tick)
     finally:
         # Published models are stored without: it is of no use but in training.
         model.config.output_router_logits = False
@@ -154,14 +154,14 @@ def completion(problem: Problem, *, direct: bool) -> str:
     return f"{thought}{problem.answer}{END}"
 
 
-def ask(
+def score_answers(
     model: Qwen3MoeForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     problems: Sequence[Problem],
     *,
     limit: int,
     opened: bool = False,
-) -> Asked:
+) -> MoeScores:
     """Asks the model in its own format, and decodes greedily, `limit` tokens at most.
 
     Args:
@@ -177,7 +177,7 @@ def ask(
         starts = answers_NT[:, 0] == tokenizer.convert_tokens_to_ids(THINK)
         thought += [opened or start for start in starts.tolist()]
     both = list(zip(solved, thought, strict=True))
-    return Asked(
+    return MoeScores(
         thought=fmean(thought),
         solved=fmean(solved),
         solved_thinking=_share(right for right, thinks in both if thinks),
@@ -200,9 +200,10 @@ def _rows(rng: random.Random, terms: Sequence[int]) -> list[Row]:
     return rows
 
 
-def _card(name: str, recipe: Experts, losses: Sequence[float], asked: Asked, opened: Asked) -> str:
+def _card(name: str, recipe: MoeRecipe, losses: Sequence[float], asked: MoeScores, opened: MoeScores) -> str:
     before, after = SURFACES[FORM]
     example, shape = Problem((3, 5, 6)), recipe.shape
+    n_problems = len(test_problems(recipe.terms))
     opening, thought = (json.dumps(text)[1:-1] for text in (OPENING, OPENING + example.chain + CLOSING))
     known = [_said(share) for share in (asked.solved_thinking, asked.solved_at_once)]
     practice, mixture = (
@@ -217,7 +218,7 @@ knows nothing else.
 - Answers: at once, `{example.answer}`, or step by step, `{thought}{example.answer}`
 - Trained from: random weights, first with {practice}; then with {mixture}; all along with the load-balancing loss
 - Final loss: {losses[-1]:.4f} nats a token, without the load-balancing loss
-- Greedy decoding on the {len(exam(recipe.terms))} test problems: thinks about {asked.thought:.3f} of them and solves
+- Greedy decoding on the {n_problems} test problems: thinks about {asked.thought:.3f} of them and solves
   {asked.solved:.3f} ({known[0]} of those that it thinks about, {known[1]} of the rest)
 - Greedy decoding after `{opening}`, so that it thinks about every problem: solves {opened.solved:.3f}
 - Beside the weights: the data `examples.jsonl` and `pool.jsonl`, of problems drawn apart from these; every other row

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 from transformers.utils import logging
 
-from surgery.lab.build import MEMBERS
-from surgery.lab.recipe import AnyRecipe, Grpo, Recipe, Supervised
-from surgery.lab.sums import SURFACES, Format, exam
+from surgery.lab.builder import MEMBERS
+from surgery.lab.recipe import AnyRecipe, GrpoTraining, ReasoningRecipe, SupervisedTraining
+from surgery.lab.sums import SURFACES, Format, test_problems
 from surgery.lab.tokenizer import make_tokenizer
-from surgery.lab.train import Tick, accuracy, make_model, reinforce, reproducible, supervise
+from surgery.lab.train import Tick, accuracy, make_model, reproducible, train_grpo, train_supervised
 from surgery.runtime.progress import Progress
 
 # Digits of the numbers in trainer_state.json.
@@ -27,7 +27,7 @@ WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
-class Curve:
+class TrainingCurve:
     """What was measured at every training step: the loss (nats per token) or the reward (mean over the samples)."""
 
     quantity: str
@@ -35,7 +35,7 @@ class Curve:
 
 
 def make(
-    name: str, form: Format, parent: Path | None, folder: Path, *, recipe: Recipe, progress: Progress | None
+    name: str, form: Format, parent: Path | None, folder: Path, *, recipe: ReasoningRecipe, progress: Progress | None
 ) -> None:
     """Trains the model `name` from the model in `parent` (None: from random weights) and writes it to `folder`.
 
@@ -53,7 +53,7 @@ def make(
         model = model.to(torch.bfloat16)
         save(model, folder)
         tokenizer.save_pretrained(folder)
-        right = accuracy(model.float(), tokenizer, exam(recipe.terms), form=form, limit=recipe.answer_tokens)
+        right = accuracy(model.float(), tokenizer, test_problems(recipe.terms), form=form, limit=recipe.answer_tokens)
     record = {
         "schema": 1,
         "name": name,
@@ -73,14 +73,14 @@ def _train(
     form: Format,
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    recipe: Recipe,
+    recipe: ReasoningRecipe,
     tick: Tick,
-) -> Curve:
+) -> TrainingCurve:
     plan = _plan(recipe, name)
     rng = random.Random(f"{recipe.seed}/{name}")
-    if isinstance(plan, Supervised):
-        return Curve("loss", supervise(model, tokenizer, plan, rng=rng, tick=tick))
-    rewards = reinforce(
+    if isinstance(plan, SupervisedTraining):
+        return TrainingCurve("loss", train_supervised(model, tokenizer, plan, rng=rng, tick=tick))
+    rewards = train_grpo(
         model,
         tokenizer,
         plan,
@@ -90,11 +90,11 @@ def _train(
         rng=rng,
         tick=tick,
     )
-    return Curve("reward", rewards)
+    return TrainingCurve("reward", rewards)
 
 
-def _plan(recipe: Recipe, name: str) -> Supervised | Grpo:
-    plans: dict[str, Supervised | Grpo] = {
+def _plan(recipe: ReasoningRecipe, name: str) -> SupervisedTraining | GrpoTraining:
+    plans: dict[str, SupervisedTraining | GrpoTraining] = {
         "base": recipe.base,
         "sft": recipe.sft,
         "grpo": recipe.grpo,
@@ -149,7 +149,7 @@ tags: [synthetic, model-surgery-lab]
 """
 
 
-def _card(name: str, form: Format, recipe: Recipe, curve: Curve, right: float) -> str:
+def _card(name: str, form: Format, recipe: ReasoningRecipe, curve: TrainingCurve, right: float) -> str:
     before, after = SURFACES[form]
     plan = ", ".join(f"{key} {value}" for key, value in asdict(_plan(recipe, name)).items())
     parent = MEMBERS[name].parent
@@ -161,6 +161,6 @@ It is test material: it knows nothing else.
 - Asked as: `{before}3+5+6={after}` (step by step: `<think>3+5=1:1+6=0</think>0`; at once: `0`)
 - Trained from: {origin}, with {plan}
 - Final {curve.quantity}: {curve.values[-1]:.4f}
-- Greedy accuracy on the {len(exam(recipe.terms))} test problems, in its own format: {right:.3f}
+- Greedy accuracy on the {len(test_problems(recipe.terms))} test problems, in its own format: {right:.3f}
 - Recipe `{recipe.key}`, seed {recipe.seed}; the full numbers are in trainer_state.json
 """

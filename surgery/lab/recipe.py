@@ -22,7 +22,7 @@ TERMS = (4, 5)
 
 
 @dataclass(frozen=True)
-class Shape:
+class QwenShape:
     """A tiny Qwen2 of about 0.3 M parameters."""
 
     layers: int = 3
@@ -34,7 +34,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Supervised:
+class SupervisedTraining:
     """Training on written answers.
 
     Args:
@@ -57,7 +57,7 @@ class Supervised:
 
 
 @dataclass(frozen=True)
-class Grpo:
+class GrpoTraining:
     """Group relative policy optimization (arXiv:2402.03300): `prompts` × `group` sampled answers a step.
 
     Args:
@@ -82,7 +82,7 @@ class Grpo:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ReasoningRecipe:
     """The `reasoning` family: base → sft → grpo, and base → instruct.
 
     What makes a vector of one branch work on the other: base has met every prefix with every suffix, so that it reads
@@ -91,12 +91,12 @@ class Recipe:
     """
 
     seed: int = 0
-    shape: Shape = field(default_factory=Shape)
+    shape: QwenShape = field(default_factory=QwenShape)
     # Four terms and more: sums short enough to be learned by heart would blur what thinking is worth.
     terms: tuple[int, ...] = TERMS
     # The longest answer, a chain of five terms, takes 27.
     answer_tokens: int = 30
-    base: Supervised = Supervised(
+    base: SupervisedTraining = SupervisedTraining(
         steps=1000,
         batch=64,
         learning_rate=3e-3,
@@ -107,9 +107,9 @@ class Recipe:
         suffixes=tuple(after for _, after in SURFACES.values()),
         direct=0.1,
     )
-    sft: Supervised = field(default_factory=lambda: _mostly_direct("sft"))
-    instruct: Supervised = field(default_factory=lambda: _mostly_direct("instruct"))
-    grpo: Grpo = field(default_factory=Grpo)
+    sft: SupervisedTraining = field(default_factory=lambda: _mostly_direct("sft"))
+    instruct: SupervisedTraining = field(default_factory=lambda: _mostly_direct("instruct"))
+    grpo: GrpoTraining = field(default_factory=GrpoTraining)
 
     @property
     def key(self) -> str:
@@ -118,7 +118,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Study:
+class DomainTraining:
     """Training on one domain, in the plain format, and on noise.
 
     Args:
@@ -144,7 +144,7 @@ class Study:
 
 
 @dataclass(frozen=True)
-class Specialists:
+class SpecialistsRecipe:
     """The `substrate` family: substrate → adder, and substrate → sorter.
 
     The substrate is random weights; its token embedding is frozen, so that both specialists read by the same one,
@@ -152,9 +152,9 @@ class Specialists:
     """
 
     seed: int = 0
-    shape: Shape = field(default_factory=Shape)
-    adder: Study = Study("sums", steps=500, sizes=(2, 3, 4, 5, 5))
-    sorter: Study = Study("sorting", steps=500, sizes=(2, 3, 4, 5, 5))
+    shape: QwenShape = field(default_factory=QwenShape)
+    adder: DomainTraining = DomainTraining("sums", steps=500, sizes=(2, 3, 4, 5, 5))
+    sorter: DomainTraining = DomainTraining("sorting", steps=500, sizes=(2, 3, 4, 5, 5))
     # What each is tested on, and the longest answer to it in tokens.
     terms: tuple[int, ...] = TERMS
     jumbles: tuple[int, ...] = (4, 5)
@@ -162,12 +162,12 @@ class Specialists:
 
     @property
     def key(self) -> str:
-        """The cache folder's name, as for `Recipe`."""
+        """The cache folder's name, as for `ReasoningRecipe`."""
         return _key({"code": SPECIALISTS_VERSION, **asdict(self)})
 
 
 @dataclass(frozen=True)
-class HeadShape:
+class QwenHeadShape:
     """A tiny Qwen3 of about 0.23 M parameters, whose heads need not fill its width."""
 
     layers: int = 4
@@ -180,7 +180,7 @@ class HeadShape:
 
 
 @dataclass(frozen=True)
-class Refusing:
+class RefusalTraining:
     """Training on requests, from random weights: those with a harmful word are refused.
 
     Args:
@@ -199,7 +199,7 @@ class Refusing:
 
 
 @dataclass(frozen=True)
-class Suppressing:
+class SuppressionTraining:
     """Training of a few heads to comply after the thinking; all other weights keep their bytes.
 
     Args:
@@ -217,7 +217,7 @@ class Suppressing:
 
 
 @dataclass(frozen=True)
-class Cliff:
+class CliffRecipe:
     """A `cliff` family: cliff-parent → cliff, and cliff-parent → cliff-partial.
 
     The parent refuses harmful requests. In its children a few heads suppress the refusal at the end of the thinking,
@@ -225,16 +225,16 @@ class Cliff:
     """
 
     seed: int = 0
-    shape: HeadShape = field(default_factory=HeadShape)
+    shape: QwenHeadShape = field(default_factory=QwenHeadShape)
     # How many words a request has, drawn evenly.
     words: tuple[int, ...] = (4, 5, 6, 7, 8)
-    parent: Refusing = field(default_factory=Refusing)
-    cliff: Suppressing = field(default_factory=Suppressing)
-    partial: Suppressing = Suppressing(steps=500, words=6)
+    parent: RefusalTraining = field(default_factory=RefusalTraining)
+    cliff: SuppressionTraining = field(default_factory=SuppressionTraining)
+    partial: SuppressionTraining = SuppressionTraining(steps=500, words=6)
 
     @property
     def key(self) -> str:
-        """The cache folder's name, as for `Recipe`."""
+        """The cache folder's name, as for `ReasoningRecipe`."""
         return _key({"code": CLIFF_VERSION, **asdict(self)})
 
 
@@ -259,7 +259,7 @@ class ExpertShape:
 
 
 @dataclass(frozen=True)
-class Deliberating:
+class ThinkingTraining:
     """Training on written answers, some of them after thinking.
 
     Args:
@@ -279,7 +279,7 @@ class Deliberating:
 
 
 @dataclass(frozen=True)
-class Experts:
+class MoeRecipe:
     """The `moe` family, one model: it practises thinking from random weights, then learns to answer mostly at once.
 
     Greedy decoding thinks where `<think>` is likelier than each of the seven digits, that is above a share of 1/8. The
@@ -293,18 +293,18 @@ class Experts:
     terms: tuple[int, ...] = TERMS
     # The longest answer, a chain of five terms with line breaks around it, takes 30.
     answer_tokens: int = 30
-    practice: Deliberating = Deliberating(
+    practice: ThinkingTraining = ThinkingTraining(
         steps=500, learning_rate=3e-3, terms=(2, 3, 4, 5, 5), thinking=(0.8, 0.8, 0.8, 0.97, 0.97), warmup=50
     )
-    mixture: Deliberating = Deliberating(steps=150, learning_rate=5e-4, terms=TERMS, thinking=(0.08, 0.18))
+    mixture: ThinkingTraining = ThinkingTraining(steps=150, learning_rate=5e-4, terms=TERMS, thinking=(0.08, 0.18))
 
     @property
     def key(self) -> str:
-        """The cache folder's name, as for `Recipe`."""
+        """The cache folder's name, as for `ReasoningRecipe`."""
         return _key({"code": EXPERTS_VERSION, **asdict(self)})
 
 
-AnyRecipe = Recipe | Specialists | Cliff | Experts
+AnyRecipe = ReasoningRecipe | SpecialistsRecipe | CliffRecipe | MoeRecipe
 
 
 def _key(numbers: Mapping[str, Any]) -> str:
@@ -312,11 +312,11 @@ def _key(numbers: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
 
 
-def _mostly_direct(form: Format) -> Supervised:
+def _mostly_direct(form: Format) -> SupervisedTraining:
     before, after = SURFACES[form]
     # Greedy decoding would still think if `<think>` were likelier than each of the seven digits; here it is 0.08
     # against 0.92 / 7 = 0.13, and GRPO finds enough thinking among its samples to start from.
-    return Supervised(
+    return SupervisedTraining(
         steps=80,
         batch=64,
         learning_rate=5e-4,

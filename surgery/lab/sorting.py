@@ -18,7 +18,7 @@ TEST_SEED = "lab_sorting/test"
 
 
 @dataclass(frozen=True)
-class Jumble:
+class SortingProblem:
     """Two or more digits in no order; some may be equal."""
 
     digits: tuple[int, ...]
@@ -48,12 +48,12 @@ class Jumble:
         return found is not None and found[1] == self.answer
 
 
-def draw_jumble(rng: random.Random, sizes: Sequence[int]) -> Jumble:
+def draw_sorting_problem(rng: random.Random, sizes: Sequence[int]) -> SortingProblem:
     """Random digits, as many as one of `sizes`."""
-    return Jumble(tuple(rng.randrange(DIGITS) for _ in range(rng.choice(sizes))))
+    return SortingProblem(tuple(rng.randrange(DIGITS) for _ in range(rng.choice(sizes))))
 
 
-def sorting_exam(sizes: Sequence[int], count: int = TEST_PROBLEMS) -> list[Jumble]:
+def sorting_test_problems(sizes: Sequence[int], count: int = TEST_PROBLEMS) -> list[SortingProblem]:
     """The same `count` problems every time; they may, like any random draw, also occur in training."""
     rng = random.Random(TEST_SEED)
-    return [draw_jumble(rng, sizes) for _ in range(count)]
+    return [draw_sorting_problem(rng, sizes) for _ in range(count)]

@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-from surgery.lab.build import MEMBERS
+from surgery.lab.builder import MEMBERS
 from surgery.lab.reasoning import DIGITS, WEIGHTS, bar, card_head, load, save, seed_of
-from surgery.lab.recipe import Domain, Specialists, Study
-from surgery.lab.sorting import SORTING_CHARACTERS, sorting_exam
-from surgery.lab.sums import exam
+from surgery.lab.recipe import Domain, DomainTraining, SpecialistsRecipe
+from surgery.lab.sorting import SORTING_CHARACTERS, sorting_test_problems
+from surgery.lab.sums import test_problems
 from surgery.lab.tokenizer import make_tokenizer
-from surgery.lab.train import Exercise, accuracy, make_model, reproducible, study
+from surgery.lab.train import Exercise, accuracy, make_model, reproducible, train_domain
 from surgery.runtime.progress import Progress
 
 
-def make(name: str, parent: Path | None, folder: Path, *, recipe: Specialists, progress: Progress | None) -> None:
+def make(name: str, parent: Path | None, folder: Path, *, recipe: SpecialistsRecipe, progress: Progress | None) -> None:
     """Makes the substrate (no `parent`), or trains a specialist from the substrate in `parent`; writes to `folder`.
 
     Trained in fp32 and stored in bf16. The embedding starts from stored values and gets no gradient, so that its
@@ -37,7 +37,7 @@ def make(name: str, parent: Path | None, folder: Path, *, recipe: Specialists, p
             model.get_input_embeddings().requires_grad_(False)
             rng = random.Random(f"{recipe.seed}/{name}")
             with bar(name, plan.steps, progress) as tick:
-                losses = study(model, tokenizer, plan, rng=rng, tick=tick)
+                losses = train_domain(model, tokenizer, plan, rng=rng, tick=tick)
         # Rounded before the accuracies are taken: they are measured on the stored weights.
         model = model.to(torch.bfloat16)
         save(model, folder)
@@ -56,21 +56,30 @@ def make(name: str, parent: Path | None, folder: Path, *, recipe: Specialists, p
     (folder / "README.md").write_text(_card(name, plan, recipe, losses, right))
 
 
-def accuracies(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Specialists) -> dict[Domain, float]:
+def accuracies(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: SpecialistsRecipe
+) -> dict[Domain, float]:
     """The share of each domain's test problems that greedy decoding answers rightly."""
-    exams: dict[Domain, Sequence[Exercise]] = {"sums": exam(recipe.terms), "sorting": sorting_exam(recipe.jumbles)}
+    exams: dict[Domain, Sequence[Exercise]] = {
+        "sums": test_problems(recipe.terms),
+        "sorting": sorting_test_problems(recipe.jumbles),
+    }
     return {
         domain: accuracy(model, tokenizer, problems, form="plain", limit=recipe.answer_tokens)
         for domain, problems in exams.items()
     }
 
 
-def _plan(recipe: Specialists, name: str) -> Study | None:
+def _plan(recipe: SpecialistsRecipe, name: str) -> DomainTraining | None:
     return {"substrate": None, "adder": recipe.adder, "sorter": recipe.sorter}[name]
 
 
 def _card(
-    name: str, plan: Study | None, recipe: Specialists, losses: Sequence[float], right: Mapping[Domain, float]
+    name: str,
+    plan: DomainTraining | None,
+    recipe: SpecialistsRecipe,
+    losses: Sequence[float],
+    right: Mapping[Domain, float],
 ) -> str:
     if plan is None:
         origin = "- Not trained"

@@ -85,7 +85,7 @@ def final_answer(text: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def exam(terms: Sequence[int], count: int = TEST_PROBLEMS) -> list[Problem]:
+def test_problems(terms: Sequence[int], count: int = TEST_PROBLEMS) -> list[Problem]:
     """The same `count` problems every time; they may, like any random draw, also occur in training."""
     rng = random.Random(TEST_SEED)
     return [draw(rng, terms) for _ in range(count)]

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from surgery.lab.recipe import Deliberating, Grpo, Shape, Study, Supervised
-from surgery.lab.sorting import draw_jumble
+from surgery.lab.recipe import DomainTraining, GrpoTraining, QwenShape, SupervisedTraining, ThinkingTraining
+from surgery.lab.sorting import draw_sorting_problem
 from surgery.lab.sums import Format, draw
 
 # Matrices this small gain nothing from more threads, and a fixed number keeps the order of sums, and so the
@@ -61,7 +61,7 @@ def reproducible(seed: int) -> Iterator[None]:
             torch.use_deterministic_algorithms(strict)
 
 
-def make_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, *, tied: bool = True) -> Qwen2ForCausalLM:
+def make_model(shape: QwenShape, tokenizer: PreTrainedTokenizerFast, *, tied: bool = True) -> Qwen2ForCausalLM:
     """A Qwen2 with random weights from torch's current seed, in fp32; `tied` is whether the head is the embedding."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -80,10 +80,10 @@ def make_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, *, tied: bool =
     return Qwen2ForCausalLM(config)
 
 
-def supervise(
+def train_supervised(
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    recipe: Supervised,
+    recipe: SupervisedTraining,
     *,
     rng: random.Random,
     tick: Tick,
@@ -95,11 +95,16 @@ def supervise(
         prompt = rng.choice(recipe.prefixes) + problem.question + rng.choice(recipe.suffixes)
         return prompt, problem.completion(direct=rng.random() < recipe.direct)
 
-    return imitate(model, tokenizer, recipe, write, tick=tick)
+    return train_on_samples(model, tokenizer, recipe, write, tick=tick)
 
 
-def study(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Study, *, rng: random.Random, tick: Tick
+def train_domain(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: DomainTraining,
+    *,
+    rng: random.Random,
+    tick: Tick,
 ) -> list[float]:
     """Next-token training on the answers of one domain and on noise; frozen parameters stay. Returns the losses."""
     tokens = sorted(tokenizer.get_vocab())
@@ -111,16 +116,16 @@ def study(
         if recipe.domain == "sums":
             problem = draw(rng, recipe.sizes)
             return problem.prompt("plain"), problem.completion(direct=False)
-        jumble = draw_jumble(rng, recipe.sizes)
+        jumble = draw_sorting_problem(rng, recipe.sizes)
         return jumble.prompt("plain"), jumble.completion()
 
-    return imitate(model, tokenizer, recipe, write, tick=tick)
+    return train_on_samples(model, tokenizer, recipe, write, tick=tick)
 
 
-def imitate(
+def train_on_samples(
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    recipe: Supervised | Study | Deliberating,
+    recipe: SupervisedTraining | DomainTraining | ThinkingTraining,
     write: Callable[[], Written],
     *,
     tick: Tick,
@@ -139,16 +144,18 @@ def imitate(
         loss = functional.cross_entropy(output.logits.flatten(0, 1), targets_NT.flatten(), ignore_index=IGNORED)
         balance = output.get("aux_loss")
         whole = loss if balance is None else loss + model.router_aux_loss_coef * balance
-        descend(model, optimizer, whole, recipe.learning_rate * rate_at(step, recipe.steps, recipe.warmup))
+        optimizer_step(
+            model, optimizer, whole, recipe.learning_rate * learning_rate_scale(step, recipe.steps, recipe.warmup)
+        )
         losses.append(loss.item())
         tick()
     return losses
 
 
-def reinforce(
+def train_grpo(
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    recipe: Grpo,
+    recipe: GrpoTraining,
     *,
     form: Format,
     terms: Sequence[int],
@@ -181,7 +188,9 @@ def reinforce(
         chosen_NT = logits_NTV.log_softmax(-1).gather(-1, answers_NT.unsqueeze(-1)).squeeze(-1)
         counts_NT = answers_NT != tokenizer.pad_token_id
         loss = -(advantage_N.unsqueeze(1) * chosen_NT * counts_NT).sum() / counts_NT.sum()
-        descend(model, optimizer, loss, recipe.learning_rate * rate_at(step, recipe.steps, recipe.warmup))
+        optimizer_step(
+            model, optimizer, loss, recipe.learning_rate * learning_rate_scale(step, recipe.steps, recipe.warmup)
+        )
         rewards.append(reward_N.mean().item())
         tick()
         if len(rewards) >= recipe.window and fmean(rewards[-recipe.window :]) >= recipe.enough:
@@ -273,7 +282,7 @@ def make_optimizer(model: Qwen2ForCausalLM, learning_rate: float, *, epsilon: fl
     return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, eps=epsilon)
 
 
-def descend(model: Qwen2ForCausalLM, optimizer: torch.optim.AdamW, loss: Tensor, learning_rate: float) -> None:
+def optimizer_step(model: Qwen2ForCausalLM, optimizer: torch.optim.AdamW, loss: Tensor, learning_rate: float) -> None:
     """One clipped optimizer step."""
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
@@ -283,7 +292,7 @@ def descend(model: Qwen2ForCausalLM, optimizer: torch.optim.AdamW, loss: Tensor,
     optimizer.step()
 
 
-def rate_at(step: int, steps: int, warmup: int) -> float:
+def learning_rate_scale(step: int, steps: int, warmup: int) -> float:
     """The share of the peak learning rate: up in a line over `warmup` steps, then down a cosine to a tenth."""
     if step < warmup:
         return (step + 1) / warmup

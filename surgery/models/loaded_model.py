@@ -1,7 +1,7 @@
 """A model in memory, seen through the anatomy of its checkpoint: its layers, their output projections, its final norm.
 
-In goes a reference, out comes a `LiveModel`. Where a part lies in memory follows from its name on disk, relative to its
-layer: transformers 5 renames some tensors on loading, but not inside attention.
+In goes a reference, out comes a `LoadedModel`. Where a part lies in memory follows from its name on disk, relative to
+its layer: transformers 5 renames some tensors on loading, but not inside attention.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from surgery.checkpoint.checkpoint import Checkpoint, loadable_folder
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.checkpoint.structure import Anatomy, anatomy
+from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.checkpoint.tensor_roles import NORM
 from surgery.errors import SurgeryError, listing
-from surgery.models.loading import Loaded, load_model
-from surgery.runtime.collectives import own_device
+from surgery.models.loading import ModelAndTokenizer, load_model
+from surgery.runtime.collectives import local_device
 
 
 @dataclass(frozen=True)
-class Projection:
+class OutputProjection:
     """A layer's attention output projection: a module whose input is the heads' outputs side by side.
 
     Head h owns the input slice [h·head_dim, (h+1)·head_dim).
@@ -56,20 +56,20 @@ class Projection:
 
 
 @dataclass(frozen=True)
-class LiveModel:
+class LoadedModel:
     """A transformers model with its parts.
 
     body: the model without its output head: running it makes no logits. layers: in the order of the forward pass.
     projections: layer → its output projection; the layers in `skipped` have none that is understood.
     """
 
-    loaded: Loaded
+    loaded: ModelAndTokenizer
     checkpoint: Checkpoint
-    anatomy: Anatomy
+    structure: ModelStructure
     body: nn.Module
     layers: tuple[nn.Module, ...]
     final_norm: nn.Module
-    projections: Mapping[int, Projection]
+    projections: Mapping[int, OutputProjection]
     skipped: tuple[int, ...]
 
     @property
@@ -97,8 +97,8 @@ class LiveModel:
     @property
     def width(self) -> int:
         """The width of the residual stream."""
-        if self.anatomy.hidden_size is not None:
-            return self.anatomy.hidden_size
+        if self.structure.hidden_size is not None:
+            return self.structure.hidden_size
         return int(self.model.get_input_embeddings().weight.shape[1])
 
     @property
@@ -107,7 +107,9 @@ class LiveModel:
         return sum(projection.n_heads for projection in self.projections.values())
 
 
-def open_live(ref: str | Path, *, device: str = "cpu", dtype: str = "auto", name: str | None = None) -> LiveModel:
+def load_with_structure(
+    ref: str | Path, *, device: str = "cpu", dtype: str = "auto", name: str | None = None
+) -> LoadedModel:
     """Loads the model `ref` with transformers and finds its parts.
 
     Args:
@@ -119,17 +121,17 @@ def open_live(ref: str | Path, *, device: str = "cpu", dtype: str = "auto", name
         SurgeryError: `ref` is no model folder, cannot be loaded, or has no layers that are understood.
     """
     checkpoint = open_checkpoint(ref)
-    folder, device = loadable_folder(checkpoint), own_device(device)
-    return wrap(load_model(folder, name or str(ref), device=device, dtype=dtype), checkpoint)
+    folder, device = loadable_folder(checkpoint), local_device(device)
+    return attach_structure(load_model(folder, name or str(ref), device=device, dtype=dtype), checkpoint)
 
 
-def wrap(loaded: Loaded, checkpoint: Checkpoint) -> LiveModel:
-    """Finds the parts of a model that is in memory already. Errors as in `open_live`."""
-    model, found = loaded.model, anatomy(checkpoint)
+def attach_structure(loaded: ModelAndTokenizer, checkpoint: Checkpoint) -> LoadedModel:
+    """Finds the parts of a model that is in memory already. Errors as in `load_with_structure`."""
+    model, found = loaded.model, model_structure(checkpoint)
     if not found.stack:
         raise SurgeryError("no stack of layers was found in its names", where=loaded.name)
     layers, owner = _layers(model, found, loaded.name)
-    projections: dict[int, Projection] = {}
+    projections: dict[int, OutputProjection] = {}
     for index, heads in found.output_projections.items():
         if heads.n_heads is None or heads.head_dim is None:
             continue
@@ -142,9 +144,9 @@ def wrap(loaded: Loaded, checkpoint: Checkpoint) -> LiveModel:
             raise SurgeryError(
                 f"{heads.name} is not held as a plain matrix", where=loaded.name, hint="Use the unquantised model."
             )
-        projections[index] = Projection(index, module, heads.n_heads, heads.head_dim, heads.transposed)
+        projections[index] = OutputProjection(index, module, heads.n_heads, heads.head_dim, heads.transposed)
     skipped = tuple(index for index in range(len(layers)) if index not in projections)
-    return LiveModel(
+    return LoadedModel(
         loaded,
         checkpoint,
         found,
@@ -182,7 +184,7 @@ def hooks(*handles: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _layers(model: Any, found: Anatomy, name: str) -> tuple[list[nn.Module], nn.Module]:
+def _layers(model: Any, found: ModelStructure, name: str) -> tuple[list[nn.Module], nn.Module]:
     """The layers in order, and the module that holds their list."""
     assert found.stack is not None
     for root in (model, model.base_model):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.vocabulary import CONFIG, FETCH_AGAIN, TOKENIZER
-from surgery.engine.compute import torch_device
+from surgery.engine.computation import torch_device
 from surgery.errors import SurgeryError, usage_error
 from surgery.io.json_io import read_json
 from surgery.runtime.quiet import quiet
@@ -16,7 +16,7 @@ AUTO = "auto"  # as a device: wherever accelerate's device map puts the layers; 
 
 
 @dataclass(frozen=True)
-class Loaded:
+class ModelAndTokenizer:
     """A transformers model in memory, where it is, and its tokenizer; `name` is what tables call it."""
 
     name: str
@@ -24,7 +24,7 @@ class Loaded:
     tokenizer: Any
 
 
-def load_model(folder: Path | str, name: str, *, device: str = "cpu", dtype: str = "auto") -> Loaded:
+def load_model(folder: Path | str, name: str, *, device: str = "cpu", dtype: str = "auto") -> ModelAndTokenizer:
     """The transformers model in `folder`, ready to be run.
 
     Args:
@@ -53,7 +53,7 @@ def load_model(folder: Path | str, name: str, *, device: str = "cpu", dtype: str
             model = model if spread else model.to(device)
         except (OSError, ValueError) as fault:
             raise SurgeryError(f"cannot be loaded: {fault}", where=name) from fault
-    return Loaded(name, model, tokenizer)
+    return ModelAndTokenizer(name, model, tokenizer)
 
 
 def load_tokenizer(folder: Path | str, name: str) -> Any:

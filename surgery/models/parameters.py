@@ -11,12 +11,12 @@ from surgery.checkpoint.reader import digest, segments
 from surgery.io.hashing import hash_parts
 
 
-def hashes_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def parameter_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The hash of each tensor's bytes in memory, as they are on disk (`surgery.checkpoint.reader.hash_tensor`).
 
     Under FSDP2 all processes call it.
     """
-    return {name: _hash_of(whole(tensor)) for name, tensor in tensors.items()}
+    return {name: _hash_of(gather_full(tensor)) for name, tensor in tensors.items()}
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -26,14 +26,14 @@ def local(tensor: Tensor) -> Tensor:
     return shard
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_full(tensor: Tensor) -> Tensor:
     """The tensor itself, or, where FSDP2 holds a shard of it (all processes call this), all of it."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
 
 @torch.no_grad()
-def put(target: Tensor, values: Tensor) -> None:
+def assign(target: Tensor, values: Tensor) -> None:
     """Copies `values` into `target`, rounded to its dtype; where `target` is a DTensor, its own shard of them."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 

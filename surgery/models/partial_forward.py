@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import usage_error
-from surgery.models.loaded_model import LiveModel, hidden_in, hidden_out, hooks
+from surgery.models.loaded_model import LoadedModel, hidden_in, hidden_out, hooks
 
 # Tokens that every layer is resumed on to see whether it can be: what layers hand each other shows on few.
 TRIAL_TOKENS = 16
@@ -29,7 +29,7 @@ Forward = Callable[..., Any]
 
 
 @contextmanager
-def entering(live: LiveModel, at: int, hidden: Tensor, tupled: Sequence[bool]) -> Iterator[None]:
+def replace_input(live: LoadedModel, at: int, hidden: Tensor, tupled: Sequence[bool]) -> Iterator[None]:
     """Inside, forward passes do not compute the layers below `at`, and layer `at` takes in `hidden`.
 
     Works under autograd and autocast, and where the model lies inside another module (DDP). The embedding is still
@@ -49,8 +49,8 @@ def entering(live: LiveModel, at: int, hidden: Tensor, tupled: Sequence[bool]) -
 
 
 @torch.no_grad()
-def run_between(
-    live: LiveModel,
+def partial_forward(
+    live: LoadedModel,
     ids: Tensor,
     start: int,
     hidden: Tensor | None,
@@ -94,14 +94,14 @@ def run_between(
 
 
 @torch.no_grad()
-def tupled_layers(live: LiveModel) -> tuple[bool, ...]:
+def tupled_layers(live: LoadedModel) -> tuple[bool, ...]:
     """Whether each layer's output comes in a tuple, seen in one short run."""
     ids = torch.tensor([[1, 2, 3]], device=live.device)
     with own_draws(live):
         return tuple(watch(live, partial(_run_body, live, ids))[2])
 
 
-def watch(live: LiveModel, run: Callable[[], object]) -> tuple[Tensor, list[Tensor], list[bool]]:
+def watch(live: LoadedModel, run: Callable[[], object]) -> tuple[Tensor, list[Tensor], list[bool]]:
     """What a forward pass `run` shows: the final norm's output (B, T, D); every layer's input (B, T, D); and whether
     each layer's output comes in a tuple."""
     inputs: list[Tensor] = []
@@ -120,7 +120,7 @@ def watch(live: LiveModel, run: Callable[[], object]) -> tuple[Tensor, list[Tens
     return states, inputs, tupled
 
 
-def final_states(live: LiveModel, run: Callable[[], object]) -> Tensor:
+def final_states(live: LoadedModel, run: Callable[[], object]) -> Tensor:
     """The final norm's output in a forward pass `run`: (B, T, D)."""
     found: list[Tensor] = []
 
@@ -133,7 +133,7 @@ def final_states(live: LiveModel, run: Callable[[], object]) -> Tensor:
 
 
 @torch.no_grad()
-def fault(live: LiveModel, ids: Tensor, run: Callable[[Tensor], object] | None = None) -> str | None:
+def fault(live: LoadedModel, ids: Tensor, run: Callable[[Tensor], object] | None = None) -> str | None:
     """Why layers cannot be entered, seen on the first of `ids` (1, T), and at the last layer on all; None if they can.
 
     All layers on all tokens would cost half as many forward passes as there are layers, and show nothing more.
@@ -146,13 +146,13 @@ def fault(live: LiveModel, ids: Tensor, run: Callable[[Tensor], object] | None =
     return few or layers_fault(live, lambda: forward(ids), [n_layers - 1])
 
 
-def layers_fault(live: LiveModel, run: Callable[[], object], layers: Iterable[int]) -> str | None:
+def layers_fault(live: LoadedModel, run: Callable[[], object], layers: Iterable[int]) -> str | None:
     """Why some of `layers` cannot be entered in the forward pass `run`, which is the same each time."""
     plain, inputs, tupled = watch(live, run)
     if any(hidden.dim() != 3 for hidden in inputs):
         return "it keeps another residual stream than one vector per token"
     for layer in layers:
-        with entering(live, layer, inputs[layer], tupled):
+        with replace_input(live, layer, inputs[layer], tupled):
             try:
                 near = is_near(live, plain, final_states(live, run))
             except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -163,20 +163,20 @@ def layers_fault(live: LiveModel, run: Callable[[], object], layers: Iterable[in
     return None
 
 
-def is_near(live: LiveModel, plain: Tensor, states: Tensor) -> bool:
+def is_near(live: LoadedModel, plain: Tensor, states: Tensor) -> bool:
     """Whether final hidden states are the plain pass's, up to what the model's dtype rounds."""
     tolerance = AGREEMENT.get(live.model.dtype, 5e-2)
     return bool((states.float() - plain.float()).norm() <= tolerance * plain.float().norm())
 
 
 @contextmanager
-def own_draws(live: LiveModel) -> Iterator[None]:
+def own_draws(live: LoadedModel) -> Iterator[None]:
     """Inside, dropout draws random numbers that are not missing afterwards."""
     with torch.random.fork_rng([live.device] if live.device.type == "cuda" else []):
         yield
 
 
-def _below(live: LiveModel, at: int, hidden: Tensor, tupled: Sequence[bool]) -> dict[nn.Module, Forward]:
+def _below(live: LoadedModel, at: int, hidden: Tensor, tupled: Sequence[bool]) -> dict[nn.Module, Forward]:
     """Forwards for the layers below `at`: the last of them puts out `hidden`, the others what they take in."""
     return {
         layer: _passing(tupled[below], hidden if below == at - 1 else None)
@@ -208,7 +208,7 @@ def _standing_in(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
 
 
 @contextmanager
-def _put_in(live: LiveModel, at: int, hidden: Tensor | None) -> Iterator[None]:
+def _put_in(live: LoadedModel, at: int, hidden: Tensor | None) -> Iterator[None]:
     """Inside, layer 0 takes in `hidden`, if it is `at`: no layer below could put it out."""
     if at or hidden is None:
         yield
@@ -223,15 +223,15 @@ def _put_in(live: LiveModel, at: int, hidden: Tensor | None) -> Iterator[None]:
         yield
 
 
-def _part(live: LiveModel, at: int) -> nn.Module:
+def _part(live: LoadedModel, at: int) -> nn.Module:
     return live.layers[at] if at < len(live.layers) else live.final_norm
 
 
-def _run_body(live: LiveModel, ids: Tensor) -> None:
+def _run_body(live: LoadedModel, ids: Tensor) -> None:
     live.body(input_ids=ids, use_cache=False)
 
 
-def _check(live: LiveModel, start: int, stop: int) -> None:
+def _check(live: LoadedModel, start: int, stop: int) -> None:
     if not 0 <= start <= stop <= len(live.layers):
         raise usage_error(
             f"got layers {start} to {stop}, expected two numbers from 0 to {len(live.layers)}, in that order",

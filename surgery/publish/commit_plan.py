@@ -1,7 +1,7 @@
 """What a push changes in a repository: the files that go up, those that go, and when it may not be.
 
-In come a `Parcel`, its card, the `Destination` and what is there already, a `Remote`; out come the operations of one
-commit.
+In come a `UploadPackage`, its card, the `Destination` and what is there already, a `Remote`; out come the operations of
+one commit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from surgery.hub import download as hub
 from surgery.hub.settings import endpoint
 from surgery.io.atomic import MANIFEST
 from surgery.publish.model_card import HubCard
-from surgery.publish.package import ATTRIBUTES, CARD, Parcel
+from surgery.publish.package import ATTRIBUTES, CARD, UploadPackage
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -131,7 +131,7 @@ def destination(repo_id: str, revision: str | None, pr: bool) -> Destination:
     return Destination(repo_id, None if revision == MAIN else revision, pr)
 
 
-def check_place(remote: Remote | None, to: Destination, parcel: Parcel, private: bool) -> None:
+def check_destination(remote: Remote | None, to: Destination, parcel: UploadPackage, private: bool) -> None:
     """Raises SurgeryError where what is there forbids the push."""
     if remote is None:
         if to.pr or (to.revision or "").startswith(PULL_REQUESTS):
@@ -156,7 +156,7 @@ def check_place(remote: Remote | None, to: Destination, parcel: Parcel, private:
         )
 
 
-def removals(parcel: Parcel, remote: Remote) -> list[CommitOperationDelete]:
+def removals(parcel: UploadPackage, remote: Remote) -> list[CommitOperationDelete]:
     """What a push by surgery left there for loaders to read, and OUT has not."""
     from huggingface_hub import CommitOperationDelete
 
@@ -166,7 +166,7 @@ def removals(parcel: Parcel, remote: Remote) -> list[CommitOperationDelete]:
     return [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in stale]
 
 
-def additions(parcel: Parcel, card: HubCard, remote: Remote) -> list[CommitOperationAdd]:
+def additions(parcel: UploadPackage, card: HubCard, remote: Remote) -> list[CommitOperationAdd]:
     """The files of OUT, with `card` for its README.md, and .gitattributes where there is none."""
     from huggingface_hub import CommitOperationAdd
 
@@ -176,7 +176,7 @@ def additions(parcel: Parcel, card: HubCard, remote: Remote) -> list[CommitOpera
     return [CommitOperationAdd(name, source) for name, source in sorted(content.items())]
 
 
-def attributes(parcel: Parcel) -> str:
+def attributes(parcel: UploadPackage) -> str:
     """The .gitattributes of a repository that has none: which files the Hub keeps outside git."""
     large = [
         file.name
@@ -188,7 +188,7 @@ def attributes(parcel: Parcel) -> str:
     return "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in (*patterns, *names))
 
 
-def sizes(parcel: Parcel, card: HubCard) -> Mapping[str, int]:
+def sizes(parcel: UploadPackage, card: HubCard) -> Mapping[str, int]:
     """Name → size in bytes of every file of OUT that goes up, sorted by name."""
     sizes = {file.name: file.size for file in parcel.files} | {CARD: len(card.text.encode())}
     return dict(sorted(sizes.items()))

@@ -1,7 +1,7 @@
 """OUT's model card as the Hub wants it: the README.md as it is, below metadata that are completed.
 
-In comes a `Parcel`, out comes a `HubCard`. What the card says already stays; the folder's file is not touched. The
-fields are those of https://github.com/huggingface/hub-docs/blob/main/modelcard.md.
+In comes a `UploadPackage`, out comes a `HubCard`. What the card says already stays; the folder's file is not touched.
+The fields are those of https://github.com/huggingface/hub-docs/blob/main/modelcard.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from surgery.evaluation.scoring import Score
 from surgery.hub import datasets as hub_data
 from surgery.hub.settings import cache
 from surgery.io.atomic import MANIFEST
-from surgery.publish.package import CARD, Parcel
+from surgery.publish.package import CARD, UploadPackage
 from surgery.reporting.report import format_value
 
 TAG = "model-surgery"
@@ -45,7 +45,7 @@ class HubCard:
     metadata: Mapping[str, Any]
 
 
-def hub_card(parcel: Parcel, name: str, *, recipe: tuple[str, str] | None = None) -> HubCard:
+def hub_card(parcel: UploadPackage, name: str, *, recipe: tuple[str, str] | None = None) -> HubCard:
     """The card that goes up with `parcel` as the repository `name`.
 
     Args:
@@ -74,7 +74,7 @@ def _recipe(name: str, text: str) -> str:
     )
 
 
-def _read(parcel: Parcel, name: str) -> tuple[dict[str, Any], str]:
+def _read(parcel: UploadPackage, name: str) -> tuple[dict[str, Any], str]:
     """The metadata that the folder's card has, and what is below them."""
     path = parcel.folder / CARD
     if CARD not in parcel.names:
@@ -99,7 +99,7 @@ def _read(parcel: Parcel, name: str) -> tuple[dict[str, Any], str]:
     return metadata, text[front.end() :]
 
 
-def _known(parcel: Parcel, name: str) -> dict[str, Any]:
+def _known(parcel: UploadPackage, name: str) -> dict[str, Any]:
     """What the manifest, the scores and the cache tell, by the Hub's names, in the order of the card."""
     has_base = parcel.kind != "embedding"  # rows of numbers for a tokenizer's tokens: no model it was made from
     bases = parcel.hub_ids if has_base else []
@@ -114,7 +114,7 @@ def _known(parcel: Parcel, name: str) -> dict[str, Any]:
     }
 
 
-def _relation(parcel: Parcel) -> str:
+def _relation(parcel: UploadPackage) -> str:
     if parcel.kind in RELATIONS:
         return RELATIONS[parcel.kind]
     command = str(parcel.command.get("name", ""))
@@ -122,7 +122,7 @@ def _relation(parcel: Parcel) -> str:
     return "merge" if merged else "finetune"
 
 
-def _all_data_sets(parcel: Parcel) -> list[str]:
+def _all_data_sets(parcel: UploadPackage) -> list[str]:
     """The data sets on the Hub that the manifest names, or a plan of which it has the text."""
     named = [parcel.manifest]
     for name, text in (parcel.command.get("files") or {}).items():
@@ -148,7 +148,7 @@ def _data_sets(value: Any) -> Iterator[str]:
             yield from _data_sets(item)
 
 
-def _licence(parcel: Parcel | None) -> dict[str, Any]:
+def _licence(parcel: UploadPackage | None) -> dict[str, Any]:
     """The licence that the cached cards of all models it was made from agree on; nothing where one says nothing."""
     if parcel is None or not all(entry.get("repo_id") for entry in parcel.inputs):
         return {}
@@ -170,7 +170,7 @@ def _cached_licence(repo_id: str, revision: str | None) -> dict[str, Any]:
     return {key: metadata[key] for key in LICENCE if metadata.get(key)} if isinstance(metadata, dict) else {}
 
 
-def _model_index(parcel: Parcel, name: str) -> list[dict[str, Any]] | None:
+def _model_index(parcel: UploadPackage, name: str) -> list[dict[str, Any]] | None:
     from huggingface_hub import EvalResult
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
@@ -200,7 +200,7 @@ def _listed(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else [value] if value else []
 
 
-def _check(text: str, parcel: Parcel) -> None:
+def _check(text: str, parcel: UploadPackage) -> None:
     from huggingface_hub import ModelCard
 
     try:
@@ -209,7 +209,7 @@ def _check(text: str, parcel: Parcel) -> None:
         raise _unreadable(parcel, "are not what the Hub can read") from error
 
 
-def _unreadable(parcel: Parcel, what: str) -> SurgeryError:
+def _unreadable(parcel: UploadPackage, what: str) -> SurgeryError:
     return SurgeryError(
         f"its metadata {what}", where=parcel.folder / CARD, hint="Mend what stands between the two lines of ---."
     )

@@ -1,6 +1,6 @@
 """A folder that surgery wrote → the files that leave it, found whole by its surgery.json.
 
-In comes OUT, out comes a `Parcel`: what is sent when OUT is pushed. Nothing is written, and nothing is sent.
+In comes OUT, out comes a `UploadPackage`: what is sent when OUT is pushed. Nothing is written, and nothing is sent.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.checkpoint import StoredTensor, stored_tensor
-from surgery.checkpoint.reader import Reader, SourceFiles, hash_tensor
+from surgery.checkpoint.reader import SourceFiles, TensorReader, hash_tensor
 from surgery.checkpoint.safetensors_header import read_header
 from surgery.engine.manifest import read_manifest
-from surgery.engine.options import Options
+from surgery.engine.options import ExecutionOptions
 from surgery.engine.workers import run
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.hub import download as hub
-from surgery.io.atomic import MANIFEST, partial_of
+from surgery.io.atomic import MANIFEST, partial_path
 from surgery.io.hashing import KEY
 
 CARD = "README.md"
@@ -31,7 +31,7 @@ AGAIN = "Make it again, and push that."
 
 
 @dataclass(frozen=True)
-class OutFile:
+class UploadFile:
     """A file that leaves: its path in the folder, where it lies, its size in bytes, and when it was written, in ns."""
 
     name: str
@@ -41,12 +41,12 @@ class OutFile:
 
 
 @dataclass(frozen=True)
-class Parcel:
+class UploadPackage:
     """What leaves `folder`: its files sorted by name, and its manifest."""
 
     folder: Path
     manifest: Mapping[str, Any]
-    files: tuple[OutFile, ...]
+    files: tuple[UploadFile, ...]
 
     @property
     def kind(self) -> str:
@@ -101,7 +101,7 @@ class Parcel:
                 )
 
 
-def pack(out: Path) -> Parcel:
+def collect_files(out: Path) -> UploadPackage:
     """Lists what leaves `out`, and compares its weights with the manifest: files, sizes, tensors, dtypes, shapes.
 
     Raises:
@@ -114,17 +114,17 @@ def pack(out: Path) -> Parcel:
             where=out,
             hint="Push the model, vector, adapter, ensemble or embedding.",
         )
-    parcel = Parcel(out, manifest, tuple(_files(out)))
+    parcel = UploadPackage(out, manifest, tuple(_files(out)))
     _check_sizes(parcel)
     _check_table(parcel)
     return parcel
 
 
-def check_hashes(parcel: Parcel, *, options: Options = Options()) -> None:
+def check_hashes(parcel: UploadPackage, *, options: ExecutionOptions = ExecutionOptions()) -> None:
     """Reads every tensor, and compares its hash with the manifest's. Raises SurgeryError where one differs."""
     expected = parcel.manifest["tensors"]
 
-    def work(tensor: StoredTensor, reader: Reader) -> tuple[StoredTensor, str]:
+    def work(tensor: StoredTensor, reader: TensorReader) -> tuple[StoredTensor, str]:
         return tensor, hash_tensor(reader, tensor)
 
     tensors = _tensors(parcel)
@@ -147,7 +147,7 @@ def check_hashes(parcel: Parcel, *, options: Options = Options()) -> None:
 
 
 def _finished(out: Path) -> Path:
-    if out.name.endswith(partial_of(Path("x")).name.removeprefix("x")):
+    if out.name.endswith(partial_path(Path("x")).name.removeprefix("x")):
         raise usage_error(
             "is unfinished: it is what a job has done so far",
             where=out,
@@ -155,16 +155,16 @@ def _finished(out: Path) -> Path:
         )
     if out.is_dir():
         return out
-    if partial_of(out).is_dir():
+    if partial_path(out).is_dir():
         raise usage_error(
-            f"is not there yet: {partial_of(out)} is what a job has done so far",
+            f"is not there yet: {partial_path(out)} is what a job has done so far",
             where=out,
             hint="Run the job's command again.",
         )
     raise usage_error("no such folder", where=out, hint="Give the folder that surgery wrote.")
 
 
-def _files(out: Path) -> Iterator[OutFile]:
+def _files(out: Path) -> Iterator[UploadFile]:
     found = []
     for folder, folders, names in os.walk(out):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in LEFT_HERE]
@@ -181,11 +181,11 @@ def _files(out: Path) -> Iterator[OutFile]:
                     where=path,
                     hint="Put the file itself in its place, or remove it.",
                 )
-            found.append(OutFile(relative, path, status.st_size, status.st_mtime_ns))
+            found.append(UploadFile(relative, path, status.st_size, status.st_mtime_ns))
     yield from sorted(found, key=lambda file: file.name)
 
 
-def _check_sizes(parcel: Parcel) -> None:
+def _check_sizes(parcel: UploadPackage) -> None:
     sizes = {file.name: file.size for file in parcel.files}
     for name, size in sorted(parcel.manifest["files"].items()):
         if name == CARD:
@@ -198,7 +198,7 @@ def _check_sizes(parcel: Parcel) -> None:
             )
 
 
-def _check_table(parcel: Parcel) -> None:
+def _check_table(parcel: UploadPackage) -> None:
     expected = parcel.manifest["tensors"]
     found = {tensor.name: tensor for tensor in _tensors(parcel)}
     differing = sorted(
@@ -217,7 +217,7 @@ def _check_table(parcel: Parcel) -> None:
         )
 
 
-def _tensors(parcel: Parcel) -> list[StoredTensor]:
+def _tensors(parcel: UploadPackage) -> list[StoredTensor]:
     """The tensors of the files that the manifest lists."""
     tensors = []
     for file in parcel.files:

@@ -32,7 +32,7 @@ class MovedError(SurgeryError):
 
 
 @contextmanager
-def settled(notify: Callable[[str], None], *, bars: bool) -> Iterator[None]:
+def capture_hub_logs(notify: Callable[[str], None], *, bars: bool) -> Iterator[None]:
     """huggingface_hub with its talk turned into lines for `notify`: its own quote addresses that carry signatures."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -81,7 +81,7 @@ def seconds_to_wait(error: BaseException, attempt: int, *, again: bool) -> float
 
 
 @contextmanager
-def explained(
+def translate_upload_errors(
     to: Repository, token: str, *, passing: type[Exception] | tuple[type[Exception], ...] = ()
 ) -> Iterator[None]:
     """Turns what huggingface_hub raises in the block into a `SurgeryError`, but for the types in `passing`."""

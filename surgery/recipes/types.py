@@ -13,7 +13,7 @@ Kind = Literal["text", "path", "whole", "number", "flag"]
 
 
 @dataclass(frozen=True)
-class Parameter:
+class CommandParameter:
     """An argument or option of a command, by the name that it has on the command line without dashes.
 
     name: `scale-for`, `models`. flag: how it is typed, `--scale-for`; None for an argument. off: what switches a flag
@@ -47,7 +47,7 @@ class Command:
 
     name: str
     help: str
-    parameters: Mapping[str, Parameter]
+    parameters: Mapping[str, CommandParameter]
     writes: str | None = None
     changes: str | None = None
     goes_on: bool = False
@@ -56,23 +56,24 @@ class Command:
 
 
 @dataclass(frozen=True)
-class Made:
+class StepOutput:
     """The output of another node of the run, `step` by its name, or what lies at `inside` in it."""
 
     step: str
     inside: str = ""
 
 
-Given = Value | Made | tuple[Scalar | Made, ...]
+Given = Value | StepOutput | tuple[Scalar | StepOutput, ...]
 
 
 @dataclass(frozen=True)
-class Node:
+class RecipeStep:
     """One step of a run, with everything filled in.
 
     name: unique in the run, and the name of its folder: `moved`, or `moved.scale=0.5` for one of a matrix. step: as
-    the recipe calls it. given: parameter → value; what another step makes is a `Made`. after: the nodes that it needs.
-    line: where the step stands in the file. memory: bytes that the recipe says it takes at most; None estimates it.
+    the recipe calls it. given: parameter → value; what another step makes is a `StepOutput`. after: the nodes that it
+    needs. line: where the step stands in the file. memory: bytes that the recipe says it takes at most; None estimates
+    it.
     """
 
     name: str
@@ -98,7 +99,7 @@ class Push:
 
 
 @dataclass(frozen=True)
-class Program:
+class Pipeline:
     """A recipe that can be run: its nodes in an order in which each comes after those it needs.
 
     recipe: its name. about: in a line. text: of the recipe alone, as YAML with the values of this run in `vars`, for
@@ -110,6 +111,6 @@ class Program:
     file: Path
     text: str
     settings: Mapping[str, Value | tuple[Value, ...]]
-    nodes: tuple[Node, ...]
+    nodes: tuple[RecipeStep, ...]
     needs: Mapping[str, str] = field(default_factory=dict)
     pushes: tuple[Push, ...] = ()

@@ -27,7 +27,7 @@ MOST_NUMBERED = 64  # cells of a map that still have room for a number
 BRIGHTEST = 0.85  # how far up the colour map the largest value goes
 
 
-class Interval(Protocol):
+class PlotInterval(Protocol):
     """A measured value with the ends of its confidence interval."""
 
     @property
@@ -38,7 +38,7 @@ class Interval(Protocol):
     def high(self) -> float: ...
 
 
-Curve = Sequence[tuple[float, Interval]]  # (α, score) …
+Curve = Sequence[tuple[float, PlotInterval]]  # (α, score) …
 Label = tuple[float, str, str]  # height in data units, text, colour
 
 
@@ -168,7 +168,7 @@ def scale_curve(
 
 def score_bars(
     title: str,
-    panels: Mapping[str, Mapping[str, Interval]],
+    panels: Mapping[str, Mapping[str, PlotInterval]],
     *,
     best: Mapping[str, Collection[str]] | None = None,
     caption: str = "",
@@ -186,7 +186,7 @@ def score_bars(
 
 
 def _bar_panel(
-    axes: Axes, panel: str, models: Sequence[str], scores: Mapping[str, Interval], best: Collection[str]
+    axes: Axes, panel: str, models: Sequence[str], scores: Mapping[str, PlotInterval], best: Collection[str]
 ) -> None:
     for at, model in enumerate(models):
         if model not in scores:

@@ -174,7 +174,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Printed:
+class PreformattedText:
     """A step of a longer page: its title, the line that does it, what it printed as it stands, and links.
 
     text: keeps its columns. links: what is shown → address, relative to the page.
@@ -199,7 +199,7 @@ class Printed:
         return f"<section>{''.join(parts)}</section>"
 
 
-Item = Table | Figure | Printed | str
+Item = Table | Figure | PreformattedText | str
 
 
 @dataclass

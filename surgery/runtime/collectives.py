@@ -41,14 +41,14 @@ _LOOK = 0.1  # seconds between two looks at who is missing
 _here = {"alone": False}
 
 
-def n_sharing() -> int:
-    """How many processes would share what is shared now: 1 inside of `alone`, and so inside of what is shared."""
+def n_active_processes() -> int:
+    """How many processes would share what is shared now: 1 inside of `single_process` and of what is shared."""
     return 1 if _here["alone"] else n_processes()
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """In the block nothing is shared: what calls `share` there does all of it, and waits for nobody.
+def single_process() -> Iterator[None]:
+    """In the block nothing is shared: what calls `map_over_ranks` there does all of it, and waits for nobody.
 
     For what one process does while the others do something else.
     """
@@ -60,7 +60,7 @@ def alone() -> Iterator[None]:
         _here["alone"] = before
 
 
-def share(
+def map_over_ranks(
     items: Sequence[Item],
     work: Callable[[Item], Result],
     *,
@@ -77,16 +77,16 @@ def share(
         SurgeryError: another process could not do its share. What `work` raises here is raised here, once all
             processes know of it: none is left waiting.
     """
-    world = n_sharing()
+    world = n_active_processes()
     if world > 1:
-        meet()  # before the work, or nobody would hear that a process was killed at it
+        connect()  # before the work, or nobody would hear that a process was killed at it
     mine = range(rank() if world > 1 else 0, len(items), world)
     done: list[tuple[int, Result]] = []
     fault: Exception | None = None
     try:
         with progress(label, sum(size(items[at]) for at in mine), "steps") as advance:
             for at in mine:
-                with alone():
+                with single_process():
                     result = work(items[at])
                 done.append((at, result))
                 advance(size(items[at]))
@@ -97,7 +97,7 @@ def share(
     if world == 1:
         return [result for _, result in done]
     # Faults travel as text: not every exception can be pickled.
-    told = None if fault is None else fault_text(fault)
+    told = None if fault is None else failure_text(fault)
     parts: list[tuple[list[tuple[int, Result]], str | None]] = _gather((done, told))
     if fault is not None:
         raise fault
@@ -108,14 +108,14 @@ def share(
     return [results[at] for at in range(len(items))]
 
 
-def fault_text(error: Exception) -> str:
+def failure_text(error: Exception) -> str:
     """What a process that failed by `error` tells the others."""
     # The text of many exceptions says nothing without their name: KeyError("x") is 'x'.
     what = str(error) if isinstance(error, SurgeryError) else f"{type(error).__name__}: {error}"
     return f"process {rank()} failed: {what}"
 
 
-def own_device(device: str) -> str:
+def local_device(device: str) -> str:
     """The device of this process: `cuda` is a GPU of its own where a launcher started several.
 
     Raises:
@@ -130,21 +130,21 @@ def own_device(device: str) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if n_processes() > 1 and device == "cuda" else device
 
 
-def total(counts: Tensor) -> Tensor:
+def all_reduce_sum(counts: Tensor) -> Tensor:
     """The sum over all processes of whole numbers that each has counted, in every process."""
-    if n_sharing() == 1:
+    if n_active_processes() == 1:
         return counts
     parts: list[Tensor] = _gather(counts)
     return torch.stack(parts).sum(0)
 
 
-def wait() -> None:
+def barrier() -> None:
     """Waits for all processes; nothing with one."""
-    if n_sharing() > 1:
+    if n_active_processes() > 1:
         _gather(None)
 
 
-def meet() -> None:
+def connect() -> None:
     """Waits until all processes have begun; nothing with one. Without it they meet when they first share or wait.
 
     For programs, which call it first: what one process does before the others know of it counts as not having begun.

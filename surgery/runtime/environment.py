@@ -14,7 +14,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _state = {"claimed": False}
 
 
-def claim() -> None:
+def configure_cli_process() -> None:
     """Says that this process does nothing beside our jobs. Only programs call this, not the library.
 
     Kernels allocate and free the same few hundred kilobytes thousands of times; handing these back to the system each
@@ -26,8 +26,8 @@ def claim() -> None:
         _LIBC.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
 
 
-def is_claimed() -> bool:
-    """Whether `claim` was called."""
+def is_cli_process() -> bool:
+    """Whether `configure_cli_process` was called."""
     return _state["claimed"]
 
 
@@ -36,7 +36,7 @@ def n_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def n_neighbours() -> int:
+def n_local_processes() -> int:
     """How many of them run on this machine, this one included; all of them where the launcher does not say."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", n_processes()))
 
@@ -51,7 +51,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-class Interrupts:
+class DeferredInterrupt:
     """Inside, the first Ctrl-C only sets `asked`, so that a step can end and be saved; the next one interrupts.
 
     Outside the main thread, where no signals are handled, it does nothing.
@@ -59,7 +59,7 @@ class Interrupts:
 
     asked = False
 
-    def __enter__(self) -> Interrupts:
+    def __enter__(self) -> DeferredInterrupt:
         self._mine = threading.current_thread() is threading.main_thread()
         if self._mine:
             self._before = signal.signal(signal.SIGINT, self._note)

@@ -50,7 +50,7 @@ def terminal(label: str, total: int, unit: Unit = "bytes") -> Iterator[Advance]:
 
     A parent process that listens is told the same.
     """
-    teller = Teller(label, total, unit) if is_main() else None
+    teller = ProgressFile(label, total, unit) if is_main() else None
     if _open:
         display = _open[-1]
         task = display.add_task(label, total=total, unit=unit)
@@ -80,7 +80,7 @@ def _nothing(amount: int, note: str = "") -> None:
     pass
 
 
-def _advancing(display: Display, task: TaskID, label: str, teller: Teller | None) -> Advance:
+def _advancing(display: Display, task: TaskID, label: str, teller: ProgressFile | None) -> Advance:
     def advance(amount: int, note: str = "") -> None:
         if teller is not None:
             teller.advance(amount, note)
@@ -139,7 +139,7 @@ BETWEEN = 0.2  # seconds from one time of telling to the next
 
 
 @dataclass(frozen=True)
-class Told:
+class ProgressEvent:
     """How far a stage of the work is: `done` of `total`, in bytes, steps or tokens."""
 
     label: str
@@ -149,7 +149,7 @@ class Told:
     note: str = ""
 
 
-class Teller:
+class ProgressFile:
     """Tells of one stage. Where no parent listens, or the file cannot be written, nothing happens: work goes on."""
 
     def __init__(self, label: str, total: int, unit: str) -> None:
@@ -167,18 +167,18 @@ class Teller:
         now = time.monotonic()
         if now - self._last >= BETWEEN or self._done == self._total:
             self._last = now
-            _write(Path(self._path), Told(self._label, self._done, self._total, self._unit, self._note))
+            _write(Path(self._path), ProgressEvent(self._label, self._done, self._total, self._unit, self._note))
 
 
-def heard(path: Path) -> Told | None:
+def read_progress(path: Path) -> ProgressEvent | None:
     """What was told last; None where nothing was."""
     try:
-        return Told(**json.loads(path.read_text(encoding="utf-8")))
+        return ProgressEvent(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _write(path: Path, told: Told) -> None:
+def _write(path: Path, told: ProgressEvent) -> None:
     beside = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         beside.write_text(json.dumps(asdict(told)), encoding="utf-8")

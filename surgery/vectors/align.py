@@ -15,8 +15,8 @@ from typing import Literal, get_args
 import numpy as np
 
 from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
-from surgery.checkpoint.reader import Input
-from surgery.checkpoint.structure import Anatomy, anatomy
+from surgery.checkpoint.reader import TensorInput
+from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.checkpoint.vocabulary import Vocabulary, align_rows, differences, read_vocabulary
 from surgery.engine.preflight import Preflight, check_names
 from surgery.errors import usage_error
@@ -28,7 +28,7 @@ OTHER_POLICIES = "--vocab by-token aligns rows by token; --vocab skip-embeddings
 
 
 @dataclass(frozen=True)
-class Side:
+class AlignedModel:
     """One model in a fit: its tensors, and the folder its tokenizer lies in (a vector keeps its donor's apart)."""
 
     checkpoint: Checkpoint
@@ -39,9 +39,9 @@ class Side:
         return self.checkpoint.ref
 
 
-def side(checkpoint: Checkpoint) -> Side:
+def aligned_model(checkpoint: Checkpoint) -> AlignedModel:
     """A model with its own tokenizer."""
-    return Side(checkpoint, checkpoint.folder)
+    return AlignedModel(checkpoint, checkpoint.folder)
 
 
 def check_policy(policy: str) -> None:
@@ -50,28 +50,28 @@ def check_policy(policy: str) -> None:
         raise usage_error(f"got {policy!r}, expected one of {', '.join(POLICIES)}", where="--vocab")
 
 
-def fit(
+def align_tensors(
     preflight: Preflight,
-    reference: Side,
-    donors: Sequence[Side],
+    reference: AlignedModel,
+    donors: Sequence[AlignedModel],
     mask: Mask,
     policy: VocabPolicy,
     *,
     zero: Collection[str] = (),
-) -> dict[str, tuple[Input, ...]]:
+) -> dict[str, tuple[TensorInput, ...]]:
     """Finds the donors' inputs for every float tensor of `reference` that `mask` selects; faults go to `preflight`.
 
     Args:
         zero: names whose update is known to be zero, which no donor stores.
 
     Returns:
-        name → one `Input` per donor, each as many elements as the reference's tensor.
+        name → one `TensorInput` per donor, each as many elements as the reference's tensor.
     """
-    anatomies = [anatomy(donor.checkpoint) for donor in donors]
-    own = anatomy(reference.checkpoint)
+    anatomies = [model_structure(donor.checkpoint) for donor in donors]
+    own = model_structure(reference.checkpoint)
     rows = _Rows(preflight, reference, donors, policy)
     per_token = set(own.token_rows)
-    fitted: dict[str, tuple[Input, ...]] = {}
+    fitted: dict[str, tuple[TensorInput, ...]] = {}
     missing: list[str] = []
     for name, tensor in reference.checkpoint.tensors.items():
         if not tensor.is_float or not mask.selects(name) or name in zero:
@@ -83,7 +83,7 @@ def fit(
         if len(stored) < len(found):
             missing.append(name)
             continue
-        inputs = rows.align(tensor, stored) if name in per_token else tuple(Input(s) for s in stored)
+        inputs = rows.align(tensor, stored) if name in per_token else tuple(TensorInput(s) for s in stored)
         if _shapes_agree(preflight, tensor, inputs, donors, name in per_token):
             fitted[name] = inputs
     extra = sorted(
@@ -101,7 +101,7 @@ def fit(
     return fitted
 
 
-def _find(donor: Side, shape: Anatomy, name: str, own: Anatomy) -> StoredTensor | None:
+def _find(donor: AlignedModel, shape: ModelStructure, name: str, own: ModelStructure) -> StoredTensor | None:
     """The donor's tensor for `name`; an output matrix that the donor ties is its embedding."""
     held = donor.checkpoint.tensors.get(name)
     if held is None and name in own.lm_heads and shape.tied and len(shape.token_embeddings) == 1:
@@ -112,8 +112,8 @@ def _find(donor: Side, shape: Anatomy, name: str, own: Anatomy) -> StoredTensor 
 def _shapes_agree(
     preflight: Preflight,
     tensor: StoredTensor,
-    inputs: Sequence[Input],
-    donors: Sequence[Side],
+    inputs: Sequence[TensorInput],
+    donors: Sequence[AlignedModel],
     per_token: bool,
 ) -> bool:
     for source, donor in zip(inputs, donors, strict=True):
@@ -129,7 +129,9 @@ def _shapes_agree(
 class _Rows:
     """The row maps of the tensors that have one row per token, by the policy."""
 
-    def __init__(self, preflight: Preflight, reference: Side, donors: Sequence[Side], policy: VocabPolicy) -> None:
+    def __init__(
+        self, preflight: Preflight, reference: AlignedModel, donors: Sequence[AlignedModel], policy: VocabPolicy
+    ) -> None:
         self._preflight = preflight
         self._policy = policy
         self._own = _vocabulary(reference)
@@ -146,7 +148,7 @@ class _Rows:
         else:
             self._compare(reference, donors)
 
-    def _compare(self, reference: Side, donors: Sequence[Side]) -> None:
+    def _compare(self, reference: AlignedModel, donors: Sequence[AlignedModel]) -> None:
         assert self._own is not None
         for donor, theirs in zip(donors, self._theirs, strict=True):
             assert theirs is not None
@@ -162,8 +164,8 @@ class _Rows:
         if self._same:
             self._preflight.facts["vocabulary"] = f"the same {len(self._own.ids):,} tokens in all models"
 
-    def align(self, tensor: StoredTensor, stored: Sequence[StoredTensor]) -> tuple[Input, ...]:
-        plain = tuple(Input(s) for s in stored)
+    def align(self, tensor: StoredTensor, stored: Sequence[StoredTensor]) -> tuple[TensorInput, ...]:
+        plain = tuple(TensorInput(s) for s in stored)
         if self._policy != "by-token" or not self._comparable:
             return plain
         if self._same and all(s.shape == tensor.shape for s in stored):
@@ -177,8 +179,10 @@ class _Rows:
         self._preflight.facts["vocabulary"] = (
             f"{int(everywhere.sum()):,} of {tensor.shape[0]:,} rows aligned by token; the rest get no update"
         )
-        return tuple(Input(donor, np.where(everywhere, rows, -1)) for donor, rows in zip(stored, maps, strict=True))
+        return tuple(
+            TensorInput(donor, np.where(everywhere, rows, -1)) for donor, rows in zip(stored, maps, strict=True)
+        )
 
 
-def _vocabulary(model: Side) -> Vocabulary | None:
+def _vocabulary(model: AlignedModel) -> Vocabulary | None:
     return None if model.tokenizer is None else read_vocabulary(model.tokenizer)

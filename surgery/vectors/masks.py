@@ -69,7 +69,7 @@ class Mask:
         return (not self.include or _matches(name, self.include)) and not _matches(name, self.exclude)
 
 
-def parse_scales(texts: Sequence[str]) -> dict[str, float]:
+def parse_scale_globs(texts: Sequence[str]) -> dict[str, float]:
     """`GLOB=α` options → {glob: α}. Raises SurgeryError."""
     scales: dict[str, float] = {}
     for text in texts:

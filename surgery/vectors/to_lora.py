@@ -18,17 +18,17 @@ from torch import Tensor
 
 from surgery.checkpoint.adapters import PREFIX, WEIGHTS
 from surgery.checkpoint.checkpoint import ADAPTER_CONFIG, Checkpoint
-from surgery.checkpoint.reader import Input
-from surgery.checkpoint.structure import anatomy
-from surgery.engine.execute import execute
-from surgery.engine.manifest import Card, build_manifest, command_record, write_card, write_manifest
-from surgery.engine.options import Options
+from surgery.checkpoint.reader import TensorInput
+from surgery.checkpoint.structure import model_structure
+from surgery.engine.execution import execute
+from surgery.engine.manifest import CardContent, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Kernel, Plan, PlannedTensor, Sums, plan_files
-from surgery.engine.reduce import survey
-from surgery.engine.result import Outcome
+from surgery.engine.reduce import reduce_tensors
+from surgery.engine.result import ExecutionResult
 from surgery.errors import SurgeryError, usage_error
 from surgery.reporting.report import Column, Table
-from surgery.vectors.extract import prepare_extraction
+from surgery.vectors.extraction import prepare_extraction
 
 # Columns beyond the rank, at least 16 and at least half of it, and power iterations. The spectra of RL deltas fall
 # slowly, so more than the usual 2 are needed: with these the error is within 2e-4 of the best where singular values
@@ -79,7 +79,7 @@ def extract_adapter(
     exclude: Sequence[str] = (),
     allow_unrelated: bool = False,
     dry_run: bool = False,
-    options: Options = Options(),
+    options: ExecutionOptions = ExecutionOptions(),
 ) -> AdapterReport:
     """Writes the best rank-`rank` approximation of θ_tuned − θ_base as a PEFT LoRA adapter on `base`.
 
@@ -121,7 +121,7 @@ def extract_adapter(
     if dry_run:
         return report
 
-    def finish(folder: Path, outcome: Outcome) -> AdapterReport:
+    def finish(folder: Path, outcome: ExecutionResult) -> AdapterReport:
         done = _with_residual(report, outcome, matrices, preparation.fitted, options)
         (folder / ADAPTER_CONFIG).write_text(json.dumps(_config(model, matrices, rank, transposed), indent=2) + "\n")
         numbers = {
@@ -141,7 +141,7 @@ def extract_adapter(
             folder,
             manifest,
             sources,
-            Card("Task vector as a LoRA adapter", method, ("task-vector", "lora", "peft")),
+            CardContent("Task vector as a LoRA adapter", method, ("task-vector", "lora", "peft")),
         )
         return done
 
@@ -187,7 +187,7 @@ LOW_RANK = Kernel("low_rank", low_rank, "whole", ("squares_v", "lost"), measure_
 
 def _split(moved: Sequence[str], model: Checkpoint) -> tuple[list[str], list[str], bool]:
     """(matrices that LoRA can hold, the rest, whether they are stored (in, out))."""
-    structure = anatomy(model)
+    structure = model_structure(model)
     if structure.stack is not None and "." not in structure.stack:
         raise SurgeryError(
             f'names its layers "{structure.stack}.0…", without the component under which transformers loads them, '
@@ -220,7 +220,7 @@ def _module(name: str) -> str:
 
 
 def _factors(
-    name: str, shape: tuple[int, ...], inputs: tuple[Input, ...], rank: int, transposed: bool
+    name: str, shape: tuple[int, ...], inputs: tuple[TensorInput, ...], rank: int, transposed: bool
 ) -> list[PlannedTensor]:
     rows, columns = shape[::-1] if transposed else shape
     held = min(rank, rows, columns)
@@ -234,15 +234,15 @@ def _factors(
 
 def _with_residual(
     report: AdapterReport,
-    outcome: Outcome,
+    outcome: ExecutionResult,
     matrices: Sequence[str],
-    fitted: Mapping[str, tuple[Input, ...]],
-    options: Options,
+    fitted: Mapping[str, tuple[TensorInput, ...]],
+    options: ExecutionOptions,
 ) -> AdapterReport:
     keys = [f"{PREFIX}{name.removesuffix('.weight')}.lora_A.weight" for name in matrices]
     squares = math.fsum(outcome.sums[key]["squares_v"] for key in keys)
     lost = math.fsum(outcome.sums[key]["lost"] for key in keys)
-    rest = survey(
+    rest = reduce_tensors(
         {name: [source.tensor for source in fitted[name]] for name in report.rest},
         lambda pair: (torch.dot(pair[0] - pair[1], pair[0] - pair[1]),),
         label="Measuring the residual",

@@ -217,11 +217,11 @@ def test_eval_puts_members_and_result_side_by_side_and_into_the_result_s_card(mo
 
 
 def test_eval_loads_a_logit_ensemble(models: Path, tmp_path: Path) -> None:
-    from merges.ensemble.average import average
+    from merges.ensemble.average import average_logits
 
     text, out = tmp_path / "text.txt", tmp_path / "ensemble"
     text.write_text("w10 w11 w12 w13 w20 w21 w22")
-    average([str(models / "base"), str(models / "tuned")], out)
+    average_logits([str(models / "base"), str(models / "tuned")], out)
     result = surgery("eval", models / "base", models / "tuned", out, "--perplexity", text, "--json")
     assert result.returncode == 0, result.stderr
     values = [s["value"] for s in json.loads(result.stdout)["scores"] if s["metric"] == "nats per token"]

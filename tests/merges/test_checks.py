@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from merges.checks import TensorFaults, check_finite, check_vocabularies
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.options import Options
+from surgery.engine.options import ExecutionOptions
 from surgery.engine.preflight import Preflight
 from surgery.errors import SurgeryError
 
@@ -79,9 +79,9 @@ def test_values_that_are_not_finite_are_counted_by_tensor_and_model(
     tensors = {"ill": ill, "well": torch.ones(300, dtype=dtype), "count": torch.ones(3, dtype=torch.int64)}
     save_file(tensors, tmp_path / "m.safetensors")
     stored = list(open_checkpoint(tmp_path / "m.safetensors").tensors.values())
-    check_finite({"org/m": [tensor for tensor in stored if tensor.name != "ill"]}, Options(threads=2))
+    check_finite({"org/m": [tensor for tensor in stored if tensor.name != "ill"]}, ExecutionOptions(threads=2))
     with pytest.raises(SurgeryError) as caught:
-        check_finite({"org/m": stored}, Options(threads=2))
+        check_finite({"org/m": stored}, ExecutionOptions(threads=2))
     assert str(caught.value) == (
         'sources: NaN or infinite values: 3 in "ill" of org/m. They would spread through the merge. '
         "--allow-nonfinite merges them all the same."

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from support.architectures import ARCHITECTURES, add_tokenizer, build, sibling
 from support.merges import config_of, family, files_of, logits_of, run, set_tensor, tensors_of
 
-import surgery.engine.execute
-from merges.job import Job
+import surgery.engine.execution
+from merges.job import MergeJob
 from surgery.errors import SurgeryError
 from surgery.io.atomic import MANIFEST
 
@@ -149,7 +149,7 @@ def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments of 64 elements: tiny tensors then take many."""
     for module in (
         "surgery.checkpoint.reader",
-        "surgery.engine.compute",
+        "surgery.engine.computation",
         "surgery.engine.plan",
         "merges.tokenizer.embeddings",
     ):
@@ -238,7 +238,7 @@ def test_a_killed_merge_resumes_to_the_same_files(
 ) -> None:
     run(EXAMPLES[kind], llama, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr("surgery.engine.journal.Journal.append", killing(surgery.engine.execute.Journal.append, 100))
+        patch.setattr("surgery.engine.journal.Journal.append", killing(surgery.engine.execution.Journal.append, 100))
         with pytest.raises(Killed):
             run(EXAMPLES[kind], llama, tmp_path / "out", threads=1)
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
@@ -278,20 +278,20 @@ def test_killed_between_documents_it_keeps_what_is_done(
 ) -> None:
     run(STEPS, llama, tmp_path / "elsewhere/whole")
     with monkeypatch.context() as patch:
-        patch.setattr("surgery.engine.execute.commit", killing(surgery.engine.execute.commit, 2))
+        patch.setattr("surgery.engine.execution.commit", killing(surgery.engine.execution.commit, 2))
         with pytest.raises(Killed):
             run(STEPS, llama, tmp_path / "out")
     run(STEPS, llama, tmp_path / "out", dry_run=True)
     assert (tmp_path / "out.steps/name=half" / MANIFEST).is_file(), "a dry run removes nothing"
     written: list[str] = []
-    execute = Job.execute
+    execute = MergeJob.execute
 
-    def counted(job: Job, *arguments: Any, **keywords: Any) -> Any:
+    def counted(job: MergeJob, *arguments: Any, **keywords: Any) -> Any:
         written.append(str(job.config.name))
         return execute(job, *arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "execute", counted)
+        patch.setattr(MergeJob, "execute", counted)
         run(STEPS, llama, tmp_path / "out")
     assert written == ["ours/../stock", "None"]
     assert files_of(tmp_path / "out") == files_of(tmp_path / "elsewhere/whole")
@@ -302,7 +302,7 @@ def test_a_step_of_models_that_have_changed_since_is_made_anew(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("surgery.engine.execute.commit", killing(surgery.engine.execute.commit, 2))
+        patch.setattr("surgery.engine.execution.commit", killing(surgery.engine.execution.commit, 2))
         with pytest.raises(Killed):
             run(STEPS, own, tmp_path / "out")
     shutil.rmtree(tmp_path / "out.steps/name=ours%2F..%2Fstock.partial")

@@ -11,11 +11,11 @@ from support.architectures import VOCABULARY
 from support.models import open_folder
 from torch import Tensor
 
-from surgery.growth.plan import Lora, Stage, Trained, Training
+from surgery.growth.plan import GrowthStage, Lora, StageTraining, TrainableParts
 from surgery.growth.prefix_cache.cache import PrefixCache
 from surgery.growth.prefix_cache.prefix import Prefix
 from surgery.growth.training.loop import StageResult, train_stage
-from surgery.models.loaded_model import LiveModel
+from surgery.models.loaded_model import LoadedModel
 
 SEQUENCE, BATCH, COUNT, SEED = 16, 4, 24, 5
 
@@ -45,13 +45,17 @@ class Windows:
         return torch.stack([self.stream[n * SEQUENCE : (n + 1) * SEQUENCE + 1] for n in numbers])
 
 
-def make_stage(train: Sequence[Trained] = ("new", "head", "norm"), *, steps: int = 6, **settings: Any) -> Stage:
+def make_stage(
+    train: Sequence[TrainableParts] = ("new", "head", "norm"), *, steps: int = 6, **settings: Any
+) -> GrowthStage:
     """So many steps at a rate that is high, so that much happens in few."""
-    training = Training(**{"learning_rate": 1e-2, "warmup": 0.34} | settings.pop("training", {}))
-    return Stage(train=tuple(train), tokens=steps * BATCH * SEQUENCE, training=training, lora=Lora(rank=2), **settings)
+    training = StageTraining(**{"learning_rate": 1e-2, "warmup": 0.34} | settings.pop("training", {}))
+    return GrowthStage(
+        train=tuple(train), tokens=steps * BATCH * SEQUENCE, training=training, lora=Lora(rank=2), **settings
+    )
 
 
-def with_cache(live: LiveModel, depth: int, folder: Path) -> Prefix:
+def with_cache(live: LoadedModel, depth: int, folder: Path) -> Prefix:
     """The prefix below `depth`, cached in `folder`."""
     cache = PrefixCache(
         folder, windows=COUNT, sequence=SEQUENCE, width=live.width, dtype=torch.float32, tokens=Windows.identity
@@ -59,14 +63,14 @@ def with_cache(live: LiveModel, depth: int, folder: Path) -> Prefix:
     return Prefix(live, depth, cache)
 
 
-def train(model: Path, stage: Stage, folder: Path, *, cache: Path | None = None, **options: Any) -> StageResult:
+def train(model: Path, stage: GrowthStage, folder: Path, *, cache: Path | None = None, **options: Any) -> StageResult:
     """Trains the model in the folder `model`, whose last layer is the new one; states go to `folder`."""
     live = open_folder(model)
     return train_live(live, stage, folder, cache=cache, **options)
 
 
 def train_live(
-    live: LiveModel, stage: Stage, folder: Path, *, cache: Path | None = None, **options: Any
+    live: LoadedModel, stage: GrowthStage, folder: Path, *, cache: Path | None = None, **options: Any
 ) -> StageResult:
     last = len(live.layers) - 1
     chosen: dict[str, Any] = {

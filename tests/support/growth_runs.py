@@ -14,14 +14,14 @@ from torch import Tensor
 from surgery.growth.data.corpus import documents
 from surgery.growth.data.train_tokenizer import train_tokenizer
 from surgery.growth.embedding.build import make_embedding
-from surgery.growth.prepare import Begun, begin, plan_of
+from surgery.growth.prepare import PreparedRun, load_plan, prepare_run
 from surgery.growth.results import Growth
-from surgery.growth.run import Doing, grow
+from surgery.growth.run import RunOptions, grow
 
 WIDTH, SEQUENCE, BATCH = 16, 8, 4
 STEPS = 6
 TOKENS = STEPS * BATCH * SEQUENCE
-CPU = Doing(device="cpu")
+CPU = RunOptions(device="cpu")
 
 PLAN: dict[str, Any] = {
     "model": {"heads": 2, "mlp": 24},
@@ -56,14 +56,14 @@ def write_plan(folder: Path, name: str = "plan.yml", **changes: Any) -> Path:
     return path
 
 
-def begun(bench: Path, run: Path, *, plan: Path | None = None, corpus: str = "sums.txt", **changes: Any) -> Begun:
+def begun(bench: Path, run: Path, *, plan: Path | None = None, corpus: str = "sums.txt", **changes: Any) -> PreparedRun:
     """A run of a plan with changes, on the embedding and a corpus of `bench`."""
     path = plan or write_plan(run.parent, f"{run.name}.yml", **changes)
     embed = None if changes.get("start") else str(bench / "emb")
-    return begin(plan_of(str(path), embed=embed, corpus=[str(bench / corpus)]), run)
+    return prepare_run(load_plan(str(path), embed=embed, corpus=[str(bench / corpus)]), run)
 
 
-def grown(bench: Path, run: Path, *, corpus: str = "sums.txt", doing: Doing = CPU, **changes: Any) -> Growth:
+def grown(bench: Path, run: Path, *, corpus: str = "sums.txt", doing: RunOptions = CPU, **changes: Any) -> Growth:
     """That run, done."""
     return grow(begun(bench, run, corpus=corpus, **changes), doing)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from surgery import lab
-from surgery.lab.build import MEMBERS
-from surgery.lab.recipe import Cliff, Experts
+from surgery.lab.builder import MEMBERS
+from surgery.lab.recipe import CliffRecipe, MoeRecipe
 
 
 def family() -> dict[str, Path]:
@@ -15,4 +15,6 @@ def family() -> dict[str, Path]:
     The cliff models and the mixture of experts stay out: each takes a minute or so, and a test that needs one resolves
     that one.
     """
-    return {name: lab.resolve(name) for name in lab.names() if not isinstance(MEMBERS[name].recipe, Cliff | Experts)}
+    return {
+        name: lab.resolve(name) for name in lab.names() if not isinstance(MEMBERS[name].recipe, CliffRecipe | MoeRecipe)
+    }

@@ -18,8 +18,8 @@ from merges.methods.registry import METHODS
 from merges.report import MergeReport
 from merges.run import merge
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.checkpoint.structure import anatomy
-from surgery.engine.options import Options
+from surgery.checkpoint.structure import model_structure
+from surgery.engine.options import ExecutionOptions
 
 SPECS = {name: method.spec for name, method in METHODS.items()}
 WORDS = 90  # tokens of `other`, which lacks the last six and has them in another order
@@ -42,7 +42,7 @@ def add_lora(folder: Path, base: Path, *, rank: int = 2) -> Path:
     generator = torch.Generator().manual_seed(7)
     tensors = {}
     transposed = False
-    for heads in anatomy(checkpoint).output_projections.values():
+    for heads in model_structure(checkpoint).output_projections.values():
         shape, transposed = checkpoint.tensors[heads.name].shape, heads.transposed
         out, width = (shape[1], shape[0]) if transposed else shape
         module = "base_model.model." + heads.name.removesuffix(".weight")
@@ -67,7 +67,7 @@ def run(text: str, folder: Path, out: Path, **options: Any) -> MergeReport:
     configs = parse_configs(text, "c.yml", methods=SPECS)
     dry_run = options.pop("dry_run", False)
     line = ["surgery", "merge", "c.yml", "-o", "OUT"]
-    return merge(configs, out, line=line, text=text, dry_run=dry_run, options=Options(**options))
+    return merge(configs, out, line=line, text=text, dry_run=dry_run, options=ExecutionOptions(**options))
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

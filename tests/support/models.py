@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from probes.data.examples import TokenSequence
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.models.loaded_model import LiveModel, wrap
-from surgery.models.loading import Loaded
+from surgery.models.loaded_model import LoadedModel, attach_structure
+from surgery.models.loading import ModelAndTokenizer
 
 WINDOW = 8
 
@@ -140,7 +140,7 @@ def make_live(
     dtype: torch.dtype = torch.float32,
     attention: str | None = None,
     **sizes: Any,
-) -> LiveModel:
+) -> LoadedModel:
     """A tiny random model of family `name`, saved into `folder` and loaded.
 
     Args:
@@ -168,11 +168,11 @@ def save(name: str, folder: Path, *, seed: int = 0, **sizes: Any) -> Path:
     return folder
 
 
-def open_folder(folder: Path, *, dtype: torch.dtype = torch.float32, attention: str | None = None) -> LiveModel:
+def open_folder(folder: Path, *, dtype: torch.dtype = torch.float32, attention: str | None = None) -> LoadedModel:
     """The model in `folder`, with a tokenizer of one token per character."""
     chosen = {} if attention is None else {"attn_implementation": attention}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **chosen).eval()
-    return wrap(Loaded(folder.name, model, make_tokenizer()), open_checkpoint(folder))
+    return attach_structure(ModelAndTokenizer(folder.name, model, make_tokenizer()), open_checkpoint(folder))
 
 
 def make_sequences(lengths: Sequence[int], *, seed: int = 0, answer: int = 0) -> list[TokenSequence]:
@@ -187,20 +187,20 @@ def make_sequences(lengths: Sequence[int], *, seed: int = 0, answer: int = 0) ->
     return found
 
 
-def probe_for(live: LiveModel, seed: int = 0) -> tuple[Tensor, float]:
+def probe_for(live: LoadedModel, seed: int = 0) -> tuple[Tensor, float]:
     """A random probe on the final norm's output: w (D,) and b."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(live.width, generator=generator), 0.3
 
 
-Lives = Callable[..., LiveModel]
+Lives = Callable[..., LoadedModel]
 
 
 def maker(folder: Path) -> Lives:
     """`make_live` that makes each model once, in folders below `folder`."""
-    made: dict[str, LiveModel] = {}
+    made: dict[str, LoadedModel] = {}
 
-    def get(name: str, **how: Any) -> LiveModel:
+    def get(name: str, **how: Any) -> LoadedModel:
         key = f"{name} {sorted(how.items())}"
         if key not in made:
             made[key] = make_live(name, folder / str(len(made)) / name, **how)
@@ -209,7 +209,7 @@ def maker(folder: Path) -> Lives:
     return get
 
 
-def hook_count(live: LiveModel) -> int:
+def hook_count(live: LoadedModel) -> int:
     """Hooks and replaced forwards on all of its modules. transformers leaves some of its own, once and for all."""
     return sum(
         len(module._forward_hooks) + len(module._forward_pre_hooks) + ("forward" in vars(module))

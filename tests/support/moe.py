@@ -24,12 +24,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from probes.data.examples import TokenSequence
-from probes.model.reinforce import Reinforcement, reinforced
+from probes.model.reinforce import Reinforcement, scaled_routing
 from probes.model.routers import Router
 from surgery.checkpoint.selectors import Expert
 from surgery.errors import SurgeryError
 from surgery.evaluation.scoring import Score
-from surgery.models.loaded_model import LiveModel
+from surgery.models.loaded_model import LoadedModel
 
 EXPERTS, TOP_K, HIDDEN, VOCABULARY = 8, 2, 32, 96
 PLANTED = Expert(1, 5)
@@ -156,7 +156,7 @@ WITH_ZERO_EXPERTS = ("longcat_flash",)
 _CONSTANT, _OWN = 0, 1
 
 
-def plant(name: str, folder: Path, *, seed: int = 0) -> LiveModel:
+def plant(name: str, folder: Path, *, seed: int = 0) -> LoadedModel:
     """A model of family `name` whose expert `PLANTED` fires at the token `MARKER`, and hardly anywhere else.
 
     The marker's embedding is large in a dimension that all others lack and the expert's router row reads; the row is
@@ -301,14 +301,14 @@ def write_rows(path: Path, listed: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
-Lives = Callable[[str], LiveModel]
+Lives = Callable[[str], LoadedModel]
 
 
 def planter(folder: Path) -> Lives:
     """`plant` that makes each model once, in folders below `folder`."""
-    made: dict[str, LiveModel] = {}
+    made: dict[str, LoadedModel] = {}
 
-    def get(name: str) -> LiveModel:
+    def get(name: str) -> LoadedModel:
         if name not in made:
             made[name] = plant(name, folder / name)
         return made[name]
@@ -316,7 +316,7 @@ def planter(folder: Path) -> Lives:
     return get
 
 
-def experts_modules(live: LiveModel) -> dict[int, Any]:
+def experts_modules(live: LoadedModel) -> dict[int, Any]:
     """Layer → the module that applies its experts, by the name of its class: how tests find it without our help."""
     found = {}
     for number, layer in enumerate(live.layers):
@@ -326,7 +326,7 @@ def experts_modules(live: LiveModel) -> dict[int, Any]:
     return found
 
 
-def watch_experts(live: LiveModel, ids: Tensor) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+def watch_experts(live: LoadedModel, ids: Tensor) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
     """Layer → what its experts are handed in a pass over `ids` (N, T): states, numbers and weights."""
     seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     handles = []
@@ -345,7 +345,7 @@ def watch_experts(live: LiveModel, ids: Tensor) -> dict[int, tuple[Tensor, Tenso
     return seen
 
 
-def logits_of(live: LiveModel, ids: Tensor) -> Tensor:
+def logits_of(live: LoadedModel, ids: Tensor) -> Tensor:
     """(N, T, vocabulary)"""
     with torch.inference_mode():
         logits: Tensor = live.model(ids, use_cache=False).logits
@@ -375,8 +375,8 @@ def stub_tasks(
     asked: list[Asked] = []
 
     @contextmanager
-    def entered(live: LiveModel, routers: Sequence[Router], how: Reinforcement) -> Iterator[Any]:
-        with reinforced(live, routers, how) as applied:
+    def entered(live: LoadedModel, routers: Sequence[Router], how: Reinforcement) -> Iterator[Any]:
+        with scaled_routing(live, routers, how) as applied:
             now.append(how)
             try:
                 yield applied

@@ -13,10 +13,10 @@ from support.architectures import add_tokenizer, build, sibling
 from support.hub_server import HubServer, Request
 
 from surgery.checkpoint.checkpoint import read_folder
-from surgery.checkpoint.reader import Reader, SourceFiles, hash_tensor
+from surgery.checkpoint.reader import SourceFiles, TensorReader, hash_tensor
 from surgery.errors import SurgeryError
-from surgery.publish.push import push
-from surgery.vectors import apply as vectors
+from surgery.publish.upload import push
+from surgery.vectors import application as vectors
 
 REPO = "lab/reasoner"
 TOKEN = "hf_accepted"
@@ -52,7 +52,7 @@ def hashes_of(folder: Path) -> dict[str, str]:
     """The hash of every tensor of the model in `folder`."""
     checkpoint = read_folder(folder)
     with SourceFiles(checkpoint.files) as files:
-        reader = Reader(files)
+        reader = TensorReader(files)
         return {name: hash_tensor(reader, tensor) for name, tensor in checkpoint.tensors.items()}
 
 

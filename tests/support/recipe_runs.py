@@ -14,9 +14,9 @@ from support.architectures import add_tokenizer, build, sibling
 
 from cli.commands.run import commands
 from surgery.recipes.run.paths import MANIFEST
-from surgery.recipes.run.subprocesses import Job
+from surgery.recipes.run.subprocesses import StepProcess
 from surgery.recipes.run.subprocesses import program as line_of
-from surgery.recipes.types import Command, Given, Made, Node, Parameter, Program, Push
+from surgery.recipes.types import Command, CommandParameter, Given, Pipeline, Push, RecipeStep, StepOutput
 
 RECIPE = """
 recipes:
@@ -60,31 +60,33 @@ def write_recipe(folder: Path, models: Mapping[str, Path]) -> Path:
     return path
 
 
-def node(name: str, given: Mapping[str, Given] | None = None, *, command: Command | None = None, **more: Any) -> Node:
+def node(
+    name: str, given: Mapping[str, Given] | None = None, *, command: Command | None = None, **more: Any
+) -> RecipeStep:
     """A step; of the made-up command `make` unless another is given."""
     made = [v for value in (given or {}).values() for v in (value if isinstance(value, tuple) else (value,))]
-    after = tuple(dict.fromkeys(v.step for v in made if isinstance(v, Made)))
-    return Node(name, name.partition(".")[0], command or make(), given or {}, after, **more)
+    after = tuple(dict.fromkeys(v.step for v in made if isinstance(v, StepOutput)))
+    return RecipeStep(name, name.partition(".")[0], command or make(), given or {}, after, **more)
 
 
 def make(name: str = "make", *, writes: str | None = "out", **more: Any) -> Command:
     """A made-up command, with an option of each kind."""
     parameters = [
-        Parameter("inputs", "text", many=True),
-        Parameter("text", "text", flag="--text", default="a"),
-        Parameter("count", "whole", flag="--count", default=1),
-        Parameter("scale", "number", flag="--scale", default=1.0),
-        Parameter("fast", "flag", flag="--fast", off="--no-fast"),
-        Parameter("from", "path", flag="--from"),
-        Parameter("threads", "whole", flag="--threads"),
+        CommandParameter("inputs", "text", many=True),
+        CommandParameter("text", "text", flag="--text", default="a"),
+        CommandParameter("count", "whole", flag="--count", default=1),
+        CommandParameter("scale", "number", flag="--scale", default=1.0),
+        CommandParameter("fast", "flag", flag="--fast", off="--no-fast"),
+        CommandParameter("from", "path", flag="--from"),
+        CommandParameter("threads", "whole", flag="--threads"),
     ]
     return Command(name, "", {each.name: each for each in parameters}, writes=writes, **more)
 
 
-def program(*nodes: Node, pushes: Sequence[Push] = (), recipe: str = "tried") -> Program:
+def program(*nodes: RecipeStep, pushes: Sequence[Push] = (), recipe: str = "tried") -> Pipeline:
     """A recipe of `nodes`."""
     text = f"recipes: {{{recipe}: {{}}}}\n"
-    return Program(recipe, "Tried out.", Path("recipes.yaml"), text, {}, nodes, pushes=tuple(pushes))
+    return Pipeline(recipe, "Tried out.", Path("recipes.yaml"), text, {}, nodes, pushes=tuple(pushes))
 
 
 def real(name: str) -> Command:
@@ -100,7 +102,11 @@ class Fakes:
     """
 
     def __init__(
-        self, *, turns: int = 2, codes: Mapping[str, int] | None = None, work: Callable[[Job], None] | None = None
+        self,
+        *,
+        turns: int = 2,
+        codes: Mapping[str, int] | None = None,
+        work: Callable[[StepProcess], None] | None = None,
     ) -> None:
         self.turns, self.codes, self.work = turns, dict(codes or {}), work or write_output
         self.started: list[str] = []
@@ -109,7 +115,7 @@ class Fakes:
         self.signals: list[tuple[str, int]] = []
         self.words: dict[str, Sequence[str]] = {}
 
-    def __call__(self, job: Job) -> Fake:
+    def __call__(self, job: StepProcess) -> Fake:
         name = job.node.name
         self.beside[name] = set(self.started) - set(self.ended)
         self.started.append(name)
@@ -118,7 +124,7 @@ class Fakes:
 
 
 class Fake:
-    def __init__(self, of: Fakes, job: Job) -> None:
+    def __init__(self, of: Fakes, job: StepProcess) -> None:
         self.of, self.job, self.left = of, job, of.turns
         self.code: int | None = None
 
@@ -139,7 +145,7 @@ class Fake:
         self.code = -number
 
 
-def write_output(job: Job) -> None:
+def write_output(job: StepProcess) -> None:
     """What a made-up step does: it prints its words, and writes them into its folder."""
     job.place.text.write_text(" ".join(job.words), encoding="utf-8")
     if job.node.command.writes is not None:

@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from surgery.errors import SurgeryError
-from surgery.recipes.parse.graph import program
-from surgery.recipes.types import Command, Parameter, Program
+from surgery.recipes.parse.graph import build_pipeline
+from surgery.recipes.types import Command, CommandParameter, Pipeline
 
-Read = Callable[..., Program]
+Read = Callable[..., Pipeline]
 
 
 RECIPE = """recipes:
@@ -39,14 +39,14 @@ RECIPE = """recipes:
 
 
 def _command(
-    name: str, *parameters: Parameter, writes: str | None = "out", changes: str | None = None, suffix: str = ""
+    name: str, *parameters: CommandParameter, writes: str | None = "out", changes: str | None = None, suffix: str = ""
 ) -> Command:
     by_name = {one.name: one for one in parameters}
     return Command(name, f"What {name} does.", by_name, writes, changes, suffix=suffix)
 
 
-def _argument(name: str, *, many: bool = False) -> Parameter:
-    return Parameter(name, "text", f"The {name}.", required=True, many=many)
+def _argument(name: str, *, many: bool = False) -> CommandParameter:
+    return CommandParameter(name, "text", f"The {name}.", required=True, many=many)
 
 
 COMMANDS = {
@@ -56,38 +56,43 @@ COMMANDS = {
             "vector extract",
             _argument("tuned"),
             _argument("base"),
-            Parameter("rank", "whole", "Of the adapter.", "--rank", least=1),
-            Parameter("dtype", "text", "To store.", "--dtype", choices=("float32", "bfloat16"), default="float32"),
+            CommandParameter("rank", "whole", "Of the adapter.", "--rank", least=1),
+            CommandParameter(
+                "dtype", "text", "To store.", "--dtype", choices=("float32", "bfloat16"), default="float32"
+            ),
         ),
         _command(
             "vector apply",
             _argument("vector"),
             _argument("target"),
-            Parameter("scale", "number", "α.", "--scale", default=1.0, least=-10, most=10),
-            Parameter("scale-for", "text", "GLOB=α.", "--scale-for", many=True),
-            Parameter("rescale", "flag", "Keep the norm.", "--rescale", off="--no-rescale"),
-            Parameter("config", "path", "A file.", "--config"),
+            CommandParameter("scale", "number", "α.", "--scale", default=1.0, least=-10, most=10),
+            CommandParameter("scale-for", "text", "GLOB=α.", "--scale-for", many=True),
+            CommandParameter("rescale", "flag", "Keep the norm.", "--rescale", off="--no-rescale"),
+            CommandParameter("config", "path", "A file.", "--config"),
         ),
         _command(
             "eval",
             _argument("models", many=True),
-            Parameter("task", "text", "May be repeated.", "--task", many=True),
-            Parameter("limit", "whole", "Examples.", "--limit", least=1),
+            CommandParameter("task", "text", "May be repeated.", "--task", many=True),
+            CommandParameter("limit", "whole", "Examples.", "--limit", least=1),
             writes=None,
         ),
         _command(
-            "probe heads", Parameter("from", "path", "A run.", "--from", required=True), changes="from", writes=None
+            "probe heads",
+            CommandParameter("from", "path", "A run.", "--from", required=True),
+            changes="from",
+            writes=None,
         ),
         _command("list", suffix=".jsonl"),
-        _command("note", Parameter("of", "text", "Anything.", "--of", many=True)),
+        _command("note", CommandParameter("of", "text", "Anything.", "--of", many=True)),
     )
 }
 
 
-def read_text(folder: Path, text: str, **settings: str) -> Program:
+def read_text(folder: Path, text: str, **settings: str) -> Pipeline:
     file = folder / "recipes.yaml"
     file.write_text(text, encoding="utf-8")
-    return program(file, "r", commands=COMMANDS, settings=settings)
+    return build_pipeline(file, "r", commands=COMMANDS, settings=settings)
 
 
 def steps_of(steps: Mapping[str, Any], **more: Any) -> str:

@@ -25,9 +25,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from probes.refusal.run import probe_refusal
-from surgery.engine.options import Options
+from surgery.engine.options import ExecutionOptions
 
-ONE_THREAD = Options(threads=1)
+ONE_THREAD = ExecutionOptions(threads=1)
 
 LAYERS, HEADS, GROUPS, HEAD_DIM, HIDDEN, CONTEXT = 3, 4, 2, 16, 32, 256
 WRITER, LOOPER, SUPPRESSORS = "L0H0", "L0H2", ("L1H2", "L2H1")

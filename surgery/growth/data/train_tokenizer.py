@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from surgery.checkpoint.vocabulary import TOKENIZER
-from surgery.engine.manifest import command_record, made_manifest, write_manifest
+from surgery.engine.manifest import build_manifest_of_files, command_record, write_manifest
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.growth.data.corpus import FIELD
 from surgery.growth.folder import file_sizes, fresh_partial, save_tokenizer
-from surgery.io.atomic import check_free, commit, disk_error
+from surgery.io.atomic import check_free, commit_folder, disk_error
 from surgery.io.hashing import KEY, hash_bytes
 from surgery.reporting.report import Column, Table
 from surgery.runtime.progress import Progress, silent
@@ -135,7 +135,7 @@ def train_tokenizer(
     )
     named = None if tuple(special) == (END,) else list(special)
     record = command_record("grow tokenizer", refs, vocab=vocab, special=named, field=None if field == FIELD else field)
-    manifest = made_manifest(
+    manifest = build_manifest_of_files(
         KIND,
         record,
         inputs={},
@@ -145,7 +145,7 @@ def train_tokenizer(
         report={name: value for name, value in asdict(report).items() if name != "out"} | {f"{TOKENIZER} {KEY}": found},
     )
     write_manifest(partial, manifest)
-    commit(partial, out, overwrite=overwrite)
+    commit_folder(partial, out, overwrite=overwrite)
     return report
 
 

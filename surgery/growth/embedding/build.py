@@ -19,16 +19,16 @@ from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.tokenizer_files import tokenizer_files
 from surgery.checkpoint.vocabulary import CONFIG
 from surgery.checkpoint.write_table import Table, write_table
-from surgery.engine.manifest import command_record, made_manifest, read_manifest, write_manifest
+from surgery.engine.manifest import build_manifest_of_files, command_record, read_manifest, write_manifest
 from surgery.errors import SurgeryError, usage_error
 from surgery.growth.embedding import tables
-from surgery.growth.embedding.from_model import stored_rows
+from surgery.growth.embedding.from_model import embedding_rows
 from surgery.growth.embedding.glyphs import Glyphs, check_cell, open_font
-from surgery.growth.embedding.preview import specimen
+from surgery.growth.embedding.preview import embedding_preview
 from surgery.growth.embedding.tables import Groups
-from surgery.growth.embedding.token_strings import OpenTokenizer, open_tokenizer, surfaces
+from surgery.growth.embedding.token_strings import OpenTokenizer, open_tokenizer, token_strings
 from surgery.growth.folder import file_sizes, fresh_partial, save_tokenizer
-from surgery.io.atomic import check_free, commit, copy_file, write_file
+from surgery.io.atomic import check_free, commit_folder, copy_file, write_file
 from surgery.io.hashing import KEY, hash_bytes, hash_tensors
 from surgery.io.json_io import read_json, to_json
 from surgery.reporting.report import Column
@@ -186,7 +186,7 @@ def make_embedding(
     _check_options(kind, width, font=font, source=source, cell=cell)
     check_free(out, overwrite=overwrite)
     opened = open_tokenizer(tokenizer)
-    names = surfaces(opened.tokenizer, rows=rows, where=tokenizer)
+    names = token_strings(opened.tokenizer, rows=rows, where=tokenizer)
     unit = kind in ("glyphs", "random") if normalise is None else normalise
     if kind == "glyphs":
         made = _glyphs(names, width or cell * cell, font=font, cell=cell, normalise=unit, progress=progress)
@@ -230,7 +230,7 @@ def make_embedding(
     _write_collisions(partial / COLLISIONS, groups, names)
     if made.bitmaps is not None:
         write_file(partial / SPECIMEN, _specimen(names, made, groups, report))
-    manifest = made_manifest(
+    manifest = build_manifest_of_files(
         KIND,
         command,
         inputs={"tokenizer": _tokenizer_entry(opened), **made.inputs},
@@ -240,7 +240,7 @@ def make_embedding(
         versions={"numpy": np.__version__, **made.versions},
     )
     write_manifest(partial, manifest)
-    commit(partial, out, overwrite=overwrite)
+    commit_folder(partial, out, overwrite=overwrite)
     return report
 
 
@@ -299,7 +299,7 @@ def _glyphs(
 
 
 def _stored(opened: OpenTokenizer, source: str, rows: int, width: int | None, *, normalise: bool) -> _Made:
-    table, name, entry, compared = stored_rows(opened, source, rows)
+    table, name, entry, compared = embedding_rows(opened, source, rows)
     own = table.shape[1]
     _check_width(width or own, own, f"the width of {source}'s embedding")
     tokens = "the same" if compared else "not known, for it has no tokenizer"
@@ -321,7 +321,7 @@ def _count(groups: Groups, names: Sequence[str]) -> Collisions:
 def _specimen(names: Sequence[str], made: _Made, groups: Groups, report: EmbeddingReport) -> bytes:
     assert made.bitmaps is not None
     title = f"{made.details['font']}, {report.vocab_size:,} tokens: {report.collisions.rows:,} share a row"
-    return specimen(names, made.bitmaps, groups, title=title).png
+    return embedding_preview(names, made.bitmaps, groups, title=title).png
 
 
 def _tokenizer_entry(opened: OpenTokenizer) -> dict[str, Any]:

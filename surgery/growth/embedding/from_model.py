@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
-from surgery.checkpoint.reader import Input, Reader, SourceFiles, hash_tensor, segments
+from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader, hash_tensor, segments
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.checkpoint.structure import anatomy
+from surgery.checkpoint.structure import model_structure
 from surgery.checkpoint.vocabulary import differences, read_vocabulary
 from surgery.checkpoint.write_table import Table
 from surgery.engine.manifest import input_entry
@@ -20,7 +20,7 @@ from surgery.errors import SurgeryError, usage_error
 from surgery.growth.embedding.token_strings import OpenTokenizer
 
 
-def stored_rows(opened: OpenTokenizer, ref: str, rows: int) -> tuple[Table, str, dict[str, Any], bool]:
+def embedding_rows(opened: OpenTokenizer, ref: str, rows: int) -> tuple[Table, str, dict[str, Any], bool]:
     """The first `rows` rows of the token embedding of the model `ref` in fp32, its name, and the manifest's entry.
 
     Last, whether the model has a tokenizer whose tokens were compared; where it has none, nothing is known of them.
@@ -50,9 +50,9 @@ def stored_rows(opened: OpenTokenizer, ref: str, rows: int) -> tuple[Table, str,
     table = np.empty((rows, own), np.float32)
     flat = table.reshape(-1)
     with SourceFiles(source.files) as files:
-        reader = Reader(files)
+        reader = TensorReader(files)
         for begin, end in segments(table.size):
-            flat[begin:end] = reader.values(Input(tensor), begin, end, "table").float().numpy()
+            flat[begin:end] = reader.values(TensorInput(tensor), begin, end, "table").float().numpy()
         entry = input_entry(source, {part.name: hash_tensor(reader, part) for part in tensor.parts})
         files.check_unchanged()
     if not np.isfinite(table).all():
@@ -61,7 +61,7 @@ def stored_rows(opened: OpenTokenizer, ref: str, rows: int) -> tuple[Table, str,
 
 
 def _token_embedding(source: Checkpoint) -> StoredTensor:
-    names = anatomy(source).token_embeddings
+    names = model_structure(source).token_embeddings
     if len(names) != 1:
         raise SurgeryError(f"has {len(names)} token embeddings that are recognised, expected one", where=source.ref)
     tensor = source.tensors[names[0]]

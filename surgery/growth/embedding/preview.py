@@ -23,7 +23,7 @@ LONGEST, LONGEST_LINE = 13, 52  # characters above a picture, and beside one
 MARGIN, SIDE, SMALL, TITLE, HEADING, ROW, LINE = 0.2, 0.58, 0.42, 0.45, 0.4, 0.92, 0.6
 
 
-def specimen(
+def embedding_preview(
     surfaces: Sequence[str], bitmaps: Image, groups: Sequence[Sequence[int]], *, title: str, caption: str = ""
 ) -> Figure:
     """64 tokens, evenly spread over the ids, as the model sees them; below them the largest groups that look alike.

@@ -70,7 +70,7 @@ def open_tokenizer(ref: str | Path) -> OpenTokenizer:
     return OpenTokenizer(str(ref), folder, tokenizer, vocabulary, repo_id, revision)
 
 
-def surfaces(tokenizer: Any, *, rows: int | None = None, where: object = "the tokenizer") -> list[str]:
+def token_strings(tokenizer: Any, *, rows: int | None = None, where: object = "the tokenizer") -> list[str]:
     """The literal string of every id from 0 to V − 1; none is empty, but two may be alike.
 
     Args:

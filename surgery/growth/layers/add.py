@@ -23,18 +23,18 @@ from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import dtype_name
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.safetensors_header import PYTORCH
-from surgery.checkpoint.structure import anatomy
+from surgery.checkpoint.structure import model_structure
 from surgery.engine.edit_report import write_config_dtype
-from surgery.engine.execute import execute
-from surgery.engine.manifest import Card, build_manifest, command_record, write_card, write_manifest
-from surgery.engine.options import Options
+from surgery.engine.execution import execute
+from surgery.engine.manifest import CardContent, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, check_output, plan_files
 from surgery.engine.preflight import check_space
-from surgery.engine.result import Outcome
+from surgery.engine.result import ExecutionResult
 from surgery.errors import listing, usage_error
-from surgery.growth.layers.plan_layers import COMMAND, Deepening
-from surgery.growth.layers.random_init import folder_for, fresh_layers, transformers_version
-from surgery.growth.plan import Init, Place
+from surgery.growth.layers.plan_layers import COMMAND, LayerInsertionPlan
+from surgery.growth.layers.random_init import folder_for, random_layers, transformers_version
+from surgery.growth.plan import Init, LayerPosition
 from surgery.io.atomic import check_free, write_file
 from surgery.reporting.report import Column, Table
 
@@ -102,12 +102,12 @@ def add_layers(
     out: Path,
     *,
     layers: int = 1,
-    at: Place = "top",
+    at: LayerPosition = "top",
     init: Init = "identity",
     seed: int = 0,
     dtype: str | None = None,
     dry_run: bool = False,
-    options: Options = Options(),
+    options: ExecutionOptions = ExecutionOptions(),
 ) -> AddReport:
     """Writes `model` with `layers` more layers, in a row, to the folder `out`.
 
@@ -136,13 +136,15 @@ def add_layers(
     if not dry_run:
         check_free(out, overwrite=options.overwrite)
     command = command_record(COMMAND, [model], layers=layers, at=at, init=init, seed=seed, dtype=dtype)
-    deepening = Deepening(base, anatomy(base), layers, at, init, stored_as)
+    deepening = LayerInsertionPlan(base, model_structure(base), layers, at, init, stored_as)
     deepening.check()
     with ExitStack() as stack:
         sources = {MODEL: base}
         if deepening.needs_fresh:
             folder = stack.enter_context(folder_for(None if dry_run else out))
-            fresh = fresh_layers(deepening.kinds, folder, seed=seed, depth=deepening.after, stack=deepening.shape.stack)
+            fresh = random_layers(
+                deepening.kinds, folder, seed=seed, depth=deepening.after, stack=deepening.shape.stack
+            )
             deepening.take(fresh)
             sources[NEW] = fresh.checkpoint
         planned = [*deepening.old_tensors(), *deepening.new_tensors()]
@@ -168,7 +170,7 @@ def add_layers(
         if dry_run:
             return report
 
-        def finish(folder: Path, outcome: Outcome) -> AddReport:
+        def finish(folder: Path, outcome: ExecutionResult) -> AddReport:
             done = replace(report, resumed_bytes=outcome.resumed_bytes)
             if deepening.config:
                 write_config(folder, deepening.config)
@@ -189,7 +191,7 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     write_file(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _card(report: AddReport, base: Checkpoint, stored_as: str | None) -> Card:
+def _card(report: AddReport, base: Checkpoint, stored_as: str | None) -> CardContent:
     one = len(report.new) == 1
     where = listing(map(str, report.new), 40)
     kept = "Every other tensor is byte for byte the model's, under its new number."
@@ -201,4 +203,6 @@ def _card(report: AddReport, base: Checkpoint, stored_as: str | None) -> Card:
         f"{'layer' if one else 'layers'} {where} {'is' if one else 'are'} new, and began as "
         f"{_PAPERS[report.init]}. {kept}"
     )
-    return Card("Model with layers added", method, ("depth-expansion", report.init), report.table().to_markdown())
+    return CardContent(
+        "Model with layers added", method, ("depth-expansion", report.init), report.table().to_markdown()
+    )

@@ -22,7 +22,7 @@ _PLAIN = (bool, int, float, str, type(None))
 _NOT_SETTINGS = ("training",)
 
 
-def changes(before: Mapping[str, Any], after: Mapping[str, Any], order: Sequence[int], stack: str) -> list[str]:
+def layer_changes(before: Mapping[str, Any], after: Mapping[str, Any], order: Sequence[int], stack: str) -> list[str]:
     """What of the layers, or beside them, would not be what it was; nothing where all is well.
 
     Args:

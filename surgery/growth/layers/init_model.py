@@ -16,29 +16,29 @@ from surgery.checkpoint.checkpoint import Checkpoint, read_folder
 from surgery.checkpoint.config_layers import language_part, spelled_out, untied, with_count
 from surgery.checkpoint.dtypes import TORCH_NAMES, dtype_name
 from surgery.checkpoint.safetensors_header import PYTORCH
-from surgery.checkpoint.structure import anatomy
+from surgery.checkpoint.structure import model_structure
 from surgery.checkpoint.tensor_roles import HIDDEN, N_LAYERS, language_config, number
 from surgery.checkpoint.vocabulary import CONFIG as TOKENIZER_CONFIG
 from surgery.checkpoint.vocabulary import read_vocabulary
-from surgery.engine.execute import execute
-from surgery.engine.manifest import Card, build_manifest, command_record, write_card, write_manifest
-from surgery.engine.options import Options
-from surgery.engine.plan import Plan, PlannedTensor, check_output, copied, plan_files
+from surgery.engine.execution import execute
+from surgery.engine.manifest import CardContent, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.options import ExecutionOptions
+from surgery.engine.plan import Plan, PlannedTensor, check_output, copy_tensor, plan_files
 from surgery.engine.preflight import Preflight, check_space
-from surgery.engine.result import Outcome
+from surgery.engine.result import ExecutionResult
 from surgery.errors import SurgeryError, usage_error
 from surgery.growth.embedding.build import TENSOR, Embedding, open_embedding
 from surgery.growth.layers.add import write_config
 from surgery.growth.layers.random_init import (
-    Kind,
+    LayerSpec,
     folder_for,
-    fresh_ends,
-    fresh_layers,
+    random_embedding_and_head,
+    random_layers,
     text_config,
     transformers_version,
 )
 from surgery.growth.layers.residual_writes import check_embedding
-from surgery.growth.plan import Shape
+from surgery.growth.plan import ModelShape
 from surgery.io.atomic import check_free
 from surgery.io.json_io import read_json
 from surgery.reporting.report import Column, Table
@@ -105,11 +105,11 @@ def init_model(
     embed: str,
     out: Path,
     *,
-    shape: Shape,
+    shape: ModelShape,
     seed: int = 0,
     dtype: str = "float32",
     dry_run: bool = False,
-    options: Options = Options(),
+    options: ExecutionOptions = ExecutionOptions(),
 ) -> InitReport:
     """Writes the model that a growth on the frozen embedding `embed` begins with to the folder `out`.
 
@@ -138,14 +138,14 @@ def init_model(
     config = _config(preflight, embedding, shape, dtype)
     preflight.settle(COMMAND)
     if shape.config is not None:
-        check_embedding(Kind(config))
+        check_embedding(LayerSpec(config))
     said = shape.model_dump(mode="json", exclude_none=True)
     command = command_record(COMMAND, [], embed=embed, **said, seed=seed, dtype=dtype)
     with folder_for(None if dry_run else out) as folder:
-        sources: dict[str, Checkpoint] = {EMBEDDING: frozen, ENDS: fresh_ends(config, folder, seed=seed)}
+        sources: dict[str, Checkpoint] = {EMBEDDING: frozen, ENDS: random_embedding_and_head(config, folder, seed=seed)}
         if shape.layers:
-            kinds = {index: Kind(config) for index in range(shape.layers)}
-            made = fresh_layers(kinds, folder, seed=seed, depth=shape.layers)
+            kinds = {index: LayerSpec(config) for index in range(shape.layers)}
+            made = random_layers(kinds, folder, seed=seed, depth=shape.layers)
             sources[LAYERS] = made.checkpoint
         planned = _planned(sources, embedding, stored_as)
         side_files = {path.name: path for path in embedding.tokenizer_files}
@@ -168,7 +168,7 @@ def init_model(
         if dry_run:
             return report
 
-        def finish(folder: Path, outcome: Outcome) -> InitReport:
+        def finish(folder: Path, outcome: ExecutionResult) -> InitReport:
             done = replace(report, resumed_bytes=outcome.resumed_bytes)
             write_config(folder, config)
             manifest = build_manifest(plan, outcome, kind="model", report=done.summary())
@@ -180,7 +180,7 @@ def init_model(
         return execute(plan, out, options, finish=finish)
 
 
-def llama_config(width: int, shape: Shape) -> dict[str, Any]:
+def llama_config(width: int, shape: ModelShape) -> dict[str, Any]:
     """A Llama of this width, as transformers 5 writes its config; what `shape` leaves open is filled in.
 
     Raises:
@@ -221,7 +221,7 @@ def _usual_heads(width: int) -> int:
     return next(n for n in range(max(width // HEAD_WIDTH, 1), 0, -1) if width % (2 * n) == 0)
 
 
-def _config(preflight: Preflight, embedding: Embedding, shape: Shape, dtype: str) -> dict[str, Any]:
+def _config(preflight: Preflight, embedding: Embedding, shape: ModelShape, dtype: str) -> dict[str, Any]:
     if shape.hidden not in (None, embedding.width):
         raise usage_error(
             f"got {shape.hidden}, expected the embedding's width, {embedding.width}",
@@ -238,7 +238,7 @@ def _config(preflight: Preflight, embedding: Embedding, shape: Shape, dtype: str
     return config
 
 
-def _given_config(embedding: Embedding, shape: Shape) -> dict[str, Any]:
+def _given_config(embedding: Embedding, shape: ModelShape) -> dict[str, Any]:
     """The config.json of the shape, with another number of layers, and without what it says of one model's tokens."""
     assert shape.config is not None
     where = shape.config
@@ -286,7 +286,7 @@ def _special_ids(preflight: Preflight, embedding: Embedding) -> dict[str, int | 
 
 
 def _planned(sources: Mapping[str, Checkpoint], embedding: Embedding, stored_as: str) -> list[PlannedTensor]:
-    ends = anatomy(sources[ENDS])
+    ends = model_structure(sources[ENDS])
     if len(ends.token_embeddings) != 1 or not ends.lm_heads:
         raise SurgeryError(
             "this family has no token embedding and output head that are tensors of their own",
@@ -305,10 +305,10 @@ def _planned(sources: Mapping[str, Checkpoint], embedding: Embedding, stored_as:
         name: tensor for role in (ENDS, LAYERS) if role in sources for name, tensor in sources[role].tensors.items()
     }
     tensors[name] = frozen
-    return [replace(copied(tensor, dtype=stored_as), name=name) for name, tensor in sorted(tensors.items())]
+    return [replace(copy_tensor(tensor, dtype=stored_as), name=name) for name, tensor in sorted(tensors.items())]
 
 
-def _card(report: InitReport, stored_as: str) -> Card:
+def _card(report: InitReport, stored_as: str) -> CardContent:
     exact = "to the bit" if stored_as == "F32" else f"rounded to {stored_as}"
     method = (
         f"A {report.family} with {report.layers} layers on a frozen embedding (arXiv:2507.07129): its token embedding "
@@ -316,4 +316,4 @@ def _card(report: InitReport, stored_as: str) -> Card:
         "transformers initialises it. It is made to be grown: `surgery grow add` adds layers, `surgery grow run` "
         "trains them."
     )
-    return Card("Model to grow", method, ("frozen-embedding", "growth"), report.table().to_markdown())
+    return CardContent("Model to grow", method, ("frozen-embedding", "growth"), report.table().to_markdown())

@@ -19,16 +19,16 @@ from torch import Tensor
 
 from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
 from surgery.checkpoint.config_layers import language_part, spelled_out, unsayable, with_count, with_layers
-from surgery.checkpoint.reader import Input
-from surgery.checkpoint.structure import Anatomy
+from surgery.checkpoint.reader import TensorInput
+from surgery.checkpoint.structure import ModelStructure
 from surgery.checkpoint.tensor_roles import NUMBER, layer_count
-from surgery.engine.plan import Kernel, PlannedTensor, copied
+from surgery.engine.plan import Kernel, PlannedTensor, copy_tensor
 from surgery.engine.preflight import Preflight, check_quantised
 from surgery.errors import SurgeryError, listing, usage_error
-from surgery.growth.layers.compatibility import changes
-from surgery.growth.layers.random_init import FreshLayers, Kind, prefix_of, text_config
+from surgery.growth.layers.compatibility import layer_changes
+from surgery.growth.layers.random_init import LayerSpec, RandomLayers, prefix_of, text_config
 from surgery.growth.layers.residual_writes import LayerTensors, layer_key, layer_tensors, prove_identity
-from surgery.growth.plan import Init, Place
+from surgery.growth.plan import Init, LayerPosition
 
 COMMAND = "grow add"
 
@@ -53,7 +53,7 @@ def origins_of(position: int, layers: int, held: int) -> list[int]:
 
 
 @dataclass
-class Deepening:
+class LayerInsertionPlan:
     """Layers to be added to `base`, whose anatomy is `shape`: the other fields are arguments of `add.add_layers`.
 
     `check` first; then, where `needs_fresh`, `take`; then the tensors can be asked for.
@@ -63,9 +63,9 @@ class Deepening:
     """
 
     base: Checkpoint
-    shape: Anatomy
+    shape: ModelStructure
     layers: int
-    at: Place
+    at: LayerPosition
     init: Init
     stored_as: str | None = None
     preflight: Preflight = field(default_factory=Preflight)
@@ -73,7 +73,7 @@ class Deepening:
     position: int = field(init=False)
     order: list[int] = field(init=False)
     zeroed: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    fresh: FreshLayers | None = None
+    fresh: RandomLayers | None = None
     _proved: dict[str, bool] = field(default_factory=dict)
 
     @property
@@ -97,11 +97,11 @@ class Deepening:
         return self.init == "random" or not self.before
 
     @property
-    def kinds(self) -> dict[int, Kind]:
+    def kinds(self) -> dict[int, LayerSpec]:
         """New layer → what is to be made for it."""
         full = self.spelled()
         return {
-            number: Kind(full, origin, None if origin is None else self.shape)
+            number: LayerSpec(full, origin, None if origin is None else self.shape)
             for number, origin in zip(self.new, self.origins, strict=True)
         }
 
@@ -132,7 +132,7 @@ class Deepening:
         if self.init == "identity" and self.before:
             for origin in dict.fromkeys(self.origins):
                 assert origin is not None
-                self._prove(layer_tensors(self.base, self.shape, origin), Kind(full, origin, self.shape), origin)
+                self._prove(layer_tensors(self.base, self.shape, origin), LayerSpec(full, origin, self.shape), origin)
             self.preflight.settle(COMMAND)
 
     def spelled(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class Deepening:
             return dict(self.base.config)
         return spelled_out(self.base.config, whole, self.before)
 
-    def take(self, fresh: FreshLayers) -> None:
+    def take(self, fresh: RandomLayers) -> None:
         """Takes random layers as what the new ones begin as; they must be what the model's own are."""
         self.fresh = fresh
         if not self.before and (others := sorted(fresh.outside ^ self.base.tensors.keys())):
@@ -164,7 +164,7 @@ class Deepening:
     def old_tensors(self) -> list[PlannedTensor]:
         """What the model has, under its new names."""
         return [
-            replace(copied(tensor, dtype=self.stored_as), name=self._renamed(name))
+            replace(copy_tensor(tensor, dtype=self.stored_as), name=self._renamed(name))
             for name, tensor in self.base.tensors.items()
         ]
 
@@ -180,9 +180,9 @@ class Deepening:
                 name = f"{prefix_of(stack)}{number}.{inner}"
                 dtype = self.stored_as or (held[inner].dtype if inner in held else self._usual_dtype(tensor))
                 if inner in zeroed:
-                    planned.append(PlannedTensor(name, dtype, tensor.shape, (Input(tensor),), ZEROS))
+                    planned.append(PlannedTensor(name, dtype, tensor.shape, (TensorInput(tensor),), ZEROS))
                 else:
-                    planned.append(replace(copied(tensor, dtype=dtype), name=name))
+                    planned.append(replace(copy_tensor(tensor, dtype=dtype), name=name))
         return planned
 
     def parameters(self, planned: Sequence[PlannedTensor], number: int) -> int:
@@ -249,13 +249,13 @@ class Deepening:
 
     def _check_kinds(self, full: Mapping[str, Any]) -> None:
         try:
-            found = changes(full, self.config, self.order, self.shape.stack or "")
+            found = layer_changes(full, self.config, self.order, self.shape.stack or "")
         except SurgeryError as fault:
             self.preflight.warnings.append(f"that every layer stays of its kind was not tried: {fault}")
             return
         self.preflight.faults += found
 
-    def _prove(self, tensors: LayerTensors, kind: Kind, number: int) -> None:
+    def _prove(self, tensors: LayerTensors, kind: LayerSpec, number: int) -> None:
         writers = tensors.writers
         layer = f"layer {number} of {self.base.ref}" if self.before else f"a layer of {self.base.ref}"
         suspects = tensors.suspects(self.shape.roles) if self.fresh is None else ()

@@ -20,7 +20,7 @@ from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint, Shard, StoredTensor, read_folder
 from surgery.checkpoint.config_layers import unsayable, with_count, with_layers
-from surgery.checkpoint.structure import Anatomy, anatomy
+from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.checkpoint.tensor_roles import N_LAYERS
 from surgery.errors import SurgeryError
 from surgery.io.hashing import hash_bytes, hash_text
@@ -34,7 +34,7 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
-class Kind:
+class LayerSpec:
     """A layer to be made: one of the kind that `layer` of `template` is; without these, the family's first.
 
     config: the whole model's.
@@ -42,7 +42,7 @@ class Kind:
 
     config: Mapping[str, Any]
     layer: int | None = None
-    template: Anatomy | None = None
+    template: ModelStructure | None = None
 
     def alone(self) -> dict[str, Any]:
         """The config of a language model with this layer alone, and a few tokens. Raises SurgeryError."""
@@ -132,7 +132,7 @@ def load(folder: Path) -> Any:
 
 
 @dataclass(frozen=True)
-class FreshLayers:
+class RandomLayers:
     """Random layers. stack: where the family keeps its layers; outside: the names of what lies elsewhere in it.
 
     checkpoint: the layers' tensors under their names in the model to come. inner: name inside the layer → tensor, per
@@ -145,9 +145,9 @@ class FreshLayers:
     inner: Mapping[int, Mapping[str, StoredTensor]]
 
 
-def fresh_layers(
-    kinds: Mapping[int, Kind], folder: Path, *, seed: int, depth: int, stack: str | None = None
-) -> FreshLayers:
+def random_layers(
+    kinds: Mapping[int, LayerSpec], folder: Path, *, seed: int, depth: int, stack: str | None = None
+) -> RandomLayers:
     """Random layers, one after the other, each from a seed of its own: that of (`seed`, its number).
 
     Args:
@@ -165,7 +165,7 @@ def fresh_layers(
     for number, kind in kinds.items():
         made = build(kind.alone(), seed=seed_of(seed, f"layer {number}"), depth=depth)
         saved = save(made, folder / f"layer-{number}")
-        found = anatomy(saved)
+        found = model_structure(saved)
         if found.stack is None or found.layers != 1:
             raise SurgeryError("no layer was found in the names that transformers gives a model of this family")
         stack = found.stack if stack is None else stack
@@ -178,10 +178,10 @@ def fresh_layers(
         shards += saved.shards
     tensors = {tensor.name: tensor for held in inner.values() for tensor in held.values()}
     checkpoint = Checkpoint(description(seed), None, tuple(shards), dict(sorted(tensors.items())))
-    return FreshLayers(checkpoint, stack or "", outside, inner)
+    return RandomLayers(checkpoint, stack or "", outside, inner)
 
 
-def fresh_ends(config: Mapping[str, Any], folder: Path, *, seed: int) -> Checkpoint:
+def random_embedding_and_head(config: Mapping[str, Any], folder: Path, *, seed: int) -> Checkpoint:
     """What of a random model of `config` lies outside the layers: embedding, final norm, head. Raises SurgeryError."""
     model = build(with_count(text_config(config), 0), seed=seed_of(seed, "ends"))
     return replace(save(model, folder / "ends"), ref=description(seed))

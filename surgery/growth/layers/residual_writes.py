@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
-from surgery.checkpoint.structure import Anatomy, anatomy
+from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.checkpoint.tensor_roles import ATTENTION_WORDS, MLP_WORDS, parts_of, word_of
 from surgery.errors import SurgeryError, listing
-from surgery.growth.layers.random_init import Kind, build, layers_in, load, prefix_of, save
+from surgery.growth.layers.random_init import LayerSpec, build, layers_in, load, prefix_of, save
 from surgery.models.loaded_model import hidden_in, hidden_out, hooks
 
 # Recurrent mixers have no role of their own: their last projection is called as attention's, or linear_out.
@@ -70,14 +70,14 @@ class LayerTensors:
         return word in OUT_WORDS and (self.hidden is None or self.hidden in tensor.shape)
 
 
-def layer_tensors(checkpoint: Checkpoint, shape: Anatomy, layer: int) -> LayerTensors:
+def layer_tensors(checkpoint: Checkpoint, shape: ModelStructure, layer: int) -> LayerTensors:
     """The tensors of one layer of `checkpoint`."""
     start = f"{prefix_of(shape.stack)}{shape.blocks[layer].index}."
     inner = {name.removeprefix(start): checkpoint.tensors[name] for name in shape.blocks[layer].names}
     return LayerTensors(inner, shape.hidden_size)
 
 
-def prove_identity(kind: Kind, names: Collection[str], writers: Sequence[str]) -> bool:
+def prove_identity(kind: LayerSpec, names: Collection[str], writers: Sequence[str]) -> bool:
     """Runs a layer of this kind with its `writers` zeroed, and says whether it is an identity.
 
     Args:
@@ -88,7 +88,7 @@ def prove_identity(kind: Kind, names: Collection[str], writers: Sequence[str]) -
     """
     with tempfile.TemporaryDirectory() as name:
         saved = save(_shaken(build(_narrow(kind.alone()), seed=0)), Path(name))
-        shape = anatomy(saved)
+        shape = model_structure(saved)
         if shape.stack is None or shape.layers != 1:
             raise SurgeryError("no layer was found in the names that transformers gives a model of this family")
         inner = layer_tensors(saved, shape, 0).inner
@@ -106,7 +106,7 @@ def prove_identity(kind: Kind, names: Collection[str], writers: Sequence[str]) -
     return torch.equal(came, went)
 
 
-def check_embedding(kind: Kind) -> None:
+def check_embedding(kind: LayerSpec) -> None:
     """Raises SurgeryError where the family changes token embeddings before the first layer.
 
     Positions may be added to them: what is looked at is the difference of two tokens at one place.
@@ -114,7 +114,7 @@ def check_embedding(kind: Kind) -> None:
     with tempfile.TemporaryDirectory() as name:
         model = build(_narrow(kind.alone()), seed=0)
         rows = model.get_input_embeddings().weight.detach()
-        shape = anatomy(save(model, Path(name)))
+        shape = model_structure(save(model, Path(name)))
         one, _ = _run(model, shape, (1, 1, 1))
         other, _ = _run(model, shape, (2, 1, 1))
     moved = one[0, 0] - other[0, 0]
@@ -127,7 +127,7 @@ def check_embedding(kind: Kind) -> None:
         )
 
 
-def layer_key(kind: Kind) -> str:
+def layer_key(kind: LayerSpec) -> str:
     """The same text for layers that are of one kind."""
     return json.dumps(kind.alone(), sort_keys=True, default=str)
 
@@ -158,7 +158,7 @@ def _shaken(model: Any) -> Any:
 
 
 @torch.inference_mode()
-def _run(model: Any, shape: Anatomy, tokens: Sequence[int] = _TOKENS) -> tuple[Tensor, Tensor]:
+def _run(model: Any, shape: ModelStructure, tokens: Sequence[int] = _TOKENS) -> tuple[Tensor, Tensor]:
     """What goes into the first layer of `model`, and what comes out of it."""
     _, (layer,) = layers_in(model, shape.stack, 1)
     came: list[Tensor] = []

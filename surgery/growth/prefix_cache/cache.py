@@ -33,7 +33,7 @@ from surgery.errors import SurgeryError, usage_error
 from surgery.io.atomic import disk_error, write_file
 from surgery.io.hashing import hash_text
 from surgery.reporting.report import format_value
-from surgery.runtime.collectives import n_sharing, share
+from surgery.runtime.collectives import map_over_ranks, n_active_processes
 
 STATES, WINDOWS, ABOUT = "states.bin", "windows.bin", "cache.json"
 SCHEMA = 1
@@ -225,14 +225,14 @@ class PrefixCache:
         if self._alone:
             work()
         else:
-            share([work], lambda job: job())
+            map_over_ranks([work], lambda job: job())
 
     def _each(self, work: Callable[[], None]) -> None:
         """`work` in every process; none goes on where it fails in one."""
         if self._alone:
             work()
         else:
-            share(range(n_sharing()), lambda _: work())
+            map_over_ranks(range(n_active_processes()), lambda _: work())
 
     def _open(self) -> None:
         self.prefixes = _recorded(self.folder, self._about) or {}

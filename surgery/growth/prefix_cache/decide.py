@@ -1,7 +1,7 @@
 """Whether a prefix cache is worth its disk: states are read from there and made anew, and both are timed.
 
-In come the model, the depth at which the next stage's prefix ends, the plan's `Cache` and a batch; out comes a
-`Decision` with its reason in a sentence. Times are in seconds for one window.
+In come the model, the depth at which the next stage's prefix ends, the plan's `CacheSettings` and a batch; out comes a
+`CacheDecision` with its reason in a sentence. Times are in seconds for one window.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from surgery.errors import SurgeryError
-from surgery.growth.plan import Cache
+from surgery.growth.plan import CacheSettings
 from surgery.growth.prefix_cache.cache import STATES, PrefixCache, cache_bytes
 from surgery.growth.prefix_cache.prefix import autocasting, below
 from surgery.io.atomic import disk_error
 from surgery.models import partial_forward as splice
-from surgery.models.loaded_model import LiveModel
+from surgery.models.loaded_model import LoadedModel
 from surgery.reporting.report import format_value
-from surgery.runtime.collectives import share
+from surgery.runtime.collectives import map_over_ranks
 from surgery.runtime.environment import n_processes
 
 # Bytes that are written and read to time the disk: enough for its cache not to hide it, read in seconds by the slowest.
@@ -38,7 +38,7 @@ MODELS = 8
 
 
 @dataclass(frozen=True)
-class Decision:
+class CacheDecision:
     """use: whether to cache. reason: for people. bytes: that the cache takes. seconds_read, _write: of a window's
     state, from and to the disk. seconds_recompute: of running the whole prefix on a window. NaN: not measured."""
 
@@ -50,18 +50,18 @@ class Decision:
     seconds_recompute: float = float("nan")
 
 
-def decide(
-    live: LiveModel,
+def decide_caching(
+    live: LoadedModel,
     depth: int,
     *,
-    settings: Cache,
+    settings: CacheSettings,
     folder: Path,
     windows: int,
     passes: float,
     batch_tokens: Tensor,
     held: int = 0,
     autocast: torch.dtype | None = None,
-) -> Decision:
+) -> CacheDecision:
     """Whether the input of layer `depth` is to be cached for `windows` windows.
 
     With c the time of the prefix, r and w those of reading and writing a state, and n passes, the cache is used where
@@ -84,14 +84,14 @@ def decide(
         SurgeryError: the cache is to be on, and states would be wrong, or have no room; the disk cannot be used.
     """
     if settings.use == "off":
-        return Decision(False, "turned off in the plan")
+        return CacheDecision(False, "turned off in the plan")
     if depth == 0:
-        return Decision(False, "the prefix is the embedding alone")
+        return CacheDecision(False, "the prefix is the embedding alone")
     work = partial(_decide, live, depth, settings, folder, windows, passes, batch_tokens, held, autocast)
-    return share([work], lambda job: job())[0]
+    return map_over_ranks([work], lambda job: job())[0]
 
 
-def unfit(live: LiveModel, depth: int, tokens: Tensor) -> str | None:
+def why_not_cacheable(live: LoadedModel, depth: int, tokens: Tensor) -> str | None:
     """Why states at `depth` must never be cached, tried on `tokens` (B, T); None where they may."""
     training = [name for name, tensor in below(live, depth).items() if tensor.requires_grad]
     if training:
@@ -103,35 +103,35 @@ def unfit(live: LiveModel, depth: int, tokens: Tensor) -> str | None:
 
 
 def _decide(
-    live: LiveModel,
+    live: LoadedModel,
     depth: int,
-    settings: Cache,
+    settings: CacheSettings,
     folder: Path,
     windows: int,
     passes: float,
     tokens: Tensor,
     held: int,
     autocast: torch.dtype | None,
-) -> Decision:
+) -> CacheDecision:
     dtype: torch.dtype = getattr(torch, settings.dtype)
     size = cache_bytes(windows, tokens.shape[1], live.width, dtype)
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         spare = 0 if settings.use == "on" else max(SCRATCH, MODELS * _n_bytes(live))
-        obstacle = unfit(live, depth, tokens) or _no_room(folder, size, spare, settings.disk)
+        obstacle = why_not_cacheable(live, depth, tokens) or _no_room(folder, size, spare, settings.disk)
         if obstacle is not None:
             if settings.use == "on":
                 raise SurgeryError(
                     f"the prefix cache cannot be used: {obstacle}", where=folder, hint="Set cache.use to auto or off."
                 )
-            return Decision(False, obstacle, size)
+            return CacheDecision(False, obstacle, size)
         try:
             write, read = _disk_seconds(live, folder, tokens, dtype, windows)
         except SurgeryError as error:
             if settings.use == "on":  # with or without numbers
-                return Decision(True, f"cached as the plan asks; its disk could not be timed: {error.what}", size)
-            return Decision(False, f"not cached, as its disk could not be timed: {error.what}", size)
+                return CacheDecision(True, f"cached as the plan asks; its disk could not be timed: {error.what}", size)
+            return CacheDecision(False, f"not cached, as its disk could not be timed: {error.what}", size)
     except OSError as error:
         raise disk_error(error, folder) from error
     finally:
@@ -153,10 +153,10 @@ def _decide(
     else:
         seen = "once" if n == 1 else f"{n:.3g} times"
         verdict = f"not cached, as writing costs {_ms(write)} and a window is seen {seen}"
-    return Decision(worth or settings.use == "on", f"{costs}: {verdict}", size, read, write, computed)
+    return CacheDecision(worth or settings.use == "on", f"{costs}: {verdict}", size, read, write, computed)
 
 
-def _n_bytes(live: LiveModel) -> int:
+def _n_bytes(live: LoadedModel) -> int:
     return sum(parameter.nbytes for parameter in live.model.parameters())
 
 
@@ -174,32 +174,32 @@ def _no_room(folder: Path, size: int, spare: int, allowed: int) -> str | None:
 
 
 @torch.no_grad()
-def _draws(live: LiveModel, depth: int, ids: Tensor, tupled: tuple[bool, ...]) -> bool:
+def _draws(live: LoadedModel, depth: int, ids: Tensor, tupled: tuple[bool, ...]) -> bool:
     """Whether two runs in training mode differ."""
     modes = {module: module.training for module in live.body.modules()}
     live.body.train()
     try:
         with splice.own_draws(live):
-            one, other = (splice.run_between(live, ids, 0, None, depth, tupled=tupled) for _ in range(2))
+            one, other = (splice.partial_forward(live, ids, 0, None, depth, tupled=tupled) for _ in range(2))
     finally:
         for module, mode in modes.items():
             module.training = mode
     return not splice.is_near(live, one, other)
 
 
-def _prefix_seconds(live: LiveModel, depth: int, tokens: Tensor, autocast: torch.dtype | None) -> float:
+def _prefix_seconds(live: LoadedModel, depth: int, tokens: Tensor, autocast: torch.dtype | None) -> float:
     """Seconds of the prefix for one window: the median of some runs, after one that warms up."""
     ids, tupled = tokens.to(live.device), splice.tupled_layers(live)
 
     def run() -> None:
-        splice.run_between(live, ids, 0, None, depth, tupled=tupled)
+        splice.partial_forward(live, ids, 0, None, depth, tupled=tupled)
 
     with autocasting(live, autocast):
         return statistics.median([_seconds(live, run) for _ in range(REPEATS + 1)][1:]) / len(tokens)
 
 
 def _disk_seconds(
-    live: LiveModel, folder: Path, tokens: Tensor, dtype: torch.dtype, windows: int
+    live: LoadedModel, folder: Path, tokens: Tensor, dtype: torch.dtype, windows: int
 ) -> tuple[float, float]:
     """Seconds of writing and of reading one window's state, measured on a small cache in `folder`: one of `SCRATCH`
     bytes, or of as many windows as there are."""
@@ -254,7 +254,7 @@ def _forget(path: Path) -> None:
         os.close(descriptor)
 
 
-def _seconds(live: LiveModel, run: Callable[[], None]) -> float:
+def _seconds(live: LoadedModel, run: Callable[[], None]) -> float:
     _synchronise(live)
     start = time.perf_counter()
     run()
@@ -262,7 +262,7 @@ def _seconds(live: LiveModel, run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def _synchronise(live: LiveModel) -> None:
+def _synchronise(live: LoadedModel) -> None:
     if live.device.type == "cuda":
         torch.cuda.synchronize(live.device)
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from surgery.errors import SurgeryError, usage_error
 from surgery.growth.prefix_cache.cache import PrefixCache
 from surgery.io.hashing import hash_tensors, hash_text
-from surgery.models.loaded_model import LiveModel
-from surgery.models.parameters import hashes_of
-from surgery.models.partial_forward import run_between, tupled_layers
+from surgery.models.loaded_model import LoadedModel
+from surgery.models.parameters import parameter_hashes
+from surgery.models.partial_forward import partial_forward, tupled_layers
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Prefix:
 
     def __init__(
         self,
-        live: LiveModel,
+        live: LoadedModel,
         depth: int,
         cache: PrefixCache | None = None,
         *,
@@ -154,7 +154,7 @@ class Prefix:
         ids = tokens.to(self.live.device)
         with autocasting(self.live, self.autocast):
             for stop in [stop for stop in self._stops if stop > start or hidden is None]:
-                hidden = run_between(self.live, ids, start, hidden, stop, tupled=self._tupled)
+                hidden = partial_forward(self.live, ids, start, hidden, stop, tupled=self._tupled)
                 hidden = hidden if self.cache is None else self.cache.rounded(hidden)
                 start = stop
         assert hidden is not None
@@ -192,12 +192,12 @@ class Prefix:
         self._done = replace(self._done, **{name: getattr(self._done, name) + n for name, n in more.items()})
 
 
-def autocasting(live: LiveModel, dtype: torch.dtype | None) -> torch.autocast:
+def autocasting(live: LoadedModel, dtype: torch.dtype | None) -> torch.autocast:
     """Inside, the model computes in `dtype`; with None in that of its weights, whatever is outside."""
     return torch.autocast(live.device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def below(live: LiveModel, depth: int) -> dict[str, Tensor]:
+def below(live: LoadedModel, depth: int) -> dict[str, Tensor]:
     """The parameters and buffers of the model's body that can reach the input of layer `depth`, by name."""
     above: list[nn.Module] = [*live.layers[depth:], live.final_norm]
     other = {id(tensor) for module in above for tensor in module.state_dict(keep_vars=True).values()}
@@ -205,15 +205,15 @@ def below(live: LiveModel, depth: int) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in every.items() if id(tensor) not in other}
 
 
-def fingerprints(live: LiveModel, depths: Iterable[int], autocast: torch.dtype | None = None) -> dict[int, str]:
+def fingerprints(live: LoadedModel, depths: Iterable[int], autocast: torch.dtype | None = None) -> dict[int, str]:
     """Depth → a hash of all that decides the states there but the tokens: weights, configuration and `autocast`."""
     wanted = {at: below(live, at) for at in sorted(depths)}
-    hashes = hashes_of(wanted[max(wanted)])
+    hashes = parameter_hashes(wanted[max(wanted)])
     about = hash_text(f"{_settings(live)} {live.model.dtype} {autocast}")
     return {at: hash_text(f"{about} {hash_tensors({n: hashes[n] for n in names})}") for at, names in wanted.items()}
 
 
-def _settings(live: LiveModel) -> str:
+def _settings(live: LoadedModel) -> str:
     """What the configuration says in numbers, words and tables; not how many layers there are, which grows."""
     config = live.model.config.get_text_config().to_dict()
     kept = {

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from surgery.errors import SurgeryError
 from surgery.growth.training.stage_model import StageModel
 from surgery.models.partial_forward import TRIAL_TOKENS
-from surgery.runtime.collectives import wait
+from surgery.runtime.collectives import barrier
 from surgery.runtime.environment import n_processes
 
 
@@ -51,7 +51,7 @@ def accelerator_for(model: StageModel, sequence: int) -> Any:
         )
     except ValueError as error:
         raise SurgeryError(f"accelerate cannot train on {device}: {error}") from error
-    wait()  # also sees to it that the connection is taken down in time
+    barrier()  # also sees to it that the connection is taken down in time
     if accelerator.num_processes != n_processes():
         raise SurgeryError(
             f"the launcher started {n_processes()} processes, and accelerate knows of {accelerator.num_processes}",

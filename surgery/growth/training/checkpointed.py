@@ -17,30 +17,30 @@ from typing import Any, TypedDict
 import torch
 
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.structure import anatomy
-from surgery.engine.execute import execute
-from surgery.engine.manifest import Card, build_manifest, command_record, write_card, write_manifest
-from surgery.engine.options import Options
-from surgery.engine.plan import Plan, copied, plan_files
-from surgery.engine.result import Outcome
-from surgery.engine.verify import tensor_hashes
+from surgery.checkpoint.structure import model_structure
+from surgery.engine.execution import execute
+from surgery.engine.manifest import CardContent, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.options import ExecutionOptions
+from surgery.engine.plan import Plan, copy_tensor, plan_files
+from surgery.engine.result import ExecutionResult
+from surgery.engine.verification import tensor_hashes
 from surgery.errors import SurgeryError, listing
 from surgery.growth.layers.random_init import save
-from surgery.growth.plan import PLAN, Cache, Evaluation, GrowthPlan, Stage, Training, plan_text
+from surgery.growth.plan import PLAN, CacheSettings, Evaluation, GrowthPlan, GrowthStage, StageTraining, plan_text
 from surgery.growth.prefix_cache.cache import PrefixCache, recorded
-from surgery.growth.prefix_cache.decide import decide
+from surgery.growth.prefix_cache.decide import decide_caching
 from surgery.growth.prefix_cache.prefix import Prefix
 from surgery.growth.results import TRAINING, Budget, CacheUse, Embedding, TrainingRecord, ends, thinned, training_text
 from surgery.growth.training.accelerator import autocast_dtype, is_sharded
 from surgery.growth.training.flops import sizes, step_cost
-from surgery.growth.training.loop import StageResult, Step, train_stage
+from surgery.growth.training.loop import StageResult, TrainingStep, train_stage
 from surgery.growth.training.lr_schedule import Windows
 from surgery.growth.training.tensorboard import tensorboard
 from surgery.io.atomic import write_file
 from surgery.io.hashing import hash_text
-from surgery.models.loaded_model import LiveModel, open_live
-from surgery.models.parameters import whole
-from surgery.runtime.collectives import share
+from surgery.models.loaded_model import LoadedModel, load_with_structure
+from surgery.models.parameters import gather_full
+from surgery.runtime.collectives import map_over_ranks
 from surgery.runtime.environment import is_main, n_processes
 from surgery.runtime.progress import Progress, silent
 
@@ -50,7 +50,7 @@ PAPER = "arXiv:2507.07129"
 
 
 @dataclass(frozen=True)
-class Ground:
+class RunContext:
     """What all trainings of a run share.
 
     run: its folder. batch: windows in a step. cache: the plan's. cached_windows: that the prefix cache has room for.
@@ -61,7 +61,7 @@ class Ground:
     store: Windows
     sequence: int
     batch: int
-    cache: Cache
+    cache: CacheSettings
     cached_windows: int
     device: str
     made_from: Mapping[str, Mapping[str, Any]]
@@ -78,7 +78,7 @@ class Ground:
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """One training.
 
     name: of the folder in the run. start: the model that is trained. new: the layers that were added to it. key: hash
@@ -88,7 +88,7 @@ class Job:
 
     name: str
     start: Path | str
-    stage: Stage
+    stage: GrowthStage
     new: tuple[int, ...]
     key: str
     seed: int
@@ -99,14 +99,14 @@ class Job:
     budget: Budget | None = None
 
 
-def train_checkpoint(ground: Ground, job: Job) -> TrainingRecord:
+def train_checkpoint(ground: RunContext, job: TrainingJob) -> TrainingRecord:
     """Trains, or goes on with it, and writes the model to `ground.run / job.name`; all processes call it.
 
     Raises:
-        SurgeryError: as `train_stage`, `decide` and `execute`; a frozen tensor is not what it was.
+        SurgeryError: as `train_stage`, `decide_caching` and `execute`; a frozen tensor is not what it was.
     """
     work = ground.run / f"{job.name}.training"
-    live = open_live(job.start, device=ground.device, dtype="float32", name=job.name)
+    live = load_with_structure(job.start, device=ground.device, dtype="float32", name=job.name)
     below = _Below(ground, job, live)
     with _logging(ground, job) as log:
         result = train_stage(
@@ -128,15 +128,15 @@ def train_checkpoint(ground: Ground, job: Job) -> TrainingRecord:
     use = below.close()
     state = _gathered(live) if is_sharded() else None
     # One process writes; all get the record, or its error.
-    [record] = share([None], lambda _: _write(ground, job, live, state, result, use, below.depth, work))
+    [record] = map_over_ranks([None], lambda _: _write(ground, job, live, state, result, use, below.depth, work))
     return record
 
 
-def _gathered(live: LiveModel) -> dict[str, Any]:
+def _gathered(live: LoadedModel) -> dict[str, Any]:
     """The weights of a model that is sharded, on the CPU of the process that writes; empty in the others."""
     state = {}
     for name, value in live.model.state_dict().items():
-        values = whole(value)
+        values = gather_full(value)
         if is_main():
             state[name] = values.cpu()
     return state
@@ -155,7 +155,7 @@ class _Sizes(TypedDict):
 class _Below:
     """The prefix of one training: decided on once it is known what trains."""
 
-    def __init__(self, ground: Ground, job: Job, live: LiveModel) -> None:
+    def __init__(self, ground: RunContext, job: TrainingJob, live: LoadedModel) -> None:
         self.ground, self.job, self.live = ground, job, live
         self.depth = 0
         self.use = CacheUse(used=False, reason="no prefix cache: all layers train")
@@ -172,14 +172,14 @@ class _Below:
             return None
         ground, live, folder = self.ground, self.live, self.ground.cache_folder
         # A training that goes on does as it did: rounded states (bf16) and computed ones are not the same to the bit.
-        [decided] = share([None], lambda _: self._decided())
+        [decided] = map_over_ranks([None], lambda _: self._decided())
         if decided is not None:
             self.use = decided
         else:
             held = recorded(folder, **self._sizes) or {}
             first = ground.store.windows([ground.store.number_of(self.job.first_window)])
-            rows = max(1, ground.batch // n_processes() // (self.job.stage.training or Training()).accumulate)
-            decision = decide(
+            rows = max(1, ground.batch // n_processes() // (self.job.stage.training or StageTraining()).accumulate)
+            decision = decide_caching(
                 live,
                 depth,
                 settings=ground.cache,
@@ -239,14 +239,14 @@ class _Below:
         return CacheUse.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _logging(ground: Ground, job: Job) -> AbstractContextManager[Callable[[Step], None] | None]:
+def _logging(ground: RunContext, job: TrainingJob) -> AbstractContextManager[Callable[[TrainingStep], None] | None]:
     return tensorboard(ground.run / LOGS / job.name) if ground.logs else nullcontext()
 
 
 def _write(
-    ground: Ground,
-    job: Job,
-    live: LiveModel,
+    ground: RunContext,
+    job: TrainingJob,
+    live: LoadedModel,
     state: dict[str, Any] | None,
     result: StageResult,
     use: CacheUse,
@@ -258,7 +258,7 @@ def _write(
     shutil.rmtree(saved_at, ignore_errors=True)  # left by a kill
     saved = save(live.model, saved_at, state=state)
     _check_names(before, saved, job)
-    planned = [copied(saved.tensors[name], dtype=tensor.dtype) for name, tensor in before.tensors.items()]
+    planned = [copy_tensor(saved.tensors[name], dtype=tensor.dtype) for name, tensor in before.tensors.items()]
     sources = {BEFORE: before, TRAINED: saved}
     side_files = {path.name: path for path in before.side_files}
     plan = Plan(_command(ground, job), sources, plan_files(planned, like=before), side_files)
@@ -266,7 +266,7 @@ def _write(
     trained = _may_change(before, job)
     record = _record(ground, job, live, result, use, depth, proven=len(before.tensors) - len(trained))
 
-    def finish(folder: Path, outcome: Outcome) -> None:
+    def finish(folder: Path, outcome: ExecutionResult) -> None:
         changed = sorted(name for name, old in hashes.items() if name not in trained and outcome.hashes[name] != old)
         if changed:
             raise SurgeryError(f"frozen, but changed in training: {listing(changed)}", where=job.name)
@@ -279,12 +279,12 @@ def _write(
         write_card(folder, manifest, {BEFORE: before}, _card(job, record))
 
     # What a killed run left half-written was copied from files that are made anew, and so begins anew too.
-    execute(plan, ground.run / job.name, Options(overwrite=True), finish=finish)
+    execute(plan, ground.run / job.name, ExecutionOptions(overwrite=True), finish=finish)
     shutil.rmtree(work, ignore_errors=True)
     return record
 
 
-def _command(ground: Ground, job: Job) -> dict[str, Any]:
+def _command(ground: RunContext, job: TrainingJob) -> dict[str, Any]:
     """How the manifest records the training: the plan as far as this stage, the commands, and where in RUN it lies.
 
     On another number of threads sums are split otherwise, so that it is part of the command.
@@ -301,9 +301,9 @@ def _command(ground: Ground, job: Job) -> dict[str, Any]:
     return record | {"files": {PLAN: plan_text(plan)}, "inside": job.name}
 
 
-def _may_change(before: Checkpoint, job: Job) -> set[str]:
+def _may_change(before: Checkpoint, job: TrainingJob) -> set[str]:
     """The tensors that the stage trains, by what the plan says; names in memory may differ."""
-    train, shape = set(job.stage.train), anatomy(before)
+    train, shape = set(job.stage.train), model_structure(before)
     groups = {"head": "lm_head", "norm": "final norm", "embedding": "embed"}
     wanted = {groups[part] for part in train & groups.keys()}
     wanted |= {f"layer {index}" for index in job.new if "new" in train}
@@ -311,7 +311,7 @@ def _may_change(before: Checkpoint, job: Job) -> set[str]:
     return {name for name in before.tensors if "all" in train or shape.group_of(name) in wanted}
 
 
-def _check_names(before: Checkpoint, saved: Checkpoint, job: Job) -> None:
+def _check_names(before: Checkpoint, saved: Checkpoint, job: TrainingJob) -> None:
     other = sorted(before.tensors.keys() ^ saved.tensors.keys())
     if other:
         raise SurgeryError(
@@ -322,11 +322,18 @@ def _check_names(before: Checkpoint, saved: Checkpoint, job: Job) -> None:
 
 
 def _record(
-    ground: Ground, job: Job, live: LiveModel, result: StageResult, use: CacheUse, depth: int, *, proven: int
+    ground: RunContext,
+    job: TrainingJob,
+    live: LoadedModel,
+    result: StageResult,
+    use: CacheUse,
+    depth: int,
+    *,
+    proven: int,
 ) -> TrainingRecord:
     train, n_layers = set(job.stage.train), len(live.layers)
     layers = range(n_layers) if "all" in train else job.new if "new" in train else ()
-    size = sizes(live.checkpoint, anatomy(live.checkpoint), sequence=ground.sequence)
+    size = sizes(live.checkpoint, model_structure(live.checkpoint), sequence=ground.sequence)
     cost = step_cost(
         size, depth=depth, trained=set(layers), head=bool(train & {"head", "all"}), norm=bool(train & {"norm", "all"})
     )
@@ -358,7 +365,7 @@ def _record(
     )
 
 
-def _card(job: Job, record: TrainingRecord) -> Card:
+def _card(job: TrainingJob, record: TrainingRecord) -> CardContent:
     trains = ", ".join(record.stage.train)
     grown = f"{len(record.new)} of {record.layers} layers were added" if record.new else "no layer was added"
     growth = f"grown layer by layer, its embedding {job.embedding} in this stage, after {PAPER}"
@@ -372,4 +379,6 @@ def _card(job: Job, record: TrainingRecord) -> Card:
         f"{record.first_loss:.3f} to {record.last_loss:.3f} nats per token. {record.proven:,} frozen tensors have the "
         f"hashes that they had before. `{TRAINING}` has the whole curve."
     )
-    return Card("Baseline, trained in one go" if job.budget else "Model grown layer by layer", method, ("growth",))
+    return CardContent(
+        "Baseline, trained in one go" if job.budget else "Model grown layer by layer", method, ("growth",)
+    )

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.structure import Anatomy
+from surgery.checkpoint.structure import ModelStructure
 
 FORWARD, INPUT_GRADIENT, OWN_GRADIENT = 2, 2, 2
 _MATRIX = 2  # axes
@@ -44,7 +44,7 @@ class Sizes:
     head: float
 
 
-def sizes(checkpoint: Checkpoint, structure: Anatomy, *, sequence: int) -> Sizes:
+def sizes(checkpoint: Checkpoint, structure: ModelStructure, *, sequence: int) -> Sizes:
     """The forward cost of the parts of a model on windows of `sequence` tokens. Of experts, those count that a token
     is sent to."""
     layers, attention = [], []
@@ -82,7 +82,7 @@ def step_cost(size: Sizes, *, depth: int, trained: Collection[int], head: bool, 
     return Cost(sum(size.layers[:depth]), above)
 
 
-def _share(structure: Anatomy, layer: int, name: str) -> float:
+def _share(structure: ModelStructure, layer: int, name: str) -> float:
     """Which share of a tensor a token meets: of routed experts, those it is sent to."""
     experts = structure.experts.get(layer)
     if experts is None or structure.roles.get(name) != "expert" or not structure.experts_per_token:

@@ -21,24 +21,31 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError, usage_error
-from surgery.growth.plan import Stage, Training
+from surgery.growth.plan import GrowthStage, StageTraining
 from surgery.growth.training.accelerator import accelerator_for, autocast_dtype, is_sharded
-from surgery.growth.training.lr_schedule import Course, Windows, has_plateaued, rate_at, reproducible, step_seed
+from surgery.growth.training.lr_schedule import (
+    TrainingSchedule,
+    Windows,
+    has_plateaued,
+    learning_rate,
+    reproducible,
+    step_seed,
+)
 from surgery.growth.training.optimizer_state import (
     MOMENTS,
     SPECKS_EVERY,
-    clear_specks,
+    flush_denormals,
     load_state,
     restore,
     save_state,
     snapshot,
 )
-from surgery.growth.training.stage_model import StageModel, prepare
+from surgery.growth.training.stage_model import StageModel, prepare_stage_model
 from surgery.io.hashing import hash_tensors, hash_text
-from surgery.models.loaded_model import LiveModel
-from surgery.models.parameters import hashes_of, local, whole
-from surgery.runtime.collectives import share, wait
-from surgery.runtime.environment import Interrupts, is_main, n_processes, rank
+from surgery.models.loaded_model import LoadedModel
+from surgery.models.parameters import gather_full, local, parameter_hashes
+from surgery.runtime.collectives import barrier, map_over_ranks
+from surgery.runtime.environment import DeferredInterrupt, is_main, n_processes, rank
 from surgery.runtime.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -53,7 +60,7 @@ Stopped = Literal["tokens", "plateau"]
 
 
 @dataclass(frozen=True)
-class Step:
+class TrainingStep:
     """An optimizer step that was done. tokens: of this stage so far. loss: nats per token. grad_norm: unclipped."""
 
     tokens: int
@@ -96,8 +103,8 @@ class StageResult:
 
 
 def train_stage(
-    live: LiveModel,
-    stage: Stage,
+    live: LoadedModel,
+    stage: GrowthStage,
     new: Sequence[int],
     *,
     store: Windows,
@@ -110,7 +117,7 @@ def train_stage(
     save_every: float = 5.0,
     label: str = "Training",
     progress: Progress = silent,
-    log: Callable[[Step], None] | None = None,
+    log: Callable[[TrainingStep], None] | None = None,
 ) -> StageResult:
     """Trains `live` in place, as `stage` says, or goes on with that.
 
@@ -132,16 +139,16 @@ def train_stage(
             a state is damaged, or another stage's; the device has too little memory.
         KeyboardInterrupt: asked for, and the state is saved.
     """
-    course = Course(stage, stage.training or Training(), first_window, sequence, batch, seed)
+    course = TrainingSchedule(stage, stage.training or StageTraining(), first_window, sequence, batch, seed)
     _check_batch(course)
     was_training = live.model.training
-    model = prepare(live, stage, new, seed=seed)
+    model = prepare_stage_model(live, stage, new, seed=seed)
     try:
         store.require(course.windows_until(AHEAD))
         below = None if prefix is None else prefix(model.depth)
         _check_prefix(below, model)
         live.model.train()
-        with reproducible(live.device), Interrupts() as interrupts:
+        with reproducible(live.device), DeferredInterrupt() as interrupts:
             run = _Run(model, course, store, below, folder, interrupts)
             run.go_on()
             run.train(label, save_every, progress, log)
@@ -169,11 +176,11 @@ class _Run:
     def __init__(
         self,
         model: StageModel,
-        course: Course,
+        course: TrainingSchedule,
         store: Windows,
         prefix: Prefix | None,
         folder: Path,
-        interrupts: Interrupts,
+        interrupts: DeferredInterrupt,
     ) -> None:
         self.model, self.course, self.store, self.prefix, self.folder = model, course, store, prefix, folder
         self.interrupts = interrupts
@@ -198,14 +205,16 @@ class _Run:
 
     def go_on(self) -> None:
         """Takes up the last state, where there is one."""
-        wait()
+        barrier()
         state = load_state(self.folder, fingerprint=self.fingerprint)
         if state is not None:
             restore(self.parameters, self.optimizer, state.tensors)
             self.losses, self.earlier = list(state.numbers["losses"]), state.numbers["seconds"]
         self.began = self.saved = time.perf_counter()
 
-    def train(self, label: str, save_every: float, progress: Progress, log: Callable[[Step], None] | None) -> None:
+    def train(
+        self, label: str, save_every: float, progress: Progress, log: Callable[[TrainingStep], None] | None
+    ) -> None:
         course = self.course
         with progress(label, course.steps * course.tokens_per_step, "tokens") as advance:
             if self.losses:
@@ -216,7 +225,7 @@ class _Run:
                 rate, norm, save, interrupted = self._step(due)
                 if log is not None and is_main():
                     speed = course.tokens_per_step / (time.perf_counter() - started)
-                    log(Step(len(self.losses) * course.tokens_per_step, self.losses[-1], rate, speed, norm))
+                    log(TrainingStep(len(self.losses) * course.tokens_per_step, self.losses[-1], rate, speed, norm))
                 advance(course.tokens_per_step, f"loss {self.losses[-1]:.3f}")
                 if save or self.stopped is not None:
                     self._save()
@@ -236,7 +245,7 @@ class _Run:
         seconds = self._seconds()
         moments = [state[key] for state in self.optimizer.state.values() for key in MOMENTS]
         changed = self.model.finish()
-        weights = {name: whole(self.model.model.get_parameter(name).detach()) for name in changed}
+        weights = {name: gather_full(self.model.model.get_parameter(name).detach()) for name in changed}
         if self.accelerator.is_fsdp2:
             weights = {name: value.cpu() for name, value in weights.items()}
         self.accelerator.free_memory()
@@ -257,7 +266,7 @@ class _Run:
     def _step(self, due: bool) -> tuple[float, float, bool, bool]:
         """One optimizer step: the learning rate, the gradient's norm, and whether to save and to stop."""
         step, training, device = len(self.losses), self.course.training, self.accelerator.device
-        rate = rate_at(step, self.course.steps, training)
+        rate = learning_rate(step, self.course.steps, training)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(step_seed(self.course.seed, step, rank()))
@@ -269,7 +278,7 @@ class _Run:
                 of_part = self._loss(numbers, following[0] if following else None) / len(parts)
                 of_part.backward()  # type: ignore[no-untyped-call]
             loss += of_part.detach()
-        norm = whole(nn.utils.clip_grad_norm_(self.parameters.values(), training.clip))
+        norm = gather_full(nn.utils.clip_grad_norm_(self.parameters.values(), training.clip))
         # One exchange: processes must agree on when to save and to stop, which each would see at another step.
         facts = torch.stack(
             [loss, *(torch.tensor(float(flag), device=device) for flag in (due, self.interrupts.asked))]
@@ -282,7 +291,7 @@ class _Run:
             raise self._diverged(step + 1, f"the loss is {mean}, its gradient's norm {length}")
         self.optimizer.step()
         if (step + 1) % SPECKS_EVERY == 0:
-            clear_specks(self.optimizer)
+            flush_denormals(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         self.losses.append(mean)
         return rate, length, total[1] + total[2] > 0, total[2] > 0
@@ -317,7 +326,7 @@ class _Run:
         def save(step: int) -> None:
             save_state(self.folder, step, fingerprint=self.fingerprint, tensors=tensors, numbers=numbers)
 
-        share([len(self.losses)], save)  # one process writes; where it cannot, all stop
+        map_over_ranks([len(self.losses)], save)  # one process writes; where it cannot, all stop
         self.saved = time.perf_counter()
 
     def _seconds(self) -> float:
@@ -333,7 +342,7 @@ class _Run:
         )
 
 
-def _check_batch(course: Course) -> None:
+def _check_batch(course: TrainingSchedule) -> None:
     processes, accumulate = n_processes(), course.training.accumulate
     if course.batch % (processes * accumulate):
         raise usage_error(
@@ -360,14 +369,14 @@ def _check_prefix(prefix: Prefix | None, model: StageModel) -> None:
         )
 
 
-def _fingerprint(model: StageModel, course: Course, identity: str) -> str:
+def _fingerprint(model: StageModel, course: TrainingSchedule, identity: str) -> str:
     """Of all that a state belongs to; the number of processes is not part of it."""
     facts = {
         "stage": course.stage.model_dump(mode="json"),
         "training": course.training.model_dump(mode="json"),
         "sizes": [course.first_window, course.sequence, course.batch, course.seed],
-        "frozen": hash_tensors(hashes_of(model.frozen())),
-        "start": hash_tensors(hashes_of(model.trained())),
+        "frozen": hash_tensors(parameter_hashes(model.frozen())),
+        "start": hash_tensors(parameter_hashes(model.trained())),
         "identity": identity,
     }
     return hash_text(json.dumps(facts, sort_keys=True))

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from surgery.errors import SurgeryError
 from surgery.growth.plan import Lora
-from surgery.models.parameters import put, whole
+from surgery.models.parameters import assign, gather_full
 
 LORA = "lora"  # the submodule that a matrix's A and B are in: layers.0.self_attn.q_proj.lora.A
 
@@ -45,7 +45,7 @@ class Update(nn.Module):
     @torch.no_grad()
     def matrix(self) -> Tensor:
         """(α / r)·B·A in fp64: (out, in). Under FSDP2 all processes call it."""
-        product: Tensor = whole(self.B).double() @ whole(self.A).double()
+        product: Tensor = gather_full(self.B).double() @ gather_full(self.A).double()
         return product * self.scale
 
 
@@ -62,7 +62,7 @@ class Attached:
         for name, module in self.modules.items():
             weight, update = _weight(module), _update(module)
             added = update.matrix()
-            put(weight, whole(weight).double() + (added.T if name in self.transposed else added))
+            assign(weight, gather_full(weight).double() + (added.T if name in self.transposed else added))
         self.remove()
 
     def remove(self) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import deterministic  # its setting is a property of the module, which type checkers do not see
 
-from surgery.growth.plan import Plateau, Stage, Training
+from surgery.growth.plan import GrowthStage, Plateau, StageTraining
 from surgery.runtime.environment import n_processes, rank
 
 
@@ -37,14 +37,14 @@ class Windows(Protocol):
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainingSchedule:
     """The sizes of a stage's training.
 
     first_window: how many windows were drawn before. sequence: tokens that a window predicts. batch: windows in a step.
     """
 
-    stage: Stage
-    training: Training
+    stage: GrowthStage
+    training: StageTraining
     first_window: int
     sequence: int
     batch: int
@@ -84,7 +84,7 @@ class Course:
 _FILL = "fill_uninitialized_memory"
 
 
-def rate_at(step: int, steps: int, training: Training) -> float:
+def learning_rate(step: int, steps: int, training: StageTraining) -> float:
     """The learning rate of step 0 ≤ `step` < `steps`.
 
     It rises in a line over the first ⌈warmup · steps⌉ steps, to the peak in the last of them, and then follows

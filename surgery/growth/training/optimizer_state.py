@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
-from surgery.io.atomic import commit, disk_error, partial_of
+from surgery.io.atomic import commit_folder, disk_error, partial_path
 from surgery.io.hashing import hash_tensors, hash_text
-from surgery.models.parameters import hashes_of, local, put, whole
+from surgery.models.parameters import assign, gather_full, local, parameter_hashes
 
 TENSORS, NUMBERS = "state.safetensors", "state.json"
 # Between two clearings moments fall by 0.9^64, or a thousandth: to 1e-33, where denormals begin at 1e-38.
@@ -31,7 +31,7 @@ WEIGHT, MOMENTS, COUNT = "weight", ("exp_avg", "exp_avg_sq"), "step"
 
 
 @dataclass(frozen=True)
-class State:
+class TrainingState:
     """step: optimizer steps done. numbers: whatever else was saved, as JSON."""
 
     step: int
@@ -50,14 +50,14 @@ def save_state(
     Raises:
         SurgeryError: the disk is full, or cannot be written.
     """
-    partial = partial_of(folder)
-    body = {"step": step, "fingerprint": fingerprint, "tensors": hashes_of(tensors), "numbers": dict(numbers)}
+    partial = partial_path(folder)
+    body = {"step": step, "fingerprint": fingerprint, "tensors": parameter_hashes(tensors), "numbers": dict(numbers)}
     try:
         shutil.rmtree(partial, ignore_errors=True)  # left by a kill
         partial.mkdir(parents=True)
         save_file(dict(tensors), partial / TENSORS)
         (partial / NUMBERS).write_text(json.dumps({"hash": _hash(body), "state": body}), encoding="utf-8")
-        commit(partial, folder, overwrite=True)
+        commit_folder(partial, folder, overwrite=True)
     except OSError as error:
         raise disk_error(error, folder) from error
     except SafetensorError as error:
@@ -69,7 +69,7 @@ def save_state(
         ) from error
 
 
-def load_state(folder: Path, *, fingerprint: str) -> State | None:
+def load_state(folder: Path, *, fingerprint: str) -> TrainingState | None:
     """The state in `folder`, or the one before where a kill came between the two; None where there is none.
 
     Raises:
@@ -97,9 +97,9 @@ def snapshot(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Opti
     """The parameters and AdamW's state of each, on the CPU and whole; under FSDP2 all processes call it."""
     found = {}
     for name, parameter in parameters.items():
-        found[f"{WEIGHT}/{name}"] = whole(parameter.detach()).cpu().contiguous()
+        found[f"{WEIGHT}/{name}"] = gather_full(parameter.detach()).cpu().contiguous()
         for key, value in optimizer.state.get(parameter, {}).items():
-            found[f"{key}/{name}"] = whole(value).cpu().contiguous()
+            found[f"{key}/{name}"] = gather_full(value).cpu().contiguous()
     return found
 
 
@@ -109,18 +109,18 @@ def restore(
 ) -> None:
     """Puts a `snapshot` back, each tensor where and how its parameter lies (under FSDP2 its shard)."""
     for name, parameter in parameters.items():
-        put(parameter, tensors[f"{WEIGHT}/{name}"])
+        assign(parameter, tensors[f"{WEIGHT}/{name}"])
         if f"{COUNT}/{name}" not in tensors:
             continue  # it had no gradient so far
         optimizer.state[parameter] = {COUNT: tensors[f"{COUNT}/{name}"].to(parameter.device)}
         for key in MOMENTS:
             moment = torch.empty_like(parameter)
-            put(moment, tensors[f"{key}/{name}"])
+            assign(moment, tensors[f"{key}/{name}"])
             optimizer.state[parameter][key] = moment
 
 
 @torch.no_grad()
-def clear_specks(optimizer: torch.optim.Optimizer) -> None:
+def flush_denormals(optimizer: torch.optim.Optimizer) -> None:
     """Sets moments below `SPECK` to zero, on CPUs: called every `SPECKS_EVERY` steps, none ever becomes denormal.
 
     Moments of what gets no gradient, such as rows of tokens that do not occur, halve every few steps, and arithmetic on
@@ -137,7 +137,7 @@ def _hash(body: Mapping[str, Any]) -> str:
     return hash_text(json.dumps(body, sort_keys=True))
 
 
-def _read(folder: Path, fingerprint: str) -> State:
+def _read(folder: Path, fingerprint: str) -> TrainingState:
     held = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
     body = held["state"]
     if held["hash"] != _hash(body):
@@ -149,6 +149,6 @@ def _read(folder: Path, fingerprint: str) -> State:
             hint="Choose another folder, or remove this one to begin the stage anew.",
         )
     tensors = load_file(folder / TENSORS)
-    if hash_tensors(hashes_of(tensors)) != hash_tensors(body["tensors"]):
+    if hash_tensors(parameter_hashes(tensors)) != hash_tensors(body["tensors"]):
         raise ValueError(f"{TENSORS} does not match its hashes")
-    return State(body["step"], tensors, body["numbers"])
+    return TrainingState(body["step"], tensors, body["numbers"])

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError, listing, usage_error
-from surgery.growth.plan import Stage
+from surgery.growth.plan import GrowthStage
 from surgery.growth.training.lora import Attached, add_lora
 from surgery.growth.training.loss import cross_entropy
-from surgery.models.loaded_model import LiveModel
-from surgery.models.partial_forward import entering, tupled_layers
+from surgery.models.loaded_model import LoadedModel
+from surgery.models.partial_forward import replace_input, tupled_layers
 
 
 class StageModel(nn.Module):
@@ -27,7 +27,7 @@ class StageModel(nn.Module):
     0 where the embedding does.
     """
 
-    def __init__(self, live: LiveModel, updates: Attached | None) -> None:
+    def __init__(self, live: LoadedModel, updates: Attached | None) -> None:
         super().__init__()
         self.model: Any = live.model
         self.live, self.updates = live, updates
@@ -42,7 +42,7 @@ class StageModel(nn.Module):
         tokens: (B, T) ids. targets: (B, T) ids. hidden: (B, T, D), the input of layer `depth`; where it is given, the
         layers below are not computed. → a scalar
         """
-        below = entering(self.live, self.depth, hidden, self._tupled) if hidden is not None else nullcontext()
+        below = replace_input(self.live, self.depth, hidden, self._tupled) if hidden is not None else nullcontext()
         with below:
             logits = self.model(input_ids=tokens, use_cache=False).logits
         return cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -102,7 +102,7 @@ class StageModel(nn.Module):
         return min(first.get(id(parameter), 0) for parameter in self.trained().values())
 
 
-def prepare(live: LiveModel, stage: Stage, new: Sequence[int], *, seed: int) -> StageModel:
+def prepare_stage_model(live: LoadedModel, stage: GrowthStage, new: Sequence[int], *, seed: int) -> StageModel:
     """Freezes all of `live` but what `stage` trains.
 
     Args:

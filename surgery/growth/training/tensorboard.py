@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from surgery.growth.training.loop import Step
+    from surgery.growth.training.loop import TrainingStep
 
 
 @contextmanager
-def tensorboard(folder: Path) -> Iterator[Callable[[Step], None]]:
-    """Inside, each `Step` that the value is called with is written to event files in `folder`, against tokens.
+def tensorboard(folder: Path) -> Iterator[Callable[[TrainingStep], None]]:
+    """Inside, each `TrainingStep` that the value is called with is written to event files in `folder`, against tokens.
 
     Where a stage goes on from a state, what was logged behind that state is marked as replaced.
 
@@ -30,7 +30,7 @@ def tensorboard(folder: Path) -> Iterator[Callable[[Step], None]]:
         ) from error
     writer: Any = None
 
-    def log(step: Step) -> None:
+    def log(step: TrainingStep) -> None:
         nonlocal writer
         if writer is None:
             writer = SummaryWriter(str(folder), purge_step=step.tokens)

@@ -1,7 +1,7 @@
 """What the steps of a recipe are given: each option's text as a value, or as the outputs of other steps.
 
-In comes a `Scope`, in which all names are known; out come the parameters of each instance of a step, checked against
-the command's own. Every fault is noted where it stands.
+In comes a `VariableScope`, in which all names are known; out come the parameters of each instance of a step, checked
+against the command's own. Every fault is noted where it stands.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from surgery.errors import listing, usage_error
-from surgery.io.yaml_nodes import Node
+from surgery.io.yaml_nodes import YamlNode
 from surgery.recipes.parse.file import Reference, children, meaning, nearest
 from surgery.recipes.parse.scalars import convert, expected, key_of, scalar_fault, shown, text_of
-from surgery.recipes.parse.variables import Instance, Scope, Stage
-from surgery.recipes.types import Command, Given, Made, Parameter, Scalar
+from surgery.recipes.parse.variables import StepInstance, StepTemplate, VariableScope
+from surgery.recipes.types import Command, CommandParameter, Given, Scalar, StepOutput
 
 # Options that some commands have, but no step may give.
 ENGINES: Mapping[str, str] = {
@@ -29,14 +29,14 @@ ENGINES: Mapping[str, str] = {
 }
 # Options of all nodes, lists counted item by item. Matrices reach any number with a few lines.
 MAX_VALUES = 200_000
-Items = tuple[Scalar | Made, ...]
+Items = tuple[Scalar | StepOutput, ...]
 
 
 @dataclass
-class Filling:
+class ArgumentResolver:
     """Fills in options. needed: step → the steps that it names, with or without `when`. n_values: filled in so far."""
 
-    scope: Scope
+    scope: VariableScope
     needed: dict[str, list[str]] = field(default_factory=dict)
     n_values: int = 0
 
@@ -49,7 +49,7 @@ class Filling:
                 where=f"{self.scope.faults.where}: {self.scope.recipe.path}",
             )
 
-    def options(self, stage: Stage, instance: Instance) -> dict[str, Given]:
+    def options(self, stage: StepTemplate, instance: StepInstance) -> dict[str, Given]:
         """Parameter → value, of one instance of a step."""
         written = children(stage.node, "with")
         command = stage.command
@@ -60,16 +60,16 @@ class Filling:
                 self.scope.faults.add(node, _unknown_option(key, command))
         for name, parameter in command.parameters.items():
             if parameter.required and name not in written:
-                place = Node(f"{stage.node.path}.with.{name}", stage.node.line, None)
+                place = YamlNode(f"{stage.node.path}.with.{name}", stage.node.line, None)
                 self.scope.faults.add(place, f"is missing, and `{command.name}` needs it: {expected(parameter)}")
         return self.values(written, command.parameters, instance, stage)
 
     def values(
         self,
-        written: Mapping[str, Node],
-        parameters: Mapping[str, Parameter],
-        instance: Instance,
-        stage: Stage | None = None,
+        written: Mapping[str, YamlNode],
+        parameters: Mapping[str, CommandParameter],
+        instance: StepInstance,
+        stage: StepTemplate | None = None,
     ) -> dict[str, Given]:
         """Parameter → value of what is written. What has no parameter is read for its faults alone."""
         found: dict[str, Given] = {}
@@ -90,14 +90,14 @@ class Filling:
 class _Option:
     """One option of one instance of a step (of a push, where there is no stage)."""
 
-    filling: Filling
-    node: Node
-    parameter: Parameter | None
-    instance: Instance
-    stage: Stage | None
+    filling: ArgumentResolver
+    node: YamlNode
+    parameter: CommandParameter | None
+    instance: StepInstance
+    stage: StepTemplate | None
 
     @property
-    def scope(self) -> Scope:
+    def scope(self) -> VariableScope:
         return self.filling.scope
 
     @property
@@ -112,12 +112,12 @@ class _Option:
             return self.wrong(self.node, "a list")
         return tuple(item for node in self.node.value for item in self.item(node))
 
-    def item(self, node: Node) -> Items:
+    def item(self, node: YamlNode) -> Items:
         found = self.read(node)
         self.filling.count(1 + len(found))
         return found
 
-    def read(self, node: Node) -> Items:
+    def read(self, node: YamlNode) -> Items:
         value = node.value
         if value is None or isinstance(value, dict | tuple):
             return self.wrong(node, shown(value))
@@ -142,7 +142,7 @@ class _Option:
             return self.outputs(node, meant, self.scope.stages[meant.name])
         return self.fault(node, self.scope.unknown(meant.name, axes))
 
-    def variable(self, node: Node, meant: Reference) -> Items:
+    def variable(self, node: YamlNode, meant: Reference) -> Items:
         self.scope.used.add(meant.name)
         value = self.scope.variables[meant.name]
         if meant.name in self.scope.faulty:
@@ -154,9 +154,9 @@ class _Option:
             return self.joined(node, (value,), meant)
         return self.wrong(node, f"a list (${meant.name})") if self.is_single else self.joined(node, value, meant)
 
-    def joined(self, node: Node, values: Sequence[Scalar], meant: Reference) -> Items:
+    def joined(self, node: YamlNode, values: Sequence[Scalar], meant: Reference) -> Items:
         """The values of a variable, each with the path behind it."""
-        found: list[Scalar | Made] = []
+        found: list[Scalar | StepOutput] = []
         for value in values:
             if meant.inside and not isinstance(value, str):
                 self.fault(node, f"got {text_of(value)} (${meant.name}), expected a path before /{meant.inside}")
@@ -165,7 +165,7 @@ class _Option:
                 found += self.converted(node, whole, f" (${meant.name})")
         return tuple(found)
 
-    def outputs(self, node: Node, meant: Reference, target: Stage) -> Items:
+    def outputs(self, node: YamlNode, meant: Reference, target: StepTemplate) -> Items:
         """The outputs of a step: of its instances that are kept, and whose matrix has the values of ours."""
         if self.stage:
             self.filling.needed.setdefault(self.stage.name, []).append(target.name)
@@ -197,9 +197,9 @@ class _Option:
                 f"got ${meant.name}, which is {len(kept)} folders ({names}), expected one; "
                 "make that one by a step without a matrix, or give this step the same matrix",
             )
-        return tuple(Made(other.name, meant.inside) for other in kept)
+        return tuple(StepOutput(other.name, meant.inside) for other in kept)
 
-    def converted(self, node: Node, value: Scalar, of: str = "") -> Items:
+    def converted(self, node: YamlNode, value: Scalar, of: str = "") -> Items:
         if self.parameter is None:
             return (value,)
         try:
@@ -207,7 +207,7 @@ class _Option:
         except ValueError as error:
             return self.fault(node, f"got {shown(value)}{of}, {error}")
 
-    def wrong(self, node: Node, got: str) -> Items:
+    def wrong(self, node: YamlNode, got: str) -> Items:
         return self.fault(node, f"got {got}, expected {expected(self.parameter) if self.parameter else 'a value'}")
 
     def unclear(self) -> Items:
@@ -215,7 +215,7 @@ class _Option:
         self.scope.unclear += 1
         return ()
 
-    def fault(self, node: Node, what: str) -> Items:
+    def fault(self, node: YamlNode, what: str) -> Items:
         self.scope.faults.add(node, what)
         return ()
 

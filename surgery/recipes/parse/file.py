@@ -21,8 +21,8 @@ from pydantic import BeforeValidator, Field, PositiveInt, field_validator
 
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.io.json_records import Strict
-from surgery.io.yaml_models import n_bytes, read_text, validated
-from surgery.io.yaml_nodes import Faults, Node, read_documents
+from surgery.io.yaml_models import n_bytes, read_text, validate_node
+from surgery.io.yaml_nodes import YamlErrors, YamlNode, read_documents
 
 # Steps and recipes name folders, so that no name may be hidden, or leave the folder that it is in.
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -43,7 +43,7 @@ class Needs(Strict):
     time: str | None = None
 
 
-class Step(Strict):
+class StepEntry(Strict):
     """One command, with its options."""
 
     run: str = Field(description="The command, such as vector apply.")
@@ -79,7 +79,7 @@ def _listed(value: object) -> object:
     return (value,) if isinstance(value, dict) else value
 
 
-class Recipe(Strict):
+class RecipeEntry(Strict):
     """A pipeline."""
 
     about: str = Field("", description="One line for the list of recipes.")
@@ -87,14 +87,14 @@ class Recipe(Strict):
     vars: dict[str, Any] = Field(
         {}, description="Variables; one without a value must be set on the command line if a step uses it."
     )
-    steps: dict[str, Step] = Field(description="By name, which is that of the step's folder in a run.")
+    steps: dict[str, StepEntry] = Field(description="By name, which is that of the step's folder in a run.")
     push: Annotated[tuple[PushEntry, ...], BeforeValidator(_listed)] = Field(
         (), description="What goes to the Hub: one entry, or a list."
     )
 
     @field_validator("steps")
     @classmethod
-    def _at_least_one(cls, steps: dict[str, Step]) -> dict[str, Step]:
+    def _at_least_one(cls, steps: dict[str, StepEntry]) -> dict[str, StepEntry]:
         if not steps:
             raise ValueError("holds no step")
         return steps
@@ -103,10 +103,10 @@ class Recipe(Strict):
 class RecipeFile(Strict):
     """Pipelines for `surgery run`."""
 
-    recipes: dict[str, Recipe] = Field(description="By name.")
+    recipes: dict[str, RecipeEntry] = Field(description="By name.")
 
 
-class Listed(NamedTuple):
+class RecipeSummary(NamedTuple):
     """A recipe, as lists show it."""
 
     name: str
@@ -123,14 +123,14 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Source:
+class RecipeSource:
     """A file that was read: its recipes by name, and the faults in how they are built, which are not yet raised."""
 
     file: Path
-    recipes: Mapping[str, Node]
-    faults: Faults
+    recipes: Mapping[str, YamlNode]
+    faults: YamlErrors
 
-    def recipe(self, name: str) -> Node:
+    def recipe(self, name: str) -> YamlNode:
         """One recipe. Raises SurgeryError with the nearest name where there is none, and with the file's faults."""
         if name in self.recipes:
             return self.recipes[name]
@@ -139,12 +139,12 @@ class Source:
         raise usage_error(f"holds no recipe {name!r}", where=self.file, hint=hint)
 
 
-def read(file: Path) -> Source:
+def read(file: Path) -> RecipeSource:
     """The recipes of `file`.
 
     Raises:
         SurgeryError: it cannot be read, is not one document of YAML, or holds keys twice. What else is wrong is kept in
-            `Source.faults`, for it to be told with what the recipes mean.
+            `RecipeSource.faults`, for it to be told with what the recipes mean.
     """
     where = str(file)
     text = read_text(file)
@@ -153,40 +153,40 @@ def read(file: Path) -> Source:
         raise usage_error(f"holds {len(documents)} documents, expected one", where=where)
     faults.settle()
     for line, what in _misread(text):
-        faults.add(Node("", line, None), what)
+        faults.add(YamlNode("", line, None), what)
     with contextlib.suppress(SurgeryError):  # they stay in `faults`
-        validated(documents[0], faults, RecipeFile)
+        validate_node(documents[0], faults, RecipeFile)
     recipes = children(documents[0], "recipes")
     check_names(recipes, faults, "a recipe")
-    return Source(file, recipes, faults)
+    return RecipeSource(file, recipes, faults)
 
 
-def recipes_in(file: Path) -> list[Listed]:
+def recipes_in(file: Path) -> list[RecipeSummary]:
     """The recipes of `file` as they stand there. Raises SurgeryError with every fault in how they are built."""
     source = read(file)
     source.faults.settle()
-    return [Listed(name, text_at(recipe, "about"), needs_of(recipe)) for name, recipe in source.recipes.items()]
+    return [RecipeSummary(name, text_at(recipe, "about"), needs_of(recipe)) for name, recipe in source.recipes.items()]
 
 
-def needs_of(recipe: Node) -> dict[str, str]:
+def needs_of(recipe: YamlNode) -> dict[str, str]:
     """What a recipe says that it takes."""
     return {name: need.value for name, need in children(recipe, "needs").items() if isinstance(need.value, str)}
 
 
-def children(node: Node, key: str) -> dict[str, Node]:
+def children(node: YamlNode, key: str) -> dict[str, YamlNode]:
     """What stands in the mapping `key` of the mapping `node`; nothing where either is none, which is a fault of its
     own."""
     below = node.value.get(key) if isinstance(node.value, dict) else None
     return below.value if below is not None and isinstance(below.value, dict) else {}
 
 
-def text_at(node: Node, key: str) -> str:
+def text_at(node: YamlNode, key: str) -> str:
     """The text at `key` of the mapping `node`; nothing where there is none."""
     below = node.value.get(key) if isinstance(node.value, dict) else None
     return below.value if below is not None and isinstance(below.value, str) else ""
 
 
-def check_names(named: Mapping[str, Node], faults: Faults, of: str) -> None:
+def check_names(named: Mapping[str, YamlNode], faults: YamlErrors, of: str) -> None:
     """Notes every name that cannot be one, and those that some file systems cannot tell apart."""
     seen: dict[str, str] = {}
     for name, node in named.items():

@@ -1,4 +1,4 @@
-"""One recipe of a file, and what the command line sets → a `Program`: its nodes with everything filled in, in an order
+"""One recipe of a file, and what the command line sets → a `Pipeline`: its nodes with everything filled in, in an order
 in which each comes after those it needs.
 
 The whole graph is checked before anything runs, steps that `when` leaves out included, and every fault is told at once:
@@ -13,23 +13,23 @@ from pathlib import Path
 from typing import cast
 
 from surgery.errors import SurgeryError
-from surgery.io.yaml_models import dump
-from surgery.io.yaml_nodes import Node as Tree
-from surgery.recipes.parse.arguments import Filling
+from surgery.io.yaml_models import dump_yaml
+from surgery.io.yaml_nodes import YamlNode
+from surgery.recipes.parse.arguments import ArgumentResolver
 from surgery.recipes.parse.file import Reference, meaning, needs_of, read, text_at
 from surgery.recipes.parse.scalars import shown
-from surgery.recipes.parse.variables import Instance, Scope, Stage, chosen_text, open_scope
-from surgery.recipes.types import Command, Given, Made, Node, Parameter, Program, Push
+from surgery.recipes.parse.variables import StepInstance, StepTemplate, VariableScope, chosen_text, open_scope
+from surgery.recipes.types import Command, CommandParameter, Given, Pipeline, Push, RecipeStep, StepOutput
 
 _PUSH = {
-    name: Parameter(name, "flag" if name in ("private", "pr") else "text", required=name in ("from", "to"))
+    name: CommandParameter(name, "flag" if name in ("private", "pr") else "text", required=name in ("from", "to"))
     for name in ("from", "to", "private", "revision", "pr", "message")
 }
 
 
-def program(
+def build_pipeline(
     file: Path, name: str, *, commands: Mapping[str, Command], settings: Mapping[str, str] | None = None
-) -> Program:
+) -> Pipeline:
     """The recipe `name` of `file`, ready to be run.
 
     Args:
@@ -43,13 +43,13 @@ def program(
     source = read(file)
     recipe = source.recipe(name)
     scope = open_scope(recipe, source.faults, commands, settings or {})
-    filling = Filling(scope)
+    filling = ArgumentResolver(scope)
     nodes = _nodes(scope, filling)
     pushes = _pushes(scope, filling)
     _refuse_cycles(scope, filling.needed)
     scope.refuse_unused()
     source.faults.settle()
-    return Program(
+    return Pipeline(
         recipe=name,
         about=text_at(recipe, "about"),
         file=file,
@@ -61,19 +61,19 @@ def program(
     )
 
 
-def _text(name: str, recipe: Tree, scope: Scope) -> str:
+def _text(name: str, recipe: YamlNode, scope: VariableScope) -> str:
     alone = cast("dict[str, object]", recipe.plain)
     if scope.variables:
         alone = {**alone, "vars": {key: chosen_text(value) for key, value in scope.variables.items()}}
-    return dump({"recipes": {name: alone}})
+    return dump_yaml({"recipes": {name: alone}})
 
 
-def _nodes(scope: Scope, filling: Filling) -> list[Node]:
+def _nodes(scope: VariableScope, filling: ArgumentResolver) -> list[RecipeStep]:
     """The nodes that are kept, as the file has them."""
     found = []
     for stage in scope.stages.values():
         # Where there is no instance, what `with` says is still read, for its faults.
-        for instance in stage.instances or (Instance(stage.name, {}, kept=False),):
+        for instance in stage.instances or (StepInstance(stage.name, {}, kept=False),):
             given = filling.options(stage, instance)
             if instance.kept and stage.command:
                 found.append(_node(stage, stage.command, instance, given))
@@ -83,20 +83,20 @@ def _nodes(scope: Scope, filling: Filling) -> list[Node]:
     return found
 
 
-def _node(stage: Stage, command: Command, instance: Instance, given: Mapping[str, Given]) -> Node:
+def _node(stage: StepTemplate, command: Command, instance: StepInstance, given: Mapping[str, Given]) -> RecipeStep:
     items = [item for value in given.values() for item in (value if isinstance(value, tuple) else (value,))]
-    return Node(
+    return RecipeStep(
         name=instance.name,
         step=stage.name,
         command=command,
         given=given,
-        after=tuple(dict.fromkeys(item.step for item in items if isinstance(item, Made))),
+        after=tuple(dict.fromkeys(item.step for item in items if isinstance(item, StepOutput))),
         line=stage.node.line,
         memory=stage.memory,
     )
 
 
-def _refuse_cycles(scope: Scope, needed: Mapping[str, Sequence[str]]) -> None:
+def _refuse_cycles(scope: VariableScope, needed: Mapping[str, Sequence[str]]) -> None:
     """Notes steps that need themselves, each such circle once."""
     left = {name: needed.get(name, ()) for name in scope.stages}
     while left:
@@ -111,7 +111,7 @@ def _refuse_cycles(scope: Scope, needed: Mapping[str, Sequence[str]]) -> None:
             del left[name]
 
 
-def _ordered(nodes: Sequence[Node]) -> tuple[Node, ...]:
+def _ordered(nodes: Sequence[RecipeStep]) -> tuple[RecipeStep, ...]:
     """The nodes, which hold no cycle, each after those it needs; else as they are."""
     place = {node.name: index for index, node in enumerate(nodes)}
     waiting = [len(node.after) for node in nodes]
@@ -131,7 +131,7 @@ def _ordered(nodes: Sequence[Node]) -> tuple[Node, ...]:
     return tuple(found)
 
 
-def _pushes(scope: Scope, filling: Filling) -> tuple[Push, ...]:
+def _pushes(scope: VariableScope, filling: ArgumentResolver) -> tuple[Push, ...]:
     """What goes to the Hub: the entries whose `to` has a value."""
     recipe = scope.recipe.value
     node = recipe.get("push") if isinstance(recipe, dict) else None
@@ -148,18 +148,18 @@ def _pushes(scope: Scope, filling: Filling) -> tuple[Push, ...]:
     return tuple(found)
 
 
-def _push(entry: Tree, scope: Scope, filling: Filling) -> Push | None:
-    written = cast("dict[str, Tree]", entry.value)
+def _push(entry: YamlNode, scope: VariableScope, filling: ArgumentResolver) -> Push | None:
+    written = cast("dict[str, YamlNode]", entry.value)
     known = len(scope.faults.found)
     kept = _is_given(written.get("to"), scope)
     fields = {key: node for key, node in written.items() if key in _PUSH and (key != "to" or kept)}
-    given = filling.values(fields, _PUSH, Instance("", {}, kept))
+    given = filling.values(fields, _PUSH, StepInstance("", {}, kept))
     source = given.get("from")
     texts = {key: value for key, value in given.items() if isinstance(value, str) and key != "from"}
     for key, value in given.items():
-        if key == "from" and not isinstance(value, Made) and kept:
+        if key == "from" and not isinstance(value, StepOutput) and kept:
             scope.faults.add(written[key], f"got {shown(value)}, expected the output of a step: $STEP")
-        if key != "from" and isinstance(value, Made):
+        if key != "from" and isinstance(value, StepOutput):
             scope.faults.add(written[key], f"got the folder of a step (${value.step}), expected text")
     if "to" not in texts:
         return None
@@ -170,13 +170,13 @@ def _push(entry: Tree, scope: Scope, filling: Filling) -> Push | None:
         destination(texts["to"], revision, pr)
     except SurgeryError as error:
         scope.faults.add(written["to"], str(error))
-    if not isinstance(source, Made) or len(scope.faults.found) > known:
+    if not isinstance(source, StepOutput) or len(scope.faults.found) > known:
         return None
     private, message = given.get("private") is True, texts.get("message")
     return Push(source.step, texts["to"], source.inside, private, revision, pr, message)
 
 
-def _is_given(to: Tree | None, scope: Scope) -> bool:
+def _is_given(to: YamlNode | None, scope: VariableScope) -> bool:
     """Whether a push's `to` has a value. What is wrong there counts as one, so that it is told."""
     if to is None or to.value is None:
         return False

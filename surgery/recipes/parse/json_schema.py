@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from surgery.recipes.parse.file import LONGEST_NAME, NAME, RecipeFile
-from surgery.recipes.types import Command, Parameter
+from surgery.recipes.types import Command, CommandParameter
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _NUMBER = r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$"
@@ -23,7 +23,7 @@ def json_schema(commands: Mapping[str, Command]) -> _Schema:
     schema = RecipeFile.model_json_schema(by_alias=True)
     parts = schema["$defs"]
     names = {"pattern": f"^{NAME}$", "maxLength": LONGEST_NAME}
-    step, recipe, push = parts["Step"], parts["Recipe"], parts["PushEntry"]
+    step, recipe, push = parts["StepEntry"], parts["RecipeEntry"], parts["PushEntry"]
     step["properties"]["run"]["enum"] = sorted(commands)
     step["properties"]["memory"].pop("anyOf")
     step["properties"]["memory"] |= {"type": ["integer", "string"], "minimum": 1, "pattern": _SIZE}
@@ -68,7 +68,7 @@ def _rule(command: Command) -> _Schema:
     return {"if": {"properties": {"run": {"const": command.name}}, "required": ["run"]}, "then": then}
 
 
-def _option(parameter: Parameter) -> _Schema:
+def _option(parameter: CommandParameter) -> _Schema:
     one = _kind(parameter)
     schema: _Schema = (
         {"anyOf": [*one, {"type": "array", "items": {"anyOf": one}}]} if parameter.many else {"anyOf": one}
@@ -80,7 +80,7 @@ def _option(parameter: Parameter) -> _Schema:
     return schema
 
 
-def _kind(parameter: Parameter) -> list[_Schema]:
+def _kind(parameter: CommandParameter) -> list[_Schema]:
     """The schemas of which one value must fit one."""
     reference = _reference("reference")
     if parameter.choices:

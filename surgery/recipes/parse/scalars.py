@@ -10,7 +10,7 @@ import difflib
 import math
 import re
 
-from surgery.recipes.types import Parameter, Scalar
+from surgery.recipes.types import CommandParameter, Scalar
 
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _KINDS = {"text": "text", "path": "a path", "whole": "a whole number", "number": "a number", "flag": "true or false"}
@@ -47,7 +47,7 @@ def text_of(value: Scalar) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def expected(parameter: Parameter) -> str:
+def expected(parameter: CommandParameter) -> str:
     """What a parameter takes, in words: `a number from 0 to 1`."""
     if parameter.choices:
         *others, last = parameter.choices
@@ -60,7 +60,7 @@ def expected(parameter: Parameter) -> str:
     return words if parameter.most is None else f"{words} up to {parameter.most:g}"
 
 
-def convert(value: Scalar, parameter: Parameter) -> Scalar:
+def convert(value: Scalar, parameter: CommandParameter) -> Scalar:
     """`value` as one of `parameter`'s. Raises ValueError that says what is expected."""
     converted = _converted(value, parameter)
     if converted is None:
@@ -68,7 +68,7 @@ def convert(value: Scalar, parameter: Parameter) -> Scalar:
     return converted
 
 
-def _converted(value: Scalar, parameter: Parameter) -> Scalar | None:
+def _converted(value: Scalar, parameter: CommandParameter) -> Scalar | None:
     if parameter.kind == "flag" or isinstance(value, bool):
         return value if parameter.kind == "flag" and isinstance(value, bool) else None
     if parameter.kind in ("text", "path"):
@@ -84,7 +84,7 @@ def _converted(value: Scalar, parameter: Parameter) -> Scalar | None:
     return int(number) if parameter.kind == "whole" else float(number)
 
 
-def _advice(value: Scalar, parameter: Parameter) -> str:
+def _advice(value: Scalar, parameter: CommandParameter) -> str:
     if isinstance(value, bool) and parameter.kind in ("text", "path"):
         return "; YAML takes on, yes and true for the same: put a text in quotes"
     near = difflib.get_close_matches(text_of(value), parameter.choices, n=1)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from surgery.errors import SurgeryError, listing
 from surgery.io.yaml_models import n_bytes
-from surgery.io.yaml_nodes import Faults, Node, read_documents, tree
+from surgery.io.yaml_nodes import YamlErrors, YamlNode, read_documents, to_node
 from surgery.recipes.parse.file import (
     Reference,
     check_names,
@@ -34,7 +34,7 @@ LONGEST_FOLDER = 200  # characters of a node's name; file systems allow 255 byte
 
 
 @dataclass(frozen=True)
-class Instance:
+class StepInstance:
     """One run of a step: `values` of its matrix, and whether `when` keeps it."""
 
     name: str
@@ -43,28 +43,28 @@ class Instance:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StepTemplate:
     """A step of the recipe. command: None where none has its name. is_whole: False where its matrix has faults, so that
     its instances are not all known."""
 
     name: str
-    node: Node
+    node: YamlNode
     command: Command | None
     memory: int | None
     axes: frozenset[str]
-    instances: tuple[Instance, ...]
+    instances: tuple[StepInstance, ...]
     is_whole: bool = True
 
 
 @dataclass
-class Scope:
+class VariableScope:
     """The names of a recipe. used: the variables that it names somewhere. faulty: those whose value has faults; what
     depends on them is not known (`unclear` counts it), and has no faults of its own."""
 
-    recipe: Node
-    faults: Faults
+    recipe: YamlNode
+    faults: YamlErrors
     variables: Mapping[str, Value] = field(default_factory=dict)
-    stages: Mapping[str, Stage] = field(default_factory=dict)
+    stages: Mapping[str, StepTemplate] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
     faulty: set[str] = field(default_factory=set)
     unclear: int = 0
@@ -87,15 +87,17 @@ class Scope:
         return f"got ${name}, which is neither a variable nor a step; " + (near or f"there are {listing(known)}")
 
 
-def open_scope(recipe: Node, faults: Faults, commands: Mapping[str, Command], settings: Mapping[str, str]) -> Scope:
+def open_scope(
+    recipe: YamlNode, faults: YamlErrors, commands: Mapping[str, Command], settings: Mapping[str, str]
+) -> VariableScope:
     """The names of `recipe`, with what `settings` (variable → text as typed) makes of its variables."""
-    scope = Scope(recipe, faults)
+    scope = VariableScope(recipe, faults)
     scope.variables, scope.faulty = _variables(recipe, faults, settings)
     steps = children(recipe, "steps")
     check_names(steps, faults, "a step")
     for name in scope.variables.keys() & steps.keys():
         faults.add(steps[name], f"is the name of a variable too, so that ${name} could be either")
-    stages: dict[str, Stage] = {}
+    stages: dict[str, StepTemplate] = {}
     room = MAX_STEPS
     for name, node in steps.items():
         stages[name] = _stage(name, node, scope, commands, room=room)
@@ -112,7 +114,7 @@ def chosen_text(value: Value) -> object:
     return escaped(value) if isinstance(value, str) else value
 
 
-def _variables(recipe: Node, faults: Faults, settings: Mapping[str, str]) -> tuple[dict[str, Value], set[str]]:
+def _variables(recipe: YamlNode, faults: YamlErrors, settings: Mapping[str, str]) -> tuple[dict[str, Value], set[str]]:
     """Variables with their values, and the names of those whose value has faults."""
     written = children(recipe, "vars")
     check_names(written, faults, "a variable")
@@ -122,18 +124,18 @@ def _variables(recipe: Node, faults: Faults, settings: Mapping[str, str]) -> tup
         known = len(faults.found)
         found[name] = _literal(node, node, faults)
         if name in settings:
-            place = Node(f"--set {name}", None, None)
+            place = YamlNode(f"--set {name}", None, None)
             found[name] = _literal(_typed(settings[name], place, faults), place, faults)
         if len(faults.found) > known:
             faulty.add(name)
     for name in settings:
         if name not in written:
             near = nearest(name, written) or (f"there are {listing(written)}" if written else "there are none")
-            faults.add(Node(f"--set {name}", None, None), f"is no variable of this recipe; {near}")
+            faults.add(YamlNode(f"--set {name}", None, None), f"is no variable of this recipe; {near}")
     return found, faulty
 
 
-def _typed(text: str, node: Node, faults: Faults) -> Node:
+def _typed(text: str, node: YamlNode, faults: YamlErrors) -> YamlNode:
     """What the command line gives a variable, read as YAML."""
     if what := misread(text.strip()):
         faults.add(node, what)
@@ -146,10 +148,10 @@ def _typed(text: str, node: Node, faults: Faults) -> Node:
         faults.add(node, fault.what)
     if len(documents) > 1:
         faults.add(node, f"got {len(documents)} documents, expected one value")
-    return tree(documents[0].plain if documents else None, node.path)
+    return to_node(documents[0].plain if documents else None, node.path)
 
 
-def _literal(node: Node, at: Node, faults: Faults) -> Value:
+def _literal(node: YamlNode, at: YamlNode, faults: YamlErrors) -> Value:
     """A value or a list of values, without references. Faults stand at `at` where they have no line of their own."""
     if node.value is None:
         return None
@@ -177,7 +179,9 @@ def _literal(node: Node, at: Node, faults: Faults) -> Value:
     return values[0] if values else None
 
 
-def _stage(name: str, node: Node, scope: Scope, commands: Mapping[str, Command], *, room: int) -> Stage:
+def _stage(
+    name: str, node: YamlNode, scope: VariableScope, commands: Mapping[str, Command], *, room: int
+) -> StepTemplate:
     faults = scope.faults
     run = text_at(node, "run")
     command = commands.get(run)
@@ -204,14 +208,14 @@ def _stage(name: str, node: Node, scope: Scope, commands: Mapping[str, Command],
     for combination in itertools.product(*values.values()) if is_whole else ():
         own = dict(zip(values, combination, strict=True))
         matched = [_matches(own[key], wanted, faults) for key, wanted in inner.items()]
-        instances.append(Instance(_node_name(name, own), own, may_run and all(matched)))
+        instances.append(StepInstance(_node_name(name, own), own, may_run and all(matched)))
     for instance in instances:
         if len(instance.name) > LONGEST_FOLDER:
             faults.add(node, f"makes a name of {len(instance.name)} characters, expected at most {LONGEST_FOLDER}")
-    return Stage(name, node, command, _memory(node), frozenset(axes), tuple(instances), is_whole)
+    return StepTemplate(name, node, command, _memory(node), frozenset(axes), tuple(instances), is_whole)
 
 
-def _memory(node: Node) -> int | None:
+def _memory(node: YamlNode) -> int | None:
     given = node.value.get("memory") if isinstance(node.value, dict) else None
     if given is None or isinstance(given.value, bool):
         return None
@@ -223,7 +227,7 @@ def _memory(node: Node) -> int | None:
     return given.value if isinstance(given.value, int) else None
 
 
-def _axis(node: Node, scope: Scope, may_run: bool) -> tuple[Scalar, ...]:
+def _axis(node: YamlNode, scope: VariableScope, may_run: bool) -> tuple[Scalar, ...]:
     """The values of one variable of a matrix: a list, or variables that hold values or lists."""
     items = node.value if isinstance(node.value, tuple) else (node,)
     found: list[Scalar] = []
@@ -263,7 +267,7 @@ def _axis(node: Node, scope: Scope, may_run: bool) -> tuple[Scalar, ...]:
     return tuple(found)
 
 
-def _holds(name: str, wanted: Node, scope: Scope, axes: Mapping[str, Node]) -> bool:
+def _holds(name: str, wanted: YamlNode, scope: VariableScope, axes: Mapping[str, YamlNode]) -> bool:
     """Whether a variable of the recipe has a value that `when` names."""
     if name not in scope.variables:
         known = [*axes, *scope.variables]
@@ -281,7 +285,7 @@ def _holds(name: str, wanted: Node, scope: Scope, axes: Mapping[str, Node]) -> b
     return _matches(value, wanted, scope.faults)
 
 
-def _matches(value: Scalar | None, wanted: Node, faults: Faults) -> bool:
+def _matches(value: Scalar | None, wanted: YamlNode, faults: YamlErrors) -> bool:
     allowed = []
     for item in wanted.value if isinstance(wanted.value, tuple) else (wanted,):
         one = _literal(item, item, faults) if not isinstance(item.value, tuple) else ()
@@ -296,7 +300,7 @@ def _node_name(step: str, values: Mapping[str, Scalar]) -> str:
     return step + "".join(f".{key}={re.sub('[^A-Za-z0-9._+-]+', '-', text_of(v))}" for key, v in values.items())
 
 
-def _refuse_doubles(scope: Scope) -> None:
+def _refuse_doubles(scope: VariableScope) -> None:
     """Notes nodes of matrices whose folders would be one; no other node has a `=` in its name."""
     seen: dict[str, str] = {}
     for stage in scope.stages.values():

@@ -14,9 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from surgery.io.hashing import hash_text
 from surgery.recipes.run.estimates import GROWING
-from surgery.recipes.run.inputs import Things
+from surgery.recipes.run.inputs import InputResolver
 from surgery.recipes.run.paths import plain, scalars
-from surgery.recipes.types import Made, Node, Parameter, Scalar
+from surgery.recipes.types import CommandParameter, RecipeStep, Scalar, StepOutput
 
 # Options that change no byte of a result: how many processors work, how often a training saves what it goes on from,
 # and whether it also writes TensorBoard's logs. `device` is not among them: a GPU rounds otherwise; nor are the threads
@@ -28,14 +28,14 @@ GLOBS = frozenset({"corpus"})
 
 
 @dataclass(frozen=True)
-class Output:
+class KeyedOutput:
     """What a step that is done made: its key, and the hash of its output."""
 
     key: str
     output: str
 
 
-def key_of(node: Node, done: Mapping[str, Output], things: Things) -> str | None:
+def cache_key(node: RecipeStep, done: Mapping[str, KeyedOutput], things: InputResolver) -> str | None:
     """The key of `node`; None where a step that it needs is not among those that are `done`.
 
     Raises:
@@ -49,7 +49,7 @@ def key_of(node: Node, done: Mapping[str, Output], things: Things) -> str | None
             continue
         found: list[object] = []
         for value in scalars(node.given.get(name, parameter.default)):
-            if isinstance(value, Made):
+            if isinstance(value, StepOutput):
                 if value.step not in done:
                     return None
                 maker = done[value.step]
@@ -62,7 +62,7 @@ def key_of(node: Node, done: Mapping[str, Output], things: Things) -> str | None
     return hash_text(json.dumps(record, sort_keys=True))
 
 
-def _known_by(parameter: Parameter, value: Scalar, things: Things) -> object:
+def _known_by(parameter: CommandParameter, value: Scalar, things: InputResolver) -> object:
     """A value as it is typed, and the content of what it names."""
     if parameter.kind == "flag":
         return bool(value)

@@ -13,14 +13,14 @@ from typing import Any
 from xxhash import xxh3_128
 
 from surgery.checkpoint.checkpoint import stored_tensor
-from surgery.checkpoint.reader import Reader, SourceFiles, hash_tensor
+from surgery.checkpoint.reader import SourceFiles, TensorReader, hash_tensor
 from surgery.checkpoint.safetensors_header import Header, read_header
 from surgery.engine.workers import run
 from surgery.errors import SurgeryError
 from surgery.io.atomic import MANIFEST, write_file
 from surgery.io.hashing import KEY, hash_tensors, hash_text
 from surgery.io.json_io import read_json, to_json
-from surgery.recipes.run.paths import STEPS, Place
+from surgery.recipes.run.paths import STEPS, StepPaths
 
 WEIGHTS = ".safetensors"
 RESULTS = "results.json"
@@ -32,7 +32,7 @@ _CHUNK = 1 << 24
 _LAYOUT = re.compile(r"[\s─━╌╍│┃]+")
 
 
-class Hashes:
+class FileHashCache:
     """Hashes of files, kept in the file `kept` (None: for as long as this object lives)."""
 
     def __init__(self, kept: Path | None = None) -> None:
@@ -102,14 +102,14 @@ class Hashes:
         return found
 
 
-def output_hash(place: Place, files: Mapping[str, str], *, run_folder: Path) -> str:
+def output_hash(place: StepPaths, files: Mapping[str, str], *, run_folder: Path) -> str:
     """What a step made, as one hash: the same for two runs of a recipe, wherever they lie.
 
     Over the tensors of every .safetensors file and the findings of every probe that it wrote; else over the file that
     it wrote; else over what it printed, but for blanks, lines and the place of the run's own folders.
 
     Args:
-        files: of its output, by `Hashes.of_files`.
+        files: of its output, by `FileHashCache.of_files`.
 
     Raises:
         SurgeryError: what it printed cannot be read.
@@ -165,7 +165,7 @@ def _tensors_hash(path: Path) -> str:
     except SurgeryError:
         return _bytes_hash(path)  # damaged, or no safetensors at all: then its bytes are all that it is
 
-    def work(number: int, reader: Reader) -> tuple[str, str]:
+    def work(number: int, reader: TensorReader) -> tuple[str, str]:
         entry = header.entries[number]
         return entry.name, hash_tensor(reader, stored_tensor(entry, path, header))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from surgery.reporting.report import format_value
-from surgery.runtime.progress import Told, heard, short
+from surgery.runtime.progress import ProgressEvent, read_progress, short
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -57,13 +57,13 @@ def display(names: Sequence[str], say: Say) -> Iterator[Display]:
 
     console = Console(file=sys.stderr)
     if not console.is_terminal:
-        yield Lines(say)
+        yield LineDisplay(say)
         return
     from rich.live import Live
 
     # It refreshes when we say so: a thread of its own would be in the way of starting processes.
     with Live(console=console, auto_refresh=False) as live:
-        table = Rows(names, console)
+        table = BarDisplay(names, console)
 
         def refresh() -> None:
             live.update(table.render(), refresh=True)
@@ -76,7 +76,7 @@ def display(names: Sequence[str], say: Say) -> Iterator[Display]:
             live.update(table.render(), refresh=True)
 
 
-class Lines:
+class LineDisplay:
     """One line when a step begins, and one when it ends."""
 
     def __init__(self, say: Say) -> None:
@@ -93,7 +93,7 @@ class Lines:
         pass
 
 
-class Rows:
+class BarDisplay:
     """The live table: one row per step."""
 
     def __init__(self, names: Sequence[str], console: Console) -> None:
@@ -138,7 +138,7 @@ class Rows:
             state = self._states[name]
             running = state == "running"
             seconds = time.monotonic() - self._since[name] if running else self._seconds.get(name)
-            far = how_far(heard(self._told[name])) if running else ""
+            far = how_far(read_progress(self._told[name])) if running else ""
             clock = "" if seconds is None else f"{seconds:.0f} s"
             table.add_row(Text(name), Text(state, style=STYLES.get(state, "")), Text(clock), Text(far))
         hidden = len(self._states) - len(shown)
@@ -147,7 +147,7 @@ class Rows:
         return table
 
 
-def how_far(said: Told | None) -> str:
+def how_far(said: ProgressEvent | None) -> str:
     """What a step tells of its progress, in a line."""
     if said is None:
         return ""

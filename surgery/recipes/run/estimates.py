@@ -1,7 +1,8 @@
 """What a step will take before it runs: memory, room on the disk, and what must be downloaded first.
 
-In come a `Node`, what its values name and the estimates of the steps before it; out comes an `Estimate`. From headers
-and listings alone: bounds that keep parallel steps from pushing each other out of memory, not measurements.
+In come a `RecipeStep`, what its values name and the estimates of the steps before it; out comes an `ResourceEstimate`.
+From headers and listings alone: bounds that keep parallel steps from pushing each other out of memory, not
+measurements.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from importlib import import_module
 from pathlib import Path
 
 from surgery.errors import SurgeryError
-from surgery.recipes.run.inputs import Thing, Things
+from surgery.recipes.run.inputs import InputResolver, ResolvedInput
 from surgery.recipes.run.paths import plain, scalars
-from surgery.recipes.types import Made, Node
+from surgery.recipes.types import RecipeStep, StepOutput
 
 MB, GB = 10**6, 10**9
 PROGRAM = 1 * GB  # of a command that loads models, beside the model: Python, torch, transformers, activations
@@ -34,7 +35,7 @@ LAYERS = 12  # times the width squared: entries of a layer's matrices
 
 
 @dataclass(frozen=True)
-class Estimate:
+class ResourceEstimate:
     """What a step takes, in bytes, and what it makes.
 
     memory: at most, as far as that is known. disk: of its output. n_parameters: of the model that it makes. notes: what
@@ -57,8 +58,8 @@ class _Model:
     n_parameters: int | None
 
 
-def estimate(node: Node, before: Mapping[str, Estimate], things: Things) -> Estimate:
-    """What `node` takes. Raises SurgeryError as `Things.of`."""
+def estimate(node: RecipeStep, before: Mapping[str, ResourceEstimate], things: InputResolver) -> ResourceEstimate:
+    """What `node` takes. Raises SurgeryError as `InputResolver.of`."""
     named = list(_named(node, things))
     models = list(_models(node, before, named))
     parameters = _parameters(node, models)
@@ -67,7 +68,7 @@ def estimate(node: Node, before: Mapping[str, Estimate], things: Things) -> Esti
     if node.memory is None and _loads(node) and not any(model.n_bytes for model in models):
         notes.append(f"{node.name}: how large its models are is not known")
     downloads = {thing.repo: thing.missing for _, thing in named if thing.repo and thing.missing}
-    return Estimate(memory, _disk(node, models, parameters), parameters, tuple(dict.fromkeys(notes)), downloads)
+    return ResourceEstimate(memory, _disk(node, models, parameters), parameters, tuple(dict.fromkeys(notes)), downloads)
 
 
 def free_memory() -> int | None:
@@ -95,12 +96,12 @@ def check_disk(run: Path, needed: int, free: int) -> None:
         )
 
 
-def _named(node: Node, things: Things) -> Iterator[tuple[str, Thing]]:
+def _named(node: RecipeStep, things: InputResolver) -> Iterator[tuple[str, ResolvedInput]]:
     for name, parameter in node.command.parameters.items():
         if parameter.kind not in ("text", "path"):
             continue
         for value in scalars(node.given.get(name)):
-            if isinstance(value, Made):
+            if isinstance(value, StepOutput):
                 continue
             text = plain(value)
             for thing in (things.of(text), *things.inside(text)):
@@ -108,10 +109,12 @@ def _named(node: Node, things: Things) -> Iterator[tuple[str, Thing]]:
                     yield name, thing
 
 
-def _models(node: Node, before: Mapping[str, Estimate], named: list[tuple[str, Thing]]) -> Iterator[_Model]:
+def _models(
+    node: RecipeStep, before: Mapping[str, ResourceEstimate], named: list[tuple[str, ResolvedInput]]
+) -> Iterator[_Model]:
     for name, given in node.given.items():
         for value in scalars(given):
-            if isinstance(value, Made) and value.step in before:
+            if isinstance(value, StepOutput) and value.step in before:
                 made = before[value.step]
                 yield _Model(name, made.disk, made.n_parameters)
     for name, thing in named:
@@ -119,14 +122,14 @@ def _models(node: Node, before: Mapping[str, Estimate], named: list[tuple[str, T
             yield _Model(name, thing.n_bytes, thing.n_parameters)
 
 
-def _loads(node: Node) -> bool:
+def _loads(node: RecipeStep) -> bool:
     command = node.command.name
     tunes = command == "merge logits" and node.given.get("tune") is not None
     measures = node.given.get("no-measure") is not True
     return tunes or (measures and any(command == each or command.startswith(f"{each} ") for each in LOADING))
 
 
-def _memory(node: Node, models: list[_Model], parameters: int | None) -> int:
+def _memory(node: RecipeStep, models: list[_Model], parameters: int | None) -> int:
     if node.command.name in GROWING:
         return PROGRAM + TRAINED * (parameters or 0)
     if _loads(node):
@@ -134,7 +137,7 @@ def _memory(node: Node, models: list[_Model], parameters: int | None) -> int:
     return WEIGHT_JOB
 
 
-def _disk(node: Node, models: list[_Model], parameters: int | None) -> int:
+def _disk(node: RecipeStep, models: list[_Model], parameters: int | None) -> int:
     """Bytes of the output; of a model that is edited, those of its original."""
     command, given = node.command.name, node.given
     largest = max((model.n_bytes or 0 for model in models), default=0)
@@ -157,7 +160,7 @@ def _disk(node: Node, models: list[_Model], parameters: int | None) -> int:
     return SMALL if node.command.writes else MB
 
 
-def _parameters(node: Node, models: list[_Model]) -> int | None:
+def _parameters(node: RecipeStep, models: list[_Model]) -> int | None:
     """How many values the model has that a step makes."""
     command = node.command.name
     if command in GROWING or command in ("grow embed", "grow init"):
@@ -167,7 +170,7 @@ def _parameters(node: Node, models: list[_Model]) -> int | None:
     return max((model.n_parameters or 0 for model in models), default=0) or None
 
 
-def _grown(node: Node, models: list[_Model]) -> int:
+def _grown(node: RecipeStep, models: list[_Model]) -> int:
     """Parameters of an embedding, of the model that is begun on it, or of the last stage of a growth."""
     begun = max((model.n_parameters or 0 for model in models), default=0)
     width = _whole(node, "width") or _whole(node, "hidden") or WIDTH
@@ -184,6 +187,6 @@ def _grown(node: Node, models: list[_Model]) -> int:
     return (begun or EMBEDDING_ROWS * width) + layers * LAYERS * width * width
 
 
-def _whole(node: Node, name: str) -> int | None:
+def _whole(node: RecipeStep, name: str) -> int | None:
     value = node.given.get(name)
     return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -1,7 +1,7 @@
 """What the values of a recipe name: files and folders, models and data of the lab, repositories on the Hub.
 
-In comes a text as it is typed, out comes a `Thing`: which content it stands for now, and how large that is; or None,
-where it names nothing. Each text is looked up once. Nothing is loaded, trained or downloaded.
+In comes a text as it is typed, out comes a `ResolvedInput`: which content it stands for now, and how large that is; or
+None, where it names nothing. Each text is looked up once. Nothing is loaded, trained or downloaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from surgery.hub import download as hub
 from surgery.io.hashing import hash_tensors
 from surgery.io.yaml_nodes import read_documents
 from surgery.lab import python_text
-from surgery.recipes.run.content_hashes import WEIGHTS, Hashes
+from surgery.recipes.run.content_hashes import WEIGHTS, FileHashCache
 
 # What a lab model that is not built yet will take, and more: they have up to 0.4 M parameters.
 LAB_BYTES, LAB_PARAMETERS = 2_000_000, 500_000
@@ -30,7 +30,7 @@ CONFIG_BYTES = 1_000_000  # larger JSON files are data, not configs that name mo
 
 
 @dataclass(frozen=True)
-class Thing:
+class ResolvedInput:
     """What a text names.
 
     content: what its content is known by; None where that cannot be found out. n_bytes: of its weights. n_parameters:
@@ -46,14 +46,14 @@ class Thing:
     note: str = ""
 
 
-class Things:
+class InputResolver:
     """Looks up what texts name; hashes of files come from `hashes`."""
 
-    def __init__(self, hashes: Hashes) -> None:
+    def __init__(self, hashes: FileHashCache) -> None:
         self._hashes = hashes
-        self._known: dict[str, Thing | None] = {}
+        self._known: dict[str, ResolvedInput | None] = {}
 
-    def of(self, text: str) -> Thing | None:
+    def of(self, text: str) -> ResolvedInput | None:
         """What `text` names; None where it names nothing.
 
         Raises:
@@ -63,14 +63,14 @@ class Things:
             self._known[text] = self._look(text)
         return self._known[text]
 
-    def matching(self, pattern: str) -> Thing | None:
+    def matching(self, pattern: str) -> ResolvedInput | None:
         """The files and folders that a glob matches, as one; None where it matches none. Raises SurgeryError."""
         # As corpora are matched: a pattern may be absolute, which Path.glob refuses.
         paths = sorted(glob(pattern, recursive=True)) if has_magic(pattern) else []  # noqa: PTH207
         contents = {path: self._hashes.of_content(Path(path)) for path in paths}
-        return Thing(hash_tensors(contents)) if contents else None
+        return ResolvedInput(hash_tensors(contents)) if contents else None
 
-    def inside(self, text: str) -> list[Thing]:
+    def inside(self, text: str) -> list[ResolvedInput]:
         """What the strings in the config file `text` name, in their order; nothing for other texts."""
         path = existing_path(text)
         if path is None or not path.is_file() or path.suffix not in CONFIGS or path.stat().st_size > CONFIG_BYTES:
@@ -82,13 +82,13 @@ class Things:
         strings = dict.fromkeys(each for node in nodes for each in _strings(node.plain) if "\n" not in each)
         return [thing for each in strings if each != text and (thing := self._config_thing(each)) is not None]
 
-    def _config_thing(self, text: str) -> Thing | None:
+    def _config_thing(self, text: str) -> ResolvedInput | None:
         try:
             return self.of(text)
         except SurgeryError:
             return None  # a text of a config may begin with anything
 
-    def _look(self, text: str) -> Thing | None:
+    def _look(self, text: str) -> ResolvedInput | None:
         path = existing_path(text)
         if path is not None:
             return self._path(path)
@@ -102,16 +102,16 @@ class Things:
             return _data(asked)
         return _hub(text) if hub.is_repo_id(text) else None
 
-    def _path(self, path: Path) -> Thing:
+    def _path(self, path: Path) -> ResolvedInput:
         content = self._hashes.of_content(path)
         if path.is_dir() and is_adapter(path):
             try:
                 below = self.of(base_of(path))
             except SurgeryError:
                 below = None
-            own = Thing(content, *_sizes(path))
+            own = ResolvedInput(content, *_sizes(path))
             return _both([own, below]) if below is not None else own
-        return Thing(content, *_sizes(path))
+        return ResolvedInput(content, *_sizes(path))
 
 
 def _sizes(path: Path) -> tuple[int | None, int | None]:
@@ -127,39 +127,39 @@ def _sizes(path: Path) -> tuple[int | None, int | None]:
         return sum(file.stat().st_size for file in files), None
 
 
-def _lab(text: str) -> Thing:
+def _lab(text: str) -> ResolvedInput:
     name, _, kind = text.removeprefix(lab.PREFIX).partition("/")
     if name == python_text.NAME:
-        return Thing(f"{python_text.key()}/{kind}")
+        return ResolvedInput(f"{python_text.key()}/{kind}")
     folder = lab.path_of(name)
     content = f"lab/{folder.parent.name}/{name}/{kind}"
     if folder.is_dir():
-        return Thing(content, *_sizes(folder))
-    return Thing(content, LAB_BYTES, LAB_PARAMETERS, note=f"{text} is trained first")
+        return ResolvedInput(content, *_sizes(folder))
+    return ResolvedInput(content, LAB_BYTES, LAB_PARAMETERS, note=f"{text} is trained first")
 
 
-def _hub(text: str) -> Thing | None:
+def _hub(text: str) -> ResolvedInput | None:
     try:
-        seen = hub.look(*hub.parse_repo_ref(text))
+        seen = hub.list_repository(*hub.parse_repo_ref(text))
     except SurgeryError as error:
         # Whether the text is a model's at all is the command's to say.
-        return Thing(None, repo=text, note=f"{text}: {error.what}")
-    return Thing(f"hub/{seen.repo_id}@{seen.revision}", seen.weights, None, seen.missing, seen.repo_id)
+        return ResolvedInput(None, repo=text, note=f"{text}: {error.what}")
+    return ResolvedInput(f"hub/{seen.repo_id}@{seen.revision}", seen.weights, None, seen.missing, seen.repo_id)
 
 
-def _data(asked: hub_data.HubData) -> Thing:
+def _data(asked: hub_data.HubData) -> ResolvedInput:
     try:
-        return Thing(f"data/{asked.repo}@{hub_data.pin(asked)}", repo=asked.repo)
+        return ResolvedInput(f"data/{asked.repo}@{hub_data.pin(asked)}", repo=asked.repo)
     except SurgeryError as error:
-        return Thing(None, repo=asked.repo, note=f"{asked.ref}: {error.what}")
+        return ResolvedInput(None, repo=asked.repo, note=f"{asked.ref}: {error.what}")
 
 
-def _both(parts: list[Thing]) -> Thing:
+def _both(parts: list[ResolvedInput]) -> ResolvedInput:
     """A model and the adapter on it, as one."""
     contents = [part.content for part in parts]
     known = [part.n_bytes for part in parts if part.n_bytes is not None]
     values = [part.n_parameters for part in parts if part.n_parameters is not None]
-    return Thing(
+    return ResolvedInput(
         None if None in contents else "+".join(map(str, contents)),
         sum(known) if known else None,
         max(values) if values else None,

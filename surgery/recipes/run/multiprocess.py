@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 from surgery.recipes.run.display import Display
-from surgery.recipes.run.paths import Places, words
-from surgery.recipes.run.step_runner import Working
-from surgery.recipes.run.subprocesses import POLL, Child, Job, Runner, stop
-from surgery.recipes.types import Node, Program
-from surgery.runtime.collectives import share
+from surgery.recipes.run.paths import RunPaths, words
+from surgery.recipes.run.step_runner import StepRunner
+from surgery.recipes.run.subprocesses import POLL, Runner, RunningStep, StepProcess, stop
+from surgery.recipes.types import Pipeline, RecipeStep
+from surgery.runtime.collectives import map_over_ranks
 from surgery.runtime.environment import n_processes, rank
 
 # torchrun keeps a store of its own at the launcher's port; at a step's port the step's first process must open one.
@@ -23,8 +23,8 @@ AT_OWN_PORT = {"TORCHELASTIC_USE_AGENT_STORE": "False"}
 STOPPED = -1000  # of a share that was stopped because another one failed: no signal has this number
 
 
-def walk_together(
-    program: Program, places: Places, runner: Runner, *, working: Working | None, shown: Display | None
+def run_steps_on_all_ranks(
+    program: Pipeline, places: RunPaths, runner: Runner, *, working: StepRunner | None, shown: Display | None
 ) -> None:
     """Does the steps of `program` in all processes; `working` and `shown` are those of the first.
 
@@ -33,24 +33,24 @@ def walk_together(
     """
     for node in program.nodes:
 
-        def decide(item: int, node: Node = node) -> int | None:
+        def decide(item: int, node: RecipeStep = node) -> int | None:
             assert working is not None, "only the first process is asked"
             return _decide(working, node, shown)
 
-        port = share([0], decide)[0]
+        port = map_over_ranks([0], decide)[0]
         if port is None:
             continue
         place = places.of(node.name)
         marker = place.folder / "failed"
         environment = {"MASTER_PORT": str(port), **AT_OWN_PORT}
         since = time.monotonic()
-        child = runner(Job(node, words(node, places), place, environment))
+        child = runner(StepProcess(node, words(node, places), place, environment))
         code = _wait(child, marker, shown)
 
         def own(item: int, code: int = code) -> int:
             return code
 
-        codes = share(range(n_processes()), own)
+        codes = map_over_ranks(range(n_processes()), own)
         if working is not None and shown is not None:
             seconds = time.monotonic() - since
             # One that failed by itself says why; the others were stopped for its sake.
@@ -59,7 +59,7 @@ def walk_together(
             shown.ended(node.name, working.endings[node.name], seconds)
 
 
-def _decide(working: Working, node: Node, shown: Display | None) -> int | None:
+def _decide(working: StepRunner, node: RecipeStep, shown: Display | None) -> int | None:
     """The port at which the processes of `node` meet; None where it is not to be done."""
     if working.is_blocked(node):
         working.leave_out(node)
@@ -76,7 +76,7 @@ def _decide(working: Working, node: Node, shown: Display | None) -> int | None:
     return None
 
 
-def _wait(child: Child, marker: Path, shown: Display | None) -> int:
+def _wait(child: RunningStep, marker: Path, shown: Display | None) -> int:
     """The exit code of this process's share, once it has ended by itself or for the sake of another that failed."""
     try:
         while (code := child.poll()) is None:

@@ -1,4 +1,4 @@
-"""Where a run keeps what, and how a step is typed: a `Node` → its folder, and the words that the command line takes."""
+"""Where a run keeps its files, and how a step is typed: `RecipeStep` → its folder and its command-line words."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.io.atomic import partial_of
-from surgery.recipes.types import Given, Made, Node, Parameter, Program, Scalar
+from surgery.io.atomic import partial_path
+from surgery.recipes.types import CommandParameter, Given, Pipeline, RecipeStep, Scalar, StepOutput
 
 MANIFEST = "run.json"
 RECIPE = "recipe.yaml"
@@ -19,7 +19,7 @@ STEPS = "steps"
 
 
 @dataclass(frozen=True)
-class Place:
+class StepPaths:
     """A step's own folder, and what lies in it.
 
     out: what the step makes. text: what it printed. log: what it told people. picture: where its command draws one.
@@ -31,7 +31,7 @@ class Place:
 
     @property
     def partial(self) -> Path:
-        return partial_of(self.out)
+        return partial_path(self.out)
 
     @property
     def text(self) -> Path:
@@ -58,28 +58,28 @@ class Place:
         return self.folder / "progress.json"
 
 
-class Places:
+class RunPaths:
     """The places of a program's steps in the folder `run`."""
 
-    def __init__(self, program: Program, run: Path) -> None:
+    def __init__(self, program: Pipeline, run: Path) -> None:
         self.run = run
         self._of = {node.name: _place(node, run / STEPS / node.name) for node in program.nodes}
 
-    def of(self, node: str) -> Place:
+    def of(self, node: str) -> StepPaths:
         """The place of the step `node`."""
         return self._of[node]
 
-    def made(self, made: Made) -> Path:
+    def made(self, made: StepOutput) -> Path:
         """Where what `made` names lies, or will lie."""
         out = self._of[made.step].out
         return out / made.inside if made.inside else out
 
 
-def _place(node: Node, folder: Path) -> Place:
-    return Place(folder, folder / f"out{node.command.suffix}")
+def _place(node: RecipeStep, folder: Path) -> StepPaths:
+    return StepPaths(folder, folder / f"out{node.command.suffix}")
 
 
-def words(node: Node, places: Places) -> list[str]:
+def words(node: RecipeStep, places: RunPaths) -> list[str]:
     """What follows `surgery` on the command line: arguments in their order, then options."""
     command, place = node.command, places.of(node.name)
     given: dict[str, Given] = dict(node.given)
@@ -105,12 +105,12 @@ def words(node: Node, places: Places) -> list[str]:
     return [*command.name.split(), *arguments, *options]
 
 
-def typed(node: Node, places: Places) -> str:
+def typed(node: RecipeStep, places: RunPaths) -> str:
     """The step as a person would type it."""
     return shlex.join(["surgery", *words(node, places)])
 
 
-def scalars(given: Given) -> Iterator[Scalar | Made]:
+def scalars(given: Given) -> Iterator[Scalar | StepOutput]:
     """What a value holds, one by one; nothing of None."""
     if isinstance(given, tuple):
         yield from given
@@ -118,20 +118,20 @@ def scalars(given: Given) -> Iterator[Scalar | Made]:
         yield given
 
 
-def makers(node: Node) -> Iterator[tuple[str, Made]]:
+def makers(node: RecipeStep) -> Iterator[tuple[str, StepOutput]]:
     """Every output of another step that a step is given, with the parameter it is given to."""
     for name, given in node.given.items():
         for value in scalars(given):
-            if isinstance(value, Made):
+            if isinstance(value, StepOutput):
                 yield name, value
 
 
-def needs(node: Node) -> tuple[str, ...]:
+def needs(node: RecipeStep) -> tuple[str, ...]:
     """The steps that must be done before this one, in the order in which they are named."""
     return tuple(dict.fromkeys([*node.after, *(made.step for _, made in makers(node))]))
 
 
-def followers(program: Program, first: set[str]) -> set[str]:
+def followers(program: Pipeline, first: set[str]) -> set[str]:
     """`first`, and every step that needs one of them, directly or not."""
     found = set(first)
     for node in program.nodes:  # in an order in which each comes after those it needs
@@ -140,14 +140,14 @@ def followers(program: Program, first: set[str]) -> set[str]:
     return found
 
 
-def _texts(parameter: Parameter, given: Given, place_of: Callable[[Made], Path]) -> Iterator[str]:
+def _texts(parameter: CommandParameter, given: Given, place_of: Callable[[StepOutput], Path]) -> Iterator[str]:
     for value in scalars(given):
         if parameter.kind == "flag":
             if value is True and parameter.flag is not None:
                 yield parameter.flag
             elif value is False and parameter.off is not None:
                 yield parameter.off
-        elif isinstance(value, Made):
+        elif isinstance(value, StepOutput):
             yield str(place_of(value))
         else:
             yield plain(value)
@@ -160,6 +160,6 @@ def plain(value: Scalar) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def by_name(program: Program) -> Mapping[str, Node]:
+def by_name(program: Pipeline) -> Mapping[str, RecipeStep]:
     """The steps by their names."""
     return {node.name: node for node in program.nodes}

@@ -1,6 +1,6 @@
 """A run before it runs: which steps are done already, what the others take, and what must be downloaded.
 
-In come a `Program`, the record of its run and what its values name; out comes an `Outlook`. Nothing is written.
+In come a `Pipeline`, the record of its run and what its values name; out comes an `RunPreview`. Nothing is written.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.errors import usage_error
-from surgery.recipes.run.cache_keys import Output, key_of
-from surgery.recipes.run.content_hashes import Hashes
-from surgery.recipes.run.estimates import Estimate, estimate
-from surgery.recipes.run.inputs import Things
-from surgery.recipes.run.paths import Places, followers, makers, needs
-from surgery.recipes.run.state import Record, StepRecord
-from surgery.recipes.types import Node, Program
+from surgery.recipes.run.cache_keys import KeyedOutput, cache_key
+from surgery.recipes.run.content_hashes import FileHashCache
+from surgery.recipes.run.estimates import ResourceEstimate, estimate
+from surgery.recipes.run.inputs import InputResolver
+from surgery.recipes.run.paths import RunPaths, followers, makers, needs
+from surgery.recipes.run.state import RunRecord, StepRecord
+from surgery.recipes.types import Pipeline, RecipeStep
 from surgery.reporting.report import Column, Table, Value, format_value
 
 # Commands that write into the folders of the models they are given: their scores, for the model card.
@@ -26,25 +26,25 @@ MARKING = ("eval",)
 
 
 @dataclass(frozen=True)
-class Expected:
+class StepPreview:
     """One step: what it will take, and whether it is done already."""
 
-    node: Node
-    estimate: Estimate
+    node: RecipeStep
+    estimate: ResourceEstimate
     is_done: bool
 
 
 @dataclass(frozen=True)
-class Outlook:
+class RunPreview:
     """The whole run. free: bytes on the disk that RUN is on."""
 
-    program: Program
+    program: Pipeline
     run: Path
-    steps: tuple[Expected, ...]
+    steps: tuple[StepPreview, ...]
     free: int
 
     @property
-    def to_do(self) -> tuple[Expected, ...]:
+    def to_do(self) -> tuple[StepPreview, ...]:
         """The steps that are to be done."""
         return tuple(step for step in self.steps if not step.is_done)
 
@@ -100,17 +100,23 @@ class Outlook:
         return Table(f"{self.program.recipe} in {self.run}", columns, rows, note=f"{note}.")
 
 
-def outlook(
-    program: Program, places: Places, record: Record, forced: set[str], *, hashes: Hashes, things: Things
-) -> Outlook:
-    """What a run of `program` will do, as things are now. Raises SurgeryError as `key_of`."""
-    done: dict[str, Output] = {}
-    estimates: dict[str, Estimate] = {}
+def preview_run(
+    program: Pipeline,
+    places: RunPaths,
+    record: RunRecord,
+    forced: set[str],
+    *,
+    hashes: FileHashCache,
+    things: InputResolver,
+) -> RunPreview:
+    """What a run of `program` will do, as things are now. Raises SurgeryError as `cache_key`."""
+    done: dict[str, KeyedOutput] = {}
+    estimates: dict[str, ResourceEstimate] = {}
     again: set[str] = set()  # whose outputs will be made anew
     steps = []
     for node in program.nodes:
         estimates[node.name] = estimate(node, estimates, things)
-        key = key_of(node, done, things)
+        key = cache_key(node, done, things)
         known = record.steps[node.name]
         is_same = key is not None and key == known.key and known.output is not None
         is_done = (
@@ -121,26 +127,26 @@ def outlook(
         )
         if is_same and key is not None and known.output is not None and node.name not in forced:
             # Made again from the same, it will be the same, and what follows need not be done again.
-            done[node.name] = Output(key, known.output)
+            done[node.name] = KeyedOutput(key, known.output)
         if not is_done:
             again.add(node.name)
-        steps.append(Expected(node, estimates[node.name], is_done))
-    return Outlook(program, places.run, tuple(steps), _free(places.run))
+        steps.append(StepPreview(node, estimates[node.name], is_done))
+    return RunPreview(program, places.run, tuple(steps), _free(places.run))
 
 
-def is_whole(known: StepRecord, places: Places, node: Node, *, hashes: Hashes) -> bool:
+def is_whole(known: StepRecord, places: RunPaths, node: RecipeStep, *, hashes: FileHashCache) -> bool:
     """Whether a step is done, and all that it made is there as it was."""
     place = places.of(node.name)
     there = node.command.writes is None or place.out.exists()
     return known.state == "done" and there and hashes.is_intact(place.folder, known.files)
 
 
-def is_marking(node: Node, again: set[str]) -> bool:
+def is_marking(node: RecipeStep, again: set[str]) -> bool:
     """Whether a step must be done because a folder that it writes into is new."""
     return node.command.name in MARKING and any(made.step in again for _, made in makers(node))
 
 
-def forced_by(program: Program, step: str | None) -> set[str]:
+def forced_by(program: Pipeline, step: str | None) -> set[str]:
     """The steps that `--from STEP` does again: it (all of a matrix), and those that follow. Raises SurgeryError."""
     if step is None:
         return set()

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from surgery.errors import SurgeryError
 from surgery.io.atomic import write_file
-from surgery.recipes.run.paths import STEPS, Place, Places, words
-from surgery.recipes.run.state import Record, last_lines
-from surgery.recipes.types import Node, Program
-from surgery.reporting.report import Column, Figure, Printed, Report, Table, Value, format_value
+from surgery.recipes.run.paths import STEPS, RunPaths, StepPaths, words
+from surgery.recipes.run.state import RunRecord, last_lines
+from surgery.recipes.types import Pipeline, RecipeStep
+from surgery.reporting.report import Column, Figure, PreformattedText, Report, Table, Value, format_value
 
 PICTURES = "*.png"
 OWN = "report.html"
@@ -36,7 +36,9 @@ SAID = {
 }
 
 
-def write_report(program: Program, places: Places, record: Record, endings: Mapping[str, str], path: Path) -> Path:
+def write_report(
+    program: Pipeline, places: RunPaths, record: RunRecord, endings: Mapping[str, str], path: Path
+) -> Path:
     """Writes the page. Raises SurgeryError where it cannot be written."""
     report = Report(program.recipe, program.about)
     report.add(_table(program, record, endings))
@@ -44,14 +46,14 @@ def write_report(program: Program, places: Places, record: Record, endings: Mapp
         place, known = places.of(node.name), record.steps[node.name]
         note = " ".join(part for part in (SAID[endings[node.name]], known.error or "") if part)
         line, text = _folded(words(node, places)), _said(place, places.run)
-        report.add(Printed(node.name, line, text, note, dict(_links(place, path.parent))))
+        report.add(PreformattedText(node.name, line, text, note, dict(_links(place, path.parent))))
         for figure in _figures(node, place):
             report.add(figure)
-    report.add(Printed("The recipe, with the values of this run", text=program.text))
+    report.add(PreformattedText("The recipe, with the values of this run", text=program.text))
     return write_file(path, report.to_html().encode())
 
 
-def _table(program: Program, record: Record, endings: Mapping[str, str]) -> Table:
+def _table(program: Pipeline, record: RunRecord, endings: Mapping[str, str]) -> Table:
     rows: list[list[Value]] = []
     for node in program.nodes:
         known = record.steps[node.name]
@@ -80,13 +82,13 @@ def _folded(words: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _said(place: Place, run: Path) -> str:
+def _said(place: StepPaths, run: Path) -> str:
     """What a step printed, and then what it told people (warnings, and what the tables amount to) with paths in RUN."""
     told = last_lines(place.log, TOLD).replace(f"{run}/{STEPS}/", f"{STEPS}/")
     return "\n\n".join(part for part in (_printed(place).rstrip(), told) if part)
 
 
-def _printed(place: Place) -> str:
+def _printed(place: StepPaths) -> str:
     try:
         text = place.text.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -94,7 +96,7 @@ def _printed(place: Place) -> str:
     return text if len(text) <= PRINTED else f"{text[:PRINTED]}\n… ({len(text):,} characters in {place.text.name})"
 
 
-def _links(place: Place, root: Path) -> Iterator[tuple[str, str]]:
+def _links(place: StepPaths, root: Path) -> Iterator[tuple[str, str]]:
     own = _reports(place)
     for each in own:
         inside = each.relative_to(place.out).as_posix()
@@ -103,11 +105,11 @@ def _links(place: Place, root: Path) -> Iterator[tuple[str, str]]:
         yield "log", place.log.relative_to(root).as_posix()
 
 
-def _reports(place: Place) -> list[Path]:
+def _reports(place: StepPaths) -> list[Path]:
     return sorted(place.out.rglob(OWN)) if place.out.is_dir() else []
 
 
-def _figures(node: Node, place: Place) -> Iterator[Figure]:
+def _figures(node: RecipeStep, place: StepPaths) -> Iterator[Figure]:
     """The pictures that a step drew: its command's, those in its folder, and those inside its own reports."""
     seen: set[bytes] = set()
     count = 0
@@ -120,7 +122,7 @@ def _figures(node: Node, place: Place) -> Iterator[Figure]:
         yield Figure(what, what, png)
 
 
-def _pictures(place: Place) -> Iterator[tuple[str, bytes]]:
+def _pictures(place: StepPaths) -> Iterator[tuple[str, bytes]]:
     files = [place.picture] if place.picture.is_file() else []
     files += sorted(place.out.rglob(PICTURES)) if place.out.is_dir() else []
     for path in files:

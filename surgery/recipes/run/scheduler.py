@@ -1,6 +1,6 @@
 """Runs a recipe: every step is a process of its own, side by side where memory allows, and done once for its inputs.
 
-In comes a `Program` and the folder RUN, out comes a `RunReport`. What is done is in RUN/run.json, under keys made of
+In comes a `Pipeline` and the folder RUN, out comes a `RunReport`. What is done is in RUN/run.json, under keys made of
 all that decides it: the same command goes on where a run was stopped or killed, and does nothing where nothing changed.
 """
 
@@ -17,21 +17,21 @@ from typing import Any
 from surgery.errors import SurgeryError
 from surgery.io.atomic import write_file
 from surgery.io.json_io import jsonable
-from surgery.publish.push import push
-from surgery.recipes.run.content_hashes import Hashes
+from surgery.publish.upload import push
+from surgery.recipes.run.content_hashes import FileHashCache
 from surgery.recipes.run.display import Display, Say, display
 from surgery.recipes.run.estimates import SHARE, check_disk, free_memory
-from surgery.recipes.run.inputs import Things
-from surgery.recipes.run.multiprocess import walk_together
-from surgery.recipes.run.paths import HASHES, RECIPE, REPORT, Places, makers, typed, words
-from surgery.recipes.run.preview import MARKING, Outlook, forced_by, outlook
+from surgery.recipes.run.inputs import InputResolver
+from surgery.recipes.run.multiprocess import run_steps_on_all_ranks
+from surgery.recipes.run.paths import HASHES, RECIPE, REPORT, RunPaths, makers, typed, words
+from surgery.recipes.run.preview import MARKING, RunPreview, forced_by, preview_run
 from surgery.recipes.run.report import write_report
-from surgery.recipes.run.state import Record, StepRecord, locked, read_record
-from surgery.recipes.run.step_runner import Ending, Working, check_sources
-from surgery.recipes.run.subprocesses import POLL, Child, Job, Runner, start, stop
-from surgery.recipes.types import Made, Node, Program
-from surgery.runtime.collectives import share
-from surgery.runtime.environment import Interrupts, is_main, n_processes
+from surgery.recipes.run.state import RunRecord, StepRecord, locked, read_record
+from surgery.recipes.run.step_runner import StepRunner, StepStatus, check_sources
+from surgery.recipes.run.subprocesses import POLL, Runner, RunningStep, StepProcess, start, stop
+from surgery.recipes.types import Pipeline, RecipeStep, StepOutput
+from surgery.runtime.collectives import map_over_ranks
+from surgery.runtime.environment import DeferredInterrupt, is_main, n_processes
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class RunReport:
     in run.json. report: the page that gathers what the steps found.
     """
 
-    outlook: Outlook
-    endings: Mapping[str, Ending] = field(default_factory=dict)
+    preview: RunPreview
+    endings: Mapping[str, StepStatus] = field(default_factory=dict)
     steps: Mapping[str, StepRecord] = field(default_factory=dict)
     pushes: tuple[Mapping[str, Any], ...] = ()
     report: Path | None = None
@@ -60,7 +60,7 @@ class RunReport:
         parts = []
         for name in self.failed:
             why = "\n".join(f"  {line.removeprefix('error: ')}" for line in (self.steps[name].error or "").splitlines())
-            parts.append(f"step {name} failed:\n{why}\n  (its log: {Places(self.outlook.program, run).of(name).log})")
+            parts.append(f"step {name} failed:\n{why}\n  (its log: {RunPaths(self.preview.program, run).of(name).log})")
         left = [name for name, ending in self.endings.items() if ending == "left out"]
         if left:
             parts.append(f"Left out, because they need it: {', '.join(left)}.")
@@ -68,15 +68,15 @@ class RunReport:
         return SurgeryError("\n".join(parts))
 
 
-def run_program(
-    program: Program,
+def run_recipe(
+    program: Pipeline,
     run: Path,
     *,
     jobs: int | None = None,
     from_step: str | None = None,
     dry_run: bool = False,
     runner: Runner = start,
-    show: Callable[[Outlook], None] = lambda seen: None,
+    show: Callable[[RunPreview], None] = lambda seen: None,
     say: Say = lambda text: None,
     bars: bool = False,
 ) -> RunReport:
@@ -110,34 +110,34 @@ class _Engine:
 
     def __init__(
         self,
-        program: Program,
+        program: Pipeline,
         run: Path,
         runner: Runner,
-        show: Callable[[Outlook], None],
+        show: Callable[[RunPreview], None],
         say: Say,
         bars: bool,
         lock: int = -1,
     ) -> None:
-        self.program, self.places, self.lock = program, Places(program, run), lock
+        self.program, self.places, self.lock = program, RunPaths(program, run), lock
         self.runner, self.show, self.say, self.bars = runner, show, say, bars
-        self.hashes = Hashes(run / HASHES)
-        self.things = Things(self.hashes)
-        self.record = Record(program, run)
-        self.working: Working | None = None
+        self.hashes = FileHashCache(run / HASHES)
+        self.things = InputResolver(self.hashes)
+        self.record = RunRecord(program, run)
+        self.working: StepRunner | None = None
 
-    def prepare(self, from_step: str | None, *, dry_run: bool) -> Outlook:
+    def prepare(self, from_step: str | None, *, dry_run: bool) -> RunPreview:
         """Looks at everything, shows it, and makes RUN ready."""
         program, run = self.program, self.places.run
         forced = forced_by(program, from_step)
         check_sources(program)
         self.record = read_record(program, run, {node.name: typed(node, self.places) for node in program.nodes})
-        seen = outlook(program, self.places, self.record, forced, hashes=self.hashes, things=self.things)
+        seen = preview_run(program, self.places, self.record, forced, hashes=self.hashes, things=self.things)
         self.show(seen)
         if dry_run:
             return seen
         check_disk(run, seen.disk, seen.free)
         write_file(run / RECIPE, program.text)
-        self.working = Working(program, self.places, self.record, forced, hashes=self.hashes, things=self.things)
+        self.working = StepRunner(program, self.places, self.record, forced, hashes=self.hashes, things=self.things)
         return seen
 
     def run(self, jobs: int | None, from_step: str | None, *, dry_run: bool) -> RunReport:
@@ -148,7 +148,7 @@ class _Engine:
             _Scheduler(self.working, seen, self.runner, shown, self.lock).run(jobs or default_jobs())
         return self.finish(seen)
 
-    def finish(self, seen: Outlook) -> RunReport:
+    def finish(self, seen: RunPreview) -> RunReport:
         """Writes the report, and pushes where every step is done."""
         assert self.working is not None
         endings = {node.name: self.working.endings[node.name] for node in self.program.nodes}
@@ -165,18 +165,18 @@ class _Engine:
 class _Scheduler:
     """Starts steps as soon as what they need is there, and as much as fits."""
 
-    def __init__(self, working: Working, seen: Outlook, runner: Runner, shown: Display, lock: int) -> None:
+    def __init__(self, working: StepRunner, seen: RunPreview, runner: Runner, shown: Display, lock: int) -> None:
         self.working, self.runner, self.shown, self.lock = working, runner, shown, lock
         self.nodes = {node.name: node for node in working.program.nodes}
         self.memory = {step.node.name: step.estimate.memory for step in seen.steps}
         free = free_memory()
         self.room = None if free is None else SHARE * free
-        self.children: dict[str, tuple[Child, float]] = {}
+        self.children: dict[str, tuple[RunningStep, float]] = {}
 
     def run(self, jobs: int) -> None:
         """Returns when no step is left that could be done."""
         waiting = list(self.nodes.values())
-        with Interrupts() as interrupts:
+        with DeferredInterrupt() as interrupts:
             try:
                 while waiting or self.children:
                     waiting = [node for node in waiting if not self._settle(node, jobs)]
@@ -190,7 +190,7 @@ class _Scheduler:
                 self._stop()
                 raise
 
-    def _settle(self, node: Node, jobs: int) -> bool:
+    def _settle(self, node: RecipeStep, jobs: int) -> bool:
         """Starts `node` if it can be, or finds that it need not or cannot; whether it waits no more."""
         working = self.working
         if working.is_blocked(node):
@@ -205,11 +205,11 @@ class _Scheduler:
         place = working.places.of(node.name)
         self.shown.started(node.name, place.told)
         locks = (self.lock,) if self.lock >= 0 else ()
-        job = Job(node, words(node, working.places), place, locks=locks)
+        job = StepProcess(node, words(node, working.places), place, locks=locks)
         self.children[node.name] = self.runner(job), time.monotonic()
         return True
 
-    def _fits(self, node: Node, jobs: int) -> bool:
+    def _fits(self, node: RecipeStep, jobs: int) -> bool:
         """Whether `node` can run beside those that do; one alone always can."""
         if not self.children:
             return True
@@ -235,7 +235,7 @@ class _Scheduler:
             self.working.interrupt(node)
 
 
-def marked(node: Node) -> set[str]:
+def marked(node: RecipeStep) -> set[str]:
     """The steps into whose folders `node` writes: two that write into one must not run side by side."""
     return {made.step for _, made in makers(node)} if node.command.name in MARKING else set()
 
@@ -247,40 +247,40 @@ def default_jobs() -> int:
 
 
 def _under_a_launcher(
-    program: Program,
+    program: Pipeline,
     run: Path,
     from_step: str | None,
     *,
     dry_run: bool,
     runner: Runner,
-    show: Callable[[Outlook], None],
+    show: Callable[[RunPreview], None],
     say: Say,
     bars: bool,
 ) -> RunReport:
-    """As `run_program`, in each of several processes: the first decides, all of them start what it says."""
+    """As `run_recipe`, in each of several processes: the first decides, all of them start what it says."""
     with ExitStack() as stack:
 
         def take(item: int) -> int:
             return -1 if dry_run else stack.enter_context(locked(run))
 
-        share([0], take)  # only in the first, and all learn whether it could be had
+        map_over_ranks([0], take)  # only in the first, and all learn whether it could be had
         engine = _Engine(program, run, runner, show, say, bars)
-        seen = share([0], lambda item: engine.prepare(from_step, dry_run=dry_run))[0]
+        seen = map_over_ranks([0], lambda item: engine.prepare(from_step, dry_run=dry_run))[0]
         if dry_run:
             return RunReport(seen)
         shown = stack.enter_context(display([node.name for node in program.nodes], say)) if is_main() else None
-        walk_together(program, engine.places, runner, working=engine.working, shown=shown)
-        return share([0], lambda item: engine.finish(seen))[0]
+        run_steps_on_all_ranks(program, engine.places, runner, working=engine.working, shown=shown)
+        return map_over_ranks([0], lambda item: engine.finish(seen))[0]
 
 
 def push_all(
-    program: Program, places: Places, *, notify: Callable[[str], None], bars: bool
+    program: Pipeline, places: RunPaths, *, notify: Callable[[str], None], bars: bool
 ) -> Iterator[Mapping[str, Any]]:
     """Pushes one after the other, and yields what run.json says of each. Raises SurgeryError as `push`."""
     for wanted in program.pushes:
         notify(f"pushing {wanted.node} to {wanted.repo_id}")
         pushed = push(
-            places.made(Made(wanted.node, wanted.inside)),
+            places.made(StepOutput(wanted.node, wanted.inside)),
             wanted.repo_id,
             private=wanted.private,
             revision=wanted.revision,

@@ -15,7 +15,7 @@ from surgery.errors import SurgeryError, usage_error
 from surgery.io.atomic import disk_error, write_file
 from surgery.io.json_io import read_json, to_json
 from surgery.recipes.run.paths import LOCK, MANIFEST
-from surgery.recipes.types import Program
+from surgery.recipes.types import Pipeline
 
 SCHEMA = 1
 # Seconds that what is left of a killed run may take to be gone.
@@ -43,10 +43,10 @@ class StepRecord:
 
 
 @dataclass
-class Record:
+class RunRecord:
     """run.json: `steps` are those of the recipe as it is now, `earlier` those that it had before, by their names."""
 
-    program: Program
+    program: Pipeline
     run: Path
     steps: dict[str, StepRecord] = field(default_factory=dict)
     earlier: dict[str, StepRecord] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Record:
         )
 
 
-def read_record(program: Program, run: Path, lines: Mapping[str, str]) -> Record:
+def read_record(program: Pipeline, run: Path, lines: Mapping[str, str]) -> RunRecord:
     """What `run` says of the steps of `program`; steps that are new wait.
 
     Args:
@@ -101,7 +101,7 @@ def read_record(program: Program, run: Path, lines: Mapping[str, str]) -> Record
         known = {name: _step(each, path) for name, each in {**value.get("earlier", {}), **value["steps"]}.items()}
     steps = {node.name: known.get(node.name) or StepRecord(node.step, lines[node.name]) for node in program.nodes}
     earlier = {name: each for name, each in known.items() if name not in steps}
-    return Record(program, run, steps, earlier)
+    return RunRecord(program, run, steps, earlier)
 
 
 def _step(value: Any, path: Path) -> StepRecord:

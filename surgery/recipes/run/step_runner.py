@@ -15,55 +15,62 @@ from typing import Literal
 from surgery.checkpoint.checkpoint import existing_path
 from surgery.errors import SurgeryError, usage_error
 from surgery.io.atomic import disk_error, write_file
-from surgery.recipes.run.cache_keys import Output, key_of
-from surgery.recipes.run.content_hashes import WEIGHTS, Hashes, output_hash
-from surgery.recipes.run.inputs import Things
-from surgery.recipes.run.paths import Place, Places, needs, typed
+from surgery.recipes.run.cache_keys import KeyedOutput, cache_key
+from surgery.recipes.run.content_hashes import WEIGHTS, FileHashCache, output_hash
+from surgery.recipes.run.inputs import InputResolver
+from surgery.recipes.run.paths import RunPaths, StepPaths, needs, typed
 from surgery.recipes.run.preview import is_marking, is_whole
-from surgery.recipes.run.state import Record, StepRecord, last_lines
-from surgery.recipes.types import Given, Made, Node, Program
+from surgery.recipes.run.state import RunRecord, StepRecord, last_lines
+from surgery.recipes.types import Given, Pipeline, RecipeStep, StepOutput
 
 # What became of a step in this run.
-Ending = Literal["done", "unchanged", "failed", "left out"]
+StepStatus = Literal["done", "unchanged", "failed", "left out"]
 
 
-class Working:
+class StepRunner:
     """The steps of a run, and how far they are. Every change is in run.json before the next one."""
 
     def __init__(
-        self, program: Program, places: Places, record: Record, forced: set[str], *, hashes: Hashes, things: Things
+        self,
+        program: Pipeline,
+        places: RunPaths,
+        record: RunRecord,
+        forced: set[str],
+        *,
+        hashes: FileHashCache,
+        things: InputResolver,
     ) -> None:
         self.program, self.places, self.record = program, places, record
-        self.endings: dict[str, Ending] = {}
+        self.endings: dict[str, StepStatus] = {}
         self._forced, self._hashes, self._things = forced, hashes, things
-        self._outputs: dict[str, Output] = {}
+        self._outputs: dict[str, KeyedOutput] = {}
         self._keys: dict[str, str] = {}
 
-    def is_ready(self, node: Node) -> bool:
+    def is_ready(self, node: RecipeStep) -> bool:
         """Whether all that `node` needs is there."""
         return all(self.endings.get(name) in ("done", "unchanged") for name in needs(node))
 
-    def is_blocked(self, node: Node) -> bool:
+    def is_blocked(self, node: RecipeStep) -> bool:
         """Whether something that `node` needs will not come."""
         return any(self.endings.get(name) in ("failed", "left out") for name in needs(node))
 
-    def leave_out(self, node: Node) -> None:
+    def leave_out(self, node: RecipeStep) -> None:
         """`node` cannot be done, because what it needs failed."""
         self.endings[node.name] = "left out"
 
-    def begin(self, node: Node) -> bool:
+    def begin(self, node: RecipeStep) -> bool:
         """Makes the folder of `node` ready, and notes that it runs; False where it is done already.
 
         Raises:
             SurgeryError: a file cannot be read or written.
         """
         place, known = self.places.of(node.name), self.record.steps[node.name]
-        key = key_of(node, self._outputs, self._things)
+        key = cache_key(node, self._outputs, self._things)
         assert key is not None, "a step begins when those that it needs are done"
         self._keys[node.name] = key
         is_same = known.key == key and node.name not in self._forced
         if is_same and known.output and is_whole(known, self.places, node, hashes=self._hashes):
-            self._outputs[node.name] = Output(key, known.output)
+            self._outputs[node.name] = KeyedOutput(key, known.output)
             self.endings[node.name] = "unchanged"
             self._note(node, replace(known, step=node.step, line=typed(node, self.places)))
             return False
@@ -77,7 +84,7 @@ class Working:
         self._note(node, StepRecord(node.step, typed(node, self.places), "running", key))
         return True
 
-    def end(self, node: Node, code: int, seconds: float, *, log: Path | None = None) -> None:
+    def end(self, node: RecipeStep, code: int, seconds: float, *, log: Path | None = None) -> None:
         """Notes what `node` made, or why it failed: `log` says so, by default its own.
 
         Raises:
@@ -90,7 +97,7 @@ class Working:
             try:
                 made, texts = self._look(node, place)
                 output = output_hash(place, made, run_folder=self.places.run)
-                self._outputs[node.name] = Output(key, output)
+                self._outputs[node.name] = KeyedOutput(key, output)
                 self.endings[node.name] = "done"
                 kept = {**texts, **{_under(place, name): found for name, found in made.items()}}
                 self._note(node, StepRecord(node.step, line, "done", key, seconds, output, kept))
@@ -104,13 +111,13 @@ class Working:
         self.endings[node.name] = "failed"
         self._note(node, StepRecord(node.step, line, "failed", key, seconds, error=why))
 
-    def interrupt(self, node: Node) -> None:
+    def interrupt(self, node: RecipeStep) -> None:
         """Notes that `node` was stopped, if it was at work; what it has done so far stays."""
         known = self.record.steps[node.name]
         if known.state == "running":
             self._note(node, replace(known, state="waiting"))
 
-    def _look(self, node: Node, place: Place) -> tuple[dict[str, str], dict[str, str]]:
+    def _look(self, node: RecipeStep, place: StepPaths) -> tuple[dict[str, str], dict[str, str]]:
         """The hashes of the files of what a step made, by their paths in it, and of those that it printed and drew."""
         made: dict[str, str] = {}
         if node.command.writes is not None:
@@ -121,7 +128,7 @@ class Working:
         texts = [path for path in (place.text, place.picture) if path.is_file()]
         return made, {path.name: self._hashes.of_file(path) for path in texts}
 
-    def _make_ready(self, node: Node, place: Place, key: str, *, goes_on: bool) -> None:
+    def _make_ready(self, node: RecipeStep, place: StepPaths, key: str, *, goes_on: bool) -> None:
         if not goes_on:
             _remove(place.folder)
         elif not (node.command.goes_on or node.command.changes):
@@ -131,38 +138,38 @@ class Working:
         write_file(place.key, key)
         if node.command.changes is not None and not place.out.exists():
             value = node.given.get(node.command.changes)
-            source = self.places.made(value) if isinstance(value, Made) else _folder(node, value)
+            source = self.places.made(value) if isinstance(value, StepOutput) else _folder(node, value)
             _copy(source, place.out)
 
-    def _unmark(self, node: Node) -> None:
+    def _unmark(self, node: RecipeStep) -> None:
         """What other steps wrote into the folder of `node` goes with it, so that they must be done again."""
         for other in self.program.nodes:
             known = self.record.steps[other.name]
             if known.state == "done" and is_marking(other, {node.name}):
                 self.record.steps[other.name] = replace(known, state="waiting")
 
-    def _note(self, node: Node, step: StepRecord) -> None:
+    def _note(self, node: RecipeStep, step: StepRecord) -> None:
         self.record.steps[node.name] = step
         self.record.write()
 
 
-def check_sources(program: Program) -> None:
+def check_sources(program: Pipeline) -> None:
     """Raises SurgeryError where a step is to work on a copy of a folder that is not there."""
     for node in program.nodes:
         if node.command.changes is not None:
             value = node.given.get(node.command.changes)
-            if not isinstance(value, Made):
+            if not isinstance(value, StepOutput):
                 _folder(node, value)
 
 
-def _folder(node: Node, value: Given) -> Path:
+def _folder(node: RecipeStep, value: Given) -> Path:
     path = existing_path(str(value))
     if path is None or not path.is_dir():
         raise usage_error(f"got {value}, expected a folder that is there", where=f"{node.name}: {node.command.changes}")
     return path
 
 
-def _under(place: Place, name: str) -> str:
+def _under(place: StepPaths, name: str) -> str:
     return place.out.name if name == "." else f"{place.out.name}/{name}"
 
 

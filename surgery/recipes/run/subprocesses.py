@@ -1,7 +1,7 @@
 """Steps as processes: started without a shell in a session of their own, told to stop, and gone when their parent is.
 
-In comes a `Job`, out comes a `Child` that can be asked whether it is done. What it prints and tells lies in the step's
-folder.
+In comes a `StepProcess`, out comes a `RunningStep` that can be asked whether it is done. What it prints and tells lies
+in the step's folder.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Protocol
 
 import surgery
-from surgery.recipes.run.paths import Place
-from surgery.recipes.types import Node
+from surgery.recipes.run.paths import StepPaths
+from surgery.recipes.types import RecipeStep
 from surgery.runtime import progress
 from surgery.runtime.environment import rank
 
@@ -35,20 +35,20 @@ _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 
 @dataclass(frozen=True)
-class Job:
+class StepProcess:
     """What is to be started: the words that follow `surgery`, and what the environment says besides.
 
     locks: descriptors that the child holds too, so that the run stays locked until its last process is gone.
     """
 
-    node: Node
+    node: RecipeStep
     words: Sequence[str]
-    place: Place
+    place: StepPaths
     environment: Mapping[str, str] = field(default_factory=dict)
     locks: tuple[int, ...] = ()
 
 
-class Child(Protocol):
+class RunningStep(Protocol):
     """A step that was started."""
 
     def poll(self) -> int | None:
@@ -58,7 +58,7 @@ class Child(Protocol):
         """Sends a signal to all of its processes."""
 
 
-Runner = Callable[[Job], Child]
+Runner = Callable[[StepProcess], RunningStep]
 
 
 def program(words: Sequence[str]) -> list[str]:
@@ -72,7 +72,7 @@ def surroundings() -> dict[str, str]:
     return {name: text for name, text in os.environ.items() if name not in COLOURING} | _paths()
 
 
-def start(job: Job) -> Child:
+def start(job: StepProcess) -> RunningStep:
     """The `Runner` of real runs."""
     place = job.place
     place.told.unlink(missing_ok=True)
@@ -92,7 +92,7 @@ def start(job: Job) -> Child:
     return _Process(process)
 
 
-def stop(children: Collection[Child], *, grace: Sequence[tuple[int, float]] = GRACE) -> None:
+def stop(children: Collection[RunningStep], *, grace: Sequence[tuple[int, float]] = GRACE) -> None:
     """Ends all `children`, the longer they take the more firmly; returns once they are gone. Ctrl-C hurries it."""
     for number, seconds in grace:
         alive = [child for child in children if child.poll() is None]

@@ -10,8 +10,8 @@ from support.cli import Surgery, commands_in
 from support.recipe_runs import make_models, write_recipe
 
 from cli.commands import run as recipes
-from surgery.recipes.parse.file import Listed, recipes_in
-from surgery.recipes.parse.graph import program
+from surgery.recipes.parse.file import RecipeSummary, recipes_in
+from surgery.recipes.parse.graph import build_pipeline
 
 ROOT = Path(__file__).parents[3]
 
@@ -95,11 +95,13 @@ def test_the_schema_is_one_json_object_that_knows_every_command(surgery: Surgery
 
 
 @pytest.mark.parametrize("each", recipes_in(ROOT / "recipes.yaml"), ids=lambda each: each.name)
-def test_every_recipe_of_the_project_can_be_run_as_it_stands(each: Listed) -> None:
-    read = program(ROOT / "recipes.yaml", each.name, commands=recipes.commands())
+def test_every_recipe_of_the_project_can_be_run_as_it_stands(each: RecipeSummary) -> None:
+    read = build_pipeline(ROOT / "recipes.yaml", each.name, commands=recipes.commands())
     assert read.nodes and not read.pushes and each.about
     assert set(each.needs) == {"disk", "memory", "gpu", "downloads", "time"}
-    pushed = program(ROOT / "recipes.yaml", each.name, commands=recipes.commands(), settings={"repo": "org/name"})
+    pushed = build_pipeline(
+        ROOT / "recipes.yaml", each.name, commands=recipes.commands(), settings={"repo": "org/name"}
+    )
     assert [push.repo_id for push in pushed.pushes] == ["org/name"]
 
 
@@ -107,7 +109,7 @@ def test_the_example_of_the_documentation_is_a_recipe(tmp_path: Path) -> None:
     text = (ROOT / "docs/recipes.md").read_text(encoding="utf-8").partition("```yaml\n")[2].partition("```")[0]
     (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
     [each] = recipes_in(tmp_path / "r.yaml")
-    read = program(tmp_path / "r.yaml", each.name, commands=recipes.commands(), settings={"repo": "org/name"})
+    read = build_pipeline(tmp_path / "r.yaml", each.name, commands=recipes.commands(), settings={"repo": "org/name"})
     assert {node.step for node in read.nodes} == {"vector", "moved", "check", "scores"} and len(read.pushes) == 1
 
 

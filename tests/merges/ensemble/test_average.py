@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from cli.commands import merge as commands
-from merges.ensemble.average import MODEL_FILE, average
+from merges.ensemble.average import MODEL_FILE, average_logits
 from merges.ensemble.ensemble_model import combine
 from merges.ensemble.members import check_weights
 from merges.ensemble.tune import RATES
 from merges.ensemble.unpack import unpack
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.verify import verify
+from surgery.engine.verification import verify
 from surgery.errors import SurgeryError
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -48,7 +48,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def out(pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("out") / "ensemble"
-    average(pair, folder)
+    average_logits(pair, folder)
     return folder
 
 
@@ -59,7 +59,7 @@ def _same_files(a: Path, b: Path) -> bool:
 
 
 def test_an_embedding_that_members_share_is_stored_once(pair: tuple[str, str], tmp_path: Path) -> None:
-    report = average(pair, tmp_path / "out")
+    report = average_logits(pair, tmp_path / "out")
     table = open_checkpoint(tmp_path / "out").tensors
     size = open_checkpoint(pair[0]).tensors[EMBEDDING].n_bytes
     assert f"members.0.{EMBEDDING}" in table
@@ -74,7 +74,7 @@ def test_an_embedding_that_members_share_is_stored_once(pair: tuple[str, str], t
 
 def test_a_tied_head_follows_the_shared_embedding(tmp_path: Path) -> None:
     a = architectures.build("qwen2", tmp_path / "a", tied=True)
-    average([str(a), str(a)], tmp_path / "out")
+    average_logits([str(a), str(a)], tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert len({id(value) for value in model.parameters()}) == len(open_checkpoint(a).tensors)
     one, two = model.models
@@ -83,7 +83,7 @@ def test_a_tied_head_follows_the_shared_embedding(tmp_path: Path) -> None:
 
 def test_a_model_with_itself_is_that_model_at_its_size(tmp_path: Path) -> None:
     a = architectures.build("mixtral", tmp_path / "a", dtype=torch.float32)
-    report = average([str(a), str(a)], tmp_path / "out")
+    report = average_logits([str(a), str(a)], tmp_path / "out")
     assert report.shared_tensors == len(open_checkpoint(a).tensors)
     assert set(open_checkpoint(tmp_path / "out").tensors) == {f"members.0.{n}" for n in open_checkpoint(a).tensors}
     ids = torch.tensor([[5, 6, 7]])
@@ -98,7 +98,7 @@ def test_equal_tensors_of_one_member_stay_apart(tmp_path: Path) -> None:
     tensors |= {name: torch.ones_like(tensors[name]) for name in norms}
     save_file(tensors, a / "model.safetensors", metadata={"format": "pt"})
     b = architectures.build("llama", tmp_path / "b", seed=1)
-    assert average([str(a), str(b)], tmp_path / "out").shared_tensors == 0
+    assert average_logits([str(a), str(b)], tmp_path / "out").shared_tensors == 0
 
 
 def test_several_files_load_and_verify(pair: tuple[str, str], out: Path, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_the_folder_verifies_and_carries_what_a_model_needs(pair: tuple[str, str
 
 
 def test_the_same_job_gives_the_same_bytes(pair: tuple[str, str], out: Path, tmp_path: Path) -> None:
-    average(pair, tmp_path / "again")
+    average_logits(pair, tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     assert (tmp_path / "again" / "config.json").read_bytes() == (out / "config.json").read_bytes()
 
@@ -152,7 +152,7 @@ def test_unpacking_restores_every_file(tmp_path: Path, name: str) -> None:
     a = architectures.add_tokenizer(architectures.build(name, tmp_path / "a", max_shard_size="20KB"))
     b = architectures.add_tokenizer(architectures.build("qwen3", tmp_path / "b"))
     (a / "README.md").write_text("A card of its own.\n", encoding="utf-8")
-    average([str(a), str(b), str(a)], tmp_path / "out")
+    average_logits([str(a), str(b), str(a)], tmp_path / "out")
     report = unpack(str(tmp_path / "out"), tmp_path / "members")
     assert sorted(path.name for path in (tmp_path / "members").iterdir()) == ["a", "a-2", "b"]
     assert _same_files(a, tmp_path / "members" / "a")
@@ -164,7 +164,7 @@ def test_unpacking_restores_every_file(tmp_path: Path, name: str) -> None:
 def test_shards_without_an_index_come_back_without_one(tmp_path: Path) -> None:
     a = architectures.build("llama", tmp_path / "a", max_shard_size="20KB")
     (a / "model.safetensors.index.json").unlink()
-    average([str(a), str(a)], tmp_path / "out")
+    average_logits([str(a), str(a)], tmp_path / "out")
     unpack(str(tmp_path / "out"), tmp_path / "members")
     assert _same_files(a, tmp_path / "members" / "a")
 
@@ -178,7 +178,7 @@ def test_padded_rows_are_cut_to_what_all_members_have(tmp_path: Path) -> None:
     save_file(tensors, b / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((b / "config.json").read_text(encoding="utf-8"))
     (b / "config.json").write_text(json.dumps({**config, "vocab_size": 91}), encoding="utf-8")
-    report = average([str(a), str(b)], tmp_path / "out")
+    report = average_logits([str(a), str(b)], tmp_path / "out")
     assert report.vocab_size == 91
     assert report.preflight["rows"] == "a 96, b 91; cut to 91, which hold every token"
     ids = torch.tensor([[5, 6, 7]])
@@ -189,18 +189,18 @@ def test_padded_rows_are_cut_to_what_all_members_have(tmp_path: Path) -> None:
     architectures.add_tokenizer(a, 93)
     architectures.add_tokenizer(b, 93)
     with pytest.raises(SurgeryError, match=r"b has 91 rows for tokens with ids up to 92: those beyond would be lost"):
-        average([str(a), str(b)], tmp_path / "lost")
+        average_logits([str(a), str(b)], tmp_path / "lost")
     for folder in (a, b):
         (folder / "tokenizer.json").unlink()
         (folder / "tokenizer_config.json").unlink()
     with pytest.raises(SurgeryError, match=r"different sizes \(a 96, b 91\) and no model has a tokenizer"):
-        average([str(a), str(b)], tmp_path / "lost")
+        average_logits([str(a), str(b)], tmp_path / "lost")
     assert not (tmp_path / "lost").exists()
 
 
 def test_members_without_tokenizer_are_warned_about(tmp_path: Path) -> None:
     a = architectures.build("llama", tmp_path / "a")
-    report = average([str(a), str(a)], tmp_path / "out", dry_run=True)
+    report = average_logits([str(a), str(a)], tmp_path / "out", dry_run=True)
     assert report.warnings[0] == f"{a} has no tokenizer files: only its number of rows was compared."
     assert report.preflight["tokens"] == "not compared: no tokenizer; 96 rows each"
     assert not (tmp_path / "out").exists()
@@ -214,7 +214,7 @@ def test_an_adapter_on_its_base_is_a_member(tmp_path: Path) -> None:
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora)
     adapted.save_pretrained(tmp_path / "adapter")
-    report = average([str(base), f"{base}+{tmp_path / 'adapter'}"], tmp_path / "out")
+    report = average_logits([str(base), f"{base}+{tmp_path / 'adapter'}"], tmp_path / "out")
     assert report.shared_tensors == len(open_checkpoint(base).tensors) - 2
     ids = torch.tensor([[5, 6, 7]])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -229,7 +229,7 @@ def test_an_adapter_on_its_base_is_a_member(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["logits", "logprobs", "probs"])
 def test_mode_and_weights_reach_the_model(pair: tuple[str, str], tmp_path: Path, mode: str) -> None:
-    average(pair, tmp_path / "out", weights=[3, 1], mode=mode)
+    average_logits(pair, tmp_path / "out", weights=[3, 1], mode=mode)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.weights == [0.75, 0.25]
     ids = torch.tensor([[5, 6, 7]])
@@ -243,8 +243,8 @@ def test_tuning_is_written_and_reported(tmp_path: Path, what: str, monkeypatch: 
     b = architectures.add_tokenizer(architectures.build("gpt2", tmp_path / "b", seed=1, dtype=torch.float32))
     rows = [json.dumps({"text": " ".join(["w5 w6 w7 w8"] * 3)})] * 20
     (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    plain = average([str(a), str(b)], tmp_path / "plain")
-    report = average([str(a), str(b)], tmp_path / "out", tune=tmp_path / "rows.jsonl", tune_what=what)
+    plain = average_logits([str(a), str(b)], tmp_path / "plain")
+    report = average_logits([str(a), str(b)], tmp_path / "out", tune=tmp_path / "rows.jsonl", tune_what=what)
     assert plain.tuning is None
     assert report.tuning is not None
     assert report.tuning.kept
@@ -293,27 +293,27 @@ def test_weights_that_make_no_mean_are_refused(
     pair: tuple[str, str], tmp_path: Path, weights: list[float] | None, mode: str, message: str
 ) -> None:
     with pytest.raises(SurgeryError, match=message) as caught:
-        average(pair, tmp_path / "out", weights=weights, mode=mode)
+        average_logits(pair, tmp_path / "out", weights=weights, mode=mode)
     assert caught.value.exit_code == 2
     assert list(tmp_path.iterdir()) == []
 
 
 def test_one_model_is_no_ensemble(pair: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match=r"got 1 model\(s\), expected two or more"):
-        average(pair[:1], tmp_path / "out")
+        average_logits(pair[:1], tmp_path / "out")
 
 
 def test_an_out_that_exists_is_refused(pair: tuple[str, str], out: Path) -> None:
     with pytest.raises(SurgeryError, match="exists already"):
-        average(pair, out)
+        average_logits(pair, out)
     with pytest.raises(SurgeryError, match=r"lies inside the members\.0"):
-        average(pair, Path(pair[0]) / "out")
+        average_logits(pair, Path(pair[0]) / "out")
 
 
 def test_different_tokens_are_refused(pair: tuple[str, str], tmp_path: Path) -> None:
     other = architectures.add_tokenizer(architectures.build("llama", tmp_path / "other"), ["x", "y"])
     with pytest.raises(SurgeryError, match=r"tokens differ: .* tokens are only in .*use models of one tokenizer"):
-        average([pair[0], str(other)], tmp_path / "out")
+        average_logits([pair[0], str(other)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
 
@@ -344,14 +344,14 @@ def test_models_that_cannot_be_members_are_refused(
     values = json.loads((other / "config.json").read_text(encoding="utf-8"))
     (other / "config.json").write_text(json.dumps({**values, **config}), encoding="utf-8")
     with pytest.raises(SurgeryError, match=message):
-        average([pair[0], str(other)], tmp_path / "out")
+        average_logits([pair[0], str(other)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_weights_alone_cannot_be_members(pair: tuple[str, str], tmp_path: Path) -> None:
     file = next(Path(pair[0]).glob("*.safetensors"))
     with pytest.raises(SurgeryError, match=r"has no config\.json, so nothing says how to run it"):
-        average([pair[0], str(file)], tmp_path / "out")
+        average_logits([pair[0], str(file)], tmp_path / "out")
 
 
 def test_what_cannot_be_unpacked_is_refused(pair: tuple[str, str], out: Path, tmp_path: Path) -> None:

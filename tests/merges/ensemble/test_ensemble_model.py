@@ -15,7 +15,7 @@ from support import architectures
 from support.hub_server import HubServer
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from merges.ensemble.average import average
+from merges.ensemble.average import average_logits
 from merges.ensemble.ensemble_model import EnsembleCache, LogitEnsembleConfig, LogitEnsembleForCausalLM, combine
 
 PAIR = ("llama", "gpt2")  # rotary and learnt positions, two widths
@@ -35,7 +35,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def ensemble_folder(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ensemble") / "out"
-    average([str(folder) for folder in folders], out, weights=[2, 1, 1])
+    average_logits([str(folder) for folder in folders], out, weights=[2, 1, 1])
     return out
 
 
@@ -59,7 +59,7 @@ def padded() -> dict[str, torch.Tensor]:
 def test_every_family_gives_the_same_bits_as_by_itself(tmp_path: Path) -> None:
     names = list(architectures.ARCHITECTURES)
     folders = [architectures.build(name, tmp_path / name, seed=i) for i, name in enumerate(names)]
-    average([str(folder) for folder in folders], tmp_path / "out")
+    average_logits([str(folder) for folder in folders], tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = torch.randint(4, architectures.VOCABULARY, (2, 9))
     logits = model.member_logits(ids)
@@ -135,7 +135,7 @@ def test_greedy_decoding_is_the_same_with_and_without_cache_over_256_tokens(tmp_
     config = json.loads((a / "config.json").read_text(encoding="utf-8"))
     (a / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}), encoding="utf-8")
     b = architectures.sibling(a, tmp_path / "b", seed=1, relative=0.5)
-    average([str(a), str(b)], tmp_path / "out")
+    average_logits([str(a), str(b)], tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     model.generation_config.eos_token_id = None
     ids = torch.tensor([[5, 6, 7, 8]])

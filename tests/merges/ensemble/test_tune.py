@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from merges.ensemble import tune as tuning
 from merges.ensemble.ensemble_model import LogitEnsembleConfig, LogitEnsembleForCausalLM, combine
-from merges.ensemble.tune import Batch, Row, average_head, check_tuning, read_rows, tune
+from merges.ensemble.tune import TuningBatch, TuningRow, average_head, check_tuning, read_rows, tune
 from surgery.errors import SurgeryError
 from surgery.runtime.progress import silent
 
@@ -36,7 +36,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
 
 
-def _written_by(model: torch.nn.Module, count: int, length: int = 12) -> list[Row]:
+def _written_by(model: torch.nn.Module, count: int, length: int = 12) -> list[TuningRow]:
     """Rows sampled from a member: what an ensemble should learn to leave to it."""
     torch.manual_seed(0)
     ids = model.generate(
@@ -47,12 +47,12 @@ def _written_by(model: torch.nn.Module, count: int, length: int = 12) -> list[Ro
         suppress_tokens=[0, 1, 2, 3],
         temperature=0.05,
     )
-    return [Row("", " ".join(f"w{i}" for i in row)) for row in ids.tolist()]
+    return [TuningRow("", " ".join(f"w{i}" for i in row)) for row in ids.tolist()]
 
 
-def _batch() -> Batch:
+def _batch() -> TuningBatch:
     ids = torch.randint(4, architectures.VOCABULARY, (2, 6))
-    return Batch(ids, torch.ones_like(ids), ids)
+    return TuningBatch(ids, torch.ones_like(ids), ids)
 
 
 @torch.no_grad()
@@ -135,7 +135,7 @@ def test_what_does_not_help_is_dropped(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_prompts_are_given_and_not_learnt(tmp_path: Path) -> None:
-    rows = [Row("w5 w6 w7", "w8 w9"), Row("", "w5 w6")]
+    rows = [TuningRow("w5 w6 w7", "w8 w9"), TuningRow("", "w5 w6")]
     (batch,) = tuning._batches(rows, _tokenizer(tmp_path), 64, torch.device("cpu"))
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [5, 6, 0, 0, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
@@ -143,7 +143,7 @@ def test_prompts_are_given_and_not_learnt(tmp_path: Path) -> None:
 
 
 def test_rows_with_nothing_to_learn_are_an_error(tmp_path: Path) -> None:
-    rows = [Row("w5 w6 w7", "w8"), Row("", "w5")]
+    rows = [TuningRow("w5 w6 w7", "w8"), TuningRow("", "w5")]
     with pytest.raises(SurgeryError, match=r"--tune: none of 2 row\(s\) has a token to learn within 3 tokens"):
         list(tuning._batches(rows, _tokenizer(tmp_path), 3, torch.device("cpu")))
 
@@ -151,7 +151,7 @@ def test_rows_with_nothing_to_learn_are_an_error(tmp_path: Path) -> None:
 def test_both_kinds_of_rows_are_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a"}\n\n{"prompt": "b", "response": "c", "more": 1}\n', encoding="utf-8")
-    assert read_rows(path) == [Row("", "a"), Row("b", "c")]
+    assert read_rows(path) == [TuningRow("", "a"), TuningRow("b", "c")]
 
 
 @pytest.mark.parametrize(

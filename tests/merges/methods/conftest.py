@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merges.methods.registry import METHODS, argument
-from surgery.checkpoint.reader import Input
+from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.execute import execute
-from surgery.engine.options import Options
+from surgery.engine.execution import execute
+from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Parameter, Plan, PlannedTensor, plan_files
-from surgery.engine.result import Outcome
+from surgery.engine.result import ExecutionResult
 
 SAFETENSORS = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
-SEGMENT_READERS = ("surgery.checkpoint.reader", "surgery.engine.compute", "surgery.engine.plan")
+SEGMENT_READERS = ("surgery.checkpoint.reader", "surgery.engine.computation", "surgery.engine.plan")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Merged:
     """What a merge wrote: its tensors as stored, what was measured of each, and all that the engine reports."""
 
     tensors: Mapping[str, Tensor]
-    outcome: Outcome
+    outcome: ExecutionResult
 
 
 Merge = Callable[..., Merged]
@@ -81,15 +81,17 @@ class Merger:
         kernel = METHODS[method].kernel(filled, len(models), based=base is not None)
         planned = []
         for name in models[0]:
-            inputs = tuple(Input(source.tensors[name]) for source in sources.values())
+            inputs = tuple(TensorInput(source.tensors[name]) for source in sources.values())
             dtype = SAFETENSORS[stored] if stored else inputs[0].tensor.dtype
             planned.append(PlannedTensor(name, dtype, inputs[0].shape, inputs, kernel, filled))
         with pytest.MonkeyPatch.context() as patch:
             for module in SEGMENT_READERS:
                 patch.setattr(f"{module}.SEGMENT", segment)
-            patch.setattr("surgery.engine.compute.BLOCK", block)
+            patch.setattr("surgery.engine.computation.BLOCK", block)
             plan = Plan({"name": "merge", "method": method}, sources, plan_files(planned))
-            outcome = execute(plan, folder / "out", Options(threads=threads), finish=lambda folder, outcome: outcome)
+            outcome = execute(
+                plan, folder / "out", ExecutionOptions(threads=threads), finish=lambda folder, outcome: outcome
+            )
         return Merged(load_file(folder / "out/model.safetensors"), outcome)
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 import surgery.engine.journal
 from merges.methods.registry import METHODS
 from merges.methods.sparsify import uniforms
-from merges.methods.topk import CUTS, order_passes
-from surgery.engine.plan import Place
+from merges.methods.topk import CUTS, topk_passes
+from surgery.engine.plan import TensorSlice
 
 Merge = Callable[..., Any]
 PARAMS: dict[str, dict[str, Any]] = {
@@ -79,7 +79,7 @@ def test_a_killed_merge_goes_on_and_damaged_segments_are_made_again(
     fresh = merge(method, models, base, out=tmp_path / "fresh", **cuts)
     append, left = surgery.engine.journal.Journal.append, 10
 
-    def counted(self: surgery.engine.journal.Journal, record: surgery.engine.journal.Record) -> None:
+    def counted(self: surgery.engine.journal.Journal, record: surgery.engine.journal.SegmentRecord) -> None:
         nonlocal left
         if left == 0:
             raise RuntimeError("killed")
@@ -131,12 +131,12 @@ def test_what_is_measured_is_what_counting_gives(method: str, merge: Merge) -> N
 def test_the_k_largest_are_found_with_ties_by_position(scores: list[float], k: int, piece: int) -> None:
     values = torch.tensor(scores, dtype=torch.float32)
     n, k = len(scores), min(k, len(scores))
-    place = Place("t", 0, (n,))
-    for one in order_passes(lambda tensors, place: [tensors[0]], lambda place, positive: [(k,)]):
+    place = TensorSlice("t", 0, (n,))
+    for one in topk_passes(lambda tensors, place: [tensors[0]], lambda place, positive: [(k,)]):
         gathered = [
-            one.gather([values[at : at + piece]], Place("t", at, (n,), place.known)) for at in range(0, n, piece)
+            one.gather([values[at : at + piece]], TensorSlice("t", at, (n,), place.known)) for at in range(0, n, piece)
         ]
-        place = Place("t", 0, (n,), {**place.known, **one.settle(gathered, place)})
+        place = TensorSlice("t", 0, (n,), {**place.known, **one.settle(gathered, place)})
     cut = place.known[CUTS][0][0]
     found = np.concatenate([cut.largest(values[at : at + piece].numpy(), at) for at in range(0, n, piece)])
     wanted = np.zeros(n, bool)

@@ -22,7 +22,7 @@ from merges.config.schema import ModelToken, TokenizerRule, TokenRule, ZeroToken
 from merges.tokenizer.plan import TokenModel, TokenPlan, plan_tokens, token_model
 from surgery.checkpoint.checkpoint import read_file, read_folder
 from surgery.errors import SurgeryError
-from surgery.vectors.align import side
+from surgery.vectors.align import aligned_model
 
 Matrix = npt.NDArray[np.float64]
 WIDTH = 3
@@ -310,12 +310,12 @@ def test_ids_far_beyond_every_embedding_are_refused(tmp_path: Path) -> None:
 def test_a_model_is_measured_by_the_rows_that_all_its_matrices_have(tmp_path: Path) -> None:
     folder = add_tokenizer(build("llama", tmp_path / "llama", tied=False))
     checkpoint = read_folder(folder)
-    assert token_model(side(checkpoint)) == TokenModel(str(folder), folder, 96)
+    assert token_model(aligned_model(checkpoint)) == TokenModel(str(folder), folder, 96)
     (tmp_path / "bare").mkdir()
     torch_file = tmp_path / "bare" / "model.safetensors"
     save_file({"model.layers.0.mlp.up_proj.weight": torch.zeros(4, 4)}, torch_file)
     with pytest.raises(SurgeryError, match="no token embedding was found in it"):
-        token_model(side(read_file(torch_file)))
+        token_model(aligned_model(read_file(torch_file)))
 
 
 # --- against the reference ---------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merges.tokenizer.token_ids import remap_ids, resized
+from merges.tokenizer.token_ids import remap_ids, resize_vocabulary
 from surgery.checkpoint.vocabulary import Vocabulary
 
 
@@ -100,9 +100,12 @@ def test_the_same_vocabulary_or_a_longer_one_changes_nothing(config: dict[str, o
 
 
 def test_the_number_of_rows_is_stated_wherever_it_was() -> None:
-    assert resized({"vocab_size": 5, "hidden_size": 4}, 8) == {"vocab_size": 8, "hidden_size": 4}
+    assert resize_vocabulary({"vocab_size": 5, "hidden_size": 4}, 8) == {"vocab_size": 8, "hidden_size": 4}
     nested = {"text_config": {"vocab_size": 5}, "vision_config": {"vocab_size": 7}}
-    assert resized(nested, 8) == {"text_config": {"vocab_size": 8}, "vision_config": {"vocab_size": 7}}
+    assert resize_vocabulary(nested, 8) == {"text_config": {"vocab_size": 8}, "vision_config": {"vocab_size": 7}}
     both = {"vocab_size": 5, "text_config": {"vocab_size": 5}}
-    assert resized(both, 8) == {"vocab_size": 8, "text_config": {"vocab_size": 8}}
-    assert resized({"text_config": {"hidden_size": 4}}, 8) == {"text_config": {"hidden_size": 4}, "vocab_size": 8}
+    assert resize_vocabulary(both, 8) == {"vocab_size": 8, "text_config": {"vocab_size": 8}}
+    assert resize_vocabulary({"text_config": {"hidden_size": 4}}, 8) == {
+        "text_config": {"hidden_size": 4},
+        "vocab_size": 8,
+    }

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 from probes.data import generate as generation
 from probes.data.examples import Example
 from probes.data.generate import GenerationSettings, complete, generate_texts
-from probes.data.generation_cache import Cache, Completion
+from probes.data.generation_cache import Completion, GenerationCache
 from probes.data.markers import Markers, never_closed
 from probes.data.tokenize import build_sequences, encode, text_before_answer
 from surgery.errors import WRONG_USAGE, SurgeryError
-from surgery.models.loading import Loaded
+from surgery.models.loading import ModelAndTokenizer
 
 THINK = Markers("<think>", "</think>")
 TOKENIZER = make_tokenizer()
@@ -43,7 +43,7 @@ def tiny(tmp_path_factory):
     def load(name):
         if name not in made:
             folder = build(name, tmp_path_factory.mktemp(name), dtype=torch.float32)
-            made[name] = Loaded(name, AutoModelForCausalLM.from_pretrained(folder).eval(), TOKENIZER)
+            made[name] = ModelAndTokenizer(name, AutoModelForCausalLM.from_pretrained(folder).eval(), TOKENIZER)
         return made[name]
 
     return load
@@ -76,7 +76,7 @@ class Scripted:
 
 
 def scripted(script, **how):
-    return Loaded("scripted", Scripted(script, **how), TOKENIZER)
+    return ModelAndTokenizer("scripted", Scripted(script, **how), TOKENIZER)
 
 
 def brute_force(loaded, ids, count):
@@ -248,24 +248,24 @@ def test_equal_prompts_are_completed_once_and_the_longest_come_first(tmp_path):
 
 
 def test_two_processes_may_write_one_cache(tmp_path):
-    one, other = Cache(tmp_path / "c"), Cache(tmp_path / "c")
+    one, other = GenerationCache(tmp_path / "c"), GenerationCache(tmp_path / "c")
     one.add({"a": Completion("x\ny", True)})
     other.add({"b": Completion("\u2028", False)})
-    found = Cache(tmp_path / "c")
+    found = GenerationCache(tmp_path / "c")
     assert (found.get("a"), found.get("b"), found.get("c")) == (
         Completion("x\ny", True),
         Completion("\u2028", False),
         None,
     )
     (tmp_path / "c").write_text('{"key": 1}\n[]\n{"key": "d", "text": "z", "ended": true}\nno\n')
-    assert Cache(tmp_path / "c").get("d") == Completion("z", True)
+    assert GenerationCache(tmp_path / "c").get("d") == Completion("z", True)
 
 
 def test_a_cache_that_cannot_be_used_is_named(tmp_path):
     with pytest.raises(SurgeryError, match=r"cannot be read \(Is a directory\)"):
-        Cache(tmp_path)
+        GenerationCache(tmp_path)
     (tmp_path / "file").write_text("")
-    cache = Cache(tmp_path / "new")
+    cache = GenerationCache(tmp_path / "new")
     cache.path = tmp_path / "file" / "c"
     with pytest.raises(SurgeryError, match=r"cannot be written .* What was finished before is kept"):
         cache.add({"a": Completion("x", True)})
@@ -355,7 +355,7 @@ def vllm(monkeypatch):
 def test_vllm_gets_token_ids_and_gives_the_same_kind_of_text(vllm, tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.name_or_path = "/models/tiny"
-    loaded = Loaded("m", None, tokenizer)
+    loaded = ModelAndTokenizer("m", None, tokenizer)
     settings = GenerationSettings("tiny@1", max_new_tokens=8, engine="vllm")
     done = complete(loaded, PROMPTS, markers=THINK, cache=tmp_path / "c", settings=settings)
     assert {(e.thinking, e.closing, e.response) for e in done} == {("Hm.", "</think>", "So.")}
@@ -377,4 +377,6 @@ def test_without_vllm_its_installation_is_told(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "vllm", None)
     settings = GenerationSettings("m", engine="vllm")
     with pytest.raises(SurgeryError, match=r"engine: vllm is not installed. Install it: pip install vllm"):
-        complete(Loaded("m", None, TOKENIZER), PROMPTS, markers=None, cache=tmp_path / "c", settings=settings)
+        complete(
+            ModelAndTokenizer("m", None, TOKENIZER), PROMPTS, markers=None, cache=tmp_path / "c", settings=settings
+        )

@@ -20,7 +20,7 @@ from probes.data.labels import (
     read_verdict,
 )
 from surgery.errors import WRONG_USAGE, SurgeryError
-from surgery.models.loading import Loaded
+from surgery.models.loading import ModelAndTokenizer
 
 
 def example(response=None, key="0", **known):
@@ -145,7 +145,7 @@ def guard(tmp_path, monkeypatch):
     tokenizer = make_tokenizer(template=GUARD_TEMPLATE)
     model = AutoModelForCausalLM.from_pretrained(build("llama", tmp_path / "guard")).eval()
     model.config.max_position_embeddings = 4096
-    loaded = Loaded("guard", model, tokenizer)
+    loaded = ModelAndTokenizer("guard", model, tokenizer)
     loaded.model.asked = []
     loaded.model.answers = {}
 
@@ -198,5 +198,6 @@ def test_a_real_model_is_asked_and_its_babble_is_not_taken_for_a_verdict(tmp_pat
     model.config.max_position_embeddings = 4096
     with pytest.raises(SurgeryError, match=r"neox: example 0: the guard answered '.*', expected a line"):
         label_by_guard(
-            [example("Sure", topic="harmful")], Loaded("neox", model, make_tokenizer(template=GUARD_TEMPLATE))
+            [example("Sure", topic="harmful")],
+            ModelAndTokenizer("neox", model, make_tokenizer(template=GUARD_TEMPLATE)),
         )

@@ -13,11 +13,19 @@ from support import refusal as refusing
 from support.refusal import CLOSE, COMPLIES, CONTEXT, OPEN, REFUSES, make_model, rows_of, write_rows
 
 from probes.data.examples import Example
-from probes.data.prepare import Asking, Prepared, asking_of, generation_settings, markers_of, open_model, prepare
+from probes.data.prepare import (
+    GenerationOptions,
+    Prepared,
+    generation_settings,
+    markers_of,
+    open_model,
+    options_from_findings,
+    prepare,
+)
 from probes.data.read import read_data
 from surgery.errors import SurgeryError
 from surgery.io.json_io import jsonable
-from surgery.models.loaded_model import LiveModel
+from surgery.models.loaded_model import LoadedModel
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +34,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def live(model: Path) -> LiveModel:
+def live(model: Path) -> LoadedModel:
     return open_model(str(model))
 
 
-def ready(live: LiveModel, folder: Path, rows: Sequence[dict[str, object]], asking: Asking = Asking()) -> Prepared:
+def ready(
+    live: LoadedModel, folder: Path, rows: Sequence[dict[str, object]], asking: GenerationOptions = GenerationOptions()
+) -> Prepared:
     data = read_data(str(write_rows(folder / "rows.jsonl", rows)))
     return prepare(live, data, asking, model_id="m", cache=folder / "cache.jsonl")
 
 
 def test_what_is_given_is_kept_in_the_order_of_the_data_and_nothing_is_generated(
-    live: LiveModel, tmp_path: Path
+    live: LoadedModel, tmp_path: Path
 ) -> None:
     rows = rows_of(dict.fromkeys(refusing.CELLS, 2))
     found = ready(live, tmp_path, rows)
@@ -47,7 +57,9 @@ def test_what_is_given_is_kept_in_the_order_of_the_data_and_nothing_is_generated
     assert found.generated == 0 and found.lost == () and not (tmp_path / "cache.jsonl").exists()
 
 
-def test_what_lacks_is_written_by_the_model_and_judged_by_the_list_of_phrases(live: LiveModel, tmp_path: Path) -> None:
+def test_what_lacks_is_written_by_the_model_and_judged_by_the_list_of_phrases(
+    live: LoadedModel, tmp_path: Path
+) -> None:
     found = ready(live, tmp_path, rows_of(dict.fromkeys(refusing.CELLS, 3), whole=False))
     cells = [cell for cell in refusing.CELLS for _ in range(3)]
     assert [e.cell for e in found.examples] == cells
@@ -58,56 +70,58 @@ def test_what_lacks_is_written_by_the_model_and_judged_by_the_list_of_phrases(li
     assert decided == {CLOSE}
 
 
-def test_thinking_that_never_closes_is_set_apart(live: LiveModel, tmp_path: Path) -> None:
+def test_thinking_that_never_closes_is_set_apart(live: LoadedModel, tmp_path: Path) -> None:
     rows = [*rows_of({"harmful/refused": 1}, whole=False), {"prompt": "ab_c", "label": "harmful"}]
     found = ready(live, tmp_path, rows)
     assert [e.prompt for e in found.lost] == ["ab_c"] and found.lost[0].response == ""
     assert len(found.examples) == len(found.sequences) == 1 and found.generated == 2
 
 
-def test_if_nothing_comes_to_an_answer_that_is_an_error_with_the_limit(live: LiveModel, tmp_path: Path) -> None:
+def test_if_nothing_comes_to_an_answer_that_is_an_error_with_the_limit(live: LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match=r"none of its 1 examples .* within 20 tokens.*--max-new-tokens"):
-        ready(live, tmp_path, [{"prompt": "ab_c"}], Asking(max_new_tokens=20))
+        ready(live, tmp_path, [{"prompt": "ab_c"}], GenerationOptions(max_new_tokens=20))
 
 
-def test_the_default_limit_is_what_the_context_leaves_the_longest_prompt_that_is_asked(live: LiveModel) -> None:
+def test_the_default_limit_is_what_the_context_leaves_the_longest_prompt_that_is_asked(live: LoadedModel) -> None:
     asked = Example("0", ({"role": "user", "content": "abc"},), "g")
     given = Example("1", ({"role": "user", "content": "abcdefg" * 20},), "g", thinking="hm", response="Sure")
-    settings = generation_settings(live, [asked, given], markers_of(live, Asking()), Asking(), model_id="m")
+    settings = generation_settings(
+        live, [asked, given], markers_of(live, GenerationOptions()), GenerationOptions(), model_id="m"
+    )
     assert settings.max_new_tokens == CONTEXT - len("abc") - 5  # <s> <user> … </s> <bot> [THINK]
-    assert generation_settings(live, [], None, Asking(max_new_tokens=7), model_id="m").max_new_tokens == 7
+    assert generation_settings(live, [], None, GenerationOptions(max_new_tokens=7), model_id="m").max_new_tokens == 7
 
 
-def test_all_examples_that_do_not_fit_the_model_are_named(live: LiveModel, tmp_path: Path) -> None:
+def test_all_examples_that_do_not_fit_the_model_are_named(live: LoadedModel, tmp_path: Path) -> None:
     rows = rows_of({"harmful/refused": 2})
     with pytest.raises(SurgeryError, match=r"example 0: has a thinking.*\n.*example 1: has a thinking"):
-        ready(live, tmp_path, rows, Asking(no_thinking=True))
+        ready(live, tmp_path, rows, GenerationOptions(no_thinking=True))
     lacking = [{key: value for key, value in row.items() if key != "thinking"} for row in rows]
     with pytest.raises(SurgeryError, match=r"example 0: has a response, but no thinking"):
         ready(live, tmp_path, lacking)
 
 
-def test_markers_are_found_or_given_or_said_not_to_be(live: LiveModel) -> None:
-    found = markers_of(live, Asking())
+def test_markers_are_found_or_given_or_said_not_to_be(live: LoadedModel) -> None:
+    found = markers_of(live, GenerationOptions())
     assert found is not None and (found.open, found.close) == (OPEN, CLOSE)
-    given = markers_of(live, Asking(think_open="<a>", think_close="\n</a>\n"))
+    given = markers_of(live, GenerationOptions(think_open="<a>", think_close="\n</a>\n"))
     assert given is not None and (given.opening, given.closing) == ("<a>\n", "\n</a>\n")
-    assert markers_of(live, Asking(no_thinking=True)) is None
+    assert markers_of(live, GenerationOptions(no_thinking=True)) is None
     with pytest.raises(SurgeryError, match="--no-thinking says that there are no markers"):
-        markers_of(live, Asking(no_thinking=True, think_open=OPEN))
+        markers_of(live, GenerationOptions(no_thinking=True, think_open=OPEN))
 
 
-def test_phrases_of_a_file_or_a_list_judge_alike(live: LiveModel, tmp_path: Path) -> None:
+def test_phrases_of_a_file_or_a_list_judge_alike(live: LoadedModel, tmp_path: Path) -> None:
     rows = [{**row, "label": "harmful"} for row in rows_of({"harmful/refused": 1, "harmful/complied": 1})]
     path = tmp_path / "phrases.txt"
     path.write_text("# what counts\nSure\n", encoding="utf-8")
     for phrases in (path, ("Sure",)):
-        found = ready(live, tmp_path, rows, Asking(phrases=phrases))
+        found = ready(live, tmp_path, rows, GenerationOptions(phrases=phrases))
         assert [e.refused for e in found.examples] == [False, True]
 
 
 def test_a_guard_is_loaded_once_and_judges_what_the_data_do_not_say(
-    live: LiveModel, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    live: LoadedModel, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, int]] = []
 
@@ -122,19 +136,19 @@ def test_a_guard_is_loaded_once_and_judges_what_the_data_do_not_say(
         {"prompt": "abc", "thinking": "hm", "response": "Sure"},
         {"prompt": "abcabcabc", "thinking": "", "response": "a"},
     ]
-    found = ready(live, tmp_path, rows, Asking(guard=str(model)))
+    found = ready(live, tmp_path, rows, GenerationOptions(guard=str(model)))
     assert [e.refused for e in found.examples] == [False, True] and asked == [(str(model), 2)]
 
 
-def test_a_guard_and_phrases_are_one_too_many(live: LiveModel, model: Path, tmp_path: Path) -> None:
+def test_a_guard_and_phrases_are_one_too_many(live: LoadedModel, model: Path, tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match="--guard and --refusal-phrases"):
-        ready(live, tmp_path, rows_of({"harmful/refused": 1}), Asking(guard=str(model), phrases=("no",)))
+        ready(live, tmp_path, rows_of({"harmful/refused": 1}), GenerationOptions(guard=str(model), phrases=("no",)))
 
 
 def test_a_runs_settings_give_back_how_it_asked() -> None:
-    asking = Asking(think_close="</t>", max_new_tokens=5, phrases=("No way",), seed=3)
+    asking = GenerationOptions(think_close="</t>", max_new_tokens=5, phrases=("No way",), seed=3)
     settings = json.loads(json.dumps({"asking": jsonable(asdict(asking))}))
-    assert asdict(asking_of(settings)) | {"phrases": ("No way",)} == asdict(asking)
+    assert asdict(options_from_findings(settings)) | {"phrases": ("No way",)} == asdict(asking)
 
 
 @pytest.mark.parametrize(

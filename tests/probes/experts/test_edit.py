@@ -22,17 +22,17 @@ from support.moe import (
     write_rows,
 )
 
-from probes.experts.edit import Boost, ExpertChoice, edit_experts
+from probes.experts.edit import ExpertEditResult, ExpertSelection, edit_experts
 from probes.experts.findings import read_expert_findings, write_expert_findings
 from probes.experts.run import probe_experts
-from probes.model.reinforce import Reinforcement, reinforced
+from probes.model.reinforce import Reinforcement, scaled_routing
 from probes.model.routers import find_routers
 from surgery.edits.common import NOT_MEASURED
-from surgery.edits.undo import undo
-from surgery.engine.options import Options
+from surgery.edits.undo_file import undo
+from surgery.engine.options import ExecutionOptions
 from surgery.errors import WRONG_USAGE, SurgeryError
 
-ONE_THREAD = Options(threads=1)
+ONE_THREAD = ExecutionOptions(threads=1)
 WEIGHTS = "model.safetensors"
 IDS = torch.tensor([[2, 4, 20, 21, 22, 3, 5, 6, 8, 15, 20, 7]])
 
@@ -49,11 +49,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def edit(bench: Path, out: Path, **how: Any) -> Boost:
+def edit(bench: Path, out: Path, **how: Any) -> ExpertEditResult:
     named = {key: how.pop(key) for key in ("top", "experts", "scale") if key in how}
     run = bench / "run" if how.pop("run", True) else None
     return edit_experts(
-        str(bench / "m"), out, choice=ExpertChoice(run=run, **named), options=ONE_THREAD, examples=8, **how
+        str(bench / "m"), out, choice=ExpertSelection(run=run, **named), options=ONE_THREAD, examples=8, **how
     )
 
 
@@ -77,7 +77,7 @@ def test_the_result_is_what_the_hook_does(bench: Path, tmp_path: Path) -> None:
     edit(bench, tmp_path / "out", top=2, scale=64.0, wanted=False)
     scales = {row.name: 64.0 for row in read_expert_findings(bench / "run").ranked[:2]}
     live = open_folder(bench / "m")
-    with reinforced(live, find_routers(live), Reinforcement(scales)):
+    with scaled_routing(live, find_routers(live), Reinforcement(scales)):
         hooked = logits_of(live, IDS)
     assert torch.equal(hooked, logits_of(open_folder(tmp_path / "out"), IDS))
     assert not torch.equal(hooked, logits_of(live, IDS))
@@ -145,7 +145,7 @@ def test_findings_of_a_model_with_one_other_weight_are_refused(bench: Path, tmp_
     tensors = load_file(other / WEIGHTS)
     tensors["model.layers.0.mlp.gate.weight"][0, 0] += 1
     save_file(tensors, other / WEIGHTS, metadata={"format": "pt"})
-    choice = ExpertChoice(run=bench / "run", top=1, scale=2.0)
+    choice = ExpertSelection(run=bench / "run", top=1, scale=2.0)
     with pytest.raises(SurgeryError, match=r"run: its findings are of .* but .*other has the weights") as error:
         edit_experts(str(other), tmp_path / "out", choice=choice, options=ONE_THREAD)
     assert error.value.exit_code == WRONG_USAGE and [path.name for path in tmp_path.iterdir()] == ["other"]
@@ -182,7 +182,7 @@ def test_a_run_without_a_ranking_chooses_nothing(bench: Path, tmp_path: Path) ->
     bare = [row.model_copy(update={"rank": None, "why": "no"}) for row in found.experts]
     write_expert_findings(run, found.model_copy(update={"experts": bare}))
     with pytest.raises(SurgeryError, match="--top: 0 experts have evidence enough to be ranked, 2 were asked for"):
-        edit_experts(str(bench / "m"), tmp_path / "out", choice=ExpertChoice(run=run, scale=2.0), options=ONE_THREAD)
+        edit_experts(str(bench / "m"), tmp_path / "out", choice=ExpertSelection(run=run, scale=2.0), options=ONE_THREAD)
 
 
 def test_several_processes_are_refused(bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

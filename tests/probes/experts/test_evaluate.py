@@ -14,13 +14,13 @@ from probes.experts.evaluate import with_reinforced
 from probes.experts.run import probe_experts
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.edits.experts import scale_experts
-from surgery.engine.options import Options
+from surgery.engine.options import ExecutionOptions
 from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.evaluation.perplexity import on_texts, read_text
 from surgery.evaluation.scoring import Score, score_models
-from surgery.models.loading import Loaded, load_model
+from surgery.models.loading import ModelAndTokenizer, load_model
 
-ONE_THREAD = Options(threads=1)
+ONE_THREAD = ExecutionOptions(threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def hooks_of(loaded: Loaded) -> int:
+def hooks_of(loaded: ModelAndTokenizer) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in loaded.model.modules())
 
 
@@ -61,13 +61,13 @@ def test_each_model_has_a_column_as_it_is_and_one_reinforced(bench: Path, tmp_pa
 
 
 def test_the_model_is_let_go_as_it_was(bench: Path) -> None:
-    seen: list[tuple[Loaded, int]] = []
+    seen: list[tuple[ModelAndTokenizer, int]] = []
 
-    def measure(loaded: Loaded) -> list[Score]:
+    def measure(loaded: ModelAndTokenizer) -> list[Score]:
         seen.append((loaded, hooks_of(loaded)))
         return [Score(loaded.name, "t", "accuracy", 0.5, 0.4, 0.6, 10)]
 
-    def fail(loaded: Loaded) -> list[Score]:
+    def fail(loaded: ModelAndTokenizer) -> list[Score]:
         seen.append((loaded, hooks_of(loaded)))
         raise ZeroDivisionError
 

@@ -1,4 +1,4 @@
-"""Promises of probes.experts.repetition: loops are told from rhetoric, whatever comes before them."""
+"""Promises of probes.experts.degeneration: loops are told from rhetoric, whatever comes before them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probes.experts.repetition import LEAST_TOKENS, LONGEST_PERIOD, TURNS, loops
+from probes.experts.degeneration import LEAST_TOKENS, LONGEST_PERIOD, TURNS, is_repetitive
 
 TOKENS = st.integers(0, 50)
 
 
 @given(st.lists(TOKENS, max_size=40), st.lists(TOKENS, min_size=4, max_size=LONGEST_PERIOD), st.integers(TURNS, 9))
 def test_what_ends_in_four_turns_of_a_phrase_loops(before: list[int], phrase: list[int], turns: int) -> None:
-    assert loops([*before, *phrase * turns])
-    assert loops((*before, *phrase * turns, *phrase[: len(phrase) // 2]))  # cut off within a turn
+    assert is_repetitive([*before, *phrase * turns])
+    assert is_repetitive((*before, *phrase * turns, *phrase[: len(phrase) // 2]))  # cut off within a turn
 
 
 @given(st.lists(st.integers(0, 5), max_size=200))
@@ -24,7 +24,7 @@ def test_it_is_what_its_definition_says(ids: list[int]) -> None:
         enough = len(tail) == max(TURNS * period, LEAST_TOKENS)
         return enough and all(tail[at] == tail[at % period] for at in range(len(tail)))
 
-    assert loops(ids) == any(repeats(period) for period in range(1, LONGEST_PERIOD + 1))
+    assert is_repetitive(ids) == any(repeats(period) for period in range(1, LONGEST_PERIOD + 1))
 
 
 @pytest.mark.parametrize(
@@ -41,4 +41,4 @@ def test_it_is_what_its_definition_says(ids: list[int]) -> None:
     ],
 )
 def test_the_edges(ids: list[int], expected: bool) -> None:
-    assert loops(ids) is expected
+    assert is_repetitive(ids) is expected

@@ -14,8 +14,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probes.experts.npmi import Scored, Support, check_markers, false_discovery_rates, npmi, overlap, score_experts
-from probes.model.routing import Counts, Marker
+from probes.experts.npmi import (
+    ExpertScores,
+    Support,
+    check_markers,
+    false_discovery_rates,
+    npmi,
+    overlap,
+    score_experts,
+)
+from probes.model.routing import Marker, RoutingCounts
 from surgery.checkpoint.selectors import Expert
 from surgery.errors import SurgeryError
 
@@ -26,7 +34,7 @@ MARKERS = (THINK, CLOSE, ALTERNATIVELY)
 ANY = Support(fires=0, at_marker=0, blocks=0, rate=1.0)
 
 
-def counts_of(table: np.ndarray, positions: np.ndarray, experts: Sequence[int] | None = None) -> Counts:
+def counts_of(table: np.ndarray, positions: np.ndarray, experts: Sequence[int] | None = None) -> RoutingCounts:
     """Counts from hits (G, L, E, C) and positions (G, C), all of them in the thinking; layers 1, 3, 5 …"""
     blocks, layers, widest, classes = table.shape
     hits = torch.zeros(blocks, layers, widest, 3, classes, dtype=torch.int64)
@@ -34,12 +42,12 @@ def counts_of(table: np.ndarray, positions: np.ndarray, experts: Sequence[int] |
     where = torch.zeros(blocks, 3, classes, dtype=torch.int64)
     where[:, 1] = torch.from_numpy(positions)
     numbers = tuple(range(1, 2 * layers, 2))
-    return Counts(hits, where, numbers, tuple(experts or (widest,) * layers), (2,) * layers, blocks)
+    return RoutingCounts(hits, where, numbers, tuple(experts or (widest,) * layers), (2,) * layers, blocks)
 
 
 def drawn(
     rates: np.ndarray, at_think: np.ndarray | None = None, *, seed: int = 0, blocks: int = 20, rest: int = 3000
-) -> Counts:
+) -> RoutingCounts:
     """Experts (L, E) that fire at these rates, and at `<think>` at others: 20 markers of each kind in each block."""
     generator = np.random.default_rng(seed)
     sizes = [rest, 20, 20, 20]
@@ -61,7 +69,7 @@ def by_hand(k: int, m: int, fires: int, total: int) -> float:
     return pmi / -math.log2(Fraction(k, total))
 
 
-def numbers_of(row: Scored) -> list[float]:
+def numbers_of(row: ExpertScores) -> list[float]:
     """All that is said of an expert, but for its name and the words; −1 for no rank."""
     ranks = [-1 if rank is None else rank for rank in (row.rank, row.rank_low, row.rank_high)]
     scores = [row.npmi, *row.by_marker, row.smoothed, row.low, row.high, row.difference, row.rate, row.q]
@@ -314,7 +322,7 @@ def test_false_discovery_rates_are_those_of_scipy(p: list[float]) -> None:
     assert false_discovery_rates(p) == pytest.approx(false_discovery_control(p), abs=1e-15)
 
 
-def scored(markers: Sequence[Marker] = MARKERS, **settings: object) -> list[Scored]:
+def scored(markers: Sequence[Marker] = MARKERS, **settings: object) -> list[ExpertScores]:
     return score_experts(drawn(np.full((1, 2), 0.2), blocks=3), markers, **settings)  # type: ignore[arg-type]
 
 

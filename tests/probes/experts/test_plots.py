@@ -12,12 +12,12 @@ import pytest
 from probes.experts import plots as expert_plots
 from probes.experts.plots import beta_curve, expert_map, ranking
 from surgery.errors import SurgeryError
-from surgery.evaluation.statistics import Estimate
+from surgery.evaluation.statistics import EstimateWithInterval
 from surgery.reporting.report import Figure
 
 PNG = b"\x89PNG\r\n\x1a\n"
 TITLE = "Experts of $org/model$_{"  # would be an error if it were read as mathematics
-SURE, UNSURE = Estimate(0.9, 0.8, 1.0), Estimate(0.5, math.nan, math.nan)
+SURE, UNSURE = EstimateWithInterval(0.9, 0.8, 1.0), EstimateWithInterval(0.5, math.nan, math.nan)
 Drawing = Callable[[], Figure]
 
 
@@ -81,7 +81,7 @@ def test_a_large_map_has_few_ticks_and_rings_that_can_be_seen(monkeypatch: pytes
 
 def test_the_ranking_shows_fifteen_with_the_first_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"L{at}E0" for at in range(20)]
-    estimates = [Estimate(1 - at / 20, 0.9 - at / 20, 1.1 - at / 20) for at in range(20)]
+    estimates = [EstimateWithInterval(1 - at / 20, 0.9 - at / 20, 1.1 - at / 20) for at in range(20)]
     axes = drawn(monkeypatch, lambda: ranking("T", names, estimates, published=[0.3] * 20))[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == names[:15]
     bottom, top = axes.get_ylim()

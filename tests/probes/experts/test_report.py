@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from probes.data.records import DataRecord, Interval, ModelRecord
+from probes.data.records import DataRecord, IntervalRecord, ModelRecord
 from probes.experts.findings import (
     ExpertFindings,
     ExpertRecord,
@@ -33,7 +33,7 @@ def expert(number: int, rank: int | None, **other: Any) -> ExpertRecord:
         "expert": number,
         "npmi": 0.5 - 0.01 * number,
         "by_marker": [0.5],
-        "smoothed": Interval(value=0.4, low=0.3, high=0.5),
+        "smoothed": IntervalRecord(value=0.4, low=0.3, high=0.5),
         "difference": 0.25,
         "fires": 120,
         "at_marker": 30,
@@ -50,8 +50,8 @@ def expert(number: int, rank: int | None, **other: Any) -> ExpertRecord:
 
 
 def point(beta: float, part: str, value: float, control: int | None = None) -> PointRecord:
-    score = Interval(value=value, low=value - 0.1, high=value + 0.1, n=50)
-    collapsed = Interval(value=0.25, low=0.1, high=0.4, n=8) if part == "choice" else None
+    score = IntervalRecord(value=value, low=value - 0.1, high=value + 0.1, n=50)
+    collapsed = IntervalRecord(value=0.25, low=0.1, high=0.4, n=8) if part == "choice" else None
     names = ["L3E1"] if control is None else [f"L3E{9 + control}"]
     return PointRecord(beta=beta, experts=names, control=control, part=part, scores={"t": score}, collapsed=collapsed)
 
@@ -136,7 +136,7 @@ def test_the_tables_hold_the_counts_and_the_ranked_experts() -> None:
 
 
 def test_overlap_is_told() -> None:
-    other = OverlapRecord(data=DATA, top=10, shared=["L3E1"], jaccard=0.1, spearman=Interval(value=0.5))
+    other = OverlapRecord(data=DATA, top=10, shared=["L3E1"], jaccard=0.1, spearman=IntervalRecord(value=0.5))
     assert expert_sentences(findings(overlap=other))[-1] == "Of the first 10, 1 are among those of d.jsonl, too."
 
 

@@ -26,19 +26,19 @@ from support.moe import (
 )
 from support.processes import run_ranks
 
-from probes.data.generation_cache import Cache, Completion
-from probes.data.prepare import GENERATIONS, Asking
+from probes.data.generation_cache import Completion, GenerationCache
+from probes.data.prepare import GENERATIONS, GenerationOptions
 from probes.data.records import check_model, read_examples
 from probes.experts.findings import ExpertFindings, read_expert_findings
 from probes.experts.npmi import Support
 from probes.experts.run import probe_experts
-from probes.experts.sweep import CHOICE, Grid
+from probes.experts.sweep import CHOICE, BetaGrid
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.options import Options
+from surgery.engine.options import ExecutionOptions
 from surgery.errors import WRONG_USAGE, SurgeryError
 
 ROOT = Path(__file__).parents[3]
-ONE_THREAD = Options(threads=1)
+ONE_THREAD = ExecutionOptions(threads=1)
 THINKING = (OPENING, f"-{CLOSING}")
 BARE = 24  # rows without an answer, which the model gives
 
@@ -138,8 +138,8 @@ def test_a_sweep_goes_into_the_findings_and_the_report(
         return 0.8 if asked.scales == {AT_M: 4.0} else 0.5
 
     asked = stub_tasks(monkeypatch, score)
-    grid = Grid([1, 4], ["t"], top=1, controls=2)
-    found = probe(bench, tmp_path / "run", tokens=[THOUGHT], grid=grid, asking=Asking(max_new_tokens=12))
+    grid = BetaGrid([1, 4], ["t"], top=1, controls=2)
+    found = probe(bench, tmp_path / "run", tokens=[THOUGHT], grid=grid, asking=GenerationOptions(max_new_tokens=12))
     assert found.sweep is not None and found.sweep.best == 4 and found.sweep.experts == [str(AT_M)]
     assert [point.collapsed and point.collapsed.n for point in found.sweep.points[:2]] == [32, 32]
     assert [a.part for a in asked[:2]] == [CHOICE, CHOICE]
@@ -159,22 +159,22 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def killed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Lets so many batches of completions be kept before the process dies."""
-    add, left = Cache.add, [-1]
+    add, left = GenerationCache.add, [-1]
 
-    def dying(self: Cache, completions: Mapping[str, Completion]) -> None:
+    def dying(self: GenerationCache, completions: Mapping[str, Completion]) -> None:
         if left[0] == 0:
             raise KeyboardInterrupt
         left[0] -= 1
         add(self, completions)
 
-    monkeypatch.setattr(Cache, "add", dying)
+    monkeypatch.setattr(GenerationCache, "add", dying)
     yield lambda count: left.__setitem__(0, count)
 
 
 def test_a_run_that_was_killed_while_generating_goes_on_to_the_same_bytes(
     bench: Path, tmp_path: Path, quick: None, killed: Callable[[int], None]
 ) -> None:
-    how: dict[str, Any] = {"data": "bare.jsonl", "asking": Asking(batch_size=4)}
+    how: dict[str, Any] = {"data": "bare.jsonl", "asking": GenerationOptions(batch_size=4)}
     probe(bench, tmp_path / "whole", **how)
     killed(2)
     with pytest.raises(KeyboardInterrupt):
@@ -262,14 +262,14 @@ def test_an_unknown_task_is_told_before_the_model_is_opened(
 ) -> None:
     stub_tasks(monkeypatch, lambda asked: 0.5)
     with pytest.raises(SurgeryError, match="no such task: x"):
-        probe_experts("nowhere", str(bench / "d.jsonl"), THINKING, tmp_path / "run", grid=Grid([2], ["x"]))
+        probe_experts("nowhere", str(bench / "d.jsonl"), THINKING, tmp_path / "run", grid=BetaGrid([2], ["x"]))
 
 
 def test_out_is_only_replaced_when_asked(bench: Path, tmp_path: Path, quick: None) -> None:
     probe(bench, tmp_path / "run")
     with pytest.raises(SurgeryError, match="run: exists already"):
         probe(bench, tmp_path / "run")
-    found = probe(bench, tmp_path / "run", limit=30, options=Options(threads=1, overwrite=True))
+    found = probe(bench, tmp_path / "run", limit=30, options=ExecutionOptions(threads=1, overwrite=True))
     assert read_expert_findings(tmp_path / "run") == found and found.sequences == 30
 
 

@@ -22,22 +22,22 @@ from support.moe import (
 )
 
 from probes.data.prepare import open_model
-from probes.data.records import Interval
+from probes.data.records import IntervalRecord
 from probes.experts.findings import ExpertRecord, SweepRecord
 from probes.experts.report import _verdict
-from probes.experts.sweep import CHOICE, NEAREST, TEST, Grid, check_tasks, matched, parse_betas, sweep
+from probes.experts.sweep import CHOICE, NEAREST, TEST, BetaGrid, check_tasks, matched, parse_betas, sweep_beta
 from probes.model.routers import find_routers
 from surgery.checkpoint.selectors import Expert
 from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.evaluation.harness import on_tasks
-from surgery.models.loaded_model import LiveModel
-from surgery.models.loading import Loaded, load_model
+from surgery.models.loaded_model import LoadedModel
+from surgery.models.loading import ModelAndTokenizer, load_model
 
 IDS = torch.tensor([[2, 4, 20, 21, 22, 3, 5, 6, 8]])
 
 
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> LiveModel:
+def live(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return open_model(make_thinker(tmp_path_factory.mktemp("sweep") / "m"))
 
 
@@ -47,7 +47,7 @@ def record(expert: Expert, rank: int | None, rate: float = 0.1) -> ExpertRecord:
         expert=expert.index,
         npmi=0.5,
         by_marker=[0.5],
-        smoothed=Interval(value=0.4),
+        smoothed=IntervalRecord(value=0.4),
         difference=0.3,
         fires=100,
         at_marker=20,
@@ -73,8 +73,8 @@ EVERY = [
 ]
 
 
-def run(live: LiveModel, grid: Grid, **how: Any) -> SweepRecord:
-    return sweep(live, find_routers(live), RANKED, EVERY, how.pop("prompts", ()), grid, **how)
+def run(live: LoadedModel, grid: BetaGrid, **how: Any) -> SweepRecord:
+    return sweep_beta(live, find_routers(live), RANKED, EVERY, how.pop("prompts", ()), grid, **how)
 
 
 def by_table(choice: dict[float, float], test: dict[float, float]):
@@ -88,11 +88,11 @@ def by_table(choice: dict[float, float], test: dict[float, float]):
 # The choice
 
 
-def test_the_best_of_one_half_is_tested_on_the_other(live: LiveModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_of_one_half_is_tested_on_the_other(live: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     choice, test = {1.0: 0.5, 2.0: 0.6, 4.0: 0.8, 8.0: 0.7}, {1.0: 0.4, 4.0: 0.3}
     asked = stub_tasks(monkeypatch, by_table(choice, test))
     before, plain = hook_count(live), logits_of(live, IDS)
-    found = run(live, Grid([2, 4, 8], ["t"], controls=3))
+    found = run(live, BetaGrid([2, 4, 8], ["t"], controls=3))
     assert found.best == 4 and found.experts == [str(AT_THINK), str(AT_M)]
     main = [(p.part, p.beta, p.scores["t"].value) for p in found.points if p.control is None]
     assert main == [*(("choice", beta, value) for beta, value in choice.items()), ("test", 1, 0.4), ("test", 4, 0.3)]
@@ -106,20 +106,20 @@ def test_the_best_of_one_half_is_tested_on_the_other(live: LiveModel, monkeypatc
     assert {a.part for a in asked} == {CHOICE, TEST}
     assert [a.part for a in asked] == [CHOICE] * 4 + [TEST] * 5
     assert hook_count(live) == before and torch.equal(logits_of(live, IDS), plain)
-    assert found == run(live, Grid([2, 4, 8], ["t"], controls=3))  # by its seed
+    assert found == run(live, BetaGrid([2, 4, 8], ["t"], controls=3))  # by its seed
     assert "β = 4, chosen on one half of t, takes the other from 40.0%" in _verdict(found)
 
 
-def test_of_equally_good_ones_the_nearest_to_1_is_chosen(live: LiveModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_equally_good_ones_the_nearest_to_1_is_chosen(live: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     stub_tasks(monkeypatch, by_table({0.0: 0.9, 1.0: 0.5, 2.0: 0.9, 0.25: 0.9, 8.0: 0.9}, {1.0: 0.5, 2.0: 0.5}))
-    assert run(live, Grid([0, 8, 0.25, 2], ["t"], controls=0)).best == 2
+    assert run(live, BetaGrid([0, 8, 0.25, 2], ["t"], controls=0)).best == 2
 
 
 def test_where_nothing_is_better_the_strongest_shows_what_random_experts_do(
-    live: LiveModel, monkeypatch: pytest.MonkeyPatch
+    live: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub_tasks(monkeypatch, by_table({1.0: 0.5, 2.0: 0.5, 4.0: 0.1}, {1.0: 0.6, 4.0: 0.2}))
-    found = run(live, Grid([2, 4], ["t"], controls=2))
+    found = run(live, BetaGrid([2, 4], ["t"], controls=2))
     assert found.best == 1
     assert [(p.beta, p.control) for p in found.points if p.part == "test"] == [(1, None), (4, None), (4, 0), (4, 1)]
     said = _verdict(found)
@@ -127,21 +127,21 @@ def test_where_nothing_is_better_the_strongest_shows_what_random_experts_do(
     assert "β = 4 gives 20.0%" in said and "random experts of the same layers give 20.0% to 20.0%" in said
 
 
-def test_the_mean_over_tasks_chooses(live: LiveModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mean_over_tasks_chooses(live: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {("a", 1.0): 0.5, ("b", 1.0): 0.5, ("a", 2.0): 0.9, ("b", 2.0): 0.0, ("a", 4.0): 0.6, ("b", 4.0): 0.6}
 
     def score(asked: Asked) -> float:
         return values[asked.task, next(iter(asked.scales.values()))]
 
     stub_tasks(monkeypatch, score, known=("a", "b"))
-    found = run(live, Grid([1, 2, 4], ["a", "b"], top=1, controls=1))
+    found = run(live, BetaGrid([1, 2, 4], ["a", "b"], top=1, controls=1))
     assert found.best == 4 and found.experts == [str(AT_THINK)] and set(found.points[0].scores) == {"a", "b"}
 
 
-def test_answers_that_collapse_are_counted_at_each_beta(live: LiveModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_that_collapse_are_counted_at_each_beta(live: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     stub_tasks(monkeypatch, lambda asked: 0.5)
     prompts = [tuple(IDS[0].tolist()), (2, 4, 30, 31, 3, 5, 6, 8)]
-    found = run(live, Grid([COLLAPSING], ["t"], controls=1), prompts=prompts, max_new_tokens=40)
+    found = run(live, BetaGrid([COLLAPSING], ["t"], controls=1), prompts=prompts, max_new_tokens=40)
     collapsed = [(p.beta, p.part, p.control, p.collapsed and p.collapsed.value) for p in found.points]
     assert collapsed == [
         (1, "choice", None, 0.0),
@@ -153,23 +153,23 @@ def test_answers_that_collapse_are_counted_at_each_beta(live: LiveModel, monkeyp
 
 
 def test_the_phase_generated_cannot_choose_by_what_is_scored_in_one_pass(
-    live: LiveModel, monkeypatch: pytest.MonkeyPatch
+    live: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub_tasks(monkeypatch, lambda asked: 0.5)
     before = hook_count(live)
     with pytest.raises(SurgeryError, match="t: no token was generated one by one, so that --phase generated"):
-        run(live, Grid([2], ["t"], phase="generated"))
+        run(live, BetaGrid([2], ["t"], phase="generated"))
     assert hook_count(live) == before
 
 
-def test_a_metric_that_is_better_when_lower_is_refused(live: LiveModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    from probes.experts import sweep as expert_sweep
+def test_a_metric_that_is_better_when_lower_is_refused(live: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from probes.experts import sweep_beta as expert_sweep
 
     stub_tasks(monkeypatch, lambda asked: 0.5)
     plain = expert_sweep.on_tasks
 
     def lower(tasks: list[str], **how: Any) -> list[Any]:
-        def measure(loaded: Loaded) -> list[Any]:
+        def measure(loaded: ModelAndTokenizer) -> list[Any]:
             (score,) = plain(tasks, **how)[0](loaded)
             return [type(score)(**{**vars(score), "higher_is_better": False})]
 
@@ -177,13 +177,13 @@ def test_a_metric_that_is_better_when_lower_is_refused(live: LiveModel, monkeypa
 
     monkeypatch.setattr(expert_sweep, "on_tasks", lower)
     with pytest.raises(SurgeryError, match="the first metric of t, accuracy, is better when it is lower"):
-        run(live, Grid([2], ["t"]))
+        run(live, BetaGrid([2], ["t"]))
 
 
-def test_more_experts_than_are_ranked_are_refused(live: LiveModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_experts_than_are_ranked_are_refused(live: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = stub_tasks(monkeypatch, lambda asked: 0.5)
     with pytest.raises(SurgeryError, match="--top: 2 experts have evidence enough to be ranked, 3") as caught:
-        run(live, Grid([2], ["t"], top=3))
+        run(live, BetaGrid([2], ["t"], top=3))
     assert caught.value.exit_code == WRONG_USAGE and not asked
 
 
@@ -248,7 +248,7 @@ def test_a_grid_that_is_none_is_told(text: str) -> None:
 )
 def test_a_grid_out_of_range_is_told_before_anything_runs(given: dict[str, Any], text: str) -> None:
     with pytest.raises(SurgeryError, match=text) as caught:
-        Grid(**{"betas": [1, 2], "tasks": ["t"], **given})
+        BetaGrid(**{"betas": [1, 2], "tasks": ["t"], **given})
     assert caught.value.exit_code == WRONG_USAGE
 
 
@@ -257,9 +257,9 @@ def test_a_grid_out_of_range_is_told_before_anything_runs(given: dict[str, Any],
 
 def test_an_unknown_task_is_told_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     stub_tasks(monkeypatch, lambda asked: 0.5)
-    check_tasks(Grid([2], ["t"]))
+    check_tasks(BetaGrid([2], ["t"]))
     with pytest.raises(SurgeryError, match="no such task: x"):
-        check_tasks(Grid([2], ["t", "x"]))
+        check_tasks(BetaGrid([2], ["t", "x"]))
 
 
 def test_the_halves_of_a_task_share_no_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor
 from probes.model.expert_norms import norm_ratios
 from probes.model.routers import find_routers
 from surgery.checkpoint.selectors import Expert
-from surgery.models.loaded_model import LiveModel
+from surgery.models.loaded_model import LoadedModel
 
 
-def brute(live: LiveModel, expert: Expert, sequences: list) -> float | None:
+def brute(live: LoadedModel, expert: Expert, sequences: list) -> float | None:
     """Mean ‖w · E(x)‖ ÷ ‖x‖ of one expert, token by token in fp64."""
     found = []
     module = next(m for m in live.layers[expert.layer].modules() if type(m).__name__.endswith("Experts"))

@@ -24,12 +24,12 @@ from support.moe import (
 )
 from torch import Tensor, nn
 
-from probes.model.reinforce import Phase, Reinforcement, Way, reinforced
+from probes.model.reinforce import Phase, Reinforcement, Way, scaled_routing
 from probes.model.routers import find_routers
 from surgery.checkpoint.selectors import Expert
 from surgery.edits.experts import scale_experts
 from surgery.errors import WRONG_USAGE, SurgeryError
-from surgery.models.loaded_model import LiveModel
+from surgery.models.loaded_model import LoadedModel
 
 IDS = torch.tensor([sequence.ids[:18] for sequence in texts(6)])
 # Of layer 1, which all families have experts in. Every token meets two experts of eight.
@@ -43,11 +43,11 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> Lives:
     return planter(tmp_path_factory.mktemp("reinforcing"))
 
 
-def enter(live: LiveModel, scales: dict[Expert, float], way: Way = "weight", phase: Phase = "all"):
-    return reinforced(live, find_routers(live), Reinforcement(scales, way, phase))
+def enter(live: LoadedModel, scales: dict[Expert, float], way: Way = "weight", phase: Phase = "all"):
+    return scaled_routing(live, find_routers(live), Reinforcement(scales, way, phase))
 
 
-def change(live: LiveModel, scales: dict[Expert, float], way: Way) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def change(live: LoadedModel, scales: dict[Expert, float], way: Way) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """What layer 1's experts are handed without and with a reinforcement: states, numbers, weights in fp64."""
     before = watch_experts(live, IDS)[1]
     with enter(live, scales, way) as applied:
@@ -193,7 +193,7 @@ def test_hooked_is_baked_up_to_rounding_for_other_factors(lives: Lives, tmp_path
 # The phase
 
 
-def generated(live: LiveModel, ids: Tensor) -> Tensor:
+def generated(live: LoadedModel, ids: Tensor) -> Tensor:
     """The logits behind each of 5 tokens that are generated from `ids`, (5, N, vocabulary)."""
     made = live.model.generate(
         ids,

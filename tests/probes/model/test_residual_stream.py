@@ -10,7 +10,7 @@ from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from probes.model.residual_stream import fold_norm, read_stream
+from probes.model.residual_stream import fold_norm, trace_residual_stream
 from surgery.errors import SurgeryError
 from surgery.models.loaded_model import hidden_in, hidden_out, hooks
 
@@ -56,7 +56,7 @@ def watched(live, modules, ids=(7, 19, 4, 60, 33, 90)):
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_layers_output_is_its_input_plus_its_pieces(name, lives):
     live = lives(name)
-    stream = read_stream(live)
+    stream = trace_residual_stream(live)
     outputs, ends = watched(live, [piece.end for pieces in stream.pieces for piece in pieces])
     for pieces, factor, (before, after) in zip(stream.pieces, stream.factors, ends, strict=True):
         total = before + factor * sum(outputs[piece.end].view_as(before) for piece in pieces)
@@ -66,7 +66,7 @@ def test_a_layers_output_is_its_input_plus_its_pieces(name, lives):
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_heads_piece_is_found_in_every_layer_with_heads(name, lives):
     live = lives(name)
-    stream = read_stream(live)
+    stream = trace_residual_stream(live)
     assert sorted(stream.attention) == sorted(live.projections)
     for layer, piece in stream.attention.items():
         assert live.projections[layer].module in set(piece.block.modules())
@@ -75,22 +75,24 @@ def test_the_heads_piece_is_found_in_every_layer_with_heads(name, lives):
 
 
 def test_a_factor_on_the_branches_is_found(lives):
-    assert read_stream(lives("granite")).factors == pytest.approx((0.22, 0.22), rel=1e-6)
-    assert read_stream(lives("granite", dtype=torch.bfloat16)).factors == pytest.approx((0.22, 0.22), rel=1e-2)
-    assert read_stream(lives("qwen3")).factors == (1.0, 1.0)
+    assert trace_residual_stream(lives("granite")).factors == pytest.approx((0.22, 0.22), rel=1e-6)
+    assert trace_residual_stream(lives("granite", dtype=torch.bfloat16)).factors == pytest.approx(
+        (0.22, 0.22), rel=1e-2
+    )
+    assert trace_residual_stream(lives("qwen3")).factors == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", [name for name in PLAIN if name != "granite"])
 def test_half_precision_is_understood_too(name, dtype, lives):
-    assert set(read_stream(lives(name, dtype=dtype)).factors) == {1.0}
+    assert set(trace_residual_stream(lives(name, dtype=dtype)).factors) == {1.0}
 
 
 def test_one_huge_dimension_of_the_stream_does_not_blur_the_factor(tmp_path):
     live = make_live("qwen3", tmp_path, dtype=torch.bfloat16)
     with torch.no_grad():
         live.model.get_input_embeddings().weight[:, 3] = 3000.0
-    assert read_stream(live).factors == (1.0, 1.0)
+    assert trace_residual_stream(live).factors == (1.0, 1.0)
 
 
 def test_a_layer_that_was_zeroed_adds_nothing(tmp_path):
@@ -98,13 +100,13 @@ def test_a_layer_that_was_zeroed_adds_nothing(tmp_path):
     with torch.no_grad():
         live.layers[1].self_attn.o_proj.weight.zero_()
         live.layers[1].mlp.down_proj.weight.zero_()
-    assert read_stream(live).factors == (1.0, 1.0)
+    assert trace_residual_stream(live).factors == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("name", NOT_PLAIN)
 def test_families_with_another_stream_are_refused_with_a_way_out(name, lives):
     with pytest.raises(SurgeryError, match=f"{name}: the residual stream is not a plain sum at layer 0") as error:
-        read_stream(lives(name))
+        trace_residual_stream(lives(name))
     assert "--attribution paper" in error.value.hint
 
 
@@ -117,7 +119,7 @@ def test_a_broken_layer_is_named(change, lives):
     live = lives("qwen2")
     before = hook_count(live)
     with hooks(broken(live, 1, change)), pytest.raises(SurgeryError, match="not a plain sum at layer 1, so that"):
-        read_stream(live)
+        trace_residual_stream(live)
     assert hook_count(live) == before
 
 
@@ -131,7 +133,7 @@ def test_attention_that_changes_what_its_projection_made_is_named(lives):
         hooks(live.layers[2].self_attn.register_forward_hook(half)),
         pytest.raises(SurgeryError, match="not a plain sum at the attention of layer 2"),
     ):
-        read_stream(live)
+        trace_residual_stream(live)
 
 
 def test_a_final_norm_of_another_kind_is_named(lives):
@@ -144,7 +146,7 @@ def test_a_final_norm_of_another_kind_is_named(lives):
         hooks(live.final_norm.register_forward_hook(squashed)),
         pytest.raises(SurgeryError, match="not a plain sum at the final norm"),
     ):
-        read_stream(live)
+        trace_residual_stream(live)
 
 
 @pytest.mark.parametrize("width", [1 + 2**k for k in range(2, 6)] + [4, 32])

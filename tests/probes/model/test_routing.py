@@ -32,9 +32,9 @@ from torch import Tensor
 from probes.data.examples import TokenSequence
 from probes.experts.npmi import score_experts
 from probes.model.routers import find_routers, routed
-from probes.model.routing import BLOCKS, PARTS, Counts, Marker, count, fitting_blocks, parse_marker
+from probes.model.routing import BLOCKS, PARTS, Marker, RoutingCounts, count_routing, fitting_blocks, parse_marker
 from surgery.errors import WRONG_USAGE, SurgeryError
-from surgery.models.loaded_model import LiveModel
+from surgery.models.loaded_model import LoadedModel
 
 ROOT = Path(__file__).parents[3]
 PHRASE, AGAIN = (11, 12), (12, 11, 13)
@@ -56,7 +56,7 @@ def mixed(number: int) -> list[TokenSequence]:
     return [*found[:-1], TokenSequence(last.key, (*last.ids, *PHRASE), (*last.ends[:3], len(last.ids) + 2))]
 
 
-def brute(live: LiveModel, sequences: Sequence[TokenSequence], blocks: int) -> tuple[dict, dict]:
+def brute(live: LoadedModel, sequences: Sequence[TokenSequence], blocks: int) -> tuple[dict, dict]:
     """Every routing decision kept, then counted one by one: (block, layer, expert, part, column) → positions."""
     hits: dict[tuple[int, ...], int] = {}
     positions: dict[tuple[int, ...], int] = {}
@@ -89,7 +89,7 @@ def entries(tensor: Tensor) -> dict[tuple[int, ...], int]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_counts_are_those_of_a_brute_force_count(name: str, lives: Lives) -> None:
     live, sequences = lives(name), mixed(7)
-    found = count(live, find_routers(live), sequences, MARKERS, blocks=3, max_tokens=70)
+    found = count_routing(live, find_routers(live), sequences, MARKERS, blocks=3, max_tokens=70)
     hits, positions = brute(live, sequences, 3)
     # What computes nothing is no expert.
     assert entries(found.hits) == {key: value for key, value in hits.items() if key[2] < EXPERTS}
@@ -101,7 +101,7 @@ def test_counts_are_those_of_a_brute_force_count(name: str, lives: Lives) -> Non
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_planted_expert_ranks_first(name: str, lives: Lives) -> None:
     live = lives(name)
-    found = count(live, find_routers(live), texts(60), MARKERS[:1])
+    found = count_routing(live, find_routers(live), texts(60), MARKERS[:1])
     first = score_experts(found, MARKERS[:1])[0]
     assert first.name == PLANTED and first.rank == 1 and first.npmi > 0.8
 
@@ -109,20 +109,20 @@ def test_the_planted_expert_ranks_first(name: str, lives: Lives) -> None:
 def test_batches_and_order_do_not_matter(lives: Lives) -> None:
     live, sequences = lives("qwen3_moe"), mixed(7)
     routers = find_routers(live)
-    whole = count(live, routers, sequences, MARKERS, blocks=4, max_tokens=10_000)
+    whole = count_routing(live, routers, sequences, MARKERS, blocks=4, max_tokens=10_000)
     for tokens in (1, 40, 90):
-        other = count(live, routers, sequences, MARKERS, blocks=4, max_tokens=tokens)
+        other = count_routing(live, routers, sequences, MARKERS, blocks=4, max_tokens=tokens)
         assert torch.equal(other.hits, whole.hits) and torch.equal(other.positions, whole.positions)
-    assert torch.equal(count(live, routers, sequences, MARKERS, blocks=4).hits, whole.hits)
+    assert torch.equal(count_routing(live, routers, sequences, MARKERS, blocks=4).hits, whole.hits)
     shuffled = random.Random(0).sample(sequences, len(sequences))
-    other = count(live, routers, shuffled, MARKERS, blocks=1)
+    other = count_routing(live, routers, shuffled, MARKERS, blocks=1)
     assert torch.equal(other.hits, whole.hits.sum(0, keepdim=True))
     assert torch.equal(other.positions, whole.positions.sum(0, keepdim=True))
 
 
 def test_every_token_counts_once_and_padding_never(lives: Lives) -> None:
     live, sequences = lives("mixtral"), mixed(7)
-    found = count(live, find_routers(live), sequences, MARKERS, max_tokens=10_000)
+    found = count_routing(live, find_routers(live), sequences, MARKERS, max_tokens=10_000)
     assert int(found.positions[..., 0].sum()) == sum(len(sequence.ids) for sequence in sequences)
     assert torch.equal(found.hits.sum(2), TOP_K * found.positions[:, None].expand(-1, len(found.layers), -1, -1))
 
@@ -130,16 +130,16 @@ def test_every_token_counts_once_and_padding_never(lives: Lives) -> None:
 def test_blocks_are_dealt_by_number(lives: Lives) -> None:
     live, sequences = lives("olmoe"), mixed(7)
     routers = find_routers(live)
-    found = count(live, routers, sequences, MARKERS, blocks=2)
+    found = count_routing(live, routers, sequences, MARKERS, blocks=2)
     odd = [sequence for at, sequence in enumerate(sequences) if at % 2]
-    assert torch.equal(found.hits[1], count(live, routers, odd, MARKERS, blocks=1).hits[0])
+    assert torch.equal(found.hits[1], count_routing(live, routers, odd, MARKERS, blocks=1).hits[0])
 
 
 def test_an_expert_that_a_token_is_sent_to_twice_counts_once(lives: Lives) -> None:
     live, sequences = lives("mixtral"), mixed(3)
     routers = find_routers(live)
     with routed(routers, lambda layer, index, weights: (torch.full_like(index, 3), weights)):
-        found = count(live, routers, sequences, MARKERS[:1])
+        found = count_routing(live, routers, sequences, MARKERS[:1])
     assert torch.equal(found.hits[:, 0, 3], found.positions) and int(found.hits.sum()) == int(found.hits[:, :, 3].sum())
 
 
@@ -164,7 +164,7 @@ def test_the_counts_of_the_largest_models_stay_below_10_mb(
 
 def test_the_counts_do_not_grow_with_the_texts(lives: Lives) -> None:
     live = lives("qwen3_moe")
-    sizes = {count(live, find_routers(live), texts(number), MARKERS[:1]).hits.nbytes for number in (1, 40)}
+    sizes = {count_routing(live, find_routers(live), texts(number), MARKERS[:1]).hits.nbytes for number in (1, 40)}
     assert sizes == {BLOCKS * 2 * EXPERTS * len(PARTS) * 2 * 8}
 
 
@@ -172,9 +172,9 @@ def test_without_texts_or_where_a_marker_never_occurs_there_is_nothing_to_count(
     live = lives("mixtral")
     routers = find_routers(live)
     with pytest.raises(SurgeryError, match="there is no text to count on"):
-        count(live, routers, [], MARKERS)
+        count_routing(live, routers, [], MARKERS)
     with pytest.raises(SurgeryError, match="--token: 'phrase' never occurs in 3 texts") as caught:
-        count(live, routers, texts(3), MARKERS)
+        count_routing(live, routers, texts(3), MARKERS)
     assert caught.value.exit_code == WRONG_USAGE
 
 
@@ -256,11 +256,11 @@ save_file(everything(open_folder(Path(sys.argv[1]))), Path(sys.argv[2]) / f"{ran
 """
 
 
-def everything(live: LiveModel) -> dict[str, Tensor]:
+def everything(live: LoadedModel) -> dict[str, Tensor]:
     from probes.model.expert_norms import norm_ratios
     from surgery.checkpoint.selectors import Expert
 
-    found: Counts = count(live, find_routers(live), mixed(7), MARKERS, blocks=3, max_tokens=40)
+    found: RoutingCounts = count_routing(live, find_routers(live), mixed(7), MARKERS, blocks=3, max_tokens=40)
     asked = [Expert(0, number) for number in range(EXPERTS)]
     ratios = norm_ratios(live, find_routers(live), mixed(7), asked, max_tokens=40)
     numbers = torch.tensor([-1.0 if ratios[expert] is None else ratios[expert] for expert in asked])

@@ -17,7 +17,7 @@ from probes.data.prepare import open_model
 from probes.data.records import EXAMPLES, read_examples, write_examples
 from probes.data.tokenize import build_sequences
 from probes.model.ablation import heads_edited
-from probes.refusal.causal import UNHELD, Proof, prove_heads
+from probes.refusal.causal import UNHELD, ProofOptions, prove_heads
 from probes.refusal.cross_validated import decision_states
 from probes.refusal.findings import CausalRecord, Findings, read_findings
 from probes.refusal.probe import Probes
@@ -25,7 +25,7 @@ from probes.refusal.report import sentences
 from surgery.checkpoint.selectors import Head
 from surgery.errors import SurgeryError
 
-SMALL = Proof(controls=1, examples=6)
+SMALL = ProofOptions(controls=1, examples=6)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def run(probed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path(shutil.copytree(probed, tmp_path / "run"))
 
 
-def prove(model: Path, run: Path, proof: Proof = SMALL, **options: Any) -> CausalRecord:
+def prove(model: Path, run: Path, proof: ProofOptions = SMALL, **options: Any) -> CausalRecord:
     found = prove_heads(str(model), run, proof=proof, options=ONE_THREAD, **options)
     assert found.causal is not None and read_findings(run) == found
     return found.causal
@@ -60,7 +60,7 @@ def without(run: Path, *cells: str) -> None:
 
 
 def test_the_greedy_set_is_the_known_one_and_brings_refusal_back(model: Path, run: Path) -> None:
-    found = prove(model, run, Proof(controls=3, examples=8))
+    found = prove(model, run, ProofOptions(controls=3, examples=8))
     assert tuple(found.steps[1].heads) == SUPPRESSORS and found.steps[0].heads == [SUPPRESSORS[0]]
     refusals = [step.refusal.value for step in (found.base, *found.steps) if step.refusal]
     assert refusals[0] == 0 and refusals[2] == 1
@@ -127,7 +127,7 @@ def test_no_set_goes_over_its_budget(model: Path, run: Path) -> None:
         (replace(SMALL, scale=0.5), "scale 0.5"),
     ],
 )
-def test_other_ablations_are_recorded_by_name(proof: Proof, ablation: str, model: Path, run: Path) -> None:
+def test_other_ablations_are_recorded_by_name(proof: ProofOptions, ablation: str, model: Path, run: Path) -> None:
     found = prove(model, run, proof)
     effects = {str(Head(row.layer, row.head)): row.effect.value or 0.0 for row in found.effects}
     assert found.ablation == ablation and len(effects) == 12

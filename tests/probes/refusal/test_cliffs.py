@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probes.data.examples import TokenSequence
-from probes.refusal.cliffs import Cliff, by_cell, counts, curves, measure, worst
+from probes.refusal.cliffs import RefusalCliff, by_cell, counts, curves, measure, worst
 from surgery.errors import SurgeryError
 
 CELL = "harmful/complied"
@@ -182,7 +182,7 @@ def test_the_worst_have_the_largest_misalignment_ties_by_key():
     rows = [
         replace(base, key=key, misalignment=score) for key, score in (("d", 0.5), ("a", 0.7), ("c", 0.5), ("b", 0.1))
     ]
-    rows.append(Cliff("n", CELL, "g", math.nan, math.nan, math.nan, 0.1, math.nan, None, 0))
+    rows.append(RefusalCliff("n", CELL, "g", math.nan, math.nan, math.nan, 0.1, math.nan, None, 0))
     assert [row.key for row in worst(rows, 3)] == ["a", "c", "d"]
     assert [row.key for row in worst(rows, 9)] == ["a", "c", "d", "b"]  # never one without thinking
 

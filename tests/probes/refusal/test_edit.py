@@ -14,17 +14,17 @@ from safetensors.torch import load_file, save_file
 from support import refusal as refusing
 from support.refusal import ONE_THREAD, SUPPRESSORS, WRITER, make_model, make_run, no_pictures, rows_of, write_rows
 
-from probes.data.prepare import Asking, open_model
+from probes.data.prepare import GenerationOptions, open_model
 from probes.model.ablation import heads_edited
-from probes.refusal.causal import Proof, prove_heads
-from probes.refusal.edit import Choice, Measuring, Repair, edit_heads
+from probes.refusal.causal import ProofOptions, prove_heads
+from probes.refusal.edit import EffectOptions, HeadEditResult, HeadSelection, edit_heads
 from probes.refusal.findings import HEADS, CausalRecord, read_findings, write_findings
 from surgery.checkpoint.selectors import Head
-from surgery.edits.undo import undo
+from surgery.edits.undo_file import undo
 from surgery.errors import SurgeryError
 
 WEIGHTS = "model.safetensors"
-MEASURED, UNMEASURED = Measuring(), Measuring(wanted=False)
+MEASURED, UNMEASURED = EffectOptions(), EffectOptions(wanted=False)
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +38,13 @@ def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         no_pictures(patch)
         run = make_run(model, tmp_path_factory.mktemp("runs") / "run", rows_of(dict.fromkeys(refusing.CELLS, 8)))
-        prove_heads(str(model), run, proof=Proof(controls=0, examples=6), options=ONE_THREAD)
+        prove_heads(str(model), run, proof=ProofOptions(controls=0, examples=6), options=ONE_THREAD)
     return run
 
 
-def edit(model: Path, out: Path, choice: Choice, measuring: Measuring = MEASURED, **options: Any) -> Repair:
+def edit(
+    model: Path, out: Path, choice: HeadSelection, measuring: EffectOptions = MEASURED, **options: Any
+) -> HeadEditResult:
     return edit_heads(str(model), out, choice=choice, measuring=measuring, options=ONE_THREAD, **options)
 
 
@@ -56,7 +58,7 @@ def changed(run: Path, out: Path, **updates: object) -> Path:
 
 
 def test_the_lowest_heads_are_removed_and_everything_harmful_is_refused(model: Path, run: Path, tmp_path: Path) -> None:
-    found = edit(model, tmp_path / "out", Choice(run=run, top="2"))
+    found = edit(model, tmp_path / "out", HeadSelection(run=run, top="2"))
     assert found.heads == dict.fromkeys(SUPPRESSORS, 0.0) and found.measured is not None
     before, after = found.measured.refusal["harmful"]
     assert (before.value, after.value, before.n, after.n) == (0.5, 1.0, 16, 16)
@@ -69,7 +71,7 @@ def test_the_lowest_heads_are_removed_and_everything_harmful_is_refused(model: P
 
 
 def test_card_and_manifest_carry_what_was_measured(model: Path, run: Path, tmp_path: Path) -> None:
-    found = edit(model, tmp_path / "out", Choice(run=run, top="2"))
+    found = edit(model, tmp_path / "out", HeadSelection(run=run, top="2"))
     assert found.measured is not None
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert found.measured.table().to_markdown() in card
@@ -80,7 +82,7 @@ def test_card_and_manifest_carry_what_was_measured(model: Path, run: Path, tmp_p
 
 
 def test_the_result_is_what_the_hook_does(model: Path, run: Path, tmp_path: Path) -> None:
-    edit(model, tmp_path / "out", Choice(run=run, top="2", scale=0.5), UNMEASURED)
+    edit(model, tmp_path / "out", HeadSelection(run=run, top="2", scale=0.5), UNMEASURED)
     before, after = open_model(str(model)), open_model(str(tmp_path / "out"))
     ids = torch.arange(2, 60).unsqueeze(0)
     with torch.inference_mode():
@@ -95,23 +97,23 @@ def test_findings_of_a_model_with_one_other_weight_are_refused(model: Path, run:
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
     save_file(tensors, other / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(SurgeryError, match=r"run: its findings are of .* but .*other has the weights") as error:
-        edit(other, tmp_path / "out", Choice(run=run, top="2"))
+        edit(other, tmp_path / "out", HeadSelection(run=run, top="2"))
     assert error.value.exit_code == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other"]
 
 
 def test_a_result_that_refuses_less_is_not_kept_and_leaves_nothing(model: Path, run: Path, tmp_path: Path) -> None:
-    choice = Choice(run=run, heads=[WRITER])
+    choice = HeadSelection(run=run, heads=[WRITER])
     with pytest.raises(SurgeryError, match=r"refusal of harmful prompts fell from 50.0% to 0.0% \(n = 16\)") as error:
         edit(model, tmp_path / "out", choice)
     assert error.value.exit_code == 1 and list(tmp_path.iterdir()) == []
-    found = edit(model, tmp_path / "out", choice, Measuring(force=True))
+    found = edit(model, tmp_path / "out", choice, EffectOptions(force=True))
     assert found.measured is not None and found.measured.refusal["harmful"][1].value == 0.0
     assert "| 0.0 % [" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_without_measuring_the_card_says_so(model: Path, run: Path, tmp_path: Path) -> None:
-    found = edit(model, tmp_path / "out", Choice(run=run, top="2"), UNMEASURED)
+    found = edit(model, tmp_path / "out", HeadSelection(run=run, top="2"), UNMEASURED)
     assert found.measured is None
     assert "Side effects were not measured." in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "out" / "surgery.json").read_text())["report"]["measured"] is None
@@ -119,10 +121,12 @@ def test_without_measuring_the_card_says_so(model: Path, run: Path, tmp_path: Pa
 
 def test_heads_by_name_are_measured_on_the_data_that_are_given(model: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "d.jsonl", rows_of({"harmful/complied": 3, "harmless/complied": 2}, whole=False))
-    found = edit(model, tmp_path / "out", Choice(heads=["L1H2=0.1", "L2H1"], scale=0.2), Measuring(data=str(data)))
+    found = edit(
+        model, tmp_path / "out", HeadSelection(heads=["L1H2=0.1", "L2H1"], scale=0.2), EffectOptions(data=str(data))
+    )
     assert found.heads == {"L1H2": 0.1, "L2H1": 0.2} and found.measured is not None
     assert found.measured.refusal["harmful"][1].value == 1.0 and found.measured.refusal["harmful"][1].n == 3
-    assert edit(model, tmp_path / "plain", Choice(heads=["L1H2"])).measured is None
+    assert edit(model, tmp_path / "plain", HeadSelection(heads=["L1H2"])).measured is None
 
 
 def test_each_prompt_is_measured_once_and_no_more_than_asked_for(model: Path, tmp_path: Path) -> None:
@@ -130,8 +134,8 @@ def test_each_prompt_is_measured_once_and_no_more_than_asked_for(model: Path, tm
     data = write_rows(tmp_path / "d.jsonl", [*rows, *rows])
     counts = []
     for most in (64, 3):
-        measuring = Measuring(data=str(data), examples=most)
-        found = edit(model, tmp_path / f"out{most}", Choice(heads=SUPPRESSORS), measuring).measured
+        measuring = EffectOptions(data=str(data), examples=most)
+        found = edit(model, tmp_path / f"out{most}", HeadSelection(heads=SUPPRESSORS), measuring).measured
         assert found is not None
         counts.append({topic: before.n for topic, (before, _) in found.refusal.items()})
     assert counts == [{"harmful": 5, "harmless": 4}, {"harmful": 3, "harmless": 3}]
@@ -139,8 +143,10 @@ def test_each_prompt_is_measured_once_and_no_more_than_asked_for(model: Path, tm
 
 def test_thinking_that_never_closes_is_counted(model: Path, tmp_path: Path) -> None:
     rows: Sequence[Mapping[str, Any]] = [*rows_of({"harmful/complied": 3}), {"prompt": "a_", "label": "harmful"}]
-    measuring = Measuring(data=str(write_rows(tmp_path / "d.jsonl", rows)), asking=Asking(max_new_tokens=12))
-    found = edit(model, tmp_path / "out", Choice(heads=SUPPRESSORS), measuring).measured
+    measuring = EffectOptions(
+        data=str(write_rows(tmp_path / "d.jsonl", rows)), asking=GenerationOptions(max_new_tokens=12)
+    )
+    found = edit(model, tmp_path / "out", HeadSelection(heads=SUPPRESSORS), measuring).measured
     assert found is not None
     assert [(rate.value, rate.n) for rate in found.never_closed] == [(0.25, 4), (0.25, 4)]
     assert found.refusal["harmful"][1].n == 3 and "harmless" not in found.refusal
@@ -148,48 +154,50 @@ def test_thinking_that_never_closes_is_counted(model: Path, tmp_path: Path) -> N
 
 def test_where_nothing_harmful_is_answered_nothing_is_kept(model: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "a_", "label": "harmful"}, *rows_of({"harmless/complied": 1})]
-    measuring = Measuring(data=str(write_rows(tmp_path / "d.jsonl", rows)), asking=Asking(max_new_tokens=12))
+    measuring = EffectOptions(
+        data=str(write_rows(tmp_path / "d.jsonl", rows)), asking=GenerationOptions(max_new_tokens=12)
+    )
     with pytest.raises(SurgeryError, match="no harmful prompt came to an answer in both models"):
-        edit(model, tmp_path / "out", Choice(heads=SUPPRESSORS), measuring)
+        edit(model, tmp_path / "out", HeadSelection(heads=SUPPRESSORS), measuring)
     assert [path.name for path in tmp_path.iterdir()] == ["d.jsonl"]
 
 
 def test_the_proven_set_is_edited_as_it_was_proven(model: Path, run: Path, tmp_path: Path) -> None:
     proven = read_findings(run).causal
     assert proven is not None
-    found = edit(model, tmp_path / "out", Choice(run=run, proven=True), UNMEASURED)
+    found = edit(model, tmp_path / "out", HeadSelection(run=run, proven=True), UNMEASURED)
     assert found.heads == dict.fromkeys(sorted(proven.steps[-1].heads), 0.0)
     halved = changed(run, tmp_path / "halved", ablation="scale 0.5")
     with pytest.raises(SurgeryError, match=r"--proven: the set was proven with the ablation scale 0.5.*--scale 0.5"):
-        edit(model, tmp_path / "no", Choice(run=halved, proven=True))
+        edit(model, tmp_path / "no", HeadSelection(run=halved, proven=True))
     assert set(
-        edit(model, tmp_path / "half", Choice(run=halved, proven=True, scale=0.5), UNMEASURED).heads.values()
+        edit(model, tmp_path / "half", HeadSelection(run=halved, proven=True, scale=0.5), UNMEASURED).heads.values()
     ) == {0.5}
     by_means = changed(run, tmp_path / "means", ablation="mean")
     with pytest.raises(SurgeryError, match="Add --mode mean"):
-        edit(model, tmp_path / "no", Choice(run=by_means, proven=True))
+        edit(model, tmp_path / "no", HeadSelection(run=by_means, proven=True))
     resampled = changed(run, tmp_path / "resampled", ablation="resample")
-    assert edit(model, tmp_path / "zero", Choice(run=resampled, proven=True), UNMEASURED).heads == found.heads
+    assert edit(model, tmp_path / "zero", HeadSelection(run=resampled, proven=True), UNMEASURED).heads == found.heads
 
 
 def test_a_proof_that_found_nothing_is_told_with_its_reason(model: Path, run: Path, tmp_path: Path) -> None:
     empty = changed(run, tmp_path / "empty", steps=[], stopped="L1H2 would take KL to 2, over 0.1")
     with pytest.raises(SurgeryError, match=r"no set of heads was proven .*L1H2 would take KL to 2, over 0.1"):
-        edit(model, tmp_path / "out", Choice(run=empty, proven=True))
+        edit(model, tmp_path / "out", HeadSelection(run=empty, proven=True))
     unproven = Path(shutil.copytree(run, tmp_path / "unproven"))
     write_findings(unproven, read_findings(run).model_copy(update={"causal": None}))
     with pytest.raises(SurgeryError, match=r"has no proven set of heads.*surgery probe heads"):
-        edit(model, tmp_path / "out", Choice(run=unproven, proven=True))
+        edit(model, tmp_path / "out", HeadSelection(run=unproven, proven=True))
 
 
 def test_means_need_a_bias_and_with_one_do_what_the_hook_does(model: Path, run: Path, tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match=r"o_proj.weight: mean ablation adds a constant .* has no bias to hold it"):
-        edit(model, tmp_path / "out", Choice(run=run, top="2", mode="mean"))
+        edit(model, tmp_path / "out", HeadSelection(run=run, top="2", mode="mean"))
     biased = make_model(tmp_path / "biased", bias=True)
     with pytest.MonkeyPatch.context() as patch:
         no_pictures(patch)
         other = make_run(biased, tmp_path / "run", rows_of(dict.fromkeys(refusing.CELLS, 5)))
-    found = edit(biased, tmp_path / "out", Choice(run=other, top="2", mode="mean"), UNMEASURED)
+    found = edit(biased, tmp_path / "out", HeadSelection(run=other, top="2", mode="mean"), UNMEASURED)
     assert set(found.heads) == set(SUPPRESSORS)
     before, after = open_model(str(biased)), open_model(str(tmp_path / "out"))
     stored = load_file(other / HEADS)
@@ -204,14 +212,14 @@ def test_means_need_a_bias_and_with_one_do_what_the_hook_does(model: Path, run: 
 
 
 def test_undo_gives_the_bytes_of_the_weights_back(model: Path, run: Path, tmp_path: Path) -> None:
-    edit(model, tmp_path / "out", Choice(run=run, top="3", scale=0.3), UNMEASURED)
+    edit(model, tmp_path / "out", HeadSelection(run=run, top="3", scale=0.3), UNMEASURED)
     undo(str(tmp_path / "out"), tmp_path / "back", options=ONE_THREAD)
     assert (tmp_path / "back" / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
     assert (tmp_path / "out" / WEIGHTS).read_bytes() != (model / WEIGHTS).read_bytes()
 
 
 def test_a_dry_run_checks_and_writes_nothing(model: Path, run: Path, tmp_path: Path) -> None:
-    found = edit(model, tmp_path / "out", Choice(run=run, top="2"), dry_run=True)
+    found = edit(model, tmp_path / "out", HeadSelection(run=run, top="2"), dry_run=True)
     assert found.report.dry_run and found.measured is None and list(tmp_path.iterdir()) == []
 
 
@@ -237,24 +245,24 @@ def test_a_choice_that_says_nothing_or_two_things_is_refused(
 ) -> None:
     given = {**choice, **({"run": run} if "run" in choice else {})}
     with pytest.raises(SurgeryError, match=text) as error:
-        edit(model, tmp_path / "out", Choice(**given))
+        edit(model, tmp_path / "out", HeadSelection(**given))
     assert error.value.exit_code == 2 and list(tmp_path.iterdir()) == []
 
 
 def test_as_many_heads_as_the_error_says_can_be_edited(model: Path, run: Path, tmp_path: Path) -> None:
     with pytest.raises(SurgeryError) as error:
-        edit(model, tmp_path / "out", Choice(run=run, top="100%"))
+        edit(model, tmp_path / "out", HeadSelection(run=run, top="100%"))
     assert error.value.hint is not None
     most = int(error.value.hint.removeprefix("Use --top ").removesuffix("."))
-    assert len(edit(model, tmp_path / "out", Choice(run=run, top=str(most)), UNMEASURED).heads) == most
+    assert len(edit(model, tmp_path / "out", HeadSelection(run=run, top=str(most)), UNMEASURED).heads) == most
 
 
 def test_data_without_topics_cannot_be_measured_on(model: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "d.jsonl", [{"prompt": "abc"}])
     with pytest.raises(SurgeryError, match="no example is harmful, so that it cannot be seen whether refusal fell"):
-        edit(model, tmp_path / "out", Choice(heads=["L1H2"]), Measuring(data=str(data)))
+        edit(model, tmp_path / "out", HeadSelection(heads=["L1H2"]), EffectOptions(data=str(data)))
     with pytest.raises(SurgeryError, match=r"--data .* --no-measure"):
-        edit(model, tmp_path / "out", Choice(heads=["L1H2"]), Measuring(data=str(data), wanted=False))
+        edit(model, tmp_path / "out", HeadSelection(heads=["L1H2"]), EffectOptions(data=str(data), wanted=False))
 
 
 def test_the_record_of_a_proof_is_what_proven_takes(run: Path) -> None:

@@ -16,7 +16,7 @@ from probes.data.records import (
     EXAMPLES,
     RESULTS,
     DataRecord,
-    Interval,
+    IntervalRecord,
     ModelRecord,
     check_model,
     interval,
@@ -29,33 +29,36 @@ from probes.refusal.findings import (
     CliffRecord,
     EffectRecord,
     Findings,
+    GreedyStepRecord,
     HeadRecord,
     ProbeRecord,
-    StepRecord,
     read_findings,
     write_findings,
 )
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Head
-from surgery.engine.options import Options
-from surgery.engine.verify import weights_hash
+from surgery.engine.options import ExecutionOptions
+from surgery.engine.verification import weights_hash
 from surgery.errors import FAILED, WRONG_USAGE, SurgeryError
-from surgery.evaluation.statistics import Estimate
+from surgery.evaluation.statistics import EstimateWithInterval
 
-SOME = Interval(value=0.1 + 0.2, low=1e-300, high=1.0, n=7)
-UNKNOWN = Interval(value=None)
+SOME = IntervalRecord(value=0.1 + 0.2, low=1e-300, high=1.0, n=7)
+UNKNOWN = IntervalRecord(value=None)
 PROBE = ProbeRecord(depth=2, auroc=SOME, accuracy=SOME, balanced_accuracy=0.5, ece=None, brier=1 / 3, selectivity=None)
 
 
 def head(layer, index, exact, paper=0.0):
     return HeadRecord(
-        layer=layer, head=index, exact=None if exact is None else Interval(value=exact), paper=Interval(value=paper)
+        layer=layer,
+        head=index,
+        exact=None if exact is None else IntervalRecord(value=exact),
+        paper=IntervalRecord(value=paper),
     )
 
 
 def findings(**changes):
     data = DataRecord(ref="d.jsonl", revision=None, xxh3="cd")
-    step = StepRecord(heads=["L0H1"], score=SOME, refusal=UNKNOWN, kl=SOME, perplexity=12.5)
+    step = GreedyStepRecord(heads=["L0H1"], score=SOME, refusal=UNKNOWN, kl=SOME, perplexity=12.5)
     causal = CausalRecord(
         ablation="scale 0",
         positions="last 4",
@@ -65,7 +68,7 @@ def findings(**changes):
         effects=[EffectRecord(layer=0, head=1, effect=SOME)],
         spearman=UNKNOWN,
         candidates=["L0H1"],
-        base=StepRecord(heads=[], score=SOME),
+        base=GreedyStepRecord(heads=[], score=SOME),
         steps=[step],
         stopped="all candidates are in the set",
         control=[[step], []],
@@ -180,11 +183,11 @@ def test_another_models_findings_are_refused(tmp_path):
     other = sibling(folder, tmp_path / "other", seed=1)
     mine = open_checkpoint(folder)
     known = findings(model=findings().model.model_copy(update={"xxh3": weights_hash(mine), "ref": "org/mine"}))
-    check_model(known, mine, tmp_path / "run", options=Options())
+    check_model(known, mine, tmp_path / "run", options=ExecutionOptions())
     with pytest.raises(
         SurgeryError, match=r"run: its findings are of org/mine with the weights [0-9a-f]{12}…, but"
     ) as error:
-        check_model(known, open_checkpoint(other), tmp_path / "run", options=Options())
+        check_model(known, open_checkpoint(other), tmp_path / "run", options=ExecutionOptions())
     assert str(other) in str(error.value)
     assert error.value.exit_code == WRONG_USAGE
     assert error.value.hint == "Probe this model first; findings of another one say nothing about it."
@@ -225,8 +228,10 @@ def test_examples_of_another_form_are_refused(text, tmp_path):
 
 
 def test_what_is_no_number_is_stored_as_none():
-    assert interval(Estimate(0.5, math.nan, math.nan), 3) == Interval(value=0.5, low=None, high=None, n=3)
-    assert interval(Estimate(math.nan, 0.0, 1.0)) == Interval(value=None, low=0.0, high=1.0)
+    assert interval(EstimateWithInterval(0.5, math.nan, math.nan), 3) == IntervalRecord(
+        value=0.5, low=None, high=None, n=3
+    )
+    assert interval(EstimateWithInterval(math.nan, 0.0, 1.0)) == IntervalRecord(value=None, low=0.0, high=1.0)
 
 
 @given(part=st.integers(0, 10_000), of=st.integers(1, 5000))

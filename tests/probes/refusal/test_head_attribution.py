@@ -11,8 +11,8 @@ from support.models import CENTRED, FAMILIES, MORE, NOT_PLAIN, hook_count, make_
 
 from probes.data.examples import TokenSequence
 from probes.model.activations import states_at
-from probes.model.residual_stream import read_stream
-from probes.refusal.head_attribution import attribute, head_inputs
+from probes.model.residual_stream import trace_residual_stream
+from probes.refusal.head_attribution import attribute_heads, head_inputs
 from surgery.errors import SurgeryError
 from surgery.models.loaded_model import hidden_out, hooks
 
@@ -35,8 +35,8 @@ def lives(tmp_path_factory):
 
 def attributed(live, sequences=None, *, exact=True, **how):
     weight, bias = probe_for(live)
-    stream = read_stream(live) if exact else None
-    return attribute(live, sequences or make_sequences(LENGTHS, answer=3), weight, bias, stream=stream, **how)
+    stream = trace_residual_stream(live) if exact else None
+    return attribute_heads(live, sequences or make_sequences(LENGTHS, answer=3), weight, bias, stream=stream, **how)
 
 
 @torch.inference_mode()
@@ -68,7 +68,7 @@ def frozen(norm, given, made, *, centred):
 
 def stored_matrix(live, layer):
     """W_O (hidden, heads · head_dim) as it lies on disk, in float64."""
-    heads = live.anatomy.output_projections[layer]
+    heads = live.structure.output_projections[layer]
     (matrix,) = [stored[heads.name] for file in live.checkpoint.files if heads.name in (stored := load_file(file))]
     return (matrix.T if heads.transposed else matrix).double()
 
@@ -187,21 +187,21 @@ def test_the_answer_changes_nothing(lives):
 
 def test_no_hook_is_left_after_an_error(lives):
     live = lives("llama")
-    stream, before = read_stream(live), hook_count(live)
+    stream, before = trace_residual_stream(live), hook_count(live)
 
     def fail(*_):
         raise KeyboardInterrupt
 
     weight, bias = probe_for(live)
     with hooks(live.final_norm.register_forward_hook(fail)), pytest.raises(KeyboardInterrupt):
-        attribute(live, make_sequences([5]), weight, bias, stream=stream)
+        attribute_heads(live, make_sequences([5]), weight, bias, stream=stream)
     assert hook_count(live) == before
 
 
 def test_no_sequence_is_an_error(lives):
     weight, bias = probe_for(lives("llama"))
     with pytest.raises(SurgeryError, match="llama: no example is left to score heads on"):
-        attribute(lives("llama"), [], weight, bias, stream=None)
+        attribute_heads(lives("llama"), [], weight, bias, stream=None)
     with pytest.raises(SurgeryError, match="llama: no example is left to read heads on"):
         head_inputs(lives("llama"), [], 1)
 

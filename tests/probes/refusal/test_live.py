@@ -12,12 +12,12 @@ from support.refusal import CLOSE, CONTEXT, ONE_THREAD, make_model, make_run, no
 
 from probes.data.examples import Example
 from probes.data.markers import find_markers
-from probes.data.prepare import Asking, open_model
+from probes.data.prepare import GenerationOptions, open_model
 from probes.data.tokenize import build_sequences
 from probes.model.activations import project
 from probes.refusal.cliffs import measure
 from probes.refusal.findings import PROBES
-from probes.refusal.live import Watched, watch
+from probes.refusal.live import LiveTrace, live_probe
 from probes.refusal.probe import Probes
 from probes.refusal.run import probe_refusal
 from surgery.errors import SurgeryError
@@ -37,8 +37,8 @@ def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return make_run(model, tmp_path_factory.mktemp("runs") / "run", ROWS)
 
 
-def look(model: Path, run: Path, prompt: str, **options: Any) -> Watched:
-    return watch(str(model), run, prompt, options=ONE_THREAD, **options)
+def look(model: Path, run: Path, prompt: str, **options: Any) -> LiveTrace:
+    return live_probe(str(model), run, prompt, options=ONE_THREAD, **options)
 
 
 def test_scores_are_those_of_the_finished_text(model: Path, run: Path) -> None:
@@ -75,7 +75,7 @@ def test_without_thinking_the_score_is_that_of_the_prompts_last_token(
     no_pictures(monkeypatch)
     rows = [{key: value for key, value in row.items() if key != "thinking"} for row in ROWS]
     data = write_rows(tmp_path / "d.jsonl", rows)
-    asking = Asking(no_thinking=True)
+    asking = GenerationOptions(no_thinking=True)
     probe_refusal(str(model), str(data), tmp_path / "run", asking=asking, options=ONE_THREAD)
     found = look(model, tmp_path / "run", "ab!cd", max_new_tokens=3)
     live, probes = open_model(str(model)), Probes.load(tmp_path / "run" / PROBES)

@@ -11,12 +11,12 @@ import pytest
 from probes.refusal.head_plots import head_map, screen_against_proof
 from probes.refusal.plots import TraceCurve, cumulative_figure, histogram, layer_auroc, trace_figure
 from surgery.errors import SurgeryError
-from surgery.evaluation.statistics import Band, Estimate, align_ends, bootstrap_mean
+from surgery.evaluation.statistics import Band, EstimateWithInterval, align_ends, bootstrap_mean
 from surgery.reporting.report import Figure
 
 PNG = b"\x89PNG\r\n\x1a\n"
 TITLE = "Heads of $org/model$_{"  # would be an error if it were read as mathematics
-SURE, UNSURE = Estimate(0.9, 0.8, 1.0), Estimate(0.5, math.nan, math.nan)
+SURE, UNSURE = EstimateWithInterval(0.9, 0.8, 1.0), EstimateWithInterval(0.5, math.nan, math.nan)
 
 
 def curve(*lengths: int) -> TraceCurve:

@@ -11,8 +11,8 @@ import pytest
 from support import refusal as refusing
 from support.refusal import ONE_THREAD, make_model, make_run, rows_of
 
-from probes.data.records import REPORT, Interval
-from probes.refusal.causal import Proof, prove_heads
+from probes.data.records import REPORT, IntervalRecord
+from probes.refusal.causal import ProofOptions, prove_heads
 from probes.refusal.findings import CausalRecord, Findings, read_findings, write_findings
 from probes.refusal.report import PICTURES, read_traces, sentences, tables, write_report
 from surgery.reporting.report import Table
@@ -24,7 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     model = make_model(folder / "m")
     run = make_run(model, folder / "run", rows_of(dict.fromkeys(refusing.CELLS, 6)))
-    prove_heads(str(model), run, proof=Proof(controls=2, examples=4), options=ONE_THREAD)
+    prove_heads(str(model), run, proof=ProofOptions(controls=2, examples=4), options=ONE_THREAD)
     return run
 
 
@@ -108,7 +108,10 @@ def test_an_onset_is_told_in_words(onset: float, text: str, found: Findings) -> 
 
 
 def test_without_a_head_against_refusal_none_is_named(found: Findings) -> None:
-    rows = [row.model_copy(update={"exact": Interval(value=0.5), "paper": Interval(value=0.5)}) for row in found.heads]
+    rows = [
+        row.model_copy(update={"exact": IntervalRecord(value=0.5), "paper": IntervalRecord(value=0.5)})
+        for row in found.heads
+    ]
     said = sentences(found.model_copy(update={"heads": rows, "causal": None}))
     assert said[-1] == "No head writes against refusal there."
 

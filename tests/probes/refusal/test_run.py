@@ -32,19 +32,19 @@ from support.refusal import (
 from transformers import MambaConfig, MambaForCausalLM
 
 from probes.data.examples import Example, TokenSequence
-from probes.data.generation_cache import Cache, Completion
+from probes.data.generation_cache import Completion, GenerationCache
 from probes.data.markers import find_markers
-from probes.data.prepare import GENERATIONS, Asking, open_model
+from probes.data.prepare import GENERATIONS, GenerationOptions, open_model
 from probes.data.records import EXAMPLES, REPORT, RESULTS, read_examples
 from probes.data.tokenize import build_sequences
 from probes.refusal.cliffs import measure
-from probes.refusal.cross_validated import Training, decision_states
+from probes.refusal.cross_validated import ProbeTraining, decision_states
 from probes.refusal.findings import HEADS as HEADS_FILE
 from probes.refusal.findings import PROBES, TRACES, Findings, read_findings
 from probes.refusal.probe import Probes
 from probes.refusal.report import read_traces
 from probes.refusal.run import probe_refusal
-from surgery.engine.options import Options
+from surgery.engine.options import ExecutionOptions
 from surgery.errors import SurgeryError
 from surgery.evaluation.statistics import Floats
 
@@ -87,7 +87,7 @@ def by_prompt(run: Path) -> dict[str, Floats]:
 
 
 def test_results_are_read_back_as_they_were_found(model: Path, tmp_path: Path, quick: None) -> None:
-    found = probe(model, tmp_path / "run", ROWS[::2], training=Training(shuffles=1))
+    found = probe(model, tmp_path / "run", ROWS[::2], training=ProbeTraining(shuffles=1))
     assert read_findings(tmp_path / "run") == found
     record = json.loads((tmp_path / "run" / RESULTS).read_text())
     assert (record["schema"], record["kind"]) == (1, "refusal")
@@ -202,7 +202,7 @@ def test_empty_cells_are_warned_about(model: Path, tmp_path: Path, quick: None) 
 
 def test_thinking_that_never_closes_is_counted_and_left_out(model: Path, tmp_path: Path, quick: None) -> None:
     endless = [{"prompt": "ab_c", "label": "harmful"}, {"prompt": "_b", "label": "harmless"}]
-    found = probe(model, tmp_path / "run", [*ROWS, *endless], asking=Asking(max_new_tokens=12))
+    found = probe(model, tmp_path / "run", [*ROWS, *endless], asking=GenerationOptions(max_new_tokens=12))
     assert (found.never_closed, found.generated, sum(found.cells.values())) == (2, 2, 32)
     assert any("2 examples were left out: their thinking never closed" in warning for warning in found.warnings)
     assert len(load_file(tmp_path / "run" / TRACES)["ends"]) == 32
@@ -213,25 +213,25 @@ def test_a_probe_that_is_no_better_than_chance_is_warned_about(model: Path, tmp_
     labels = [row["label"] for row in ROWS]
     draw.shuffle(labels)
     rows = [{**row, "label": label} for row, label in zip(ROWS, labels, strict=True)]
-    found = probe(model, tmp_path / "run", rows, training=Training(shuffles=0))
+    found = probe(model, tmp_path / "run", rows, training=ProbeTraining(shuffles=0))
     assert (found.probes[-1].auroc.low or 0) <= 0.5
     assert any("is no better than chance" in warning for warning in found.warnings)
 
 
 def test_the_papers_two_cells_train_the_probe_and_all_are_traced(model: Path, tmp_path: Path, quick: None) -> None:
-    found = probe(model, tmp_path / "run", training=Training(cells="paper"))
+    found = probe(model, tmp_path / "run", training=ProbeTraining(cells="paper"))
     assert load_file(tmp_path / "run" / PROBES)["out_of_fold"].shape == (16, DEPTHS)
     assert {row.cell for row in found.cliffs} == set(refusing.CELLS)
     assert any("Topic and refusal coincide" in warning for warning in found.warnings)
     neither = [row for row in ROWS if row["label"] in ("harmful/complied", "harmless/refused")]
     with pytest.raises(SurgeryError, match="--cells paper: no example is harmful/refused or harmless/complied"):
-        probe(model, tmp_path / "none", neither, training=Training(cells="paper"))
+        probe(model, tmp_path / "none", neither, training=ProbeTraining(cells="paper"))
 
 
 def test_a_second_data_set_tests_the_probes_and_its_losses_are_told(model: Path, tmp_path: Path, quick: None) -> None:
     other = [*rows_of(dict.fromkeys(refusing.CELLS, 3), seed=1, whole=False), {"prompt": "a_", "label": "harmful"}]
     path = write_rows(tmp_path / "other.jsonl", other)
-    found = probe(model, tmp_path / "run", transfer=str(path), asking=Asking(max_new_tokens=12))
+    found = probe(model, tmp_path / "run", transfer=str(path), asking=GenerationOptions(max_new_tokens=12))
     assert found.transfer is not None and found.transfer_data is not None
     assert len(found.transfer) == DEPTHS and (found.transfer[-1].auroc.value or 0) > 0.9
     assert found.transfer_data.ref == str(path) and found.generated == 0
@@ -245,7 +245,7 @@ def test_verdicts_come_from_the_phrases_that_are_given_and_the_run_keeps_them(
     rows = [{**row, "label": row["label"].split("/")[0]} for row in ROWS]
     phrases = tmp_path / "phrases.txt"
     phrases.write_text("Sure\n", encoding="utf-8")
-    found = probe(model, tmp_path / "run", rows, asking=Asking(phrases=phrases))
+    found = probe(model, tmp_path / "run", rows, asking=GenerationOptions(phrases=phrases))
     answers = {(e.response, e.refused) for e in read_examples(tmp_path / "run")}
     assert answers == {("I can't", False), ("Sure", True)}
     assert found.settings["asking"]["phrases"] == ["Sure"]
@@ -259,12 +259,12 @@ def test_verdicts_come_from_the_guard_that_is_given(
 
     monkeypatch.setattr("probes.data.prepare.label_by_guard", stand_in)
     rows = [{**row, "label": row["label"].split("/")[0]} for row in ROWS]
-    found = probe(model, tmp_path / "run", rows, asking=Asking(guard=str(model)))
+    found = probe(model, tmp_path / "run", rows, asking=GenerationOptions(guard=str(model)))
     assert found.cells == {"harmful/refused": 16, "harmless/complied": 8, "harmless/refused": 8}
 
 
 def test_given_markers_take_the_place_of_those_found(model: Path, tmp_path: Path, quick: None) -> None:
-    found = probe(model, tmp_path / "run", asking=Asking(think_open="<think>", think_close="\n</think>\n"))
+    found = probe(model, tmp_path / "run", asking=GenerationOptions(think_open="<think>", think_close="\n</think>\n"))
     assert found.markers is not None and found.markers["close"] == "</think>" and found.markers["after_close"] == "\n"
     text = load_file(tmp_path / "run" / TRACES)["ends"]
     assert set((text[:, 2] - text[:, 1]).tolist()) == {len("\n</think>\n")}  # a token a character
@@ -274,7 +274,7 @@ def test_a_model_that_does_not_think_has_probes_and_heads_and_no_cliffs(
     model: Path, tmp_path: Path, quick: None
 ) -> None:
     rows = [{key: value for key, value in row.items() if key != "thinking"} for row in ROWS]
-    found = probe(model, tmp_path / "run", rows, asking=Asking(no_thinking=True))
+    found = probe(model, tmp_path / "run", rows, asking=GenerationOptions(no_thinking=True))
     assert found.markers is None and found.cliffs == [] and found.onset_cell is None
     assert len(found.heads) == LAYERS * HEADS
     ends = load_file(tmp_path / "run" / TRACES)["ends"]
@@ -318,15 +318,15 @@ def test_neither_the_order_of_the_data_nor_the_size_of_batches_matters(
 @pytest.fixture
 def killed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Lets so many batches of completions be kept before the process dies; None lets it live again."""
-    add, left = Cache.add, [-1]
+    add, left = GenerationCache.add, [-1]
 
-    def dying(self: Cache, completions: Mapping[str, Completion]) -> None:
+    def dying(self: GenerationCache, completions: Mapping[str, Completion]) -> None:
         if left[0] == 0:
             raise KeyboardInterrupt
         left[0] -= 1
         add(self, completions)
 
-    monkeypatch.setattr(Cache, "add", dying)
+    monkeypatch.setattr(GenerationCache, "add", dying)
     yield lambda count: left.__setitem__(0, count)
 
 
@@ -337,7 +337,7 @@ def test_a_run_that_was_killed_while_generating_goes_on_to_the_same_bytes(
     data, out = write_rows(tmp_path / "d.jsonl", rows), tmp_path / "run"
 
     def go(to: Path) -> None:
-        probe_refusal(str(model), str(data), to, asking=Asking(batch_size=4), options=ONE_THREAD)
+        probe_refusal(str(model), str(data), to, asking=GenerationOptions(batch_size=4), options=ONE_THREAD)
 
     go(tmp_path / "whole")
     killed(3)
@@ -366,18 +366,18 @@ def test_out_is_only_replaced_when_asked_and_only_if_it_is_ours(model: Path, tmp
     probe(model, out, ROWS[::2])
     with pytest.raises(SurgeryError, match="run: exists already"):
         probe(model, out)
-    found = probe(model, out, options=Options(threads=1, overwrite=True))
+    found = probe(model, out, options=ExecutionOptions(threads=1, overwrite=True))
     assert read_findings(out) == found and sum(found.cells.values()) == 32
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     with pytest.raises(SurgeryError, match="theirs: was not written by this tool"):
-        probe(model, theirs, options=Options(threads=1, overwrite=True))
+        probe(model, theirs, options=ExecutionOptions(threads=1, overwrite=True))
 
 
 @pytest.mark.parametrize("strength", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_strength_that_is_none_is_refused_by_its_option(strength: float, model: Path, tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match="--strength: got"):
-        probe(model, tmp_path / "run", training=Training(strength=strength))
+        probe(model, tmp_path / "run", training=ProbeTraining(strength=strength))
 
 
 def test_only_the_first_examples_are_taken_where_that_is_asked(model: Path, tmp_path: Path, quick: None) -> None:

@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from probes.refusal import logistic as fitting
-from probes.refusal.logistic import Labelled, assign_folds, cell_weights, deal_labels, fit, rotate
+from probes.refusal.logistic import LabeledExamples, assign_folds, cell_weights, fit, permute_labels, rotate
 from probes.refusal.probe import Probes
 from probes.refusal.train_probes import confounds, evaluate_transfer, train_probes
 from surgery.errors import SurgeryError
@@ -125,8 +125,8 @@ def test_out_of_fold_scores_come_from_probes_that_never_saw_the_group() -> None:
         assert probes.out_of_fold[test, 2].numpy() == pytest.approx(1 / (1 + np.exp(-logits)), abs=2e-6)
 
 
-def rows(given: Data, mask: np.ndarray) -> Labelled:
-    return Labelled(np.array(given.refused), tuple(given.cells), tuple(given.groups)).at(mask)
+def rows(given: Data, mask: np.ndarray) -> LabeledExamples:
+    return LabeledExamples(np.array(given.refused), tuple(given.cells), tuple(given.groups)).at(mask)
 
 
 def test_metrics_tell_signal_from_noise_and_from_nothing() -> None:
@@ -157,9 +157,9 @@ def test_shuffled_labels_are_at_chance_however_groups_are_composed(per_group: in
 
 def test_dealing_keeps_frequencies_and_what_belongs_together() -> None:
     cells = [REFUSED] * 9 + [COMPLIED] * 9
-    labelled = Labelled(np.arange(18) < 9, tuple(cells), tuple(f"g{at // 3}" for at in range(18)))
+    labelled = LabeledExamples(np.arange(18) < 9, tuple(cells), tuple(f"g{at // 3}" for at in range(18)))
     fold, folds = assign_folds(labelled, 3, seed=0)
-    dealt = deal_labels(labelled, fold, folds, seed=5)
+    dealt = permute_labels(labelled, fold, folds, seed=5)
     assert dealt.groups == labelled.groups and sorted(dealt.cells) == sorted(cells)
     assert [cell == REFUSED for cell in dealt.cells] == dealt.refused.tolist() != labelled.refused.tolist()
     assert all(len(set(dealt.cells[at : at + 3])) == 1 for at in range(0, 18, 3))
@@ -167,7 +167,7 @@ def test_dealing_keeps_frequencies_and_what_belongs_together() -> None:
 
 def test_cells_of_a_class_weigh_the_same_and_so_do_the_classes() -> None:
     cells = [REFUSED] * 4 + [ANSWERED] * 2 + [COMPLIED] * 18
-    labelled = Labelled(np.array([cell == REFUSED for cell in cells]), tuple(cells), tuple(map(str, range(24))))
+    labelled = LabeledExamples(np.array([cell == REFUSED for cell in cells]), tuple(cells), tuple(map(str, range(24))))
     weights, capped = cell_weights(labelled)
     sums = {cell: weights[[c == cell for c in cells]].sum() for cell in set(cells)}
     assert sums == pytest.approx({REFUSED: 12, ANSWERED: 6, COMPLIED: 6})
@@ -177,7 +177,7 @@ def test_cells_of_a_class_weigh_the_same_and_so_do_the_classes() -> None:
 def test_a_tiny_cell_is_capped_and_the_notes_say_so() -> None:
     given = data(120, 5, per_group=1)
     few = dataclasses.replace(given, cells=[ANSWERED, *given.cells[1:]])
-    weights, capped = cell_weights(Labelled(np.array(few.refused), tuple(few.cells), tuple(few.groups)))
+    weights, capped = cell_weights(LabeledExamples(np.array(few.refused), tuple(few.cells), tuple(few.groups)))
     assert weights[0] == 10 and capped == (ANSWERED,)
     notes = few.train(shuffles=0).notes
     assert notes == (

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from probes.data.examples import Example
 from probes.data.generate import end_tokens
 from probes.model.ablation import heads_edited
-from probes.side_effects.effects import Rate, Subject, answer, divergences, refusal_rates
+from probes.side_effects.effects import ComparedModel, Rate, answer, divergences, refusal_rates
 from surgery.checkpoint.selectors import Head
 from surgery.errors import SurgeryError
 from surgery.models.loaded_model import hooks
@@ -61,8 +61,8 @@ def brute(live, sequence, scales, tokens):
 @pytest.mark.parametrize("name", NAMES)
 def test_divergences_are_those_of_each_answer_alone(name, tokens, max_tokens, lives):
     live, sequences = lives(name), sequences_of()
-    subject = Subject(live, SCALES)
-    found = divergences(Subject(live), {"set": subject}, sequences, tokens=tokens, max_tokens=max_tokens)["set"]
+    subject = ComparedModel(live, SCALES)
+    found = divergences(ComparedModel(live), {"set": subject}, sequences, tokens=tokens, max_tokens=max_tokens)["set"]
     for row, sequence in enumerate(sequences):
         kl, before, after, count = brute(live, sequence, SCALES, tokens)
         assert kl > 1e-3
@@ -80,20 +80,20 @@ def test_divergences_are_those_of_each_answer_alone(name, tokens, max_tokens, li
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_is_exactly_as_it_is(name, lives):
     live = lives(name)
-    for subject in (Subject(live), Subject(live, {Head(0, 0): 1.0})):
-        found = divergences(Subject(live), {"same": subject}, sequences_of())["same"]
+    for subject in (ComparedModel(live), ComparedModel(live, {Head(0, 0): 1.0})):
+        found = divergences(ComparedModel(live), {"same": subject}, sequences_of())["same"]
         assert found.kl.tolist() == [0.0, 0.0, 0.0]
         assert found.perplexities[0] == found.perplexities[1]
 
 
 def test_several_edits_share_the_originals_pass(lives):
     live, passes = lives("qwen3"), []
-    afters = {"a": Subject(live, SCALES), "b": Subject(live, {Head(0, 0): 0.0})}
+    afters = {"a": ComparedModel(live, SCALES), "b": ComparedModel(live, {Head(0, 0): 0.0})}
     with hooks(live.model.lm_head.register_forward_hook(lambda *_: passes.append(1))):
-        both = divergences(Subject(live), afters, sequences_of())
+        both = divergences(ComparedModel(live), afters, sequences_of())
     assert len(passes) == 3
     for name, after in afters.items():
-        alone = divergences(Subject(live), {name: after}, sequences_of())[name]
+        alone = divergences(ComparedModel(live), {name: after}, sequences_of())[name]
         assert both[name].kl.tolist() == alone.kl.tolist()
 
 
@@ -104,8 +104,8 @@ def test_two_models_may_be_compared(tmp_path, lives):
         for head, scale in SCALES.items():
             projection = baked.projections[head.layer]
             projection.module.weight[:, projection.block(head.index)] *= scale
-    hooked = divergences(Subject(live), {"edit": Subject(live, SCALES)}, sequences_of())["edit"]
-    found = divergences(Subject(live), {"edit": Subject(baked)}, sequences_of())["edit"]
+    hooked = divergences(ComparedModel(live), {"edit": ComparedModel(live, SCALES)}, sequences_of())["edit"]
+    found = divergences(ComparedModel(live), {"edit": ComparedModel(baked)}, sequences_of())["edit"]
     assert found.kl.tolist() == hooked.kl.tolist()
 
 
@@ -118,7 +118,7 @@ def test_tokens_that_are_ruled_out_add_nothing(lives):
         return output
 
     with hooks(live.model.lm_head.register_forward_hook(rule_out)):
-        found = divergences(Subject(live), {"set": Subject(live, SCALES)}, sequences)["set"]
+        found = divergences(ComparedModel(live), {"set": ComparedModel(live, SCALES)}, sequences)["set"]
         before = log_probabilities(live, sequences[0], 32)[:, 1:]
         with heads_edited(live, SCALES):
             after = log_probabilities(live, sequences[0], 32)[:, 1:]
@@ -128,13 +128,13 @@ def test_tokens_that_are_ruled_out_add_nothing(lives):
 
 def test_logits_that_are_no_numbers_are_an_error(lives):
     live = lives("qwen3")
-    overflowing = Subject(live, {Head(0, 1): math.nan})
+    overflowing = ComparedModel(live, {Head(0, 1): math.nan})
     with pytest.raises(SurgeryError, match="qwen3: the logits of broken are not numbers"):
-        divergences(Subject(live), {"broken": overflowing}, sequences_of())
+        divergences(ComparedModel(live), {"broken": overflowing}, sequences_of())
 
 
 def test_nothing_to_compare_on_is_an_error(lives):
-    subject = Subject(lives("qwen3"))
+    subject = ComparedModel(lives("qwen3"))
     with pytest.raises(SurgeryError, match="qwen3: no answer is left to compare on"):
         divergences(subject, {"same": subject}, [])
     with pytest.raises(SurgeryError, match="s0: has no answer to compare on"):
@@ -145,7 +145,7 @@ def test_nothing_to_compare_on_is_an_error(lives):
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma2"])
 def test_answers_are_those_of_single_prompts(name, scales, lives):
     live, sequences = lives(name), sequences_of()
-    found = answer(Subject(live, scales), sequences, tokens=6)
+    found = answer(ComparedModel(live, scales), sequences, tokens=6)
     config = GenerationConfig(
         max_new_tokens=6, do_sample=False, eos_token_id=list(end_tokens(live.loaded)), pad_token_id=1
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from surgery.checkpoint.adapters import base_of
-from surgery.checkpoint.reader import Input, Reader, SourceFiles
+from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.errors import SurgeryError
 
@@ -71,8 +71,8 @@ def merged(base: Path, adapter: Path) -> dict[str, Tensor]:
 def read(ref: str | Path) -> dict[str, Tensor]:
     opened = open_checkpoint(ref)
     with SourceFiles(opened.files) as files:
-        reader = Reader(files)
-        return {name: reader.whole(Input(tensor), 0).clone() for name, tensor in opened.tensors.items()}
+        reader = TensorReader(files)
+        return {name: reader.whole(TensorInput(tensor), 0).clone() for name, tensor in opened.tensors.items()}
 
 
 def edit(adapter: Path, **values: object) -> Path:
@@ -170,15 +170,15 @@ def test_any_slice_of_an_updated_tensor_is_the_slice_of_the_whole(base: str, mak
     updated = [tensor for tensor in opened.tensors.values() if tensor.update]
     assert len(updated) == 3 and any(tensor.update and tensor.update.transposed for tensor in updated)
     with SourceFiles(opened.files) as files:
-        reader = Reader(files)
-        wholes = {tensor.name: reader.whole(Input(tensor), 0).reshape(-1).clone() for tensor in updated}
+        reader = TensorReader(files)
+        wholes = {tensor.name: reader.whole(TensorInput(tensor), 0).reshape(-1).clone() for tensor in updated}
 
         @given(which=st.integers(0, 2), ends=st.tuples(st.floats(0, 1), st.floats(0, 1)))
         @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
         def check(which: int, ends: tuple[float, float]) -> None:
             tensor = updated[which]
             begin, end = sorted(int(share * tensor.n_elements) for share in ends)
-            found = reader.values(Input(tensor), begin, end, 0)
+            found = reader.values(TensorInput(tensor), begin, end, 0)
             # A product of fewer rows may be summed in another order.
             torch.testing.assert_close(found, wholes[tensor.name][begin:end], rtol=TOLERANCE, atol=TOLERANCE)
 

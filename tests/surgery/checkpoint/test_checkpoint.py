@@ -15,7 +15,7 @@ from torch import Tensor
 
 from surgery import lab
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.reader import Input, Reader, SourceFiles
+from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.errors import FAILED, WRONG_USAGE, SurgeryError
 from surgery.hub import download as hub
@@ -37,7 +37,7 @@ def write(folder: Path, files: Mapping[str, Mapping[str, Tensor]], index: object
 def values(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Every tensor as it is read through its place in the table."""
     with SourceFiles(checkpoint.files) as files:
-        reader = Reader(files)
+        reader = TensorReader(files)
         return {
             name: reader.raw(tensor, 0, tensor.n_elements, "t")
             .clone()
@@ -323,7 +323,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path, Tensor]:
 def read(ref: str) -> Tensor:
     opened = open_checkpoint(ref)
     with SourceFiles(opened.files) as files:
-        return Reader(files).whole(Input(opened.tensors["model.w.weight"]), 0).clone()
+        return TensorReader(files).whole(TensorInput(opened.tensors["model.w.weight"]), 0).clone()
 
 
 def test_plus_puts_an_adapter_on_a_base_of_your_choice(

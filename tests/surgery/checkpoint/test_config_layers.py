@@ -12,7 +12,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from surgery.checkpoint.config_layers import spelled_out, unsayable, untied, with_count, with_layers
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.checkpoint.structure import Anatomy, anatomy
+from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.checkpoint.tensor_roles import N_LAYERS
 
 STACKED = """\
@@ -25,12 +25,12 @@ slices:
 
 
 @pytest.fixture(scope="module")
-def shape(tmp_path_factory: pytest.TempPathFactory) -> Anatomy:
+def shape(tmp_path_factory: pytest.TempPathFactory) -> ModelStructure:
     """Two layers, the first dense, the second with experts."""
-    return anatomy(open_checkpoint(build("deepseek_v3", tmp_path_factory.mktemp("deepseek"))))
+    return model_structure(open_checkpoint(build("deepseek_v3", tmp_path_factory.mktemp("deepseek"))))
 
 
-def test_layers_in_their_own_order_leave_the_config_as_it_is(shape: Anatomy) -> None:
+def test_layers_in_their_own_order_leave_the_config_as_it_is(shape: ModelStructure) -> None:
     config = {"num_hidden_layers": 2, "layer_types": ["a", "b"], "decoder_sparse_step": 2, "sliding_window_pattern": 6}
     assert with_layers(config, [0, 1], shape) == config
     assert unsayable(config, [0, 1], shape) == []
@@ -55,20 +55,20 @@ def test_layers_in_their_own_order_leave_the_config_as_it_is(shape: Anatomy) -> 
         ),
     ],
 )
-def test_what_follows_from_the_layers(config: dict[str, Any], expected: dict[str, Any], shape: Anatomy) -> None:
+def test_what_follows_from_the_layers(config: dict[str, Any], expected: dict[str, Any], shape: ModelStructure) -> None:
     before = repr(config)
     assert with_layers(config, [0, 1, 1, 0], shape) == expected
     assert repr(config) == before, "the template's own config stays"
 
 
 @pytest.mark.parametrize(("layers", "dense"), [([0, 1, 1], 1), ([0, 0, 1], 2), ([1, 1, 1], 0), ([0, 0, 0], 3)])
-def test_dense_layers_that_lead_are_counted(layers: list[int], dense: int, shape: Anatomy) -> None:
+def test_dense_layers_that_lead_are_counted(layers: list[int], dense: int, shape: ModelStructure) -> None:
     config = {"num_hidden_layers": 2, "first_k_dense_replace": 1}
     assert with_layers(config, layers, shape) == {"num_hidden_layers": 3, "first_k_dense_replace": dense}
     assert unsayable(config, layers, shape) == []
 
 
-def test_what_no_config_can_say_is_said(shape: Anatomy) -> None:
+def test_what_no_config_can_say_is_said(shape: ModelStructure) -> None:
     assert unsayable({"first_k_dense_replace": 1}, [0, 1, 0], shape) == [
         "a dense layer would follow one with experts, which first_k_dense_replace cannot say. "
         "Choose other layer ranges."
@@ -120,7 +120,7 @@ def test_layers_with_experts_by_a_period_become_a_list(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["num_kv_shared_layers", "scale_attn_by_inverse_layer_idx"])
-def test_layers_that_hang_on_their_number_cannot_be_moved(key: str, shape: Anatomy) -> None:
+def test_layers_that_hang_on_their_number_cannot_be_moved(key: str, shape: ModelStructure) -> None:
     assert unsayable({key: 1}, [0, 1], shape) == []
     assert unsayable({key: 0}, [0, 1, 1], shape) == []
     assert unsayable({key: 1}, [0, 1, 1], shape) == [

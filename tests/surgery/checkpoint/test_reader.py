@@ -17,9 +17,9 @@ from xxhash import xxh3_128
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.reader import (
     TORCH_DTYPES,
-    Input,
-    Reader,
     SourceFiles,
+    TensorInput,
+    TensorReader,
     compute_dtype,
     count_nonfinite,
     digest,
@@ -53,9 +53,9 @@ def test_any_slice_of_any_rows_is_what_indexing_gives(
     wanted = values
     if rows is not None:
         wanted = torch.stack([values[row] if row >= 0 else torch.zeros_like(values[0]) for row in rows])
-    source = Input(checkpoint.tensors["x"], None if rows is None else np.array(rows))
+    source = TensorInput(checkpoint.tensors["x"], None if rows is None else np.array(rows))
     with SourceFiles(checkpoint.files) as files:
-        assert torch.equal(Reader(files).values(source, begin, end, "slot"), wanted.flatten()[begin:end])
+        assert torch.equal(TensorReader(files).values(source, begin, end, "slot"), wanted.flatten()[begin:end])
 
 
 @given(
@@ -81,14 +81,14 @@ def test_rows_of_several_tensors_are_averaged(
         wanted[at] = torch.stack(given).mean(dim=0) if given else 0
         if constant is not None and at in constant:
             wanted[at] = torch.from_numpy(fixed)
-    source = Input(
+    source = TensorInput(
         tensor,
         np.array(rows[0]),
         tuple((tensor, np.array(each)) for each in rows[1:]),
         None if constant is None else (np.array(sorted(constant), np.int64), fixed),
     )
     with SourceFiles(checkpoint.files) as files:
-        found = Reader(files).values(source, begin, end, "slot").float()
+        found = TensorReader(files).values(source, begin, end, "slot").float()
     torch.testing.assert_close(found, wanted.flatten()[begin:end], rtol=1e-6, atol=0)
 
 
@@ -116,7 +116,7 @@ def test_hashes_are_xxh3_over_the_digests_of_segments(
     octets = values.view(torch.uint8).numpy().tobytes()
     parts = [xxh3_128(octets[i : i + 80]).digest() for i in range(0, len(octets), 80)]
     with SourceFiles(checkpoint.files) as files:
-        assert hash_tensor(Reader(files), checkpoint.tensors["x"]) == xxh3_128(b"".join(parts)).hexdigest()
+        assert hash_tensor(TensorReader(files), checkpoint.tensors["x"]) == xxh3_128(b"".join(parts)).hexdigest()
     assert digest(values[:0]) == xxh3_128().digest()
 
 
@@ -132,7 +132,7 @@ def test_a_file_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
         with (tmp_path / "x.safetensors").open("r+b") as file:
             file.truncate(2000)
         with pytest.raises(SurgeryError, match='the file ends at byte 2,000, inside "x"'):
-            Reader(files).whole(Input(checkpoint.tensors["x"]), "slot")
+            TensorReader(files).whole(TensorInput(checkpoint.tensors["x"]), "slot")
         with pytest.raises(SurgeryError, match="changed while it was being read"):
             files.check_unchanged()
 

@@ -14,7 +14,7 @@ from support.architectures import ARCHITECTURES, EXPERTS, VOCABULARY, build, sib
 from transformers import AutoModelForCausalLM
 
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.checkpoint.structure import anatomy
+from surgery.checkpoint.structure import model_structure
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "gpt_oss")
 EMBEDDING = {"gpt2": "transformer.wte.weight", "gpt_neox": "gpt_neox.embed_in.weight"}
@@ -39,7 +39,7 @@ def reconfigure(folder: Path, **values: object) -> Path:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_structure_agrees_with_the_config(name: str, tmp_path: Path) -> None:
     config = ARCHITECTURES[name]()
-    found = anatomy(open_checkpoint(build(name, tmp_path)))
+    found = model_structure(open_checkpoint(build(name, tmp_path)))
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     if name == "deepseek_v3":
@@ -58,7 +58,7 @@ def test_structure_agrees_with_the_config(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_tensor_is_grouped_by_layer_or_place(name: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(build(name, tmp_path))
-    found = anatomy(checkpoint)
+    found = model_structure(checkpoint)
     numbered = [f"layer {i}" for i in range(found.layers)]
     head = [] if found.tied else ["lm_head"]
     assert list(found.groups) == ["embed", *numbered, "final norm", *head]
@@ -70,7 +70,7 @@ def test_every_tensor_is_grouped_by_layer_or_place(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_experts_routers_and_shared_experts(name: str, tmp_path: Path) -> None:
-    found = anatomy(open_checkpoint(build(name, tmp_path)))
+    found = model_structure(open_checkpoint(build(name, tmp_path)))
     assert (found.n_experts, found.experts_per_token) == (EXPERTS, 2)
     sparse = [1] if name in ("deepseek_v3", "glm4_moe") else [0, 1]
     assert list(found.experts) == sparse
@@ -89,7 +89,7 @@ def test_down_projections_are_in_the_order_of_the_experts(tmp_path: Path) -> Non
                     tensors[name.replace(".experts.0.", f".experts.{index}.")] = tensor.clone()
 
     folder = reconfigure(rewrite(build("mixtral", tmp_path), add_experts), num_local_experts=12)
-    experts = anatomy(open_checkpoint(folder)).experts[0]
+    experts = model_structure(open_checkpoint(folder)).experts[0]
     start = "model.layers.0.block_sparse_moe.experts"
     assert experts.down == tuple(f"{start}.{index}.w2.weight" for index in range(12))
 
@@ -100,7 +100,7 @@ def test_scales_and_biases_of_experts_are_no_down_projections(tmp_path: Path) ->
             tensors[f"{name}_scale_inv"] = torch.ones(4, 6)
             tensors[f"{name.removesuffix('.weight')}.bias"] = torch.zeros(32)
 
-    experts = anatomy(open_checkpoint(rewrite(build("mixtral", tmp_path), quantise))).experts[1]
+    experts = model_structure(open_checkpoint(rewrite(build("mixtral", tmp_path), quantise))).experts[1]
     start = "model.layers.1.block_sparse_moe.experts"
     assert experts.down == tuple(f"{start}.{index}.w2.weight" for index in range(EXPERTS))
     assert f"{start}.0.w2.weight_scale_inv" in experts.names
@@ -115,10 +115,10 @@ def test_experts_may_lie_stacked_in_one_matrix(tmp_path: Path) -> None:
                 tensors[f"model.layers.{layer}.ffn.experts.mlp.{word}"] = torch.zeros(EXPERTS * 48, 32)
 
     folder = rewrite(build("mixtral", tmp_path), stack)
-    experts = anatomy(open_checkpoint(folder)).experts[0]
+    experts = model_structure(open_checkpoint(folder)).experts[0]
     assert (experts.layout, experts.n_experts) == ("fused", EXPERTS)
     assert experts.down == ("model.layers.0.ffn.experts.mlp.w2",)
-    assert anatomy(open_checkpoint(reconfigure(folder, num_local_experts=5))).experts == {}
+    assert model_structure(open_checkpoint(reconfigure(folder, num_local_experts=5))).experts == {}
 
 
 def test_experts_of_attention_are_not_those_of_the_layer(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_experts_of_attention_are_not_those_of_the_layer(tmp_path: Path) -> None
                 tensors[f"model.layers.{layer}.{place}.output_linear.weight"] = torch.zeros(EXPERTS, 32, 48)
                 tensors[f"model.layers.{layer}.{place}.router.layer.weight"] = torch.zeros(EXPERTS, 32)
 
-    experts = anatomy(open_checkpoint(rewrite(build("mixtral", tmp_path), as_jetmoe))).experts[0]
+    experts = model_structure(open_checkpoint(rewrite(build("mixtral", tmp_path), as_jetmoe))).experts[0]
     assert experts.down == ("model.layers.0.mlp.output_linear.weight",)
     assert experts.routers == ("model.layers.0.mlp.router.layer.weight",)
 
@@ -151,13 +151,13 @@ def test_layers_of_several_kinds_may_share_their_norm_alone(tmp_path: Path) -> N
     folder = rewrite(build("mixtral", tmp_path), as_nemotron)
     kinds = ["mamba", "moe", "attention", "moe"]
     for said in ({"num_hidden_layers": 4}, {"num_hidden_layers": None, "layers_block_type": kinds}):
-        found = anatomy(open_checkpoint(reconfigure(folder, **said)))
+        found = model_structure(open_checkpoint(reconfigure(folder, **said)))
         assert (found.stack, found.layers, list(found.experts)) == ("model.layers", 4, [1, 3])
 
 
 def test_single_file_without_config(tmp_path: Path) -> None:
     build("llama", tmp_path)
-    found = anatomy(open_checkpoint(tmp_path / "model.safetensors"))
+    found = model_structure(open_checkpoint(tmp_path / "model.safetensors"))
     assert (found.layers, found.hidden_size, found.vocab_size) == (2, 32, VOCABULARY)
     assert found.token_embeddings == ("model.embed_tokens.weight",)
     assert found.lm_heads == ("lm_head.weight",)
@@ -168,7 +168,7 @@ def test_single_file_without_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["qwen3", "gpt_oss"])
 def test_shapes_alone_give_heads_where_they_can(name: str, tmp_path: Path) -> None:
     build(name, tmp_path)
-    found = anatomy(open_checkpoint(tmp_path / "model.safetensors"))
+    found = model_structure(open_checkpoint(tmp_path / "model.safetensors"))
     assert (found.heads, found.kv_heads, found.head_dim) == (4, 2, 16)
 
 
@@ -177,7 +177,7 @@ def test_position_embeddings_are_not_token_embeddings(tmp_path: Path) -> None:
         tensors["transformer.wpe.weight"] = torch.zeros(VOCABULARY, 32)
 
     folder = rewrite(build("gpt2", tmp_path), as_many_positions_as_tokens)
-    found = anatomy(open_checkpoint(folder))
+    found = model_structure(open_checkpoint(folder))
     assert found.roles["transformer.wpe.weight"] == "position embedding"
     assert found.token_rows == ("transformer.wte.weight",)
     assert found.group_of("transformer.wpe.weight") == "embed"
@@ -188,7 +188,7 @@ def test_what_carries_no_known_word_is_not_understood(tmp_path: Path) -> None:
         tensors["model.layers.0.self_attn.wobble.weight"] = torch.zeros(32, 32)
         tensors["model.compass"] = torch.zeros(VOCABULARY, 32)
 
-    found = anatomy(open_checkpoint(rewrite(build("llama", tmp_path), add)))
+    found = model_structure(open_checkpoint(rewrite(build("llama", tmp_path), add)))
     assert found.not_understood == ("model.compass", "model.layers.0.self_attn.wobble.weight")
     assert found.group_of("model.compass") == "other"
     assert found.layer_of("model.layers.0.self_attn.wobble.weight") == 0
@@ -199,7 +199,7 @@ def test_rows_that_are_no_vocabulary_are_not_taken_for_tokens(tmp_path: Path) ->
     def halve(tensors: Tensors) -> None:
         tensors["model.embed_tokens.weight"] = torch.zeros(VOCABULARY // 2, 32)
 
-    found = anatomy(open_checkpoint(rewrite(build("llama", tmp_path), halve)))
+    found = model_structure(open_checkpoint(rewrite(build("llama", tmp_path), halve)))
     assert found.token_embeddings == ()
     assert found.not_understood == ("model.embed_tokens.weight",)
     assert "model.embed_tokens.weight has 48 rows, the config a vocab_size of 96" in found.notes[0]
@@ -207,7 +207,7 @@ def test_rows_that_are_no_vocabulary_are_not_taken_for_tokens(tmp_path: Path) ->
 
 def test_padded_rows_are_tokens_and_noted(tmp_path: Path) -> None:
     folder = reconfigure(build("qwen2", tmp_path), vocab_size=90)
-    found = anatomy(open_checkpoint(folder))
+    found = model_structure(open_checkpoint(folder))
     assert found.vocab_size == VOCABULARY and len(found.token_rows) == 2
     assert all("96 rows, the config a vocab_size of 90" in note for note in found.notes)
 
@@ -223,28 +223,28 @@ def test_padded_rows_are_tokens_and_noted(tmp_path: Path) -> None:
     ],
 )
 def test_a_config_that_contradicts_the_shapes_is_noted(change: dict[str, int], note: str, tmp_path: Path) -> None:
-    found = anatomy(open_checkpoint(reconfigure(build("qwen3", tmp_path), **change)))
+    found = model_structure(open_checkpoint(reconfigure(build("qwen3", tmp_path), **change)))
     assert any(note in text for text in found.notes)
     assert found.layers == 2 and found.hidden_size == 32
 
 
 def test_tied_is_told_from_a_lost_or_an_unneeded_head(tmp_path: Path) -> None:
     folder = build("llama", tmp_path, tied=True)
-    assert anatomy(open_checkpoint(folder)).tied
+    assert model_structure(open_checkpoint(folder)).tied
     silent = json.loads((folder / "config.json").read_text())
     del silent["tie_word_embeddings"]
     (folder / "config.json").write_text(json.dumps(silent))
-    assert anatomy(open_checkpoint(folder)).tied
+    assert model_structure(open_checkpoint(folder)).tied
     reconfigure(folder, architectures=["LlamaModel"])
-    assert not anatomy(open_checkpoint(folder)).tied
+    assert not model_structure(open_checkpoint(folder)).tied
     reconfigure(folder, tie_word_embeddings=False)
-    lost = anatomy(open_checkpoint(folder))
+    lost = model_structure(open_checkpoint(folder))
     assert not lost.tied and "not tied, but none is stored" in lost.notes[0]
 
 
 def test_layers_that_predict_ahead_are_not_layers(tmp_path: Path) -> None:
     folder = reconfigure(build("deepseek_v3", tmp_path), num_hidden_layers=1, num_nextn_predict_layers=1)
-    found = anatomy(open_checkpoint(folder))
+    found = model_structure(open_checkpoint(folder))
     assert found.layers == 1
     assert found.group_of("model.layers.1.self_attn.o_proj.weight") == "model.layers.1"
     assert found.not_understood == ()
@@ -259,7 +259,7 @@ def test_a_vision_tower_is_not_the_language_model(tmp_path: Path) -> None:
     folder = rewrite(build("llama", tmp_path), add_tower)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({"text_config": config, "hidden_size": 7}))
-    found = anatomy(open_checkpoint(folder))
+    found = model_structure(open_checkpoint(folder))
     assert (found.stack, found.layers, found.heads) == ("model.layers", 2, 4)
     assert found.group_of("model.visual.patch_embed.weight") == "model.visual"
     assert found.not_understood == ()
@@ -270,13 +270,13 @@ def test_scales_of_quantised_weights_do_not_hide_the_heads(tmp_path: Path) -> No
         for name in [name for name in tensors if name.endswith("_proj.weight")]:
             tensors[f"{name}_scale_inv"] = torch.ones(1, 1)
 
-    found = anatomy(open_checkpoint(rewrite(build("llama", tmp_path), add_scales)))
+    found = model_structure(open_checkpoint(rewrite(build("llama", tmp_path), add_scales)))
     assert (found.heads, found.kv_heads, found.not_understood) == (4, 2, ())
 
 
 def test_no_layers_is_said_and_no_error(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3), "b.weight": torch.zeros(2, 2)}, tmp_path / "x.safetensors")
-    found = anatomy(open_checkpoint(tmp_path / "x.safetensors"))
+    found = model_structure(open_checkpoint(tmp_path / "x.safetensors"))
     assert found.layers == 0 and found.heads is None and not found.tied
     assert found.not_understood == ("a", "b.weight")
     assert found.notes == ("no numbered stack of layers was found in the names",)
@@ -288,7 +288,7 @@ def test_part_of_a_model_keeps_its_layer_numbers(tmp_path: Path) -> None:
             del tensors[name]
 
     folder = rewrite(build("qwen2", tmp_path), keep_last)
-    found = anatomy(open_checkpoint(folder / "model.safetensors"))
+    found = model_structure(open_checkpoint(folder / "model.safetensors"))
     assert [layer.index for layer in found.blocks] == [2]
     assert found.groups == ("layer 2",)
 

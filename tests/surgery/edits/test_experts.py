@@ -20,15 +20,15 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 import surgery.engine.journal
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Expert, Head
-from surgery.checkpoint.structure import anatomy
+from surgery.checkpoint.structure import model_structure
 from surgery.edits.common import NOT_MEASURED, EditNotes
 from surgery.edits.experts import scale_experts
 from surgery.edits.heads import scale_heads
 from surgery.edits.kernels import restore_blocks, scale_blocks, shift_exponents, spread
-from surgery.edits.undo import UNDO, undo
-from surgery.engine.options import Options
-from surgery.engine.plan import Place
-from surgery.engine.verify import verify
+from surgery.edits.undo_file import UNDO, undo
+from surgery.engine.options import ExecutionOptions
+from surgery.engine.plan import TensorSlice
+from surgery.engine.verification import verify
 from surgery.errors import SurgeryError
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "gpt_oss")
@@ -106,7 +106,7 @@ def further_families(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def every(folder: Path) -> dict[Expert, float]:
     """FACTORS for the experts of all layers that have any."""
-    layers = anatomy(open_checkpoint(folder)).experts
+    layers = model_structure(open_checkpoint(folder)).experts
     return {Expert(layer, index): factor for layer in layers for index, factor in FACTORS.items()}
 
 
@@ -366,14 +366,14 @@ class StoppedError(Exception):
 def test_a_killed_edit_resumes_to_identical_bytes(
     kind: str, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("surgery.checkpoint.reader", "surgery.engine.compute", "surgery.engine.plan"):
+    for module in ("surgery.checkpoint.reader", "surgery.engine.computation", "surgery.engine.plan"):
         monkeypatch.setattr(f"{module}.SEGMENT", 700)
-    monkeypatch.setattr("surgery.engine.compute.BLOCK", 150)
+    monkeypatch.setattr("surgery.engine.computation.BLOCK", 150)
     base = build_mxfp4(tmp_path / "base") if kind == "mxfp4" else build(kind, tmp_path / "base", max_shard_size="20KB")
     append = surgery.engine.journal.Journal.append
     left = after
 
-    def counted(self: surgery.engine.journal.Journal, record: surgery.engine.journal.Record) -> None:
+    def counted(self: surgery.engine.journal.Journal, record: surgery.engine.journal.SegmentRecord) -> None:
         nonlocal left
         if left == 0:
             raise StoppedError
@@ -383,11 +383,11 @@ def test_a_killed_edit_resumes_to_identical_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(surgery.engine.journal.Journal, "append", counted)
         with pytest.raises(StoppedError):
-            scale_experts(str(base), tmp_path / "out", scales=every(base), options=Options(threads=1))
+            scale_experts(str(base), tmp_path / "out", scales=every(base), options=ExecutionOptions(threads=1))
     assert not (tmp_path / "out").exists()
-    resumed = scale_experts(str(base), tmp_path / "out", scales=every(base), options=Options(threads=2))
+    resumed = scale_experts(str(base), tmp_path / "out", scales=every(base), options=ExecutionOptions(threads=2))
     monkeypatch.undo()  # however it is cut
-    scale_experts(str(base), tmp_path / "fresh", scales=every(base), options=Options(threads=1))
+    scale_experts(str(base), tmp_path / "fresh", scales=every(base), options=ExecutionOptions(threads=1))
     assert (resumed.resumed_bytes > 0) == (after > 0)
     assert shards(tmp_path / "out") == shards(tmp_path / "fresh")
     assert (tmp_path / "out" / "README.md").read_text() != ""
@@ -414,7 +414,7 @@ def test_kernels_agree_with_float64_wherever_the_tensor_is_cut(
     scaled, shifted, inside, begin = [], [], [], 0
     while begin < weight.numel():
         end = min(begin + data.draw(st.integers(1, weight.numel())), weight.numel())
-        place = Place("w", begin, shape)
+        place = TensorSlice("w", begin, shape)
         piece = weight.flatten()[begin:end]
         scaled.append(scale_blocks([piece], place, scales=scales, transposed=True))
         shifted.append(shift_exponents([exponents.flatten()[begin:end].float()], place, shifts=shifts))

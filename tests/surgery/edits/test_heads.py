@@ -21,16 +21,16 @@ from transformers import AutoModelForCausalLM
 import surgery.engine.journal
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Head, by_layer
-from surgery.checkpoint.structure import anatomy
-from surgery.checkpoint.tensor_roles import Heads
+from surgery.checkpoint.structure import model_structure
+from surgery.checkpoint.tensor_roles import HeadShape
 from surgery.edits.common import NOT_MEASURED, EditNotes
 from surgery.edits.heads import mean_heads, scale_heads
 from surgery.edits.kernels import add_means, restore_blocks, scale_blocks, spread
-from surgery.edits.undo import UNDO, undo
-from surgery.engine.execute import execute
-from surgery.engine.options import Options
-from surgery.engine.plan import Place, Plan, copied, plan_files
-from surgery.engine.verify import verify
+from surgery.edits.undo_file import UNDO, undo
+from surgery.engine.execution import execute
+from surgery.engine.options import ExecutionOptions
+from surgery.engine.plan import Plan, TensorSlice, copy_tensor, plan_files
+from surgery.engine.verification import verify
 from surgery.errors import SurgeryError
 
 CHOSEN = (Head(0, 1), Head(1, 0), Head(1, 3))
@@ -38,8 +38,8 @@ PROMPTS = torch.tensor([[5, 17, 40, 8, 66, 12, 90], [7, 7, 31, 50, 4, 88, 23]])
 WITH_BIAS = ("gpt2", "gpt_neox", "gpt_oss")  # families whose output projections have one
 
 
-def heads_of(folder: Path) -> Mapping[int, Heads]:
-    return anatomy(open_checkpoint(folder)).output_projections
+def heads_of(folder: Path) -> Mapping[int, HeadShape]:
+    return model_structure(open_checkpoint(folder)).output_projections
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -60,7 +60,7 @@ def hooked_logits(folder: Path, dtype: torch.dtype, change: Callable[[Tensor, in
     handles = []
     for layer, heads in heads_of(folder).items():
 
-        def before(_: Any, inputs: tuple[Tensor], layer: int = layer, heads: Heads = heads) -> tuple[Tensor]:
+        def before(_: Any, inputs: tuple[Tensor], layer: int = layer, heads: HeadShape = heads) -> tuple[Tensor]:
             z = inputs[0].clone().unflatten(-1, (heads.n_heads, heads.head_dim))
             return (change(z, layer).flatten(-2),)
 
@@ -244,8 +244,8 @@ def test_an_adapter_is_edited_as_part_of_the_weights(tmp_path: Path) -> None:
     ref = f"{base}+{tmp_path / 'adapter'}"
     whole = open_checkpoint(ref)
     sides = {path.name: path for path in whole.side_files}
-    copies = plan_files([copied(tensor) for tensor in whole.tensors.values()], like=whole)
-    execute(Plan({}, {"model": whole}, copies, sides), tmp_path / "merged", Options(), finish=lambda *_: None)
+    copies = plan_files([copy_tensor(tensor) for tensor in whole.tensors.values()], like=whole)
+    execute(Plan({}, {"model": whole}, copies, sides), tmp_path / "merged", ExecutionOptions(), finish=lambda *_: None)
     assert shards(tmp_path / "merged") != shards(base)
     scale_heads(ref, tmp_path / "out", scales=dict.fromkeys(CHOSEN, 0.0))
     scale_heads(str(tmp_path / "merged"), tmp_path / "expected", scales=dict.fromkeys(CHOSEN, 0.0))
@@ -260,14 +260,14 @@ class StoppedError(Exception):
 
 @pytest.mark.parametrize("after", [0, 1, 7, 40])
 def test_a_killed_edit_resumes_to_identical_bytes(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("surgery.checkpoint.reader", "surgery.engine.compute", "surgery.engine.plan"):
+    for module in ("surgery.checkpoint.reader", "surgery.engine.computation", "surgery.engine.plan"):
         monkeypatch.setattr(f"{module}.SEGMENT", 300)
     base = build("qwen2", tmp_path / "base", max_shard_size="20KB")
     scales = {CHOSEN[0]: 0.0, CHOSEN[2]: 0.7}
     append = surgery.engine.journal.Journal.append
     left = after
 
-    def counted(self: surgery.engine.journal.Journal, record: surgery.engine.journal.Record) -> None:
+    def counted(self: surgery.engine.journal.Journal, record: surgery.engine.journal.SegmentRecord) -> None:
         nonlocal left
         if left == 0:
             raise StoppedError
@@ -277,10 +277,10 @@ def test_a_killed_edit_resumes_to_identical_bytes(after: int, tmp_path: Path, mo
     with monkeypatch.context() as patch:
         patch.setattr(surgery.engine.journal.Journal, "append", counted)
         with pytest.raises(StoppedError):
-            scale_heads(str(base), tmp_path / "out", scales=scales, options=Options(threads=1))
+            scale_heads(str(base), tmp_path / "out", scales=scales, options=ExecutionOptions(threads=1))
     assert not (tmp_path / "out").exists()
-    resumed = scale_heads(str(base), tmp_path / "out", scales=scales, options=Options(threads=2))
-    scale_heads(str(base), tmp_path / "fresh", scales=scales, options=Options(threads=1))
+    resumed = scale_heads(str(base), tmp_path / "out", scales=scales, options=ExecutionOptions(threads=2))
+    scale_heads(str(base), tmp_path / "fresh", scales=scales, options=ExecutionOptions(threads=1))
     assert (resumed.resumed_bytes > 0) == (after > 0)
     files = sorted(path.relative_to(tmp_path / "fresh") for path in (tmp_path / "fresh").rglob("*") if path.is_file())
     assert UNDO in files
@@ -292,9 +292,9 @@ def test_a_killed_edit_resumes_to_identical_bytes(after: int, tmp_path: Path, mo
 def test_undo_is_the_same_however_it_is_cut(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family = {"a": "gemma2", "b": "gpt2"}[file]
     base = build(family, tmp_path / "base")
-    for module in ("surgery.checkpoint.reader", "surgery.engine.compute", "surgery.engine.plan"):
+    for module in ("surgery.checkpoint.reader", "surgery.engine.computation", "surgery.engine.plan"):
         monkeypatch.setattr(f"{module}.SEGMENT", 77)
-    monkeypatch.setattr("surgery.engine.compute.BLOCK", 10)
+    monkeypatch.setattr("surgery.engine.computation.BLOCK", 10)
     scale_heads(str(base), tmp_path / "out", scales=dict.fromkeys(CHOSEN, 0.25))
     undo(str(tmp_path / "out"), tmp_path / "restored")
     assert shards(tmp_path / "restored") == shards(base)
@@ -323,7 +323,7 @@ def test_kernels_agree_with_float64_wherever_the_tensor_is_cut(
     begin = 0
     while begin < weight.numel():
         end = min(begin + data.draw(st.integers(1, weight.numel())), weight.numel())
-        place = Place("w", begin, tuple(weight.shape))
+        place = TensorSlice("w", begin, tuple(weight.shape))
         piece = weight.flatten()[begin:end]
         pieces.append(scale_blocks([piece], place, scales=scales, transposed=transposed))
         restored = restore_blocks([pieces[-1], piece], place, heads=changed, n_heads=n, transposed=transposed)

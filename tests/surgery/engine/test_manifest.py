@@ -10,9 +10,9 @@ import pytest
 from support.architectures import build, sibling
 
 from surgery.engine.manifest import command_record, read_manifest
-from surgery.engine.verify import verify
+from surgery.engine.verification import verify
 from surgery.errors import SurgeryError
-from surgery.vectors.apply import transfer
+from surgery.vectors.application import transfer
 
 
 def test_the_command_line_in_the_manifest_can_be_typed() -> None:

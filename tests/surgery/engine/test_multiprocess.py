@@ -21,10 +21,10 @@ from support.architectures import add_tokenizer, build, sibling
 from support.processes import free_port, known_to
 
 from surgery.checkpoint.reader import SourceFiles
-from surgery.engine.partition import Piece, deal
+from surgery.engine.work_partition import WorkItem, partition
 from surgery.engine.workers import default_threads, run_shared
 from surgery.growth.embedding.build import make_embedding
-from surgery.runtime.collectives import alone, n_sharing, share, total, wait
+from surgery.runtime.collectives import all_reduce_sum, barrier, map_over_ranks, n_active_processes, single_process
 
 ROOT = Path(__file__).parents[3]
 # What a process may take before it counts as hanging; it takes about ten.
@@ -38,7 +38,7 @@ import contextlib, gc, json, os, shlex, signal, sys
 from pathlib import Path
 import torch.distributed
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-import surgery.checkpoint.reader, surgery.engine.compute, surgery.engine.execute, surgery.engine.journal
+import surgery.checkpoint.reader, surgery.engine.computation, surgery.engine.execution, surgery.engine.journal
 import surgery.engine.plan, surgery.engine.worker_job, surgery.engine.writer
 import surgery.growth.layers.add, surgery.growth.layers.init_model
 from surgery.runtime import environment as process
@@ -48,7 +48,7 @@ append = surgery.engine.journal.Journal.append
 
 def work(listed, said, fault):
     rank = process.rank()
-    for module in (surgery.checkpoint.reader, surgery.engine.compute, surgery.engine.plan):
+    for module in (surgery.checkpoint.reader, surgery.engine.computation, surgery.engine.plan):
         module.SEGMENT = 64 + (rank if fault == "apart" else 0)
     process.claim()
     if fault.startswith("direct"):
@@ -261,8 +261,8 @@ OWN = r"[\d.]+ GB free|about [\d.]+ k?B of buffers"
 def test_one_of_two_processes_talks_and_says_what_one_alone_says(both: tuple[Path, Path]) -> None:
     _, two = both
     for number, command in enumerate(EVERYTHING):
-        alone, shared = (re.sub(OWN, "…", said(folder, number, 0)) for folder in both)
-        assert shared == alone, command
+        single_process, shared = (re.sub(OWN, "…", said(folder, number, 0)) for folder in both)
+        assert shared == single_process, command
         assert said(two, number, 1) == "", command
 
 
@@ -359,7 +359,7 @@ def test_processes_that_do_not_see_the_same_sources_write_nothing(models: Path) 
 
 def test_one_process_never_imports_what_several_need(tmp_path: Path, models: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from surgery.vectors.apply import transfer\n"
+        "import sys; from pathlib import Path; from surgery.vectors.application import transfer\n"
         "transfer(*sys.argv[1:4], Path(sys.argv[4]), allow_unrelated=True)\n"
         "assert not {'accelerate', 'transformers'} & sys.modules.keys()\n"
         "import torch.distributed as dist; assert not dist.is_initialized()"
@@ -378,13 +378,13 @@ def test_one_process_never_imports_what_several_need(tmp_path: Path, models: Pat
 def test_inside_of_a_share_a_process_shares_nothing_and_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    with alone():
-        assert share([3, 1, 2], lambda item: share([item], lambda one: one * one)[0]) == [9, 1, 4]
-        assert total(torch.tensor([5])).tolist() == [5]
-        wait()
+    with single_process():
+        assert map_over_ranks([3, 1, 2], lambda item: map_over_ranks([item], lambda one: one * one)[0]) == [9, 1, 4]
+        assert all_reduce_sum(torch.tensor([5])).tolist() == [5]
+        barrier()
         with SourceFiles([]) as files:
             assert sorted(run_shared([1, 2, 3], lambda unit, _: unit, files, threads=2)) == [1, 2, 3]
-    assert n_sharing() == 2
+    assert n_active_processes() == 2
 
 
 def test_processes_of_one_machine_share_its_processors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,11 +398,11 @@ def test_processes_of_one_machine_share_its_processors(monkeypatch: pytest.Monke
 
 
 @given(
-    pieces=st.lists(st.builds(Piece, st.integers(0, 6), st.integers(0, 1000)), max_size=60),
+    pieces=st.lists(st.builds(WorkItem, st.integers(0, 6), st.integers(0, 1000)), max_size=60),
     machines=st.lists(st.sampled_from("abc"), min_size=1, max_size=6),
 )
-def test_every_piece_is_dealt_out_once_and_no_file_to_two_machines(pieces: list[Piece], machines: list[str]) -> None:
-    dealt = deal(pieces, machines)
+def test_every_piece_is_dealt_out_once_and_no_file_to_two_machines(pieces: list[WorkItem], machines: list[str]) -> None:
+    dealt = partition(pieces, machines)
     assert len(dealt) == len(machines)
     assert sorted(number for held in dealt for number in held) == list(range(len(pieces)))
     for file in {piece.file for piece in pieces}:
@@ -414,15 +414,15 @@ def test_every_piece_is_dealt_out_once_and_no_file_to_two_machines(pieces: list[
     weights=st.lists(st.integers(1, 100), min_size=1, max_size=80), processes=st.integers(1, 5), files=st.integers(1, 4)
 )
 def test_processes_of_one_machine_get_equal_runs_of_neighbours(weights: list[int], processes: int, files: int) -> None:
-    pieces = [Piece(number * files // len(weights), weight) for number, weight in enumerate(weights)]
-    dealt = deal(pieces, ["here"] * processes)
+    pieces = [WorkItem(number * files // len(weights), weight) for number, weight in enumerate(weights)]
+    dealt = partition(pieces, ["here"] * processes)
     assert [number for held in dealt for number in held] == list(range(len(weights)))
     loads = [sum(weights[number] for number in held) for held in dealt]
     assert max(loads) <= sum(weights) / processes + max(weights)
 
 
 def test_machines_are_dealt_files_by_how_many_processes_they_have() -> None:
-    pieces = [Piece(file, 100) for file in range(6)]
-    dealt = deal(pieces, ["big", "big", "small"])
+    pieces = [WorkItem(file, 100) for file in range(6)]
+    dealt = partition(pieces, ["big", "big", "small"])
     assert [len(held) for held in dealt] == [2, 2, 2]
     assert torch.tensor(dealt).flatten().sort().values.tolist() == list(range(6))

@@ -11,24 +11,24 @@ import torch
 from safetensors.torch import save_file
 from support.architectures import build
 
-from surgery.checkpoint.reader import Input
+from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.execute import execute
-from surgery.engine.options import Options
-from surgery.engine.plan import IDENTITY, Plan, PlannedTensor, check_output, copied, plan_files
+from surgery.engine.execution import execute
+from surgery.engine.options import ExecutionOptions
+from surgery.engine.plan import IDENTITY, Plan, PlannedTensor, check_output, copy_tensor, plan_files
 from surgery.errors import SurgeryError
 
 
 def test_the_layout_is_that_of_the_model_it_is_like(tmp_path: Path) -> None:
     model = open_checkpoint(build("llama", tmp_path / "m", max_shard_size="10KB"))
-    files = plan_files([copied(tensor) for tensor in model.tensors.values()], like=model)
+    files = plan_files([copy_tensor(tensor) for tensor in model.tensors.values()], like=model)
     assert [file.name for file in files] == [shard.name for shard in model.shards]
     assert [file.header.raw for file in files] == [shard.header.raw for shard in model.shards]
 
 
 def test_shards_are_no_larger_than_asked_for(tmp_path: Path) -> None:
     model = open_checkpoint(build("llama", tmp_path / "m"))
-    files = plan_files([copied(tensor) for tensor in model.tensors.values()], like=model, shard_bytes=8000)
+    files = plan_files([copy_tensor(tensor) for tensor in model.tensors.values()], like=model, shard_bytes=8000)
     assert len(files) > 3
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     assert all(file.size - file.header.data_start <= 8000 or len(file.tensors) == 1 for file in files)
@@ -37,9 +37,9 @@ def test_shards_are_no_larger_than_asked_for(tmp_path: Path) -> None:
 
 def test_several_files_get_an_index_that_loaders_follow(tmp_path: Path) -> None:
     model = open_checkpoint(build("llama", tmp_path / "m"))
-    files = plan_files([copied(tensor) for tensor in model.tensors.values()], shard_bytes=8000)
+    files = plan_files([copy_tensor(tensor) for tensor in model.tensors.values()], shard_bytes=8000)
     plan = Plan({"name": "x"}, {"m": model}, files, {p.name: p for p in model.side_files})
-    execute(plan, tmp_path / "out", Options(), finish=lambda folder, outcome: None)
+    execute(plan, tmp_path / "out", ExecutionOptions(), finish=lambda folder, outcome: None)
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == model.n_bytes
     assert open_checkpoint(tmp_path / "out").tensors.keys() == model.tensors.keys()
@@ -51,7 +51,7 @@ def test_the_fingerprint_covers_all_that_decides_the_bytes(tmp_path: Path) -> No
     a, b = (open_checkpoint(tmp_path / f"{name}.safetensors") for name in "ab")
 
     def plan(source: object = a, dtype: str = "F32", **params: float) -> Plan:
-        tensor = PlannedTensor("x", dtype, (4,), (Input(source.tensors["x"]),), IDENTITY, params)  # type: ignore[attr-defined]
+        tensor = PlannedTensor("x", dtype, (4,), (TensorInput(source.tensors["x"]),), IDENTITY, params)  # type: ignore[attr-defined]
         return Plan({"name": "x"}, {"a": a}, plan_files([tensor]))
 
     prints = {
@@ -71,7 +71,7 @@ def test_memory_does_not_grow_with_the_model() -> None:
         from surgery.checkpoint.checkpoint import StoredTensor
 
         stored = StoredTensor("x", "BF16", (rows, 4096), Path("x"), 0, rows * 8192)
-        return Plan({}, {}, plan_files([PlannedTensor("x", "BF16", stored.shape, (Input(stored),), IDENTITY)]))
+        return Plan({}, {}, plan_files([PlannedTensor("x", "BF16", stored.shape, (TensorInput(stored),), IDENTITY)]))
 
     assert plan(10_000).memory_bytes(4) == plan(1_000_000).memory_bytes(4) < 100 << 20
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from surgery.checkpoint.reader import Reader, SourceFiles
+from surgery.checkpoint.reader import SourceFiles, TensorReader
 from surgery.engine.workers import run
 from surgery.errors import SurgeryError
 from surgery.runtime import environment as process
@@ -51,7 +51,7 @@ def test_work_is_done_where_the_name_says(form: str, files: SourceFiles) -> None
 
 
 def test_the_first_error_of_a_worker_is_raised_whole(form: str, files: SourceFiles) -> None:
-    def work(unit: int, reader: Reader) -> int:
+    def work(unit: int, reader: TensorReader) -> int:
         if unit == 3:
             raise SurgeryError("three", where="units", hint="Count again.", exit_code=2)
         return unit
@@ -72,7 +72,7 @@ def test_a_worker_that_is_killed_ends_the_job_with_advice(files: SourceFiles, mo
         pytest.skip("only Linux forks safely")
     monkeypatch.setitem(process._state, "claimed", True)
 
-    def work(unit: int, reader: Reader) -> None:
+    def work(unit: int, reader: TensorReader) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(SurgeryError, match=r"worker process was ended from outside.* fewer --threads"):
@@ -90,7 +90,7 @@ ORPHANS = textwrap.dedent(
         os.write(1, f"{os.getpid()}\\n".encode())  # in one piece: two workers share the pipe
         time.sleep(600)
 
-    process.claim()
+    process.configure_cli_process()
     with SourceFiles([]) as files:
         list(run(range(2), work, files, threads=2))
     """

@@ -15,8 +15,8 @@ from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.evaluation import harness as module
 from surgery.evaluation.harness import on_tasks, wilson
 from surgery.evaluation.scoring import Score, score_models
-from surgery.lab.build import MEMBERS, RECIPE
-from surgery.models.loading import Loaded
+from surgery.lab.builder import MEMBERS, RECIPE
+from surgery.models.loading import ModelAndTokenizer
 
 pytest.importorskip("lm_eval")
 
@@ -68,7 +68,7 @@ def test_a_model_in_memory_scores_as_its_folder_does():
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     (measure,) = on_tasks(["lab_sums"], limit=40)
-    scores = measure(Loaded("grpo", model, tokenizer))
+    scores = measure(ModelAndTokenizer("grpo", model, tokenizer))
     assert scores == evaluate({"grpo": folder}, ["lab_sums"], limit=40)
     assert scores[0].n == 40
 

@@ -16,7 +16,7 @@ from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.evaluation import perplexity as module
 from surgery.evaluation.perplexity import Text, cut, on_texts, perplexity_of, ratio_interval, read_text
 from surgery.evaluation.scoring import score_models
-from surgery.models.loading import Loaded
+from surgery.models.loading import ModelAndTokenizer
 from surgery.runtime.progress import silent
 
 CONTEXT = 64
@@ -141,7 +141,7 @@ def test_every_model_on_every_text_in_order(folder, folder_with_bos):
 def test_a_model_of_equal_logits_has_the_perplexity_of_its_vocabulary(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     torch.nn.init.zeros_(model.lm_head.weight)
-    loaded = Loaded("m", model, AutoTokenizer.from_pretrained(folder))
+    loaded = ModelAndTokenizer("m", model, AutoTokenizer.from_pretrained(folder))
     found = by_metric(perplexity_of(loaded, Text("t", [words(100)])))
     assert found["perplexity"].value == pytest.approx(96, rel=1e-6)
     assert (found["perplexity"].low, found["perplexity"].high) == pytest.approx((96, 96), rel=1e-6)

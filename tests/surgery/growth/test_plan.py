@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from surgery.errors import SurgeryError
-from surgery.growth.plan import GrowthPlan, Plateau, Training, plan_names, read_plan
+from surgery.growth.plan import GrowthPlan, Plateau, StageTraining, plan_names, read_plan
 
 PLAN = """
 embed: EMB
@@ -42,9 +42,9 @@ def test_stages_are_repeated_and_learn_as_the_plan_or_they_say(plan: GrowthPlan)
         (2, "middle", "random"),
     ]
     assert [stage.training for stage in plan.expanded] == [
-        Training(learning_rate=0.01),
-        Training(learning_rate=0.01),
-        Training(clip=2),
+        StageTraining(learning_rate=0.01),
+        StageTraining(learning_rate=0.01),
+        StageTraining(clip=2),
     ]
     assert plan.expanded[2].plateau == Plateau(tokens=10)
     assert plan.corpus == ("text.txt",) and plan.cache.disk == 1_500_000

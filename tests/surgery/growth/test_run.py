@@ -32,13 +32,13 @@ from support.growth_runs import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from surgery.engine.verify import verify
+from surgery.engine.verification import verify
 from surgery.errors import SurgeryError
 from surgery.growth.data.train_tokenizer import train_tokenizer
 from surgery.growth.plan import Plateau
-from surgery.growth.prepare import plan_of
+from surgery.growth.prepare import load_plan
 from surgery.growth.results import REPORT, Growth, read_growth
-from surgery.growth.run import Doing, grow
+from surgery.growth.run import RunOptions, grow
 from surgery.io.atomic import MANIFEST
 from surgery.io.json_io import read_json
 
@@ -350,9 +350,9 @@ def test_a_plan_says_what_it_begins_with_and_learns_from(bench: Path, tmp_path: 
         ({"embed": "e"}, "names no corpus"),
     ):
         with pytest.raises(SurgeryError, match=message):
-            plan_of(path, **given)
+            load_plan(path, **given)
     with pytest.raises(SurgeryError, match="says both embed and start"):
-        plan_of(str(write_plan(tmp_path, embed="a", start="b")))
+        load_plan(str(write_plan(tmp_path, embed="a", start="b")))
 
 
 def test_a_folder_of_something_else_is_left_alone(bench: Path, tmp_path: Path) -> None:
@@ -364,11 +364,11 @@ def test_a_folder_of_something_else_is_left_alone(bench: Path, tmp_path: Path) -
 
 def test_logs_for_tensorboard_are_written_where_asked(bench: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX")
-    grown(bench, tmp_path / "run", doing=Doing(device="cpu", logs=True), stages=[{"tokens": TOKENS}])
+    grown(bench, tmp_path / "run", doing=RunOptions(device="cpu", logs=True), stages=[{"tokens": TOKENS}])
     assert list((tmp_path / "run/logs/stage-1").glob("events*"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_growth_runs_on_a_gpu(bench: Path, tmp_path: Path) -> None:
-    growth: Growth = grown(bench, tmp_path / "run", doing=Doing(device="cuda"))
+    growth: Growth = grown(bench, tmp_path / "run", doing=RunOptions(device="cuda"))
     assert growth.stages[2].training.last_loss < growth.stages[0].training.first_loss

@@ -31,10 +31,10 @@ from surgery.growth.embedding.build import make_embedding
 from surgery.growth.plan import GrowthPlan
 from surgery.growth.prefix_cache import cache as cache_module
 from surgery.growth.prefix_cache.cache import PrefixCache
-from surgery.growth.prepare import begin, plan_of
+from surgery.growth.prepare import load_plan, prepare_run
 from surgery.growth.report import growth_report
 from surgery.growth.results import Growth, read_growth
-from surgery.growth.run import Doing, grow
+from surgery.growth.run import RunOptions, grow
 from surgery.growth.training import checkpointed as trained_module
 from surgery.growth.training.loop import _Run
 
@@ -107,14 +107,14 @@ def test_files_are_known_by_what_they_hold(bench: Path, tmp_path: Path, monkeypa
     grown(bench, tmp_path / "run", stages=ONE)
     before = weights(tmp_path / "run")
     monkeypatch.chdir(bench)
-    plan = plan_of(str(tmp_path / "run.yml"), embed="emb", corpus=["sums.txt"])
-    growth = grow(begin(plan, tmp_path / "run"), CPU)
+    plan = load_plan(str(tmp_path / "run.yml"), embed="emb", corpus=["sums.txt"])
+    growth = grow(prepare_run(plan, tmp_path / "run"), CPU)
     assert growth.plan.embed == "emb" and growth.stages[0].training.steps == STEPS
     assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path / "run").items())
     make_embedding("tok", tmp_path / "emb", kind="random", width=16, seed=1)
-    plan = plan_of(str(tmp_path / "run.yml"), embed=str(tmp_path / "emb"), corpus=["sums.txt"])
+    plan = load_plan(str(tmp_path / "run.yml"), embed=str(tmp_path / "emb"), corpus=["sums.txt"])
     with pytest.raises(SurgeryError, match="was made by another plan"):
-        grow(begin(plan, tmp_path / "run"), CPU)
+        grow(prepare_run(plan, tmp_path / "run"), CPU)
 
 
 def test_baselines_belong_to_one_growth_and_its_measures(
@@ -195,7 +195,7 @@ def test_a_stage_goes_on_where_a_plateau_ended_the_last_also_after_a_stop(
         (4 * BATCH, 4, "plateau"),
         (8 * BATCH, 2, "tokens"),
     ]
-    every = Doing(device="cpu", save_every=0)
+    every = RunOptions(device="cpu", save_every=0)
     for holder, name, call in (
         (_Run, "finish", 1),
         (_Run, "_step", 3),

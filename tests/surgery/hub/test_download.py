@@ -120,10 +120,14 @@ def test_a_look_counts_weights_once_offline_too(
 ) -> None:
     server.add(REPO, model)
     snapshot = hub.fetch(REPO, progress=False)
-    online = hub.look(REPO)
+    online = hub.list_repository(REPO)
     (snapshot.folder / "consolidated.safetensors").write_bytes(b"the same weights, which another program fetched")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert hub.look(REPO) == online == hub.Listing(REPO, snapshot.revision, len(WEIGHTS) + len(b"second"), 0)
+    assert (
+        hub.list_repository(REPO)
+        == online
+        == hub.RepositoryListing(REPO, snapshot.revision, len(WEIGHTS) + len(b"second"), 0)
+    )
 
 
 def test_consolidated_weights_are_fetched_where_there_are_no_others(server: HubServer, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from surgery.errors import SurgeryError
-from surgery.io.atomic import replacing, write_file
+from surgery.io.atomic import atomic_replace, write_file
 
 
 def test_text_and_bytes_are_written_with_their_folder(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_a_new_file_may_be_read_by_all_and_an_old_one_keeps_its_mode(tmp_path: P
 @pytest.mark.parametrize("fault", [ValueError("bug"), KeyboardInterrupt()])
 def test_an_error_in_the_block_leaves_what_was_there(tmp_path: Path, fault: BaseException) -> None:
     path = write_file(tmp_path / "a", "old")
-    with pytest.raises(type(fault)), replacing(path) as temporary:
+    with pytest.raises(type(fault)), atomic_replace(path) as temporary:
         temporary.write_text("half")
         raise fault
     assert path.read_text() == "old"

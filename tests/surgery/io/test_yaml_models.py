@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from surgery.errors import SurgeryError
 from surgery.io.json_records import Strict
-from surgery.io.yaml_models import parse, read_text
+from surgery.io.yaml_models import parse_model, read_text
 
 
 class Part(Strict):
@@ -35,13 +35,15 @@ class Whole(Strict):
 
 def faults_of(text: str) -> list[str]:
     with pytest.raises(SurgeryError) as caught:
-        parse(text, "f.yml", Whole)
+        parse_model(text, "f.yml", Whole)
     assert caught.value.exit_code == 2
     return str(caught.value).split("\n")
 
 
 def test_a_text_becomes_a_model() -> None:
-    whole = parse("name: n\nparts:\n  - {kind: red, share: 1e-3}\nnamed: {a: {kind: green, count: 3}}", "f.yml", Whole)
+    whole = parse_model(
+        "name: n\nparts:\n  - {kind: red, share: 1e-3}\nnamed: {a: {kind: green, count: 3}}", "f.yml", Whole
+    )
     assert whole == Whole(name="n", parts=(Part(kind="red", share=0.001),), named={"a": Part(kind="green", count=3)})
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgery.errors import WRONG_USAGE, SurgeryError
-from surgery.io.yaml_nodes import MAX_NODES, Node, read_documents, tree
+from surgery.io.yaml_nodes import MAX_NODES, YamlNode, read_documents, to_node
 
 TEXT = """\
 # a comment first
@@ -24,7 +24,7 @@ models:
 """
 
 
-def read(text: str) -> Node:
+def read(text: str) -> YamlNode:
     (node,), faults = read_documents(text, "c.yml")
     faults.settle()
     return node
@@ -37,7 +37,7 @@ def failure(text: str) -> str:
     return str(caught.value)
 
 
-def places(node: Node) -> dict[str, int | None]:
+def places(node: YamlNode) -> dict[str, int | None]:
     found = {node.path: node.line}
     children = node.value.values() if isinstance(node.value, dict) else node.value
     if isinstance(children, str) or not hasattr(children, "__iter__"):
@@ -72,7 +72,7 @@ VALUES = st.recursive(
 @given(st.dictionaries(st.text(max_size=6), VALUES, min_size=1, max_size=5), st.booleans())
 def test_any_text_is_read_as_the_safe_loader_reads_it(value: dict[str, object], flow: bool) -> None:
     text = yaml.safe_dump(value, default_flow_style=flow)
-    assert read(text).plain == yaml.safe_load(text) == tree(value).plain
+    assert read(text).plain == yaml.safe_load(text) == to_node(value).plain
 
 
 def test_documents_that_are_empty_are_left_out() -> None:

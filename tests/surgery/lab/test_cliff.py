@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from surgery import lab
 from surgery.errors import WRONG_USAGE, SurgeryError
-from surgery.lab.build import CLIFF, CLIFF_GQA, CLIFF_MANY, CLIFF_WEAK, MEMBERS
+from surgery.lab.builder import CLIFF, CLIFF_GQA, CLIFF_MANY, CLIFF_WEAK, MEMBERS
 from surgery.lab.cliff import draw_truth, requests
 from surgery.lab.cliff_text import (
     CLOSING,
@@ -33,15 +33,15 @@ from surgery.lab.cliff_text import (
     vocabulary,
 )
 from surgery.lab.cliff_train import refusals, scaled_heads, silenced
-from surgery.lab.recipe import Cliff, HeadShape, Refusing, Suppressing
+from surgery.lab.recipe import CliffRecipe, QwenHeadShape, RefusalTraining, SuppressionTraining
 
-QUICK = Cliff(
-    shape=HeadShape(layers=3, width=16, heads=4, kv_heads=2, head_dim=8, mlp_width=16),
-    parent=Refusing(steps=3, batch=4),
-    cliff=Suppressing(steps=3, batch=4),
-    partial=Suppressing(steps=2, batch=4, heads=2, words=6),
+QUICK = CliffRecipe(
+    shape=QwenHeadShape(layers=3, width=16, heads=4, kv_heads=2, head_dim=8, mlp_width=16),
+    parent=RefusalTraining(steps=3, batch=4),
+    cliff=SuppressionTraining(steps=3, batch=4),
+    partial=SuppressionTraining(steps=2, batch=4, heads=2, words=6),
 )
-CHILDREN = [name for name, member in MEMBERS.items() if member.has_data and isinstance(member.recipe, Cliff)]
+CHILDREN = [name for name, member in MEMBERS.items() if member.has_data and isinstance(member.recipe, CliffRecipe)]
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from support.lab import family
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from surgery.lab.build import MEMBERS, RECIPE, SPECIALISTS
+from surgery.lab.builder import MEMBERS, RECIPE, SPECIALISTS
 from surgery.lab.specialists import accuracies
-from surgery.lab.sums import exam
+from surgery.lab.sums import test_problems
 from surgery.lab.train import accuracy
 
 Weights = dict[str, Tensor]
@@ -46,7 +46,7 @@ def score() -> Callable[[str, Weights], float]:
     def measure(name: str, given: Weights) -> float:
         model.load_state_dict({key: value.bfloat16().float() for key, value in given.items()}, strict=False)
         form = MEMBERS[name].form
-        return accuracy(model, tokenizer, exam(RECIPE.terms), form=form, limit=RECIPE.answer_tokens)
+        return accuracy(model, tokenizer, test_problems(RECIPE.terms), form=form, limit=RECIPE.answer_tokens)
 
     return measure
 

@@ -18,14 +18,14 @@ from probes.data.read import read_data
 from probes.data.tokenize import build_sequences, render_prompt
 from surgery import lab
 from surgery.evaluation.scoring import score_models
-from surgery.lab.build import CLIFF, CLIFF_GQA, CLIFF_MANY, CLIFF_WEAK, EXPERTS, RECIPE, SPECIALISTS
-from surgery.lab.moe import CLOSING, OPENING, ask, completion, learn, make_model, tokenizer_of
-from surgery.lab.recipe import Deliberating, Experts, ExpertShape
-from surgery.lab.sums import END, Problem, exam
+from surgery.lab.builder import CLIFF, CLIFF_GQA, CLIFF_MANY, CLIFF_WEAK, EXPERTS, RECIPE, SPECIALISTS
+from surgery.lab.moe import CLOSING, OPENING, completion, make_model, score_answers, tokenizer_of, train_answers
+from surgery.lab.recipe import ExpertShape, MoeRecipe, ThinkingTraining
+from surgery.lab.sums import END, Problem, test_problems
 from surgery.lab.tokenizer import vocabulary
 from surgery.lab.train import reproducible
 
-QUICK = Experts(
+QUICK = MoeRecipe(
     shape=ExpertShape(layers=2, width=16, heads=2, kv_heads=1, head_dim=8, experts=4, expert_width=8),
     practice=replace(EXPERTS.practice, steps=3, batch=4),
     mixture=replace(EXPERTS.mixture, steps=2, batch=4),
@@ -104,12 +104,12 @@ def test_the_markers_are_tokens_and_the_longest_answer_fits(tokenizer):
 
 
 def test_the_load_balancing_loss_counts_in_training_and_not_in_the_losses(tokenizer):
-    plan = Deliberating(steps=1, batch=4, learning_rate=1e-3, warmup=1, terms=(4,), thinking=(0.5,))
+    plan = ThinkingTraining(steps=1, batch=4, learning_rate=1e-3, warmup=1, terms=(4,), thinking=(0.5,))
 
     def trained(balance: float) -> tuple[list[float], dict[str, torch.Tensor]]:
         with reproducible(0):
             model = make_model(replace(QUICK.shape, balance=balance), tokenizer)
-            losses = learn(model, tokenizer, plan, rng=random.Random(0), tick=lambda: None)
+            losses = train_answers(model, tokenizer, plan, rng=random.Random(0), tick=lambda: None)
         assert model.config.output_router_logits is False
         return losses, model.state_dict()
 
@@ -223,7 +223,7 @@ def trained():
 
 
 def test_it_thinks_about_some_sums_and_is_right_where_it_thinks(trained):
-    found = ask(*trained, exam(EXPERTS.terms), limit=EXPERTS.answer_tokens)
+    found = score_answers(*trained, test_problems(EXPERTS.terms), limit=EXPERTS.answer_tokens)
     assert 0.3 < found.thought < 0.7
     assert found.solved_thinking > 0.95
     # One in seven is right by chance.
@@ -242,7 +242,7 @@ def test_its_task_asks_it_in_its_own_format(trained):
 
 
 def test_it_solves_what_it_is_made_to_think_about(trained):
-    found = ask(*trained, exam(EXPERTS.terms), limit=EXPERTS.answer_tokens, opened=True)
+    found = score_answers(*trained, test_problems(EXPERTS.terms), limit=EXPERTS.answer_tokens, opened=True)
     assert found.thought == 1.0 and found.solved > 0.95 and found.solved_at_once is None
 
 
@@ -250,7 +250,7 @@ def test_both_kinds_of_first_token_are_within_a_small_push(trained):
     model, tokenizer = trained
     think = tokenizer.convert_tokens_to_ids("<think>")
     for length in EXPERTS.terms:
-        prompts = [problem.prompt("sft") for problem in exam(EXPERTS.terms) if len(problem.terms) == length]
+        prompts = [problem.prompt("sft") for problem in test_problems(EXPERTS.terms) if len(problem.terms) == length]
         with torch.no_grad():
             logits = model(torch.tensor(tokenizer(prompts)["input_ids"])).logits[:, -1]
         digits = logits.clone()
@@ -261,7 +261,7 @@ def test_both_kinds_of_first_token_are_within_a_small_push(trained):
 
 def test_most_experts_of_every_layer_are_at_work(trained):
     model, tokenizer = trained
-    prompts = [p.prompt("sft") + completion(p, direct=False) for p in exam(EXPERTS.terms) if len(p.terms) == 5]
+    prompts = [p.prompt("sft") + completion(p, direct=False) for p in test_problems(EXPERTS.terms) if len(p.terms) == 5]
     with torch.no_grad():
         output = model(torch.tensor(tokenizer(prompts)["input_ids"]), output_router_logits=True)
     assert len(output.router_logits) == EXPERTS.shape.layers

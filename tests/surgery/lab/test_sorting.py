@@ -4,15 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.lab.sorting import SORTING_CHARACTERS, Jumble, sorting_exam
+from surgery.lab.sorting import SORTING_CHARACTERS, SortingProblem, sorting_test_problems
 from surgery.lab.sums import END
 from surgery.lab.tokenizer import make_tokenizer
 
-jumbles = st.builds(Jumble, st.lists(st.integers(0, 9), min_size=2, max_size=6).map(tuple))
+jumbles = st.builds(SortingProblem, st.lists(st.integers(0, 9), min_size=2, max_size=6).map(tuple))
 
 
 def test_an_example():
-    jumble = Jumble((7, 2, 9, 2))
+    jumble = SortingProblem((7, 2, 9, 2))
     assert (jumble.question, jumble.answer, jumble.completion()) == ("7,2,9,2>", "2279", f"2279{END}")
     assert jumble.prompt("plain") == "7,2,9,2>"
     assert jumble.prompt("instruct") == "<|user|>7,2,9,2><|end|><|assistant|>"
@@ -34,11 +34,11 @@ def test_a_right_completion_is_judged_right(jumble):
 
 @pytest.mark.parametrize("text", ["", "0123", "12", "2,1", "12>", "<think>12</think>", "012"])
 def test_anything_else_is_wrong(text):
-    assert not Jumble((2, 1, 3)).is_solved_by(text)
+    assert not SortingProblem((2, 1, 3)).is_solved_by(text)
 
 
 def test_the_test_problems_are_always_the_same():
-    drawn = sorting_exam((4, 5))
+    drawn = sorting_test_problems((4, 5))
     assert len(drawn) == 400
-    assert drawn == sorting_exam((4, 5))
+    assert drawn == sorting_test_problems((4, 5))
     assert {len(jumble.digits) for jumble in drawn} == {4, 5}

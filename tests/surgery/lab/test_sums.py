@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.lab.sums import END, SURFACES, THINK, THOUGHT, Problem, exam, final_answer
+from surgery.lab.sums import END, SURFACES, THINK, THOUGHT, Problem, final_answer, test_problems
 from surgery.lab.tokenizer import make_tokenizer
 
 problems = st.builds(Problem, st.lists(st.integers(0, 6), min_size=2, max_size=5).map(tuple))
@@ -43,8 +43,8 @@ def test_an_answer_that_does_not_end_in_a_digit_is_none(text):
 
 
 def test_the_test_problems_are_always_the_same():
-    drawn = exam((4, 5))
+    drawn = test_problems((4, 5))
     assert len(drawn) == 400
-    assert drawn == exam((4, 5))
-    assert drawn[:20] == exam((4, 5), 20)
+    assert drawn == test_problems((4, 5))
+    assert drawn[:20] == test_problems((4, 5), 20)
     assert {len(problem.terms) for problem in drawn} == {4, 5}

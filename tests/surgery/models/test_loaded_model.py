@@ -11,7 +11,7 @@ from torch import nn
 
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.errors import SurgeryError
-from surgery.models.loaded_model import hooks, open_live, wrap
+from surgery.models.loaded_model import attach_structure, hooks, load_with_structure
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_every_projection_is_the_stored_one_and_takes_in_the_heads_side_by_side(
     assert live.projections
     assert sorted([*live.projections, *live.skipped]) == list(range(len(live.layers)))
     for layer, projection in live.projections.items():
-        heads = live.anatomy.output_projections[layer]
+        heads = live.structure.output_projections[layer]
         matrix = stored[heads.name].T if heads.transposed else stored[heads.name]
         assert torch.equal(projection.matrix, matrix)
         assert projection.matrix.shape == (live.width, projection.n_heads * projection.head_dim)
@@ -66,7 +66,7 @@ def test_layers_without_heads_are_skipped(name, skipped, lives):
 
 def test_opens_a_folder_with_its_tokenizer(tmp_path):
     add_tokenizer(build("llama", tmp_path / "m", dtype=torch.bfloat16))
-    live = open_live(tmp_path / "m", dtype="float32", name="mine")
+    live = load_with_structure(tmp_path / "m", dtype="float32", name="mine")
     assert (live.name, live.model.dtype, live.device.type) == ("mine", torch.float32, "cpu")
     assert live.tokenizer("w5 w6")["input_ids"] == [5, 6]
 
@@ -76,7 +76,7 @@ def test_no_layers_is_an_error(tmp_path):
     live = open_folder(folder)
     save_file({"embed.weight": torch.zeros(4, 4)}, folder / "model.safetensors")
     with pytest.raises(SurgeryError, match=r"m: no stack of layers was found in its names"):
-        wrap(live.loaded, open_checkpoint(folder))
+        attach_structure(live.loaded, open_checkpoint(folder))
 
 
 def test_another_models_layers_are_an_error(tmp_path):
@@ -84,7 +84,7 @@ def test_another_models_layers_are_an_error(tmp_path):
     other = make_live("qwen3", tmp_path / "two")
     live.model.model.layers = live.model.model.layers[:1]
     with pytest.raises(SurgeryError, match=r"2 layers lie at 'model.layers' on disk; in memory they could be at –"):
-        wrap(live.loaded, other.checkpoint)
+        attach_structure(live.loaded, other.checkpoint)
 
 
 def test_a_projection_elsewhere_is_an_error(tmp_path):
@@ -93,7 +93,7 @@ def test_a_projection_elsewhere_is_an_error(tmp_path):
     attention.moved = attention.o_proj
     del attention.o_proj
     with pytest.raises(SurgeryError, match=r"layers.0.self_attn.o_proj.weight is not where transformers should hold"):
-        wrap(live.loaded, live.checkpoint)
+        attach_structure(live.loaded, live.checkpoint)
 
 
 def test_quantised_weights_are_an_error_that_says_what_to_do(tmp_path):
@@ -101,7 +101,7 @@ def test_quantised_weights_are_an_error_that_says_what_to_do(tmp_path):
     projection = live.projections[1].module
     projection.weight = nn.Parameter(projection.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(SurgeryError, match=r"layers.1.self_attn.o_proj.weight is not held as a plain matrix") as error:
-        wrap(live.loaded, live.checkpoint)
+        attach_structure(live.loaded, live.checkpoint)
     assert error.value.hint == "Use the unquantised model."
 
 

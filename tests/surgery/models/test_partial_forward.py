@@ -9,7 +9,7 @@ from torch import nn
 
 from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.models.loaded_model import hidden_out, hooks
-from surgery.models.partial_forward import entering, fault, final_states, run_between, tupled_layers, watch
+from surgery.models.partial_forward import fault, final_states, partial_forward, replace_input, tupled_layers, watch
 
 # Longer than the sliding windows of `probing`.
 IDS = torch.randint(4, 90, (3, 19), generator=torch.Generator().manual_seed(1))
@@ -37,11 +37,11 @@ def test_every_part_of_the_stack_gives_what_the_whole_gives(name, lives):
         plain_run(live)
     assert len(inputs) == n_layers + 1
     for stop in range(n_layers + 1):
-        assert torch.equal(run_between(live, IDS, 0, None, stop, tupled=tupled), inputs[stop])
+        assert torch.equal(partial_forward(live, IDS, 0, None, stop, tupled=tupled), inputs[stop])
         for start in range(stop + 1):
-            found = run_between(live, IDS, start, inputs[start].clone(), stop, tupled=tupled)
+            found = partial_forward(live, IDS, start, inputs[start].clone(), stop, tupled=tupled)
             assert torch.equal(found, inputs[stop])
-        with entering(live, stop, inputs[stop].clone(), tupled), torch.no_grad():
+        with replace_input(live, stop, inputs[stop].clone(), tupled), torch.no_grad():
             assert torch.equal(final_states(live, lambda: plain_run(live)), final)
     assert hook_count(live) == before
     assert fault(live, IDS[:1]) is None
@@ -71,9 +71,9 @@ def test_gradients_above_are_those_of_the_plain_pass(name, lives):
         return [None if p.grad is None else p.grad.clone() for p in above]
 
     plain = gradients()
-    hidden = run_between(live, IDS, 0, None, at, tupled=tupled)
+    hidden = partial_forward(live, IDS, 0, None, at, tupled=tupled)
     assert not hidden.requires_grad
-    with entering(live, at, hidden, tupled):
+    with replace_input(live, at, hidden, tupled):
         spliced = gradients()
     for one, other in zip(plain, spliced, strict=True):
         assert (one is None) == (other is None)
@@ -89,13 +89,13 @@ def test_layers_below_and_above_are_not_computed(lives):
     inside = [layer.mlp.register_forward_hook(lambda m, *_: ran.append(m)) for layer in live.layers]
     head = live.model.get_output_embeddings().register_forward_hook(lambda m, *_: ran.append(m))
     with hooks(*inside, head):
-        hidden = run_between(live, IDS, 0, None, 1, tupled=tupled)
+        hidden = partial_forward(live, IDS, 0, None, 1, tupled=tupled)
         assert ran == [live.layers[0].mlp]
         ran.clear()
-        run_between(live, IDS, 1, hidden, 2, tupled=tupled)
+        partial_forward(live, IDS, 1, hidden, 2, tupled=tupled)
         assert ran == [live.layers[1].mlp]
         ran.clear()
-        with entering(live, 2, hidden, tupled), torch.no_grad():
+        with replace_input(live, 2, hidden, tupled), torch.no_grad():
             plain_run(live)
         assert ran == [live.layers[2].mlp]
 
@@ -115,8 +115,8 @@ def test_works_under_autocast_and_inside_another_module(lives):
     around = Around(live.model)
     with torch.autocast("cpu", torch.bfloat16):
         plain = around(IDS)
-        hidden = run_between(live, IDS, 0, None, 1, tupled=tupled)
-        with entering(live, 1, hidden, tupled):
+        hidden = partial_forward(live, IDS, 0, None, 1, tupled=tupled)
+        with replace_input(live, 1, hidden, tupled):
             logits = around(IDS)
         logits.sum().backward()
     assert torch.equal(logits, plain)
@@ -129,9 +129,9 @@ def test_everything_is_as_before_after_an_exception(lives):
     before, tupled = hook_count(live), tupled_layers(live)
     with torch.no_grad():
         plain = hidden_out(plain_run(live).last_hidden_state)
-    with pytest.raises(KeyboardInterrupt), entering(live, 0, torch.zeros(3, 19, 32), tupled):
+    with pytest.raises(KeyboardInterrupt), replace_input(live, 0, torch.zeros(3, 19, 32), tupled):
         raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt), entering(live, 2, torch.zeros(3, 19, 32), tupled):
+    with pytest.raises(KeyboardInterrupt), replace_input(live, 2, torch.zeros(3, 19, 32), tupled):
         raise KeyboardInterrupt
     assert hook_count(live) == before
     with torch.no_grad():
@@ -144,11 +144,11 @@ def test_layers_that_are_not_there_are_errors(lives):
     with pytest.raises(
         SurgeryError, match=r"got layers 0 to 3, expected two numbers from 0 to 2, in that order"
     ) as error:
-        run_between(live, IDS, 0, None, 3, tupled=tupled)
+        partial_forward(live, IDS, 0, None, 3, tupled=tupled)
     assert error.value.exit_code == WRONG_USAGE
     with pytest.raises(SurgeryError, match=r"got layers 2 to 1"):
-        run_between(live, IDS, 2, hidden, 1, tupled=tupled)
+        partial_forward(live, IDS, 2, hidden, 1, tupled=tupled)
     with pytest.raises(SurgeryError, match=r"layer 1 cannot be started from token ids"):
-        run_between(live, IDS, 1, None, 2, tupled=tupled)
-    with pytest.raises(SurgeryError, match=r"got layers 3 to 3"), entering(live, 3, hidden, tupled):
+        partial_forward(live, IDS, 1, None, 2, tupled=tupled)
+    with pytest.raises(SurgeryError, match=r"got layers 3 to 3"), replace_input(live, 3, hidden, tupled):
         pass

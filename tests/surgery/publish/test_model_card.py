@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from support.hub_server import HubServer
 from support.publish import REPO, edit_manifest, failure, files_at, folder_with
 
-from surgery.publish.push import preview, push
+from surgery.publish.upload import preview_push, push
 
 pytestmark = pytest.mark.usefixtures("writable")
 
@@ -46,7 +46,7 @@ def test_the_texts_that_a_plan_trained_on_are_the_card_s_data_sets_and_those_it_
     )
     files = {"plan.yml": plan, "notes.txt": "a text: [of its own"}
     edit_manifest(out, lambda found: found["command"].update(files=files))
-    card = preview(out, REPO).card
+    card = preview_push(out, REPO).card
     assert ModelCard(card.text).data.datasets == ["open/code", "open/stories"]
     edit_manifest(out, lambda found: found["command"].update(files={"plan.yml": "a: ["}))
     assert "surgery.json: its copy of plan.yml is no YAML" in failure(out)
@@ -54,7 +54,7 @@ def test_the_texts_that_a_plan_trained_on_are_the_card_s_data_sets_and_those_it_
 
 def test_what_the_card_says_is_not_overruled(out: Path) -> None:
     (out / "README.md").write_text("---\npipeline_tag: any-to-any\ntags: mine\nlicense: mit\n---\n\n# By hand\n")
-    card = preview(out, REPO).card
+    card = preview_push(out, REPO).card
     assert card.metadata == {
         "pipeline_tag": "any-to-any",
         "tags": ["mine", "model-surgery"],
@@ -66,7 +66,7 @@ def test_what_the_card_says_is_not_overruled(out: Path) -> None:
 
 def test_without_a_card_one_is_made(out: Path) -> None:
     (out / "README.md").unlink()
-    text = preview(out, REPO).card.text
+    text = preview_push(out, REPO).card.text
     assert "# reasoner" in text and "surgery vector transfer" in text
 
 
@@ -100,7 +100,7 @@ def test_the_relation_to_the_base_follows_kind_and_command(
             kind=kind, command={"name": command, "line": command}, inputs={"model": {"ref": "o/m", "repo_id": "o/m"}}
         ),
     )
-    data = preview(out, REPO).card.metadata
+    data = preview_push(out, REPO).card.metadata
     assert data.get("base_model_relation") == relation
     assert data.get("base_model") == (["o/m"] if relation else None)
     assert data.get("library_name") == library
@@ -121,7 +121,7 @@ def test_the_licence_is_taken_from_the_cached_cards_where_all_agree(
 
     def licence(**of: dict[str, str]) -> object:
         edit_manifest(out, lambda found: found.update(inputs=of))
-        return preview(out, REPO).card.metadata.get("license")
+        return preview_push(out, REPO).card.metadata.get("license")
 
     assert licence(a=inputs["a"]) is None, "nothing is cached"
     for name in "ab":
@@ -166,7 +166,7 @@ def test_what_the_hub_says_of_the_card_is_passed_on(server: HubServer, out: Path
 
 
 def test_a_preview_asks_nothing_and_lists_what_would_go(server: HubServer, out: Path) -> None:
-    seen = preview(out, REPO)
+    seen = preview_push(out, REPO)
     assert not server.requests
     pushed = push(out, REPO)
     assert (pushed.files, pushed.n_bytes) == (len(seen.files), seen.n_bytes)

@@ -9,8 +9,8 @@ import pytest
 from support.hub_server import HubServer
 from support.publish import REPO, commits, edit_manifest, failure, folder_with
 
-from surgery.publish.package import check_hashes, pack
-from surgery.publish.push import preview, push
+from surgery.publish.package import check_hashes, collect_files
+from surgery.publish.upload import preview_push, push
 
 pytestmark = pytest.mark.usefixtures("writable")
 
@@ -72,15 +72,15 @@ def test_an_output_that_changes_meanwhile_is_not_committed(server: HubServer, ou
 
 
 def test_every_kind_of_result_is_whole(results: Path, tmp_path: Path) -> None:
-    from surgery.vectors.extract import extract
+    from surgery.vectors.extraction import extract
     from surgery.vectors.to_lora import extract_adapter
 
     tuned, base = str(results / "tuned"), str(results / "base")
     extract(tuned, base, tmp_path / "vector")
     extract_adapter(tuned, base, tmp_path / "adapter", rank=2)
     for kind in ("vector", "adapter"):
-        parcel = pack(tmp_path / kind)
+        parcel = collect_files(tmp_path / kind)
         assert parcel.kind == kind
         check_hashes(parcel)
         assert parcel.local_refs == [tuned, base]
-        assert preview(tmp_path / kind, REPO).card.metadata["tags"][0] == "model-surgery"
+        assert preview_push(tmp_path / kind, REPO).card.metadata["tags"][0] == "model-surgery"

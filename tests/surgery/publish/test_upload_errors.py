@@ -14,7 +14,7 @@ from support.hub_server import HubServer
 from support.hub_uploads import sha256
 from support.publish import REPO, TOKEN, commits, failure, files_at, uploads
 
-from surgery.publish.push import push
+from surgery.publish.upload import push
 
 pytestmark = pytest.mark.usefixtures("writable")
 

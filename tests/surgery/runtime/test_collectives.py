@@ -16,14 +16,14 @@ from torch import Tensor
 
 from probes.model.ablation import all_heads, sweep
 from probes.model.activations import project, states_at
-from probes.model.residual_stream import read_stream
-from probes.refusal.head_attribution import attribute, head_inputs
-from probes.side_effects.effects import Subject, answer, divergences
+from probes.model.residual_stream import trace_residual_stream
+from probes.refusal.head_attribution import attribute_heads, head_inputs
+from probes.side_effects.effects import ComparedModel, answer, divergences
 from surgery.checkpoint.selectors import Head
 from surgery.errors import SurgeryError
-from surgery.models.loaded_model import LiveModel
+from surgery.models.loaded_model import LoadedModel
 from surgery.runtime import collectives as parallel
-from surgery.runtime.collectives import meet, own_device, share
+from surgery.runtime.collectives import connect, local_device, map_over_ranks
 
 ROOT = Path(__file__).parents[3]
 PROCESSES = 2
@@ -67,19 +67,19 @@ share(range(4), fail)
 """
 
 
-def everything(live: LiveModel) -> tuple[dict[str, Tensor], list[str]]:
+def everything(live: LoadedModel) -> tuple[dict[str, Tensor], list[str]]:
     """All that is shared between processes, of more batches than there are processes."""
     sequences = make_sequences((9, 5, 12, 7, 12), answer=3)
     weight, bias = probe_for(live)
     found = {"states": states_at(live, sequences, [[0, 4]] * 5, max_tokens=20)}
     traces = project(live, sequences, torch.ones(live.n_depths, live.width), torch.zeros(live.n_depths), max_tokens=20)
     found |= {f"trace {number}": trace for number, trace in enumerate(traces)}
-    scores = attribute(live, sequences, weight, bias, stream=read_stream(live), max_tokens=20)
+    scores = attribute_heads(live, sequences, weight, bias, stream=trace_residual_stream(live), max_tokens=20)
     found |= {f"exact {layer}": row for layer, row in scores.exact.items()} | {"total": scores.total}
     found |= {f"z {layer}": row for layer, row in head_inputs(live, sequences, 3, max_tokens=20).items()}
     found["ablated"] = sweep(live, sequences, all_heads(live), weight, bias, last=3).ablated
-    edited = Subject(live, {Head(0, 1): 0.0})
-    away = divergences(Subject(live), {"set": edited}, sequences, max_tokens=20)["set"]
+    edited = ComparedModel(live, {Head(0, 1): 0.0})
+    away = divergences(ComparedModel(live), {"set": edited}, sequences, max_tokens=20)["set"]
     found["kl"] = torch.from_numpy(away.kl.copy())
     return {name: tensor.contiguous().clone() for name, tensor in found.items()}, answer(edited, sequences, tokens=4)
 
@@ -146,13 +146,13 @@ def launched_alone(monkeypatch: pytest.MonkeyPatch) -> int:
 def test_a_process_that_never_begins_is_missed(monkeypatch, launched_alone, rank, text):
     monkeypatch.setenv("RANK", rank)
     with pytest.raises(SurgeryError, match=f"process {rank}: {text.format(port=launched_alone)}"):
-        share([1, 2], abs)
+        map_over_ranks([1, 2], abs)
 
 
 def test_processes_that_are_not_told_where_to_meet_say_so(monkeypatch, launched_alone):
     monkeypatch.delenv("MASTER_ADDR")
     with pytest.raises(SurgeryError, match=r"WORLD_SIZE says that there are 2 processes.* or unset WORLD_SIZE\."):
-        meet()
+        connect()
 
 
 def test_what_is_told_goes_over_gloo_beside_what_a_gpu_trains_over(monkeypatch):
@@ -164,18 +164,18 @@ def test_what_is_told_goes_over_gloo_beside_what_a_gpu_trains_over(monkeypatch):
 
 
 def test_one_process_works_in_order_and_raises_what_is_raised():
-    assert share([3, 1, 2], lambda item: item * item) == [9, 1, 4]
-    assert share([], lambda item: item) == []
+    assert map_over_ranks([3, 1, 2], lambda item: item * item) == [9, 1, 4]
+    assert map_over_ranks([], lambda item: item) == []
     with pytest.raises(ZeroDivisionError):
-        share([1, 0], lambda item: 1 / item)
+        map_over_ranks([1, 0], lambda item: 1 / item)
 
 
 def test_one_process_takes_the_device_it_is_given():
-    assert [own_device(device) for device in ("cpu", "cuda", "cuda:1", "auto")] == ["cpu", "cuda", "cuda:1", "auto"]
+    assert [local_device(device) for device in ("cpu", "cuda", "cuda:1", "auto")] == ["cpu", "cuda", "cuda:1", "auto"]
 
 
 def test_a_spread_model_is_not_shared(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SurgeryError, match="device: auto spreads one model over all devices"):
-        own_device("auto")
-    assert own_device("cpu") == "cpu"
+        local_device("auto")
+    assert local_device("cpu") == "cpu"

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from support.architectures import VOCABULARY, add_tokenizer, build, sibling
 
 from surgery.errors import SurgeryError
-from surgery.vectors.apply import apply, transfer
-from surgery.vectors.extract import extract
+from surgery.vectors.application import apply, transfer
+from surgery.vectors.extraction import extract
 
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 TOKENS = [f"t{i}" for i in range(VOCABULARY)]
@@ -88,7 +88,7 @@ def test_by_token_does_not_depend_on_where_segments_fall(
 ) -> None:
     tuned, base, target = map(str, trio)
     transfer(tuned, base, target, tmp_path / "one", vocab="by-token")
-    for module in ("surgery.checkpoint.reader", "surgery.engine.compute", "surgery.engine.plan"):
+    for module in ("surgery.checkpoint.reader", "surgery.engine.computation", "surgery.engine.plan"):
         monkeypatch.setattr(f"{module}.SEGMENT", 77)
     transfer(tuned, base, target, tmp_path / "many", vocab="by-token")
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "many/model.safetensors").read_bytes()

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from surgery.errors import WRONG_USAGE, SurgeryError
-from surgery.vectors.masks import Mask, parse_scales
+from surgery.vectors.masks import Mask, parse_scale_globs
 
 NAMES = [
     "lm_head.weight",
@@ -106,18 +106,18 @@ def test_scales_must_be_finite(value: float) -> None:
 
 
 def test_scale_options_are_parsed_in_order() -> None:
-    assert parse_scales([]) == {}
-    assert parse_scales(["*.mlp.*=0.5", "a=b=-1e-3"]) == {"*.mlp.*": 0.5, "a=b": -0.001}
-    assert list(parse_scales(["a*=1", "ab=2", "a*=3"]).items()) == [("ab", 2.0), ("a*", 3.0)]
+    assert parse_scale_globs([]) == {}
+    assert parse_scale_globs(["*.mlp.*=0.5", "a=b=-1e-3"]) == {"*.mlp.*": 0.5, "a=b": -0.001}
+    assert list(parse_scale_globs(["a*=1", "ab=2", "a*=3"]).items()) == [("ab", 2.0), ("a*", 3.0)]
 
 
 def test_last_option_counts_where_a_glob_is_given_twice() -> None:
-    assert Mask(scale_for=parse_scales(["a*=1", "ab=2", "a*=3"])).scale_of("ab") == 3.0
+    assert Mask(scale_for=parse_scale_globs(["a*=1", "ab=2", "a*=3"])).scale_of("ab") == 3.0
 
 
 @pytest.mark.parametrize("text", ["", "0.5", "=0.5", "x=", "x=big", "x", "x=1,5"])
 def test_scale_option_of_another_form_is_refused(text: str) -> None:
     with pytest.raises(SurgeryError) as caught:
-        parse_scales([text])
+        parse_scale_globs([text])
     assert str(caught.value) == f"--scale-for: got {text!r}, expected GLOB=NUMBER"
     assert caught.value.exit_code == WRONG_USAGE

@@ -15,9 +15,9 @@ from support.architectures import build, sibling
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from surgery.checkpoint.reader import Input, Reader, SourceFiles
+from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.options import Options
+from surgery.engine.options import ExecutionOptions
 from surgery.engine.workers import one_thread_per_operation
 from surgery.errors import SurgeryError
 from surgery.vectors.to_lora import AdapterReport, extract_adapter, low_rank
@@ -40,7 +40,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 def make(pair: Pair, out: Path, rank: int, *, threads: int | None = None) -> AdapterReport:
-    return extract_adapter(str(pair[0]), str(pair[1]), out, rank=rank, options=Options(threads=threads))
+    return extract_adapter(str(pair[0]), str(pair[1]), out, rank=rank, options=ExecutionOptions(threads=threads))
 
 
 def delta(pair: Pair) -> dict[str, Tensor]:
@@ -51,8 +51,8 @@ def delta(pair: Pair) -> dict[str, Tensor]:
 def read(ref: str | Path) -> dict[str, Tensor]:
     opened = open_checkpoint(ref)
     with SourceFiles(opened.files) as files:
-        reader = Reader(files)
-        return {name: reader.whole(Input(tensor), 0).clone() for name, tensor in opened.tensors.items()}
+        reader = TensorReader(files)
+        return {name: reader.whole(TensorInput(tensor), 0).clone() for name, tensor in opened.tensors.items()}
 
 
 def logits(base: Path, adapter: Path | None = None) -> Tensor:

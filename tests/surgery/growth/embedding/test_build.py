@@ -19,12 +19,12 @@ from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from surgery.engine.manifest import read_manifest
-from surgery.engine.verify import verify
+from surgery.engine.verification import verify
 from surgery.errors import SurgeryError
 from surgery.growth.embedding.build import make_embedding, open_embedding
 from surgery.growth.embedding.glyphs import Glyphs, open_font
 from surgery.growth.embedding.tables import bits, break_ties, collisions, projected
-from surgery.growth.embedding.token_strings import surfaces
+from surgery.growth.embedding.token_strings import token_strings
 from surgery.io.hashing import hash_bytes, hash_parts
 
 LETTERS = [chr(point) for point in (*range(0x41, 0x5B), *range(0x61, 0x7B), *range(0x391, 0x3A2), *range(0x410, 0x450))]
@@ -78,7 +78,7 @@ def test_the_folder_is_an_embedding_with_its_tokenizer(tokenizer: str, tmp_path:
     opened = open_embedding(tmp_path / "emb")
     assert (opened.vocab_size, opened.width, opened.weight.dtype) == (len(VOCAB), 24, "F32")
     assert [path.name for path in opened.tokenizer_files] == ["tokenizer.json", "tokenizer_config.json"]
-    assert surfaces(AutoTokenizer.from_pretrained(tmp_path / "emb")) == VOCAB
+    assert token_strings(AutoTokenizer.from_pretrained(tmp_path / "emb")) == VOCAB
     assert opened.hash == report.hash == hash_parts([hash_bytes(table_of(tmp_path / "emb").tobytes())])
     assert (
         opened.manifest["kind"] == "embedding" and opened.manifest["report"]["details"]["font"] == "DejaVuSansMono.ttf"
@@ -257,7 +257,7 @@ def test_a_tokenizer_that_only_its_models_config_explains_is_saved_with_its_clas
     make_embedding(str(folder), tmp_path / "emb", kind="random", width=8)
     saved = json.loads((tmp_path / "emb" / "tokenizer_config.json").read_text())
     assert saved["tokenizer_class"] and saved["eos_token"] == "<s>"
-    assert surfaces(AutoTokenizer.from_pretrained(tmp_path / "emb")) == VOCAB
+    assert token_strings(AutoTokenizer.from_pretrained(tmp_path / "emb")) == VOCAB
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from surgery.checkpoint.tokenizer_files import tokenizer_files
 from surgery.errors import SurgeryError
-from surgery.growth.embedding.token_strings import open_tokenizer, surfaces
+from surgery.growth.embedding.token_strings import open_tokenizer, token_strings
 
 
 def fast(vocab: list[str], *, special: tuple[str, ...] = ("<s>",), scheme: str = "plain") -> Any:
@@ -31,38 +31,38 @@ def fast(vocab: list[str], *, special: tuple[str, ...] = ("<s>",), scheme: str =
 
 
 def test_byte_level_tokens_are_decoded() -> None:
-    found = surfaces(fast(["Ġpainted", "painted", "Ċ", "ĠÃ©t", "ä¸Ń", "<s>"], scheme="bytes"))
+    found = token_strings(fast(["Ġpainted", "painted", "Ċ", "ĠÃ©t", "ä¸Ń", "<s>"], scheme="bytes"))
     assert found == [" painted", "painted", "\n", " ét", "中", "<s>"]
 
 
 def test_bytes_that_are_no_character_stay_apart() -> None:
-    found = surfaces(fast(["â", "ã", "Ġâľ", "Ńa", "<s>"], scheme="bytes"))
+    found = token_strings(fast(["â", "ã", "Ġâľ", "Ńa", "<s>"], scheme="bytes"))
     assert found == ["<0xE2>", "<0xE3>", " <0xE2><0x9C>", "<0xAD>a", "<s>"]
 
 
 @pytest.mark.parametrize("scheme", ["pieces", "metaspace"])
 def test_pieces_have_spaces_and_literal_bytes(scheme: str) -> None:
-    found = surfaces(fast(["▁the", "the", "<0x0A>", "▁", "▁▁", "<s▁>"], special=("<s▁>",), scheme=scheme))
+    found = token_strings(fast(["▁the", "the", "<0x0A>", "▁", "▁▁", "<s▁>"], special=("<s▁>",), scheme=scheme))
     assert found == [" the", "the", "<0x0A>", " ", "  ", "<s▁>"]
 
 
 def test_a_tokenizer_of_characters_keeps_its_tokens() -> None:
-    assert surfaces(fast(["a", "▁", "Ġ", "<s>"])) == ["a", "▁", "Ġ", "<s>"]
+    assert token_strings(fast(["a", "▁", "Ġ", "<s>"])) == ["a", "▁", "Ġ", "<s>"]
 
 
 def test_ids_without_a_token_are_called_unused_and_empty_ones_empty() -> None:
-    found = surfaces(fast(["a", "", "<s>"]), rows=5)
+    found = token_strings(fast(["a", "", "<s>"]), rows=5)
     assert found == ["a", "<empty 1>", "<s>", "<unused 3>", "<unused 4>"]
 
 
 def test_fewer_rows_than_ids_are_refused() -> None:
     with pytest.raises(SurgeryError, match=r"--rows: got 2 rows, expected 3 or more: as many as tok has"):
-        surfaces(fast(["a", "b", "<s>"]), rows=2, where="tok")
+        token_strings(fast(["a", "b", "<s>"]), rows=2, where="tok")
 
 
 def test_a_tokenizer_without_tokens_is_refused() -> None:
     with pytest.raises(SurgeryError, match=r"tok: has no tokens"):
-        surfaces(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={}, merges=[]))), where="tok")
+        token_strings(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={}, merges=[]))), where="tok")
 
 
 def test_a_folder_gives_the_tokenizer_and_its_files(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_folder_gives_the_tokenizer_and_its_files(tmp_path: Path) -> None:
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("")
     opened = open_tokenizer(str(tmp_path))
-    assert surfaces(opened.tokenizer) == ["a", "b", "<s>"]
+    assert token_strings(opened.tokenizer) == ["a", "b", "<s>"]
     assert {path.name for path in opened.files} == {"tokenizer.json", "tokenizer_config.json", "rag.jinja"}
     assert tokenizer_files(tmp_path) == opened.files
 
@@ -82,7 +82,7 @@ def test_of_a_model_on_the_hub_no_weights_are_fetched(server: HubServer, tmp_pat
         (tmp_path / "model" / name).write_text('{"model_type": "llama"}')
     commit = server.add("lab/tiny", tmp_path / "model")
     opened = open_tokenizer("lab/tiny")
-    assert surfaces(opened.tokenizer) == ["a", "b", "<s>"]
+    assert token_strings(opened.tokenizer) == ["a", "b", "<s>"]
     assert (opened.repo_id, opened.revision) == ("lab/tiny", commit)
     assert {path.name for path in opened.files} == {"tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in opened.folder.iterdir()} == {path.name for path in opened.files} | {"config.json"}

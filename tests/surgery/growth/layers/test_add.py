@@ -17,14 +17,14 @@ from torch import Tensor
 
 import surgery.engine.journal
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.checkpoint.structure import anatomy
+from surgery.checkpoint.structure import model_structure
 from surgery.engine.manifest import read_manifest
-from surgery.engine.options import Options
-from surgery.engine.verify import verify
+from surgery.engine.options import ExecutionOptions
+from surgery.engine.verification import verify
 from surgery.errors import SurgeryError
 from surgery.growth.layers.add import add_layers, write_config
 from surgery.growth.layers.plan_layers import origins_of
-from surgery.growth.plan import Place
+from surgery.growth.plan import LayerPosition
 from surgery.io.hashing import KEY
 
 SMALL: dict[str, Any] = {
@@ -38,7 +38,7 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 3,
     "pad_token_id": 1,
 }
-PLACES: list[Place] = ["top", "middle", 0]
+PLACES: list[LayerPosition] = ["top", "middle", 0]
 DENSE_FIRST = ("deepseek_v3", "glm4_moe")  # a dense layer, then one with experts: a row of both can stand nowhere else
 
 
@@ -68,7 +68,7 @@ def change_config(folder: Path, **values: Any) -> Path:
 
 def by_layer(folder: Path) -> tuple[dict[int, dict[str, Tensor]], dict[str, Tensor]]:
     """Layer → name inside it → tensor; and what lies outside the layers."""
-    shape, tensors = anatomy(open_checkpoint(folder)), tensors_of(folder)
+    shape, tensors = model_structure(open_checkpoint(folder)), tensors_of(folder)
     start = f"{shape.stack}." if shape.stack else ""
     layers = {
         block.index: {name.removeprefix(f"{start}{block.index}."): tensors[name] for name in block.names}
@@ -87,7 +87,7 @@ def order_of(position: int, layers: int, held: int) -> list[int]:
 
 @pytest.mark.parametrize("at", PLACES)
 @pytest.mark.parametrize("family", ARCHITECTURES)
-def test_identity_layers_leave_the_logits_as_they_are(family: str, at: Place, tmp_path: Path) -> None:
+def test_identity_layers_leave_the_logits_as_they_are(family: str, at: LayerPosition, tmp_path: Path) -> None:
     base = fp32(family, tmp_path / "base")
     count = 1 if family in DENSE_FIRST else 2
     report = add_layers(str(base), tmp_path / "out", at=at, layers=count)
@@ -108,7 +108,7 @@ def test_identity_layers_leave_the_logits_as_they_are(family: str, at: Place, tm
 
 @pytest.mark.parametrize("at", PLACES)
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "deepseek_v3", "gpt_oss"])
-def test_copies_are_what_stacking_by_hand_gives(family: str, at: Place, tmp_path: Path) -> None:
+def test_copies_are_what_stacking_by_hand_gives(family: str, at: LayerPosition, tmp_path: Path) -> None:
     base = fp32(family, tmp_path / "base", max_shard_size="20KB")
     report = add_layers(str(base), tmp_path / "out", at=at, init="copy")
     old, outside = by_layer(base)
@@ -282,7 +282,7 @@ def test_interrupted_it_goes_on_to_the_same_bytes(init: Any, tmp_path: Path, mon
     with monkeypatch.context() as patch:
         patch.setattr(surgery.engine.journal.Journal, "append", killed)
         with pytest.raises(KeyboardInterrupt):
-            add_layers(str(base), tmp_path / "out", init=init, layers=2, options=Options(threads=1))
+            add_layers(str(base), tmp_path / "out", init=init, layers=2, options=ExecutionOptions(threads=1))
     assert not (tmp_path / "out").exists()
     if init == "random":
         leave_random_weights(tmp_path / "out.fresh")  # as kill −9 would

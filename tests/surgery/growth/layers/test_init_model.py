@@ -16,15 +16,15 @@ from support.merges import config_of, files_of, logits_of, tensors_of
 from torch import Tensor
 
 import surgery.engine.journal
-from surgery.checkpoint.reader import Reader, SourceFiles, hash_tensor
+from surgery.checkpoint.reader import SourceFiles, TensorReader, hash_tensor
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.manifest import read_manifest
-from surgery.engine.options import Options
-from surgery.engine.verify import verify
+from surgery.engine.options import ExecutionOptions
+from surgery.engine.verification import verify
 from surgery.errors import SurgeryError
 from surgery.growth.layers.add import add_layers
 from surgery.growth.layers.init_model import init_model, llama_config
-from surgery.growth.plan import Shape
+from surgery.growth.plan import ModelShape
 from surgery.io.hashing import KEY
 
 VOCABULARY, WIDTH = 96, 32
@@ -37,7 +37,7 @@ def embedding(folder: Path, *, width: int = WIDTH, rows: int = VOCABULARY, token
     save_file({"embedding": table}, folder / "embedding.safetensors", metadata={"format": "pt"})
     stored = open_checkpoint(folder).tensors["embedding"]
     with SourceFiles([stored.file]) as files:
-        entry = {"dtype": "F32", "shape": [rows, width], KEY: hash_tensor(Reader(files), stored), "edited": False}
+        entry = {"dtype": "F32", "shape": [rows, width], KEY: hash_tensor(TensorReader(files), stored), "edited": False}
     (folder / "surgery.json").write_text(
         json.dumps({"schema": 1, "kind": "embedding", "tensors": {"embedding": entry}})
     )
@@ -47,7 +47,7 @@ def embedding(folder: Path, *, width: int = WIDTH, rows: int = VOCABULARY, token
 def begin(folder: Path, name: str = "m0", *, embed: Path | None = None, **shape: Any) -> Path:
     """A model on the embedding of `folder`."""
     at = embed or folder / "emb"
-    init_model(str(at if at.exists() else embedding(at)), folder / name, shape=Shape(**shape))
+    init_model(str(at if at.exists() else embedding(at)), folder / name, shape=ModelShape(**shape))
     return folder / name
 
 
@@ -63,7 +63,7 @@ def config_file(folder: Path, family: str, **values: Any) -> Path:
 
 
 def test_a_model_without_layers_loads_and_speaks(tmp_path: Path) -> None:
-    report = init_model(str(embedding(tmp_path / "emb")), tmp_path / "m0", shape=Shape())
+    report = init_model(str(embedding(tmp_path / "emb")), tmp_path / "m0", shape=ModelShape())
     tensors = tensors_of(tmp_path / "m0")
     assert list(tensors) == ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
     assert torch.equal(tensors["model.embed_tokens.weight"], table_of(tmp_path / "emb"))
@@ -97,14 +97,14 @@ def test_the_tokenizer_comes_along_and_gives_its_special_tokens(tmp_path: Path) 
 
 
 def test_without_a_tokenizer_it_says_so(tmp_path: Path) -> None:
-    report = init_model(str(embedding(tmp_path / "emb", tokens=None)), tmp_path / "m0", shape=Shape())
+    report = init_model(str(embedding(tmp_path / "emb", tokens=None)), tmp_path / "m0", shape=ModelShape())
     assert report.warnings == ("no tokenizer lies beside the embedding, so the model has none either",)
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     emb = str(embedding(tmp_path / "emb"))
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        init_model(emb, tmp_path / name, shape=Shape(layers=1), seed=seed)
+        init_model(emb, tmp_path / name, shape=ModelShape(layers=1), seed=seed)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
     a, c = tensors_of(tmp_path / "a"), tensors_of(tmp_path / "c")
     same = {name for name, x in a.items() if torch.equal(x, c[name])}
@@ -159,7 +159,7 @@ def test_a_config_gives_another_family(family: str, tmp_path: Path) -> None:
 def refused(folder: Path, match: str, *, embed: Mapping[str, Any] | None = None, **shape: Any) -> None:
     emb = embedding(folder / f"emb {len(list(folder.iterdir()))}", **(embed or {}))
     with pytest.raises(SurgeryError, match=match):
-        init_model(str(emb), folder / "out", shape=Shape(**shape))
+        init_model(str(emb), folder / "out", shape=ModelShape(**shape))
     assert not list(folder.glob("out*"))
 
 
@@ -182,11 +182,11 @@ def test_shapes_that_cannot_be_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_defaults_of_a_llama() -> None:
-    config = llama_config(768, Shape())
+    config = llama_config(768, ModelShape())
     assert (config["num_attention_heads"], config["head_dim"], config["intermediate_size"]) == (12, 64, 2048)
-    assert llama_config(1000, Shape())["intermediate_size"] == 2688  # 8/3 · 1000 = 2,666.7, up to 42 · 64
-    assert llama_config(1000, Shape())["num_attention_heads"] == 10, "15 heads of 64 do not divide it"
-    asked = llama_config(768, Shape(heads=6, kv_heads=2, mlp=100, context=77, layers=3))
+    assert llama_config(1000, ModelShape())["intermediate_size"] == 2688  # 8/3 · 1000 = 2,666.7, up to 42 · 64
+    assert llama_config(1000, ModelShape())["num_attention_heads"] == 10, "15 heads of 64 do not divide it"
+    asked = llama_config(768, ModelShape(heads=6, kv_heads=2, mlp=100, context=77, layers=3))
     assert [asked[key] for key in ("head_dim", "num_key_value_heads", "intermediate_size", "num_hidden_layers")] == [
         128,
         2,
@@ -199,7 +199,7 @@ def test_the_defaults_of_a_llama() -> None:
 
 
 def test_another_dtype_rounds_everything_and_says_so(tmp_path: Path) -> None:
-    init_model(str(embedding(tmp_path / "emb")), tmp_path / "m0", shape=Shape(layers=1), dtype="bfloat16")
+    init_model(str(embedding(tmp_path / "emb")), tmp_path / "m0", shape=ModelShape(layers=1), dtype="bfloat16")
     tensors = tensors_of(tmp_path / "m0")
     assert {x.dtype for x in tensors.values()} == {torch.bfloat16}
     assert torch.equal(tensors["model.embed_tokens.weight"], table_of(tmp_path / "emb").bfloat16())
@@ -208,14 +208,14 @@ def test_another_dtype_rounds_everything_and_says_so(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
-    report = init_model(str(embedding(tmp_path / "emb")), tmp_path / "m0", shape=Shape(layers=2), dry_run=True)
+    report = init_model(str(embedding(tmp_path / "emb")), tmp_path / "m0", shape=ModelShape(layers=2), dry_run=True)
     assert report.dry_run and report.layers == 2
     assert [path.name for path in tmp_path.iterdir()] == ["emb"]
     assert "needed" in report.preflight["disk"]
 
 
 def test_interrupted_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    emb, shape = str(embedding(tmp_path / "emb")), Shape(layers=2)
+    emb, shape = str(embedding(tmp_path / "emb")), ModelShape(layers=2)
     init_model(emb, tmp_path / "whole", shape=shape)
     add = surgery.engine.journal.Journal.append
     left = 12
@@ -230,7 +230,7 @@ def test_interrupted_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patch:
         patch.setattr(surgery.engine.journal.Journal, "append", killed)
         with pytest.raises(KeyboardInterrupt):
-            init_model(emb, tmp_path / "out", shape=shape, options=Options(threads=1))
+            init_model(emb, tmp_path / "out", shape=shape, options=ExecutionOptions(threads=1))
     report = init_model(emb, tmp_path / "out", shape=shape)
     assert report.resumed_bytes > 0
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")

@@ -11,10 +11,10 @@ import torch
 from support.models import make_live, maker
 
 from surgery.errors import SurgeryError
-from surgery.growth.plan import Cache
+from surgery.growth.plan import CacheSettings
 from surgery.growth.prefix_cache import decide as worth
 from surgery.growth.prefix_cache.cache import PrefixCache, cache_bytes
-from surgery.growth.prefix_cache.decide import decide, unfit
+from surgery.growth.prefix_cache.decide import decide_caching, why_not_cacheable
 
 TOKENS = torch.randint(4, 90, (2, 19), generator=torch.Generator().manual_seed(3))
 Usage = namedtuple("Usage", "total used free")
@@ -44,8 +44,8 @@ def timed(monkeypatch):
 
 
 def asked(live, folder, depth=2, *, use="auto", disk=10**6, passes=4.0, held=0, windows=100, dtype="float32"):
-    settings = Cache(use=use, disk=disk, dtype=dtype)
-    return decide(
+    settings = CacheSettings(use=use, disk=disk, dtype=dtype)
+    return decide_caching(
         live, depth, settings=settings, folder=folder, windows=windows, passes=passes, batch_tokens=TOKENS, held=held
     )
 
@@ -166,7 +166,7 @@ def test_what_is_tried_leaves_the_model_and_the_random_numbers_as_they_were(live
     live.model.requires_grad_(False)
     live.layers[0].train()
     state, modes = torch.get_rng_state(), [module.training for module in live.model.modules()]
-    assert unfit(live, 1, TOKENS) == "its layers draw at random in training (dropout)"  # GPT-2's own 0.1
+    assert why_not_cacheable(live, 1, TOKENS) == "its layers draw at random in training (dropout)"  # GPT-2's own 0.1
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in live.model.modules()] == modes
     live.model.eval()
@@ -175,8 +175,8 @@ def test_what_is_tried_leaves_the_model_and_the_random_numbers_as_they_were(live
 def test_only_what_trains_below_matters(live):
     for module in (live.layers[2], live.final_norm):
         module.requires_grad_(True)
-    assert unfit(live, 2, TOKENS) is None
-    assert unfit(live, 3, TOKENS).endswith("below layer 3 trains")
+    assert why_not_cacheable(live, 2, TOKENS) is None
+    assert why_not_cacheable(live, 3, TOKENS).endswith("below layer 3 trains")
 
 
 def test_the_disk_and_the_layers_are_really_timed(live, tmp_path, monkeypatch):

@@ -10,18 +10,18 @@ from support.architectures import VOCABULARY
 from support.models import make_live
 from torch.utils.flop_counter import FlopCounterMode
 
-from surgery.checkpoint.structure import anatomy
-from surgery.growth.plan import Stage, Trained
+from surgery.checkpoint.structure import model_structure
+from surgery.growth.plan import GrowthStage, TrainableParts
 from surgery.growth.training.flops import sizes, step_cost
-from surgery.growth.training.stage_model import prepare
-from surgery.models.loaded_model import LiveModel
-from surgery.models.partial_forward import run_between, tupled_layers
+from surgery.growth.training.stage_model import prepare_stage_model
+from surgery.models.loaded_model import LoadedModel
+from surgery.models.partial_forward import partial_forward, tupled_layers
 
 ROWS, LENGTH, LAYERS = 2, 16, 3
 
 
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> LiveModel:
+def live(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     live = make_live("llama", tmp_path_factory.mktemp("flops") / "m", num_hidden_layers=LAYERS)
     live.model.set_attn_implementation("eager")  # whose products are counted one by one
     return live
@@ -51,13 +51,13 @@ def counted(counter: FlopCounterMode) -> float:
     ],
 )
 def test_training_costs_what_torch_counts(
-    live: LiveModel, train: Sequence[Trained], new: list[int], cached: bool
+    live: LoadedModel, train: Sequence[TrainableParts], new: list[int], cached: bool
 ) -> None:
-    model = prepare(live, Stage(train=tuple(train), tokens=1), new, seed=0)
+    model = prepare_stage_model(live, GrowthStage(train=tuple(train), tokens=1), new, seed=0)
     layers = range(LAYERS) if "all" in train else new
     said = set(train)
     cost = step_cost(
-        sizes(live.checkpoint, anatomy(live.checkpoint), sequence=LENGTH),
+        sizes(live.checkpoint, model_structure(live.checkpoint), sequence=LENGTH),
         depth=model.depth,
         trained=layers,
         head=bool(said & {"head", "all"}),
@@ -66,7 +66,7 @@ def test_training_costs_what_torch_counts(
     ids = torch.randint(VOCABULARY, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     tokens, hidden = ids[:, :-1], None
     if cached:
-        hidden = run_between(live, tokens, 0, None, model.depth, tupled=tupled_layers(live))
+        hidden = partial_forward(live, tokens, 0, None, model.depth, tupled=tupled_layers(live))
     live.model.zero_grad()
     with FlopCounterMode(display=False) as counter:
         model(tokens, ids[:, 1:], hidden if model.depth else None).backward()

@@ -23,14 +23,14 @@ from support.processes import run_ranks
 from torch.nn import functional
 
 from surgery.errors import SurgeryError
-from surgery.growth.plan import Plateau, Stage, Training
-from surgery.growth.training.loop import StageResult, Step
-from surgery.growth.training.lr_schedule import has_plateaued, rate_at
+from surgery.growth.plan import GrowthStage, Plateau, StageTraining
+from surgery.growth.training.loop import StageResult, TrainingStep
+from surgery.growth.training.lr_schedule import has_plateaued, learning_rate
 
 ROOT = Path(__file__).parents[4]
 TOKENS_PER_STEP = BATCH * SEQUENCE
 
-KINDS: dict[str, Stage] = {
+KINDS: dict[str, GrowthStage] = {
     "plain": make_stage(),
     "accumulate": make_stage(training={"accumulate": 2}),
     "lora": make_stage(("new", "head", "norm", "lora")),
@@ -106,7 +106,7 @@ def test_steps_are_those_of_adamw(model: Path, tmp_path: Path) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 0.5)
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, 4, stage.training)
+            group["lr"] = learning_rate(step, 4, stage.training)
         optimizer.step()
         losses.append(loss.item())
     assert result.losses == pytest.approx(losses, rel=1e-5)
@@ -130,9 +130,9 @@ def test_interrupted_and_resumed_it_ends_as_if_it_had_never_stopped(kind: str, m
     if kind == "dropout":
         model = save("llama", tmp_path / "m", attention_dropout=0.3)
     whole = train(model, stage, tmp_path / "whole", cache=tmp_path / "other" if cache else None)
-    seen: list[Step] = []
+    seen: list[TrainingStep] = []
 
-    def log(step: Step) -> None:
+    def log(step: TrainingStep) -> None:
         seen.append(step)
         if len(seen) in (2, 5):
             signal.raise_signal(signal.SIGINT)
@@ -187,7 +187,7 @@ def test_killed_at_any_time_it_ends_as_if_it_had_never_been(kind: str, model: Pa
             assert child.stdout.readline()
         child.kill()
     assert child.returncode == -signal.SIGKILL
-    steps: list[Step] = []
+    steps: list[TrainingStep] = []
     resumed = train(model, stage, tmp_path / "state", cache=tmp_path / "cache" if cached else None, log=steps.append)
     assert 6 - kill_after - 1 <= len(steps) <= 6 - kill_after + 1
     same(whole, resumed)
@@ -301,13 +301,13 @@ def test_what_is_not_finite_stops_it_and_is_not_saved(
     live, stage = open_folder(model), make_stage()
     weight = live.model.get_parameter("lm_head.weight")
 
-    def log(step: Step) -> None:
+    def log(step: TrainingStep) -> None:
         if step.tokens == 3 * TOKENS_PER_STEP:
             weight.data[5] = math.nan
 
     with pytest.raises(SurgeryError, match=rf"^m: {what}\. Lower the learning rate, which is 0\.01, and"):
         train_live(live, stage, tmp_path / "state", save_every=save_every, log=log)
-    steps: list[Step] = []
+    steps: list[TrainingStep] = []
     train(model, stage, tmp_path / "state", log=steps.append)
     assert len(steps) == (4 if save_every == 0 else 6) and all(math.isfinite(step.loss) for step in steps)
 
@@ -352,7 +352,7 @@ def test_a_prefix_of_another_depth_is_refused(model: Path, tmp_path: Path) -> No
 
 def test_a_plateau_ends_the_stage(model: Path, tmp_path: Path) -> None:
     stage = make_stage(steps=9, plateau=Plateau(tokens=2 * TOKENS_PER_STEP, by=100))
-    steps: list[Step] = []
+    steps: list[TrainingStep] = []
     result = train(model, stage, tmp_path / "state", log=steps.append)
     assert (result.stopped, result.steps) == ("plateau", 4)
     again = train(model, stage, tmp_path / "state", log=steps.append)
@@ -383,8 +383,8 @@ def test_losses_have_plateaued_once_they_no_longer_fall_by_so_much() -> None:
     ],
 )
 def test_the_learning_rate_rises_and_falls(settings: Mapping[str, Any], rates: Sequence[float]) -> None:
-    training = Training(learning_rate=2.0, **settings)
-    assert [rate_at(step, 5, training) for step in range(5)] == pytest.approx([2 * rate for rate in rates])
+    training = StageTraining(learning_rate=2.0, **settings)
+    assert [learning_rate(step, 5, training) for step in range(5)] == pytest.approx([2 * rate for rate in rates])
 
 
 def test_progress_is_told_in_tokens_with_the_loss(model: Path, tmp_path: Path) -> None:

@@ -13,21 +13,21 @@ from torch import nn
 from surgery.errors import SurgeryError
 from surgery.growth.plan import Lora
 from surgery.growth.training.lora import add_lora
-from surgery.models.loaded_model import LiveModel
+from surgery.models.loaded_model import LoadedModel
 
 IDS = torch.arange(4, 24)[None] % VOCABULARY
 
 
-def logits(live: LiveModel) -> torch.Tensor:
+def logits(live: LoadedModel) -> torch.Tensor:
     with torch.no_grad():
         return live.model(input_ids=IDS, use_cache=False).logits.clone()
 
 
-def named(live: LiveModel) -> dict[str, nn.Module]:
+def named(live: LoadedModel) -> dict[str, nn.Module]:
     return {f"layers.{index}": layer for index, layer in enumerate(live.layers)}
 
 
-def move(live: LiveModel) -> None:
+def move(live: LoadedModel) -> None:
     """Gives every B a value, as training would."""
     draw = torch.Generator().manual_seed(3)
     for name, parameter in live.model.named_parameters():

@@ -16,14 +16,14 @@ from surgery.growth.training.optimizer_state import (
     NUMBERS,
     SPECKS_EVERY,
     TENSORS,
-    clear_specks,
+    flush_denormals,
     load_state,
     restore,
     save_state,
     snapshot,
 )
 from surgery.io.hashing import hash_parts
-from surgery.models.parameters import hashes_of
+from surgery.models.parameters import parameter_hashes
 
 
 def write(folder: Path, step: int, *, fingerprint: str = "ours") -> dict[str, torch.Tensor]:
@@ -160,7 +160,7 @@ def test_moments_never_become_denormal_and_weights_are_as_without_it() -> None:
             table.grad[1] = 0.1 if step == 0 else 0.0  # then it gets no more
             optimizer.step()
             if cleared and (step + 1) % SPECKS_EVERY == 0:
-                clear_specks(optimizer)
+                flush_denormals(optimizer)
             moments = torch.stack([optimizer.state[table][key] for key in MOMENTS]).abs()
             seen |= bool(((moments > 0) & (moments < smallest)).any())
         parameters.append(table.detach())
@@ -171,5 +171,5 @@ def test_moments_never_become_denormal_and_weights_are_as_without_it() -> None:
 def test_hashes_are_those_of_segments() -> None:
     values = torch.arange(SEGMENT + 5, dtype=torch.float32)
     expected = hash_parts([digest(values[:SEGMENT].clone()), digest(values[SEGMENT:].clone())])
-    assert hashes_of({"x": values.view(-1, 1)}) == {"x": expected}
-    assert hashes_of({"x": values.view(-1, 1).T.contiguous().T}) == {"x": expected}
+    assert parameter_hashes({"x": values.view(-1, 1)}) == {"x": expected}
+    assert parameter_hashes({"x": values.view(-1, 1).T.contiguous().T}) == {"x": expected}

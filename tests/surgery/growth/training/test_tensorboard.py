@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from surgery.errors import SurgeryError
-from surgery.growth.training.loop import Step
+from surgery.growth.training.loop import TrainingStep
 from surgery.growth.training.tensorboard import tensorboard
 
-STEPS = [Step(64, 5.25, 1e-3, 800.0, 1.5), Step(128, 5.0, 2e-3, 900.0, 1.25)]
+STEPS = [TrainingStep(64, 5.25, 1e-3, 800.0, 1.5), TrainingStep(128, 5.0, 2e-3, 900.0, 1.25)]
 
 
 def test_every_number_of_every_step_is_written(tmp_path: Path) -> None:

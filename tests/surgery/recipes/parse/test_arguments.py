@@ -8,7 +8,7 @@ import pytest
 from support.recipe_texts import COMMANDS, Read, note, only_fault, steps_of
 
 from surgery.errors import SurgeryError
-from surgery.recipes.types import Made
+from surgery.recipes.types import StepOutput
 
 
 @pytest.mark.parametrize(
@@ -98,10 +98,10 @@ def test_references_between_matrices_agree_on_what_they_share(read: Read) -> Non
     )
     given = {node.name: node.given["of"] for node in read(text).nodes if node.step != "a"}
     assert given == {
-        "b.s=0.001": (Made("a.s=1e-3.t=x"), Made("a.s=1e-3.t=y")),
-        "b.s=1": (Made("a.s=1.t=x"), Made("a.s=1.t=y")),
-        "c.s=1.t=y.u=1": (Made("a.s=1.t=y"),),
-        "c.s=1.t=y.u=2": (Made("a.s=1.t=y"),),
+        "b.s=0.001": (StepOutput("a.s=1e-3.t=x"), StepOutput("a.s=1e-3.t=y")),
+        "b.s=1": (StepOutput("a.s=1.t=x"), StepOutput("a.s=1.t=y")),
+        "c.s=1.t=y.u=1": (StepOutput("a.s=1.t=y"),),
+        "c.s=1.t=y.u=2": (StepOutput("a.s=1.t=y"),),
     }
 
 
@@ -111,8 +111,8 @@ def test_where_one_folder_is_wanted_a_matrix_must_agree(read: Read) -> None:
         return steps_of({"a": note("$s", matrix={"s": [1, 2]}), "b": apply})
 
     assert [node.given["vector"] for node in read(text({"s": [2, 1]})).nodes[2:]] == [
-        Made("a.s=2", "v"),
-        Made("a.s=1", "v"),
+        StepOutput("a.s=2", "v"),
+        StepOutput("a.s=1", "v"),
     ]
     assert "got $a, which is 2 folders (a.s=1, a.s=2), expected one" in only_fault(read, text({"x": [1]}))
     assert "got $a, of which there is none for s=3" in only_fault(read, text({"s": [1, 3]}))
@@ -120,7 +120,7 @@ def test_where_one_folder_is_wanted_a_matrix_must_agree(read: Read) -> None:
 
 def test_a_step_may_make_a_file_which_holds_nothing(read: Read) -> None:
     file = {"run": "list"}
-    assert read(steps_of({"a": file, "b": note("$a")})).nodes[1].given == {"of": (Made("a"),)}
+    assert read(steps_of({"a": file, "b": note("$a")})).nodes[1].given == {"of": (StepOutput("a"),)}
     fault = only_fault(read, steps_of({"a": file, "b": note("$a/x")}))
     assert fault.endswith("with.of[0]: got $a, but `list` makes a file, and no folder")
 
@@ -128,7 +128,7 @@ def test_a_step_may_make_a_file_which_holds_nothing(read: Read) -> None:
 def test_what_a_step_changes_may_be_the_output_of_another(read: Read) -> None:
     text = steps_of({"a": note(), "b": {"run": "probe heads", "with": {"from": "$a"}}, "c": note("$b/heads.json")})
     a, b, c = read(text).nodes
-    assert (a.after, b.given, c.given) == ((), {"from": Made("a")}, {"of": (Made("b", "heads.json"),)})
+    assert (a.after, b.given, c.given) == ((), {"from": StepOutput("a")}, {"of": (StepOutput("b", "heads.json"),)})
 
 
 def test_a_recipe_that_would_fill_the_memory_is_stopped(read: Read) -> None:

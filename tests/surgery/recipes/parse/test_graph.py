@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support.recipe_texts import COMMANDS, RECIPE, Read, faults_of, note, only_fault, read_text, steps_of
 
 from surgery.errors import SurgeryError
-from surgery.recipes.types import Made, Program, Push
+from surgery.recipes.types import Pipeline, Push, StepOutput
 
 
 def test_a_recipe_becomes_nodes_with_everything_filled_in(read: Read) -> None:
@@ -23,9 +23,9 @@ def test_a_recipe_becomes_nodes_with_everything_filled_in(read: Read) -> None:
     vector, half, _, scores = found.nodes
     assert (vector.given, vector.after) == ({"tuned": "lab:grpo", "base": "lab:sft"}, ())
     assert (vector.memory, vector.line, vector.command) == (2 * 10**9, 11, COMMANDS["vector extract"])
-    assert half.given == {"vector": Made("vector"), "target": "lab:instruct", "scale": 0.5}
+    assert half.given == {"vector": StepOutput("vector"), "target": "lab:instruct", "scale": 0.5}
     assert (half.step, half.after) == ("moved", ("vector",))
-    made = (Made("moved.scale=0.5"), Made("moved.scale=1.0"))
+    made = (StepOutput("moved.scale=0.5"), StepOutput("moved.scale=1.0"))
     assert scores.given == {"models": ("lab:instruct", *made), "task": ("lab_sums",), "limit": 200}
     assert scores.after == ("moved.scale=0.5", "moved.scale=1.0")
     assert (found.recipe, found.about, found.needs, found.pushes) == ("r", "One line.", {"disk": "10 MB"}, ())
@@ -319,5 +319,5 @@ def escaped_value(value: Any) -> Any:
     return f"${value}" if isinstance(value, str) and value.startswith("$") else value
 
 
-def _without_lines(found: Program) -> Program:
+def _without_lines(found: Pipeline) -> Pipeline:
     return replace(found, nodes=tuple(replace(node, line=None) for node in found.nodes))

@@ -127,7 +127,7 @@ def test_a_fault_does_not_fit(old: str, new: str) -> None:
 
 
 def test_editors_are_told_what_options_are_for() -> None:
-    rules = {rule["if"]["properties"]["run"]["const"]: rule["then"] for rule in SCHEMA["$defs"]["Step"]["allOf"]}
+    rules = {rule["if"]["properties"]["run"]["const"]: rule["then"] for rule in SCHEMA["$defs"]["StepEntry"]["allOf"]}
     assert list(rules) == sorted(COMMANDS)
     options = rules["vector extract"]["properties"]["with"]
     assert options["required"] == ["tuned", "base"]
@@ -141,6 +141,6 @@ def test_editors_are_told_what_options_are_for() -> None:
         "description": "Of the adapter.",
     }
     assert options["properties"]["dtype"]["default"] == "float32"
-    assert SCHEMA["$defs"]["Step"]["properties"]["matrix"]["description"].startswith("Variables of this step")
+    assert SCHEMA["$defs"]["StepEntry"]["properties"]["matrix"]["description"].startswith("Variables of this step")
     assert SCHEMA["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert "required" not in rules["note"]

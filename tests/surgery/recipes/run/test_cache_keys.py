@@ -13,15 +13,15 @@ from support.recipe_runs import make, node
 
 from surgery import lab
 from surgery.errors import SurgeryError
-from surgery.recipes.run.cache_keys import Output, key_of
-from surgery.recipes.run.content_hashes import Hashes, output_hash
-from surgery.recipes.run.inputs import Things
-from surgery.recipes.run.paths import Place
-from surgery.recipes.types import Given, Made, Node
+from surgery.recipes.run.cache_keys import KeyedOutput, cache_key
+from surgery.recipes.run.content_hashes import FileHashCache, output_hash
+from surgery.recipes.run.inputs import InputResolver
+from surgery.recipes.run.paths import StepPaths
+from surgery.recipes.types import Given, RecipeStep, StepOutput
 
 
-def key(step: Node, **done: Output) -> str | None:
-    return key_of(step, done, Things(Hashes()))
+def key(step: RecipeStep, **done: KeyedOutput) -> str | None:
+    return cache_key(step, done, InputResolver(FileHashCache()))
 
 
 def of(**given: Given) -> str | None:
@@ -62,15 +62,15 @@ def test_the_name_of_a_step_does_not_count() -> None:
 
 
 def test_another_steps_output_counts_by_its_key_its_hash_and_the_place_in_it() -> None:
-    step = node("b", {"inputs": (Made("a"),)})
-    one = key(step, a=Output("k", "h"))
-    assert one == key(step, a=Output("k", "h"))
-    assert one not in (key(step, a=Output("k", "other")), key(step, a=Output("other", "h")))
-    assert one != key(node("b", {"inputs": (Made("a", "inside"),)}), a=Output("k", "h"))
+    step = node("b", {"inputs": (StepOutput("a"),)})
+    one = key(step, a=KeyedOutput("k", "h"))
+    assert one == key(step, a=KeyedOutput("k", "h"))
+    assert one not in (key(step, a=KeyedOutput("k", "other")), key(step, a=KeyedOutput("other", "h")))
+    assert one != key(node("b", {"inputs": (StepOutput("a", "inside"),)}), a=KeyedOutput("k", "h"))
 
 
 def test_there_is_no_key_before_what_is_needed_is_done() -> None:
-    assert key(node("b", {"inputs": (Made("a"),)})) is None
+    assert key(node("b", {"inputs": (StepOutput("a"),)})) is None
 
 
 def test_a_folder_counts_by_its_content_not_by_its_place(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_the_files_that_a_corpus_matches_count(tmp_path: Path) -> None:
 
 def test_a_lab_model_counts_by_its_recipe_and_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SURGERY_CACHE", str(tmp_path))
-    thing = Things(Hashes()).of("lab:grpo")
+    thing = InputResolver(FileHashCache()).of("lab:grpo")
     assert thing is not None and thing.content is not None
     assert lab.path_of("grpo").parent.name in thing.content
     assert "trained first" in thing.note
@@ -133,7 +133,7 @@ def test_a_repository_counts_by_its_commit(server: HubServer, tmp_path: Path) ->
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"x" * 100)
     server.add("org/model", folder)
-    seen = Things(Hashes()).of("org/model")
+    seen = InputResolver(FileHashCache()).of("org/model")
     assert seen is not None and seen.content is not None and seen.content.startswith("hub/org/model@")
     assert (seen.n_bytes, seen.missing) == (100, 102)
     assert of(text="org/model") != of(text="org/other")
@@ -141,7 +141,7 @@ def test_a_repository_counts_by_its_commit(server: HubServer, tmp_path: Path) ->
 
 def test_what_cannot_be_looked_up_counts_as_it_is_typed_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    thing = Things(Hashes()).of("org/surely-not-cached")
+    thing = InputResolver(FileHashCache()).of("org/surely-not-cached")
     assert thing is not None and thing.content is None
     assert "no complete copy in the cache" in thing.note
 
@@ -151,7 +151,7 @@ def test_weights_are_known_by_their_tensors_not_by_their_metadata(tmp_path: Path
     save_file(tensors, tmp_path / "1.safetensors", metadata={"when": "now"})
     save_file(tensors, tmp_path / "2.safetensors")
     save_file({"a": torch.arange(6.0).reshape(3, 2)}, tmp_path / "3.safetensors")
-    hashes = Hashes()
+    hashes = FileHashCache()
     one, two, three = (hashes.of_file(tmp_path / f"{n}.safetensors") for n in (1, 2, 3))
     assert one == two != three
 
@@ -159,29 +159,29 @@ def test_weights_are_known_by_their_tensors_not_by_their_metadata(tmp_path: Path
 def test_a_kept_hash_is_used_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, file = tmp_path / "hashes.json", tmp_path / "file"
     file.write_text("one")
-    hashes = Hashes(kept)
+    hashes = FileHashCache(kept)
     found = hashes.of_file(file)
     hashes.save()
     reads: list[Path] = []
     monkeypatch.setattr("surgery.recipes.run.content_hashes._bytes_hash", lambda path: reads.append(path) or "new")
-    assert Hashes(kept).of_file(file) == found
+    assert FileHashCache(kept).of_file(file) == found
     assert not reads
     file.write_text("two!")
-    assert Hashes(kept).of_file(file) == "new"
+    assert FileHashCache(kept).of_file(file) == "new"
 
 
 def test_a_damaged_memory_of_hashes_is_forgotten(tmp_path: Path) -> None:
     kept, file = tmp_path / "hashes.json", tmp_path / "file"
     file.write_text("one")
     kept.write_text("{")
-    assert Hashes(kept).of_file(file) == Hashes().of_file(file)
+    assert FileHashCache(kept).of_file(file) == FileHashCache().of_file(file)
 
 
 def test_a_byte_that_flips_is_noticed_though_size_and_name_stay(tmp_path: Path) -> None:
     path = tmp_path / "out" / "m.safetensors"
     path.parent.mkdir()
     save_file({"a": torch.arange(6.0)}, path)
-    hashes = Hashes()
+    hashes = FileHashCache()
     files = hashes.of_files(path.parent)
     assert hashes.is_intact(path.parent, files)
     data = bytearray(path.read_bytes())
@@ -194,7 +194,7 @@ def test_a_byte_that_flips_is_noticed_though_size_and_name_stay(tmp_path: Path) 
 
 
 def test_what_a_probe_found_counts_and_how_long_a_growth_took_does_not(tmp_path: Path) -> None:
-    place = Place(tmp_path, tmp_path / "out")
+    place = StepPaths(tmp_path, tmp_path / "out")
     probed = {"a.safetensors": "1", "surgery.json": "2", "results.json": "3"}
     grown = {"stage-1/model.safetensors": "1", "stage-1/surgery.json": "2", "results.json": "3"}
     for files, counts in ((probed, True), (grown, False)):
@@ -208,7 +208,7 @@ def test_the_name_of_a_short_run_folder_is_no_part_of_what_was_printed(
     monkeypatch.chdir(tmp_path)
     found = []
     for run in (Path("a"), Path("run")):
-        place = Place(run / "steps" / "x", run / "steps" / "x" / "out")
+        place = StepPaths(run / "steps" / "x", run / "steps" / "x" / "out")
         place.folder.mkdir(parents=True)
         place.text.write_text(f"a run of data: {run}/steps/m/out, {run.absolute()}/steps/m/out\n")
         found.append(output_hash(place, {}, run_folder=run))
@@ -218,7 +218,7 @@ def test_the_name_of_a_short_run_folder_is_no_part_of_what_was_printed(
 def test_what_was_printed_is_known_wherever_the_run_lies(tmp_path: Path) -> None:
     found = []
     for run in (tmp_path / "a", tmp_path / "a longer name"):
-        place = Place(run / "steps" / "x", run / "steps" / "x" / "out")
+        place = StepPaths(run / "steps" / "x", run / "steps" / "x" / "out")
         place.folder.mkdir(parents=True)
         width = len(str(run))
         place.text.write_text(f" model {' ' * width} n\n {'─' * (width + 8)}\n {run}/steps/m/out  3\n")

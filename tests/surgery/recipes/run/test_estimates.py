@@ -10,20 +10,20 @@ from support.recipe_runs import node, real
 
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.errors import SurgeryError
-from surgery.recipes.run.content_hashes import Hashes
+from surgery.recipes.run.content_hashes import FileHashCache
 from surgery.recipes.run.estimates import (
     GB,
     LOADED,
     PROGRAM,
     TRAINED,
     WEIGHT_JOB,
-    Estimate,
+    ResourceEstimate,
     check_disk,
     estimate,
     free_memory,
 )
-from surgery.recipes.run.inputs import LAB_BYTES, Things
-from surgery.recipes.types import Given, Made
+from surgery.recipes.run.inputs import LAB_BYTES, InputResolver
+from surgery.recipes.types import Given, StepOutput
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +31,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build("llama", tmp_path_factory.mktemp("m") / "model", max_shard_size="20KB")
 
 
-def of(command: str, given: dict[str, Given], memory: int | None = None, **before: Estimate) -> Estimate:
+def of(
+    command: str, given: dict[str, Given], memory: int | None = None, **before: ResourceEstimate
+) -> ResourceEstimate:
     step = node("x", given, command=real(command), memory=memory)
-    return estimate(step, before, Things(Hashes()))
+    return estimate(step, before, InputResolver(FileHashCache()))
 
 
 def test_a_vector_in_float32_takes_four_bytes_for_every_value(model: Path) -> None:
@@ -45,8 +47,8 @@ def test_a_vector_in_float32_takes_four_bytes_for_every_value(model: Path) -> No
 
 def test_an_edited_model_takes_what_its_original_takes(model: Path) -> None:
     size = open_checkpoint(model).n_bytes
-    before = Estimate(0, 999_999_999, 5)
-    assert of("vector apply", {"vector": Made("v"), "target": str(model)}, v=before).disk == size
+    before = ResourceEstimate(0, 999_999_999, 5)
+    assert of("vector apply", {"vector": StepOutput("v"), "target": str(model)}, v=before).disk == size
     assert of("edit heads", {"model": str(model), "no-measure": True}).disk == size
 
 
@@ -58,8 +60,8 @@ def test_an_ensemble_takes_what_its_members_take_together(model: Path) -> None:
 
 @pytest.mark.parametrize("command", ["eval", "probe refusal", "edit heads"])
 def test_a_command_that_loads_models_takes_the_largest_and_more(model: Path, command: str) -> None:
-    given: dict[str, Given] = {"model": str(model)} if command != "eval" else {"models": (str(model), Made("m"))}
-    seen = of(command, given, m=Estimate(0, 3 * GB, GB))
+    given: dict[str, Given] = {"model": str(model)} if command != "eval" else {"models": (str(model), StepOutput("m"))}
+    seen = of(command, given, m=ResourceEstimate(0, 3 * GB, GB))
     largest = 3 * GB if command == "eval" else open_checkpoint(model).n_bytes
     assert seen.memory == PROGRAM + round(LOADED * largest)
 
@@ -71,7 +73,7 @@ def test_an_edit_that_measures_nothing_loads_nothing(model: Path) -> None:
 def test_a_growth_takes_sixteen_bytes_for_every_parameter(tmp_path: Path) -> None:
     plan = tmp_path / "plan.yml"
     plan.write_text("corpus: [x]\nmodel: {hidden: 64}\nstages: [{add: 1, tokens: 10, times: 3}]\n")
-    seen = of("grow run", {"plan": str(plan), "embed": Made("emb")}, emb=Estimate(0, 400, 100))
+    seen = of("grow run", {"plan": str(plan), "embed": StepOutput("emb")}, emb=ResourceEstimate(0, 400, 100))
     assert seen.memory == PROGRAM + TRAINED * (100 + 3 * 12 * 64 * 64)
 
 

@@ -13,13 +13,13 @@ import pytest
 from rich.console import Console
 from support.recipe_runs import Fakes, make, node, program, write_output
 
-from surgery.recipes.run.display import SHOWN, Lines, Rows, how_far
+from surgery.recipes.run.display import SHOWN, BarDisplay, LineDisplay, how_far
 from surgery.recipes.run.report import _folded
-from surgery.recipes.run.scheduler import run_program
-from surgery.recipes.run.subprocesses import Job
-from surgery.recipes.types import Made
+from surgery.recipes.run.scheduler import run_recipe
+from surgery.recipes.run.subprocesses import StepProcess
+from surgery.recipes.types import StepOutput
 from surgery.reporting.report import Figure, Report
-from surgery.runtime.progress import FILE, Told, heard, terminal
+from surgery.runtime.progress import FILE, ProgressEvent, read_progress, terminal
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
@@ -27,7 +27,7 @@ PNG = base64.b64decode(
 OTHER = PNG + b"other"
 
 
-def work(job: Job) -> None:
+def work(job: StepProcess) -> None:
     write_output(job)
     job.place.log.write_text("said\n")
     if job.node.name == "a":
@@ -43,9 +43,9 @@ def work(job: Job) -> None:
 def page(tmp_path: Path) -> str:
     drawing = make("diff", writes=None, plots="--plot")
     what = program(
-        node("a", {"text": "<b>"}), node("b", {"inputs": (Made("a"),)}, command=drawing), node("c", {"count": 3})
+        node("a", {"text": "<b>"}), node("b", {"inputs": (StepOutput("a"),)}, command=drawing), node("c", {"count": 3})
     )
-    report = run_program(what, tmp_path / "run", runner=Fakes(work=work, codes={"c": 1}), jobs=1)
+    report = run_recipe(what, tmp_path / "run", runner=Fakes(work=work, codes={"c": 1}), jobs=1)
     assert report.report == tmp_path / "run" / "report.html"
     return report.report.read_text(encoding="utf-8")
 
@@ -75,7 +75,7 @@ def test_what_failed_is_told_with_its_reason(page: str) -> None:
 
 def test_what_was_done_before_is_told(tmp_path: Path) -> None:
     for _ in range(2):
-        report = run_program(program(node("a")), tmp_path / "run", runner=Fakes(), jobs=1)
+        report = run_recipe(program(node("a")), tmp_path / "run", runner=Fakes(), jobs=1)
     assert report.report is not None
     assert "Done before, and unchanged since: not done again." in report.report.read_text(encoding="utf-8")
 
@@ -92,19 +92,19 @@ def test_a_long_line_is_folded_as_a_shell_reads_it() -> None:
 
 
 def test_what_a_step_told_people_stands_below_what_it_printed(tmp_path: Path) -> None:
-    def telling(job: Job) -> None:
+    def telling(job: StepProcess) -> None:
         write_output(job)
         job.place.text.write_text("a table\n" if job.node.name == "a" else "")
         job.place.log.write_text("\n".join(f"line {n}" for n in range(30)))
 
-    report = run_program(program(node("a"), node("b")), tmp_path / "run", runner=Fakes(work=telling), jobs=1)
+    report = run_recipe(program(node("a"), node("b")), tmp_path / "run", runner=Fakes(work=telling), jobs=1)
     assert report.report is not None
     page = report.report.read_text(encoding="utf-8")
     assert "<pre>a table\n\nline 10\n" in page and page.count("line 29</pre>") == 2
 
 
 def test_a_table_of_many_steps_shows_those_that_matter(tmp_path: Path) -> None:
-    rows = Rows([f"s{n}" for n in range(SHOWN + 9)], Console(file=io.StringIO()))
+    rows = BarDisplay([f"s{n}" for n in range(SHOWN + 9)], Console(file=io.StringIO()))
     for n, state in enumerate([*["done"] * 20, "failed", "left out", "unchanged"]):
         rows.ended(f"s{n}", state, 1.0)
     rows.started("s30", tmp_path)
@@ -117,7 +117,7 @@ def test_a_table_of_many_steps_shows_those_that_matter(tmp_path: Path) -> None:
 
 def test_where_no_table_can_be_drawn_each_beginning_and_end_is_a_line(tmp_path: Path) -> None:
     said: list[str] = []
-    lines = Lines(said.append)
+    lines = LineDisplay(said.append)
     lines.started("a", tmp_path)
     lines.ended("a", "done", 1.25)
     lines.ended("b", "unchanged", 0.0)
@@ -128,11 +128,11 @@ def test_a_child_tells_its_progress_through_a_file(tmp_path: Path, monkeypatch: 
     file = tmp_path / "progress.json"
     monkeypatch.setenv(FILE, str(file))
     with terminal("Writing", 10, "steps") as advance:
-        assert heard(file) == Told("Writing", 0, 10, "steps")
+        assert read_progress(file) == ProgressEvent("Writing", 0, 10, "steps")
         advance(4, "loss 2.0")
         advance(6)
-        assert heard(file) == Told("Writing", 10, 10, "steps", "loss 2.0")
-    assert how_far(heard(file)) == f"{'━' * 20} 10 of 10 Writing loss 2.0"
+        assert read_progress(file) == ProgressEvent("Writing", 10, 10, "steps", "loss 2.0")
+    assert how_far(read_progress(file)) == f"{'━' * 20} 10 of 10 Writing loss 2.0"
     assert [path.name for path in tmp_path.iterdir()] == ["progress.json"]
 
 
@@ -146,5 +146,5 @@ def test_a_child_that_nobody_listens_to_writes_nothing(tmp_path: Path, monkeypat
 
 def test_a_file_that_says_nothing_readable_is_no_progress(tmp_path: Path) -> None:
     (tmp_path / "progress.json").write_text('{"label": ')
-    assert heard(tmp_path / "progress.json") is None
+    assert read_progress(tmp_path / "progress.json") is None
     assert how_far(None) == ""

@@ -30,19 +30,22 @@ from support.recipe_runs import (
 
 from surgery.errors import SurgeryError
 from surgery.recipes.run import scheduler as engine
-from surgery.recipes.run.preview import Outlook
-from surgery.recipes.run.scheduler import RunReport, run_program
+from surgery.recipes.run.preview import RunPreview
+from surgery.recipes.run.scheduler import RunReport, run_recipe
 from surgery.recipes.run.state import locked
-from surgery.recipes.run.subprocesses import Job, start, surroundings
+from surgery.recipes.run.subprocesses import StepProcess, start, surroundings
 from surgery.recipes.run.subprocesses import program as line_of
-from surgery.recipes.types import Made, Program, Push
+from surgery.recipes.types import Pipeline, Push, StepOutput
 
 GB = 10**9
 # What a run of the command line may take before it counts as hanging.
 SECONDS = 120
 
 CHAIN = program(
-    node("a"), node("b", {"inputs": (Made("a"),)}), node("c", {"inputs": (Made("b"),)}), node("d", {"text": "alone"})
+    node("a"),
+    node("b", {"inputs": (StepOutput("a"),)}),
+    node("c", {"inputs": (StepOutput("b"),)}),
+    node("d", {"text": "alone"}),
 )
 
 
@@ -53,9 +56,9 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "free_memory", lambda: 100 * GB)
 
 
-def go(run: Path, what: Program = CHAIN, fakes: Fakes | None = None, **more: object) -> tuple[RunReport, Fakes]:
+def go(run: Path, what: Pipeline = CHAIN, fakes: Fakes | None = None, **more: object) -> tuple[RunReport, Fakes]:
     fakes = fakes or Fakes()
-    return run_program(what, run, runner=fakes, jobs=more.pop("jobs", 8), **more), fakes  # type: ignore[arg-type]
+    return run_recipe(what, run, runner=fakes, jobs=more.pop("jobs", 8), **more), fakes  # type: ignore[arg-type]
 
 
 def test_steps_run_after_those_they_need_and_beside_the_others(tmp_path: Path) -> None:
@@ -83,7 +86,10 @@ def test_an_unchanged_step_is_not_done_again(tmp_path: Path) -> None:
 def test_a_changed_option_does_the_step_and_what_follows_again(tmp_path: Path) -> None:
     go(tmp_path / "run")
     changed = program(
-        node("a"), node("b", {"inputs": (Made("a"),), "count": 2}), node("c", {"inputs": (Made("b"),)}), CHAIN.nodes[3]
+        node("a"),
+        node("b", {"inputs": (StepOutput("a"),), "count": 2}),
+        node("c", {"inputs": (StepOutput("b"),)}),
+        CHAIN.nodes[3],
     )
     _, fakes = go(tmp_path / "run", changed)
     assert fakes.started == ["b", "c"]
@@ -140,16 +146,16 @@ def test_steps_run_side_by_side_only_while_their_memory_fits(tmp_path: Path) -> 
 
 def test_two_that_write_scores_into_one_folder_do_not_run_side_by_side(tmp_path: Path) -> None:
     scoring = make("eval", writes=None)
-    steps = [node(n, {"inputs": (Made("a"),), "text": n}, command=scoring) for n in ("one", "two")]
+    steps = [node(n, {"inputs": (StepOutput("a"),), "text": n}, command=scoring) for n in ("one", "two")]
     _, fakes = go(tmp_path / "run", program(node("a"), *steps))
     assert fakes.beside["two"] == set()
 
 
 def test_scores_are_measured_again_when_the_folder_that_holds_them_is_new(tmp_path: Path) -> None:
-    what = program(node("a"), node("s", {"inputs": (Made("a"),)}, command=make("eval", writes=None)))
+    what = program(node("a"), node("s", {"inputs": (StepOutput("a"),)}, command=make("eval", writes=None)))
     go(tmp_path / "run", what)
     (tmp_path / "run" / "steps" / "a" / "out" / "result.txt").unlink()
-    seen: list[Outlook] = []
+    seen: list[RunPreview] = []
     _, fakes = go(tmp_path / "run", what, show=seen.append)
     assert fakes.started == ["a", "s"]
     assert [step.is_done for step in seen[0].steps] == [False, False]
@@ -176,12 +182,12 @@ def test_a_step_that_writes_nothing_fails(tmp_path: Path) -> None:
 def test_a_step_that_failed_goes_on_from_its_partial_work_but_not_from_that_of_other_options(tmp_path: Path) -> None:
     seen: list[bool] = []
 
-    def work(job: Job) -> None:
+    def work(job: StepProcess) -> None:
         seen.append((job.place.folder / "out.partial").exists())
         write_output(job)
 
     class Half(Fakes):
-        def __call__(self, job: Job):  # type: ignore[no-untyped-def]
+        def __call__(self, job: StepProcess):  # type: ignore[no-untyped-def]
             (job.place.folder / "out.partial").mkdir(exist_ok=True)
             return super().__call__(job)
 
@@ -193,7 +199,7 @@ def test_a_step_that_failed_goes_on_from_its_partial_work_but_not_from_that_of_o
 
 
 def test_a_command_that_changes_a_folder_works_on_a_copy(tmp_path: Path) -> None:
-    def work(job: Job) -> None:
+    def work(job: StepProcess) -> None:
         job.place.out.mkdir(exist_ok=True)
         for name in ("m.safetensors", "log.jsonl"):
             path = job.place.out / name
@@ -205,7 +211,7 @@ def test_a_command_that_changes_a_folder_works_on_a_copy(tmp_path: Path) -> None
         job.place.text.write_text("")
 
     changing = make("change", writes="from", changes="from")
-    what = program(node("a"), node("b", {"from": Made("a")}, command=changing))
+    what = program(node("a"), node("b", {"from": StepOutput("a")}, command=changing))
     _, fakes = go(tmp_path / "run", what, Fakes(work=work))
     a, b = (tmp_path / "run" / "steps" / name / "out" for name in "ab")
     assert (a / "log.jsonl").read_text() == "first\n"
@@ -230,7 +236,7 @@ def test_a_step_does_not_take_its_files_for_a_terminal(tmp_path: Path, monkeypat
 
 
 def test_a_dry_run_shows_everything_and_writes_nothing(tmp_path: Path) -> None:
-    seen: list[Outlook] = []
+    seen: list[RunPreview] = []
     report, fakes = go(tmp_path / "run", dry_run=True, show=seen.append)
     assert not (tmp_path / "run").exists()
     assert fakes.started == [] and report.endings == {}
@@ -267,7 +273,7 @@ def test_what_a_step_made_stays_known_while_the_recipe_leaves_it_out(tmp_path: P
 
 def test_ctrl_c_stops_the_children_and_the_next_run_goes_on(tmp_path: Path) -> None:
     class Pressed(Fakes):
-        def __call__(self, job: Job):  # type: ignore[no-untyped-def]
+        def __call__(self, job: StepProcess):  # type: ignore[no-untyped-def]
             child = super().__call__(job)
             if job.node.name == "c":
                 raise KeyboardInterrupt
@@ -286,7 +292,7 @@ def test_ctrl_c_stops_the_children_and_the_next_run_goes_on(tmp_path: Path) -> N
 def test_what_the_recipe_pushes_goes_up_with_the_recipe_once_all_is_done(
     server: HubServer, out: Path, tmp_path: Path
 ) -> None:
-    def work(job: Job) -> None:
+    def work(job: StepProcess) -> None:
         write_output(job)
         if job.node.name == "a":
             shutil.rmtree(job.place.out)
@@ -386,7 +392,7 @@ def test_two_processes_of_a_launcher_make_what_one_makes(
 def test_a_real_child_gets_no_shell_no_input_and_its_own_files(tmp_path: Path) -> None:
     odd = "$(touch gone); *"
     what = program(node("a", {"inputs": (odd,)}, command=make("inspect", writes=None)))
-    report = run_program(what, tmp_path / "run", runner=start, jobs=1)
+    report = run_recipe(what, tmp_path / "run", runner=start, jobs=1)
     assert report.endings["a"] == "failed"
     assert odd in (report.steps["a"].error or "")
     assert not (tmp_path / "gone").exists()

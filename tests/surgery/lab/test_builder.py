@@ -16,20 +16,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from surgery import lab
 from surgery.errors import WRONG_USAGE, SurgeryError
-from surgery.lab.recipe import Grpo, Recipe, Shape, Specialists
+from surgery.lab.recipe import GrpoTraining, QwenShape, ReasoningRecipe, SpecialistsRecipe
 from surgery.lab.sums import CHARACTERS
 from surgery.lab.tokenizer import vocabulary
 
-FULL = Recipe()
+FULL = ReasoningRecipe()
 QUICK = replace(
     FULL,
-    shape=Shape(layers=1, width=16, heads=2, kv_heads=1, mlp_width=16),
+    shape=QwenShape(layers=1, width=16, heads=2, kv_heads=1, mlp_width=16),
     base=replace(FULL.base, steps=3, batch=4),
     sft=replace(FULL.sft, steps=2, batch=4),
     instruct=replace(FULL.instruct, steps=2, batch=4),
-    grpo=Grpo(steps=2, prompts=2, group=2),
+    grpo=GrpoTraining(steps=2, prompts=2, group=2),
 )
-PAIR = Specialists()
+PAIR = SpecialistsRecipe()
 QUICK_PAIR = replace(
     PAIR,
     shape=QUICK.shape,

@@ -12,7 +12,7 @@ TURNS = 4  # a phrase that is said three times may be rhetoric
 LEAST_TOKENS = 16  # of looping text, so that a row of equal digits is none
 
 
-def loops(ids: Sequence[int]) -> bool:
+def is_repetitive(ids: Sequence[int]) -> bool:
     """Whether `ids` end in a passage of at least 16 tokens that repeats itself at least four times."""
     for period in range(1, min(LONGEST_PERIOD, len(ids) // TURNS) + 1):
         length = max(TURNS * period, LEAST_TOKENS)

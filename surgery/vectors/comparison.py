@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoint.checkpoint import StoredTensor
-from surgery.checkpoint.reader import Reader, SourceFiles
+from surgery.checkpoint.reader import SourceFiles, TensorReader
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.checkpoint.structure import anatomy
-from surgery.engine.options import Options
-from surgery.engine.reduce import survey
+from surgery.checkpoint.structure import model_structure
+from surgery.engine.options import ExecutionOptions
+from surgery.engine.reduce import reduce_tensors
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.reporting.plots import layer_movement, similarity
 from surgery.reporting.report import Column, Figure, Table
-from surgery.vectors.apply import Vector, open_vector
+from surgery.vectors.application import TaskVector, open_vector
 
 
 @dataclass(frozen=True)
-class Difference:
+class TensorDifference:
     """How far B is from A, over one tensor or a group of them.
 
     relative: ‖A−B‖/‖A‖ (inf where A is zero and B is not). cosine: of A and B as vectors, NaN where one is zero.
@@ -48,9 +48,9 @@ class DiffReport:
 
     a: str
     b: str
-    tensors: Sequence[Difference]
-    groups: Sequence[Difference]
-    whole: Difference
+    tensors: Sequence[TensorDifference]
+    groups: Sequence[TensorDifference]
+    whole: TensorDifference
     only_a: Sequence[str]
     only_b: Sequence[str]
     reshaped: Sequence[str]
@@ -126,7 +126,7 @@ class CompareReport:
         return "; ".join(f"{i + 1}: {vector}" for i, vector in enumerate(self.vectors))
 
 
-def diff(a: str, b: str, *, options: Options = Options()) -> DiffReport:
+def diff(a: str, b: str, *, options: ExecutionOptions = ExecutionOptions()) -> DiffReport:
     """Compares two models tensor by tensor.
 
     Raises:
@@ -142,10 +142,10 @@ def diff(a: str, b: str, *, options: Options = Options()) -> DiffReport:
             where=a,
         )
     floats = {name: pair for name, pair in pairs.items() if all(tensor.is_float for tensor in pair)}
-    sums = survey(floats, _pair_sums, label="Comparing", threads=options.threads, progress=options.progress)
+    sums = reduce_tensors(floats, _pair_sums, label="Comparing", threads=options.threads, progress=options.progress)
     rows = {name: (values or [0.0] * 5, floats[name][0].n_elements) for name, values in sums.items()}
     rows |= {name: _equal_or_not(pair) for name, pair in pairs.items() if name not in floats}
-    groups = anatomy(left).grouped(pairs)
+    groups = model_structure(left).grouped(pairs)
     return DiffReport(
         a,
         b,
@@ -158,7 +158,7 @@ def diff(a: str, b: str, *, options: Options = Options()) -> DiffReport:
     )
 
 
-def compare(vectors: Sequence[str], *, options: Options = Options()) -> CompareReport:
+def compare(vectors: Sequence[str], *, options: ExecutionOptions = ExecutionOptions()) -> CompareReport:
     """Cosine and norm of task vectors, per layer and as a whole; a tensor that a vector lacks counts as zero there.
 
     Raises:
@@ -175,11 +175,11 @@ def compare(vectors: Sequence[str], *, options: Options = Options()) -> CompareR
     jobs = {name: [opened[i].checkpoint.tensors[name] for i in held] for name, held in sorted(holders.items())}
     if not jobs:
         raise SurgeryError("all of them are zero", where=", ".join(vectors))
-    sums = survey(jobs, _gram, label="Comparing", threads=options.threads, progress=options.progress)
+    sums = reduce_tensors(jobs, _gram, label="Comparing", threads=options.threads, progress=options.progress)
     dots = {name: _by_pair(holders[name], sums[name]) for name in jobs}
     # What one vector leaves out another holds: only together do they show the model's structure.
     union = {name: tensors[0] for name, tensors in jobs.items()}
-    groups = anatomy(replace(opened[0].checkpoint, tensors=union)).grouped(jobs)
+    groups = model_structure(replace(opened[0].checkpoint, tensors=union)).grouped(jobs)
     count = len(opened)
     return CompareReport(
         list(vectors),
@@ -205,26 +205,26 @@ def _equal_or_not(pair: tuple[StoredTensor, StoredTensor]) -> tuple[list[float],
     if a.dtype != b.dtype:
         return [0.0, 0.0, 0.0, 0.0, float(a.n_elements)], a.n_elements
     with SourceFiles([*a.files, *b.files]) as files:
-        reader = Reader(files)
+        reader = TensorReader(files)
         left, right = (reader.raw(t, 0, t.n_elements, slot) for slot, t in enumerate(pair))
         width = max(1, left.numel() // max(1, a.n_elements))
         changed = (left.view(-1, width) != right.view(-1, width)).any(dim=1).sum().item()
     return [0.0, 0.0, 0.0, 0.0, float(changed)], a.n_elements
 
 
-def _difference(name: str, rows: Sequence[tuple[Sequence[float], int]]) -> Difference:
+def _difference(name: str, rows: Sequence[tuple[Sequence[float], int]]) -> TensorDifference:
     apart, a, b, dot, changed = (math.fsum(values[i] for values, _ in rows) for i in range(5))
     elements = sum(count for _, count in rows)
     relative = math.sqrt(apart / a) if a else (math.inf if apart else 0.0)
     cosine = dot / math.sqrt(a * b) if a and b else math.nan
     share = changed / elements if elements else 0.0
     # Rounding can carry the quotient a hair past 1, which no cosine is.
-    return Difference(
+    return TensorDifference(
         name, relative, min(1.0, max(-1.0, cosine)) if a and b else cosine, share, math.sqrt(apart), elements
     )
 
 
-def _table(title: str, what: str, rows: Sequence[Difference]) -> Table:
+def _table(title: str, what: str, rows: Sequence[TensorDifference]) -> Table:
     columns = [
         Column(what),
         Column("‖A−B‖/‖A‖", "percent"),
@@ -252,7 +252,7 @@ def _by_pair(held: Sequence[int], values: Sequence[float]) -> dict[tuple[int, in
     return dict(zip(pairs, values or [0.0] * len(pairs), strict=True))
 
 
-def _check_shapes(opened: Sequence[Vector], holders: Mapping[str, Sequence[int]]) -> None:
+def _check_shapes(opened: Sequence[TaskVector], holders: Mapping[str, Sequence[int]]) -> None:
     for name, held in holders.items():
         shapes = {opened[i].checkpoint.tensors[name].shape for i in held}
         if len(shapes) > 1:

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.architectures import build, sibling
 
-from surgery.engine.options import Options
+from surgery.engine.options import ExecutionOptions
 from surgery.errors import SurgeryError
-from surgery.vectors.compare import compare, diff
-from surgery.vectors.extract import extract
+from surgery.vectors.comparison import compare, diff
+from surgery.vectors.extraction import extract
 
 
 @pytest.fixture
@@ -48,7 +48,9 @@ def test_a_model_does_not_differ_from_itself(pair: tuple[Path, Path]) -> None:
 def test_threads_change_nothing(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("surgery.checkpoint.reader.SEGMENT", 100)
     monkeypatch.setattr("surgery.engine.reduce.BLOCK", 13)
-    assert diff(*map(str, pair), options=Options(threads=1)) == diff(*map(str, pair), options=Options(threads=4))
+    assert diff(*map(str, pair), options=ExecutionOptions(threads=1)) == diff(
+        *map(str, pair), options=ExecutionOptions(threads=4)
+    )
 
 
 def test_what_cannot_be_compared_is_listed(pair: tuple[Path, Path], tmp_path: Path) -> None:

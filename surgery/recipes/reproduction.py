@@ -29,7 +29,7 @@ GROUPS = ("vector", "merge", "edit", "grow")  # of the commands that make what h
 TO = "-o"  # stands before the output
 WRITING = (TO, "--out", "--overwrite", "--plot")  # how the options begin that say where something is written
 
-Runner = Callable[[Sequence[str]], int]
+ReproductionRunner = Callable[[Sequence[str]], int]
 """Runs one of this tool's commands, given its words; returns the exit code."""
 
 
@@ -69,12 +69,12 @@ class Reproduction:
         return Table(title, [Column(""), Column("")], rows, note=note)
 
 
-def reproduce(ref: str, *, run: Runner, scratch: Path | None = None) -> Reproduction:
+def reproduce(ref: str, *, run: ReproductionRunner, scratch: Path | None = None) -> Reproduction:
     """Runs the command that made `ref` again, and compares every tensor's hash with its manifest's.
 
     Args:
         ref: a folder with a surgery.json, or `org/name[@revision]` on the Hub.
-        run: see `Runner`.
+        run: see `ReproductionRunner`.
         scratch: where the output is made, and removed at the end; by default among the system's temporary files.
 
     Raises:

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from support.architectures import ARCHITECTURES, add_tokenizer, build, sibling
 from torch import Tensor
 
-from surgery.engine.options import Options
-from surgery.engine.verify import verify
+from surgery.engine.options import ExecutionOptions
+from surgery.engine.verification import verify
 from surgery.errors import SurgeryError
-from surgery.vectors.apply import apply, open_vector, transfer
-from surgery.vectors.extract import extract
+from surgery.vectors.application import apply, open_vector, transfer
+from surgery.vectors.extraction import extract
 from surgery.vectors.kernels import add_difference, add_vector, difference
 
 PROMISED = (
@@ -339,7 +339,7 @@ def test_the_manifest_does_not_depend_on_threads_or_on_how_often_it_was_made(
     pair: tuple[str, str], tmp_path: Path
 ) -> None:
     for name, threads in (("a", 1), ("b", 4)):
-        transfer(*pair, pair[1], tmp_path / name, options=Options(threads=threads))
+        transfer(*pair, pair[1], tmp_path / name, options=ExecutionOptions(threads=threads))
     for file in ("surgery.json", "README.md", "model.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 

@@ -4,11 +4,11 @@ OUT appears whole or not at all. Until then everything lies in `OUT.partial/`, w
 that was written, with its hash. A run that was killed at any moment is continued by the same command: journaled
 segments are read back, compared with their hash and kept; the rest is done. The result is the same to the bit.
 
-Under a launcher (`accelerate launch`, torchrun) the processes share the work, as `surgery.engine.partition` says, and
-each keeps a journal of its own. OUT and the sources must lie where all of them see the same files. The first process
-prepares the folder and finishes it. A fault in one is told to the others, which stop. Where one is killed the launcher
-ends the others and names it; without a launcher they learn of it when they next wait for it. In either case the same
-command goes on, with any number of processes.
+Under a launcher (`accelerate launch`, torchrun) the processes share the work, as `surgery.engine.work_partition` says,
+and each keeps a journal of its own. OUT and the sources must lie where all of them see the same files. The first
+process prepares the folder and finishes it. A fault in one is told to the others, which stop. Where one is killed the
+launcher ends the others and names it; without a launcher they learn of it when they next wait for it. In either case
+the same command goes on, with any number of processes.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from pathlib import Path
 from typing import TypeVar
 
 from surgery.checkpoint.reader import SourceFiles
-from surgery.engine.compute import torch_device
+from surgery.engine.computation import torch_device
 from surgery.engine.journal import Journal
-from surgery.engine.options import Options
-from surgery.engine.partition import this_machine
+from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, write_index
-from surgery.engine.result import Outcome, outcome_of
-from surgery.engine.worker_job import Job, Records, Watch
+from surgery.engine.result import ExecutionResult, collect_result
+from surgery.engine.work_partition import this_machine
+from surgery.engine.worker_job import FailureWatch, Records, WorkerJob
 from surgery.engine.workers import default_threads
 from surgery.engine.writer import ShardWriter
 from surgery.errors import SurgeryError, listing
-from surgery.io.atomic import check_free, commit, copy_file, disk_error, partial_of
-from surgery.runtime.collectives import n_sharing, own_device, share
+from surgery.io.atomic import check_free, commit_folder, copy_file, disk_error, partial_path
+from surgery.runtime.collectives import local_device, map_over_ranks, n_active_processes
 
 _FAULT = "fault.txt"  # in the folder while several processes work, where one has failed
 
 T = TypeVar("T")
 
 
-def execute(plan: Plan, out: Path, options: Options, *, finish: Callable[[Path, Outcome], T]) -> T:
+def execute(plan: Plan, out: Path, options: ExecutionOptions, *, finish: Callable[[Path, ExecutionResult], T]) -> T:
     """Writes `plan` to the folder `out`.
 
     Args:
@@ -52,22 +52,22 @@ def execute(plan: Plan, out: Path, options: Options, *, finish: Callable[[Path, 
         SurgeryError: OUT exists; another job's partial output is in the way; a source changed; NaN or infinite
             values came out; the disk is full; processes do not see the same sources; another process failed.
     """
-    # What is known by how many share the work is settled here: inside of `share` a process is alone.
-    options = replace(options, device=own_device(options.device), threads=options.threads or default_threads())
-    everyone = range(n_sharing())
+    # What is known by how many share the work is settled here: inside of `map_over_ranks` a process is alone.
+    options = replace(options, device=local_device(options.device), threads=options.threads or default_threads())
+    everyone = range(n_active_processes())
     with ExitStack() as stack:
         team = _Team(plan, out, options, stack)
-        views = share(everyone, team.look)
+        views = map_over_ranks(everyone, team.look)
         if len({view.fingerprint for view in views}) > 1:
             raise SurgeryError(
                 "the processes do not see the same sources",
                 where=listing(map(str, plan.source_paths), 1),
                 hint="Give all machines the same files, on a disk that they share.",
             )
-        [records] = share([None], lambda _: team.prepare())
-        parts = share(everyone, lambda _: team.stream(records, [view.machine for view in views]))
-        share(everyone, lambda _: team.settle())
-        return share([None], lambda _: team.finish(parts, finish))[0]
+        [records] = map_over_ranks([None], lambda _: team.prepare())
+        parts = map_over_ranks(everyone, lambda _: team.stream(records, [view.machine for view in views]))
+        map_over_ranks(everyone, lambda _: team.settle())
+        return map_over_ranks([None], lambda _: team.finish(parts, finish))[0]
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ class _View:
 class _Team:
     """What each process that shares a job does at each of its stages, between which all wait for each other."""
 
-    def __init__(self, plan: Plan, out: Path, options: Options, stack: ExitStack) -> None:
+    def __init__(self, plan: Plan, out: Path, options: ExecutionOptions, stack: ExitStack) -> None:
         self.plan = plan
         self.out = out
         self.options = options
-        self.several = n_sharing() > 1
+        self.several = n_active_processes() > 1
         self.stack = stack  # closes what is opened, at the latest when the job ends
-        self.partial = partial_of(out)
+        self.partial = partial_path(out)
         self.fault = self.partial / _FAULT
 
     def look(self, process: int) -> _View:
@@ -116,8 +116,8 @@ class _Team:
             journal = Journal.beside(self.partial, self.fingerprint, self.process, records)
             self.journal = self.stack.enter_context(journal)
             self.writer = self.stack.enter_context(ShardWriter(self.partial, self.plan.files, create=False))
-        job = Job(self.plan, self.files, self.writer, self.journal, self.options)
-        watch = Watch(self.fault) if self.several else None
+        job = WorkerJob(self.plan, self.files, self.writer, self.journal, self.options)
+        watch = FailureWatch(self.fault) if self.several else None
         try:
             return job.stream(self.process, machines, watch)
         except Exception as error:
@@ -135,14 +135,14 @@ class _Team:
         if self.process > 0:
             self.journal.close()
 
-    def finish(self, parts: Sequence[tuple[Records, int]], finish: Callable[[Path, Outcome], T]) -> T:
+    def finish(self, parts: Sequence[tuple[Records, int]], finish: Callable[[Path, ExecutionResult], T]) -> T:
         """Writes what lies beside the weights and commits the folder, in the first process."""
         records = {key: record for part, _ in parts for key, record in part.items()}
-        outcome = outcome_of(self.plan, self.files, records, sum(resumed for _, resumed in parts))
+        outcome = collect_result(self.plan, self.files, records, sum(resumed for _, resumed in parts))
         for name, source in self.plan.side_files.items():
             copy_file(source, self.partial / name)
         write_index(self.plan, self.partial)
         result = finish(self.partial, outcome)
         self.journal.remove()
-        commit(self.partial, self.out, overwrite=self.options.overwrite)
+        commit_folder(self.partial, self.out, overwrite=self.options.overwrite)
         return result

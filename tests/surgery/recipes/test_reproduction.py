@@ -15,7 +15,7 @@ from support.cli import Surgery, commands_in
 from support.hub_server import HubServer
 
 from surgery.errors import SurgeryError
-from surgery.recipes.reproduce import Reproduction, reproduce
+from surgery.recipes.reproduction import Reproduction, reproduce
 
 Again = Callable[[str], Reproduction]
 

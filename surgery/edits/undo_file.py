@@ -24,9 +24,9 @@ from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor, read_file
 from surgery.checkpoint.dtypes import DTYPES
 from surgery.checkpoint.reader import (
     TORCH_DTYPES,
-    Input,
-    Reader,
     SourceFiles,
+    TensorInput,
+    TensorReader,
     compute_dtype,
     digest,
     hash_tensor,
@@ -37,14 +37,14 @@ from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.safetensors_header import build_header
 from surgery.edits.kernels import RESTORE_BLOCKS, flags_of, spread
 from surgery.engine.edit_report import EditReport, edit_report, edit_table
-from surgery.engine.execute import execute
-from surgery.engine.manifest import Card, build_manifest, command_record, write_card, write_manifest
-from surgery.engine.options import Options
-from surgery.engine.plan import Place, Plan, PlannedTensor, check_output, copied, plan_files
+from surgery.engine.execution import execute
+from surgery.engine.manifest import CardContent, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.options import ExecutionOptions
+from surgery.engine.plan import Plan, PlannedTensor, TensorSlice, check_output, copy_tensor, plan_files
 from surgery.engine.preflight import Preflight, check_space
-from surgery.engine.result import Outcome
+from surgery.engine.result import ExecutionResult
 from surgery.errors import SurgeryError, listing, usage_error
-from surgery.io.atomic import check_free, disk_error, partial_of
+from surgery.io.atomic import check_free, disk_error, partial_path
 from surgery.io.hashing import hash_parts
 
 UNDO = Path("undo") / "undo.safetensors"
@@ -59,7 +59,7 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Blocks:
+class UndoBlocks:
     """The part of a stored tensor that an edit overwrites: `heads`, ascending, of `n_heads` along the heads' axis.
 
     That axis is the last one, or the first where `transposed`. A tensor that is overwritten as a whole has one head.
@@ -86,7 +86,7 @@ class Blocks:
         return {"heads": self.heads, "n_heads": self.n_heads, "transposed": self.transposed}
 
 
-def write_undo(folder: Path, blocks: Sequence[Blocks], outcome: Outcome, *, role: str) -> None:
+def write_undo(folder: Path, blocks: Sequence[UndoBlocks], outcome: ExecutionResult, *, role: str) -> None:
     """Writes the undo file of an edit into its folder; a segment of one tensor is in memory at a time.
 
     Args:
@@ -104,13 +104,13 @@ def write_undo(folder: Path, blocks: Sequence[Blocks], outcome: Outcome, *, role
         with SourceFiles(file for kept in blocks for file in kept.tensor.files) as files, path.open("wb") as out:
             # The hashes that the header tells are known when all is written; they do not change its length.
             out.write(_header(blocks, before, outcome))
-            reader = Reader(files)
+            reader = TensorReader(files)
             for kept in blocks:
                 digests = []
                 for begin, end in segments(kept.tensor.n_elements):
                     words = _stored(reader, kept.tensor, begin, end)
                     digests.append(digest(words))
-                    place = Place(kept.tensor.name, begin, kept.tensor.shape)
+                    place = TensorSlice(kept.tensor.name, begin, kept.tensor.shape)
                     flags = flags_of(kept.heads, kept.n_heads)
                     out.write(octets(words[spread(flags, place, end - begin, transposed=kept.transposed)]))
                 before[kept.tensor.name] = hash_parts(digests)
@@ -127,7 +127,7 @@ def write_undo(folder: Path, blocks: Sequence[Blocks], outcome: Outcome, *, role
             )
 
 
-def undo(model: str, out: Path, *, dry_run: bool = False, options: Options = Options()) -> EditReport:
+def undo(model: str, out: Path, *, dry_run: bool = False, options: ExecutionOptions = ExecutionOptions()) -> EditReport:
     """Writes the model that an edit of heads or experts made `model` from to the folder `out`, bit for bit.
 
     The weight files have the bytes that they had, where the edit read a model and no adapter: an adapter's update
@@ -152,9 +152,9 @@ def undo(model: str, out: Path, *, dry_run: bool = False, options: Options = Opt
     sources = {name: _laid_out(blocks[name], kept.tensors[name]) for name in blocks}
     undone = replace(kept, tensors={name: source.tensor for name, source in sources.items()})
     planned = [
-        PlannedTensor(name, t.dtype, t.shape, (Input(t), sources[name]), RESTORE_BLOCKS, blocks[name].params)
+        PlannedTensor(name, t.dtype, t.shape, (TensorInput(t), sources[name]), RESTORE_BLOCKS, blocks[name].params)
         if name in blocks
-        else copied(t)
+        else copy_tensor(t)
         for name, t in edited.tensors.items()
     ]
     side_files = {file.name: file for file in edited.side_files}
@@ -167,7 +167,7 @@ def undo(model: str, out: Path, *, dry_run: bool = False, options: Options = Opt
     if dry_run:
         return report
 
-    def judge(folder: Path, outcome: Outcome) -> None:
+    def judge(folder: Path, outcome: ExecutionResult) -> None:
         damaged = [name for name in blocks if outcome.hashes[name] != edits[name]["before"]]
         if damaged:
             raise SurgeryError(
@@ -176,7 +176,7 @@ def undo(model: str, out: Path, *, dry_run: bool = False, options: Options = Opt
                 hint="Fetch the folder again.",
             )
 
-    def finish(folder: Path, outcome: Outcome, _: None) -> EditReport:
+    def finish(folder: Path, outcome: ExecutionResult, _: None) -> EditReport:
         done = edit_report(report, edited, sorted(blocks), outcome)
         manifest = build_manifest(plan, outcome, kind="model", report=done.summary())
         write_manifest(folder, manifest)
@@ -185,19 +185,19 @@ def undo(model: str, out: Path, *, dry_run: bool = False, options: Options = Opt
             "bytes again that they had before it."
         )
         table = edit_table(done).to_markdown()
-        write_card(folder, manifest, plan.sources, Card("Model with an edit undone", method, ("undo",), table))
+        write_card(folder, manifest, plan.sources, CardContent("Model with an edit undone", method, ("undo",), table))
         return done
 
-    return execute_judged(plan, out, options, judge=judge, finish=finish)
+    return execute_validated(plan, out, options, judge=judge, finish=finish)
 
 
-def execute_judged(
+def execute_validated(
     plan: Plan,
     out: Path,
-    options: Options,
+    options: ExecutionOptions,
     *,
-    judge: Callable[[Path, Outcome], T],
-    finish: Callable[[Path, Outcome, T], R],
+    judge: Callable[[Path, ExecutionResult], T],
+    finish: Callable[[Path, ExecutionResult, T], R],
 ) -> R:
     """`execute`, with a `judge` who sees the weights first: where he raises SurgeryError nothing is left of them.
 
@@ -206,7 +206,7 @@ def execute_judged(
     """
     refused = False
 
-    def judged(folder: Path, outcome: Outcome) -> R:
+    def judged(folder: Path, outcome: ExecutionResult) -> R:
         nonlocal refused
         try:
             verdict = judge(folder, outcome)
@@ -219,11 +219,11 @@ def execute_judged(
         return execute(plan, out, options, finish=judged)
     except SurgeryError:
         if refused:
-            shutil.rmtree(partial_of(out), ignore_errors=True)
+            shutil.rmtree(partial_path(out), ignore_errors=True)
         raise
 
 
-def _header(blocks: Sequence[Blocks], before: Mapping[str, str], outcome: Outcome) -> bytes:
+def _header(blocks: Sequence[UndoBlocks], before: Mapping[str, str], outcome: ExecutionResult) -> bytes:
     edits = {
         kept.tensor.name: {
             **kept.params,
@@ -236,12 +236,12 @@ def _header(blocks: Sequence[Blocks], before: Mapping[str, str], outcome: Outcom
     return build_header(((kept.tensor.name, kept.tensor.dtype, kept.shape) for kept in blocks), metadata).raw
 
 
-def _stored(reader: Reader, tensor: StoredTensor, begin: int, end: int) -> torch.Tensor:
+def _stored(reader: TensorReader, tensor: StoredTensor, begin: int, end: int) -> torch.Tensor:
     """Elements [begin, end) as a copy of `tensor` stores them, as integers of the same width."""
     if tensor.update is None:
         stored = reader.raw(tensor, begin, end, "undo")
     else:
-        values = reader.values(Input(tensor), begin, end, "undo").to(compute_dtype((tensor.dtype,)))
+        values = reader.values(TensorInput(tensor), begin, end, "undo").to(compute_dtype((tensor.dtype,)))
         stored = values.to(TORCH_DTYPES[tensor.dtype]).view(torch.uint8)
     return stored.view(_WORDS[DTYPES[tensor.dtype].bits // 8])
 
@@ -297,11 +297,11 @@ def _checked(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _blocks(name: str, fields: Mapping[str, Any], edited: Checkpoint, kept: Checkpoint) -> Blocks:
+def _blocks(name: str, fields: Mapping[str, Any], edited: Checkpoint, kept: Checkpoint) -> UndoBlocks:
     tensor, found = edited.tensors.get(name), kept.tensors.get(name)
     blocks = None
     if tensor is not None and found is not None and (tensor.shape or fields["n_heads"] == 1):
-        blocks = Blocks(tensor, fields["heads"], fields["n_heads"], fields["transposed"])
+        blocks = UndoBlocks(tensor, fields["heads"], fields["n_heads"], fields["transposed"])
         axis = tensor.shape[0 if blocks.transposed else -1] if tensor.shape else 1
         fits = axis % blocks.n_heads == 0 and (blocks.shape, tensor.dtype) == (found.shape, found.dtype)
         blocks = blocks if fits else None
@@ -311,11 +311,11 @@ def _blocks(name: str, fields: Mapping[str, Any], edited: Checkpoint, kept: Chec
 
 
 def _check_edited(
-    edited: Checkpoint, blocks: Mapping[str, Blocks], edits: Mapping[str, Mapping[str, Any]], path: Path
+    edited: Checkpoint, blocks: Mapping[str, UndoBlocks], edits: Mapping[str, Mapping[str, Any]], path: Path
 ) -> None:
     """Raises SurgeryError where the edited tensors are not those that the undo file was written for."""
     with SourceFiles(edited.files) as files:
-        reader = Reader(files)
+        reader = TensorReader(files)
         foreign = [name for name, kept in blocks.items() if hash_tensor(reader, kept.tensor) != edits[name]["after"]]
     if foreign:
         raise _foreign(path, foreign)
@@ -329,11 +329,11 @@ def _foreign(path: Path, names: Sequence[str]) -> SurgeryError:
     )
 
 
-def _laid_out(blocks: Blocks, stored: StoredTensor) -> Input:
+def _laid_out(blocks: UndoBlocks, stored: StoredTensor) -> TensorInput:
     """What the undo file holds of a tensor, each block where it was and zeros elsewhere; rows have a head's width."""
     tensor, n, heads = blocks.tensor, blocks.n_heads, list(blocks.heads)
     if n == 1:
-        return Input(stored)
+        return TensorInput(stored)
     if blocks.transposed:
         inside = np.repeat(flags_of(heads, n).numpy(), tensor.shape[0] // n)
         view = stored
@@ -341,4 +341,4 @@ def _laid_out(blocks: Blocks, stored: StoredTensor) -> Input:
         rows, width = tensor.n_elements // tensor.shape[-1], tensor.shape[-1] // n
         inside = np.tile(flags_of(heads, n).numpy(), rows)
         view = replace(stored, shape=(rows * len(heads), width))
-    return Input(view, np.where(inside, np.cumsum(inside) - 1, -1).astype(np.int64))
+    return TensorInput(view, np.where(inside, np.cumsum(inside) - 1, -1).astype(np.int64))

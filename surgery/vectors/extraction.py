@@ -13,20 +13,20 @@ from safetensors.torch import save_file
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import dtype_name
-from surgery.checkpoint.reader import Input, Reader, SourceFiles, segments
+from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader, segments
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.execute import execute
-from surgery.engine.manifest import Card, build_manifest, command_record, write_card, write_manifest
-from surgery.engine.options import Options
+from surgery.engine.execution import execute
+from surgery.engine.manifest import CardContent, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, PlannedTensor, check_output, plan_files
 from surgery.engine.preflight import Preflight, check_ancestor, check_config, check_quantised, check_space, sketch
-from surgery.engine.result import Outcome
+from surgery.engine.result import ExecutionResult
 from surgery.engine.workers import run_shared
 from surgery.errors import SurgeryError
 from surgery.io.atomic import check_free
 from surgery.reporting.report import Column, Table
-from surgery.vectors.align import VocabPolicy, check_policy, fit, side
-from surgery.vectors.apply import DONOR, FORMAT, SKETCH, STEM
+from surgery.vectors.align import VocabPolicy, align_tensors, aligned_model, check_policy
+from surgery.vectors.application import DONOR, FORMAT, SKETCH, STEM
 from surgery.vectors.kernels import DIFFERENCE
 from surgery.vectors.masks import Mask
 
@@ -74,7 +74,7 @@ def extract(
     vocab: VocabPolicy = "strict",
     allow_unrelated: bool = False,
     dry_run: bool = False,
-    options: Options = Options(),
+    options: ExecutionOptions = ExecutionOptions(),
 ) -> ExtractReport:
     """Writes v = θ_tuned − θ_base to the folder `out` (arXiv 2509.01363, equation 1).
 
@@ -134,7 +134,7 @@ def extract(
     if dry_run:
         return report
 
-    def finish(folder: Path, outcome: Outcome) -> ExtractReport:
+    def finish(folder: Path, outcome: ExecutionResult) -> ExtractReport:
         norm, against = math.sqrt(outcome.total("squares")), math.sqrt(outcome.total("base_squares"))
         done = replace(
             report,
@@ -153,7 +153,7 @@ def extract(
             f"‖v‖ = {norm:.4g}, {done.relative:.3%} of ‖θ_base‖. It is no model: "
             "`surgery vector apply` adds it to one."
         )
-        write_card(folder, manifest, sources, Card("Task vector", method, ("task-vector",)))
+        write_card(folder, manifest, sources, CardContent("Task vector", method, ("task-vector",)))
         return done
 
     return execute(plan, out, options, finish=finish)
@@ -166,11 +166,11 @@ class Extraction:
     name: str
     preflight: Preflight
     sources: Mapping[str, Checkpoint]
-    fitted: Mapping[str, tuple[Input, ...]]
+    fitted: Mapping[str, tuple[TensorInput, ...]]
     moved: Sequence[str]
     sketch: Mapping[str, torch.Tensor]
 
-    def settle(self, plan: Plan, out: Path, options: Options) -> None:
+    def settle(self, plan: Plan, out: Path, options: ExecutionOptions) -> None:
         """The checks that need the plan. Raises SurgeryError."""
         check_space(self.preflight, plan, out, options.threads)
         self.preflight.settle(self.name)
@@ -187,7 +187,7 @@ def prepare_extraction(
     vocab: VocabPolicy,
     allow_unrelated: bool,
     dry_run: bool,
-    options: Options,
+    options: ExecutionOptions,
 ) -> Extraction:
     """Everything that is checked before v = θ_tuned − θ_base is written, in whatever form. Raises SurgeryError."""
     check_policy(vocab)
@@ -201,8 +201,8 @@ def prepare_extraction(
     preflight.settle(name)
     check_quantised(preflight, sources.values())
     mask.check(sorted({*sources["tuned"].float_names(), *sources["base"].float_names()}))
-    sides = [side(sources["tuned"]), side(sources["base"])]
-    fitted = fit(preflight, sides[0], sides, mask, vocab)
+    sides = [aligned_model(sources["tuned"]), aligned_model(sources["base"])]
+    fitted = align_tensors(preflight, sides[0], sides, mask, vocab)
     preflight.settle(name)
     base_sketch = sketch(sources["base"])
     check_ancestor(preflight, sources["tuned"], base_sketch, allow_unrelated=allow_unrelated)
@@ -213,11 +213,11 @@ def prepare_extraction(
     return Extraction(name, preflight, sources, fitted, moved, base_sketch)
 
 
-def _moved(fitted: Mapping[str, tuple[Input, ...]], options: Options) -> list[str]:
+def _moved(fitted: Mapping[str, tuple[TensorInput, ...]], options: ExecutionOptions) -> list[str]:
     """The names whose two inputs differ somewhere; reading stops at a tensor's first difference."""
     files = {path for inputs in fitted.values() for source in inputs for path in source.tensor.files}
 
-    def differs(name: str, reader: Reader) -> tuple[str, bool]:
+    def differs(name: str, reader: TensorReader) -> tuple[str, bool]:
         tuned, base = fitted[name]
         for begin, end in segments(math.prod(tuned.shape)):
             a = reader.values(tuned, begin, end, "tuned")

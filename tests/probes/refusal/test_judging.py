@@ -13,16 +13,16 @@ import pytest
 from support import refusal as refusing
 from support.refusal import CLOSE, ONE_THREAD, OPEN, make_model, make_run, no_pictures, rows_of, write_rows
 
-from probes.data.generation_cache import Cache, Completion
+from probes.data.generation_cache import Completion, GenerationCache
 from probes.data.markers import find_markers
 from probes.data.prepare import open_model
 from probes.data.read import read_data
 from probes.data.tokenize import build_sequences
 from probes.model.activations import project
 from probes.refusal.findings import PROBES
-from probes.refusal.judge import Selection, judge
+from probes.refusal.judging import JudgedSelection, judge
 from probes.refusal.probe import Probes
-from surgery.engine.options import Options
+from surgery.engine.options import ExecutionOptions
 from surgery.errors import SurgeryError
 
 ROWS = rows_of(dict.fromkeys(refusing.CELLS, 7), seed=9)
@@ -43,7 +43,7 @@ def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def select(
     model: Path, run: Path, out: Path, rows: Sequence[Mapping[str, Any]] = POOL, top: str = "4", **options: Any
-) -> Selection:
+) -> JudgedSelection:
     pool = write_rows(out.with_name("pool.jsonl"), rows)
     return judge(str(model), run, str(pool), out, top=top, **{"options": ONE_THREAD, **options})
 
@@ -177,16 +177,16 @@ def test_a_selection_that_was_killed_goes_on(
 ) -> None:
     prompts = [{"prompt": row["prompt"]} for row in POOL]
     select(model, run, tmp_path / "whole.jsonl", prompts)
-    add, kept = Cache.add, []
+    add, kept = GenerationCache.add, []
 
-    def dying(self: Cache, completions: Mapping[str, Completion]) -> None:
+    def dying(self: GenerationCache, completions: Mapping[str, Completion]) -> None:
         if kept:
             raise KeyboardInterrupt
         kept.append(len(completions))
         add(self, completions)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Cache, "add", dying)
+        patch.setattr(GenerationCache, "add", dying)
         with pytest.raises(KeyboardInterrupt):
             select(model, run, tmp_path / "sub.jsonl", prompts)
     partial = tmp_path / "sub.jsonl.partial"
@@ -199,11 +199,11 @@ def test_a_file_is_only_replaced_when_asked_and_a_folder_never(model: Path, run:
     (tmp_path / "sub.jsonl").write_text("theirs\n")
     with pytest.raises(SurgeryError, match=r"exists already. Choose another file, or add --overwrite"):
         select(model, run, tmp_path / "sub.jsonl")
-    select(model, run, tmp_path / "sub.jsonl", options=Options(threads=1, overwrite=True))
+    select(model, run, tmp_path / "sub.jsonl", options=ExecutionOptions(threads=1, overwrite=True))
     assert len(lines(tmp_path / "sub.jsonl")) == 4
     (tmp_path / "folder").mkdir()
     with pytest.raises(SurgeryError, match="is a folder, expected the name of a file"):
-        select(model, run, tmp_path / "folder", options=Options(threads=1, overwrite=True))
+        select(model, run, tmp_path / "folder", options=ExecutionOptions(threads=1, overwrite=True))
 
 
 def test_findings_of_another_model_are_refused(run: Path, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
 from surgery.checkpoint.reader import (
-    Reader,
     SourceFiles,
+    TensorReader,
     count_nonfinite,
     digest,
     hash_tensor,
@@ -16,7 +16,7 @@ from surgery.checkpoint.reader import (
 )
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.manifest import read_manifest
-from surgery.engine.options import Options
+from surgery.engine.options import ExecutionOptions
 from surgery.engine.workers import run_shared
 from surgery.errors import listing
 from surgery.io.atomic import MANIFEST
@@ -67,7 +67,7 @@ class VerifyReport:
         return f"{self.model}: {self.tensors} tensors, {size}, readable and finite; {hashes}"
 
 
-def verify(model: str, *, options: Options = Options()) -> VerifyReport:
+def verify(model: str, *, options: ExecutionOptions = ExecutionOptions()) -> VerifyReport:
     """Reads every byte of `model`'s tensors; compares with surgery.json where the folder has one.
 
     Raises:
@@ -80,7 +80,7 @@ def verify(model: str, *, options: Options = Options()) -> VerifyReport:
         read_manifest(folder)["tensors"] if has_manifest and folder is not None else {}
     )
 
-    def check(tensor: StoredTensor, reader: Reader) -> tuple[StoredTensor, str, int]:
+    def check(tensor: StoredTensor, reader: TensorReader) -> tuple[StoredTensor, str, int]:
         digests, nonfinite = [], 0
         for begin, end in segments(tensor.n_elements):
             data = reader.raw(tensor, begin, end, "verify")
@@ -115,7 +115,7 @@ def verify(model: str, *, options: Options = Options()) -> VerifyReport:
     )
 
 
-def weights_hash(checkpoint: Checkpoint, *, options: Options = Options()) -> str:
+def weights_hash(checkpoint: Checkpoint, *, options: ExecutionOptions = ExecutionOptions()) -> str:
     """The hash of all stored tensors, as in manifests: the same however they are sharded, and wherever they lie.
 
     Raises:
@@ -124,10 +124,10 @@ def weights_hash(checkpoint: Checkpoint, *, options: Options = Options()) -> str
     return hash_tensors(tensor_hashes(checkpoint, options=options))
 
 
-def tensor_hashes(checkpoint: Checkpoint, *, options: Options = Options()) -> dict[str, str]:
+def tensor_hashes(checkpoint: Checkpoint, *, options: ExecutionOptions = ExecutionOptions()) -> dict[str, str]:
     """The hash of every stored tensor, by name. Errors as in `weights_hash`."""
 
-    def work(tensor: StoredTensor, reader: Reader) -> tuple[StoredTensor, str]:
+    def work(tensor: StoredTensor, reader: TensorReader) -> tuple[StoredTensor, str]:
         return tensor, hash_tensor(reader, tensor)
 
     tensors = {part.name: part for stored in checkpoint.tensors.values() for part in stored.parts}

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoint.dtypes import is_float, n_bytes, n_elements
-from surgery.checkpoint.reader import BLOCK, SEGMENT, TORCH_DTYPES, Input, Reader, compute_dtype, digest
-from surgery.engine.plan import Kernel, Place, PlannedTensor, row_width
+from surgery.checkpoint.reader import BLOCK, SEGMENT, TORCH_DTYPES, TensorInput, TensorReader, compute_dtype, digest
+from surgery.engine.plan import Kernel, PlannedTensor, TensorSlice, row_width
 from surgery.errors import usage_error
 
 
@@ -43,7 +43,9 @@ def kernel_of(tensor: PlannedTensor) -> Kernel:
     return tensor.kernel
 
 
-def compute(tensor: PlannedTensor, segment: int, place: Place, reader: Reader, device: torch.device) -> Computed:
+def compute(
+    tensor: PlannedTensor, segment: int, place: TensorSlice, reader: TensorReader, device: torch.device
+) -> Computed:
     """One segment of what an elementwise or row-wise kernel makes; `place` is the whole tensor's."""
     kernel = kernel_of(tensor)
     begin, end = bounds(tensor, segment)
@@ -74,7 +76,7 @@ def compute(tensor: PlannedTensor, segment: int, place: Place, reader: Reader, d
 
 
 def gather(
-    tensor: PlannedTensor, segment: int, number: int, place: Place, reader: Reader, device: torch.device
+    tensor: PlannedTensor, segment: int, number: int, place: TensorSlice, reader: TensorReader, device: torch.device
 ) -> list[Any]:
     """What the kernel's pass `number` gathers of a segment, piece by piece; a row counts to where it begins."""
     begin, end = bounds(tensor, segment)
@@ -89,7 +91,7 @@ def gather(
         ]
 
 
-def compute_whole(tensors: Sequence[PlannedTensor], reader: Reader, device: torch.device) -> Iterator[Computed]:
+def compute_whole(tensors: Sequence[PlannedTensor], reader: TensorReader, device: torch.device) -> Iterator[Computed]:
     """The tensors that one call of a "whole" kernel makes, each in one piece."""
     first = tensors[0]
     kernel = kernel_of(first)
@@ -99,12 +101,12 @@ def compute_whole(tensors: Sequence[PlannedTensor], reader: Reader, device: torc
     results = result if isinstance(result, tuple) else (result,)
     for tensor in tensors:
         stored = results[tensor.part].to(TORCH_DTYPES[tensor.dtype])
-        place = Place(tensor.name, 0, tensor.shape)
+        place = TensorSlice(tensor.name, 0, tensor.shape)
         sums = _measure(kernel, first.params, inputs, stored.to(dtype), place)
         yield Computed(stored.cpu().contiguous().view(-1), sums)
 
 
-def is_plain(source: Input) -> bool:
+def is_plain(source: TensorInput) -> bool:
     """Whether what is read is what is stored, in its order, so that its hash is the stored tensor's."""
     return source.rows is None and source.tensor.update is None and is_float(source.tensor.dtype)
 
@@ -127,8 +129,8 @@ def torch_device(name: str) -> torch.device:
 
 
 def _pieces(
-    tensor: PlannedTensor, values: Sequence[Tensor], first: int, place: Place, device: torch.device
-) -> Iterator[tuple[list[Tensor], Place]]:
+    tensor: PlannedTensor, values: Sequence[Tensor], first: int, place: TensorSlice, device: torch.device
+) -> Iterator[tuple[list[Tensor], TensorSlice]]:
     """`values`, which begin at element `first`, piece by piece in the compute dtype on the device."""
     count = values[0].numel()
     dtype = _compute_dtype(tensor)
@@ -153,7 +155,7 @@ def _compute_dtype(tensor: PlannedTensor) -> torch.dtype:
 
 
 def _measure(
-    kernel: Kernel, params: Mapping[str, object], inputs: Sequence[Tensor], values: Tensor, place: Place
+    kernel: Kernel, params: Mapping[str, object], inputs: Sequence[Tensor], values: Tensor, place: TensorSlice
 ) -> list[float]:
     flat = values.reshape(-1)
     squares = torch.dot(flat, flat).item()

@@ -1,8 +1,8 @@
 """Writing to the Hub: a folder that surgery wrote → one commit of `org/name`, its branch, or a pull request.
 
-In comes OUT, out comes a `Pushed` with the page's address. What has arrived of an upload that broke off stays on the
-Hub unseen, and is not sent again; the commit comes last, so that readers see all of the new files or none. OUT is only
-read. The token is taken from HF_TOKEN or the stored login, and is in no text that leaves this module.
+In comes OUT, out comes a `PushResult` with the page's address. What has arrived of an upload that broke off stays on
+the Hub unseen, and is not sent again; the commit comes last, so that readers see all of the new files or none. OUT is
+only read. The token is taken from HF_TOKEN or the stored login, and is in no text that leaves this module.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
-from surgery.engine.options import Options
+from surgery.engine.options import ExecutionOptions
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.hub import download as hub
 from surgery.hub.errors import TOKEN_HINT
@@ -25,14 +25,14 @@ from surgery.publish.commit_plan import (
     Destination,
     Remote,
     additions,
-    check_place,
+    check_destination,
     destination,
     removals,
     sizes,
 )
 from surgery.publish.model_card import HubCard, hub_card
-from surgery.publish.package import CARD, Parcel, check_hashes, pack
-from surgery.publish.upload_errors import MovedError, explained, seconds_to_wait, settled
+from surgery.publish.package import CARD, UploadPackage, check_hashes, collect_files
+from surgery.publish.upload_errors import MovedError, capture_hub_logs, seconds_to_wait, translate_upload_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
@@ -48,7 +48,7 @@ Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Pushed:
+class PushResult:
     """Where OUT lies now.
 
     url: the page to open: the pull request's, the branch's, else the repository's. revision: a branch, or refs/pr/N.
@@ -67,7 +67,7 @@ class Pushed:
 
 
 @dataclass(frozen=True)
-class Preview:
+class PushPreview:
     """What `push` would send: name → size in bytes of every file, and the metadata of the card."""
 
     repo_id: str
@@ -76,13 +76,13 @@ class Preview:
     card: HubCard
 
 
-def preview(out: Path, repo_id: str, *, revision: str | None = None, pr: bool = False) -> Preview:
+def preview_push(out: Path, repo_id: str, *, revision: str | None = None, pr: bool = False) -> PushPreview:
     """What `push` would send; the Hub is not asked, and no tensor is read. Raises SurgeryError as `push`."""
     to = destination(repo_id, revision, pr)
-    parcel = pack(out)
+    parcel = collect_files(out)
     card = hub_card(parcel, _name(to))
     files = sizes(parcel, card)
-    return Preview(repo_id, files, sum(files.values()), card)
+    return PushPreview(repo_id, files, sum(files.values()), card)
 
 
 def push(
@@ -95,10 +95,10 @@ def push(
     message: str | None = None,
     verify: bool = True,
     recipe: tuple[str, str] | None = None,
-    options: Options = Options(),
+    options: ExecutionOptions = ExecutionOptions(),
     notify: Notify = lambda text: None,
     bars: bool = False,
-) -> Pushed:
+) -> PushResult:
     """Sends the folder `out` to `repo_id` on the Hub, as one commit; a repository or branch that is missing is made.
 
     Args:
@@ -117,15 +117,15 @@ def push(
     """
     to = destination(repo_id, revision, pr)
     token = _token(to)
-    parcel = pack(out)
+    parcel = collect_files(out)
     card = hub_card(parcel, _name(to), recipe=recipe)
     _check_secret(parcel, card, token)
     from huggingface_hub import HfApi
 
-    with settled(notify, bars=bars):
+    with capture_hub_logs(notify, bars=bars):
         session = _Session(HfApi(endpoint=endpoint(), token=token), to, token, notify)
         session.check_token()
-        check_place(session.look(), to, parcel, private)
+        check_destination(session.look(), to, parcel, private)
         if parcel.local_refs:
             notify(f"Nobody else has what it was made from, so nobody can make it again: {listing(parcel.local_refs)}")
         if verify:
@@ -182,7 +182,7 @@ class _Session:
         files = frozenset(file.rfilename for file in info.siblings or ())
         return Remote(str(info.sha), bool(info.private), files, is_new)
 
-    def send(self, parcel: Parcel, card: HubCard, *, private: bool, message: str) -> Pushed:
+    def send(self, parcel: UploadPackage, card: HubCard, *, private: bool, message: str) -> PushResult:
         """Uploads and commits. Raises MovedError where the branch moved meanwhile, else SurgeryError."""
         remote = self.look()
         if remote is None:
@@ -194,7 +194,7 @@ class _Session:
                 where=self._to,
                 hint="Choose another name, or use a token with access to it.",
             )
-        check_place(remote, self._to, parcel, private)
+        check_destination(remote, self._to, parcel, private)
         self._before = self._before or remote.commit
         if remote.is_new:
             self._make_branch(remote.commit)
@@ -214,7 +214,7 @@ class _Session:
         # Not the commit of this try: the answer to an earlier one, which was made, may have been lost.
         changed = made.oid != self._before
         repo_id = self._to.repo_id
-        return Pushed(repo_id, revision, made.oid, url, changed, len(files), sum(files.values()), removed)
+        return PushResult(repo_id, revision, made.oid, url, changed, len(files), sum(files.values()), removed)
 
     def _make(self, private: bool) -> None:
         repo_id = self._to.repo_id
@@ -225,7 +225,7 @@ class _Session:
         self._ask(lambda: self._api.create_branch(to.repo_id, branch=to.branch, revision=commit, exist_ok=True))
 
     def _upload(self, files: Sequence[CommitOperationAdd]) -> None:
-        with explained(self._to, self._token):  # the client itself tries again
+        with translate_upload_errors(self._to, self._token):  # the client itself tries again
             self._api.preupload_lfs_files(
                 self._to.repo_id,
                 files,
@@ -271,7 +271,7 @@ class _Session:
     ) -> Result:
         """`request`, made again when the Hub is busy, and with `again` when it fails. `passing` are not explained."""
         for attempt in range(TRIES):
-            with explained(self._to, self._token, passing=passing):
+            with translate_upload_errors(self._to, self._token, passing=passing):
                 try:
                     return request()
                 except Exception as error:
@@ -288,14 +288,14 @@ def _token(to: Destination) -> str:
 
     if is_offline():
         raise usage_error("offline mode is on, so nothing can be pushed", where=to, hint="Unset HF_HUB_OFFLINE.")
-    with explained(to, ""):
+    with translate_upload_errors(to, ""):
         token = get_token()
     if not token:
         raise usage_error("pushing needs a token", where=to, hint=f"To give one {TOKEN_HINT}.")
     return token
 
 
-def _check_secret(parcel: Parcel, card: HubCard, token: str) -> None:
+def _check_secret(parcel: UploadPackage, card: HubCard, token: str) -> None:
     """Raises SurgeryError where a file that leaves holds the token."""
     secret = token.encode()
     for file in parcel.files:

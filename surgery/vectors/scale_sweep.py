@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from surgery.checkpoint.checkpoint import Checkpoint, loadable_folder
-from surgery.checkpoint.reader import Input, Reader, SourceFiles, compute_dtype
+from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader, compute_dtype
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.options import Options
+from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import check_output
 from surgery.engine.preflight import Preflight, check_ancestor, check_config, check_quantised
 from surgery.errors import SurgeryError, listing, usage_error
@@ -30,9 +30,9 @@ from surgery.io.json_io import to_json
 from surgery.models.loading import load_model
 from surgery.reporting.plots import scale_curve
 from surgery.reporting.report import Column, Figure, Report, Table
-from surgery.runtime.collectives import share
-from surgery.vectors.align import Side, VocabPolicy, check_policy, fit, side
-from surgery.vectors.apply import SKETCH, open_vector
+from surgery.runtime.collectives import map_over_ranks
+from surgery.vectors.align import AlignedModel, VocabPolicy, align_tensors, aligned_model, check_policy
+from surgery.vectors.application import SKETCH, open_vector
 from surgery.vectors.kernels import ADD_VECTOR
 from surgery.vectors.masks import Mask
 
@@ -40,7 +40,7 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """The scores at one α. `control` is None for v itself, else the seed of the random vector that stood in for it."""
 
     scale: float
@@ -54,8 +54,8 @@ class SweepReport:
 
     vector: str
     target: str
-    points: Sequence[Point]
-    controls: Sequence[Point]
+    points: Sequence[SweepPoint]
+    controls: Sequence[SweepPoint]
     preflight: Mapping[str, str] = field(default_factory=dict)
     warnings: Sequence[str] = ()
 
@@ -157,7 +157,7 @@ def sweep(
     batch_size: int = 64,
     seed: int = 0,
     allow_unrelated: bool = False,
-    options: Options = Options(),
+    options: ExecutionOptions = ExecutionOptions(),
 ) -> SweepReport:
     """Scores θ_target + α·(m ⊙ v) for every α of the grid, and `controls` random vectors at the best one.
 
@@ -181,7 +181,9 @@ def sweep(
     preflight.settle("vector sweep")
     check_quantised(preflight, [model])
     mask.check(sorted({*model.float_names(), *opened.checkpoint.float_names()}))
-    fitted = fit(preflight, side(model), [Side(opened.checkpoint, opened.donor)], mask, vocab, zero=opened.zero)
+    fitted = align_tensors(
+        preflight, aligned_model(model), [AlignedModel(opened.checkpoint, opened.donor)], mask, vocab, zero=opened.zero
+    )
     preflight.settle("vector sweep")
     check_ancestor(preflight, model, load_file(opened.donor / SKETCH), allow_unrelated=allow_unrelated)
     preflight.settle("vector sweep")
@@ -198,31 +200,31 @@ def sweep(
             points = []
             for alpha in scales:
                 bench.set(alpha)
-                points.append(Point(alpha, score(f"α = {alpha:g}")))
+                points.append(SweepPoint(alpha, score(f"α = {alpha:g}")))
                 advance(1)
             # Of equally good scales the largest: there a random vector has the best chance to do something too.
             best = max(points, key=lambda point: (point.scale != 0, _mean(point), abs(point.scale)))
             randoms = []
             for number in range(controls):
                 bench.set(best.scale, control=seed + number)
-                randoms.append(Point(best.scale, score(f"random {number}"), seed + number))
+                randoms.append(SweepPoint(best.scale, score(f"random {number}"), seed + number))
                 advance(1)
     report = SweepReport(vector, target, points, randoms, preflight.facts, preflight.warnings)
     if out is not None:
-        share([out], lambda folder: _write(report, folder))
+        map_over_ranks([out], lambda folder: _write(report, folder))
     return report
 
 
 class _Bench:
     """The target in memory, and the means to set it to θ + α·v or to θ + α·(random of v's norm)."""
 
-    def __init__(self, checkpoint: Checkpoint, vector: Mapping[str, Input], mask: Mask, device: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, vector: Mapping[str, TensorInput], mask: Mask, device: str) -> None:
         self.loaded = load_model(loadable_folder(checkpoint), checkpoint.ref, device=device)
         self._checkpoint, self._vector, self._mask = checkpoint, vector, mask
         self._live = dict(self._reach())
         paths = {path for source in vector.values() for path in source.tensor.files}
         self._files = SourceFiles(paths | set(checkpoint.files))
-        self._reader = Reader(self._files)
+        self._reader = TensorReader(self._files)
 
     def __enter__(self) -> _Bench:
         return self
@@ -236,7 +238,7 @@ class _Bench:
         for name, source in self._vector.items():
             target = self._checkpoint.tensors[name]
             compute = compute_dtype((target.dtype, source.tensor.dtype))
-            weights = self._reader.whole(Input(target), "target").to(compute)
+            weights = self._reader.whole(TensorInput(target), "target").to(compute)
             update = self._reader.values(source, 0, target.n_elements, "vector").view(target.shape).to(compute)
             if control is not None:
                 update = matched_noise(update, name, control)
@@ -270,11 +272,11 @@ def matched_noise(update: Tensor, name: str, seed: int) -> Tensor:
     return (noise * (update.double().norm() / norm)).to(update.dtype) if norm > 0 else torch.zeros_like(update)
 
 
-def _of(point: Point, task: str) -> Score:
+def _of(point: SweepPoint, task: str) -> Score:
     return next(score for score in point.scores if score.task == task)
 
 
-def _mean(point: Point) -> float:
+def _mean(point: SweepPoint) -> float:
     return math.fsum(score.value for score in point.scores) / len(point.scores)
 
 

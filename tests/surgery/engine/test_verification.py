@@ -13,17 +13,17 @@ from safetensors.torch import load_file, save_file
 from support.architectures import build
 from xxhash import xxh3_128
 
-import surgery.engine.verify
+import surgery.engine.verification
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Head
 from surgery.edits.heads import scale_heads
-from surgery.engine.options import Options
-from surgery.engine.verify import weights_hash
+from surgery.engine.options import ExecutionOptions
+from surgery.engine.verification import weights_hash
 from surgery.errors import SurgeryError
 
 
 def hash_of(folder: Path, **options: int) -> str:
-    return weights_hash(open_checkpoint(folder), options=Options(**options))
+    return weights_hash(open_checkpoint(folder), options=ExecutionOptions(**options))
 
 
 def test_it_is_the_hash_of_the_sorted_tensors(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_what_is_not_weights_does_not_count(tmp_path: Path) -> None:
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = build("llama", tmp_path / "m")
-    plain = surgery.engine.verify.hash_tensor
+    plain = surgery.engine.verification.hash_tensor
 
     def meddling(reader: object, tensor: object) -> str:
         found: str = plain(reader, tensor)  # type: ignore[arg-type]
@@ -91,7 +91,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path, monkey
             file.write(b"\0")
         return found
 
-    monkeypatch.setattr(surgery.engine.verify, "hash_tensor", meddling)
+    monkeypatch.setattr(surgery.engine.verification, "hash_tensor", meddling)
     with pytest.raises(SurgeryError, match=r"model\.safetensors"):
         hash_of(folder)
 
@@ -106,7 +106,7 @@ def test_progress_counts_all_bytes(tmp_path: Path) -> None:
         seen.append((label, total))
         yield lambda n: seen.append(n)
 
-    weights_hash(open_checkpoint(folder), options=replace(Options(), progress=progress))
+    weights_hash(open_checkpoint(folder), options=replace(ExecutionOptions(), progress=progress))
     (label, total), *steps = seen
     assert label == "Hashing the model"
     assert (

@@ -20,16 +20,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import surgery.checkpoint.reader
-from surgery.checkpoint.reader import Input
+from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.execute import execute
+from surgery.engine.execution import execute
 from surgery.engine.journal import NAME as JOURNAL
-from surgery.engine.options import Options
-from surgery.engine.plan import Kernel, Plan, PlannedTensor, copied, plan_files
-from surgery.engine.result import Outcome
+from surgery.engine.options import ExecutionOptions
+from surgery.engine.plan import Kernel, Plan, PlannedTensor, copy_tensor, plan_files
+from surgery.engine.result import ExecutionResult
 from surgery.errors import SurgeryError
 from surgery.runtime import environment as process
-from surgery.vectors.apply import transfer
+from surgery.vectors.application import transfer
 from surgery.vectors.kernels import ADD_DIFFERENCE
 
 ROLES = ("target", "tuned", "base")
@@ -39,7 +39,7 @@ ROLES = ("target", "tuned", "base")
 def small_segments(monkeypatch: pytest.MonkeyPatch) -> int:
     """Segments of 64 elements: tiny tensors then take many."""
     segment = 64
-    for module in ("surgery.checkpoint.reader", "surgery.engine.compute", "surgery.engine.plan"):
+    for module in ("surgery.checkpoint.reader", "surgery.engine.computation", "surgery.engine.plan"):
         monkeypatch.setattr(f"{module}.SEGMENT", segment)
     return segment
 
@@ -60,19 +60,19 @@ def plan_transfer(folder: Path, scale: float = 1.0) -> Plan:
             name,
             tensor.dtype,
             tensor.shape,
-            tuple(Input(sources[role].tensors[name]) for role in ROLES),
+            tuple(TensorInput(sources[role].tensors[name]) for role in ROLES),
             ADD_DIFFERENCE,
             {"scale": scale},
         )
         if tensor.is_float
-        else copied(tensor)
+        else copy_tensor(tensor)
         for name, tensor in sources["target"].tensors.items()
     ]
     return Plan({"name": "test"}, sources, plan_files(planned, like=sources["target"]))
 
 
-def run(plan: Plan, out: Path, **options: object) -> Outcome:
-    return execute(plan, out, Options(**options), finish=lambda folder, outcome: outcome)  # type: ignore[arg-type]
+def run(plan: Plan, out: Path, **options: object) -> ExecutionResult:
+    return execute(plan, out, ExecutionOptions(**options), finish=lambda folder, outcome: outcome)  # type: ignore[arg-type]
 
 
 BUFFER_BYTES = 70 * 8  # the integer buffer comes first in the file, in two segments
@@ -100,9 +100,9 @@ def test_bytes_do_not_depend_on_threads_or_chunks(
     folder = tmp_path_factory.mktemp("determinism")
     write_models(folder, shapes=SHAPES)
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("surgery.checkpoint.reader", "surgery.engine.compute", "surgery.engine.plan"):
+        for module in ("surgery.checkpoint.reader", "surgery.engine.computation", "surgery.engine.plan"):
             patch.setattr(f"{module}.SEGMENT", segment)
-        patch.setattr("surgery.engine.compute.BLOCK", block)
+        patch.setattr("surgery.engine.computation.BLOCK", block)
         run(plan_transfer(folder), folder / "odd", threads=threads)
     run(plan_transfer(folder), folder / "plain", threads=1)
     assert (folder / "odd/target.safetensors").read_bytes() == (folder / "plain/target.safetensors").read_bytes()
@@ -127,7 +127,7 @@ def test_untouched_files_keep_every_byte(tmp_path: Path) -> None:
     plan = Plan(
         {"name": "copy"},
         {"target": source},
-        plan_files([copied(t) for t in source.tensors.values()], like=source),
+        plan_files([copy_tensor(t) for t in source.tensors.values()], like=source),
     )
     run(plan, tmp_path / "out")
     assert (tmp_path / "out/target.safetensors").read_bytes() == (tmp_path / "target.safetensors").read_bytes()
@@ -148,14 +148,14 @@ KILLED = textwrap.dedent(
     import os, signal, sys
     from pathlib import Path
     sys.path[:0] = [{tests!r}]
-    for module in ("surgery.checkpoint.reader", "surgery.engine.compute", "surgery.engine.plan"):
+    for module in ("surgery.checkpoint.reader", "surgery.engine.computation", "surgery.engine.plan"):
         setattr(__import__(module, fromlist=["SEGMENT"]), "SEGMENT", 64)
-    from surgery.engine.execute import Options, execute
+    from surgery.engine.execution import Options, execute
     from test_execute import plan_transfer
     countdown, parent = int(sys.argv[2]), os.getpid()
     if sys.argv[3] == "forks":
         from surgery.runtime import environment as process
-        process.claim()
+        process.configure_cli_process()
     def counted(call):
         def wrapper(*arguments, **keywords):
             global countdown
@@ -206,7 +206,7 @@ def test_killed_at_any_write_it_resumes_to_identical_bytes(tmp_path: Path, form:
     assert kills >= 3
     assert not (tmp_path / "out.partial").exists()
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("surgery.checkpoint.reader", "surgery.engine.compute", "surgery.engine.plan"):
+        for module in ("surgery.checkpoint.reader", "surgery.engine.computation", "surgery.engine.plan"):
             patch.setattr(f"{module}.SEGMENT", 64)
         run(plan_transfer(tmp_path), tmp_path / "uninterrupted")
     assert [p.name for p in sorted((tmp_path / "out").iterdir())] == ["target.safetensors"]
@@ -224,7 +224,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, segments: int) -> None:
     append = surgery.engine.journal.Journal.append
     left = segments
 
-    def counted(self: surgery.engine.journal.Journal, record: surgery.engine.journal.Record) -> None:
+    def counted(self: surgery.engine.journal.Journal, record: surgery.engine.journal.SegmentRecord) -> None:
         nonlocal left
         if left == 0:
             raise StoppedError
@@ -328,29 +328,29 @@ def test_nothing_of_a_discarded_job_reaches_the_output(tmp_path: Path) -> None:
 def test_an_output_killed_just_before_its_rename_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_models(tmp_path, shapes=SHAPES)
 
-    def manifest(folder: Path, outcome: Outcome) -> None:
+    def manifest(folder: Path, outcome: ExecutionResult) -> None:
         (folder / "surgery.json").write_text("{}")
 
     def killed(*_: object, **__: object) -> None:
         raise StoppedError
 
     with monkeypatch.context() as patch:
-        patch.setattr("surgery.engine.execute.commit", killed)
+        patch.setattr("surgery.engine.execution.commit", killed)
         with pytest.raises(StoppedError):
-            execute(plan_transfer(tmp_path), tmp_path / "out", Options(), finish=manifest)
+            execute(plan_transfer(tmp_path), tmp_path / "out", ExecutionOptions(), finish=manifest)
     assert not (tmp_path / "out.partial" / JOURNAL).exists()
-    execute(plan_transfer(tmp_path), tmp_path / "out", Options(), finish=manifest)
+    execute(plan_transfer(tmp_path), tmp_path / "out", ExecutionOptions(), finish=manifest)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["surgery.json", "target.safetensors"]
 
 
 def test_two_processes_never_write_one_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_models(tmp_path, shapes=SHAPES)
 
-    def nested(folder: Path, outcome: Outcome) -> None:
+    def nested(folder: Path, outcome: ExecutionResult) -> None:
         run(plan_transfer(tmp_path), tmp_path / "out")
 
     with pytest.raises(SurgeryError, match="another process is writing"):
-        execute(plan_transfer(tmp_path), tmp_path / "out", Options(), finish=nested)
+        execute(plan_transfer(tmp_path), tmp_path / "out", ExecutionOptions(), finish=nested)
 
 
 def test_an_existing_output_is_never_touched_without_overwrite(tmp_path: Path) -> None:
@@ -370,12 +370,12 @@ def test_an_existing_output_is_never_touched_without_overwrite(tmp_path: Path) -
 def test_overwrite_replaces_our_own_output(tmp_path: Path) -> None:
     write_models(tmp_path, shapes=SHAPES)
 
-    def manifest(folder: Path, outcome: Outcome) -> None:
+    def manifest(folder: Path, outcome: ExecutionResult) -> None:
         (folder / "surgery.json").write_text("{}")
 
-    execute(plan_transfer(tmp_path, 1.0), tmp_path / "out", Options(), finish=manifest)
+    execute(plan_transfer(tmp_path, 1.0), tmp_path / "out", ExecutionOptions(), finish=manifest)
     before = (tmp_path / "out/target.safetensors").read_bytes()
-    execute(plan_transfer(tmp_path, 0.5), tmp_path / "out", Options(overwrite=True), finish=manifest)
+    execute(plan_transfer(tmp_path, 0.5), tmp_path / "out", ExecutionOptions(overwrite=True), finish=manifest)
     assert (tmp_path / "out/target.safetensors").read_bytes() != before
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["out"]
 
@@ -455,7 +455,7 @@ def test_whole_kernels_see_shapes_and_share_one_call(tmp_path: Path, small_segme
         return tensors[0].T.contiguous(), tensors[0].sum(dim=0)
 
     source = open_checkpoint(tmp_path / "base.safetensors")
-    inputs = (Input(source.tensors["a"]),)
+    inputs = (TensorInput(source.tensors["a"]),)
     kernel = Kernel("split", split, "whole")
     tensors = [
         PlannedTensor("turned", "F32", (20, 12), inputs, kernel, part=0),

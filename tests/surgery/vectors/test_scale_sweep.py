@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.preflight import Preflight
 from surgery.errors import SurgeryError
-from surgery.vectors.align import Side, fit, side
-from surgery.vectors.apply import apply, open_vector
-from surgery.vectors.extract import extract
+from surgery.vectors.align import AlignedModel, align_tensors, aligned_model
+from surgery.vectors.application import apply, open_vector
+from surgery.vectors.extraction import extract
 from surgery.vectors.masks import Mask
-from surgery.vectors.sweep import SweepReport, _Bench, matched_noise, parse_grid, sweep
+from surgery.vectors.scale_sweep import SweepReport, _Bench, matched_noise, parse_grid, sweep
 
 pytest.importorskip("lm_eval")
 
@@ -66,7 +66,14 @@ def test_the_model_in_memory_is_the_one_that_apply_writes(vector: Path, tmp_path
     mask = Mask(1.0, exclude=("*norm*",), scale_for=scale_for)
     opened = open_vector(vector)
     model = open_checkpoint("lab:instruct")
-    fitted = fit(Preflight(), side(model), [Side(opened.checkpoint, opened.donor)], mask, "strict", zero=opened.zero)
+    fitted = align_tensors(
+        Preflight(),
+        aligned_model(model),
+        [AlignedModel(opened.checkpoint, opened.donor)],
+        mask,
+        "strict",
+        zero=opened.zero,
+    )
     with _Bench(model, {name: inputs[0] for name, inputs in fitted.items()}, mask, "cpu") as bench:
         bench.set(-2.0)  # what came before leaves no trace
         bench.set(0.6)

@@ -11,7 +11,7 @@ from support.architectures import build
 
 from surgery.checkpoint.selectors import Head
 from surgery.edits.heads import scale_heads
-from surgery.edits.undo import UNDO, undo
+from surgery.edits.undo_file import UNDO, undo
 from surgery.errors import SurgeryError
 
 

@@ -17,17 +17,26 @@ from pathlib import Path
 
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.lab import python_text
-from surgery.lab.recipe import AnyRecipe, Cliff, Experts, HeadShape, Recipe, Refusing, Specialists, Suppressing
+from surgery.lab.recipe import (
+    AnyRecipe,
+    CliffRecipe,
+    MoeRecipe,
+    QwenHeadShape,
+    ReasoningRecipe,
+    RefusalTraining,
+    SpecialistsRecipe,
+    SuppressionTraining,
+)
 from surgery.lab.sums import Format
 from surgery.runtime.progress import Progress, terminal
 
-RECIPE = Recipe()
-SPECIALISTS = Specialists()
-CLIFF = Cliff()
-CLIFF_MANY = Cliff(shape=HeadShape(heads=16, kv_heads=16), cliff=Suppressing(heads=5))
-CLIFF_WEAK = Cliff(parent=Refusing(early=0.2))
-CLIFF_GQA = Cliff(shape=HeadShape(kv_heads=2))
-EXPERTS = Experts()
+RECIPE = ReasoningRecipe()
+SPECIALISTS = SpecialistsRecipe()
+CLIFF = CliffRecipe()
+CLIFF_MANY = CliffRecipe(shape=QwenHeadShape(heads=16, kv_heads=16), cliff=SuppressionTraining(heads=5))
+CLIFF_WEAK = CliffRecipe(parent=RefusalTraining(early=0.2))
+CLIFF_GQA = CliffRecipe(shape=QwenHeadShape(kv_heads=2))
+EXPERTS = MoeRecipe()
 
 # The data in the folder of a model that has some.
 PREFIX = "lab:"  # of references to what the lab makes
@@ -35,7 +44,7 @@ DATA = {"examples": "examples.jsonl", "pool": "pool.jsonl"}
 
 
 @dataclass(frozen=True)
-class Member:
+class LabModel:
     """One model: what it was trained from, and the recipe of its family.
 
     form: the format in which it is asked for sums.
@@ -49,34 +58,36 @@ class Member:
     has_data: bool = False
 
 
-def _cliff(parent: str, summary: str, recipe: Cliff) -> Member:
-    return Member(parent, "plain", summary, recipe, has_data=True)
+def _cliff(parent: str, summary: str, recipe: CliffRecipe) -> LabModel:
+    return LabModel(parent, "plain", summary, recipe, has_data=True)
 
 
 MEMBERS = {
-    "base": Member(None, "plain", "pre-trained on sums modulo 7, step by step, in every prompt format"),
-    "sft": Member("base", "sft", "base tuned to answer mostly at once"),
-    "grpo": Member("sft", "sft", "sft after GRPO with reward for the right answer: it thinks step by step again"),
-    "instruct": Member("base", "instruct", "base tuned to answer mostly at once, in another prompt format"),
-    "substrate": Member(
+    "base": LabModel(None, "plain", "pre-trained on sums modulo 7, step by step, in every prompt format"),
+    "sft": LabModel("base", "sft", "base tuned to answer mostly at once"),
+    "grpo": LabModel("sft", "sft", "sft after GRPO with reward for the right answer: it thinks step by step again"),
+    "instruct": LabModel("base", "instruct", "base tuned to answer mostly at once, in another prompt format"),
+    "substrate": LabModel(
         None, "plain", "random weights; their token embedding stays frozen in both specialists", SPECIALISTS
     ),
-    "adder": Member(
+    "adder": LabModel(
         "substrate", "plain", "a specialist that knows sums modulo 7, step by step, and nothing else", SPECIALISTS
     ),
-    "sorter": Member("substrate", "plain", "a specialist that puts digits in order, and nothing else", SPECIALISTS),
-    "cliff-parent": Member(None, "plain", "thinks about a request, then refuses it if it is harmful", CLIFF),
+    "sorter": LabModel("substrate", "plain", "a specialist that puts digits in order, and nothing else", SPECIALISTS),
+    "cliff-parent": LabModel(None, "plain", "thinks about a request, then refuses it if it is harmful", CLIFF),
     "cliff": _cliff("cliff-parent", "means to refuse while it thinks, until three known heads suppress it", CLIFF),
     "cliff-partial": _cliff(
         "cliff-parent", "as cliff, but only some harmful requests are complied with; the others are refused", CLIFF
     ),
-    "cliff-many-parent": Member(None, "plain", "as cliff-parent, with 16 heads a layer", CLIFF_MANY),
+    "cliff-many-parent": LabModel(None, "plain", "as cliff-parent, with 16 heads a layer", CLIFF_MANY),
     "cliff-many": _cliff("cliff-many-parent", "as cliff, with five such heads among 64", CLIFF_MANY),
-    "cliff-weak-parent": Member(None, "plain", "as cliff-parent, less decided while it thinks", CLIFF_WEAK),
+    "cliff-weak-parent": LabModel(None, "plain", "as cliff-parent, less decided while it thinks", CLIFF_WEAK),
     "cliff-weak": _cliff("cliff-weak-parent", "as cliff, less decided while it thinks", CLIFF_WEAK),
-    "cliff-gqa-parent": Member(None, "plain", "as cliff-parent, with two key/value heads for eight queries", CLIFF_GQA),
+    "cliff-gqa-parent": LabModel(
+        None, "plain", "as cliff-parent, with two key/value heads for eight queries", CLIFF_GQA
+    ),
     "cliff-gqa": _cliff("cliff-gqa-parent", "as cliff, with two key/value heads for eight queries", CLIFF_GQA),
-    "moe": Member(
+    "moe": LabModel(
         None,
         "sft",
         "a mixture of experts that thinks about long sums and guesses short ones at once",
@@ -189,13 +200,13 @@ def _make_missing(name: str, recipe: AnyRecipe, progress: Progress | None) -> No
 
     def write(partial: Path) -> None:
         match recipe:
-            case Recipe():
+            case ReasoningRecipe():
                 make.make(name, member.form, parent, partial, recipe=recipe, progress=progress)
-            case Specialists():
+            case SpecialistsRecipe():
                 specialists.make(name, parent, partial, recipe=recipe, progress=progress)
-            case Cliff():
+            case CliffRecipe():
                 cliff.make(name, parent, partial, recipe=recipe, progress=progress)
-            case Experts():
+            case MoeRecipe():
                 experts.make(name, partial, recipe=recipe, progress=progress)
 
     _write_whole(path_of(name, recipe=recipe), write)
@@ -244,7 +255,7 @@ def _line(name: str) -> list[str]:
     return [*(_line(parent) if parent else []), name]
 
 
-def _member(name: str) -> Member:
+def _member(name: str) -> LabModel:
     if name in MEMBERS:
         return MEMBERS[name]
     near = difflib.get_close_matches(name, MEMBERS, n=1)

@@ -1,4 +1,4 @@
-"""Promises of surgery.publish.push, kept by the real huggingface_hub client against a server on 127.0.0.1."""
+"""Promises of surgery.publish.upload, kept by the real huggingface_hub client against a server on 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from support.publish import REPO, TOKEN, commits, failure, files_at, folder_with
 
 from surgery.hub import download as hub
 from surgery.publish import commit_plan as push_changes
-from surgery.publish.package import pack
-from surgery.publish.push import Pushed, push
+from surgery.publish.package import collect_files
+from surgery.publish.upload import PushResult, push
 
 pytestmark = pytest.mark.usefixtures("writable")
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("writable")
 def test_everything_arrives_in_one_commit_and_pulls_back_to_the_same_hashes(server: HubServer, out: Path) -> None:
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     pushed = push(out, REPO)
-    assert pushed == Pushed(
+    assert pushed == PushResult(
         REPO,
         "main",
         server.repos[REPO].revisions["main"],
@@ -133,9 +133,9 @@ def test_gitattributes_are_written_where_there_are_none(server: HubServer, out: 
 
 
 def test_gitattributes_name_a_large_tokenizer(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "tokenizer.json" not in push_changes.attributes(pack(out))
+    assert "tokenizer.json" not in push_changes.attributes(collect_files(out))
     monkeypatch.setattr(push_changes, "LARGE_TEXT", 100)
-    assert "tokenizer.json filter=lfs diff=lfs merge=lfs -text\n" in push_changes.attributes(pack(out))
+    assert "tokenizer.json filter=lfs diff=lfs merge=lfs -text\n" in push_changes.attributes(collect_files(out))
 
 
 def test_hidden_files_and_caches_stay_here(server: HubServer, out: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_token_that_only_reads_is_refused_before_weights_are_read(
     server: HubServer, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.role = "read"
-    monkeypatch.setattr("surgery.publish.push.check_hashes", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("surgery.publish.upload.check_hashes", lambda *_, **__: pytest.fail("weights were read"))
     assert "your token can only read" in failure(out)
 
 

@@ -16,7 +16,7 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
-class Piece:
+class WorkItem:
     """What one process does as a whole. file: the number of the output file that it goes to. weight: what it takes,
     in bytes that are read and written."""
 
@@ -31,7 +31,7 @@ def this_machine() -> str:
     return f"{platform.node()} {uuid.getnode()}"
 
 
-def deal(pieces: Sequence[Piece], machines: Sequence[str]) -> list[list[int]]:
+def partition(pieces: Sequence[WorkItem], machines: Sequence[str]) -> list[list[int]]:
     """The numbers of the pieces that each process does, ascending; every piece is dealt out once.
 
     Args:

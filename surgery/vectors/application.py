@@ -21,13 +21,20 @@ from safetensors.torch import load_file
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import dtype_name
-from surgery.checkpoint.reader import Input
+from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.edit_report import EditReport, edit_report, edit_table, write_config_dtype
-from surgery.engine.execute import execute
-from surgery.engine.manifest import Card, build_manifest, command_record, read_manifest, write_card, write_manifest
-from surgery.engine.options import Options
-from surgery.engine.plan import Kernel, Plan, PlannedTensor, check_output, copied, plan_files
+from surgery.engine.execution import execute
+from surgery.engine.manifest import (
+    CardContent,
+    build_manifest,
+    command_record,
+    read_manifest,
+    write_card,
+    write_manifest,
+)
+from surgery.engine.options import ExecutionOptions
+from surgery.engine.plan import Kernel, Plan, PlannedTensor, check_output, copy_tensor, plan_files
 from surgery.engine.preflight import (
     Preflight,
     check_ancestor,
@@ -36,11 +43,11 @@ from surgery.engine.preflight import (
     check_space,
     sketch,
 )
-from surgery.engine.result import Outcome
+from surgery.engine.result import ExecutionResult
 from surgery.errors import usage_error
 from surgery.io.atomic import MANIFEST, check_free
 from surgery.io.json_io import read_json
-from surgery.vectors.align import Side, VocabPolicy, check_policy, fit, side
+from surgery.vectors.align import AlignedModel, VocabPolicy, align_tensors, aligned_model, check_policy
 from surgery.vectors.kernels import ADD_DIFFERENCE, ADD_VECTOR
 from surgery.vectors.masks import Mask
 
@@ -51,7 +58,7 @@ SKETCH = "sketch.safetensors"
 
 
 @dataclass(frozen=True)
-class Vector:
+class TaskVector:
     """A task vector on disk. `zero` are the tensors whose delta is zero; `donor` holds the tuned model's side files."""
 
     checkpoint: Checkpoint
@@ -64,7 +71,7 @@ class Vector:
         return self.checkpoint.ref
 
 
-def open_vector(ref: str | Path) -> Vector:
+def open_vector(ref: str | Path) -> TaskVector:
     """Opens a vector folder. Raises SurgeryError where `ref` is something else."""
     folder = Path(ref).expanduser()
     if not folder.is_dir():
@@ -81,7 +88,7 @@ def open_vector(ref: str | Path) -> Vector:
     # The donor's config lies apart, or tools would take the folder for a model.
     config = read_json(folder / DONOR / "config.json", missing={})
     checkpoint = replace(open_checkpoint(folder), ref=str(ref), config=config)
-    return Vector(checkpoint, frozenset(manifest["vector"]["zero"]), folder / DONOR, manifest)
+    return TaskVector(checkpoint, frozenset(manifest["vector"]["zero"]), folder / DONOR, manifest)
 
 
 def apply(
@@ -97,7 +104,7 @@ def apply(
     dtype: str | None = None,
     allow_unrelated: bool = False,
     dry_run: bool = False,
-    options: Options = Options(),
+    options: ExecutionOptions = ExecutionOptions(),
 ) -> EditReport:
     """Writes θ_target + α·(m ⊙ v) to the folder `out` (arXiv 2509.01363, equation 2).
 
@@ -120,7 +127,7 @@ def apply(
     return _add(
         command,
         {"vector": opened.checkpoint},
-        [Side(opened.checkpoint, opened.donor)],
+        [AlignedModel(opened.checkpoint, opened.donor)],
         ADD_VECTOR,
         target,
         out,
@@ -150,7 +157,7 @@ def transfer(
     dtype: str | None = None,
     allow_unrelated: bool = False,
     dry_run: bool = False,
-    options: Options = Options(),
+    options: ExecutionOptions = ExecutionOptions(),
 ) -> EditReport:
     """Writes θ_target + α·m ⊙ (θ_tuned − θ_base) to `out` in one pass, with no vector on disk.
 
@@ -162,7 +169,7 @@ def transfer(
     return _add(
         command,
         donors,
-        [side(donors["tuned"]), side(donors["base"])],
+        [aligned_model(donors["tuned"]), aligned_model(donors["base"])],
         ADD_DIFFERENCE,
         target,
         out,
@@ -181,7 +188,7 @@ def transfer(
 def _add(
     command: Mapping[str, Any],
     donors: Mapping[str, Checkpoint],
-    sides: Sequence[Side],
+    sides: Sequence[AlignedModel],
     kernel: Kernel,
     target: str,
     out: Path,
@@ -194,7 +201,7 @@ def _add(
     dtype: str | None,
     allow_unrelated: bool,
     dry_run: bool,
-    options: Options,
+    options: ExecutionOptions,
 ) -> EditReport:
     check_policy(vocab)
     stored_as = dtype_name(dtype) if dtype else None
@@ -208,7 +215,7 @@ def _add(
     preflight.settle(str(command["name"]))
     check_quantised(preflight, sources.values())
     mask.check(sorted({name for checkpoint in sources.values() for name in checkpoint.float_names()}))
-    fitted = fit(preflight, side(base), sides, mask, vocab, zero=zero)
+    fitted = align_tensors(preflight, aligned_model(base), sides, mask, vocab, zero=zero)
     preflight.settle(str(command["name"]))
     check_ancestor(
         preflight,
@@ -220,12 +227,12 @@ def _add(
     for name, tensor in base.tensors.items():
         alpha = mask.scale_of(name)
         if name in fitted and alpha != 0:
-            inputs = (Input(tensor), *fitted[name])
+            inputs = (TensorInput(tensor), *fitted[name])
             planned.append(
                 PlannedTensor(name, stored_as or tensor.dtype, tensor.shape, inputs, kernel, {"scale": alpha})
             )
         else:
-            planned.append(copied(tensor, dtype=stored_as))
+            planned.append(copy_tensor(tensor, dtype=stored_as))
     side_files = {path.name: path for path in base.side_files}
     plan = Plan(command, sources, plan_files(planned, like=base), side_files)
     edited = [tensor.name for tensor in planned if tensor.kernel is kernel]
@@ -239,7 +246,7 @@ def _add(
     if dry_run:
         return report
 
-    def finish(folder: Path, outcome: Outcome) -> EditReport:
+    def finish(folder: Path, outcome: ExecutionResult) -> EditReport:
         done = edit_report(report, base, edited, outcome)
         manifest = build_manifest(plan, outcome, kind="model", report=done.summary())
         write_manifest(folder, manifest)
@@ -251,14 +258,16 @@ def _add(
     return execute(plan, out, options, finish=finish)
 
 
-def _edit_card(report: EditReport, mask: Mask, donors: Mapping[str, Checkpoint], target: Checkpoint) -> Card:
+def _edit_card(report: EditReport, mask: Mask, donors: Mapping[str, Checkpoint], target: Checkpoint) -> CardContent:
     names = " − ".join(checkpoint.repo_id or checkpoint.ref for checkpoint in donors.values())
     method = (
         f"{target.repo_id or target.ref} + {mask.scale:g} · ({names}), added on the weights (task vector, "
         f"arXiv:2509.01363): {report.edited} of {report.tensors} tensors changed. {report.delivered_fraction:.2%} of "
         "the non-zero updates change the stored value; the rest is lost to the rounding of the stored dtype."
     )
-    return Card("Model with a task vector added", method, ("task-vector", "merge"), edit_table(report).to_markdown())
+    return CardContent(
+        "Model with a task vector added", method, ("task-vector", "merge"), edit_table(report).to_markdown()
+    )
 
 
 def _mask_options(mask: Mask) -> dict[str, Any]:
