@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from surgery.vectors.to_lora import extract_adapter
 
 __all__ = [
-    "Options",
+    "ExecutionOptions",
     "SurgeryError",
     "add_layers",
     "apply",
@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Options": "engine.options",
+    "ExecutionOptions": "engine.options",
     "add_layers": "growth.layers.add",
     "apply": "vectors.application",
     "diff": "vectors.comparison",

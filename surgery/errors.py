@@ -1,8 +1,11 @@
-"""The one exception type that users see: what went wrong, where, and what to do about it."""
+"""Errors that users see: `SurgeryError`, and `ErrorList`, which collects many and raises them as one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 FAILED = 1
@@ -52,8 +55,81 @@ def usage_error(what: str, *, where: object | None = None, hint: str | None = No
     return SurgeryError(what, where=where, hint=hint, exit_code=WRONG_USAGE)
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """Return the hint `Did you mean X?` for the entry of `known` nearest to `name`; None where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"Did you mean {near[0]}?" if near else None
+
+
 def listing(names: Iterable[str], limit: int = 20) -> str:
     """`names` as one line: at most `limit` of them, then how many more there are."""
     every = list(names)
     shown = ", ".join(every[:limit])
     return shown if len(every) <= limit else f"{shown} and {len(every) - limit} more"
+
+
+@dataclass
+class _Entry:
+    what: str
+    hint: str | None = None
+    usage: bool = False
+    subjects: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if not self.subjects:
+            return str(SurgeryError(self.what, hint=self.hint))
+        quoted = listing([f'"{name}"' for name in self.subjects], ErrorList.MOST_SUBJECTS)
+        some = "" if len(self.subjects) == 1 else f"{len(self.subjects):,} tensors: "
+        return str(SurgeryError(f"{some}{quoted}: {self.what}", hint=self.hint))
+
+
+class ErrorList:
+    """Errors collected while an input is checked, and raised together as one `SurgeryError`.
+
+    An error that is added twice is kept once. Where any error is about the request itself (`usage`), the exit code is
+    that of wrong usage, and those errors come first.
+    """
+
+    MOST_SUBJECTS = 3  # tensors named in a message that many of them share
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[str, str | None], _Entry] = {}
+
+    def add(self, what: str, *, where: object | None = None, hint: str | None = None, usage: bool = False) -> None:
+        """Add one error; the arguments are those of `SurgeryError`."""
+        what = what if where is None else f"{where}: {what}"
+        self._entries.setdefault((what, hint), _Entry(what, hint, usage))
+
+    def add_tensor(self, name: str, what: str, hint: str) -> None:
+        """Add an error of the tensor `name`; tensors that share `what` and `hint` become one message."""
+        self._entries.setdefault((what, hint), _Entry(what, hint)).subjects.append(name)
+
+    @contextmanager
+    def collect(self, where: object | None = None, *, usage: bool = False) -> Iterator[None]:
+        """Add a `SurgeryError` raised in the block instead of letting it pass."""
+        try:
+            yield
+        except SurgeryError as error:
+            self.add(str(error), where=where, usage=usage or error.exit_code == WRONG_USAGE)
+
+    def extend(self, other: ErrorList) -> None:
+        """Add every error of `other`."""
+        for key, entry in other._entries.items():
+            self._entries.setdefault(key, entry)
+
+    def __bool__(self) -> bool:
+        return bool(self._entries)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the messages, those about the request first."""
+        return map(str, sorted(self._entries.values(), key=lambda entry: not entry.usage))
+
+    def raise_if_any(self, where: object | None = None, *, limit: int | None = None) -> None:
+        """Raise one SurgeryError with every message (the first `limit` of them), if there are any."""
+        if not self:
+            return
+        lines = list(self)
+        more = 0 if limit is None else len(lines) - limit
+        shown = [*lines[:limit], f"… and {more} more."] if more > 0 else lines
+        usage = any(entry.usage for entry in self._entries.values())
+        raise SurgeryError("\n  ".join(shown), where=where, exit_code=WRONG_USAGE if usage else FAILED)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+P = ParamSpec("P")
 
 # How long processes wait for each other once they have met: one may tokenise or measure while the others do nothing.
 # One that ends early is no reason to wait less: its connection is cut.
@@ -106,6 +107,15 @@ def map_over_ranks(
             raise SurgeryError(text)
     results = dict(pair for part, _ in parts for pair in part)
     return [results[at] for at in range(len(items))]
+
+
+def on_main(fn: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
+    """Call `fn(*args, **kwargs)` on rank 0 while the others wait, and return its result on every rank.
+
+    Raises:
+        SurgeryError: the call failed, on every rank; another process has ended.
+    """
+    return map_over_ranks([None], lambda _: fn(*args, **kwargs))[0]
 
 
 def failure_text(error: Exception) -> str:
