@@ -278,7 +278,7 @@ def test_killed_between_documents_it_keeps_what_is_done(
 ) -> None:
     run(STEPS, llama, tmp_path / "elsewhere/whole")
     with monkeypatch.context() as patch:
-        patch.setattr("surgery.engine.execution.commit", killing(surgery.engine.execution.commit, 2))
+        patch.setattr("surgery.engine.execution.commit_folder", killing(surgery.engine.execution.commit_folder, 2))
         with pytest.raises(Killed):
             run(STEPS, llama, tmp_path / "out")
     run(STEPS, llama, tmp_path / "out", dry_run=True)
@@ -302,7 +302,7 @@ def test_a_step_of_models_that_have_changed_since_is_made_anew(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("surgery.engine.execution.commit", killing(surgery.engine.execution.commit, 2))
+        patch.setattr("surgery.engine.execution.commit_folder", killing(surgery.engine.execution.commit_folder, 2))
         with pytest.raises(Killed):
             run(STEPS, own, tmp_path / "out")
     shutil.rmtree(tmp_path / "out.steps/name=ours%2F..%2Fstock.partial")

@@ -395,7 +395,7 @@ def stub_tasks(
             raise SurgeryError(f"no such task: {unknown[0]}")
         return [partial(measure, task=task) for task in tasks]
 
-    patch.setattr(expert_sweep, "reinforced", entered)
+    patch.setattr(expert_sweep, "scaled_routing", entered)
     patch.setattr(expert_sweep, "on_tasks", on_tasks)
     return asked
 

@@ -335,7 +335,7 @@ def test_an_output_killed_just_before_its_rename_is_made_again(tmp_path: Path, m
         raise StoppedError
 
     with monkeypatch.context() as patch:
-        patch.setattr("surgery.engine.execution.commit", killed)
+        patch.setattr("surgery.engine.execution.commit_folder", killed)
         with pytest.raises(StoppedError):
             execute(plan_transfer(tmp_path), tmp_path / "out", ExecutionOptions(), finish=manifest)
     assert not (tmp_path / "out.partial" / JOURNAL).exists()
