@@ -14,6 +14,9 @@ from typing import Any, Literal
 
 Topic = Literal["harmful", "harmless"]
 Segment = Literal["prompt", "thinking", "closing", "answer"]
+# Errors about single examples that one message lists: the first few show what is wrong with the others.
+MAX_REPORTED = 20
+
 SEGMENTS: tuple[Segment, ...] = ("prompt", "thinking", "closing", "answer")
 
 

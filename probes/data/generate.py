@@ -17,12 +17,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from probes.data.examples import Example
-from probes.data.faults import Faults
+from probes.data.examples import MAX_REPORTED, Example
 from probes.data.generation_cache import Completion, GenerationCache
 from probes.data.markers import Markers, check_split, never_closed, split_completion, split_given
 from probes.data.tokenize import encode, text_before_answer
-from surgery.errors import SurgeryError, usage_error
+from surgery.errors import ErrorList, SurgeryError, usage_error
 from surgery.io.hashing import hash_text
 from surgery.models.loading import ModelAndTokenizer
 from surgery.runtime.collectives import barrier, map_over_ranks
@@ -162,11 +161,11 @@ def _jobs(
 ) -> dict[int, _Job]:
     """Number of the example → what is to be completed for it. Raises SurgeryError with all examples that are wrong."""
     context = context_of(loaded.model)
-    faults = Faults()
+    errors = ErrorList()
     jobs = {}
     with quiet():
         for at, example in enumerate(examples):
-            with faults.collect(f"example {example.key}"):
+            with errors.collect(f"example {example.key}", usage=True):
                 if markers and not never_closed([example]):
                     check_split(example, markers)
                 if example.response is not None:
@@ -182,7 +181,7 @@ def _jobs(
                         hint="Leave it out, or ask for fewer new tokens.",
                     )
                 jobs[at] = _Job(settings.key(text), ids)
-    faults.settle()
+    errors.raise_if_any(limit=MAX_REPORTED)
     return jobs
 
 

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from probes.data.examples import Example, Topic
-from probes.data.faults import Faults, keys
+from probes.data.examples import MAX_REPORTED, Example, Topic
 from probes.data.generate import context_of, generate_texts
 from probes.data.markers import KNOWN, never_closed, template_text
 from probes.data.tokenize import encode
-from surgery.errors import SurgeryError, usage_error
+from surgery.errors import ErrorList, SurgeryError, listing, usage_error
 from surgery.models.loading import ModelAndTokenizer
 from surgery.runtime.progress import Progress, silent
 
@@ -61,6 +60,7 @@ REFUSAL_PHRASES: tuple[str, ...] = (
 REFUSAL_WINDOW = 200
 # Guards write three short lines; some explain themselves before, and are cut off.
 GUARD_TOKENS = 128
+NAMED_EXAMPLES = 5  # in one error message
 
 _APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼ′`´", "'"))
 _REFUSAL = re.compile(r"^\s*(?:response )?refusal:\s*(yes|no)\s*$", re.IGNORECASE | re.MULTILINE)
@@ -131,7 +131,7 @@ def label_by_guard(
     ]
     if long:
         raise usage_error(
-            f"does not fit the context of {guard.name}, {context:,} tokens, with its answer", where=keys(long)
+            f"does not fit the context of {guard.name}, {context:,} tokens, with its answer", where=_examples_text(long)
         )
     answers = generate_texts(
         guard,
@@ -141,12 +141,12 @@ def label_by_guard(
         label=f"{guard.name}: judging",
         progress=progress,
     )
-    faults = Faults()
+    errors = ErrorList()
     found = list(examples)
     for at, answer in zip(asked, answers, strict=True):
-        with faults.collect(f"{guard.name}: example {examples[at].key}"):
+        with errors.collect(f"{guard.name}: example {examples[at].key}", usage=True):
             found[at] = replace(examples[at], refused=read_verdict(answer, examples[at].topic))
-    faults.settle()
+    errors.raise_if_any(limit=MAX_REPORTED)
     return found
 
 
@@ -186,11 +186,16 @@ def _asked(examples: Sequence[Example]) -> dict[int, str]:
     need = {at: example for at, example in need.items() if id(example) not in skipped}
     missing = [example.key for example in need.values() if example.response is None]
     if missing:
-        raise usage_error("have no response to be labelled", where=keys(missing), hint="Generate them first.")
+        raise usage_error("have no response to be labelled", where=_examples_text(missing), hint="Generate them first.")
     whole = [example.key for example in need.values() if example.thinking is None and _thinks(example.response or "")]
     if whole:
-        raise usage_error("hold their thinking in the response", where=keys(whole), hint="Split them first.")
+        raise usage_error("hold their thinking in the response", where=_examples_text(whole), hint="Split them first.")
     return {at: example.response or "" for at, example in need.items()}
+
+
+def _examples_text(keys: Sequence[str]) -> str:
+    """Return `example 3` or `examples 3, 4, 7 and 12 more`, for an error message."""
+    return f"example{'s' * (len(keys) > 1)} {listing(keys, NAMED_EXAMPLES)}"
 
 
 def _thinks(response: str) -> bool:

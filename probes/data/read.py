@@ -1,23 +1,23 @@
-"""The user's data → a `DataSet` of examples, with all faults of its rows in one error.
+"""Read the user's data as a `DataSet` of examples, and report the errors of all rows at once.
 
-In comes a reference (`probes.data.sources` says which there are), out come `Example`s with what the rows say; what they
-do not say stays None, to be generated or judged later.
+A reference to data (see `probes.data.sources`) is read row by row; fields that a row does not have stay None, to be
+generated or labelled later.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from probes.data.examples import DataSet, Example, Topic
-from probes.data.faults import Faults
+from probes.data.examples import MAX_REPORTED, DataSet, Example, Topic
 from probes.data.sources import SourceRow, read_rows
-from surgery.errors import listing, usage_error
+from surgery.errors import ErrorList, listing, usage_error
 from surgery.io.hashing import hash_text
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-TEXTS = ("prompt", "thinking", "closing", "response", "label", "group")
+TEXT_FIELDS = ("prompt", "thinking", "closing", "response", "label", "group")
 
 TOPICS: Mapping[str, Topic] = {
     "harmful": "harmful",
@@ -37,166 +37,199 @@ VERDICTS: Mapping[str, bool] = {
     "comply": False,
     "compliant": False,
 }
+MAX_QUOTED = 60  # characters of a wrong value that an error message quotes
 
 
 def read_data(source: str, *, limit: int | None = None) -> DataSet:
-    """Reads the examples of `source`; at most the first `limit`.
+    """Read the examples of `source`, at most the first `limit`.
 
-    Fields of a row, all text, of which only the first is needed:
-        prompt, or messages: a question, or a conversation of {role, content} up to the last question. An assistant's
+    Fields of a row, all of them text; only the first is required:
+        prompt, or messages: a question, or a conversation of {role, content} up to the last question. An assistant
             message at its end is the response, and that message's `reasoning_content` the thinking.
-        thinking, closing, response: what the model wrote; a response may hold its thinking between the model's markers.
+        thinking, closing, response: what the model wrote; a response may contain its thinking between the model's
+            markers.
         label: the topic (harmful, also unsafe, malicious; harmless, also unharmful, safe, benign), the verdict
             (refused, also refusal, refuse; complied, also compliance, comply, compliant), or both: harmful/refused.
-            Yes and no, true and false, 1 and 0 are not accepted: some data sets say harmful by them, some refused.
-        group: rows that belong together, such as paraphrases; the prompt where there is none.
+            Yes and no, true and false, 1 and 0 are not accepted: in some data sets they mean harmful, in some refused.
+        group: rows that belong together, such as paraphrases; defaults to the prompt.
 
-    Null is as good as no field, and so is an empty cell of a CSV file; a response that is there and empty is a fault.
-    In CSV, `messages` is JSON. Other fields are kept in `Example.row`. An example's key is its row's number in the
-    source, from 0: in org/name:train[100:200] the first is "100".
+    A null field counts as absent, and so does an empty cell of a CSV file; a response that is present but empty is an
+    error. In CSV, `messages` is JSON. Other fields are kept in `Example.row`. An example's key is its row's number in
+    the source, from 0: in org/name:train[100:200] the first is "100".
 
     Raises:
-        SurgeryError: the source cannot be read or has no rows; else the first 20 faults of its rows, each with its
-            place.
+        SurgeryError: the source cannot be read or has no rows; otherwise the first 20 errors of its rows, each with
+            its place.
     """
     if limit is not None and limit < 1:
         raise usage_error(f"got {limit}, expected 1 or more", where="limit")
-    faults = Faults()
-    found = read_rows(source, faults, limit=limit)
-    if not found.rows and not faults.lines:
+    errors = ErrorList()
+    source_rows = read_rows(source, errors, limit=limit)
+    if not source_rows.rows and not errors:
         raise usage_error("has no rows", where=source)
-    examples = [example for row in found.rows if (example := _example(row, faults))]
-    faults.settle()
-    # Rows of Parquet may hold what JSON does not know, such as dates.
-    digest = hash_text(json.dumps([row.record for row in found.rows], sort_keys=True, default=str))
-    return DataSet(source, tuple(examples), digest, found.revision)
+    examples = []
+    for row in source_rows.rows:
+        parser = _RowParser(row)
+        example = parser.parse()
+        errors.extend(parser.errors)
+        if example is not None:
+            examples.append(example)
+    errors.raise_if_any(limit=MAX_REPORTED)
+    # Rows of Parquet may contain values without a JSON form, such as dates: hence `default=str`.
+    digest = hash_text(json.dumps([row.record for row in source_rows.rows], sort_keys=True, default=str))
+    return DataSet(source, tuple(examples), digest, source_rows.revision)
 
 
-def _example(row: SourceRow, faults: Faults) -> Example | None:
-    """The row as an example; None where it has faults, which are taken down."""
-    before = len(faults.lines)
-    fields = {name: _text(row, name, faults) for name in TEXTS}
-    messages, answer, reasoning = _messages(row, fields["prompt"], faults)
-    for name, other, inside in (("response", "content", answer), ("thinking", "reasoning_content", reasoning)):
-        if inside is not None and fields[name] is not None:
-            faults.add(f"has both {name} and the {other} of a last assistant message", where=row.where)
-        fields[name] = fields[name] if inside is None else inside
-    # A thinking that never closed, as completions are kept, is the one case of an answer that is known to be nothing.
-    if fields["response"] is not None and not fields["response"].strip() and fields["closing"] != "":
-        faults.add("has an empty response: leave it out where it is to be generated", where=row.where)
-    topic, refused = _label(row, fields["label"], faults)
-    if len(faults.lines) > before:
-        return None
-    return Example(
-        key=row.key,
-        messages=tuple(messages),
-        group=str(messages[-1]["content"]) if fields["group"] is None else fields["group"],
-        thinking=fields["thinking"],
-        closing=fields["closing"],
-        response=fields["response"],
-        topic=topic,
-        refused=refused,
-        row=row.record,
-    )
+@dataclass(frozen=True)
+class _Conversation:
+    """The messages up to the last question; the answer and its thinking where an assistant message follows it."""
+
+    messages: Sequence[Mapping[str, Any]]
+    answer: str | None = None
+    reasoning: str | None = None
 
 
-def _text(row: SourceRow, name: str, faults: Faults) -> str | None:
-    value = row.record.get(name)
-    if name == "group" and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if value is None or (isinstance(value, str) and _is_sound(value)):
-        return value
-    if isinstance(value, str):
-        faults.add(f"{name} holds half of a surrogate pair, which is no character", where=row.where)
-    elif name == "label":
-        faults.add(f"label is {value!r}, expected {_accepted()}", where=row.where)
-    else:
-        faults.add(f"{name} is {_short(value)}, expected text", where=row.where)
-    return None
+# Stands for a conversation that has errors: the rest of the row is checked all the same.
+_PLACEHOLDER = [{"role": "user", "content": ""}]
 
 
-def _messages(
-    row: SourceRow, prompt: str | None, faults: Faults
-) -> tuple[Sequence[Mapping[str, Any]], str | None, str | None]:
-    """The conversation up to its last question, the answer after it, and the thinking before that."""
-    given = row.record.get("messages")
-    if given is None:
-        if row.record.get("prompt") is None:
-            faults.add("has neither prompt nor messages", where=row.where)
-        elif prompt is not None and not prompt.strip():
-            faults.add("has an empty prompt", where=row.where)
-        return [{"role": "user", "content": prompt}], None, None
-    if row.record.get("prompt") is not None:
-        faults.add("has both prompt and messages", where=row.where)
-    messages = _conversation(row, given, faults)
-    if not messages:
-        return [{"role": "user", "content": ""}], None, None
-    answer = reasoning = None
-    if messages[-1]["role"] == "assistant":
-        answer, reasoning = messages[-1]["content"], messages[-1].get("reasoning_content")
-        messages = messages[:-1]
-        if reasoning is not None and not (isinstance(reasoning, str) and _is_sound(reasoning)):
-            faults.add(f"reasoning_content is {_short(reasoning)}, expected text", where=row.where)
-            reasoning = None
-    if not messages or messages[-1]["role"] != "user":
-        faults.add("messages do not end with a user's message, or with one and its answer", where=row.where)
-        return [{"role": "user", "content": ""}], answer, reasoning
-    if not messages[-1]["content"].strip():
-        faults.add("has an empty prompt", where=row.where)
-    return messages, answer, reasoning
+@dataclass(frozen=True)
+class _RowParser:
+    """Parse one row into an `Example`, and collect everything that is wrong with it in `errors`."""
 
+    row: SourceRow
+    errors: ErrorList = field(default_factory=ErrorList)
 
-def _conversation(row: SourceRow, given: object, faults: Faults) -> list[Mapping[str, Any]]:
-    """The messages without their empty fields; none at all where one is wrong."""
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except (ValueError, RecursionError) as error:
-            faults.add(f"messages are not valid JSON ({error})", where=row.where)
-            return []
-    if not isinstance(given, list) or not given:
-        faults.add(f"messages are {_short(given)}, expected a list of {{role, content}}", where=row.where)
-        return []
-    before = len(faults.lines)
-    messages: list[Mapping[str, Any]] = []
-    for at, message in enumerate(given):
-        if not isinstance(message, Mapping):
-            faults.add(f"messages[{at}] is {_short(message)}, expected {{role, content}}", where=row.where)
-            continue
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            faults.add(f"messages[{at}].role is {role!r}, expected one of {listing(ROLES)}", where=row.where)
-        if not isinstance(content, str) or not _is_sound(content):
-            faults.add(f"messages[{at}].content is {_short(content)}, expected text", where=row.where)
-        messages.append({name: value for name, value in message.items() if value is not None})
-    return messages if len(faults.lines) == before else []
+    def parse(self) -> Example | None:
+        """Return the row as an example; None if it has errors."""
+        fields = {name: self._text(name) for name in TEXT_FIELDS}
+        conversation = self._conversation(fields["prompt"])
+        response = self._either(fields["response"], conversation.answer, "response", "content")
+        thinking = self._either(fields["thinking"], conversation.reasoning, "thinking", "reasoning_content")
+        # Only a thinking that never closed, as completions are stored, is known to have an answer of no text.
+        if response is not None and not response.strip() and fields["closing"] != "":
+            self._add("has an empty response: leave it out where it is to be generated")
+        topic, refused = self._label(fields["label"])
+        if self.errors:
+            return None
+        messages, group = tuple(conversation.messages), fields["group"]
+        return Example(
+            key=self.row.key,
+            messages=messages,
+            group=str(messages[-1]["content"]) if group is None else group,
+            thinking=thinking,
+            closing=fields["closing"],
+            response=response,
+            topic=topic,
+            refused=refused,
+            row=self.row.record,
+        )
 
+    def _add(self, what: str) -> None:
+        self.errors.add(what, where=self.row.where, usage=True)
 
-def _label(row: SourceRow, label: str | None, faults: Faults) -> tuple[Topic | None, bool | None]:
-    """Topic and verdict."""
-    topic: Topic | None = None
-    refused: bool | None = None
-    parts = [part.strip().lower() for part in (label or "").split("/")] if label and label.strip() else []
-    for part in parts:
-        if part in TOPICS and topic is None:
-            topic = TOPICS[part]
-        elif part in VERDICTS and refused is None:
-            refused = VERDICTS[part]
+    def _either(self, own: str | None, in_message: str | None, name: str, message_field: str) -> str | None:
+        """Return the row's own field or that of its last message; both are an error."""
+        if in_message is None:
+            return own
+        if own is not None:
+            self._add(f"has both {name} and the {message_field} of a last assistant message")
+        return in_message
+
+    def _text(self, name: str) -> str | None:
+        value = self.row.record.get(name)
+        if name == "group" and isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if value is None or (isinstance(value, str) and _is_encodable(value)):
+            return value
+        if isinstance(value, str):
+            self._add(f"{name} holds half of a surrogate pair, which is no character")
+        elif name == "label":
+            self._add(f"label is {value!r}, expected {_accepted_labels()}")
         else:
-            faults.add(f"label is {label!r}, expected {_accepted()}", where=row.where)
-            break
-    return topic, refused
+            self._add(f"{name} is {_quoted(value)}, expected text")
+        return None
+
+    def _conversation(self, prompt: str | None) -> _Conversation:
+        given = self.row.record.get("messages")
+        if given is None:
+            if self.row.record.get("prompt") is None:
+                self._add("has neither prompt nor messages")
+            elif prompt is not None and not prompt.strip():
+                self._add("has an empty prompt")
+            return _Conversation([{"role": "user", "content": prompt}])
+        if self.row.record.get("prompt") is not None:
+            self._add("has both prompt and messages")
+        messages = self._messages(given)
+        if not messages:
+            return _Conversation(_PLACEHOLDER)
+        answer = reasoning = None
+        if messages[-1]["role"] == "assistant":
+            answer, reasoning = messages[-1]["content"], messages[-1].get("reasoning_content")
+            messages = messages[:-1]
+            if reasoning is not None and not (isinstance(reasoning, str) and _is_encodable(reasoning)):
+                self._add(f"reasoning_content is {_quoted(reasoning)}, expected text")
+                reasoning = None
+        if not messages or messages[-1]["role"] != "user":
+            self._add("messages do not end with a user's message, or with one and its answer")
+            return _Conversation(_PLACEHOLDER, answer, reasoning)
+        if not messages[-1]["content"].strip():
+            self._add("has an empty prompt")
+        return _Conversation(messages, answer, reasoning)
+
+    def _messages(self, given: object) -> list[Mapping[str, Any]]:
+        """Return the messages without their null fields; none at all if one of them is wrong."""
+        if isinstance(given, str):
+            try:
+                given = json.loads(given)
+            except (ValueError, RecursionError) as error:
+                self._add(f"messages are not valid JSON ({error})")
+                return []
+        if not isinstance(given, list) or not given:
+            self._add(f"messages are {_quoted(given)}, expected a list of {{role, content}}")
+            return []
+        messages: list[Mapping[str, Any]] = []
+        valid = True
+        for index, message in enumerate(given):
+            if not isinstance(message, Mapping):
+                self._add(f"messages[{index}] is {_quoted(message)}, expected {{role, content}}")
+                valid = False
+                continue
+            role, content = message.get("role"), message.get("content")
+            if role not in ROLES:
+                self._add(f"messages[{index}].role is {role!r}, expected one of {listing(ROLES)}")
+                valid = False
+            if not isinstance(content, str) or not _is_encodable(content):
+                self._add(f"messages[{index}].content is {_quoted(content)}, expected text")
+                valid = False
+            messages.append({name: value for name, value in message.items() if value is not None})
+        return messages if valid else []
+
+    def _label(self, label: str | None) -> tuple[Topic | None, bool | None]:
+        """Return topic and verdict."""
+        topic: Topic | None = None
+        refused: bool | None = None
+        parts = [part.strip().lower() for part in label.split("/")] if label and label.strip() else []
+        for part in parts:
+            if part in TOPICS and topic is None:
+                topic = TOPICS[part]
+            elif part in VERDICTS and refused is None:
+                refused = VERDICTS[part]
+            else:
+                self._add(f"label is {label!r}, expected {_accepted_labels()}")
+                break
+        return topic, refused
 
 
-def _accepted() -> str:
+def _accepted_labels() -> str:
     return f"a topic ({', '.join(TOPICS)}), a verdict ({', '.join(VERDICTS)}), or both as harmful/refused"
 
 
-def _is_sound(text: str) -> bool:
-    """Whether a text can be written as UTF-8. JSON can spell what cannot."""
-    return not any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else True
+def _is_encodable(text: str) -> bool:
+    """Return whether `text` has a UTF-8 form: JSON can spell single surrogates, which have none."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _short(value: object) -> str:
+def _quoted(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
+    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}…"

@@ -16,10 +16,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from probes.data.faults import Faults
 from surgery import lab
 from surgery.checkpoint.checkpoint import existing_path
-from surgery.errors import listing, usage_error
+from surgery.errors import ErrorList, listing, usage_error
 from surgery.hub import datasets as hub_data
 from surgery.hub import download as hub
 
@@ -43,8 +42,8 @@ class SourceRows:
     revision: str | None = None
 
 
-def read_rows(source: str, faults: Faults, *, limit: int | None = None) -> SourceRows:
-    """The first `limit` rows of `source`, all of them at None. Lines that cannot be read as rows become faults.
+def read_rows(source: str, errors: ErrorList, *, limit: int | None = None) -> SourceRows:
+    """The first `limit` rows of `source`, all of them at None. Lines that cannot be read as rows are added to `errors`.
 
     Raises:
         SurgeryError: there is no such file, data set, revision or split, or it cannot be read at all; the extra
@@ -54,9 +53,9 @@ def read_rows(source: str, faults: Faults, *, limit: int | None = None) -> Sourc
     if path is not None and path.is_dir():
         raise usage_error("is a folder, expected a file", where=source)
     if path is not None:
-        return SourceRows(_read_file(path, faults, limit))
+        return SourceRows(_read_file(path, errors, limit))
     if (data := lab.data_of(source)) is not None:
-        return SourceRows(_read_file(data, faults, limit))
+        return SourceRows(_read_file(data, errors, limit))
     asked = hub_data.parse(source)
     if asked is not None:
         return _read_hub(asked, limit)
@@ -69,11 +68,11 @@ def read_rows(source: str, faults: Faults, *, limit: int | None = None) -> Sourc
     )
 
 
-def _read_file(path: Path, faults: Faults, limit: int | None) -> list[SourceRow]:
+def _read_file(path: Path, errors: ErrorList, limit: int | None) -> list[SourceRow]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise usage_error(f"is no {listing(_READERS)} file", where=path)
-    return list(islice(reader(path, faults), limit))
+    return list(islice(reader(path, errors), limit))
 
 
 def _text(path: Path) -> str:
@@ -94,26 +93,26 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line.rstrip("\r")
 
 
-def _read_txt(path: Path, faults: Faults) -> Iterator[SourceRow]:
+def _read_txt(path: Path, errors: ErrorList) -> Iterator[SourceRow]:
     for at, (number, line) in enumerate(_lines(path)):
         yield SourceRow(str(at), f"{path}:{number}", {TEXT_FIELD: line})
 
 
-def _read_jsonl(path: Path, faults: Faults) -> Iterator[SourceRow]:
+def _read_jsonl(path: Path, errors: ErrorList) -> Iterator[SourceRow]:
     for at, (number, line) in enumerate(_lines(path)):
         where = f"{path}:{number}"
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            faults.add(f"is not valid JSON ({error})", where=where)
+            errors.add(f"is not valid JSON ({error})", where=where, usage=True)
             continue
         if isinstance(record, dict):
             yield SourceRow(str(at), where, record)
         else:
-            faults.add(f"holds {_kind(record)}, expected an object", where=where)
+            errors.add(f"holds {_kind(record)}, expected an object", where=where, usage=True)
 
 
-def _read_json(path: Path, faults: Faults) -> Iterator[SourceRow]:
+def _read_json(path: Path, errors: ErrorList) -> Iterator[SourceRow]:
     try:
         records = json.loads(_text(path))
     except (ValueError, RecursionError) as error:
@@ -125,19 +124,19 @@ def _read_json(path: Path, faults: Faults) -> Iterator[SourceRow]:
         if isinstance(record, dict):
             yield SourceRow(str(at), f"{path}[{at}]", record)
         else:
-            faults.add(f"is {_kind(record)}, expected an object", where=f"{path}[{at}]")
+            errors.add(f"is {_kind(record)}, expected an object", where=f"{path}[{at}]", usage=True)
 
 
-def _read_csv(path: Path, faults: Faults) -> Iterator[SourceRow]:
+def _read_csv(path: Path, errors: ErrorList) -> Iterator[SourceRow]:
     # A thinking may be longer than the module's limit of 131,072 characters for a cell.
     limit = csv.field_size_limit(sys.maxsize)
     try:
-        yield from _csv_rows(path, _text(path), faults)
+        yield from _csv_rows(path, _text(path), errors)
     finally:
         csv.field_size_limit(limit)
 
 
-def _csv_rows(path: Path, text: str, faults: Faults) -> list[SourceRow]:
+def _csv_rows(path: Path, text: str, errors: ErrorList) -> list[SourceRow]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows = []
     try:
@@ -145,7 +144,7 @@ def _csv_rows(path: Path, text: str, faults: Faults) -> list[SourceRow]:
         for at, cells in enumerate(reader):
             where, starts_at = f"{path}:{starts_at}", reader.line_num + 1
             if None in cells:
-                faults.add("has more cells than the header has names", where=where)
+                errors.add("has more cells than the header has names", where=where, usage=True)
             else:
                 # An empty cell says nothing; in JSON one can tell that from an empty text.
                 rows.append(SourceRow(str(at), where, {name: cell for name, cell in cells.items() if cell}))
@@ -159,7 +158,7 @@ def _after_header(reader: csv.DictReader[str]) -> int:
     return reader.line_num + 1 if reader.fieldnames else 1
 
 
-def _read_parquet(path: Path, faults: Faults) -> Iterator[SourceRow]:
+def _read_parquet(path: Path, errors: ErrorList) -> Iterator[SourceRow]:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import read_table
@@ -173,7 +172,7 @@ def _read_parquet(path: Path, faults: Faults) -> Iterator[SourceRow]:
         yield SourceRow(str(at), f"{path}[{at}]", record)
 
 
-_READERS: dict[str, Callable[[Path, Faults], Iterator[SourceRow]]] = {
+_READERS: dict[str, Callable[[Path, ErrorList], Iterator[SourceRow]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,

@@ -14,8 +14,7 @@ from datetime import datetime
 from itertools import accumulate
 from typing import Any
 
-from probes.data.examples import Example, TokenSequence
-from probes.data.faults import Faults
+from probes.data.examples import MAX_REPORTED, Example, TokenSequence
 from probes.data.markers import (
     KNOWN,
     NONE_OPTION,
@@ -24,7 +23,7 @@ from probes.data.markers import (
     split_given,
     template_text,
 )
-from surgery.errors import usage_error
+from surgery.errors import ErrorList, usage_error
 from surgery.io.hashing import hash_text
 from surgery.runtime.quiet import quiet
 
@@ -127,10 +126,10 @@ def build_sequences(
         SurgeryError: all examples that cannot be used, with the reason: thinking or response is missing, holds
             markers, was never closed; the chat template refuses it; it is too long, or its prompt has no tokens.
     """
-    faults = Faults()
+    errors = ErrorList()
     texts: list[tuple[Example, _Text]] = []
     for example in split_given(examples, markers):
-        with faults.collect(f"{where}: example {example.key}"):
+        with errors.collect(f"{where}: example {example.key}", usage=True):
             prompt = render_prompt(tokenizer, example, markers)
             texts.append((example, _segments(tokenizer, prompt, example, markers, answer=answer)))
     prefix = _prefix(tokenizer, texts[0][1].whole) if texts else ()
@@ -141,13 +140,13 @@ def build_sequences(
         kept = ids if answer else ids[: ends[2]]
         whole = (*prefix, *kept)
         if ends[0] == 0:
-            faults.add("its prompt has no tokens of its own", where=place)
+            errors.add("its prompt has no tokens of its own", where=place, usage=True)
         elif max_tokens is not None and len(whole) > max_tokens:
-            faults.add(f"has {len(whole):,} tokens, and the model reads {max_tokens:,}", where=place)
+            errors.add(f"has {len(whole):,} tokens, and the model reads {max_tokens:,}", where=place, usage=True)
         else:
             first, second, third = (end + len(prefix) for end in ends)
             sequences.append(TokenSequence(example.key, whole, (first, second, third, len(whole))))
-    faults.settle()
+    errors.raise_if_any(limit=MAX_REPORTED)
     return sequences
 
 
