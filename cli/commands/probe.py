@@ -107,8 +107,9 @@ def refusal(
         )
     from probes.data.generate import Engine
     from probes.data.prepare import GenerationOptions
+    from probes.refusal.analysis import Form
     from probes.refusal.cross_validated import Cells, ProbeTraining
-    from probes.refusal.run import Form, probe_refusal
+    from probes.refusal.run import probe_refusal
 
     asking = GenerationOptions(
         think_open=think_open,

@@ -46,6 +46,10 @@ class Band:
     high: Floats
     n: NDArray[np.int64]
 
+    def at(self, position: int) -> EstimateWithInterval:
+        """Return the mean at one position with its interval."""
+        return EstimateWithInterval(float(self.mean[position]), float(self.low[position]), float(self.high[position]))
+
 
 def percentile_interval(samples: ArrayLike, *, level: float = LEVEL) -> tuple[float, float]:
     """The central `level` of `samples`, by linear interpolation, without the NaN in them; NaN where none is left."""

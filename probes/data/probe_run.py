@@ -1,0 +1,97 @@
+"""The frame of a probing run: open the model, read and prepare the data sets, write the folder of findings.
+
+`probes.refusal.run.probe_refusal` and `probes.experts.run.probe_experts` share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from probes.data.examples import DataSet
+from probes.data.prepare import CACHES, GenerationOptions, Prepared, open_model, prepare, run_folder
+from probes.data.read import read_data
+from surgery.engine.options import ExecutionOptions
+from surgery.engine.verification import weights_hash
+from surgery.io.atomic import check_free, partial_path
+from surgery.models.loaded_model import LoadedModel
+from surgery.runtime.collectives import on_main
+
+
+@dataclass(frozen=True)
+class ProbeRun:
+    """A model in memory, the data sets it is probed on, and the folder `out` for what is found.
+
+    transfer: a second data set, to test on what was learned from `data`; None without one.
+    """
+
+    live: LoadedModel
+    data: DataSet
+    transfer: DataSet | None
+    out: Path
+    asking: GenerationOptions
+    options: ExecutionOptions
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """The hash of all weights of the model, by which findings recognise it."""
+        return weights_hash(self.live.checkpoint, options=self.options)
+
+    def prepare(self) -> Prepared:
+        """Complete, label and tokenise the examples of `data`. Raises as `probes.data.prepare.prepare`."""
+        return self._prepare(self.data, CACHES[0])
+
+    def prepare_transfer(self) -> Prepared | None:
+        """Do the same with the examples of `transfer`; return None where there is no second data set."""
+        return None if self.transfer is None else self._prepare(self.transfer, CACHES[1])
+
+    def write(self, write_files: Callable[[Path], None]) -> None:
+        """Call `write_files(folder)` on rank 0 and commit the folder to `out`; all ranks return once it is there."""
+        on_main(self._write, write_files)
+
+    def _write(self, write_files: Callable[[Path], None]) -> None:
+        with run_folder(self.out, overwrite=self.options.overwrite) as folder:
+            write_files(folder)
+
+    def _prepare(self, data: DataSet, cache: str) -> Prepared:
+        return prepare(
+            self.live,
+            data,
+            self.asking,
+            # The dtype changes what is generated, so completions of another one are not reused.
+            model_id=f"{self.weights_hash} {self.live.model.dtype}",
+            cache=partial_path(self.out) / cache,
+            device=self.options.device,
+            progress=self.options.progress,
+        )
+
+
+def open_run(
+    model: str,
+    data: str,
+    out: Path,
+    *,
+    transfer: str | None,
+    asking: GenerationOptions,
+    limit: int | None,
+    dtype: str,
+    options: ExecutionOptions,
+) -> ProbeRun:
+    """Open what a probing run needs.
+
+    Args:
+        data, transfer: files, Hub data sets or lab:NAME; see `probes.data.read.read_data`.
+        limit: only the first examples of each data set.
+        dtype: that the model computes in; auto is the one it is stored in.
+
+    Raises:
+        SurgeryError: `out` exists; a data set cannot be read; the model cannot be loaded.
+    """
+    check_free(out, overwrite=options.overwrite)
+    # Data before the model: a misspelt file should not cost the minutes in which a large model is loaded.
+    dataset = read_data(data, limit=limit)
+    second = None if transfer is None else read_data(transfer, limit=limit)
+    live = open_model(model, device=options.device, dtype=dtype)
+    return ProbeRun(live, dataset, second, out, asking, options)
