@@ -51,19 +51,9 @@ INFERRED_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 # What says where a checkpoint lies. Every other keyword of `from_pretrained` is for the members' own loaders.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 NOT_FOR_MEMBERS = (
-    *HUB_OPTIONS,
-    "subfolder",
-    "proxies",
-    "adapter_kwargs",
-    "trust_remote_code",
-    "code_revision",
-    "use_safetensors",
-    "weights_only",
-    "variant",
-    "_from_auto",
-    "_from_pipeline",
-    "_commit_hash",
-)
+    *HUB_OPTIONS, "subfolder", "proxies", "adapter_kwargs", "trust_remote_code", "code_revision", "use_safetensors",
+    "weights_only", "variant", "_from_auto", "_from_pipeline", "_commit_hash",
+)  # fmt: skip
 
 
 class LogitEnsembleConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is untyped here
@@ -478,13 +468,9 @@ def _load_member(
         kind = type(_member_from_config(config))
     on_disk = isinstance(where, Mapping) and "disk" in where.values()
     member, info = kind.from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        device_map=None if on_disk else where,
-        output_loading_info=True,
+        None, config=config, state_dict=state, device_map=None if on_disk else where, output_loading_info=True,
         **options,
-    )
+    )  # fmt: skip
     if on_disk:  # transformers offloads to disk only from whole checkpoint files
         if offload_folder is None:
             raise ValueError('device_map says "disk": give an offload_folder')

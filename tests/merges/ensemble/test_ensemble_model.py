@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,10 +16,13 @@ from support import architectures
 from support.hub_server import HubServer
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from merges.ensemble.average import average_logits
+from merges.ensemble.average import MODEL_FILE, average_logits
 from merges.ensemble.ensemble_model import EnsembleCache, LogitEnsembleConfig, LogitEnsembleForCausalLM, combine
 
 PAIR = ("llama", "gpt2")  # rotary and learnt positions, two widths
+# The file's text is copied into every ensemble: change this number only together with a change that all ensembles
+# written from then on shall have. Formatters must leave the file alone (see [tool.ruff.format] in pyproject.toml).
+MODEL_FILE_SHA256 = "2bf9d9bc9a728745c4454fbc6a244e57f1e8ef02e800d407ac157a2de5e4ba44"
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +57,11 @@ def padded() -> dict[str, torch.Tensor]:
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     return {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask}
+
+
+def test_the_model_file_is_the_one_that_ensembles_have() -> None:
+    assert MODEL_FILE.name == "ensemble_model.py"
+    assert hashlib.sha256(MODEL_FILE.read_bytes()).hexdigest() == MODEL_FILE_SHA256
 
 
 @torch.no_grad()
