@@ -113,6 +113,7 @@ def test_the_installed_program_leaves_with_the_commands_exit_code_and_all_of_its
         assert ("substrate" in done.stdout) == (code == 0) and ("error:" in done.stderr) == (code == 2)
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_told_in_a_line_and_leaves_with_130() -> None:
     script = (
         "import time, surgery.checkpoint.inspect\nfrom cli import main, models\n"

@@ -248,6 +248,7 @@ def test_thinking_that_never_closes_is_kept_for_the_next_try(surgery: Surgery, b
 # Processes of their own
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(bench: Path, tmp_path: Path) -> None:
     # Rows are completed, too, so that all phases are shared.
     rows = rows_of(dict.fromkeys(refusing.CELLS, 5), whole=False)

@@ -92,6 +92,7 @@ def test_faults_are_one_line_and_an_exit_code(server: HubServer, command: Comman
     assert stderr == expected
 
 
+@pytest.mark.slow
 def test_a_push_that_is_killed_goes_on_where_it_was(
     server: HubServer, command: Command, out: Path, tmp_path: Path
 ) -> None:

@@ -206,6 +206,7 @@ probe_experts(
 """
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(bench: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")

@@ -267,6 +267,7 @@ def everything(live: LoadedModel) -> dict[str, Tensor]:
     return {"hits": found.hits, "positions": found.positions, "ratios": numbers}
 
 
+@pytest.mark.slow
 def test_two_processes_count_what_one_does(tmp_path: Path) -> None:
     live = plant("qwen3_moe", tmp_path / "m")
     script = tmp_path / "script.py"

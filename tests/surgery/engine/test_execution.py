@@ -176,6 +176,7 @@ KILLED = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["threads", "forks"])
 def test_killed_at_any_write_it_resumes_to_identical_bytes(tmp_path: Path, form: str) -> None:
     write_models(tmp_path, shapes=SHAPES)
@@ -484,6 +485,7 @@ def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
             run(plan_transfer(tmp_path), tmp_path / "out", device="cuda")
 
 
+@pytest.mark.slow
 def test_a_command_killed_at_random_times_resumes_to_the_same_hashes(tmp_path: Path) -> None:
     """The real command in a real process, killed by the clock instead of by the call."""
     write_models(tmp_path, shapes={f"layer.{i}.weight": (600, 700) for i in range(12)})

@@ -26,6 +26,8 @@ from surgery.engine.workers import default_threads, run_shared
 from surgery.growth.embedding.build import make_embedding
 from surgery.runtime.collectives import all_reduce_sum, barrier, map_over_ranks, n_active_processes, single_process
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 # What a process may take before it counts as hanging; it takes about ten.
 SECONDS = 120

@@ -67,6 +67,7 @@ def test_torch_gets_its_threads_back(form: str, files: SourceFiles) -> None:
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_job_with_advice(files: SourceFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     if sys.platform != "linux":
         pytest.skip("only Linux forks safely")
@@ -97,6 +98,7 @@ ORPHANS = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks safely")
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     (tmp_path / "job.py").write_text(ORPHANS)

@@ -178,6 +178,7 @@ grow(begun(bench, run, plan=bench / "killed.yml"), type(CPU)(device="cpu", save_
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "calls"),
     [

@@ -14,6 +14,8 @@ from support.growth_runs import BATCH, SEQUENCE, STEPS, TOKENS, curves, write_co
 
 from surgery.growth.results import Growth, read_growth
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 # What a run may take before it counts as hanging; it takes about fifteen.
 SECONDS = 240

@@ -110,6 +110,7 @@ def test_a_build_that_fails_leaves_no_model(cache, monkeypatch):
     assert not lab.path_of("base", recipe=QUICK).exists()
 
 
+@pytest.mark.slow
 def test_two_processes_that_build_at_once_do_not_disturb_each_other(tmp_path, monkeypatch):
     alone = hashes(build_in(tmp_path / "alone", "sft", monkeypatch))
     monkeypatch.setenv("SURGERY_CACHE", str(tmp_path / "shared"))

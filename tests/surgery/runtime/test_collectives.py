@@ -100,6 +100,7 @@ def launched(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return out, codes, complaints
 
 
+@pytest.mark.slow
 def test_every_process_has_the_results_of_one(folder, launched):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as there: sums are split by threads
@@ -115,12 +116,14 @@ def test_every_process_has_the_results_of_one(folder, launched):
         assert json.loads((launched[0] / f"{rank}.json").read_text())["texts"] == texts
 
 
+@pytest.mark.slow
 def test_all_processes_take_the_batches_that_fit_the_smallest_card(launched):
     found = [json.loads((launched[0] / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
     assert [row["budget"] for row in found] == [2000, 2000]
     assert [row["device"] for row in found] == ["cuda:0", "cuda:1"]
 
 
+@pytest.mark.slow
 def test_a_fault_in_one_process_ends_all_of_them(launched):
     _, codes, complaints = launched
     assert codes == [1, 1]
@@ -139,6 +142,7 @@ def launched_alone(monkeypatch: pytest.MonkeyPatch) -> int:
     return port
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "text"),
     [("0", "of 2 processes these have not begun: 1, after"), ("1", "nothing answers at 127.0.0.1, port {port}, where")],
@@ -149,6 +153,7 @@ def test_a_process_that_never_begins_is_missed(monkeypatch, launched_alone, rank
         map_over_ranks([1, 2], abs)
 
 
+@pytest.mark.slow
 def test_processes_that_are_not_told_where_to_meet_say_so(monkeypatch, launched_alone):
     monkeypatch.delenv("MASTER_ADDR")
     with pytest.raises(SurgeryError, match=r"WORLD_SIZE says that there are 2 processes.* or unset WORLD_SIZE\."):

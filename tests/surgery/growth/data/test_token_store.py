@@ -176,6 +176,7 @@ store(Path(sys.argv[1]), sys.argv[2]).require(10**6)
 """
 
 
+@pytest.mark.slow
 def test_after_a_kill_the_stream_is_continued_with_the_same_bytes(tmp_path, text, monkeypatch):
     expected, folder = whole(tmp_path / "uninterrupted", text), tmp_path / "killed"
     (tmp_path / "script.py").write_text(KILLED)
@@ -348,6 +349,7 @@ store(folder / "bad", folder / "bad.jsonl").require(1)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_read_what_one_writes_and_end_together(tmp_path, text):
     (tmp_path / "script.py").write_text(SHARED)
     script = tmp_path / "script.py"

@@ -191,6 +191,7 @@ for depth in range(1, 1000):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lines", [3, 11, 26])
 def test_after_a_real_kill_every_state_is_whole_or_missing(tmp_path, lines):
     (tmp_path / "writing.py").write_text(WRITING)

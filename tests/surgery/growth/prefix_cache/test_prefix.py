@@ -255,6 +255,7 @@ save_file(found, out / f"{rank()}.safetensors")
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_cache(live, tmp_path):
     live.model.save_pretrained(tmp_path / "llama")
     (tmp_path / "sharing.py").write_text(SHARING)

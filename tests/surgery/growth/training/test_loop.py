@@ -172,6 +172,7 @@ print("done", flush=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["accumulate", "lora"])
 def test_killed_at_any_time_it_ends_as_if_it_had_never_been(kind: str, model: Path, tmp_path: Path) -> None:
     stage, cached = KINDS[kind], kind == "accumulate"
@@ -267,6 +268,7 @@ def launch(model: Path, out: Path, how: str) -> list[dict[str, Any]]:
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_two_processes_train_as_one(how: str, model: Path, tmp_path: Path) -> None:
     ranks = launch(model, tmp_path, how)

@@ -330,6 +330,7 @@ def expected(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     return outputs(folder / "run")
 
 
+@pytest.mark.slow
 def test_runs_that_are_killed_at_random_end_with_the_same_hashes(
     models: dict[str, Path], expected: dict[str, str], tmp_path: Path
 ) -> None:
@@ -352,6 +353,7 @@ def test_runs_that_are_killed_at_random_end_with_the_same_hashes(
     assert outputs(tmp_path / "run") == expected
 
 
+@pytest.mark.slow
 def test_children_die_with_the_run_that_started_them(models: dict[str, Path], tmp_path: Path) -> None:
     write_recipe(tmp_path, models)
     process = surgery_run(tmp_path, "reasoning", "-o", "run")
@@ -361,6 +363,7 @@ def test_children_die_with_the_run_that_started_them(models: dict[str, Path], tm
     assert _gone(child)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_with_130_and_says_that_the_same_command_goes_on(
     models: dict[str, Path], expected: dict[str, str], tmp_path: Path
 ) -> None:
@@ -378,6 +381,7 @@ def test_ctrl_c_leaves_with_130_and_says_that_the_same_command_goes_on(
     assert outputs(tmp_path / "run") == expected
 
 
+@pytest.mark.slow
 def test_two_processes_of_a_launcher_make_what_one_makes(
     models: dict[str, Path], expected: dict[str, str], tmp_path: Path
 ) -> None:
