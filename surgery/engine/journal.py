@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from surgery.errors import SurgeryError
-from surgery.io.atomic import MANIFEST
+from surgery.io.atomic import JOURNAL, MANIFEST
 
 VERSION = 1
-NAME = "journal.jsonl"
+NAME = JOURNAL
 _OTHERS = "journal-*.jsonl"
 _TRIES, _PAUSE = 40, 0.05  # for the lock; seconds between two tries
 

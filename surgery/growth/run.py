@@ -40,7 +40,7 @@ from surgery.growth.results import (
 )
 from surgery.growth.training.checkpointed import RunContext, TrainingJob, train_checkpoint
 from surgery.io.atomic import write_file
-from surgery.runtime.collectives import barrier, local_device, map_over_ranks
+from surgery.runtime.collectives import barrier, local_device, on_main
 from surgery.runtime.environment import is_main
 from surgery.runtime.progress import Progress, silent
 
@@ -184,12 +184,12 @@ def scores_of(
     if not measures:
         return ()
 
-    def score(_: None) -> list[ScoreRecord]:
+    def score() -> list[ScoreRecord]:
         models = {name: begun.run / name}
         found = score_models(models, measures, device=device_of(doing), dtype="float32", progress=doing.progress)
         return [ScoreRecord.of(score) for score in found]
 
-    return tuple(map_over_ranks([None], score)[0])
+    return tuple(on_main(score))
 
 
 def publish(
@@ -213,7 +213,7 @@ def kept(folder: Path, key: str) -> TrainingRecord | None:
         SurgeryError: what lies there was made by another plan, or from another corpus.
     """
     # One process looks: the others might see what it writes next.
-    [record] = map_over_ranks([folder], lambda place: read_training(place) if place.exists() else None)
+    record = on_main(lambda: read_training(folder) if folder.exists() else None)
     if record is not None and record.key != key:
         raise usage_error(
             "was made by another plan, or from another start or corpus, and is never overwritten",
@@ -225,8 +225,7 @@ def kept(folder: Path, key: str) -> TrainingRecord | None:
 
 def held_growth(run: Path) -> Growth | None:
     """The results that lie in the run's folder; None where there are none."""
-    [held] = map_over_ranks([run], lambda place: read_growth(place) if (place / RESULTS).exists() else None)
-    return held
+    return on_main(lambda: read_growth(run) if (run / RESULTS).exists() else None)
 
 
 def remove(folder: Path) -> None:
@@ -245,9 +244,7 @@ def made(begun: PreparedRun, folder: Path, *, layers: int) -> Path:
     """A model on the plan's embedding, begun anew in `folder`: what lies there may be of another plan."""
     plan, embed, shape = begun.plan, str(begun.plan.embed), shape_of(begun.plan, layers=layers)
     options = ExecutionOptions(overwrite=True)
-    map_over_ranks(
-        [None], lambda _: init_model(embed, folder, shape=shape, seed=plan.seed, dtype=plan.dtype, options=options)
-    )
+    on_main(init_model, embed, folder, shape=shape, seed=plan.seed, dtype=plan.dtype, options=options)
     return folder
 
 
@@ -258,14 +255,10 @@ def _deepened(
     if not stage.add:
         return before, ()
     options = ExecutionOptions(overwrite=True, progress=doing.progress)
-
-    def add(_: None) -> tuple[int, ...]:
-        made = add_layers(
-            str(before), folder, layers=stage.add, at=stage.at, init=stage.init, seed=seed, options=options
-        )
-        return made.new
-
-    return folder, map_over_ranks([None], add)[0]
+    report = on_main(
+        add_layers, str(before), folder, layers=stage.add, at=stage.at, init=stage.init, seed=seed, options=options
+    )
+    return folder, report.new
 
 
 def _firsts(plan: GrowthPlan) -> list[int]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from surgery.errors import SurgeryError, usage_error
 
 MANIFEST = "surgery.json"  # marks a folder as an output of this tool
+JOURNAL = "journal.jsonl"  # marks a partial folder whose job can be resumed; see `surgery.engine.journal`
 
 
 def disk_error(error: OSError, path: Path) -> SurgeryError:
@@ -73,6 +74,34 @@ def write_file(path: Path, content: bytes | str) -> Path:
 def partial_path(out: Path) -> Path:
     """The folder in which `out` is made."""
     return out.with_name(out.name + ".partial")
+
+
+def create_partial_folder(out: Path, *, overwrite: bool) -> Path:
+    """Create the empty folder in which `out` is written; leftovers of an earlier run in it are deleted.
+
+    Raises:
+        SurgeryError: the folder holds a job that can be resumed and `overwrite` is false; it cannot be created.
+    """
+    partial = partial_path(out)
+    # A journal marks hours of work of `surgery.engine`, which a quick command must not throw away unasked.
+    if (partial / JOURNAL).exists() and not overwrite:
+        raise usage_error(
+            "holds another job's work, which goes on where it stopped",
+            where=partial,
+            hint="Choose another folder, or add --overwrite.",
+        )
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise disk_error(error, partial) from error
+    return partial
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Return the size in bytes of every file under `folder`, by its path relative to it."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def check_free(out: Path, *, overwrite: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from surgery.checkpoint.vocabulary import CONFIG, FETCH_AGAIN, TOKENIZER
 from surgery.engine.computation import torch_device
 from surgery.errors import SurgeryError, usage_error
+from surgery.hub.datasets import first_line
 from surgery.io.json_io import read_json
 from surgery.runtime.quiet import quiet
 
@@ -72,3 +73,12 @@ def load_tokenizer(folder: Path | str, name: str) -> Any:
                 ) from fault
             reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
             raise SurgeryError(f"its tokenizer cannot be loaded ({reason})", where=name, hint=FETCH_AGAIN) from fault
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a transformers tokenizer to `folder` with `save_pretrained`. Raises SurgeryError where it cannot be."""
+    try:
+        with quiet():
+            tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises nothing narrower for a full disk
+        raise SurgeryError(f"the tokenizer cannot be written ({first_line(error)})", where=folder) from error

@@ -34,7 +34,7 @@ from surgery.growth.data.corpus import (
 from surgery.io.atomic import disk_error, write_file
 from surgery.io.hashing import hash_text
 from surgery.io.json_io import read_json
-from surgery.runtime.collectives import map_over_ranks
+from surgery.runtime.collectives import on_main
 from surgery.runtime.environment import n_processes
 from surgery.runtime.progress import Progress, silent
 
@@ -104,7 +104,7 @@ class TokenStore:
         self._stream: Iterator[Document] | None = None
         self._made_of: dict[str, Any]
         self._state: _State
-        [(self._made_of, self._state)] = map_over_ranks([None], lambda _: self._open())
+        self._made_of, self._state = on_main(self._open)
         # What is on the disk: the writing process is ahead of the others where an error kept them from hearing of it.
         self._written = self._state
         self._map = self._mapped()
@@ -149,7 +149,7 @@ class TokenStore:
         needed = n_windows * self.sequence + 1
         most = needed if n_processes() == 1 else ROUND
         while self._state.tokens < needed and not self._state.whole:
-            [self._state] = map_over_ranks([min(needed, self._state.tokens + most)], self._tokenise)
+            self._state = on_main(self._tokenise, min(needed, self._state.tokens + most))
             self._map = self._mapped()
         if self._state.whole and not self.known:
             raise usage_error(

@@ -21,9 +21,9 @@ from surgery.checkpoint.vocabulary import TOKENIZER
 from surgery.engine.manifest import build_manifest_of_files, command_record, write_manifest
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.growth.data.corpus import FIELD
-from surgery.growth.folder import file_sizes, fresh_partial, save_tokenizer
-from surgery.io.atomic import check_free, commit_folder, disk_error
+from surgery.io.atomic import check_free, commit_folder, create_partial_folder, disk_error, file_sizes
 from surgery.io.hashing import KEY, hash_bytes
+from surgery.models.loading import save_tokenizer
 from surgery.reporting.report import Column, Table
 from surgery.runtime.progress import Progress, silent
 
@@ -118,7 +118,7 @@ def train_tokenizer(
     if clash:
         raise usage_error(f"{listing(map(repr, clash))} is also learnt as ordinary text", where="--special")
     tokenizer = _assemble(learnt, special)
-    partial = fresh_partial(out, overwrite=overwrite)
+    partial = create_partial_folder(out, overwrite=overwrite)
     _save(tokenizer, special, partial)
     found = hash_bytes((partial / TOKENIZER).read_bytes()).hex()
     characters = counts.total()

@@ -27,10 +27,10 @@ from surgery.growth.embedding.glyphs import Glyphs, check_cell, open_font
 from surgery.growth.embedding.preview import embedding_preview
 from surgery.growth.embedding.tables import Groups
 from surgery.growth.embedding.token_strings import OpenTokenizer, open_tokenizer, token_strings
-from surgery.growth.folder import file_sizes, fresh_partial, save_tokenizer
-from surgery.io.atomic import check_free, commit_folder, copy_file, write_file
+from surgery.io.atomic import check_free, commit_folder, copy_file, create_partial_folder, file_sizes, write_file
 from surgery.io.hashing import KEY, hash_bytes, hash_tensors
 from surgery.io.json_io import read_json, to_json
+from surgery.models.loading import save_tokenizer
 from surgery.reporting.report import Column
 from surgery.reporting.report import Table as Printed
 from surgery.runtime.progress import Progress, silent
@@ -221,7 +221,7 @@ def make_embedding(
         "seed": seed,
     }
     command = command_record("grow embed", [tokenizer], **options)
-    partial = fresh_partial(out, overwrite=overwrite)
+    partial = create_partial_folder(out, overwrite=overwrite)
     with progress("Writing", made.table.nbytes) as advance:
         found = write_table(partial / WEIGHTS, TENSOR, made.table)
         advance(made.table.nbytes)

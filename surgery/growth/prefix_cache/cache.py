@@ -33,7 +33,7 @@ from surgery.errors import SurgeryError, usage_error
 from surgery.io.atomic import disk_error, write_file
 from surgery.io.hashing import hash_text
 from surgery.reporting.report import format_value
-from surgery.runtime.collectives import map_over_ranks, n_active_processes
+from surgery.runtime.collectives import map_over_ranks, n_active_processes, on_main
 
 STATES, WINDOWS, ABOUT = "states.bin", "windows.bin", "cache.json"
 SCHEMA = 1
@@ -225,7 +225,7 @@ class PrefixCache:
         if self._alone:
             work()
         else:
-            map_over_ranks([work], lambda job: job())
+            on_main(work)
 
     def _each(self, work: Callable[[], None]) -> None:
         """`work` in every process; none goes on where it fails in one."""

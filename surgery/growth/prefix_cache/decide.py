@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from surgery.io.atomic import disk_error
 from surgery.models import partial_forward as splice
 from surgery.models.loaded_model import LoadedModel
 from surgery.reporting.report import format_value
-from surgery.runtime.collectives import map_over_ranks
+from surgery.runtime.collectives import on_main
 from surgery.runtime.environment import n_processes
 
 # Bytes that are written and read to time the disk: enough for its cache not to hide it, read in seconds by the slowest.
@@ -87,8 +86,7 @@ def decide_caching(
         return CacheDecision(False, "turned off in the plan")
     if depth == 0:
         return CacheDecision(False, "the prefix is the embedding alone")
-    work = partial(_decide, live, depth, settings, folder, windows, passes, batch_tokens, held, autocast)
-    return map_over_ranks([work], lambda job: job())[0]
+    return on_main(_decide, live, depth, settings, folder, windows, passes, batch_tokens, held, autocast)
 
 
 def why_not_cacheable(live: LoadedModel, depth: int, tokens: Tensor) -> str | None:

@@ -40,7 +40,7 @@ from surgery.io.atomic import write_file
 from surgery.io.hashing import hash_text
 from surgery.models.loaded_model import LoadedModel, load_with_structure
 from surgery.models.parameters import gather_full
-from surgery.runtime.collectives import map_over_ranks
+from surgery.runtime.collectives import on_main
 from surgery.runtime.environment import is_main, n_processes
 from surgery.runtime.progress import Progress, silent
 
@@ -128,8 +128,7 @@ def train_checkpoint(ground: RunContext, job: TrainingJob) -> TrainingRecord:
     use = below.close()
     state = _gathered(live) if is_sharded() else None
     # One process writes; all get the record, or its error.
-    [record] = map_over_ranks([None], lambda _: _write(ground, job, live, state, result, use, below.depth, work))
-    return record
+    return on_main(_write, ground, job, live, state, result, use, below.depth, work)
 
 
 def _gathered(live: LoadedModel) -> dict[str, Any]:
@@ -172,7 +171,7 @@ class _Below:
             return None
         ground, live, folder = self.ground, self.live, self.ground.cache_folder
         # A training that goes on does as it did: rounded states (bf16) and computed ones are not the same to the bit.
-        [decided] = map_over_ranks([None], lambda _: self._decided())
+        decided = on_main(self._decided)
         if decided is not None:
             self.use = decided
         else:

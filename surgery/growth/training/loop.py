@@ -44,7 +44,7 @@ from surgery.growth.training.stage_model import StageModel, prepare_stage_model
 from surgery.io.hashing import hash_tensors, hash_text
 from surgery.models.loaded_model import LoadedModel
 from surgery.models.parameters import gather_full, local, parameter_hashes
-from surgery.runtime.collectives import barrier, map_over_ranks
+from surgery.runtime.collectives import barrier, on_main
 from surgery.runtime.environment import DeferredInterrupt, is_main, n_processes, rank
 from surgery.runtime.progress import Progress, silent
 
@@ -322,11 +322,15 @@ class _Run:
         if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
             raise self._diverged(len(self.losses), "weights or their moments are no longer finite")
         numbers = {"losses": self.losses, "seconds": self._seconds()}
-
-        def save(step: int) -> None:
-            save_state(self.folder, step, fingerprint=self.fingerprint, tensors=tensors, numbers=numbers)
-
-        map_over_ranks([len(self.losses)], save)  # one process writes; where it cannot, all stop
+        # One process writes; where it cannot, all stop.
+        on_main(
+            save_state,
+            self.folder,
+            len(self.losses),
+            fingerprint=self.fingerprint,
+            tensors=tensors,
+            numbers=numbers,
+        )
         self.saved = time.perf_counter()
 
     def _seconds(self) -> float:
