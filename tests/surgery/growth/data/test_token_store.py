@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from surgery.errors import SurgeryError
-from surgery.growth.data import token_store as tokens
+from surgery.growth.data import token_store
 from surgery.growth.data.corpus import documents, shuffled
 from surgery.growth.data.token_store import INDEX, TOKENS, TokenStore
 
@@ -75,8 +75,8 @@ def text(tmp_path: Path) -> Path:
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of ten documents and commits every 500 tokens."""
-    monkeypatch.setattr(tokens, "BATCH_DOCUMENTS", 10)
-    monkeypatch.setattr(tokens, "COMMIT", 500)
+    monkeypatch.setattr(token_store, "BATCH_DOCUMENTS", 10)
+    monkeypatch.setattr(token_store, "COMMIT", 500)
 
 
 def whole(folder: Path, text: Path, **asked: Any) -> bytes:
@@ -126,15 +126,15 @@ def test_no_more_is_tokenised_than_was_asked_for(tmp_path, text, small_steps):
 def test_a_long_document_is_tokenised_in_pieces_that_end_with_lines(tmp_path, monkeypatch):
     (tmp_path / "long.txt").write_text("".join(f"line {n}\n" for n in range(99)) + "x" * 100)
     expected = np.array(reference(tmp_path / "long.txt"), "<u2").tobytes()
-    monkeypatch.setattr(tokens, "PIECE", 50)
-    monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 120)
+    monkeypatch.setattr(token_store, "PIECE", 50)
+    monkeypatch.setattr(token_store, "BATCH_CHARACTERS", 120)
     assert whole(tmp_path / "s", tmp_path / "long.txt") == expected
 
 
 @given(st.text(alphabet="a\n", max_size=60), st.integers(1, 9))
 def test_pieces_are_the_document(document, piece):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokens, "PIECE", piece)
+        patch.setattr(token_store, "PIECE", piece)
         cut = list(tokens._pieces(document))
     assert "".join(part.text for part in cut) == document
     assert [part.is_last for part in cut] == [False] * (len(cut) - 1) + [True]
@@ -159,11 +159,11 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[4:]
-from surgery.growth import tokens
-from test_tokens import store
+from surgery.growth.data import token_store
+from test_token_store import store
 
-tokens.BATCH_DOCUMENTS, tokens.COMMIT = 10, 500
-add, calls = tokens.TokenStore._add_lot, [0]
+token_store.BATCH_DOCUMENTS, token_store.COMMIT = 10, 500
+add, calls = token_store.TokenStore._add_lot, [0]
 def add_and_die(self, file, lot):
     calls[0] += 1
     size = add(self, file, lot)
@@ -171,7 +171,7 @@ def add_and_die(self, file, lot):
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     return size
-tokens.TokenStore._add_lot = add_and_die
+token_store.TokenStore._add_lot = add_and_die
 store(Path(sys.argv[1]), sys.argv[2]).require(10**6)
 """
 
@@ -196,7 +196,7 @@ def test_after_a_kill_the_stream_is_continued_with_the_same_bytes(tmp_path, text
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         held = json.loads((folder / INDEX).read_text())["state"]
         assert seen < held["documents"] < 300 and (folder / TOKENS).stat().st_size > 2 * held["tokens"]
-    monkeypatch.setattr(tokens, "COMMIT", 500)
+    monkeypatch.setattr(token_store, "COMMIT", 500)
     found = store(folder, text)
     assert found.documents == held["documents"]
     assert found.windows([0]).tolist() == [list(np.frombuffer(expected, "<u2")[: SEQUENCE + 1])]
@@ -332,11 +332,11 @@ SHARED = """
 import json, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[3:]
-from surgery.growth import tokens
+from surgery.growth.data import token_store
 from surgery.runtime.environment import rank
-from test_tokens import store
+from test_token_store import store
 
-tokens.BATCH_DOCUMENTS, tokens.COMMIT, tokens.ROUND = 10, 500, 700
+token_store.BATCH_DOCUMENTS, token_store.COMMIT, token_store.ROUND = 10, 500, 700
 folder, text = Path(sys.argv[1]), Path(sys.argv[2])
 found, seen = store(folder / "s", text), []
 for windows in (1, 1, 150, 10**6):
