@@ -135,7 +135,7 @@ def test_a_long_document_is_tokenised_in_pieces_that_end_with_lines(tmp_path, mo
 def test_pieces_are_the_document(document, piece):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(token_store, "PIECE", piece)
-        cut = list(tokens._pieces(document))
+        cut = list(token_store._pieces(document))
     assert "".join(part.text for part in cut) == document
     assert [part.is_last for part in cut] == [False] * (len(cut) - 1) + [True]
     assert all(part.text.endswith("\n") and len(part.text) > piece for part in cut[:-1])

@@ -237,7 +237,7 @@ from support.models import open_folder
 from safetensors.torch import save_file
 from test_prefix import BATCHES, opened, seen
 from surgery.growth.prefix_cache.prefix import Prefix
-from surgery.runtime.collectives import share
+from surgery.runtime.collectives import map_over_ranks
 from surgery.runtime.environment import rank
 
 torch.set_num_threads(1)
@@ -247,9 +247,9 @@ found = {}
 for depth in (1, 2):
     prefix = Prefix(live, depth, cache)
     (found[f"own {depth}"],) = seen(prefix, BATCHES[rank()])
-    share([0, 1], int)  # until both are here
+    map_over_ranks([0, 1], int)  # until both are here
     (found[f"other {depth}"],) = seen(prefix, BATCHES[1 - rank()])
-    share([0, 1], int)  # until both are here
+    map_over_ranks([0, 1], int)  # until both are here
     assert prefix.statistics.read == 3, prefix.statistics
 save_file(found, out / f"{rank()}.safetensors")
 """
@@ -260,7 +260,7 @@ def test_two_processes_share_a_cache(live, tmp_path):
     live.model.save_pretrained(tmp_path / "llama")
     (tmp_path / "sharing.py").write_text(SHARING)
     here = Path(__file__).parent
-    paths = [here.parents[2], here.parents[1], here]
+    paths = [here.parents[3], here.parents[2], here]
     codes, complaints, _ = run_ranks([sys.executable, tmp_path / "sharing.py", tmp_path / "llama", tmp_path, *paths])
     assert codes == [0, 0], complaints
     alone = open_folder(tmp_path / "llama")

@@ -158,7 +158,7 @@ from pathlib import Path
 sys.path[:0] = sys.argv[4:]
 import torch
 from support.growth import make_stage, train
-from test_train import KINDS
+from test_loop import KINDS
 
 torch.set_num_threads(1)
 model, out, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
@@ -210,7 +210,7 @@ from accelerate import PartialState
 from surgery.errors import SurgeryError
 from surgery.runtime.collectives import wait
 from surgery.runtime.environment import rank
-from test_train import KINDS
+from test_loop import KINDS
 
 torch.set_num_threads(1)
 model, out, how = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
