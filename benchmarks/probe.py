@@ -25,8 +25,8 @@ from torch import Tensor
 from transfer import machine
 
 from probes.data.examples import TokenSequence
-from probes.model.ablation import all_heads, sweep
-from probes.model.activations import CPU_TOKENS, states_at
+from probes.model.ablation import ablate_each_head, all_heads
+from probes.model.activations import CPU_TOKENS, hidden_states_at
 from probes.model.residual_stream import trace_residual_stream
 from probes.refusal.head_attribution import attribute_heads
 from surgery.models.loaded_model import LoadedModel
@@ -72,11 +72,11 @@ def probe(live: LoadedModel) -> Tensor:
 
 def collect(live: LoadedModel, sequences: list[TokenSequence]) -> Tensor:
     """States at the last positions, all depths."""
-    return states_at(live, sequences, [range(TOKENS - POSITIONS, TOKENS)] * len(sequences))
+    return hidden_states_at(live, sequences, [range(TOKENS - POSITIONS, TOKENS)] * len(sequences))
 
 
 def collection(folder: Path, rounds: int) -> None:
-    """`states_at` against the bare forward."""
+    """`hidden_states_at` against the bare forward."""
     live, sequences = load(folder), texts(SEQUENCES)
     collect(live, sequences)
     times = take_turns(lambda: bare(live, sequences), lambda: collect(live, sequences), rounds)
@@ -125,17 +125,17 @@ def attribution(folder: Path, rounds: int) -> None:
 
 
 def causal(folder: Path, rounds: int, *, last: int | None, prompts: int) -> None:
-    """`sweep` against one forward pass for every head."""
+    """`ablate_each_head` against one forward pass for every head."""
     live, sequences = load(folder), texts(prompts)
     weight, heads = probe(live), all_heads(live)
     found: dict[str, Tensor] = {}
 
     def fast() -> None:
-        found["fast"] = (result := sweep(live, sequences, heads, weight, BIAS, last=last)).ablated
+        found["fast"] = (result := ablate_each_head(live, sequences, heads, weight, BIAS, last=last)).ablated
         methods.add(result.method)
 
     def plain() -> None:
-        result = sweep(live, sequences, heads, weight, BIAS, last=last, method="one forward per head")
+        result = ablate_each_head(live, sequences, heads, weight, BIAS, last=last, method="one forward per head")
         found["plain"] = result.ablated
 
     methods: set[str] = set()

@@ -130,9 +130,9 @@ def evaluate(
         measures += on_texts(texts, limit=limit, batch_size=batch_size, progress=terminal)
     _know_ensembles(opened.values())
     if reinforce is not None:
-        from probes.experts.evaluate import with_reinforced
+        from probes.experts.evaluate import add_scaled_models
 
-        folders, measures = with_reinforced(opened, folders, measures, reinforce, options=o.options(), **strength)
+        folders, measures = add_scaled_models(opened, folders, measures, reinforce, options=o.options(), **strength)
     scores = score_models(folders, measures, device=device, progress=terminal)
     if as_json:
         console.show_json({"scores": scores})

@@ -105,8 +105,8 @@ def refusal(
         raise usage_error(
             "what is to be probed, and where do the findings go?", hint="Add --data DATA and -o RUN (or --live PROMPT)."
         )
-    from probes.data.generate import Engine
-    from probes.data.prepare import GenerationOptions
+    from probes.data.generation import Engine
+    from probes.data.preparation import GenerationOptions
     from probes.refusal.analysis import Form
     from probes.refusal.cross_validated import Cells, ProbeTraining
     from probes.refusal.run import probe_refusal
@@ -290,11 +290,11 @@ def experts(
     as_json: o.Json = False,
 ) -> None:
     """Count which experts fire at the markers of thinking, rank them by nPMI, try how strongly to reinforce them."""
-    from probes.data.prepare import GenerationOptions
+    from probes.data.preparation import GenerationOptions
     from probes.experts.npmi import Support
     from probes.experts.run import probe_experts
     from probes.experts.sweep import BetaGrid, parse_betas
-    from probes.model.reinforce import Phase, Way
+    from probes.model.expert_scaling import Phase, ScalingMethod
     from surgery.errors import usage_error
 
     if (sweep is None) != (not task):
@@ -309,7 +309,7 @@ def experts(
             parse_betas(sweep),
             task or (),
             top=2 if top is None else top,
-            way=cast("Way", o.choice(way or "weight", ways, "way")),
+            way=cast("ScalingMethod", o.choice(way or "weight", ways, "way")),
             phase=cast("Phase", o.choice(phase or "all", phases, "phase")),
             controls=5 if controls is None else controls,
             limit=task_limit,
@@ -349,11 +349,11 @@ def show(
     as_json: o.Json = False,
 ) -> None:
     """The tables of a run; its report.html has the pictures."""
-    from probes.data.records import kind_of
+    from probes.data.records import findings_kind
     from probes.experts.findings import KIND, read_expert_findings
     from probes.refusal.findings import read_findings
 
-    if kind_of(run) == KIND:
+    if findings_kind(run) == KIND:
         _show_experts(read_expert_findings(run), run, as_json=as_json)
     else:
         _show(read_findings(run), run, as_json=as_json)

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from probes.data.examples import MAX_REPORTED, Example, Topic
-from probes.data.generate import context_of, generate_texts
-from probes.data.markers import KNOWN, never_closed, template_text
-from probes.data.tokenize import encode
+from probes.data.generation import context_length, generate_texts
+from probes.data.markers import KNOWN_FAMILIES, never_closed, template_text
+from probes.data.tokenization import encode
 from surgery.errors import ErrorList, SurgeryError, listing, usage_error
 from surgery.models.loading import ModelAndTokenizer
 from surgery.runtime.progress import Progress, silent
@@ -123,7 +123,7 @@ def label_by_guard(
         raise usage_error("has no chat template to ask it by", where=guard.name, hint="Give a guard that has one.")
     asked = _asked(examples)
     prompts = [_question(guard, examples[at], response) for at, response in asked.items()]
-    context = context_of(guard.model)
+    context = context_length(guard.model)
     long = [
         examples[at].key
         for at, ids in zip(asked, prompts, strict=True)
@@ -199,7 +199,7 @@ def _examples_text(keys: Sequence[str]) -> str:
 
 
 def _thinks(response: str) -> bool:
-    return any(known.markers.close in response for known in KNOWN)
+    return any(known.markers.close in response for known in KNOWN_FAMILIES)
 
 
 def _question(guard: ModelAndTokenizer, example: Example, response: str) -> tuple[int, ...]:

@@ -54,7 +54,7 @@ def _known(open_: str, close: str, around: tuple[str, str, str] = ("\n", "\n", "
 
 
 _BARE = ("", "", "")
-KNOWN: tuple[_Known, ...] = (
+KNOWN_FAMILIES: tuple[_Known, ...] = (
     _known("<think>", "</think>"),  # DeepSeek-R1, Qwen3, GLM, Nemotron, most others
     _known("<thinking>", "</thinking>"),
     _known("<reasoning>", "</reasoning>"),
@@ -99,7 +99,7 @@ def find_markers(tokenizer: Any, *, opening: str | None = None, closing: str | N
         lambda sign: sign in template or sign in tokens,
     )
     for test in tests:
-        found = [known.markers for known in KNOWN if all(map(test, known.signs))]
+        found = [known.markers for known in KNOWN_FAMILIES if all(map(test, known.signs))]
         if len(found) > 1:
             raise usage_error(
                 f"has several pairs of thinking markers: {listing(f'{each.open} … {each.close}' for each in found)}",
@@ -148,7 +148,7 @@ def starts_open(text: str, markers: Markers) -> bool:
     return text.lstrip().startswith(markers.open)
 
 
-def split_given(examples: Sequence[Example], markers: Markers | None) -> list[Example]:
+def split_responses(examples: Sequence[Example], markers: Markers | None) -> list[Example]:
     """`examples` in which responses that hold their thinking (`<think>…</think>answer`) are cut into the parts.
 
     What has a thinking or closing of its own, or no marker in its response, stays as it is.
@@ -178,7 +178,12 @@ def _given(opening: str | None, closing: str | None) -> Markers:
     open_, close = (opening or "").strip(), (closing or "").strip()
     # A marker that belongs to a known pair brings what stands beside it, and the other marker where it is not given.
     near = next(
-        (each.markers for each in KNOWN if open_ in ("", each.markers.open) and close in ("", each.markers.close)), None
+        (
+            each.markers
+            for each in KNOWN_FAMILIES
+            if open_ in ("", each.markers.open) and close in ("", each.markers.close)
+        ),
+        None,
     )
     if near is None and not (open_ and close):
         given, missing = (OPEN_OPTION, CLOSE_OPTION) if open_ else (CLOSE_OPTION, OPEN_OPTION)
@@ -194,7 +199,7 @@ def _given(opening: str | None, closing: str | None) -> Markers:
     return markers
 
 
-def check_split(example: Example, markers: Markers) -> None:
+def validate_split(example: Example, markers: Markers) -> None:
     """Raises SurgeryError where an example's thinking, closing and response do not fit its model's markers."""
     thinking, closing, response = example.thinking, example.closing, example.response
     if never_closed([example]):

@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 
 from probes.data.examples import DataSet
-from probes.data.prepare import CACHES, GenerationOptions, Prepared, open_model, prepare, run_folder
-from probes.data.read import read_data
+from probes.data.preparation import CACHES, GenerationOptions, PreparedData, open_model, prepare, run_folder
+from probes.data.reader import read_data
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.verification import weights_hash
 from surgery.io.atomic import check_free, partial_path
@@ -39,11 +39,11 @@ class ProbeRun:
         """The hash of all weights of the model, by which findings recognise it."""
         return weights_hash(self.live.checkpoint, options=self.options)
 
-    def prepare(self) -> Prepared:
-        """Complete, label and tokenise the examples of `data`. Raises as `probes.data.prepare.prepare`."""
+    def prepare(self) -> PreparedData:
+        """Complete, label and tokenise the examples of `data`. Raises as `probes.data.preparation.prepare`."""
         return self._prepare(self.data, CACHES[0])
 
-    def prepare_transfer(self) -> Prepared | None:
+    def prepare_transfer(self) -> PreparedData | None:
         """Do the same with the examples of `transfer`; return None where there is no second data set."""
         return None if self.transfer is None else self._prepare(self.transfer, CACHES[1])
 
@@ -55,7 +55,7 @@ class ProbeRun:
         with run_folder(self.out, overwrite=self.options.overwrite) as folder:
             write_files(folder)
 
-    def _prepare(self, data: DataSet, cache: str) -> Prepared:
+    def _prepare(self, data: DataSet, cache: str) -> PreparedData:
         return prepare(
             self.live,
             data,
@@ -82,7 +82,7 @@ def open_run(
     """Open what a probing run needs.
 
     Args:
-        data, transfer: files, Hub data sets or lab:NAME; see `probes.data.read.read_data`.
+        data, transfer: files, Hub data sets or lab:NAME; see `probes.data.reader.read_data`.
         limit: only the first examples of each data set.
         dtype: that the model computes in; auto is the one it is stored in.
 

@@ -105,7 +105,7 @@ def write_record(folder: Path, kind: str, record: FindingsRecord, model: ModelRe
     write_file(folder / MANIFEST, to_json({"schema": SCHEMA, "kind": kind, "model": model.model_dump(mode="json")}))
 
 
-def kind_of(run: Path) -> str | None:
+def findings_kind(run: Path) -> str | None:
     """The kind of findings in `run`; None where there are none."""
     held = read_json(run / RESULTS, missing={})
     kind = held.get("kind")
@@ -140,7 +140,7 @@ def read_examples(run: Path) -> list[Example]:
         raise SurgeryError(f"cannot be read ({error})", where=path, hint="Probe the model again.") from error
 
 
-def interval(estimate: Any, n: int | None = None) -> IntervalRecord:
+def interval_record(estimate: Any, n: int | None = None) -> IntervalRecord:
     """An estimate (value, low, high) as it is stored: NaN as None."""
     known = [None if number != number else float(number) for number in (estimate.value, estimate.low, estimate.high)]
     return IntervalRecord(value=known[0], low=known[1], high=known[2], n=n)

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from probes.data.examples import Example
 from probes.data.markers import find_markers, never_closed
-from probes.data.prepare import GenerationOptions, markers_of, open_model, options_from_findings
-from probes.data.read import read_data
+from probes.data.preparation import GenerationOptions, open_model, options_from_findings, resolve_markers
+from probes.data.reader import read_data
 from probes.data.records import check_model, read_examples
-from probes.experts.degeneration import is_repetitive
 from probes.experts.findings import ExpertFindings, read_expert_findings
+from probes.experts.repetition import is_repetitive
 from probes.side_effects.compare import (
     EffectRow,
     answers_of,
@@ -120,7 +120,7 @@ def edit_experts(
     findings = None if choice.run is None else read_expert_findings(choice.run)
     if findings is not None and choice.run is not None:
         check_model(findings, checkpoint, choice.run, options=options)
-    scales = chosen_experts(choice, findings)
+    scales = select_experts(choice, findings)
     kept: list[ExpertEffects] = []
     measure = None
     if measured:
@@ -137,7 +137,7 @@ def edit_experts(
     return ExpertEditResult(report, named, kept[0] if kept else None)
 
 
-def chosen_experts(choice: ExpertSelection, findings: ExpertFindings | None) -> dict[Expert, float]:
+def select_experts(choice: ExpertSelection, findings: ExpertFindings | None) -> dict[Expert, float]:
     """Expert → β. Raises SurgeryError for a choice that says nothing, or two things."""
     if choice.experts and choice.top is not None:
         raise usage_error("--expert names experts, --top chooses them: give one of them.")
@@ -191,7 +191,7 @@ def _measure(
     def measure(folder: Path) -> EditNotes:
         before = open_model(model, device=options.device, dtype=dtype)
         after = open_model(folder, device=options.device, dtype=dtype, name="the edited model")
-        markers = markers_of(before, asking)
+        markers = resolve_markers(before, asking)
         first, second = (answers_of(live, prompts, asking, markers, options) for live in (before, after))
         lost = {row.key for row in never_closed(first)}
         whole = [row for row in first if row.key not in lost]

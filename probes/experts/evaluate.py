@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import cast
 
 from probes.data.records import check_model
-from probes.experts.edit import ExpertSelection, chosen_experts
+from probes.experts.edit import ExpertSelection, select_experts
 from probes.experts.findings import read_expert_findings
-from probes.model.reinforce import Phase, Reinforcement, scaled_routing
+from probes.model.expert_scaling import ExpertScaling, Phase, scaled_routing
 from probes.model.routers import find_routers
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.engine.options import ExecutionOptions
@@ -19,7 +19,7 @@ from surgery.models.loaded_model import attach_structure
 from surgery.models.loading import ModelAndTokenizer
 
 
-def with_reinforced(
+def add_scaled_models(
     opened: Mapping[str, Checkpoint],
     folders: Mapping[str, Path],
     measures: Sequence[Measure],
@@ -38,8 +38,8 @@ def with_reinforced(
     findings = read_expert_findings(run)
     for checkpoint in opened.values():
         check_model(findings, checkpoint, run, options=options)
-    scales = chosen_experts(ExpertSelection(run=run, top=top, scale=scale), findings)
-    how = Reinforcement(scales, phase=cast("Phase", phase))
+    scales = select_experts(ExpertSelection(run=run, top=top, scale=scale), findings)
+    how = ExpertScaling(scales, phase=cast("Phase", phase))
     suffix = f" + {', '.join(map(str, scales))} × {scale:g}"
     twice: dict[str, Path] = {}
     originals: dict[str, Checkpoint] = {}
@@ -50,7 +50,7 @@ def with_reinforced(
 
 
 def _measured(
-    loaded: ModelAndTokenizer, *, measure: Measure, originals: Mapping[str, Checkpoint], how: Reinforcement
+    loaded: ModelAndTokenizer, *, measure: Measure, originals: Mapping[str, Checkpoint], how: ExpertScaling
 ) -> Sequence[Score]:
     checkpoint = originals.get(loaded.name)
     if checkpoint is None:

@@ -91,7 +91,7 @@ class ExpertScores:
 
 
 @dataclass(frozen=True)
-class Overlap:
+class RankingOverlap:
     """How far two data sets agree. shared: experts among the first `top` ranked of both, in the first's order.
     jaccard: shared ÷ all that are among them in either; 0 where there is none. spearman: of the smoothed totals of all
     experts; its interval takes experts as independent, which those of one layer are not quite.
@@ -241,7 +241,7 @@ def score_experts(
     return [scored(at) for at in (*ranked, *others)]
 
 
-def overlap(a: Sequence[ExpertScores], b: Sequence[ExpertScores], top: int) -> Overlap:
+def ranking_overlap(a: Sequence[ExpertScores], b: Sequence[ExpertScores], top: int) -> RankingOverlap:
     """How far the rankings of one model on two data sets agree.
 
     Raises:
@@ -255,7 +255,7 @@ def overlap(a: Sequence[ExpertScores], b: Sequence[ExpertScores], top: int) -> O
     best, other = ([row.name for row in rows if row.rank is not None and row.rank <= top] for rows in (a, b))
     shared = [name for name in best if name in other]
     either = len(best) + len(other) - len(shared)
-    return Overlap(
+    return RankingOverlap(
         top,
         tuple(shared),
         len(shared) / either if either else 0.0,

@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from probes.data.examples import DataSet
-from probes.data.prepare import (
+from probes.data.preparation import (
     CACHES,
     GenerationOptions,
-    Prepared,
+    PreparedData,
     data_record,
     model_record,
     open_model,
     prepare,
     run_folder,
 )
-from probes.data.read import read_data
-from probes.data.records import interval, write_examples
-from probes.data.tokenize import encode, render_prompt
+from probes.data.reader import read_data
+from probes.data.records import interval_record, write_examples
+from probes.data.tokenization import encode, render_prompt
 from probes.experts.findings import (
     ExpertFindings,
     ExpertRecord,
@@ -34,7 +34,7 @@ from probes.experts.findings import (
     OverlapRecord,
     write_expert_findings,
 )
-from probes.experts.npmi import ExpertScores, Support, check_markers, overlap, score_experts
+from probes.experts.npmi import ExpertScores, Support, check_markers, ranking_overlap, score_experts
 from probes.experts.report import write_expert_report
 from probes.experts.sweep import BetaGrid, check_tasks, sweep_beta
 from probes.model.expert_norms import norm_ratios
@@ -100,7 +100,7 @@ def probe_experts(
     partial = partial_path(out)
     model_id = f"{identity} {live.model.dtype}"
 
-    def counted(rows: DataSet, name: str) -> tuple[Prepared, RoutingCounts, list[ExpertScores]]:
+    def counted(rows: DataSet, name: str) -> tuple[PreparedData, RoutingCounts, list[ExpertScores]]:
         prepared = prepare(
             live,
             rows,
@@ -164,7 +164,7 @@ def probe_experts(
 def _records(
     live: LoadedModel,
     routers: Sequence[Router],
-    prepared: Prepared,
+    prepared: PreparedData,
     counts: RoutingCounts,
     scored: Sequence[ExpertScores],
     batch_tokens: int | None,
@@ -177,7 +177,7 @@ def _records(
             expert=row.expert,
             npmi=row.npmi,
             by_marker=list(row.by_marker),
-            smoothed=interval(EstimateWithInterval(row.smoothed, row.low, row.high)),
+            smoothed=interval_record(EstimateWithInterval(row.smoothed, row.low, row.high)),
             difference=row.difference,
             fires=row.fires,
             at_marker=row.at_marker,
@@ -198,14 +198,14 @@ def _records(
     return [row.model_copy(update={"norm_ratio": ratios.get(row.name)}) for row in records]
 
 
-def _prompts(live: LoadedModel, prepared: Prepared) -> list[tuple[int, ...]]:
+def _prompts(live: LoadedModel, prepared: PreparedData) -> list[tuple[int, ...]]:
     """Each prompt once, as ids, without what was answered."""
     bare = prompts_of(prepared.examples, len(prepared.examples), any_topic=True)
     return [encode(live.tokenizer, render_prompt(live.tokenizer, example, prepared.markers)) for example in bare]
 
 
 def _warnings(
-    prepared: Prepared, counts: RoutingCounts, markers: Sequence[Marker], ranked: Sequence[ExpertRecord]
+    prepared: PreparedData, counts: RoutingCounts, markers: Sequence[Marker], ranked: Sequence[ExpertRecord]
 ) -> list[str]:
     found = []
     if prepared.lost:
@@ -225,13 +225,13 @@ def _warnings(
 
 
 def _overlap(other: DataSet, first: Sequence[ExpertScores], second: Sequence[ExpertScores]) -> OverlapRecord:
-    found = overlap(first, second, COMPARED)
+    found = ranking_overlap(first, second, COMPARED)
     return OverlapRecord(
         data=data_record(other),
         top=found.top,
         shared=[str(expert) for expert in found.shared],
         jaccard=found.jaccard,
-        spearman=interval(found.spearman),
+        spearman=interval_record(found.spearman),
     )
 
 

@@ -12,11 +12,11 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from probes.data.generate import MOST_NEW, generate_texts, room
-from probes.data.records import IntervalRecord, interval
-from probes.experts.degeneration import is_repetitive
+from probes.data.generation import DEFAULT_MAX_NEW_TOKENS, generate_texts, remaining_tokens
+from probes.data.records import IntervalRecord, interval_record
 from probes.experts.findings import ExpertRecord, PointRecord, SweepRecord
-from probes.model.reinforce import Phase, Reinforcement, Way, scaled_routing
+from probes.experts.repetition import is_repetitive
+from probes.model.expert_scaling import ExpertScaling, Phase, ScalingMethod, scaled_routing
 from probes.model.routers import Router
 from probes.side_effects.effects import Rate
 from surgery.checkpoint.selectors import Expert
@@ -50,7 +50,7 @@ class BetaGrid:
     betas: Sequence[float]
     tasks: Sequence[str]
     top: int = 2
-    way: Way = "weight"
+    way: ScalingMethod = "weight"
     phase: Phase = "all"
     controls: int = 5
     limit: int | None = None
@@ -66,7 +66,7 @@ class BetaGrid:
         if self.way == "logit" and 0 in self.betas:
             raise usage_error("got β = 0, which has no logarithm to add to a logit", where="--sweep")
         for beta in self.betas:
-            Reinforcement({Expert(0, 0): beta}, self.way, self.phase)
+            ExpertScaling({Expert(0, 0): beta}, self.way, self.phase)
 
 
 def check_tasks(grid: BetaGrid) -> None:
@@ -128,7 +128,7 @@ def sweep_beta(
     looked = list(prompts)[:LOOKED_AT]
 
     def point(beta: float, experts: Sequence[Expert], part: str, control: int | None = None) -> PointRecord:
-        how = Reinforcement(dict.fromkeys(experts, beta), grid.way, grid.phase)
+        how = ExpertScaling(dict.fromkeys(experts, beta), grid.way, grid.phase)
         scores: list[Score] = []
         for measure in choice if part == "choice" else test:
             with scaled_routing(live, routers, how) as applied:
@@ -148,7 +148,7 @@ def sweep_beta(
         )
 
     rngs = [random.Random(f"{grid.seed}/{number}/experts") for number in range(grid.controls)]
-    controls = [matched(chosen, every, rng) for rng in rngs]
+    controls = [matched_controls(chosen, every, rng) for rng in rngs]
     with progress("Sweeping β", len(betas) + 2 + grid.controls, "steps") as advance:
         points = []
         for beta in betas:
@@ -173,7 +173,7 @@ def sweep_beta(
     )
 
 
-def matched(chosen: Sequence[Expert], every: Sequence[ExpertRecord], rng: random.Random) -> list[Expert]:
+def matched_controls(chosen: Sequence[Expert], every: Sequence[ExpertRecord], rng: random.Random) -> list[Expert]:
     """For each chosen expert another of its layer that fires about as often, each once.
 
     Raises:
@@ -199,12 +199,12 @@ def _collapsed(
 ) -> IntervalRecord | None:
     if not prompts:
         return None
-    limit = room(live.model, max(map(len, prompts)), MOST_NEW if most is None else most)
+    limit = remaining_tokens(live.model, max(map(len, prompts)), DEFAULT_MAX_NEW_TOKENS if most is None else most)
     texts = generate_texts(
         live.loaded, prompts, max_new_tokens=limit, batch_size=batch_size, label="Looking for repetition"
     )
     rate = Rate.of([is_repetitive(live.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts])
-    return interval(rate, rate.n)
+    return interval_record(rate, rate.n)
 
 
 def _first_metrics(scores: Sequence[Score]) -> dict[str, IntervalRecord]:
@@ -218,7 +218,7 @@ def _first_metrics(scores: Sequence[Score]) -> dict[str, IntervalRecord]:
                     where="--task",
                     hint="Take a task with an accuracy.",
                 )
-            found[score.task] = interval(score, score.n)
+            found[score.task] = interval_record(score, score.n)
     return found
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from probes.data.examples import TokenSequence
 from probes.model.activations import CPU_TOKENS, GPU_TOKENS
-from probes.model.resume import PrefixReader, prefix_cache, prefix_fault, restore, resuming_fault
+from probes.model.cached_forward import ProbeForward, prefill, restore_cache, why_not_cacheable, why_not_resumable
 from surgery.checkpoint.selectors import Head
 from surgery.errors import SurgeryError, usage_error
 from surgery.models.loaded_model import LoadedModel, OutputProjection, hidden_in, hooks
@@ -59,7 +59,7 @@ class AblationSweep:
         return self.ablated - self.base.unsqueeze(1)
 
 
-def sweep(
+def ablate_each_head(
     live: LoadedModel,
     sequences: Sequence[TokenSequence],
     heads: Sequence[Head],
@@ -86,7 +86,7 @@ def sweep(
     """
     _check(live, sequences, heads, ablation, last)
     budget = max_tokens or (GPU_TOKENS if live.device.type == "cuda" else CPU_TOKENS)
-    reader = PrefixReader(live, weight.float(), bias)
+    reader = ProbeForward(live, weight.float(), bias)
     chosen = _method(reader, sequences, last, method)
     run = {"cached prefix": _over_prefix, "resumed layers": _resumed, "one forward per head": _plainly}[chosen]
     work = partial(_one_sequence, run, reader, sequences, tuple(heads), ablation, last, budget)
@@ -139,7 +139,7 @@ _Run = Callable[..., tuple[Tensor, Tensor]]
 @torch.inference_mode()
 def _one_sequence(
     run: _Run,
-    reader: PrefixReader,
+    reader: ProbeForward,
     sequences: Sequence[TokenSequence],
     heads: tuple[Head, ...],
     ablation: Ablation,
@@ -181,24 +181,24 @@ class _Edit:
 
 
 def _over_prefix(
-    reader: PrefixReader, ids: Tensor, heads: tuple[Head, ...], edit: _Edit, budget: int
+    reader: ProbeForward, ids: Tensor, heads: tuple[Head, ...], edit: _Edit, budget: int
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of all but the last positions once; then, layer by layer, those positions with a row a head."""
     assert edit.last is not None
     prefix, tail = ids[:, : -edit.last], ids[:, -edit.last :]
-    cache = prefix_cache(reader.live, prefix)
+    cache = prefill(reader.live, prefix)
     kept = [dict(vars(layer)) for layer in cache.layers]
     base, inputs, tupled = reader.inputs(tail, cache)
 
     def logits(rows: Tensor) -> Tensor:
-        restore(cache, kept, len(rows))
+        restore_cache(cache, kept, len(rows))
         return reader.logits(rows, cache)
 
     return base[0], _each_layer(reader, tail, heads, edit, inputs, tupled, budget // ids.shape[1], logits)
 
 
 def _resumed(
-    reader: PrefixReader, ids: Tensor, heads: tuple[Head, ...], edit: _Edit, budget: int
+    reader: ProbeForward, ids: Tensor, heads: tuple[Head, ...], edit: _Edit, budget: int
 ) -> tuple[Tensor, Tensor]:
     """Every layer resumed on the whole sequence, with a row a head."""
     base, inputs, tupled = reader.inputs(ids)
@@ -206,7 +206,7 @@ def _resumed(
 
 
 def _plainly(
-    reader: PrefixReader, ids: Tensor, heads: tuple[Head, ...], edit: _Edit, budget: int
+    reader: ProbeForward, ids: Tensor, heads: tuple[Head, ...], edit: _Edit, budget: int
 ) -> tuple[Tensor, Tensor]:
     """The reference: a whole forward pass for every head."""
     base = reader.logits(ids)
@@ -218,7 +218,7 @@ def _plainly(
 
 
 def _each_layer(
-    reader: PrefixReader,
+    reader: ProbeForward,
     ids: Tensor,
     heads: tuple[Head, ...],
     edit: _Edit,
@@ -239,7 +239,7 @@ def _each_layer(
     return found
 
 
-def _method(reader: PrefixReader, sequences: Sequence[TokenSequence], last: int | None, asked: Method | None) -> Method:
+def _method(reader: ProbeForward, sequences: Sequence[TokenSequence], last: int | None, asked: Method | None) -> Method:
     """What is asked for, or the fastest that is right. Raises SurgeryError where what is asked for is wrong."""
     if asked is not None and asked not in METHODS:
         raise usage_error(f"got {asked!r}, expected {' or '.join(METHODS)}", where="method")
@@ -254,7 +254,7 @@ def _method(reader: PrefixReader, sequences: Sequence[TokenSequence], last: int 
     raise AssertionError("the last method has no fault")
 
 
-def _fault(reader: PrefixReader, sequences: Sequence[TokenSequence], last: int | None, method: Method) -> str | None:
+def _fault(reader: ProbeForward, sequences: Sequence[TokenSequence], last: int | None, method: Method) -> str | None:
     """Why `method` would not give what plain forward passes give, or None where it does."""
     if method == "one forward per head":
         return None
@@ -262,12 +262,12 @@ def _fault(reader: PrefixReader, sequences: Sequence[TokenSequence], last: int |
     # The longest: what lies outside a sliding window shows nowhere else.
     ids = torch.tensor([sequences[lengths.index(max(lengths))].before_answer], device=reader.live.device)
     if method == "resumed layers":
-        return resuming_fault(reader, ids)
+        return why_not_resumable(reader, ids)
     if last is None:
         return "a cached prefix only serves ablation at the last positions"
     if last >= min(lengths):
         return f"nothing stands before the last {last} tokens of the shortest example"
-    return prefix_fault(reader, ids, last)
+    return why_not_cacheable(reader, ids, last)
 
 
 def _check(

@@ -131,7 +131,7 @@ def fitting_batches(
 
 
 @torch.inference_mode()
-def look_at(live: LoadedModel, batch: TokenBatch, look: Look, *, depths: Sequence[int] | None = None) -> None:
+def run_with_hooks(live: LoadedModel, batch: TokenBatch, look: Look, *, depths: Sequence[int] | None = None) -> None:
     """One forward pass without logits; `look` is called with every depth's hidden states as they come by.
 
     Raises:
@@ -159,7 +159,7 @@ def look_at(live: LoadedModel, batch: TokenBatch, look: Look, *, depths: Sequenc
         live.body(**batch.inputs(live.device), use_cache=False)
 
 
-def states_at(
+def hidden_states_at(
     live: LoadedModel,
     sequences: Sequence[TokenSequence],
     positions: Sequence[Sequence[int]],
@@ -195,7 +195,7 @@ def states_at(
     return found
 
 
-def project(
+def project_hidden_states(
     live: LoadedModel,
     sequences: Sequence[TokenSequence],
     weights: Tensor,
@@ -228,7 +228,7 @@ def _states(live: LoadedModel, where: Tensor, batch: TokenBatch) -> Tensor:
     def look(depth: int, hidden: Tensor) -> None:
         found[depth] = hidden[rows_N1.to(hidden.device), columns_NK.to(hidden.device)].float()
 
-    look_at(live, batch, look)
+    run_with_hooks(live, batch, look)
     return torch.stack([found[depth].cpu() for depth in range(live.n_depths)], dim=2)
 
 
@@ -238,7 +238,7 @@ def _projections(live: LoadedModel, weights: Tensor, biases: Tensor, batch: Toke
     def look(depth: int, hidden: Tensor) -> None:
         found[depth] = hidden.float() @ weights[depth].to(hidden.device) + biases[depth].to(hidden.device)
 
-    look_at(live, batch, look)
+    run_with_hooks(live, batch, look)
     scores_NTL = torch.stack([found[depth].cpu() for depth in range(live.n_depths)], dim=2)
     lengths = batch.mask.sum(1).tolist()
     firsts = batch.firsts.tolist()

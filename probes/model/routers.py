@@ -78,7 +78,7 @@ def find_routers(live: LoadedModel) -> tuple[Router, ...]:
         for module in layer.modules()
     ]
     with hooks(*handles):
-        run_trial(live)
+        run_trial_forward(live)
     if not found:
         raise usage_error(
             "no layer routes tokens to experts in a way that can be watched: no module is handed experts' numbers and "
@@ -90,14 +90,14 @@ def find_routers(live: LoadedModel) -> tuple[Router, ...]:
 
 
 @torch.inference_mode()
-def run_trial(live: LoadedModel) -> None:
+def run_trial_forward(live: LoadedModel) -> None:
     """One forward pass over `TRIAL_TOKENS` tokens."""
     tokens = torch.arange(1, TRIAL_TOKENS + 1, device=live.device).unsqueeze(0)
     live.body(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
 
 
 @contextmanager
-def routed(routers: Sequence[Router], rewrite: Rewrite) -> Iterator[None]:
+def intercept_routing(routers: Sequence[Router], rewrite: Rewrite) -> Iterator[None]:
     """Inside, `rewrite` sees every routing decision of every layer, and may change it."""
 
     def hooked(router: Router) -> Callable[..., Any]:

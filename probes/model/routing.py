@@ -20,7 +20,7 @@ from torch import Tensor
 
 from probes.data.examples import SEGMENTS, TokenSequence
 from probes.model.activations import TokenBatch, fitting_batches
-from probes.model.routers import Router, routed
+from probes.model.routers import Router, intercept_routing
 from surgery.errors import SurgeryError, usage_error
 from surgery.models.loaded_model import LoadedModel
 from surgery.runtime.collectives import all_reduce_sum, map_over_ranks
@@ -101,7 +101,7 @@ def parse_marker(text: str, tokenizer: Any) -> Marker:
     return Marker(word, weight, tuple(spellings))
 
 
-def fitting_blocks(n_layers: int, n_experts: int, n_markers: int) -> int:
+def block_count(n_layers: int, n_experts: int, n_markers: int) -> int:
     """How many blocks keep the counts within `MOST_BYTES`: from 4 to 20."""
     block = 8 * n_layers * (n_experts + 1) * len(PARTS) * (1 + n_markers)
     return max(LEAST_BLOCKS, min(BLOCKS, MOST_BYTES // block))
@@ -122,7 +122,7 @@ def count_routing(
     Sequence n belongs to block n modulo `blocks`, whatever the batches.
 
     Args:
-        blocks: None for `fitting_blocks`.
+        blocks: None for `block_count`.
         max_tokens: in a batch, padding included; None tries what fits.
 
     Raises:
@@ -138,7 +138,7 @@ def count_routing(
                 hint="Check its spelling, or give texts in which the model uses it.",
             )
     widest = max(router.n_experts for router in routers)
-    n_blocks = blocks or fitting_blocks(len(routers), widest, len(markers))
+    n_blocks = blocks or block_count(len(routers), widest, len(markers))
     n_classes = len(PARTS) * (1 + len(markers))
     # One more expert than there are: what is counted there is dropped.
     size = n_blocks * n_classes * (widest + 1)
@@ -164,7 +164,7 @@ def count_routing(
             flat = (chosen_Ak + start[:, None]).flatten()
             hits[layer].index_add_(0, flat, torch.ones_like(flat))
 
-        with torch.inference_mode(), routed(routers, see):
+        with torch.inference_mode(), intercept_routing(routers, see):
             live.body(**batch.inputs(live.device), use_cache=False)
 
     ids = [sequence.ids for sequence in sequences]

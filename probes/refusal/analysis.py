@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from probes.data.examples import Example
-from probes.data.prepare import Prepared
+from probes.data.preparation import PreparedData
 from probes.data.probe_run import ProbeRun
 from probes.model.residual_stream import trace_residual_stream
 from probes.refusal import cliffs as cliff_measures
@@ -48,8 +48,8 @@ class Analysis:
 
     run: ProbeRun
     settings: ProbeSettings
-    prepared: Prepared
-    transfer: Prepared | None
+    prepared: PreparedData
+    transfer: PreparedData | None
     fitted: FittedProbes
     transfer_metrics: tuple[LayerMetrics, ...] | None
     depth: int
@@ -64,7 +64,7 @@ class Analysis:
         return [example for example in self.prepared.examples if example.cell == self.cell]
 
 
-def analyse(run: ProbeRun, prepared: Prepared, transfer: Prepared | None, settings: ProbeSettings) -> Analysis:
+def analyse(run: ProbeRun, prepared: PreparedData, transfer: PreparedData | None, settings: ProbeSettings) -> Analysis:
     """Train the probes on `prepared`, test them on `transfer`, trace the examples and score the heads.
 
     Raises:

@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from probes.data.examples import Example, TokenSequence
-from probes.data.generate import context_of
+from probes.data.generation import context_length
 from probes.data.markers import Markers
-from probes.data.prepare import judge_with, open_model, options_from_findings
-from probes.data.records import IntervalRecord, check_model, interval, parse_top, read_examples
-from probes.data.tokenize import build_sequences
-from probes.model.ablation import Ablation, AblationSweep, all_heads, sweep
-from probes.model.activations import states_at
+from probes.data.preparation import make_labeler, open_model, options_from_findings
+from probes.data.records import IntervalRecord, check_model, interval_record, parse_top, read_examples
+from probes.data.tokenization import build_sequences
+from probes.model.ablation import Ablation, AblationSweep, ablate_each_head, all_heads
+from probes.model.activations import hidden_states_at
 from probes.refusal.findings import (
     HEADS,
     PROBES,
@@ -132,13 +132,13 @@ def prove_heads(
             EffectRecord(
                 layer=head.layer,
                 head=head.index,
-                effect=interval(
+                effect=interval_record(
                     EstimateWithInterval(bands.mean[at], bands.low[at], bands.high[at]), len(bench.sequences)
                 ),
             )
             for at, head in enumerate(effects.heads)
         ],
-        spearman=interval(ranks, count),
+        spearman=interval_record(ranks, count),
         candidates=[str(head) for head in candidates],
         base=base,
         steps=steps,
@@ -198,7 +198,7 @@ class _Bench:
         options: ExecutionOptions,
     ) -> None:
         self.live, self.proof, self.options, self.batch_tokens = live, proof, options, batch_tokens
-        self.judge = judge_with(
+        self.judge = make_labeler(
             options_from_findings(findings.settings), device=options.device, progress=options.progress
         )
         self.run, self.heads = run, all_heads(live)
@@ -210,7 +210,7 @@ class _Bench:
         benign = [e for e in examples if e.cell == HARMLESS and e.response][: proof.examples]
 
         def encoded(rows: Sequence[Example]) -> list[TokenSequence]:
-            return build_sequences(live.tokenizer, rows, markers, max_tokens=context_of(live.model), where=str(run))
+            return build_sequences(live.tokenizer, rows, markers, max_tokens=context_length(live.model), where=str(run))
 
         self.scored, self.benign = scored, benign
         self.sequences, self.harmless = encoded(scored), encoded(benign)
@@ -224,7 +224,7 @@ class _Bench:
 
     def single(self) -> AblationSweep:
         """Every head by itself."""
-        return sweep(
+        return ablate_each_head(
             self.live,
             self.sequences,
             self.heads,
@@ -245,7 +245,7 @@ class _Bench:
             while len(chosen) < len(candidates):
                 rest = [head for head in candidates if head not in chosen]
                 with self._subject(chosen).running():
-                    tried = sweep(
+                    tried = ablate_each_head(
                         self.live,
                         self.sequences,
                         rest,
@@ -291,7 +291,7 @@ class _Bench:
             update["harmless_refusal"] = self._refused(subject, self.benign, self.harmless)
             away = divergences(plain, {"set": subject}, self.harmless, max_tokens=self.batch_tokens)["set"]
             kl = away.mean_kl([example.group for example in self.benign])
-            update |= {"kl": interval(kl, len(self.benign)), "perplexity": away.perplexities[1]}
+            update |= {"kl": interval_record(kl, len(self.benign)), "perplexity": away.perplexities[1]}
         return record.model_copy(update=update)
 
     def _refused(
@@ -301,14 +301,14 @@ class _Bench:
         texts = answer(subject, sequences)
         fresh = [replace(row, response=text, refused=None) for row, text in zip(rows, texts, strict=True)]
         rate = Rate.of([bool(row.refused) for row in self.judge(fresh)])
-        return interval(rate, rate.n)
+        return interval_record(rate, rate.n)
 
     def _score(self) -> IntervalRecord:
         positions = [[sequence.decision] for sequence in self.sequences]
-        states = states_at(self.live, self.sequences, positions, max_tokens=self.batch_tokens)[:, 0, -1]
+        states = hidden_states_at(self.live, self.sequences, positions, max_tokens=self.batch_tokens)[:, 0, -1]
         scores = torch.sigmoid(states.double() @ self.weight.double() + self.bias)
         band = bootstrap_mean(scores[:, None].numpy(), groups=self.groups)
-        return interval(EstimateWithInterval(band.mean[0], band.low[0], band.high[0]), len(self.sequences))
+        return interval_record(EstimateWithInterval(band.mean[0], band.low[0], band.high[0]), len(self.sequences))
 
     def _subject(self, heads: Sequence[Head]) -> ComparedModel:
         scale = self.proof.scale if self.proof.kind == "scale" else 0.0

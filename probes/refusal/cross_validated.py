@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from probes.data.examples import Example, TokenSequence
-from probes.model.activations import project, states_at
+from probes.model.activations import hidden_states_at, project_hidden_states
 from probes.refusal.probe import LayerMetrics, Probes
 from probes.refusal.train_probes import evaluate_transfer, train_probes
 from surgery.errors import usage_error
@@ -109,7 +109,7 @@ def decision_states(
     """(N, depths, D): the states at the last token before the answer."""
     short = [TokenSequence(s.key, s.before_answer, (*s.ends[:3], s.ends[2])) for s in sequences]
     at = [[sequence.decision] for sequence in short]
-    return states_at(live, short, at, max_tokens=max_tokens, progress=progress)[:, 0]
+    return hidden_states_at(live, short, at, max_tokens=max_tokens, progress=progress)[:, 0]
 
 
 def trace(
@@ -128,7 +128,7 @@ def trace(
         weights, biases = probes.weights, probes.biases
         if fold is not None:
             weights, biases = probes.fold_weights[fold], probes.fold_biases[fold]
-        rows = project(
+        rows = project_hidden_states(
             live, [sequences[at] for at in numbers], weights, biases, max_tokens=max_tokens, progress=progress
         )
         found |= dict(zip(numbers, rows, strict=True))

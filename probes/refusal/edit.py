@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from probes.data.markers import never_closed
-from probes.data.prepare import GenerationOptions, judge_with, markers_of, open_model, options_from_findings
-from probes.data.read import read_data
+from probes.data.preparation import GenerationOptions, make_labeler, open_model, options_from_findings, resolve_markers
+from probes.data.reader import read_data
 from probes.data.records import check_model, parse_top, read_examples
 from probes.refusal.findings import HEADS, Findings, read_findings
 from probes.side_effects.compare import (
@@ -233,12 +233,12 @@ def _measure(
             where=measuring.data or run,
             hint="Give data with labels, or --no-measure.",
         )
-    judge = judge_with(asking, device=options.device, progress=options.progress)
+    judge = make_labeler(asking, device=options.device, progress=options.progress)
 
     def measure(folder: Path) -> EditNotes:
         before = open_model(model, device=options.device, dtype=dtype)
         after = open_model(folder, device=options.device, dtype=dtype, name="the edited model")
-        markers = markers_of(before, asking)
+        markers = resolve_markers(before, asking)
         answers = [answers_of(live, prompts, asking, markers, options) for live in (before, after)]
         lost = [{example.key for example in never_closed(rows)} for rows in answers]
         judged = [judge([row for row in rows if row.key not in gone]) for rows, gone in zip(answers, lost, strict=True)]

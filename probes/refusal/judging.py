@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 
 from probes.data.examples import Example
-from probes.data.markers import Markers, split_given
-from probes.data.prepare import markers_of, open_model, options_from_findings, prepare
-from probes.data.read import read_data
+from probes.data.markers import Markers, split_responses
+from probes.data.preparation import open_model, options_from_findings, prepare, resolve_markers
+from probes.data.reader import read_data
 from probes.data.records import check_model, parse_top
-from probes.model.activations import project
+from probes.model.activations import project_hidden_states
 from probes.refusal import cliffs as measures
 from probes.refusal.cliffs import RefusalCliff
 from probes.refusal.findings import PROBES, read_findings
@@ -112,7 +112,7 @@ def judge(
     cache = out.with_name(f"{out.name}.partial")  # finished completions: a run that was killed goes on with them
     model_id = f"{findings.model.xxh3} {live.model.dtype} {hash_text(pool.digest)[:12]}"
     asking = options_from_findings(findings.settings)
-    asked = replace(pool, examples=_to_score(pool.examples, markers_of(live, asking)))
+    asked = replace(pool, examples=_to_score(pool.examples, resolve_markers(live, asking)))
     prepared = prepare(
         live,
         asked,
@@ -123,7 +123,7 @@ def judge(
         progress=options.progress,
     )
     depth = findings.depth
-    logits = project(
+    logits = project_hidden_states(
         live, prepared.sequences, probes.weights, probes.biases, max_tokens=batch_tokens, progress=options.progress
     )
     scored = [
@@ -156,7 +156,7 @@ def _to_score(examples: Sequence[Example], markers: Markers | None) -> tuple[Exa
         return tuple(examples)
     return tuple(
         replace(own, response=None, closing=None) if own.thinking is None else own
-        for own in split_given(examples, markers)
+        for own in split_responses(examples, markers)
     )
 
 

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from probes.data.examples import Example, TokenSequence
-from probes.data.generate import context_of, end_tokens, room
+from probes.data.generation import context_length, end_token_ids, remaining_tokens
 from probes.data.markers import Markers, split_completion
-from probes.data.prepare import open_model
+from probes.data.preparation import open_model
 from probes.data.records import check_model
-from probes.data.tokenize import encode, render_prompt
+from probes.data.tokenization import encode, render_prompt
 from probes.refusal.cliffs import RefusalCliff, measure
 from probes.refusal.findings import PROBES, read_findings
 from probes.refusal.probe import Probes
@@ -79,15 +79,15 @@ def live_probe(
     ids = list(encode(live.tokenizer, render_prompt(live.tokenizer, example, markers)))
     if not ids:
         raise usage_error("the prompt has no tokens", where="--live")
-    context = context_of(live.model)
+    context = context_length(live.model)
     if context is not None and len(ids) + (max_new_tokens or 1) > context:
         raise usage_error(
             f"the prompt has {len(ids):,} tokens, and {max_new_tokens or 1:,} more do not fit the model's context of "
             f"{context:,}",
             where="--live",
         )
-    limit = max_new_tokens or room(live.model, len(ids))
-    stops = end_tokens(live.loaded)
+    limit = max_new_tokens or remaining_tokens(live.model, len(ids))
+    stops = end_token_ids(live.loaded)
     scores: list[float] = []
     texts: list[str] = []
 

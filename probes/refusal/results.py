@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from probes.data.prepare import data_record, model_record
-from probes.data.records import interval, write_examples
+from probes.data.preparation import data_record, model_record
+from probes.data.records import interval_record, write_examples
 from probes.refusal import cliffs as cliff_measures
 from probes.refusal.analysis import Analysis
 from probes.refusal.cross_validated import PAPER_CELLS
@@ -118,8 +118,8 @@ def _head_records(heads: HeadAttribution, groups: Sequence[str]) -> list[HeadRec
             HeadRecord(
                 layer=layer,
                 head=head,
-                exact=None if exact_band is None else interval(exact_band.at(head), n),
-                paper=interval(paper_band.at(head), n),
+                exact=None if exact_band is None else interval_record(exact_band.at(head), n),
+                paper=interval_record(paper_band.at(head), n),
             )
             for head in range(paper.shape[1])
         ]
@@ -130,8 +130,8 @@ def _probe_records(metrics: Sequence[LayerMetrics]) -> list[ProbeRecord]:
     return [
         ProbeRecord(
             depth=depth,
-            auroc=interval(m.auroc_interval),
-            accuracy=interval(EstimateWithInterval(m.accuracy, m.accuracy_low, m.accuracy_high)),
+            auroc=interval_record(m.auroc_interval),
+            accuracy=interval_record(EstimateWithInterval(m.accuracy, m.accuracy_low, m.accuracy_high)),
             balanced_accuracy=m.balanced_accuracy,
             ece=m.ece,
             brier=m.brier,
@@ -147,7 +147,7 @@ def _cliff_records(cliffs: Sequence[cliff_measures.RefusalCliff]) -> list[CliffR
             cell=cell,
             n=row.n,
             onset=row.onset,
-            **{name: interval(getattr(row, name), row.n) for name in CLIFF_MEASURES},
+            **{name: interval_record(getattr(row, name), row.n) for name in CLIFF_MEASURES},
         )
         for cell, row in cliff_measures.by_cell(cliffs).items()
     ]

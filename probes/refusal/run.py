@@ -14,7 +14,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from probes.data.prepare import GenerationOptions, phrases_of
+from probes.data.preparation import GenerationOptions, refusal_phrases
 from probes.data.probe_run import open_run
 from probes.refusal.analysis import Form, ProbeSettings, analyse
 from probes.refusal.cross_validated import ProbeTraining
@@ -41,7 +41,7 @@ def probe_refusal(
     """Probe `model` on `data` and write the findings to the folder `out`.
 
     Args:
-        data: a file, a Hub data set, or lab:NAME; see `probes.data.read.read_data`.
+        data: a file, a Hub data set, or lab:NAME; see `probes.data.reader.read_data`.
         transfer: a second data set that the probes are tested on.
         attribution: exact folds the norms in, so that all parts sum to the probe's logit; paper does not.
         limit: only the first examples of each data set.
@@ -49,13 +49,13 @@ def probe_refusal(
         batch_tokens: tokens of a batch; None tries what fits.
 
     Raises:
-        SurgeryError: as `open_run`, `probes.data.prepare.prepare`, `train_probes`, `trace_residual_stream`.
+        SurgeryError: as `open_run`, `probes.data.preparation.prepare`, `train_probes`, `trace_residual_stream`.
     """
     if not 0 < training.strength < math.inf:
         raise usage_error(f"got {training.strength:g}, expected a positive number", where="--strength")
     if asking.phrases is not None:
         # The findings keep the phrases themselves: later verdicts must not depend on what has become of their file.
-        asking = replace(asking, phrases=tuple(phrases_of(asking)))
+        asking = replace(asking, phrases=tuple(refusal_phrases(asking)))
     run = open_run(model, data, out, transfer=transfer, asking=asking, limit=limit, dtype=dtype, options=options)
     settings = ProbeSettings(training, attribution, limit, batch_tokens)
     analysis = analyse(run, run.prepare(), run.prepare_transfer(), settings)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from probes.data.examples import Example
-from probes.data.generate import complete, context_of
+from probes.data.generation import complete_examples, context_length
 from probes.data.markers import Markers
-from probes.data.prepare import GenerationOptions, generation_settings
-from probes.data.tokenize import build_sequences
+from probes.data.preparation import GenerationOptions, generation_settings
+from probes.data.tokenization import build_sequences
 from probes.side_effects.effects import ComparedModel, Rate, divergences
 from surgery.engine.options import ExecutionOptions
 from surgery.errors import usage_error
@@ -54,7 +54,7 @@ def answers_of(
     """What the model makes of bare prompts, thinking included."""
     settings = generation_settings(live, prompts, markers, asking, model_id=live.name)
     with tempfile.TemporaryDirectory() as folder:
-        return complete(
+        return complete_examples(
             live.loaded,
             prompts,
             markers=markers,
@@ -79,7 +79,7 @@ def divergence_by_topic(
         if not rows:
             continue
         sequences = build_sequences(
-            before.tokenizer, rows, markers, max_tokens=context_of(before.model), where=before.name
+            before.tokenizer, rows, markers, max_tokens=context_length(before.model), where=before.name
         )
         found = divergences(
             ComparedModel(before), {"edit": ComparedModel(after)}, sequences, progress=options.progress

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from probes.data.examples import Example, TokenSequence
-from probes.data.generate import generate_texts
+from probes.data.generation import generate_texts
 from probes.model.ablation import heads_edited
 from probes.model.activations import CPU_TOKENS, TokenBatch, make_batches
 from surgery.checkpoint.selectors import Head

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from probes.data.examples import TokenSequence
-from probes.model.reinforce import Reinforcement, scaled_routing
+from probes.model.expert_scaling import ExpertScaling, scaled_routing
 from probes.model.routers import Router
 from surgery.checkpoint.selectors import Expert
 from surgery.errors import SurgeryError
@@ -371,11 +371,11 @@ def stub_tasks(
     runs one pass of the model."""
     from probes.experts import sweep as expert_sweep
 
-    now: list[Reinforcement] = []
+    now: list[ExpertScaling] = []
     asked: list[Asked] = []
 
     @contextmanager
-    def entered(live: LoadedModel, routers: Sequence[Router], how: Reinforcement) -> Iterator[Any]:
+    def entered(live: LoadedModel, routers: Sequence[Router], how: ExpertScaling) -> Iterator[Any]:
         with scaled_routing(live, routers, how) as applied:
             now.append(how)
             try:

@@ -25,7 +25,7 @@ from support.moe import (
 from probes.experts.edit import ExpertEditResult, ExpertSelection, edit_experts
 from probes.experts.findings import read_expert_findings, write_expert_findings
 from probes.experts.run import probe_experts
-from probes.model.reinforce import Reinforcement, scaled_routing
+from probes.model.expert_scaling import ExpertScaling, scaled_routing
 from probes.model.routers import find_routers
 from surgery.edits.common import NOT_MEASURED
 from surgery.edits.undo_file import undo
@@ -77,7 +77,7 @@ def test_the_result_is_what_the_hook_does(bench: Path, tmp_path: Path) -> None:
     edit(bench, tmp_path / "out", top=2, scale=64.0, wanted=False)
     scales = {row.name: 64.0 for row in read_expert_findings(bench / "run").ranked[:2]}
     live = open_folder(bench / "m")
-    with scaled_routing(live, find_routers(live), Reinforcement(scales)):
+    with scaled_routing(live, find_routers(live), ExpertScaling(scales)):
         hooked = logits_of(live, IDS)
     assert torch.equal(hooked, logits_of(open_folder(tmp_path / "out"), IDS))
     assert not torch.equal(hooked, logits_of(live, IDS))

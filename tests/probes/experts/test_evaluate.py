@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from support.moe import AT_M, COLLAPSING, THOUGHT, make_thinker, no_pictures, rows, write_rows
 
-from probes.experts.evaluate import with_reinforced
+from probes.experts.evaluate import add_scaled_models
 from probes.experts.run import probe_experts
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.edits.experts import scale_experts
@@ -43,7 +43,7 @@ def twice(bench: Path, measures: Any, names: tuple[str, ...] = ("m",), **how: An
     opened = {name: open_checkpoint(str(bench / name)) for name in names}
     folders = {name: bench / name for name in names}
     how = {"top": 1, "scale": 64.0, "phase": "all", "options": ONE_THREAD, **how}
-    return with_reinforced(opened, folders, measures, bench / "run", **how)
+    return add_scaled_models(opened, folders, measures, bench / "run", **how)
 
 
 def test_each_model_has_a_column_as_it_is_and_one_reinforced(bench: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from probes.experts.npmi import (
     check_markers,
     false_discovery_rates,
     npmi,
-    overlap,
+    ranking_overlap,
     score_experts,
 )
 from probes.model.routing import Marker, RoutingCounts
@@ -283,7 +283,7 @@ def test_results_repeat_and_can_be_written_as_json() -> None:
     assert rows == score_experts(counts, MARKERS, seed=5)
     assert [row.smoothed for row in rows] == [row.smoothed for row in score_experts(counts, MARKERS, seed=6)]
     assert json.loads(json.dumps([asdict(row) for row in rows], allow_nan=False))[0]["rank"] == 1
-    json.dumps(asdict(overlap(rows, rows, 2)), allow_nan=False)
+    json.dumps(asdict(ranking_overlap(rows, rows, 2)), allow_nan=False)
 
 
 def test_wide_models_are_resampled_in_pieces_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,17 +302,17 @@ def test_overlap_of_two_data_sets() -> None:
     a = score_experts(drawn(rates, at_think, seed=1), MARKERS)
     at_think[0, [4, 9]] = 0.1, 0.8
     b = score_experts(drawn(rates, at_think, seed=2), MARKERS)
-    found = overlap(a, b, 3)
+    found = ranking_overlap(a, b, 3)
     assert found.shared == (Expert(1, 1), Expert(1, 7)) and found.jaccard == 0.5 and found.top == 3
     assert 0 < found.spearman.value < 1
-    same = overlap(a, a, 3)
+    same = ranking_overlap(a, a, 3)
     assert (same.jaccard, same.spearman.value) == (1, 1) and len(same.shared) == 3
     nothing = [replace(row, rank=None) for row in a]
-    assert overlap(nothing, a, 3).jaccard == 0 == overlap(nothing, nothing, 3).jaccard
+    assert ranking_overlap(nothing, a, 3).jaccard == 0 == ranking_overlap(nothing, nothing, 3).jaccard
     with pytest.raises(SurgeryError, match="scores of 10 and 9 experts"):
-        overlap(a, b[1:], 3)
+        ranking_overlap(a, b[1:], 3)
     with pytest.raises(SurgeryError, match="--top: got 0, expected a number of experts from 1 on"):
-        overlap(a, b, 0)
+        ranking_overlap(a, b, 0)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))

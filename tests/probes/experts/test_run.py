@@ -27,7 +27,7 @@ from support.moe import (
 from support.processes import run_ranks
 
 from probes.data.generation_cache import Completion, GenerationCache
-from probes.data.prepare import GENERATIONS, GenerationOptions
+from probes.data.preparation import GENERATIONS, GenerationOptions
 from probes.data.records import check_model, read_examples
 from probes.experts.findings import ExpertFindings, read_expert_findings
 from probes.experts.npmi import Support
@@ -194,7 +194,7 @@ sys.path[:0] = sys.argv[2:]
 from test_experts import BARE, ONE_THREAD, THINKING
 from probes.experts.run import probe_experts
 from probes.experts.npmi import Support
-from probes.data.prepare import Asking
+from probes.data.preparation import Asking
 import torch
 
 torch.set_num_threads(1)

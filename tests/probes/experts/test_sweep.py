@@ -21,11 +21,11 @@ from support.moe import (
     stub_tasks,
 )
 
-from probes.data.prepare import open_model
+from probes.data.preparation import open_model
 from probes.data.records import IntervalRecord
 from probes.experts.findings import ExpertRecord, SweepRecord
 from probes.experts.report import _verdict
-from probes.experts.sweep import CHOICE, NEAREST, TEST, BetaGrid, check_tasks, matched, parse_betas, sweep_beta
+from probes.experts.sweep import CHOICE, NEAREST, TEST, BetaGrid, check_tasks, matched_controls, parse_betas, sweep_beta
 from probes.model.routers import find_routers
 from surgery.checkpoint.selectors import Expert
 from surgery.errors import WRONG_USAGE, SurgeryError
@@ -191,7 +191,7 @@ def test_more_experts_than_are_ranked_are_refused(live: LoadedModel, monkeypatch
 
 
 def test_controls_are_of_the_same_layer_and_among_the_nearest_in_firing_rate() -> None:
-    drawn = [matched([AT_THINK, AT_M], EVERY, random.Random(seed)) for seed in range(60)]
+    drawn = [matched_controls([AT_THINK, AT_M], EVERY, random.Random(seed)) for seed in range(60)]
     for controls in drawn:
         assert len(set(controls)) == 2 and all(expert.layer == 1 for expert in controls)
         assert not {AT_THINK, AT_M} & set(controls)
@@ -203,7 +203,7 @@ def test_controls_are_of_the_same_layer_and_among_the_nearest_in_firing_rate() -
 def test_a_layer_without_another_expert_has_no_control() -> None:
     every = [record(Expert(0, number), None) for number in range(3)]
     with pytest.raises(SurgeryError, match="layer 0 has no other expert left to be the control of L0E1"):
-        matched([Expert(0, 0), Expert(0, 1)], every, random.Random(0))
+        matched_controls([Expert(0, 0), Expert(0, 1)], every, random.Random(0))
 
 
 # Bad input

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.models import FAMILIES, MORE, WINDOW, hook_count, make_live, make_sequences, maker, probe_for
 from torch import Tensor
 
-from probes.model.ablation import Ablation, all_heads, heads_edited, sweep
+from probes.model.ablation import Ablation, ablate_each_head, all_heads, heads_edited
 from probes.refusal.head_attribution import head_inputs
 from surgery.checkpoint.selectors import Head
 from surgery.errors import WRONG_USAGE, SurgeryError
@@ -37,7 +37,9 @@ def lives(tmp_path_factory):
 
 def swept(live, sequences=None, heads=None, **how):
     weight, bias = probe_for(live)
-    return sweep(live, sequences or make_sequences(LENGTHS, answer=2), heads or all_heads(live), weight, bias, **how)
+    return ablate_each_head(
+        live, sequences or make_sequences(LENGTHS, answer=2), heads or all_heads(live), weight, bias, **how
+    )
 
 
 def values_for(live, positions, *, seed=5) -> dict[int, Tensor]:
@@ -376,7 +378,7 @@ def test_bad_input_gives_a_clear_line(how, message, lives):
     given = {"sequences": make_sequences(LENGTHS), "heads": all_heads(live), **how}
     weight, bias = probe_for(live)
     with pytest.raises(SurgeryError) as error:
-        sweep(live, given.pop("sequences"), given.pop("heads"), weight, bias, **given)
+        ablate_each_head(live, given.pop("sequences"), given.pop("heads"), weight, bias, **given)
     assert str(error.value).startswith(message)
 
 

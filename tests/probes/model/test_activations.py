@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.models import FAMILIES, MORE, hook_count, make_sequences, maker
 
-from probes.model.activations import CPU_TOKENS, GPU_TOKENS, look_at, make_batches, project, states_at, token_budget
+from probes.model.activations import (
+    CPU_TOKENS,
+    GPU_TOKENS,
+    hidden_states_at,
+    make_batches,
+    project_hidden_states,
+    run_with_hooks,
+    token_budget,
+)
 from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.models.loaded_model import hooks
 
@@ -41,7 +49,7 @@ def places(sequences):
 @pytest.mark.parametrize("name", PLAIN)
 def test_states_are_transformers_hidden_states(name, lives):
     live, sequences = lives(name), make_sequences(LENGTHS, answer=2)
-    states = states_at(live, sequences, places(sequences))
+    states = hidden_states_at(live, sequences, places(sequences))
     assert states.shape == (len(LENGTHS), 4, live.n_depths, live.width)
     assert states.dtype == torch.float32
     for row, sequence, at in zip(states, sequences, places(sequences), strict=True):
@@ -54,18 +62,20 @@ def test_a_single_sequence_is_equal_to_the_bit_with_any_kernel(name, attention, 
     live = lives(name, attention=attention)
     assert live.model.config._attn_implementation == attention
     (sequence,) = make_sequences([19])
-    states = states_at(live, [sequence], [range(19)])
+    states = hidden_states_at(live, [sequence], [range(19)])
     assert torch.equal(states[0], theirs(live, sequence))
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_neither_batch_size_nor_padding_side_nor_order_matters(name, lives):
     live, sequences = lives(name), make_sequences(LENGTHS)
-    states = states_at(live, sequences, places(sequences))
+    states = hidden_states_at(live, sequences, places(sequences))
     near = 1e-4 if name == "qwen3_next" else NEAR  # its linear attention sums over chunks, which padding moves
     for how in ({"max_tokens": 1}, {"max_tokens": 40}, {"padding": "left"}, {"padding": "left", "max_tokens": 40}):
-        torch.testing.assert_close(states_at(live, sequences, places(sequences), **how), states, atol=near, rtol=0)
-    backwards = states_at(live, sequences[::-1], places(sequences)[::-1])
+        torch.testing.assert_close(
+            hidden_states_at(live, sequences, places(sequences), **how), states, atol=near, rtol=0
+        )
+    backwards = hidden_states_at(live, sequences[::-1], places(sequences)[::-1])
     torch.testing.assert_close(backwards.flip(0), states, atol=near, rtol=0)
 
 
@@ -76,7 +86,7 @@ def test_projections_are_states_times_weights_plus_biases(name, how, lives):
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(live.n_depths, live.width, generator=generator)
     biases = torch.randn(live.n_depths, generator=generator)
-    found = project(live, sequences, weights, biases, **how)
+    found = project_hidden_states(live, sequences, weights, biases, **how)
     for scores, sequence in zip(found, sequences, strict=True):
         expected = (theirs(live, sequence) * weights).sum(-1) + biases
         torch.testing.assert_close(scores, expected, atol=5e-4, rtol=0)
@@ -84,7 +94,7 @@ def test_projections_are_states_times_weights_plus_biases(name, how, lives):
 
 def test_bfloat16_states_come_as_float32(lives):
     live, sequences = lives("qwen3", dtype=torch.bfloat16), make_sequences([9])
-    states = states_at(live, sequences, [[8]])
+    states = hidden_states_at(live, sequences, [[8]])
     assert states.dtype == torch.float32
     assert torch.equal(states[0, 0], theirs(live, sequences[0])[8].float())
 
@@ -93,7 +103,7 @@ def test_no_logits_are_made_and_no_hook_is_left(lives):
     live, ran = lives("llama"), []
     before = hook_count(live)
     with hooks(live.model.lm_head.register_forward_hook(lambda *_: ran.append(1))):
-        states_at(live, make_sequences([4]), [[3]])
+        hidden_states_at(live, make_sequences([4]), [[3]])
     assert not ran
     (batch,) = make_batches([[5, 6]], max_tokens=10)
 
@@ -101,14 +111,14 @@ def test_no_logits_are_made_and_no_hook_is_left(lives):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        look_at(live, batch, fail)
+        run_with_hooks(live, batch, fail)
     assert hook_count(live) == before
 
 
 def test_only_the_wanted_depths_are_looked_at(lives):
     (batch,) = make_batches([[5, 6]], max_tokens=10)
     seen = []
-    look_at(lives("qwen2"), batch, lambda depth, hidden: seen.append(depth), depths=[3, 1])
+    run_with_hooks(lives("qwen2"), batch, lambda depth, hidden: seen.append(depth), depths=[3, 1])
     assert seen == [1, 3]
 
 
@@ -122,19 +132,19 @@ def test_only_the_wanted_depths_are_looked_at(lives):
 )
 def test_positions_outside_a_sequence_are_refused(positions, message, lives):
     with pytest.raises(SurgeryError) as error:
-        states_at(lives("llama"), make_sequences([6, 4]), positions)
+        hidden_states_at(lives("llama"), make_sequences([6, 4]), positions)
     assert str(error.value) == message
     assert error.value.exit_code == WRONG_USAGE
 
 
 def test_no_sequence_is_an_error(lives):
     with pytest.raises(SurgeryError, match="no example is left to read states of"):
-        states_at(lives("llama"), [], [])
+        hidden_states_at(lives("llama"), [], [])
 
 
 def test_several_streams_are_an_error_and_not_a_wrong_number(lives):
     with pytest.raises(SurgeryError, match=r"at depth 0 have shape \(2, 3, 8, 32\), expected \(3, 8, 32\)"):
-        states_at(lives("gemma3n"), make_sequences([8, 8, 8]), [[0], [1], [2]])
+        hidden_states_at(lives("gemma3n"), make_sequences([8, 8, 8]), [[0], [1], [2]])
 
 
 @given(
@@ -198,7 +208,7 @@ def test_the_trial_runs_what_will_be_run(lives, monkeypatch):
     """On a GPU the budget is found with the projections themselves, and the results do not depend on it."""
     live, sequences = lives("llama"), make_sequences(LENGTHS)
     weights, biases = torch.ones(live.n_depths, live.width), torch.zeros(live.n_depths)
-    expected = project(live, sequences, weights, biases)
+    expected = project_hidden_states(live, sequences, weights, biases)
     sizes = []
 
     def halving(live, longest, trial, *, start=None):
@@ -208,7 +218,7 @@ def test_the_trial_runs_what_will_be_run(lives, monkeypatch):
         return 40
 
     monkeypatch.setattr("probes.model.activations.token_budget", halving)
-    found = project(live, sequences, weights, biases)
+    found = project_hidden_states(live, sequences, weights, biases)
     assert sizes == [80, 40]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)

@@ -13,7 +13,7 @@ from support.moe import EXPERTS, FAMILIES, TOP_K, Lives, experts_modules, logits
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from probes.model.routers import Router, find_routers, routed
+from probes.model.routers import Router, find_routers, intercept_routing
 from surgery.errors import WRONG_USAGE, SurgeryError
 
 IDS = torch.tensor([sequence.ids[:18] for sequence in texts(3)])
@@ -45,10 +45,10 @@ def test_watching_and_handing_on_the_same_leaves_the_logits(name: str, lives: Li
         seen.append((layer, tuple(index.shape)))
         assert weights.shape == index.shape and weights.is_floating_point()
 
-    with routed(routers, watch):
+    with intercept_routing(routers, watch):
         assert torch.equal(logits_of(live, IDS), plain)
     assert seen == [(router.layer, (IDS.numel(), TOP_K)) for router in routers]
-    with routed(routers, lambda layer, index, weights: (index.clone(), weights.clone())):
+    with intercept_routing(routers, lambda layer, index, weights: (index.clone(), weights.clone())):
         assert torch.equal(logits_of(live, IDS), plain)
 
 
@@ -56,7 +56,7 @@ def test_what_is_rewritten_is_what_the_experts_get(lives: Lives) -> None:
     live = lives("qwen3_moe")
     plain = logits_of(live, IDS)
     before = hook_count(live)
-    with routed(find_routers(live), lambda layer, index, weights: (index, torch.zeros_like(weights))):
+    with intercept_routing(find_routers(live), lambda layer, index, weights: (index, torch.zeros_like(weights))):
         silent = logits_of(live, IDS)
     assert not torch.equal(silent, plain)
     for module in experts_modules(live).values():
@@ -76,7 +76,7 @@ def test_an_error_inside_leaves_no_hook(lives: Lives) -> None:
     def fail(layer: int, index: Tensor, weights: Tensor) -> None:
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), routed(find_routers(live), fail):
+    with pytest.raises(ZeroDivisionError), intercept_routing(find_routers(live), fail):
         logits_of(live, IDS)
     assert hook_count(live) == before
 
@@ -100,7 +100,7 @@ def test_routing_that_is_handed_over_by_name_is_rewritten_by_name() -> None:
         seen.append((layer, index, given))
         return index * 0, given * 2
 
-    with routed([router], double):
+    with intercept_routing([router], double):
         out = experts(states, chosen=chosen, weights=weights)
     assert seen == [(4, chosen, weights)]
     assert out[:, 0].tolist() == [1.0, 0.5]

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from probes.data.examples import TokenSequence
 from probes.experts.npmi import score_experts
-from probes.model.routers import find_routers, routed
-from probes.model.routing import BLOCKS, PARTS, Marker, RoutingCounts, count_routing, fitting_blocks, parse_marker
+from probes.model.routers import find_routers, intercept_routing
+from probes.model.routing import BLOCKS, PARTS, Marker, RoutingCounts, block_count, count_routing, parse_marker
 from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.models.loaded_model import LoadedModel
 
@@ -138,7 +138,7 @@ def test_blocks_are_dealt_by_number(lives: Lives) -> None:
 def test_an_expert_that_a_token_is_sent_to_twice_counts_once(lives: Lives) -> None:
     live, sequences = lives("mixtral"), mixed(3)
     routers = find_routers(live)
-    with routed(routers, lambda layer, index, weights: (torch.full_like(index, 3), weights)):
+    with intercept_routing(routers, lambda layer, index, weights: (torch.full_like(index, 3), weights)):
         found = count_routing(live, routers, sequences, MARKERS[:1])
     assert torch.equal(found.hits[:, 0, 3], found.positions) and int(found.hits.sum()) == int(found.hits[:, :, 3].sum())
 
@@ -157,7 +157,7 @@ def test_an_expert_that_a_token_is_sent_to_twice_counts_once(lives: Lives) -> No
 def test_the_counts_of_the_largest_models_stay_below_10_mb(
     layers: int, experts: int, markers: int, expected: int
 ) -> None:
-    blocks = fitting_blocks(layers, experts, markers)
+    blocks = block_count(layers, experts, markers)
     assert blocks == expected
     assert blocks * layers * (experts + 1) * len(PARTS) * (1 + markers) * 8 < 10e6
 

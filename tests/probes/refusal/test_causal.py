@@ -13,9 +13,9 @@ from support import refusal as refusing
 from support.refusal import ONE_THREAD, SUPPRESSORS, make_model, make_run, no_pictures, rows_of
 
 from probes.data.markers import find_markers
-from probes.data.prepare import open_model
+from probes.data.preparation import open_model
 from probes.data.records import EXAMPLES, read_examples, write_examples
-from probes.data.tokenize import build_sequences
+from probes.data.tokenization import build_sequences
 from probes.model.ablation import heads_edited
 from probes.refusal.causal import UNHELD, ProofOptions, prove_heads
 from probes.refusal.cross_validated import decision_states

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from support import refusal as refusing
 from support.refusal import ONE_THREAD, SUPPRESSORS, WRITER, make_model, make_run, no_pictures, rows_of, write_rows
 
-from probes.data.prepare import GenerationOptions, open_model
+from probes.data.preparation import GenerationOptions, open_model
 from probes.model.ablation import heads_edited
 from probes.refusal.causal import ProofOptions, prove_heads
 from probes.refusal.edit import EffectOptions, HeadEditResult, HeadSelection, edit_heads

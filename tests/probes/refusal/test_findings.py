@@ -19,7 +19,7 @@ from probes.data.records import (
     IntervalRecord,
     ModelRecord,
     check_model,
-    interval,
+    interval_record,
     parse_top,
     read_examples,
     write_examples,
@@ -228,10 +228,10 @@ def test_examples_of_another_form_are_refused(text, tmp_path):
 
 
 def test_what_is_no_number_is_stored_as_none():
-    assert interval(EstimateWithInterval(0.5, math.nan, math.nan), 3) == IntervalRecord(
+    assert interval_record(EstimateWithInterval(0.5, math.nan, math.nan), 3) == IntervalRecord(
         value=0.5, low=None, high=None, n=3
     )
-    assert interval(EstimateWithInterval(math.nan, 0.0, 1.0)) == IntervalRecord(value=None, low=0.0, high=1.0)
+    assert interval_record(EstimateWithInterval(math.nan, 0.0, 1.0)) == IntervalRecord(value=None, low=0.0, high=1.0)
 
 
 @given(part=st.integers(0, 10_000), of=st.integers(1, 5000))

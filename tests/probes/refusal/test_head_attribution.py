@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from support.models import CENTRED, FAMILIES, MORE, NOT_PLAIN, hook_count, make_live, make_sequences, maker, probe_for
 
 from probes.data.examples import TokenSequence
-from probes.model.activations import states_at
+from probes.model.activations import hidden_states_at
 from probes.model.residual_stream import trace_residual_stream
 from probes.refusal.head_attribution import attribute_heads, head_inputs
 from surgery.errors import SurgeryError
@@ -78,7 +78,7 @@ def test_the_parts_sum_to_the_probes_logit(name, lives):
     live, sequences = lives(name), make_sequences(LENGTHS, answer=3)
     weight, bias = probe_for(live)
     found = attributed(live, sequences)
-    states = states_at(live, sequences, [[s.decision] for s in sequences])[:, 0, -1]
+    states = hidden_states_at(live, sequences, [[s.decision] for s in sequences])[:, 0, -1]
     torch.testing.assert_close(found.logit, states @ weight + bias, atol=1e-4, rtol=1e-5)
     assert float((found.total - found.logit).abs().max()) <= 1e-5 * float(found.logit.abs().max())
 

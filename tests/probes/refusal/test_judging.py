@@ -15,10 +15,10 @@ from support.refusal import CLOSE, ONE_THREAD, OPEN, make_model, make_run, no_pi
 
 from probes.data.generation_cache import Completion, GenerationCache
 from probes.data.markers import find_markers
-from probes.data.prepare import open_model
-from probes.data.read import read_data
-from probes.data.tokenize import build_sequences
-from probes.model.activations import project
+from probes.data.preparation import open_model
+from probes.data.reader import read_data
+from probes.data.tokenization import build_sequences
+from probes.model.activations import project_hidden_states
 from probes.refusal.findings import PROBES
 from probes.refusal.judging import JudgedSelection, judge
 from probes.refusal.probe import Probes
@@ -59,7 +59,7 @@ def brute_force(model: Path, run: Path, pool: Path) -> dict[str, float]:
     sequences = build_sequences(live.tokenizer, examples, find_markers(live.tokenizer, where="m"), where="m")
     found = {}
     for example, sequence in zip(examples, sequences, strict=True):
-        (rows,) = project(live, [sequence], probes.weights, probes.biases)
+        (rows,) = project_hidden_states(live, [sequence], probes.weights, probes.biases)
         scores = [1 / (1 + math.exp(-float(logit))) for logit in rows[:, -1]]
         found[example.prompt] = max(scores[sequence.ends[0] : sequence.ends[1]]) - scores[sequence.ends[2] - 1]
     return found

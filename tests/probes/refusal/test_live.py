@@ -12,9 +12,9 @@ from support.refusal import CLOSE, CONTEXT, ONE_THREAD, make_model, make_run, no
 
 from probes.data.examples import Example
 from probes.data.markers import find_markers
-from probes.data.prepare import GenerationOptions, open_model
-from probes.data.tokenize import build_sequences
-from probes.model.activations import project
+from probes.data.preparation import GenerationOptions, open_model
+from probes.data.tokenization import build_sequences
+from probes.model.activations import project_hidden_states
 from probes.refusal.cliffs import measure
 from probes.refusal.findings import PROBES
 from probes.refusal.live import LiveTrace, live_probe
@@ -50,7 +50,7 @@ def test_scores_are_those_of_the_finished_text(model: Path, run: Path) -> None:
     live, probes = open_model(str(model)), Probes.load(run / PROBES)
     example = Example("0", ({"role": "user", "content": "ab!?cd"},), "g", thinking="hm", response="Sure")
     (sequence,) = build_sequences(live.tokenizer, [example], find_markers(live.tokenizer, where="m"), where="m")
-    (logits,) = project(live, [sequence], probes.weights, probes.biases)
+    (logits,) = project_hidden_states(live, [sequence], probes.weights, probes.biases)
     trace = logits[:, -1].double().sigmoid()
     assert list(found.scores) == pytest.approx(trace[sequence.ends[0] :].tolist(), abs=1e-5)
     expected = measure(sequence, trace.numpy(), cell="live", group="live")
@@ -81,7 +81,7 @@ def test_without_thinking_the_score_is_that_of_the_prompts_last_token(
     live, probes = open_model(str(model)), Probes.load(tmp_path / "run" / PROBES)
     example = Example("0", ({"role": "user", "content": "ab!cd"},), "g", response="Sure")
     (sequence,) = build_sequences(live.tokenizer, [example], None, where="m")
-    (logits,) = project(live, [sequence], probes.weights, probes.biases)
+    (logits,) = project_hidden_states(live, [sequence], probes.weights, probes.biases)
     assert found.cliff.final == pytest.approx(float(logits[sequence.decision, -1].double().sigmoid()), abs=1e-5)
     assert found.closed and found.sentence().endswith("There was no thinking.")
 

@@ -34,9 +34,9 @@ from transformers import MambaConfig, MambaForCausalLM
 from probes.data.examples import Example, TokenSequence
 from probes.data.generation_cache import Completion, GenerationCache
 from probes.data.markers import find_markers
-from probes.data.prepare import GENERATIONS, GenerationOptions, open_model
+from probes.data.preparation import GENERATIONS, GenerationOptions, open_model
 from probes.data.records import EXAMPLES, REPORT, RESULTS, read_examples
-from probes.data.tokenize import build_sequences
+from probes.data.tokenization import build_sequences
 from probes.refusal.cliffs import measure
 from probes.refusal.cross_validated import ProbeTraining, decision_states
 from probes.refusal.findings import HEADS as HEADS_FILE
@@ -257,7 +257,7 @@ def test_verdicts_come_from_the_guard_that_is_given(
     def stand_in(examples: Sequence[Example], guard: object, **settings: object) -> list[Example]:
         return [Example(**{**vars(e), "refused": "=" not in e.prompt}) for e in examples]
 
-    monkeypatch.setattr("probes.data.prepare.label_by_guard", stand_in)
+    monkeypatch.setattr("probes.data.preparation.label_by_guard", stand_in)
     rows = [{**row, "label": row["label"].split("/")[0]} for row in ROWS]
     found = probe(model, tmp_path / "run", rows, asking=GenerationOptions(guard=str(model)))
     assert found.cells == {"harmful/refused": 16, "harmless/complied": 8, "harmless/refused": 8}

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from probes.data.examples import Example
-from probes.data.generate import end_tokens
+from probes.data.generation import end_token_ids
 from probes.model.ablation import heads_edited
 from probes.side_effects.effects import ComparedModel, Rate, answer, divergences, refusal_rates
 from surgery.checkpoint.selectors import Head
@@ -147,13 +147,13 @@ def test_answers_are_those_of_single_prompts(name, scales, lives):
     live, sequences = lives(name), sequences_of()
     found = answer(ComparedModel(live, scales), sequences, tokens=6)
     config = GenerationConfig(
-        max_new_tokens=6, do_sample=False, eos_token_id=list(end_tokens(live.loaded)), pad_token_id=1
+        max_new_tokens=6, do_sample=False, eos_token_id=list(end_token_ids(live.loaded)), pad_token_id=1
     )
     for text, sequence in zip(found, sequences, strict=True):
         ids = torch.tensor([sequence.before_answer])
         with heads_edited(live, scales), torch.inference_mode():
             made = live.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-        new = [token for token in made[0, ids.shape[1] :].tolist() if token not in end_tokens(live.loaded)]
+        new = [token for token in made[0, ids.shape[1] :].tolist() if token not in end_token_ids(live.loaded)]
         assert text == live.tokenizer.decode(new)
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeForCausalLM
 
 from probes.data.markers import find_markers
-from probes.data.read import read_data
-from probes.data.tokenize import build_sequences, render_prompt
+from probes.data.reader import read_data
+from probes.data.tokenization import build_sequences, render_prompt
 from surgery import lab
 from surgery.evaluation.scoring import score_models
 from surgery.lab.builder import CLIFF, CLIFF_GQA, CLIFF_MANY, CLIFF_WEAK, EXPERTS, RECIPE, SPECIALISTS

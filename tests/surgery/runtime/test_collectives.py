@@ -14,8 +14,8 @@ from support.models import make_sequences, open_folder, probe_for, save
 from support.processes import free_port, known_to, run_ranks
 from torch import Tensor
 
-from probes.model.ablation import all_heads, sweep
-from probes.model.activations import project, states_at
+from probes.model.ablation import ablate_each_head, all_heads
+from probes.model.activations import hidden_states_at, project_hidden_states
 from probes.model.residual_stream import trace_residual_stream
 from probes.refusal.head_attribution import attribute_heads, head_inputs
 from probes.side_effects.effects import ComparedModel, answer, divergences
@@ -71,13 +71,15 @@ def everything(live: LoadedModel) -> tuple[dict[str, Tensor], list[str]]:
     """All that is shared between processes, of more batches than there are processes."""
     sequences = make_sequences((9, 5, 12, 7, 12), answer=3)
     weight, bias = probe_for(live)
-    found = {"states": states_at(live, sequences, [[0, 4]] * 5, max_tokens=20)}
-    traces = project(live, sequences, torch.ones(live.n_depths, live.width), torch.zeros(live.n_depths), max_tokens=20)
+    found = {"states": hidden_states_at(live, sequences, [[0, 4]] * 5, max_tokens=20)}
+    traces = project_hidden_states(
+        live, sequences, torch.ones(live.n_depths, live.width), torch.zeros(live.n_depths), max_tokens=20
+    )
     found |= {f"trace {number}": trace for number, trace in enumerate(traces)}
     scores = attribute_heads(live, sequences, weight, bias, stream=trace_residual_stream(live), max_tokens=20)
     found |= {f"exact {layer}": row for layer, row in scores.exact.items()} | {"total": scores.total}
     found |= {f"z {layer}": row for layer, row in head_inputs(live, sequences, 3, max_tokens=20).items()}
-    found["ablated"] = sweep(live, sequences, all_heads(live), weight, bias, last=3).ablated
+    found["ablated"] = ablate_each_head(live, sequences, all_heads(live), weight, bias, last=3).ablated
     edited = ComparedModel(live, {Head(0, 1): 0.0})
     away = divergences(ComparedModel(live), {"set": edited}, sequences, max_tokens=20)["set"]
     found["kl"] = torch.from_numpy(away.kl.copy())

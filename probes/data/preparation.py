@@ -10,11 +10,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from probes.data.examples import MAX_REPORTED, DataSet, Example, TokenSequence
-from probes.data.generate import GenerationSettings, complete, context_of, room
+from probes.data.generation import GenerationSettings, complete_examples, context_length, remaining_tokens
 from probes.data.labels import REFUSAL_PHRASES, label_by_guard, label_by_keywords, read_phrases
-from probes.data.markers import CLOSE_OPTION, NONE_OPTION, OPEN_OPTION, Markers, find_markers, never_closed, split_given
+from probes.data.markers import (
+    CLOSE_OPTION,
+    NONE_OPTION,
+    OPEN_OPTION,
+    Markers,
+    find_markers,
+    never_closed,
+    split_responses,
+)
 from probes.data.records import DataRecord, ModelRecord
-from probes.data.tokenize import build_sequences, encode, template_hash, text_before_answer, tokenizer_hash
+from probes.data.tokenization import build_sequences, encode, template_hash, text_before_answer, tokenizer_hash
 from surgery.checkpoint.checkpoint import loadable_folder
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.tokenizer_files import TOKENIZER_FILES
@@ -60,7 +68,7 @@ def options_from_findings(settings: Mapping[str, Any]) -> GenerationOptions:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedData:
     """Examples with thinking, response and verdict, and their tokens, in the order of the data.
 
     markers: None where the model does not think. lost: examples whose thinking never closed; they are left out.
@@ -88,7 +96,7 @@ def open_model(ref: str | Path, *, device: str = "cpu", dtype: str = "auto", nam
     return load_with_structure(ref, device=device, dtype=dtype, name=name)
 
 
-def markers_of(live: LoadedModel, asking: GenerationOptions) -> Markers | None:
+def resolve_markers(live: LoadedModel, asking: GenerationOptions) -> Markers | None:
     """The model's thinking markers; None where it is said not to think. Raises SurgeryError where none are found."""
     if asking.no_thinking:
         if asking.think_open is not None or asking.think_close is not None:
@@ -99,7 +107,7 @@ def markers_of(live: LoadedModel, asking: GenerationOptions) -> Markers | None:
     return find_markers(live.tokenizer, opening=asking.think_open, closing=asking.think_close, where=live.name)
 
 
-def judge_with(
+def make_labeler(
     asking: GenerationOptions, *, device: str, progress: Progress
 ) -> Callable[[Sequence[Example]], list[Example]]:
     """What fills in missing verdicts. Faults of a phrase file, or of a guard's folder, show at once."""
@@ -115,11 +123,11 @@ def judge_with(
             return label_by_guard(examples, loaded[0], batch_size=asking.batch_size, progress=progress)
 
         return by_guard
-    phrases = phrases_of(asking)
+    phrases = refusal_phrases(asking)
     return lambda examples: label_by_keywords(examples, phrases)
 
 
-def phrases_of(asking: GenerationOptions) -> Sequence[str]:
+def refusal_phrases(asking: GenerationOptions) -> Sequence[str]:
     """The phrases that mark a refusal. Raises SurgeryError where their file cannot be read."""
     if asking.phrases is None:
         return REFUSAL_PHRASES
@@ -140,7 +148,7 @@ def generation_settings(
                         longest, len(encode(live.tokenizer, text_before_answer(live.tokenizer, row, markers)))
                     )
         errors.raise_if_any(limit=MAX_REPORTED)
-        limit = room(live.model, longest)
+        limit = remaining_tokens(live.model, longest)
     return GenerationSettings(model_id, limit, asking.temperature, asking.seed, asking.batch_size, asking.engine)
 
 
@@ -153,7 +161,7 @@ def prepare(
     cache: Path,
     device: str = "cpu",
     progress: Progress = silent,
-) -> Prepared:
+) -> PreparedData:
     """Completes, judges and encodes the examples of `data`.
 
     Args:
@@ -163,12 +171,12 @@ def prepare(
     Raises:
         SurgeryError: markers are missing; rows do not fit the model; no example is left with an answer.
     """
-    markers = markers_of(live, asking)
-    judge = judge_with(asking, device=device, progress=progress)
-    rows = split_given(data.examples, markers)
+    markers = resolve_markers(live, asking)
+    judge = make_labeler(asking, device=device, progress=progress)
+    rows = split_responses(data.examples, markers)
     settings = generation_settings(live, rows, markers, asking, model_id=model_id)
     missing = sum(row.response is None or (row.thinking is None and markers is not None) for row in rows)
-    done = complete(live.loaded, rows, markers=markers, cache=cache, settings=settings, progress=progress)
+    done = complete_examples(live.loaded, rows, markers=markers, cache=cache, settings=settings, progress=progress)
     lost = {example.key for example in never_closed(done)}
     whole = judge([example for example in done if example.key not in lost])
     if not whole:
@@ -178,9 +186,9 @@ def prepare(
             where=data.ref,
             hint="Raise --max-new-tokens as far as the model's context allows.",
         )
-    sequences = build_sequences(live.tokenizer, whole, markers, max_tokens=context_of(live.model), where=data.ref)
+    sequences = build_sequences(live.tokenizer, whole, markers, max_tokens=context_length(live.model), where=data.ref)
     left_out = tuple(example for example in done if example.key in lost)
-    return Prepared(tuple(whole), tuple(sequences), markers, left_out, missing)
+    return PreparedData(tuple(whole), tuple(sequences), markers, left_out, missing)
 
 
 def model_record(live: LoadedModel, identity: str) -> ModelRecord:

@@ -16,12 +16,12 @@ from typing import Any
 
 from probes.data.examples import MAX_REPORTED, Example, TokenSequence
 from probes.data.markers import (
-    KNOWN,
+    KNOWN_FAMILIES,
     NONE_OPTION,
     Markers,
-    check_split,
-    split_given,
+    split_responses,
     template_text,
+    validate_split,
 )
 from surgery.errors import ErrorList, usage_error
 from surgery.io.hashing import hash_text
@@ -75,7 +75,7 @@ def render_prompt(tokenizer: Any, example: Example, markers: Markers | None) -> 
     text = _conversation(tokenizer, example, thinks=markers is not None)
     tail = text.rstrip()
     if markers is None:
-        opened = next((each.markers.open for each in KNOWN if tail.endswith(each.markers.open)), None)
+        opened = next((each.markers.open for each in KNOWN_FAMILIES if tail.endswith(each.markers.open)), None)
         if opened:
             raise usage_error(f"the chat template begins a thinking with {opened}", hint=f"Drop {NONE_OPTION}.")
         return text
@@ -128,7 +128,7 @@ def build_sequences(
     """
     errors = ErrorList()
     texts: list[tuple[Example, _Text]] = []
-    for example in split_given(examples, markers):
+    for example in split_responses(examples, markers):
         with errors.collect(f"{where}: example {example.key}", usage=True):
             prompt = render_prompt(tokenizer, example, markers)
             texts.append((example, _segments(tokenizer, prompt, example, markers, answer=answer)))
@@ -200,7 +200,7 @@ def _segments(tokenizer: Any, prompt: str, example: Example, markers: Markers | 
     """Raises SurgeryError where a segment is missing, or does not fit the markers."""
     response = example.response
     if markers is not None:
-        check_split(example, markers)
+        validate_split(example, markers)
         if example.thinking is None:
             raise usage_error("its thinking is not known yet", hint="Generate it first.")
         closing = markers.closing if example.closing is None else example.closing

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from probes.data.examples import MAX_REPORTED, Example
 from probes.data.generation_cache import Completion, GenerationCache
-from probes.data.markers import Markers, check_split, never_closed, split_completion, split_given
-from probes.data.tokenize import encode, text_before_answer
+from probes.data.markers import Markers, never_closed, split_completion, split_responses, validate_split
+from probes.data.tokenization import encode, text_before_answer
 from surgery.errors import ErrorList, SurgeryError, usage_error
 from surgery.io.hashing import hash_text
 from surgery.models.loading import ModelAndTokenizer
@@ -31,7 +31,7 @@ from surgery.runtime.quiet import quiet
 
 Engine = Literal["transformers", "vllm"]
 # Where nobody says how long thinking and response may be together.
-MOST_NEW = 1024
+DEFAULT_MAX_NEW_TOKENS = 1024
 # vLLM makes batches of its own, and is fast only with many prompts at a time.
 VLLM_PROMPTS = 256
 
@@ -84,7 +84,7 @@ class _Job:
 _Complete = Callable[[Sequence[_Job]], list[list[int]]]
 
 
-def complete(
+def complete_examples(
     loaded: ModelAndTokenizer,
     examples: Sequence[Example],
     *,
@@ -111,7 +111,7 @@ def complete(
             context has no room for `max_new_tokens` more, a response came without its thinking; or vLLM is missing, or
             the memory too small.
     """
-    found = split_given(examples, markers)
+    found = split_responses(examples, markers)
     jobs = _jobs(loaded, found, markers, settings)
     store = GenerationCache(cache)
     missing = {job.key: job for job in jobs.values() if store.get(job.key) is None}
@@ -144,15 +144,15 @@ def generate_texts(
     return [made[job.key].text for job in jobs]
 
 
-def context_of(model: Any) -> int | None:
+def context_length(model: Any) -> int | None:
     """How many tokens the model reads, None where nobody says."""
     config = getattr(model, "config", None)
     return None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def room(model: Any, prompt: int, most: int = MOST_NEW) -> int:
+def remaining_tokens(model: Any, prompt: int, most: int = DEFAULT_MAX_NEW_TOKENS) -> int:
     """How many tokens may follow a prompt of `prompt` tokens: `most`, or what the model's context has left."""
-    context = context_of(model)
+    context = context_length(model)
     return most if context is None else max(1, min(most, context - prompt))
 
 
@@ -160,14 +160,14 @@ def _jobs(
     loaded: ModelAndTokenizer, examples: Sequence[Example], markers: Markers | None, settings: GenerationSettings
 ) -> dict[int, _Job]:
     """Number of the example → what is to be completed for it. Raises SurgeryError with all examples that are wrong."""
-    context = context_of(loaded.model)
+    context = context_length(loaded.model)
     errors = ErrorList()
     jobs = {}
     with quiet():
         for at, example in enumerate(examples):
             with errors.collect(f"example {example.key}", usage=True):
                 if markers and not never_closed([example]):
-                    check_split(example, markers)
+                    validate_split(example, markers)
                 if example.response is not None:
                     continue
                 text = text_before_answer(loaded.tokenizer, example, markers)
@@ -203,7 +203,7 @@ def _make(
     *,
     label: str | None = None,
 ) -> dict[str, Completion]:
-    stops = end_tokens(loaded)
+    stops = end_token_ids(loaded)
     work = _with_vllm(loaded, settings, stops) if settings.engine == "vllm" else _with_model(loaded, settings, stops)
     size = max(settings.batch_size, VLLM_PROMPTS) if settings.engine == "vllm" else settings.batch_size
     # The longest first: what does not fit the memory shows at once.
@@ -333,7 +333,7 @@ def _text_after(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> st
     return whole[len(before) :] if whole.startswith(before) else decode(new)
 
 
-def end_tokens(loaded: ModelAndTokenizer) -> tuple[int, ...]:
+def end_token_ids(loaded: ModelAndTokenizer) -> tuple[int, ...]:
     """The tokens that end a completion: the generation config's, and the tokenizer's."""
     config = getattr(loaded.model, "generation_config", None)
     named = getattr(config, "eos_token_id", None)

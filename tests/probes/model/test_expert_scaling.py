@@ -1,4 +1,4 @@
-"""Promises of probes.model.reinforce: exactly the formula, exactly what baking does, and nothing left behind."""
+"""Promises of probes.model.expert_scaling: exactly the formula, exactly what baking does, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from support.moe import (
 )
 from torch import Tensor, nn
 
-from probes.model.reinforce import Phase, Reinforcement, Way, scaled_routing
+from probes.model.expert_scaling import ExpertScaling, Phase, ScalingMethod, scaled_routing
 from probes.model.routers import find_routers
 from surgery.checkpoint.selectors import Expert
 from surgery.edits.experts import scale_experts
@@ -43,11 +43,13 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> Lives:
     return planter(tmp_path_factory.mktemp("reinforcing"))
 
 
-def enter(live: LoadedModel, scales: dict[Expert, float], way: Way = "weight", phase: Phase = "all"):
-    return scaled_routing(live, find_routers(live), Reinforcement(scales, way, phase))
+def enter(live: LoadedModel, scales: dict[Expert, float], way: ScalingMethod = "weight", phase: Phase = "all"):
+    return scaled_routing(live, find_routers(live), ExpertScaling(scales, way, phase))
 
 
-def change(live: LoadedModel, scales: dict[Expert, float], way: Way) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def change(
+    live: LoadedModel, scales: dict[Expert, float], way: ScalingMethod
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """What layer 1's experts are handed without and with a reinforcement: states, numbers, weights in fp64."""
     before = watch_experts(live, IDS)[1]
     with enter(live, scales, way) as applied:
@@ -257,7 +259,9 @@ def test_logits_can_be_raised_for_generated_tokens_only(lives: Lives) -> None:
 
 @pytest.mark.parametrize("way", ["weight", "renormalised", "logit", "forced"])
 @pytest.mark.parametrize("phase", ["all", "generated"])
-def test_on_exit_the_model_is_what_it_was_whatever_happened_inside(way: Way, phase: Phase, lives: Lives) -> None:
+def test_on_exit_the_model_is_what_it_was_whatever_happened_inside(
+    way: ScalingMethod, phase: Phase, lives: Lives
+) -> None:
     live = lives("mixtral")
     before, plain = hook_count(live), logits_of(live, IDS)
     scales = {PLANTED: 4.0, Expert(0, 1): 2.0}
@@ -300,21 +304,21 @@ def test_an_error_in_the_router_is_told_as_it_is_and_leaves_nothing(lives: Lives
 @pytest.mark.parametrize("beta", [-1.0, math.nan, math.inf, -math.inf])
 def test_a_factor_out_of_range_is_refused(beta: float) -> None:
     with pytest.raises(SurgeryError, match=r"L1E5: got β = .* expected a finite number from 0 on") as caught:
-        Reinforcement({PLANTED: beta})
+        ExpertScaling({PLANTED: beta})
     assert caught.value.exit_code == WRONG_USAGE
 
 
 @pytest.mark.parametrize("beta", [0.0, -2.0, math.nan])
 def test_logit_needs_a_factor_above_0(beta: float) -> None:
     with pytest.raises(SurgeryError, match=r"L1E5: got β = .* expected a finite number above 0"):
-        Reinforcement({PLANTED: beta}, "logit")
+        ExpertScaling({PLANTED: beta}, "logit")
 
 
 def test_ways_and_phases_go_by_their_names() -> None:
     with pytest.raises(SurgeryError, match="--way: got 'loud', expected weight or renormalised or logit or forced"):
-        Reinforcement({PLANTED: 2.0}, "loud")  # type: ignore[arg-type]
+        ExpertScaling({PLANTED: 2.0}, "loud")  # type: ignore[arg-type]
     with pytest.raises(SurgeryError, match="--phase: got 'never', expected all or generated"):
-        Reinforcement({PLANTED: 2.0}, phase="never")  # type: ignore[arg-type]
+        ExpertScaling({PLANTED: 2.0}, phase="never")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ from support.architectures import build
 from support.chat_tokenizer import make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from probes.data import generate as generation
+from probes.data import generation
 from probes.data.examples import Example
-from probes.data.generate import GenerationSettings, complete, generate_texts
+from probes.data.generation import GenerationSettings, complete_examples, generate_texts
 from probes.data.generation_cache import Completion, GenerationCache
 from probes.data.markers import Markers, never_closed
-from probes.data.tokenize import build_sequences, encode, text_before_answer
+from probes.data.tokenization import build_sequences, encode, text_before_answer
 from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.models.loading import ModelAndTokenizer
 
@@ -94,7 +94,7 @@ def brute_force(loaded, ids, count):
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_batches_give_what_each_prompt_alone_gives_token_by_token(tiny, tmp_path, name):
     loaded = tiny(name)
-    done = complete(loaded, PROMPTS, markers=None, cache=tmp_path / "c.jsonl", settings=SETTINGS)
+    done = complete_examples(loaded, PROMPTS, markers=None, cache=tmp_path / "c.jsonl", settings=SETTINGS)
     for before, after in zip(PROMPTS, done, strict=True):
         prompt = encode(TOKENIZER, text_before_answer(TOKENIZER, before, None))
         assert after.response == brute_force(loaded, prompt, 8)
@@ -103,10 +103,10 @@ def test_batches_give_what_each_prompt_alone_gives_token_by_token(tiny, tmp_path
 
 def test_the_models_own_sampling_settings_are_not_applied(tiny, tmp_path):
     loaded = tiny("llama")
-    plain = complete(loaded, PROMPTS, markers=None, cache=tmp_path / "a.jsonl", settings=SETTINGS)
+    plain = complete_examples(loaded, PROMPTS, markers=None, cache=tmp_path / "a.jsonl", settings=SETTINGS)
     own = loaded.model.generation_config
     own.update(do_sample=True, temperature=9.0, repetition_penalty=5.0, min_new_tokens=8, suppress_tokens=[8, 9])
-    assert complete(loaded, PROMPTS, markers=None, cache=tmp_path / "b.jsonl", settings=SETTINGS) == plain
+    assert complete_examples(loaded, PROMPTS, markers=None, cache=tmp_path / "b.jsonl", settings=SETTINGS) == plain
     assert loaded.model.generation_config is own and own.temperature == 9.0
     own.update(do_sample=False, temperature=None, repetition_penalty=None, min_new_tokens=None, suppress_tokens=None)
 
@@ -116,7 +116,7 @@ def test_draws_do_not_depend_on_batches_and_follow_the_distribution(tiny, tmp_pa
 
     def drawn(name, **changes):
         asked = GenerationSettings(**{**vars(SETTINGS), "temperature": 1.0, **changes})
-        done = complete(loaded, PROMPTS, markers=None, cache=tmp_path / name, settings=asked)
+        done = complete_examples(loaded, PROMPTS, markers=None, cache=tmp_path / name, settings=asked)
         return [each.response for each in done]
 
     first = drawn("a")
@@ -132,7 +132,7 @@ def test_draws_do_not_depend_on_batches_and_follow_the_distribution(tiny, tmp_pa
 
 def test_a_completion_is_split_into_thinking_closing_and_response(tmp_path):
     loaded = scripted(lambda prompt: "Hm.\n</think>\n\nSo.</s>")
-    [done] = complete(loaded, [example("0")], markers=THINK, cache=tmp_path / "c", settings=SETTINGS)
+    [done] = complete_examples(loaded, [example("0")], markers=THINK, cache=tmp_path / "c", settings=SETTINGS)
     assert loaded.model.asked == ["<s><user>Hi?</s><bot><think>\n"]
     assert (done.thinking, done.closing, done.response) == ("Hm.", "\n</think>\n\n", "So.")
     [sequence] = build_sequences(TOKENIZER, [done], THINK, where="d")
@@ -142,7 +142,7 @@ def test_a_completion_is_split_into_thinking_closing_and_response(tmp_path):
 def test_a_given_thinking_is_kept_and_gone_on_from(tmp_path):
     loaded = scripted(lambda prompt: " No</think>.</s>")
     given = [example("0", thinking="Hm."), example("1", thinking="Ah.", closing="</think>")]
-    done = complete(loaded, given, markers=THINK, cache=tmp_path / "c", settings=SETTINGS)
+    done = complete_examples(loaded, given, markers=THINK, cache=tmp_path / "c", settings=SETTINGS)
     assert sorted(loaded.model.asked) == [
         "<s><user>Hi?</s><bot><think>\nAh.</think>",
         "<s><user>Hi?</s><bot><think>\nHm.\n</think>\n\n",
@@ -157,7 +157,7 @@ def test_a_given_thinking_is_kept_and_gone_on_from(tmp_path):
 def test_what_is_there_is_not_made_again(tmp_path):
     loaded = scripted(lambda prompt: "x</s>")
     given = [example("0", thinking="a", response="b"), example("1", response="<think>c</think>d")]
-    done = complete(loaded, given, markers=THINK, cache=tmp_path / "c", settings=SETTINGS)
+    done = complete_examples(loaded, given, markers=THINK, cache=tmp_path / "c", settings=SETTINGS)
     assert loaded.model.batches == [] and not (tmp_path / "c").exists()
     assert done[0] == given[0] and (done[1].thinking, done[1].response) == ("c", "d")
 
@@ -166,7 +166,7 @@ def test_what_never_closes_is_kept_and_listed(tmp_path):
     texts = {"a": "HmHm", "b": "Hm</s>", "c": "Hm</think></s>"}
     loaded = scripted(lambda prompt: texts[prompt[9]])
     given = [example(name, name) for name in texts]
-    done = complete(loaded, given, markers=THINK, cache=tmp_path / "c", settings=SETTINGS)
+    done = complete_examples(loaded, given, markers=THINK, cache=tmp_path / "c", settings=SETTINGS)
     assert [(e.thinking, e.closing, e.response) for e in done] == [
         ("HmHm", "", ""),
         ("Hm", "", ""),
@@ -174,7 +174,7 @@ def test_what_never_closes_is_kept_and_listed(tmp_path):
     ]
     assert never_closed(done) == done[:2]
     # Given again they are still not to be completed: the model has had its say.
-    assert complete(loaded, done, markers=THINK, cache=tmp_path / "c", settings=SETTINGS) == done
+    assert complete_examples(loaded, done, markers=THINK, cache=tmp_path / "c", settings=SETTINGS) == done
     ended = {record["text"]: record["ended"] for record in records(tmp_path / "c")}
     assert ended == {"HmHm": False, "Hm": True, "Hm</think>": True}
 
@@ -185,42 +185,42 @@ def records(path):
 
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
     whole = scripted(lambda prompt: prompt[-8:-5] + "</s>")
-    expected = complete(whole, PROMPTS, markers=None, cache=tmp_path / "whole", settings=SETTINGS)
+    expected = complete_examples(whole, PROMPTS, markers=None, cache=tmp_path / "whole", settings=SETTINGS)
     killed = scripted(whole.model.script, stop_after=2)
     with pytest.raises(KeyboardInterrupt):
-        complete(killed, PROMPTS, markers=None, cache=tmp_path / "c", settings=SETTINGS)
+        complete_examples(killed, PROMPTS, markers=None, cache=tmp_path / "c", settings=SETTINGS)
     assert len(records(tmp_path / "c")) == 6
     again = scripted(whole.model.script)
-    assert complete(again, PROMPTS, markers=None, cache=tmp_path / "c", settings=SETTINGS) == expected
+    assert complete_examples(again, PROMPTS, markers=None, cache=tmp_path / "c", settings=SETTINGS) == expected
     assert len(again.model.asked) == 1 and set(again.model.asked).isdisjoint(killed.model.asked)
 
 
 @pytest.mark.parametrize("cut", [1, 10, 40])
 def test_a_line_cut_short_is_made_again_and_harms_no_other(tmp_path, cut):
     loaded = scripted(lambda prompt: prompt[-8:-5] + "</s>")
-    expected = complete(loaded, PROMPTS, markers=None, cache=tmp_path / "c", settings=SETTINGS)
+    expected = complete_examples(loaded, PROMPTS, markers=None, cache=tmp_path / "c", settings=SETTINGS)
     data = (tmp_path / "c").read_bytes()
     (tmp_path / "c").write_bytes(data[:-cut])
     again = scripted(loaded.model.script)
-    assert complete(again, PROMPTS, markers=None, cache=tmp_path / "c", settings=SETTINGS) == expected
+    assert complete_examples(again, PROMPTS, markers=None, cache=tmp_path / "c", settings=SETTINGS) == expected
     # With only its line break missing the line is whole.
     assert len(again.model.asked) == (0 if cut == 1 else 1)
     third = scripted(loaded.model.script)
-    assert complete(third, PROMPTS, markers=None, cache=tmp_path / "c", settings=SETTINGS) == expected
+    assert complete_examples(third, PROMPTS, markers=None, cache=tmp_path / "c", settings=SETTINGS) == expected
     assert third.model.batches == []
 
 
 @pytest.mark.parametrize("changes", [{"model_id": "other"}, {"max_new_tokens": 9}, {"temperature": 0.5}])
 def test_completions_of_other_settings_are_not_taken(tmp_path, changes):
     loaded = scripted(lambda prompt: "a</s>")
-    complete(loaded, PROMPTS[:1], markers=None, cache=tmp_path / "c", settings=SETTINGS)
+    complete_examples(loaded, PROMPTS[:1], markers=None, cache=tmp_path / "c", settings=SETTINGS)
     changed = GenerationSettings(**{**vars(SETTINGS), **changes})
-    complete(loaded, PROMPTS[:1], markers=None, cache=tmp_path / "c", settings=changed)
+    complete_examples(loaded, PROMPTS[:1], markers=None, cache=tmp_path / "c", settings=changed)
     assert len(loaded.model.batches) == 2
     # How it is batched makes no difference, nor does a seed that nothing is drawn with.
     for same in ({"batch_size": 1}, {"seed": 5}):
         unchanged = GenerationSettings(**{**vars(SETTINGS), **same})
-        complete(loaded, PROMPTS[:1], markers=None, cache=tmp_path / "c", settings=unchanged)
+        complete_examples(loaded, PROMPTS[:1], markers=None, cache=tmp_path / "c", settings=unchanged)
     assert len(loaded.model.batches) == 2
 
 
@@ -234,7 +234,7 @@ def test_equal_prompts_are_completed_once_and_the_longest_come_first(tmp_path):
         seen.append((label, total, unit))
         yield seen.append
 
-    done = complete(
+    done = complete_examples(
         loaded,
         given,
         markers=None,
@@ -279,7 +279,7 @@ def test_what_cannot_be_completed_is_named_before_anything_is_made(tiny, tmp_pat
         example("3", thinking="a</think>"),
     ]
     with pytest.raises(SurgeryError) as caught:
-        complete(tiny("llama"), given, markers=THINK, cache=tmp_path / "c", settings=SETTINGS)
+        complete_examples(tiny("llama"), given, markers=THINK, cache=tmp_path / "c", settings=SETTINGS)
     first, second, third = str(caught.value).split("\n  ")
     assert first == (
         "example 0: has 76 tokens, and 8 more do not fit the model's context of 64. "
@@ -314,7 +314,7 @@ def test_too_little_memory_names_the_batch(tmp_path):
 
     loaded.model.generate = generate
     with pytest.raises(SurgeryError, match=r"scripted: 1 prompts of 12 tokens do not fit the memory. Take a smaller"):
-        complete(loaded, [example("0", "abcdefgh")], markers=None, cache=tmp_path / "c", settings=SETTINGS)
+        complete_examples(loaded, [example("0", "abcdefgh")], markers=None, cache=tmp_path / "c", settings=SETTINGS)
 
 
 def test_text_decoded_alone_keeps_its_first_space():
@@ -357,7 +357,7 @@ def test_vllm_gets_token_ids_and_gives_the_same_kind_of_text(vllm, tmp_path):
     tokenizer.name_or_path = "/models/tiny"
     loaded = ModelAndTokenizer("m", None, tokenizer)
     settings = GenerationSettings("tiny@1", max_new_tokens=8, engine="vllm")
-    done = complete(loaded, PROMPTS, markers=THINK, cache=tmp_path / "c", settings=settings)
+    done = complete_examples(loaded, PROMPTS, markers=THINK, cache=tmp_path / "c", settings=settings)
     assert {(e.thinking, e.closing, e.response) for e in done} == {("Hm.", "</think>", "So.")}
     assert vllm.engines == [("/models/tiny", 0)]
     [(prompts, asked)] = vllm.calls
@@ -366,10 +366,10 @@ def test_vllm_gets_token_ids_and_gives_the_same_kind_of_text(vllm, tmp_path):
     assert {(each.temperature, each.max_tokens, each.seed, tuple(each.stop_token_ids)) for each in asked} == {
         (0.0, 8, None, (END,))
     }
-    complete(loaded, PROMPTS, markers=THINK, cache=tmp_path / "c", settings=settings)
+    complete_examples(loaded, PROMPTS, markers=THINK, cache=tmp_path / "c", settings=settings)
     assert len(vllm.engines) == 1  # all was in the cache
     drawn = GenerationSettings("tiny@1", temperature=0.7, engine="vllm")
-    complete(loaded, PROMPTS, markers=THINK, cache=tmp_path / "c", settings=drawn)
+    complete_examples(loaded, PROMPTS, markers=THINK, cache=tmp_path / "c", settings=drawn)
     assert len({each.seed for each in vllm.calls[1][1]}) == 7
 
 
@@ -377,6 +377,6 @@ def test_without_vllm_its_installation_is_told(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "vllm", None)
     settings = GenerationSettings("m", engine="vllm")
     with pytest.raises(SurgeryError, match=r"engine: vllm is not installed. Install it: pip install vllm"):
-        complete(
+        complete_examples(
             ModelAndTokenizer("m", None, TOKENIZER), PROMPTS, markers=None, cache=tmp_path / "c", settings=settings
         )

@@ -20,19 +20,19 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from probes.model.routers import Router, routed, run_trial
+from probes.model.routers import Router, intercept_routing, run_trial_forward
 from surgery.checkpoint.selectors import Expert
 from surgery.errors import usage_error
 from surgery.models.loaded_model import LoadedModel, hooks
 
-Way = Literal["weight", "renormalised", "logit", "forced"]
+ScalingMethod = Literal["weight", "renormalised", "logit", "forced"]
 Phase = Literal["all", "generated"]
 # The weights of a token that are renormalised have one sum; what rounding leaves of that.
 SAME_SUM = 1e-2
 
 
 @dataclass(frozen=True)
-class Reinforcement:
+class ExpertScaling:
     """What becomes of chosen experts.
 
     scales: expert → β ≥ 0.
@@ -48,12 +48,12 @@ class Reinforcement:
     """
 
     scales: Mapping[Expert, float]
-    way: Way = "weight"
+    way: ScalingMethod = "weight"
     phase: Phase = "all"
 
     def __post_init__(self) -> None:
-        if self.way not in get_args(Way):
-            raise usage_error(f"got {self.way!r}, expected {' or '.join(get_args(Way))}", where="--way")
+        if self.way not in get_args(ScalingMethod):
+            raise usage_error(f"got {self.way!r}, expected {' or '.join(get_args(ScalingMethod))}", where="--way")
         if self.phase not in get_args(Phase):
             raise usage_error(f"got {self.phase!r}, expected {' or '.join(get_args(Phase))}", where="--phase")
         least = 0.0 if self.way != "logit" else math.ulp(0.0)
@@ -82,7 +82,7 @@ class AppliedScaling:
 
 
 @contextmanager
-def scaled_routing(live: LoadedModel, routers: Sequence[Router], how: Reinforcement) -> Iterator[AppliedScaling]:
+def scaled_routing(live: LoadedModel, routers: Sequence[Router], how: ExpertScaling) -> Iterator[AppliedScaling]:
     """Inside, `live` runs with `how`; on exit it is exactly what it was.
 
     Raises:
@@ -119,7 +119,7 @@ def scaled_routing(live: LoadedModel, routers: Sequence[Router], how: Reinforcem
             for router in concerned:
                 stack.enter_context(_logits_raised(live, router, by_layer[router.layer], state))
         else:
-            stack.enter_context(routed(concerned, rewrite))
+            stack.enter_context(intercept_routing(concerned, rewrite))
         yield state
 
 
@@ -146,7 +146,9 @@ def _watching(state: AppliedScaling) -> Any:
     return see
 
 
-def _rewritten(way: Way, scales: Mapping[int, float], index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _rewritten(
+    way: ScalingMethod, scales: Mapping[int, float], index: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
     """index, weights: (T, k) → the same, changed."""
     most = torch.finfo(weights.dtype).max
     if too_large := [scale for scale in scales.values() if scale > most]:
@@ -182,8 +184,8 @@ def _check_renormalises(live: LoadedModel, routers: Sequence[Router]) -> None:
     def see(layer: int, index: Tensor, weights: Tensor) -> None:
         sums.append(weights.sum(1, dtype=torch.float32))
 
-    with routed(routers, see):
-        run_trial(live)
+    with intercept_routing(routers, see):
+        run_trial_forward(live)
     if any(bool(found.max() - found.min() > SAME_SUM * found.abs().max()) for found in sums):
         raise usage_error(
             "does not renormalise its routing weights, so that there is no β before renormalisation",

@@ -19,7 +19,7 @@ from surgery.models import partial_forward as splice
 from surgery.models.loaded_model import LoadedModel
 
 
-class PrefixReader:
+class ProbeForward:
     """Reads the state and the probe's logit at the last position of every row, and what layers are resumed from."""
 
     def __init__(self, live: LoadedModel, weight: Tensor, bias: float) -> None:
@@ -56,7 +56,7 @@ class PrefixReader:
         )
 
 
-def prefix_cache(live: LoadedModel, prefix: Tensor) -> Any:
+def prefill(live: LoadedModel, prefix: Tensor) -> Any:
     """The keys and values of `prefix` (1, T) in every layer."""
     from transformers import DynamicCache
 
@@ -65,7 +65,7 @@ def prefix_cache(live: LoadedModel, prefix: Tensor) -> Any:
     return cache
 
 
-def restore(cache: Any, kept: Sequence[dict[str, Any]], rows: int) -> None:
+def restore_cache(cache: Any, kept: Sequence[dict[str, Any]], rows: int) -> None:
     """The cache as it was behind the prefix, in so many rows. Updates make new tensors, so the old ones are whole."""
     for layer, state in zip(cache.layers, kept, strict=True):
         vars(layer).clear()
@@ -74,18 +74,18 @@ def restore(cache: Any, kept: Sequence[dict[str, Any]], rows: int) -> None:
         layer.values = state["values"].expand(rows, *state["values"].shape[1:])
 
 
-def resuming_fault(reader: PrefixReader, ids: Tensor) -> str | None:
+def why_not_resumable(reader: ProbeForward, ids: Tensor) -> str | None:
     """Why layers cannot be resumed on `ids` (1, T); None if they can."""
     return splice.fault(reader.live, ids, reader.run)
 
 
 @torch.inference_mode()
-def prefix_fault(reader: PrefixReader, ids: Tensor, last: int) -> str | None:
+def why_not_cacheable(reader: ProbeForward, ids: Tensor, last: int) -> str | None:
     """Why the last tokens of `ids` (1, T) cannot be run behind a cached prefix; None where they can."""
     if reader.live.skipped:
         return f"layer {reader.live.skipped[0]} has no attention heads that are understood"
     try:
-        cache = prefix_cache(reader.live, ids[:, :-last])
+        cache = prefill(reader.live, ids[:, :-last])
     except (TypeError, ValueError) as error:  # families with a cache of their own refuse ours (MiniMax)
         return str(error)
     if fault := _cache_fault(cache):
@@ -93,7 +93,7 @@ def prefix_fault(reader: PrefixReader, ids: Tensor, last: int) -> str | None:
     kept, tail = [dict(vars(layer)) for layer in cache.layers], ids[:, -last:]
 
     def over_tail() -> None:
-        restore(cache, kept, 1)
+        restore_cache(cache, kept, 1)
         reader.run(tail, cache)
 
     if not splice.is_near(reader.live, reader.states(ids), reader.states(tail, cache)):
@@ -105,7 +105,7 @@ def _cache_fault(cache: Any) -> str | None:
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     for index, layer in enumerate(cache.layers):
-        # No subclasses: those hold more than keys and values, which `restore` knows nothing of.
+        # No subclasses: those hold more than keys and values, which `restore_cache` knows nothing of.
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             return f"layer {index} keeps other state than keys and values ({type(layer).__name__})"
         if not layer.is_initialized:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probes.data.read import read_data
+from probes.data.reader import read_data
 from surgery import lab
 from surgery.errors import WRONG_USAGE, SurgeryError
 

@@ -13,16 +13,16 @@ from support import refusal as refusing
 from support.refusal import CLOSE, COMPLIES, CONTEXT, OPEN, REFUSES, make_model, rows_of, write_rows
 
 from probes.data.examples import Example
-from probes.data.prepare import (
+from probes.data.preparation import (
     GenerationOptions,
-    Prepared,
+    PreparedData,
     generation_settings,
-    markers_of,
     open_model,
     options_from_findings,
     prepare,
+    resolve_markers,
 )
-from probes.data.read import read_data
+from probes.data.reader import read_data
 from surgery.errors import SurgeryError
 from surgery.io.json_io import jsonable
 from surgery.models.loaded_model import LoadedModel
@@ -40,7 +40,7 @@ def live(model: Path) -> LoadedModel:
 
 def ready(
     live: LoadedModel, folder: Path, rows: Sequence[dict[str, object]], asking: GenerationOptions = GenerationOptions()
-) -> Prepared:
+) -> PreparedData:
     data = read_data(str(write_rows(folder / "rows.jsonl", rows)))
     return prepare(live, data, asking, model_id="m", cache=folder / "cache.jsonl")
 
@@ -86,7 +86,7 @@ def test_the_default_limit_is_what_the_context_leaves_the_longest_prompt_that_is
     asked = Example("0", ({"role": "user", "content": "abc"},), "g")
     given = Example("1", ({"role": "user", "content": "abcdefg" * 20},), "g", thinking="hm", response="Sure")
     settings = generation_settings(
-        live, [asked, given], markers_of(live, GenerationOptions()), GenerationOptions(), model_id="m"
+        live, [asked, given], resolve_markers(live, GenerationOptions()), GenerationOptions(), model_id="m"
     )
     assert settings.max_new_tokens == CONTEXT - len("abc") - 5  # <s> <user> … </s> <bot> [THINK]
     assert generation_settings(live, [], None, GenerationOptions(max_new_tokens=7), model_id="m").max_new_tokens == 7
@@ -102,13 +102,13 @@ def test_all_examples_that_do_not_fit_the_model_are_named(live: LoadedModel, tmp
 
 
 def test_markers_are_found_or_given_or_said_not_to_be(live: LoadedModel) -> None:
-    found = markers_of(live, GenerationOptions())
+    found = resolve_markers(live, GenerationOptions())
     assert found is not None and (found.open, found.close) == (OPEN, CLOSE)
-    given = markers_of(live, GenerationOptions(think_open="<a>", think_close="\n</a>\n"))
+    given = resolve_markers(live, GenerationOptions(think_open="<a>", think_close="\n</a>\n"))
     assert given is not None and (given.opening, given.closing) == ("<a>\n", "\n</a>\n")
-    assert markers_of(live, GenerationOptions(no_thinking=True)) is None
+    assert resolve_markers(live, GenerationOptions(no_thinking=True)) is None
     with pytest.raises(SurgeryError, match="--no-thinking says that there are no markers"):
-        markers_of(live, GenerationOptions(no_thinking=True, think_open=OPEN))
+        resolve_markers(live, GenerationOptions(no_thinking=True, think_open=OPEN))
 
 
 def test_phrases_of_a_file_or_a_list_judge_alike(live: LoadedModel, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_guard_is_loaded_once_and_judges_what_the_data_do_not_say(
             Example(**{**vars(e), "refused": len(e.prompt) > 8 if e.refused is None else e.refused}) for e in examples
         ]
 
-    monkeypatch.setattr("probes.data.prepare.label_by_guard", stand_in)
+    monkeypatch.setattr("probes.data.preparation.label_by_guard", stand_in)
     rows = [
         {"prompt": "abc", "thinking": "hm", "response": "Sure"},
         {"prompt": "abcabcabc", "thinking": "", "response": "a"},

@@ -1,4 +1,4 @@
-"""Promises of probes.experts.degeneration: loops are told from rhetoric, whatever comes before them."""
+"""Promises of probes.experts.repetition: loops are told from rhetoric, whatever comes before them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probes.experts.degeneration import LEAST_TOKENS, LONGEST_PERIOD, TURNS, is_repetitive
+from probes.experts.repetition import LEAST_TOKENS, LONGEST_PERIOD, TURNS, is_repetitive
 
 TOKENS = st.integers(0, 50)
 

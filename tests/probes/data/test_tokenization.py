@@ -11,8 +11,8 @@ from support.chat_tokenizer import CHARACTERS, MARKS, TEMPLATE, make_tokenizer
 from transformers import PreTrainedTokenizer
 
 from probes.data.examples import Example
-from probes.data.markers import Markers, find_markers, never_closed, split_completion, split_given, starts_open
-from probes.data.tokenize import (
+from probes.data.markers import Markers, find_markers, never_closed, split_completion, split_responses, starts_open
+from probes.data.tokenization import (
     build_sequences,
     encode,
     render_prompt,
@@ -164,7 +164,7 @@ def test_the_parts_are_the_text_again(text):
 
 
 def test_given_responses_are_split_once():
-    whole, apart, other, open_ = split_given(
+    whole, apart, other, open_ = split_responses(
         [
             example(response="<think>Hm</think>So"),
             example(thinking="x", response="So"),
@@ -176,7 +176,7 @@ def test_given_responses_are_split_once():
     assert (whole.thinking, whole.closing, whole.response) == ("Hm", "</think>", "So")
     assert (apart.thinking, apart.closing) == ("x", None) and (other.thinking, other.response) == (None, "So")
     assert never_closed([whole, apart, other, open_]) == [open_]
-    assert split_given([whole, other], None) == [whole, other]
+    assert split_responses([whole, other], None) == [whole, other]
 
 
 # Sequences
