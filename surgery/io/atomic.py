@@ -1,4 +1,17 @@
-"""Small files on the disk: written whole or not at all, durably, with errors that say what to do."""
+"""Write files and folders atomically and durably: each appears whole or not at all.
+
+How it works, and what an error, a kill or a power failure leaves behind:
+
+- A file is written under a temporary name in its own folder, fsynced and renamed over its target. A kill leaves the
+  target as it was, and at worst a hidden file `.NAME.xxxxxxxx` beside it.
+- A folder `OUT` is written in `OUT.partial`. When it is complete every file in it is fsynced, then it is renamed to
+  `OUT`, then the folder around it is fsynced. An error or a kill before the rename leaves `OUT.partial`, which the next
+  run resumes or clears.
+- An earlier `OUT` that is to be overwritten is first renamed to `OUT.replaced` and deleted last. A kill between the two
+  renames leaves the old output in `OUT.replaced` and the complete new one in `OUT.partial`.
+
+The order fsync → rename matters: renamed first, a file could be empty after a power failure although it has its name.
+"""
 
 from __future__ import annotations
 
@@ -6,44 +19,33 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from surgery.errors import SurgeryError, usage_error
 
 MANIFEST = "surgery.json"  # marks a folder as an output of this tool
-JOURNAL = "journal.jsonl"  # marks a partial folder whose job can be resumed; see `surgery.engine.journal`
+JOURNAL = "journal.jsonl"  # marks a staging folder whose job can be resumed; see `surgery.engine.journal`
+PARTIAL = ".partial"  # suffix of a staging folder
+REPLACED = ".replaced"  # suffix of an output that is being overwritten
 
 
-def disk_error(error: OSError, path: Path) -> SurgeryError:
-    """The `SurgeryError` for a failed write to `path`."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return SurgeryError(
-            "the disk is full",
-            where=path,
-            hint="Free some space and run the same command again: it goes on where it stopped.",
-        )
-    return SurgeryError(f"cannot be written ({error.strerror})", where=path)
-
-
-def sync(path: Path) -> None:
-    """Returns once the file or folder `path` is on the disk. Raises SurgeryError where it cannot be written."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        raise disk_error(error, path) from error
-    finally:
-        os.close(descriptor)
+def write_file(path: Path, content: bytes | str) -> Path:
+    """Write `content` (text as UTF-8) to `path` atomically, creating its folder; return `path`. Raises SurgeryError."""
+    with atomic_replace(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
 
 
 @contextmanager
 def atomic_replace(path: Path) -> Iterator[Path]:
-    """A file to be written in the block, which at its end takes the place of `path`, with the mode that `path` had.
+    """Yield a temporary file to write to; at the end of the block it replaces `path` and takes over its mode.
+
+    After an error in the block `path` is unchanged and the temporary file is gone.
 
     Raises:
-        SurgeryError: it cannot be written; then, as after any error in the block, `path` is what it was.
+        SurgeryError: the file cannot be written.
     """
     temporary: Path | None = None
     try:
@@ -52,11 +54,11 @@ def atomic_replace(path: Path) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        # mkstemp's file is for its owner alone; results are to be passed on.
+        # mkstemp makes files that only their owner can read; results are to be passed on.
         temporary.chmod(path.stat().st_mode if path.exists() else 0o644)
-        sync(temporary)
+        fsync_path(temporary)
         temporary.replace(path)
-        sync(path.parent)
+        fsync_path(path.parent)
     except OSError as error:
         raise disk_error(error, path) from error
     finally:
@@ -64,25 +66,39 @@ def atomic_replace(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_file(path: Path, content: bytes | str) -> Path:
-    """Writes `content` (text in UTF-8) to `path`, whole or not at all. Raises SurgeryError."""
-    with atomic_replace(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
+@contextmanager
+def atomic_folder(
+    out: Path, *, overwrite: bool = False, keep: Collection[str] = (), suffix: str = PARTIAL
+) -> Iterator[Path]:
+    """Yield a staging folder to fill; at the end of the block it is made durable and becomes `out`.
 
+    After an error in the block `out` is unchanged and the staging folder stays, as after a kill; the next call clears
+    it. Errors of the block pass through unchanged.
 
-def partial_path(out: Path) -> Path:
-    """The folder in which `out` is made."""
-    return out.with_name(out.name + ".partial")
-
-
-def create_partial_folder(out: Path, *, overwrite: bool) -> Path:
-    """Create the empty folder in which `out` is written; leftovers of an earlier run in it are deleted.
+    Args:
+        overwrite: replace an earlier `out`, and discard a resumable job in the staging folder. Whether `out` may be
+            replaced is for `check_free` to say, before the work begins.
+        keep: names of files at the top of the staging folder that survive from a killed run, such as caches of
+            finished work. They are deleted just before the commit, so that a kill until then loses none of them.
+        suffix: what is appended to the name of `out` to name the staging folder.
 
     Raises:
-        SurgeryError: the folder holds a job that can be resumed and `overwrite` is false; it cannot be created.
+        SurgeryError: as `create_partial_folder` and `commit_folder`.
     """
-    partial = partial_path(out)
+    partial = create_partial_folder(out, overwrite=overwrite, keep=keep, suffix=suffix)
+    yield partial
+    for name in keep:
+        remove_path(partial / name)
+    commit_folder(partial, out, overwrite=overwrite)
+
+
+def create_partial_folder(out: Path, *, overwrite: bool, keep: Collection[str] = (), suffix: str = PARTIAL) -> Path:
+    """Create the folder in which `out` is written; what a killed run left in it is deleted, except the files in `keep`.
+
+    Raises:
+        SurgeryError: a resumable job (one with a journal) is in it and `overwrite` is off; it cannot be written.
+    """
+    partial = partial_path(out, suffix)
     # A journal marks hours of work of `surgery.engine`, which a quick command must not throw away unasked.
     if (partial / JOURNAL).exists() and not overwrite:
         raise usage_error(
@@ -91,21 +107,44 @@ def create_partial_folder(out: Path, *, overwrite: bool) -> Path:
             hint="Choose another folder, or add --overwrite.",
         )
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        if not keep:
+            remove_path(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+        for path in partial.iterdir():
+            if path.name not in keep:
+                remove_path(path)
     except OSError as error:
         raise disk_error(error, partial) from error
     return partial
 
 
-def file_sizes(folder: Path) -> dict[str, int]:
-    """Return the size in bytes of every file under `folder`, by its path relative to it."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+def commit_folder(partial: Path, out: Path, *, overwrite: bool) -> None:
+    """Make everything in `partial` durable and rename it to `out`; with `overwrite` an earlier `out` is deleted.
+
+    Raises:
+        SurgeryError: it cannot be written. Then either `out` is still the earlier one, or `partial` is complete.
+    """
+    replaced = partial_path(out, REPLACED)
+    try:
+        for path in (*sorted(partial.rglob("*")), partial):
+            fsync_path(path)
+        if overwrite and out.exists():
+            shutil.rmtree(replaced, ignore_errors=True)  # left by a kill between the two renames
+            out.rename(replaced)
+        partial.rename(out)
+        fsync_path(out.parent)
+    except OSError as error:
+        raise disk_error(error, out) from error
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def partial_path(out: Path, suffix: str = PARTIAL) -> Path:
+    """Return the path of the staging folder of `out`."""
+    return out.with_name(out.name + suffix)
 
 
 def check_free(out: Path, *, overwrite: bool) -> None:
-    """Raises SurgeryError where `out` exists and may not be replaced."""
+    """Raise SurgeryError if `out` exists and may not be replaced: only our own outputs are ever overwritten."""
     if not out.exists():
         return
     if not overwrite:
@@ -119,7 +158,10 @@ def check_free(out: Path, *, overwrite: bool) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copies one small file, making its folder. Raises SurgeryError where it cannot be written."""
+    """Copy one small file into a staging folder, creating the target's folder. Raises SurgeryError.
+
+    Not atomic by itself: the commit of the staging folder makes it durable.
+    """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
@@ -127,14 +169,37 @@ def copy_file(source: Path, target: Path) -> None:
         raise disk_error(error, target) from error
 
 
-def commit_folder(partial: Path, out: Path, *, overwrite: bool) -> None:
-    """Makes everything in `partial` durable and renames it to `out`; with `overwrite` an earlier `out` gives way."""
-    for path in (*partial.rglob("*"), partial):
-        sync(path)
-    replaced = out.with_name(out.name + ".replaced")
-    if overwrite and out.exists():
-        shutil.rmtree(replaced, ignore_errors=True)  # left by a kill between the two renames
-        out.rename(replaced)
-    partial.rename(out)
-    sync(out.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Return the size in bytes of every file under `folder`, by its path relative to it."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def remove_path(path: Path) -> None:
+    """Remove a file, a symbolic link (not what it points to) or a folder; do nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def fsync_path(path: Path) -> None:
+    """Block until the file or folder `path` is on the disk. Raises SurgeryError if it cannot be written."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        os.close(descriptor)
+
+
+def disk_error(error: OSError, path: Path) -> SurgeryError:
+    """Return the SurgeryError for a failed write to `path`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return SurgeryError(
+            "the disk is full",
+            where=path,
+            hint="Free some space and run the same command again: it goes on where it stopped.",
+        )
+    return SurgeryError(f"cannot be written ({error.strerror})", where=path)

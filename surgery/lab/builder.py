@@ -9,13 +9,13 @@ from __future__ import annotations
 import difflib
 import fcntl
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.errors import SurgeryError, listing, usage_error
+from surgery.io.atomic import atomic_folder
 from surgery.lab import python_text
 from surgery.lab.recipe import (
     AnyRecipe,
@@ -186,7 +186,10 @@ def _python_text() -> Path:
     folder = _cache() / "lab" / python_text.key()
     if not folder.is_dir():
         with _kept(folder.parent), _alone(folder.parent):
-            _write_whole(folder, python_text.write)
+            # Another process may have finished it while this one waited for the lock.
+            if not folder.is_dir():
+                with atomic_folder(folder) as partial:
+                    python_text.write(partial)
     return folder
 
 
@@ -198,7 +201,11 @@ def _make_missing(name: str, recipe: AnyRecipe, progress: Progress | None) -> No
     member = MEMBERS[name]
     parent = None if member.parent is None else path_of(member.parent, recipe=recipe)
 
-    def write(partial: Path) -> None:
+    folder = path_of(name, recipe=recipe)
+    if folder.is_dir():
+        return
+    # A killed build is begun anew: training is too short to be worth continuing.
+    with atomic_folder(folder) as partial:
         match recipe:
             case ReasoningRecipe():
                 make.make(name, member.form, parent, partial, recipe=recipe, progress=progress)
@@ -208,23 +215,6 @@ def _make_missing(name: str, recipe: AnyRecipe, progress: Progress | None) -> No
                 cliff.make(name, parent, partial, recipe=recipe, progress=progress)
             case MoeRecipe():
                 experts.make(name, partial, recipe=recipe, progress=progress)
-
-    _write_whole(path_of(name, recipe=recipe), write)
-
-
-def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Makes `folder` with what `write` writes, unless it exists."""
-    if folder.is_dir():
-        return
-    partial = folder.with_name(f"{folder.name}.partial")
-    # Left behind by a build that was killed; training is too short to be worth continuing.
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    write(partial)
-    for path in (*sorted(partial.iterdir()), partial):
-        _sync(path)
-    partial.rename(folder)
-    _sync(folder.parent)
 
 
 @contextmanager
@@ -268,11 +258,3 @@ def _cache() -> Path:
     if own:
         return Path(own).expanduser()
     return (Path(shared) if shared else Path.home() / ".cache") / "surgery"
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
