@@ -116,7 +116,7 @@ def test_the_installed_program_leaves_with_the_commands_exit_code_and_all_of_its
 @pytest.mark.slow
 def test_ctrl_c_is_told_in_a_line_and_leaves_with_130() -> None:
     script = (
-        "import time, surgery.checkpoint.inspect\nfrom cli import main, models\n"
+        "import time, surgery.checkpoint.inspect\nfrom cli import main\nfrom cli.commands import models\n"
         "def work(*_, **__): print('working', flush=True); time.sleep(60)\n"
         "models.console.show_json = work\nmain.program()"
     )

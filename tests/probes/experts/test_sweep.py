@@ -163,7 +163,7 @@ def test_the_phase_generated_cannot_choose_by_what_is_scored_in_one_pass(
 
 
 def test_a_metric_that_is_better_when_lower_is_refused(live: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    from probes.experts import sweep_beta as expert_sweep
+    from probes.experts import sweep as expert_sweep
 
     stub_tasks(monkeypatch, lambda asked: 0.5)
     plain = expert_sweep.on_tasks

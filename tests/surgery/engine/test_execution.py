@@ -150,8 +150,9 @@ KILLED = textwrap.dedent(
     sys.path[:0] = [{tests!r}]
     for module in ("surgery.checkpoint.reader", "surgery.engine.computation", "surgery.engine.plan"):
         setattr(__import__(module, fromlist=["SEGMENT"]), "SEGMENT", 64)
-    from surgery.engine.execution import Options, execute
-    from test_execute import plan_transfer
+    from surgery.engine.execution import execute
+    from surgery.engine.options import ExecutionOptions
+    from test_execution import plan_transfer
     countdown, parent = int(sys.argv[2]), os.getpid()
     if sys.argv[3] == "forks":
         from surgery.runtime import environment as process
@@ -170,7 +171,7 @@ KILLED = textwrap.dedent(
     import surgery.engine.journal
     surgery.engine.journal.Journal.append = counted(surgery.engine.journal.Journal.append)
     folder = Path(sys.argv[1])
-    execute(plan_transfer(folder), folder / "out", Options(threads=2), finish=lambda f, o: None)
+    execute(plan_transfer(folder), folder / "out", ExecutionOptions(threads=2), finish=lambda f, o: None)
     print("finished")
     """
 )

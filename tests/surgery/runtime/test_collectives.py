@@ -37,10 +37,10 @@ import torch
 from safetensors.torch import save_file
 
 sys.path[:0] = sys.argv[3:]
-from test_parallel import everything
+from test_collectives import everything
 from support.models import open_folder
 from probes.model.activations import token_budget
-from surgery.runtime.collectives import own_device, share, wait
+from surgery.runtime.collectives import barrier, local_device, map_over_ranks
 from surgery.runtime.environment import rank
 
 torch.set_num_threads(1)
@@ -55,15 +55,15 @@ def trial(tokens):
 
 card = SimpleNamespace(device=torch.device("cuda"), name="card")
 budget = token_budget(card, 100, trial, start=16000)
-(out / f"{rank()}.json").write_text(json.dumps({"texts": texts, "budget": budget, "device": own_device("cuda")}))
-wait()
+(out / f"{rank()}.json").write_text(json.dumps({"texts": texts, "budget": budget, "device": local_device("cuda")}))
+barrier()
 
 def fail(item):
     if item == 3:
         raise ValueError("item 3 is no good")
     return item
 
-share(range(4), fail)
+map_over_ranks(range(4), fail)
 """
 
 

@@ -18,7 +18,7 @@ from support.hub_server import HubServer
 from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.growth.data import corpus
 from surgery.growth.data.corpus import Document, commits_of, documents, fingerprint, open_corpus, shuffled
-from surgery.lab.builder import build as family
+from surgery.lab import builder as family
 
 
 def texts(*refs: str | Path, field: str = "text") -> list[str]:

@@ -208,7 +208,7 @@ from support.growth import train
 from safetensors.torch import save_file
 from accelerate import PartialState
 from surgery.errors import SurgeryError
-from surgery.runtime.collectives import wait
+from surgery.runtime.collectives import barrier
 from surgery.runtime.environment import rank
 from test_loop import KINDS
 
@@ -221,7 +221,7 @@ if how == "fsdp":
     }
     # Accelerate shards on accelerators only: told that these are some, it uses the same code with gloo on CPUs.
     from accelerate.utils import DistributedType
-    wait()
+    barrier()
     PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
 
 found, weights = {}, {}
