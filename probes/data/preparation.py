@@ -71,14 +71,14 @@ def options_from_findings(settings: Mapping[str, Any]) -> GenerationOptions:
 class PreparedData:
     """Examples with thinking, response and verdict, and their tokens, in the order of the data.
 
-    markers: None where the model does not think. lost: examples whose thinking never closed; they are left out.
+    markers: None where the model does not think. unfinished: examples whose thinking never closed; they are left out.
     generated: how many were completed by the model.
     """
 
     examples: tuple[Example, ...]
     sequences: tuple[TokenSequence, ...]
     markers: Markers | None
-    lost: tuple[Example, ...]
+    unfinished: tuple[Example, ...]
     generated: int
 
 

@@ -60,7 +60,7 @@ def to_findings(analysis: Analysis) -> Findings:
         settings=_settings_record(analysis),
         markers=None if prepared.markers is None else {k: str(v) for k, v in asdict(prepared.markers).items()},
         cells=dict(cliff_measures.counts([example.cell for example in prepared.examples])),
-        never_closed=len(prepared.lost),
+        never_closed=len(prepared.unfinished),
         generated=prepared.generated,
         warnings=_warnings(analysis),
         folds=analysis.fitted.probes.folds,
@@ -166,9 +166,9 @@ def _warnings(analysis: Analysis) -> list[str]:
             f"{last.auroc:.3f} [{last.auroc_low:.3f}, {last.auroc_high:.3f}]): its cliffs and heads mean nothing."
         )
     for prepared, name in ((analysis.prepared, "examples"), (analysis.transfer, "examples of the second data set")):
-        if prepared is not None and prepared.lost:
+        if prepared is not None and prepared.unfinished:
             warnings.append(
-                f"{len(prepared.lost)} {name} were left out: their thinking never closed. Raise --max-new-tokens."
+                f"{len(prepared.unfinished)} {name} were left out: their thinking never closed. Raise --max-new-tokens."
             )
     return warnings
 

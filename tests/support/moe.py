@@ -402,4 +402,4 @@ def stub_tasks(
 
 def no_pictures(patch: pytest.MonkeyPatch) -> None:
     """Leaves reports out, which take longer than all the rest."""
-    patch.setattr("probes.experts.run.write_expert_report", lambda folder, *, name: folder)
+    patch.setattr("probes.experts.results.write_expert_report", lambda folder, *, name: folder)

@@ -54,7 +54,7 @@ def test_what_is_given_is_kept_in_the_order_of_the_data_and_nothing_is_generated
         (row["prompt"], row["thinking"], row["response"], row["label"]) for row in rows
     ]
     assert [s.key for s in found.sequences] == [e.key for e in found.examples] == [str(at) for at in range(8)]
-    assert found.generated == 0 and found.lost == () and not (tmp_path / "cache.jsonl").exists()
+    assert found.generated == 0 and found.unfinished == () and not (tmp_path / "cache.jsonl").exists()
 
 
 def test_what_lacks_is_written_by_the_model_and_judged_by_the_list_of_phrases(
@@ -73,7 +73,7 @@ def test_what_lacks_is_written_by_the_model_and_judged_by_the_list_of_phrases(
 def test_thinking_that_never_closes_is_set_apart(live: LoadedModel, tmp_path: Path) -> None:
     rows = [*rows_of({"harmful/refused": 1}, whole=False), {"prompt": "ab_c", "label": "harmful"}]
     found = ready(live, tmp_path, rows)
-    assert [e.prompt for e in found.lost] == ["ab_c"] and found.lost[0].response == ""
+    assert [e.prompt for e in found.unfinished] == ["ab_c"] and found.unfinished[0].response == ""
     assert len(found.examples) == len(found.sequences) == 1 and found.generated == 2
 
 

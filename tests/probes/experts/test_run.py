@@ -191,16 +191,16 @@ import sys
 from pathlib import Path
 
 sys.path[:0] = sys.argv[2:]
-from test_experts import BARE, ONE_THREAD, THINKING
+from test_run import BARE, ONE_THREAD, THINKING
 from probes.experts.run import probe_experts
 from probes.experts.npmi import Support
-from probes.data.preparation import Asking
+from probes.data.preparation import GenerationOptions
 import torch
 
 torch.set_num_threads(1)
 bench = Path(sys.argv[1])
 probe_experts(
-    str(bench / "m"), str(bench / "bare.jsonl"), THINKING, Path("run"), asking=Asking(batch_size=4),
+    str(bench / "m"), str(bench / "bare.jsonl"), THINKING, Path("run"), asking=GenerationOptions(batch_size=4),
     support=Support(fires=10), batch_tokens=60, transfer=str(bench / "d.jsonl"), options=ONE_THREAD,
 )
 """
