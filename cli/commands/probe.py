@@ -291,8 +291,8 @@ def experts(
 ) -> None:
     """Count which experts fire at the markers of thinking, rank them by nPMI, try how strongly to reinforce them."""
     from probes.data.preparation import GenerationOptions
-    from probes.experts.npmi import Support
     from probes.experts.run import probe_experts
+    from probes.experts.scoring import Support
     from probes.experts.sweep import BetaGrid, parse_betas
     from probes.model.expert_scaling import Phase, ScalingMethod
     from surgery.errors import usage_error

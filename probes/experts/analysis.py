@@ -12,7 +12,7 @@ from probes.data.probe_run import ProbeRun
 from probes.data.records import interval_record
 from probes.data.tokenization import encode, render_prompt
 from probes.experts.findings import ExpertRecord, SweepRecord
-from probes.experts.npmi import ExpertScores, Support, check_markers, score_experts
+from probes.experts.scoring import ExpertScores, Support, check_markers, score_experts
 from probes.experts.sweep import BetaGrid, sweep_beta
 from probes.model.expert_norms import norm_ratios
 from probes.model.routers import Router, find_routers

@@ -11,8 +11,8 @@ from probes.data.preparation import data_record, model_record
 from probes.data.records import interval_record, write_examples
 from probes.experts.analysis import ExpertAnalysis, ScoredData
 from probes.experts.findings import ExpertFindings, MarkerRecord, OverlapRecord, write_expert_findings
-from probes.experts.npmi import ranking_overlap
 from probes.experts.report import write_expert_report
+from probes.experts.scoring import ranking_overlap
 from probes.model.routing import PARTS
 from surgery.io.json_io import jsonable
 

@@ -17,8 +17,8 @@ from probes.data.preparation import GenerationOptions
 from probes.data.probe_run import open_run
 from probes.experts.analysis import ExpertSettings, analyse
 from probes.experts.findings import ExpertFindings
-from probes.experts.npmi import Support
 from probes.experts.results import to_findings, write_run
+from probes.experts.scoring import Support
 from probes.experts.sweep import BetaGrid, check_tasks
 from surgery.engine.options import ExecutionOptions
 from surgery.errors import usage_error

@@ -30,8 +30,8 @@ from probes.data.generation_cache import Completion, GenerationCache
 from probes.data.preparation import GENERATIONS, GenerationOptions
 from probes.data.records import check_model, read_examples
 from probes.experts.findings import ExpertFindings, read_expert_findings
-from probes.experts.npmi import Support
 from probes.experts.run import probe_experts
+from probes.experts.scoring import Support
 from probes.experts.sweep import CHOICE, BetaGrid
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.options import ExecutionOptions
@@ -193,7 +193,7 @@ from pathlib import Path
 sys.path[:0] = sys.argv[2:]
 from test_run import BARE, ONE_THREAD, THINKING
 from probes.experts.run import probe_experts
-from probes.experts.npmi import Support
+from probes.experts.scoring import Support
 from probes.data.preparation import GenerationOptions
 import torch
 

@@ -30,7 +30,7 @@ from support.processes import run_ranks
 from torch import Tensor
 
 from probes.data.examples import TokenSequence
-from probes.experts.npmi import score_experts
+from probes.experts.scoring import score_experts
 from probes.model.routers import find_routers, intercept_routing
 from probes.model.routing import BLOCKS, PARTS, Marker, RoutingCounts, block_count, count_routing, parse_marker
 from surgery.errors import WRONG_USAGE, SurgeryError

@@ -14,15 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probes.experts.npmi import (
+from probes.experts.association import npmi
+from probes.experts.scoring import (
     ExpertScores,
     Support,
     check_markers,
-    false_discovery_rates,
-    npmi,
     ranking_overlap,
     score_experts,
 )
+from probes.experts.significance import false_discovery_rates
 from probes.model.routing import Marker, RoutingCounts
 from surgery.checkpoint.selectors import Expert
 from surgery.errors import SurgeryError
@@ -289,7 +289,7 @@ def test_results_repeat_and_can_be_written_as_json() -> None:
 def test_wide_models_are_resampled_in_pieces_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = drawn(np.full((2, 8), 0.1), np.full((2, 8), 0.3))
     whole = score_experts(counts, MARKERS, resamples=100)
-    monkeypatch.setattr("probes.experts.npmi.MOST_NUMBERS", 3 * 100 * 3)
+    monkeypatch.setattr("probes.experts.significance.MOST_NUMBERS", 3 * 100 * 3)
     for row, one in zip(score_experts(counts, MARKERS, resamples=100), whole, strict=True):
         assert (row.name, row.why) == (one.name, one.why) and numbers_of(row) == pytest.approx(
             numbers_of(one), abs=1e-12
