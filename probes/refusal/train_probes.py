@@ -33,8 +33,7 @@ from probes.refusal.probe import LayerMetrics as LayerMetrics
 from probes.refusal.probe import Probes as Probes
 from surgery.engine.workers import default_threads
 from surgery.errors import SurgeryError, listing, usage_error
-from surgery.evaluation.harness import wilson
-from surgery.evaluation.statistics import Floats, auroc, bootstrap_auroc, brier, ece
+from surgery.evaluation.statistics import Floats, auroc, bootstrap_auroc, brier, ece, wilson_interval
 from surgery.runtime.progress import Progress, silent
 
 WITHOUT = {
@@ -267,7 +266,7 @@ def _measure(logits: Floats, labelled: LabeledExamples, seed: int, shuffled: Seq
     area = bootstrap_auroc(logits, refused, groups=labelled.groups, seed=seed)
     right = (logits >= 0) == refused
     weights, _ = cell_weights(labelled)
-    low, high = wilson(float(right.sum()), len(right))
+    low, high = wilson_interval(float(right.sum()), len(right))
     chance = math.fsum(shuffled) / len(shuffled) if shuffled else None
     return LayerMetrics(
         auroc=area.value,

@@ -26,8 +26,7 @@ from probes.model.ablation import heads_edited
 from probes.model.activations import CPU_TOKENS, TokenBatch, make_batches
 from surgery.checkpoint.selectors import Head
 from surgery.errors import SurgeryError
-from surgery.evaluation.harness import wilson
-from surgery.evaluation.statistics import EstimateWithInterval, Floats, bootstrap_mean
+from surgery.evaluation.statistics import EstimateWithInterval, Floats, bootstrap_mean, wilson_interval
 from surgery.models.loaded_model import LoadedModel
 from surgery.runtime.collectives import map_over_ranks
 from surgery.runtime.progress import Progress, silent
@@ -66,7 +65,7 @@ class Rate:
         """The share of `flags` that are true; NaN of none."""
         if not flags:
             return cls(math.nan, math.nan, math.nan, 0)
-        low, high = wilson(float(sum(flags)), len(flags))
+        low, high = wilson_interval(float(sum(flags)), len(flags))
         return cls(sum(flags) / len(flags), low, high, len(flags))
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import SurgeryError, listing, usage_error
-from surgery.evaluation.scoring import Measure, Score, Z
+from surgery.evaluation.scoring import Measure, Score
+from surgery.evaluation.statistics import Z, wilson_interval
 from surgery.models.loading import ModelAndTokenizer
 from surgery.runtime.quiet import quiet
 
@@ -59,16 +60,6 @@ def on_tasks(
     manager = _find_tasks(tasks)
     asked = _Asked(manager, limit, batch_size, chat, seed, part)
     return [partial(_score, task=task, asked=asked) for task in dict.fromkeys(tasks)]
-
-
-def wilson(successes: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927): (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n)."""
-    share, spread = successes / n, Z * Z / n
-    centre = share + spread / 2
-    half = math.sqrt(share * (1 - share) * spread + spread * spread / 4)
-    # At shares of 0 and 1 a bound is the share itself; rounding must not carry it past.
-    low, high = (centre - half) / (1 + spread), (centre + half) / (1 + spread)
-    return max(0.0, min(share, low)), min(1.0, max(share, high))
 
 
 @dataclass(frozen=True)
@@ -148,7 +139,7 @@ def _task_scores(model: str, task: str, row: Mapping[str, Any], results: Mapping
             if sample["filter"] == sieve and metric in sample
         ]
         if _is_share(samples, value):
-            low, high = wilson(float(sum(samples)), len(samples))
+            low, high = wilson_interval(float(sum(samples)), len(samples))
         else:
             spread = Z * float(error) if isinstance(error, int | float) else math.nan
             low, high = value - spread, value + spread

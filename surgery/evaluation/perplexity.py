@@ -20,7 +20,8 @@ from torch.nn import functional
 
 from surgery import lab
 from surgery.errors import SurgeryError, usage_error
-from surgery.evaluation.scoring import Measure, Score, Z
+from surgery.evaluation.scoring import Measure, Score
+from surgery.evaluation.statistics import Z
 from surgery.models.loading import ModelAndTokenizer
 from surgery.runtime.progress import Progress, silent
 from surgery.runtime.quiet import quiet

@@ -13,9 +13,6 @@ from surgery.errors import usage_error
 from surgery.models.loading import ModelAndTokenizer, load_model
 from surgery.runtime.progress import Advance, Progress, silent
 
-# The 97.5 % quantile of the normal distribution: the half-width of a 95 % interval in standard errors.
-Z = 1.959963984540054
-
 
 @dataclass(frozen=True)
 class Score:

@@ -22,8 +22,7 @@ from probes.refusal.logistic import LabeledExamples, assign_folds, cell_weights,
 from probes.refusal.probe import Probes
 from probes.refusal.train_probes import confounds, evaluate_transfer, train_probes
 from surgery.errors import SurgeryError
-from surgery.evaluation.harness import wilson
-from surgery.evaluation.statistics import auroc
+from surgery.evaluation.statistics import auroc, wilson_interval
 
 REFUSED, COMPLIED, ANSWERED = "harmful/refused", "harmless/complied", "harmful/complied"
 
@@ -141,7 +140,7 @@ def test_metrics_tell_signal_from_noise_and_from_nothing() -> None:
     truth = np.array(data().refused)
     assert signal.auroc == auroc(held, truth)
     assert signal.accuracy == ((held >= 0.5) == truth).mean() == signal.balanced_accuracy
-    assert (signal.accuracy_low, signal.accuracy_high) == wilson(60 * signal.accuracy, 60)
+    assert (signal.accuracy_low, signal.accuracy_high) == wilson_interval(60 * signal.accuracy, 60)
     assert signal.auroc_interval.value == signal.auroc and signal.auroc_interval.low == signal.auroc_low <= 1
 
 

@@ -6,15 +6,14 @@ import socket
 import sys
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from support.lab import family
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.evaluation import harness as module
-from surgery.evaluation.harness import on_tasks, wilson
+from surgery.evaluation.harness import on_tasks
 from surgery.evaluation.scoring import Score, score_models
+from surgery.evaluation.statistics import wilson_interval
 from surgery.lab.builder import MEMBERS, RECIPE
 from surgery.models.loading import ModelAndTokenizer
 
@@ -47,7 +46,7 @@ def test_every_lab_model_is_asked_in_its_own_format(no_network):
     for score in scores:
         recorded = json.loads((models[score.model] / "trainer_state.json").read_text())["greedy_accuracy"]
         assert score.value == pytest.approx(recorded, abs=NEAR_TIES)
-        assert (score.low, score.high) == pytest.approx(wilson(round(score.value * 400), 400))
+        assert (score.low, score.high) == pytest.approx(wilson_interval(round(score.value * 400), 400))
 
 
 def test_each_specialist_knows_its_own_domain_only(no_network):
@@ -143,23 +142,6 @@ def test_without_the_extra_the_error_says_how_to_install_it(monkeypatch, tmp_pat
         evaluate({"any": tmp_path}, ["lab_sums"])
 
 
-@pytest.mark.parametrize(
-    ("successes", "n", "low", "high"),
-    # Newcombe (1998), table I, method 3.
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
-)
-def test_wilson_agrees_with_published_intervals(successes, n, low, high):
-    assert wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
-
-
-@given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_wilson_holds_the_share_and_stays_between_zero_and_one(case):
-    successes, n = case
-    low, high = wilson(successes, n)
-    assert 0 <= low <= successes / n <= high <= 1
-    assert low < high
-
-
 def harness_answer(row, samples=(), **more):
     return {"results": {"task": row}, "samples": {"task": list(samples)}, "n-samples": {}, **more}
 
@@ -195,8 +177,8 @@ def test_filters_are_named_where_there_are_several():
         {"filter": "flexible", "exact_match": 1},
     ]
     assert module._read("m", "task", harness_answer(row, samples)) == [
-        Score("m", "task", "exact_match (strict)", 0.5, *wilson(1, 2), 2),
-        Score("m", "task", "exact_match (flexible)", 1.0, *wilson(2, 2), 2),
+        Score("m", "task", "exact_match (strict)", 0.5, *wilson_interval(1, 2), 2),
+        Score("m", "task", "exact_match (flexible)", 1.0, *wilson_interval(2, 2), 2),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Statistics: equal to what brute force counts, and intervals that hold the truth about as often as they say."""
+"""Statistics equal brute force, and intervals cover the truth about as often as they claim."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from surgery.evaluation.statistics import (
     ece,
     percentile_interval,
     spearman,
+    wilson_interval,
 )
 
 labelled_scores = st.lists(st.tuples(st.integers(0, 6), st.booleans(), st.integers(0, 3)), min_size=2, max_size=30)
@@ -77,6 +78,28 @@ def test_auroc_intervals_hold_the_truth() -> None:
         estimate = bootstrap_auroc(generator.normal(size=100) + truth, truth, groups=names, resamples=200)
         held += estimate.low <= 0.7602 <= estimate.high  # Φ(1/√2)
     assert 88 <= held <= 100
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    # Newcombe (1998), table I, method 3.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_agrees_with_published_intervals(successes: int, n: int, low: float, high: float) -> None:
+    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@settings(deadline=None)  # the first import of scipy.stats takes longer
+@given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_is_scipys_and_contains_the_share(case: tuple[int, int]) -> None:
+    from scipy.stats import binomtest
+
+    successes, n = case
+    low, high = wilson_interval(successes, n)
+    assert 0 <= low <= successes / n <= high <= 1
+    assert low < high
+    expected = binomtest(successes, n).proportion_ci(method="wilson")
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-14)
 
 
 def test_calibration_error_by_hand() -> None:
