@@ -61,7 +61,7 @@ def heads(
     as_json: o.Json = False,
 ) -> None:
     """Scale attention heads in the checkpoint, exactly, and measure refusals, KL and perplexity before keeping it."""
-    from probes.refusal.edit import EffectOptions, HeadSelection, Mode, edit_heads
+    from probes.refusal.edit import EditMode, EffectOptions, HeadSelection, edit_heads
 
     repair = edit_heads(
         model,
@@ -72,7 +72,7 @@ def heads(
             proven=proven,
             heads=head or (),
             scale=scale,
-            mode=cast("Mode", o.choice(mode, ("scale", "mean"), "mode")),
+            mode=cast("EditMode", o.choice(mode, ("scale", "mean"), "mode")),
         ),
         measuring=EffectOptions(data=data, wanted=not no_measure, examples=examples, force=force),
         dtype=dtype,

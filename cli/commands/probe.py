@@ -107,8 +107,8 @@ def refusal(
         )
     from probes.data.generation import Engine
     from probes.data.preparation import GenerationOptions
-    from probes.refusal.analysis import Form
-    from probes.refusal.cross_validated import Cells, ProbeTraining
+    from probes.refusal.analysis import AttributionForm
+    from probes.refusal.fitted_probes import ProbeTraining, TrainingCells
     from probes.refusal.run import probe_refusal
 
     asking = GenerationOptions(
@@ -124,7 +124,10 @@ def refusal(
         guard=guard,
     )
     training = ProbeTraining(
-        cells=cast("Cells", o.choice(cells, ("all", "paper"), "cells")), folds=folds, strength=strength, seed=seed
+        cells=cast("TrainingCells", o.choice(cells, ("all", "paper"), "cells")),
+        folds=folds,
+        strength=strength,
+        seed=seed,
     )
     findings = probe_refusal(
         model,
@@ -133,7 +136,7 @@ def refusal(
         transfer=transfer,
         asking=asking,
         training=training,
-        attribution=cast("Form", o.choice(attribution, ("exact", "paper"), "attribution")),
+        attribution=cast("AttributionForm", o.choice(attribution, ("exact", "paper"), "attribution")),
         limit=limit,
         dtype=dtype,
         batch_tokens=batch_tokens,
@@ -173,11 +176,11 @@ def heads(
     as_json: o.Json = False,
 ) -> None:
     """Prove by ablation which of the screened heads suppress refusal: alone, in sets, and against random sets."""
-    from probes.refusal.causal import Kind, ProofOptions, prove_heads
+    from probes.refusal.causal_proof import AblationKind, ProofOptions, prove_heads
 
     proof = ProofOptions(
         top=top,
-        kind=cast("Kind", o.choice(ablate, ("scale", "mean", "resample"), "ablate")),
+        kind=cast("AblationKind", o.choice(ablate, ("scale", "mean", "resample"), "ablate")),
         scale=scale,
         positions=None if positions == "all" else o.count(positions, "positions"),
         budget=kl_budget,
@@ -210,15 +213,15 @@ def judge(
     as_json: o.Json = False,
 ) -> None:
     """Choose the few examples worth training on: those with the deepest cliffs (Cliff-as-a-Judge)."""
-    from probes.refusal import judging
+    from probes.refusal import cliff_judge
 
-    selection = judging.judge(
+    selection = cliff_judge.judge(
         model,
         run,
         data,
         out,
         top=top,
-        style=cast("judging.Style", o.choice(style, ("trl", "llama-factory"), "style")),
+        style=cast("cliff_judge.RowStyle", o.choice(style, ("trl", "llama-factory"), "style")),
         limit=limit,
         dtype=dtype,
         batch_tokens=batch_tokens,
@@ -377,7 +380,7 @@ def _show_experts(findings: ExpertFindings, run: Path, *, as_json: bool) -> None
 def _show(findings: Findings, run: Path, *, as_json: bool, last: int = 0) -> None:
     """The tables, or only the last ones."""
     from probes.data.records import REPORT
-    from probes.refusal.report import sentences, tables
+    from probes.refusal.report import summary_sentences, tables
 
     if as_json:
         console.show_json(findings.model_dump(mode="json"))
@@ -385,7 +388,7 @@ def _show(findings: Findings, run: Path, *, as_json: bool, last: int = 0) -> Non
     for warning in findings.warnings:
         console.warn(warning)
     console.show(*tables(findings)[-last:])
-    for sentence in sentences(findings)[-last:]:
+    for sentence in summary_sentences(findings)[-last:]:
         console.tell(sentence)
     console.tell(f"Report: {run / REPORT}")
 
@@ -400,7 +403,7 @@ def _watch(
     *,
     as_json: bool,
 ) -> None:
-    from probes.refusal.live import live_probe
+    from probes.refusal.live_trace import live_probe
 
     found = live_probe(
         model,

@@ -17,7 +17,7 @@ from probes.experts.sweep import BetaGrid, sweep_beta
 from probes.model.expert_norms import norm_ratios
 from probes.model.routers import Router, find_routers
 from probes.model.routing import Marker, RoutingCounts, count_routing, parse_marker
-from probes.side_effects.compare import prompts_of
+from probes.side_effects.compare import bare_prompts
 from surgery.checkpoint.selectors import Expert
 from surgery.errors import usage_error
 from surgery.evaluation.statistics import EstimateWithInterval
@@ -177,5 +177,5 @@ def _expert_records(data: ScoredData) -> list[ExpertRecord]:
 
 def _bare_prompts(tokenizer: Any, prepared: PreparedData) -> list[tuple[int, ...]]:
     """Return each prompt once, as ids, without thinking and response."""
-    bare = prompts_of(prepared.examples, len(prepared.examples), any_topic=True)
+    bare = bare_prompts(prepared.examples, len(prepared.examples), any_topic=True)
     return [encode(tokenizer, render_prompt(tokenizer, example, prepared.markers)) for example in bare]

@@ -21,15 +21,15 @@ from probes.experts.findings import ExpertFindings, read_expert_findings
 from probes.experts.repetition import is_repetitive
 from probes.side_effects.compare import (
     EffectRow,
-    answers_of,
+    bare_prompts,
     counts_text,
     divergence_by_topic,
     divergence_rows,
     effects_table,
-    is_measured,
-    prompts_of,
-    record_of,
+    generate_answers,
+    manifest_record,
     share_text,
+    should_measure,
 )
 from probes.side_effects.effects import Rate
 from surgery.checkpoint.checkpoint import Checkpoint, loadable_folder
@@ -115,7 +115,7 @@ def edit_experts(
             without a run, the tokenizer does not say how the model thinks; the answers collapse; else as
             `surgery.edits.experts.scale_experts`.
     """
-    measured = is_measured("edit experts", wanted=wanted, dry_run=dry_run, run=choice.run, data=data)
+    measured = should_measure("edit experts", wanted=wanted, dry_run=dry_run, run=choice.run, data=data)
     checkpoint = open_checkpoint(model)
     findings = None if choice.run is None else read_expert_findings(choice.run)
     if findings is not None and choice.run is not None:
@@ -186,13 +186,13 @@ def _measure(
     options: ExecutionOptions,
     kept: list[ExpertEffects],
 ) -> Measure:
-    prompts = prompts_of(rows, most, any_topic=True)
+    prompts = bare_prompts(rows, most, any_topic=True)
 
     def measure(folder: Path) -> EditNotes:
         before = open_model(model, device=options.device, dtype=dtype)
         after = open_model(folder, device=options.device, dtype=dtype, name="the edited model")
         markers = resolve_markers(before, asking)
-        first, second = (answers_of(live, prompts, asking, markers, options) for live in (before, after))
+        first, second = (generate_answers(live, prompts, asking, markers, options) for live in (before, after))
         lost = {row.key for row in never_closed(first)}
         whole = [row for row in first if row.key not in lost]
         kl, perplexity = divergence_by_topic(before, after, whole, markers, options)
@@ -211,7 +211,7 @@ def _measure(
                 hint="Use a smaller --scale or fewer experts, or add --force.",
             )
         kept[:] = [found]
-        return EditNotes(record_of(found), found.table().to_markdown())
+        return EditNotes(manifest_record(found), found.table().to_markdown())
 
     return measure
 

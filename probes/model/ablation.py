@@ -98,7 +98,7 @@ def ablate_each_head(
 
 
 @contextmanager
-def heads_edited(
+def ablated_heads(
     live: LoadedModel, scales: Mapping[Head, float], means: Mapping[int, Tensor] | None = None
 ) -> Iterator[None]:
     """Inside, every forward pass runs with z ← scale · z of these heads, at all positions: what baking does.

@@ -14,11 +14,11 @@ from probes.data.probe_run import ProbeRun
 from probes.model.residual_stream import trace_residual_stream
 from probes.refusal import cliffs as cliff_measures
 from probes.refusal.cliffs import RefusalCliff
-from probes.refusal.cross_validated import FittedProbes, ProbeTraining, fit_probes, trace, transfer_to
+from probes.refusal.fitted_probes import FittedProbes, ProbeTraining, fit_probes, measure_transfer, trace_scores
 from probes.refusal.head_attribution import HeadAttribution, attribute_heads
-from probes.refusal.probe import LayerMetrics
+from probes.refusal.linear.probes import LayerMetrics
 
-Form = Literal["exact", "paper"]
+AttributionForm = Literal["exact", "paper"]
 # A mean over fewer examples than this would rank heads by the accidents of one prompt.
 LEAST_SCORED = 3
 # Heads are scored where suppression can be seen: on harmful prompts that were answered, if there are enough of them.
@@ -26,17 +26,17 @@ SCORED_ON = ("harmful/complied", "harmful/refused", "unknown/complied", "unknown
 
 
 @dataclass(frozen=True)
-class ProbeSettings:
+class RefusalSettings:
     """How prepared examples are analysed; the fields are those of `probe_refusal`."""
 
     training: ProbeTraining
-    attribution: Form
+    attribution: AttributionForm
     limit: int | None
     batch_tokens: int | None
 
 
 @dataclass(frozen=True, eq=False)
-class Analysis:
+class RefusalAnalysis:
     """What one run measured, before it is turned into findings.
 
     prepared, transfer: the examples, and those of the second data set.
@@ -47,7 +47,7 @@ class Analysis:
     """
 
     run: ProbeRun
-    settings: ProbeSettings
+    settings: RefusalSettings
     prepared: PreparedData
     transfer: PreparedData | None
     fitted: FittedProbes
@@ -64,7 +64,9 @@ class Analysis:
         return [example for example in self.prepared.examples if example.cell == self.cell]
 
 
-def analyse(run: ProbeRun, prepared: PreparedData, transfer: PreparedData | None, settings: ProbeSettings) -> Analysis:
+def analyse(
+    run: ProbeRun, prepared: PreparedData, transfer: PreparedData | None, settings: RefusalSettings
+) -> RefusalAnalysis:
     """Train the probes on `prepared`, test them on `transfer`, trace the examples and score the heads.
 
     Raises:
@@ -75,13 +77,13 @@ def analyse(run: ProbeRun, prepared: PreparedData, transfer: PreparedData | None
     fitted = fit_probes(live, examples, sequences, settings.training, max_tokens=max_tokens, progress=progress)
     transfer_metrics = None
     if transfer is not None:
-        transfer_metrics = transfer_to(
+        transfer_metrics = measure_transfer(
             live, transfer.examples, transfer.sequences, fitted, max_tokens=max_tokens, progress=progress
         )
     depth = live.n_depths - 1
-    traces = trace(live, sequences, fitted, max_tokens=max_tokens, progress=progress)
+    traces = trace_scores(live, sequences, fitted, max_tokens=max_tokens, progress=progress)
     cliffs = [
-        cliff_measures.measure(sequence, scores[:, depth].numpy(), cell=example.cell, group=example.group)
+        cliff_measures.measure_cliff(sequence, scores[:, depth].numpy(), cell=example.cell, group=example.group)
         for example, sequence, scores in zip(examples, sequences, traces, strict=True)
     ]
     cell = _cell_to_score(examples)
@@ -94,12 +96,12 @@ def analyse(run: ProbeRun, prepared: PreparedData, transfer: PreparedData | None
         max_tokens=max_tokens,
         progress=progress,
     )
-    return Analysis(
+    return RefusalAnalysis(
         run, settings, prepared, transfer, fitted, transfer_metrics, depth, traces, cliffs, cell=cell, heads=heads
     )
 
 
 def _cell_to_score(examples: Sequence[Example]) -> str:
-    counts = cliff_measures.counts([example.cell for example in examples])
+    counts = cliff_measures.count_cells([example.cell for example in examples])
     largest = max(counts, key=lambda cell: counts[cell])
     return next((cell for cell in SCORED_ON if counts.get(cell, 0) >= LEAST_SCORED), largest)

@@ -63,7 +63,7 @@ class CellCliffs:
 
 
 @dataclass(frozen=True, eq=False)
-class TraceMean:
+class MeanTrace:
     """A mean score with its band, whose last column is the last token before the answer; tokens of closing template
     in most of its examples."""
 
@@ -71,7 +71,7 @@ class TraceMean:
     closing: int
 
 
-def measure(sequence: TokenSequence, scores: Sequence[float] | Floats, *, cell: str, group: str) -> RefusalCliff:
+def measure_cliff(sequence: TokenSequence, scores: Sequence[float] | Floats, *, cell: str, group: str) -> RefusalCliff:
     """One example's cliff. scores: at least up to the last token before the answer."""
     trace = np.asarray(scores, dtype=np.float64)[: sequence.decision + 1]
     if len(trace) <= sequence.decision:
@@ -102,7 +102,7 @@ def measure(sequence: TokenSequence, scores: Sequence[float] | Floats, *, cell: 
     )
 
 
-def by_cell(cliffs: Sequence[RefusalCliff], *, seed: int = 0) -> dict[str, CellCliffs]:
+def mean_cliffs(cliffs: Sequence[RefusalCliff], *, seed: int = 0) -> dict[str, CellCliffs]:
     """The means of every cell, of the examples with any thinking; cells without such are absent."""
     found = {}
     for cell in sorted({cliff.cell for cliff in cliffs}):
@@ -121,14 +121,14 @@ def by_cell(cliffs: Sequence[RefusalCliff], *, seed: int = 0) -> dict[str, CellC
     return found
 
 
-def curves(
+def mean_traces(
     sequences: Sequence[TokenSequence],
     traces: Sequence[Floats],
     cells: Sequence[str],
     groups: Sequence[str],
     *,
     seed: int = 0,
-) -> dict[str, TraceMean]:
+) -> dict[str, MeanTrace]:
     """The average trace of every cell, over thinking and closing template, aligned at the last token before the answer.
 
     A curve reaches back as far as at least `LEAST_TRACES` of its traces do (all of them, where there are fewer).
@@ -144,16 +144,16 @@ def curves(
         first = int(np.flatnonzero(kept)[0])
         band = bootstrap_mean(values[:, first:], mask[:, first:], groups=[groups[at] for at in rows], seed=seed)
         closing = statistics.mode(len(sequences[at].span("closing")) for at in rows)
-        found[cell] = TraceMean(band, closing)
+        found[cell] = MeanTrace(band, closing)
     return found
 
 
-def worst(cliffs: Sequence[RefusalCliff], count: int) -> list[RefusalCliff]:
+def most_misaligned(cliffs: Sequence[RefusalCliff], count: int) -> list[RefusalCliff]:
     """The `count` examples with the largest misalignment score, largest first; ties by key. Cliff-as-a-Judge."""
     known = [cliff for cliff in cliffs if cliff.thinking]
     return sorted(known, key=lambda cliff: (-cliff.misalignment, cliff.key))[:count]
 
 
-def counts(cells: Sequence[str]) -> Mapping[str, int]:
+def count_cells(cells: Sequence[str]) -> Mapping[str, int]:
     """Cell → examples, sorted by name."""
     return {cell: list(cells).count(cell) for cell in sorted(set(cells))}

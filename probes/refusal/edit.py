@@ -20,15 +20,15 @@ from probes.refusal.findings import HEADS, Findings, read_findings
 from probes.side_effects.compare import (
     TOPICS,
     EffectRow,
-    answers_of,
+    bare_prompts,
     counts_text,
     divergence_by_topic,
     divergence_rows,
     effects_table,
-    is_measured,
-    prompts_of,
-    record_of,
+    generate_answers,
+    manifest_record,
     share_text,
+    should_measure,
 )
 from probes.side_effects.effects import Rate, refusal_rates
 from surgery.checkpoint.checkpoint import Checkpoint
@@ -41,7 +41,7 @@ from surgery.engine.options import ExecutionOptions
 from surgery.errors import SurgeryError, usage_error
 from surgery.reporting.report import Table
 
-Mode = Literal["scale", "mean"]
+EditMode = Literal["scale", "mean"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class HeadSelection:
     proven: bool = False
     heads: Sequence[str] = ()
     scale: float = 0.0
-    mode: Mode = "scale"
+    mode: EditMode = "scale"
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,9 @@ def edit_heads(
         SurgeryError: no heads, or heads that are not there; findings of another model; means without a bias to hold
             them; refusal of harmful prompts fell; else as `surgery.edits.heads.scale_heads`.
     """
-    measured = is_measured("edit heads", wanted=measuring.wanted, dry_run=dry_run, run=choice.run, data=measuring.data)
+    measured = should_measure(
+        "edit heads", wanted=measuring.wanted, dry_run=dry_run, run=choice.run, data=measuring.data
+    )
     checkpoint = open_checkpoint(model)
     findings = None if choice.run is None else read_findings(choice.run)
     if findings is not None and choice.run is not None:
@@ -226,7 +228,7 @@ def _measure(
     else:
         assert run is not None
         examples = read_examples(run)
-    prompts = prompts_of(examples, measuring.examples)
+    prompts = bare_prompts(examples, measuring.examples)
     if not any(example.topic == "harmful" for example in prompts):
         raise usage_error(
             "no example is harmful, so that it cannot be seen whether refusal fell",
@@ -239,7 +241,7 @@ def _measure(
         before = open_model(model, device=options.device, dtype=dtype)
         after = open_model(folder, device=options.device, dtype=dtype, name="the edited model")
         markers = resolve_markers(before, asking)
-        answers = [answers_of(live, prompts, asking, markers, options) for live in (before, after)]
+        answers = [generate_answers(live, prompts, asking, markers, options) for live in (before, after)]
         lost = [{example.key for example in never_closed(rows)} for rows in answers]
         judged = [judge([row for row in rows if row.key not in gone]) for rows, gone in zip(answers, lost, strict=True)]
         rates = [refusal_rates(rows) for rows in judged]
@@ -252,7 +254,7 @@ def _measure(
         if not measuring.force:
             _refuse_a_fall(found, checkpoint.ref)
         kept[:] = [found]
-        return EditNotes(record_of(found), found.table().to_markdown())
+        return EditNotes(manifest_record(found), found.table().to_markdown())
 
     return measure
 

@@ -42,7 +42,7 @@ HeadIndex = tuple[int, int]  # layer, head
 Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 
-def head_map(
+def head_map_figure(
     title: str,
     values: ArrayLike,
     *,
@@ -105,7 +105,7 @@ def head_map(
     return finished(canvas, title, caption)
 
 
-def screen_against_proof(
+def screen_figure(
     title: str,
     attribution: Sequence[float],
     effect: Sequence[float],

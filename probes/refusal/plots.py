@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from probes.refusal.head_plots import head_map as head_map
-from probes.refusal.head_plots import screen_against_proof as screen_against_proof
 from surgery.errors import SurgeryError
 from surgery.evaluation.statistics import Band, Floats
 from surgery.reporting.plots import (
@@ -221,7 +219,7 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[float], name: str, colour:
     return (known[-1] if known else 0.0, name, colour)
 
 
-def layer_auroc(
+def layer_auroc_figure(
     title: str,
     auroc: Sequence[PlotInterval],
     *,
@@ -253,7 +251,7 @@ def layer_auroc(
     return finished(canvas, title, caption)
 
 
-def histogram(
+def histogram_figure(
     title: str,
     cells: Mapping[str, Sequence[float]],
     *,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from probes.data.examples import Example, TokenSequence
 from probes.data.records import REPORT, IntervalRecord, read_examples
 from probes.refusal import plots
-from probes.refusal.cliffs import curves
+from probes.refusal.cliffs import mean_traces
 from probes.refusal.findings import (
     TRACES,
     CausalRecord,
@@ -22,7 +22,8 @@ from probes.refusal.findings import (
     ProbeRecord,
     read_findings,
 )
-from probes.refusal.train_probes import CELLS
+from probes.refusal.head_plots import head_map_figure, screen_figure
+from probes.refusal.linear.training import CELLS
 from surgery.checkpoint.selectors import Head
 from surgery.evaluation.statistics import EstimateWithInterval, Floats
 from surgery.reporting.report import Column, Figure, Report, Table, Value
@@ -46,7 +47,7 @@ def tables(findings: Findings) -> list[Table]:
     return found
 
 
-def sentences(findings: Findings) -> list[str]:
+def summary_sentences(findings: Findings) -> list[str]:
     """The finding in words."""
     last = findings.probes[findings.depth]
     said = [
@@ -78,7 +79,7 @@ def sentences(findings: Findings) -> list[str]:
 def write_report(folder: Path, *, name: str) -> Path:
     """Writes report.html and its pictures into a run's folder, from what lies there. `name` is what it is called."""
     findings = read_findings(folder)
-    page = Report(f"The refusal cliff of {findings.model.ref}", " ".join(sentences(findings)))
+    page = Report(f"The refusal cliff of {findings.model.ref}", " ".join(summary_sentences(findings)))
     for warning in findings.warnings:
         page.add(f"Note: {warning}")
     for name in PICTURES:
@@ -103,7 +104,7 @@ def figures(folder: Path, findings: Findings) -> dict[str, Figure]:
     """The pictures, by the table that each stands above."""
     found: dict[str, Figure] = {}
     examples, sequences, traces = read_traces(folder)
-    drawn = curves(sequences, traces, [e.cell for e in examples], [e.group for e in examples])
+    drawn = mean_traces(sequences, traces, [e.cell for e in examples], [e.group for e in examples])
     if drawn:
         closing = max(curve.closing for curve in drawn.values())
         longest = max(len(curve.band.mean) for curve in drawn.values())
@@ -116,7 +117,7 @@ def figures(folder: Path, findings: Findings) -> dict[str, Figure]:
             "are 95 % intervals by bootstrap over groups. Curves end where fewer than three examples reach back.",
         )
     if findings.heads:
-        found["heads"] = plots.head_map(
+        found["heads"] = head_map_figure(
             "What each head writes along the probe, at the last token before the answer",
             _head_values(findings),
             marked=_marked(findings),
@@ -124,7 +125,7 @@ def figures(folder: Path, findings: Findings) -> dict[str, Figure]:
             caption=f"Mean over {findings.heads_n} {findings.heads_cell} examples. Outlined: of the {SHOWN_HEADS} "
             f"lowest, those whose interval lies below 0, and that write at least {MARKED:.0%} of what the lowest does.",
         )
-    found["probes"] = plots.layer_auroc(
+    found["probes"] = plots.layer_auroc_figure(
         "Where refusal can be read",
         [row.auroc.estimate for row in findings.probes],
         selectivity=[row.selectivity for row in findings.probes],
@@ -133,7 +134,7 @@ def figures(folder: Path, findings: Findings) -> dict[str, Figure]:
     )
     misalignment = _misalignment(examples, sequences, traces)
     if misalignment:
-        found["misalignment"] = plots.histogram(
+        found["misalignment"] = plots.histogram_figure(
             "Misalignment: plateau less final score", misalignment, caption="One value per example."
         )
     if findings.causal is not None:
@@ -321,7 +322,7 @@ def _proof_figures(findings: Findings, causal: CausalRecord) -> dict[str, Figure
     by_name = {Head(row.layer, row.head): row for row in causal.effects}
     rows = [row for row in findings.heads if row.name in by_name]
     marked = set(causal.candidates)
-    found["screen"] = plots.screen_against_proof(
+    found["screen"] = screen_figure(
         "Screen against proof",
         [findings.score_of(row) for row in rows],
         [by_name[row.name].effect.value or 0.0 for row in rows],

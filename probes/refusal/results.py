@@ -17,8 +17,7 @@ from torch import Tensor
 from probes.data.preparation import data_record, model_record
 from probes.data.records import interval_record, write_examples
 from probes.refusal import cliffs as cliff_measures
-from probes.refusal.analysis import Analysis
-from probes.refusal.cross_validated import PAPER_CELLS
+from probes.refusal.analysis import RefusalAnalysis
 from probes.refusal.findings import (
     HEADS,
     PROBES,
@@ -29,9 +28,10 @@ from probes.refusal.findings import (
     ProbeRecord,
     write_findings,
 )
+from probes.refusal.fitted_probes import PAPER_CELLS
 from probes.refusal.head_attribution import HeadAttribution
-from probes.refusal.probe import LayerMetrics
-from probes.refusal.train_probes import confounds
+from probes.refusal.linear.probes import LayerMetrics
+from probes.refusal.linear.training import find_confounds
 from surgery.errors import SurgeryError
 from surgery.evaluation.statistics import EstimateWithInterval, bootstrap_mean
 from surgery.io.json_io import jsonable
@@ -44,7 +44,7 @@ UNEXPLAINED = {torch.float32: 1e-3, torch.float64: 1e-6}
 UNEXPLAINED_HALF = 0.1
 
 
-def to_findings(analysis: Analysis) -> Findings:
+def to_findings(analysis: RefusalAnalysis) -> Findings:
     """Return the findings of an analysis.
 
     Raises:
@@ -59,7 +59,7 @@ def to_findings(analysis: Analysis) -> Findings:
         data=data_record(run.data),
         settings=_settings_record(analysis),
         markers=None if prepared.markers is None else {k: str(v) for k, v in asdict(prepared.markers).items()},
-        cells=dict(cliff_measures.counts([example.cell for example in prepared.examples])),
+        cells=dict(cliff_measures.count_cells([example.cell for example in prepared.examples])),
         never_closed=len(prepared.unfinished),
         generated=prepared.generated,
         warnings=_warnings(analysis),
@@ -79,7 +79,7 @@ def to_findings(analysis: Analysis) -> Findings:
     )
 
 
-def write_run(folder: Path, findings: Findings, analysis: Analysis) -> None:
+def write_run(folder: Path, findings: Findings, analysis: RefusalAnalysis) -> None:
     """Write all files of a run into `folder`: tensors, examples, results.json and the report."""
     # Matplotlib is slow to import, and only the process that writes needs it.
     from probes.refusal.report import write_report
@@ -149,15 +149,15 @@ def _cliff_records(cliffs: Sequence[cliff_measures.RefusalCliff]) -> list[CliffR
             onset=row.onset,
             **{name: interval_record(getattr(row, name), row.n) for name in CLIFF_MEASURES},
         )
-        for cell, row in cliff_measures.by_cell(cliffs).items()
+        for cell, row in cliff_measures.mean_cliffs(cliffs).items()
     ]
 
 
-def _warnings(analysis: Analysis) -> list[str]:
+def _warnings(analysis: RefusalAnalysis) -> list[str]:
     all_cells = analysis.settings.training.cells == "all"
     cells = [e.cell for e in analysis.prepared.examples if all_cells or e.cell in PAPER_CELLS]
     probes = analysis.fitted.probes
-    warnings = [*confounds(cells), *probes.notes]
+    warnings = [*find_confounds(cells), *probes.notes]
     last = probes.metrics[-1]
     # `not >` and not `<=`: a bound that is NaN is no evidence either.
     if not last.auroc_low > 0.5:
@@ -173,7 +173,7 @@ def _warnings(analysis: Analysis) -> list[str]:
     return warnings
 
 
-def _settings_record(analysis: Analysis) -> dict[str, Any]:
+def _settings_record(analysis: RefusalAnalysis) -> dict[str, Any]:
     settings = analysis.settings
     return {
         "asking": jsonable(asdict(analysis.run.asking)),
@@ -183,7 +183,7 @@ def _settings_record(analysis: Analysis) -> dict[str, Any]:
     }
 
 
-def _save_traces(path: Path, analysis: Analysis) -> None:
+def _save_traces(path: Path, analysis: RefusalAnalysis) -> None:
     traces = analysis.traces
     tensors = {
         "scores": torch.cat([trace[:, analysis.depth] for trace in traces]).contiguous(),

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from probes.data.preparation import GenerationOptions, refusal_phrases
 from probes.data.probe_run import open_run
-from probes.refusal.analysis import Form, ProbeSettings, analyse
-from probes.refusal.cross_validated import ProbeTraining
+from probes.refusal.analysis import AttributionForm, RefusalSettings, analyse
 from probes.refusal.findings import Findings
+from probes.refusal.fitted_probes import ProbeTraining
 from probes.refusal.results import to_findings, write_run
 from surgery.engine.options import ExecutionOptions
 from surgery.errors import usage_error
@@ -32,7 +32,7 @@ def probe_refusal(
     transfer: str | None = None,
     asking: GenerationOptions = GenerationOptions(),
     training: ProbeTraining = ProbeTraining(),
-    attribution: Form = "exact",
+    attribution: AttributionForm = "exact",
     limit: int | None = None,
     dtype: str = "auto",
     batch_tokens: int | None = None,
@@ -57,7 +57,7 @@ def probe_refusal(
         # The findings keep the phrases themselves: later verdicts must not depend on what has become of their file.
         asking = replace(asking, phrases=tuple(refusal_phrases(asking)))
     run = open_run(model, data, out, transfer=transfer, asking=asking, limit=limit, dtype=dtype, options=options)
-    settings = ProbeSettings(training, attribution, limit, batch_tokens)
+    settings = RefusalSettings(training, attribution, limit, batch_tokens)
     analysis = analyse(run, run.prepare(), run.prepare_transfer(), settings)
     findings = to_findings(analysis)
     run.write(lambda folder: write_run(folder, findings, analysis))

@@ -17,7 +17,7 @@ from probes.data.generation import complete_examples, context_length
 from probes.data.markers import Markers
 from probes.data.preparation import GenerationOptions, generation_settings
 from probes.data.tokenization import build_sequences
-from probes.side_effects.effects import ComparedModel, Rate, divergences
+from probes.side_effects.effects import ComparedModel, Rate, measure_divergence
 from surgery.engine.options import ExecutionOptions
 from surgery.errors import usage_error
 from surgery.io.json_io import jsonable
@@ -30,7 +30,7 @@ EffectRow = tuple[str, str, str, str | None]  # measure, original, edited, promp
 ALL = "all"  # the topic of examples that do not say theirs
 
 
-def prompts_of(examples: Sequence[Example], most: int, *, any_topic: bool = False) -> list[Example]:
+def bare_prompts(examples: Sequence[Example], most: int, *, any_topic: bool = False) -> list[Example]:
     """The prompts alone, each once, of each topic the first `most`; those without one only with `any_topic`."""
     seen: set[tuple[str | None, str]] = set()
     found: list[Example] = []
@@ -44,7 +44,7 @@ def prompts_of(examples: Sequence[Example], most: int, *, any_topic: bool = Fals
     return found
 
 
-def answers_of(
+def generate_answers(
     live: LoadedModel,
     prompts: Sequence[Example],
     asking: GenerationOptions,
@@ -81,7 +81,7 @@ def divergence_by_topic(
         sequences = build_sequences(
             before.tokenizer, rows, markers, max_tokens=context_length(before.model), where=before.name
         )
-        found = divergences(
+        found = measure_divergence(
             ComparedModel(before), {"edit": ComparedModel(after)}, sequences, progress=options.progress
         )["edit"]
         mean = found.mean_kl([example.group for example in rows])
@@ -90,7 +90,7 @@ def divergence_by_topic(
     return kl, perplexity
 
 
-def record_of(found: Any) -> dict[str, Any]:
+def manifest_record(found: Any) -> dict[str, Any]:
     """What was measured, as the manifest keeps it."""
     record = jsonable(found)
     assert isinstance(record, dict)
@@ -135,7 +135,7 @@ def _answers_on(topic: str) -> str:
     return "its answers" if topic == ALL else f"its {topic} answers"
 
 
-def is_measured(command: str, *, wanted: bool, dry_run: bool, run: Path | None, data: str | None) -> bool:
+def should_measure(command: str, *, wanted: bool, dry_run: bool, run: Path | None, data: str | None) -> bool:
     """Whether an edit measures what it does before it is kept: it must be wanted, and there must be prompts.
 
     Raises:

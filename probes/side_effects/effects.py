@@ -22,7 +22,7 @@ from torch import Tensor
 
 from probes.data.examples import Example, TokenSequence
 from probes.data.generation import generate_texts
-from probes.model.ablation import heads_edited
+from probes.model.ablation import ablated_heads
 from probes.model.activations import CPU_TOKENS, TokenBatch, make_batches
 from surgery.checkpoint.selectors import Head
 from surgery.errors import SurgeryError
@@ -47,7 +47,7 @@ class ComparedModel:
     @contextmanager
     def running(self) -> Iterator[None]:
         """The edit is on inside."""
-        with heads_edited(self.live, self.scales, self.means):
+        with ablated_heads(self.live, self.scales, self.means):
             yield
 
 
@@ -91,7 +91,7 @@ class Divergence:
         return math.exp(float(self.nll_before.sum()) / total), math.exp(float(self.nll_after.sum()) / total)
 
 
-def divergences(
+def measure_divergence(
     before: ComparedModel,
     afters: Mapping[str, ComparedModel],
     sequences: Sequence[TokenSequence],
@@ -125,7 +125,7 @@ def divergences(
     }
 
 
-def answer(
+def greedy_answers(
     subject: ComparedModel,
     sequences: Sequence[TokenSequence],
     *,

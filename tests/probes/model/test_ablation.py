@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.models import FAMILIES, MORE, WINDOW, hook_count, make_live, make_sequences, maker, probe_for
 from torch import Tensor
 
-from probes.model.ablation import Ablation, ablate_each_head, all_heads, heads_edited
+from probes.model.ablation import Ablation, ablate_each_head, ablated_heads, all_heads
 from probes.refusal.head_attribution import head_inputs
 from surgery.checkpoint.selectors import Head
 from surgery.errors import WRONG_USAGE, SurgeryError
@@ -278,7 +278,7 @@ def test_a_forward_that_was_replaced_before_stands_again_after(tmp_path):
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt2"])
 def test_a_sweep_inside_an_edit_starts_from_the_edit(name, last, lives):
     live = lives(name)
-    with heads_edited(live, {Head(0, 1): 0.0, Head(1, 3): 0.5}):
+    with ablated_heads(live, {Head(0, 1): 0.0, Head(1, 3): 0.5}):
         fast, plain = swept(live, last=last), swept(live, last=last, method=PLAIN)
     size = float(plain.effects.abs().max())
     assert float((fast.ablated - plain.ablated).abs().max()) <= 1e-5 * size
@@ -298,7 +298,7 @@ def test_edited_heads_are_the_same_edit_in_the_weights(name, dtype, tmp_path):
     live = make_live(name, tmp_path, dtype=dtype)
     plain = logits_of(live)
     scales = {Head(0, 1): 0.0, Head(1, 0): 0.5, Head(1, 3): -1.0}  # powers of two: exact in any format
-    with heads_edited(live, scales):
+    with ablated_heads(live, scales):
         edited = logits_of(live)
     assert torch.equal(logits_of(live), plain)
     with torch.no_grad():
@@ -315,7 +315,7 @@ def test_heads_set_to_their_means_are_removed_ones_with_a_bias(name, tmp_path):
     live = make_live(name, tmp_path)
     means = {layer: rows[0, 0] for layer, rows in values_for(live, 1).items()}
     chosen = (Head(0, 1), Head(1, 0))
-    with heads_edited(live, dict.fromkeys(chosen, 0.7), means):
+    with ablated_heads(live, dict.fromkeys(chosen, 0.7), means):
         edited = logits_of(live)
     addends = []
     for head in chosen:
@@ -323,14 +323,14 @@ def test_heads_set_to_their_means_are_removed_ones_with_a_bias(name, tmp_path):
         block = projection.block(head.index)
         written = projection.matrix[:, block] @ means[head.layer][block]
         addends.append(projection.module.register_forward_hook(lambda m, i, output, w=written: output + w))
-    with hooks(*addends), heads_edited(live, dict.fromkeys(chosen, 0.0)):
+    with hooks(*addends), ablated_heads(live, dict.fromkeys(chosen, 0.0)):
         torch.testing.assert_close(logits_of(live), edited, atol=1e-4, rtol=1e-4)
 
 
 def test_an_edit_of_no_heads_is_none(lives):
     live = lives("llama")
     plain = logits_of(live)
-    with heads_edited(live, {}):
+    with ablated_heads(live, {}):
         assert torch.equal(logits_of(live), plain)
 
 
@@ -339,7 +339,7 @@ def test_an_edit_of_no_heads_is_none(lives):
 def test_edits_are_gone_afterwards_also_after_an_exception(scales, lives):
     live = lives("llama")
     before = hook_count(live)
-    with pytest.raises(KeyboardInterrupt), heads_edited(live, scales):
+    with pytest.raises(KeyboardInterrupt), ablated_heads(live, scales):
         assert hook_count(live) == before + len({head.layer for head in scales})
         raise KeyboardInterrupt
     assert hook_count(live) == before
@@ -385,7 +385,7 @@ def test_bad_input_gives_a_clear_line(how, message, lives):
 def test_layers_that_were_skipped_have_no_heads_to_name(lives):
     with (
         pytest.raises(SurgeryError, match="qwen3_next: has no head L0H0"),
-        heads_edited(lives("qwen3_next"), {Head(0, 0): 0}),
+        ablated_heads(lives("qwen3_next"), {Head(0, 0): 0}),
     ):
         pass
     assert {head.layer for head in all_heads(lives("qwen3_next"))} == {3}
@@ -395,6 +395,6 @@ def test_layers_that_were_skipped_have_no_heads_to_name(lives):
 def test_means_that_do_not_fit_are_refused(means, lives):
     with (
         pytest.raises(SurgeryError, match="means: layer 1 needs means of 32 numbers"),
-        heads_edited(lives("llama"), {Head(1, 0): 0.0}, means),
+        ablated_heads(lives("llama"), {Head(1, 0): 0.0}, means),
     ):
         pass

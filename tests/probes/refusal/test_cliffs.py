@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probes.data.examples import TokenSequence
-from probes.refusal.cliffs import RefusalCliff, by_cell, counts, curves, measure, worst
+from probes.refusal.cliffs import RefusalCliff, count_cells, mean_cliffs, mean_traces, measure_cliff, most_misaligned
 from surgery.errors import SurgeryError
 
 CELL = "harmful/complied"
@@ -24,7 +24,7 @@ def sequence(prompt, thinking, closing, answer=2, key="x"):
 
 def measured(scores, prompt, thinking, closing, *, key="x", cell=CELL, group="g"):
     given = sequence(prompt, thinking, closing, answer=len(scores) - prompt - thinking - closing, key=key)
-    return measure(given, scores, cell=cell, group=group)
+    return measure_cliff(given, scores, cell=cell, group=group)
 
 
 def test_a_hand_made_cliff_is_measured_as_defined():
@@ -81,7 +81,7 @@ def test_what_comes_after_the_decision_changes_nothing(after):
 
 def test_a_trace_that_ends_too_early_is_an_error():
     with pytest.raises(SurgeryError, match="x: its trace has 3 scores, and 4 tokens stand before the answer"):
-        measure(sequence(1, 2, 1), [0.1, 0.9, 0.8], cell=CELL, group="g")
+        measure_cliff(sequence(1, 2, 1), [0.1, 0.9, 0.8], cell=CELL, group="g")
 
 
 def rows_of(*scores, cell=CELL):
@@ -94,7 +94,7 @@ def rows_of(*scores, cell=CELL):
 def test_cells_are_means_over_examples_with_thinking():
     rows = rows_of([0.9, 0.5], [0.5, 0.7], []) + rows_of([0.3], cell="harmless/complied")
     rows.append(measured([0.1, 0.2], 1, 0, 1, cell="harmless/refused"))
-    found = by_cell(rows)
+    found = mean_cliffs(rows)
     assert list(found) == ["harmful/complied", "harmless/complied"]  # the cell without any thinking is absent
     cell = found[CELL]
     assert cell.n == 2
@@ -108,8 +108,8 @@ def test_cells_are_means_over_examples_with_thinking():
 def test_a_cells_onset_is_the_median_of_those_that_fall():
     rows = rows_of([0.9, 0.2], [0.9, 0.9], [0.9, 0.2, 0.2], [0.2, 0.2])
     assert [row.onset for row in rows] == [-1, 0, -2, None]
-    assert by_cell(rows)[CELL].onset == -1
-    assert by_cell(rows_of([0.2, 0.2]))[CELL].onset is None
+    assert mean_cliffs(rows)[CELL].onset == -1
+    assert mean_cliffs(rows_of([0.2, 0.2]))[CELL].onset is None
 
 
 @settings(deadline=None, max_examples=30)
@@ -124,8 +124,8 @@ def test_the_order_of_examples_changes_nothing(order):
     def found(numbers):
         picked = [sequences[at] for at in numbers], [traces[at] for at in numbers], [cells[at] for at in numbers]
         groups = [f"g{at % 4}" for at in numbers]
-        rows = [measure(s, t, cell=c, group=g) for s, t, c, g in zip(*picked, groups, strict=True)]
-        return by_cell(rows), curves(*picked, groups), worst(rows, 4)
+        rows = [measure_cliff(s, t, cell=c, group=g) for s, t, c, g in zip(*picked, groups, strict=True)]
+        return mean_cliffs(rows), mean_traces(*picked, groups), most_misaligned(rows, 4)
 
     means, lines, low = found(order)
     expected, drawn, lowest = found(range(6))
@@ -143,7 +143,7 @@ def test_the_order_of_examples_changes_nothing(order):
 def curve_of(traces, closing=1):
     sequences = [sequence(1, len(trace) - closing, closing, answer=1, key=str(at)) for at, trace in enumerate(traces)]
     padded = [np.array([0.5, *trace, 0.5]) for trace in traces]
-    return curves(sequences, padded, [CELL] * len(traces), [str(at) for at in range(len(traces))])[CELL]
+    return mean_traces(sequences, padded, [CELL] * len(traces), [str(at) for at in range(len(traces))])[CELL]
 
 
 def test_curves_are_aligned_at_the_end_and_nothing_is_padded():
@@ -172,9 +172,9 @@ def test_fewer_than_three_traces_reach_back_together():
 def test_examples_without_thinking_are_left_out_of_curves():
     sequences = [sequence(1, 2, 1, key="a"), sequence(3, 0, 1, key="b")]
     traces = [np.array([0.1, 0.9, 0.8, 0.2, 0.0, 0.0]), np.array(6 * [0.5])]
-    found = curves(sequences, traces, [CELL, CELL], ["a", "b"])
+    found = mean_traces(sequences, traces, [CELL, CELL], ["a", "b"])
     assert found[CELL].band.mean == pytest.approx([0.9, 0.8, 0.2])
-    assert curves(sequences[1:], traces[1:], [CELL], ["b"]) == {}
+    assert mean_traces(sequences[1:], traces[1:], [CELL], ["b"]) == {}
 
 
 def test_the_worst_have_the_largest_misalignment_ties_by_key():
@@ -183,9 +183,9 @@ def test_the_worst_have_the_largest_misalignment_ties_by_key():
         replace(base, key=key, misalignment=score) for key, score in (("d", 0.5), ("a", 0.7), ("c", 0.5), ("b", 0.1))
     ]
     rows.append(RefusalCliff("n", CELL, "g", math.nan, math.nan, math.nan, 0.1, math.nan, None, 0))
-    assert [row.key for row in worst(rows, 3)] == ["a", "c", "d"]
-    assert [row.key for row in worst(rows, 9)] == ["a", "c", "d", "b"]  # never one without thinking
+    assert [row.key for row in most_misaligned(rows, 3)] == ["a", "c", "d"]
+    assert [row.key for row in most_misaligned(rows, 9)] == ["a", "c", "d", "b"]  # never one without thinking
 
 
 def test_cells_are_counted_by_name():
-    assert counts(["b", "a", "b"]) == {"a": 1, "b": 2}
+    assert count_cells(["b", "a", "b"]) == {"a": 1, "b": 2}

@@ -15,8 +15,8 @@ from support import refusal as refusing
 from support.refusal import ONE_THREAD, SUPPRESSORS, WRITER, make_model, make_run, no_pictures, rows_of, write_rows
 
 from probes.data.preparation import GenerationOptions, open_model
-from probes.model.ablation import heads_edited
-from probes.refusal.causal import ProofOptions, prove_heads
+from probes.model.ablation import ablated_heads
+from probes.refusal.causal_proof import ProofOptions, prove_heads
 from probes.refusal.edit import EffectOptions, HeadEditResult, HeadSelection, edit_heads
 from probes.refusal.findings import HEADS, CausalRecord, read_findings, write_findings
 from surgery.checkpoint.selectors import Head
@@ -86,7 +86,7 @@ def test_the_result_is_what_the_hook_does(model: Path, run: Path, tmp_path: Path
     before, after = open_model(str(model)), open_model(str(tmp_path / "out"))
     ids = torch.arange(2, 60).unsqueeze(0)
     with torch.inference_mode():
-        with heads_edited(before, {Head.parse(name): 0.5 for name in SUPPRESSORS}):
+        with ablated_heads(before, {Head.parse(name): 0.5 for name in SUPPRESSORS}):
             hooked = before.model(input_ids=ids).logits
         assert torch.equal(hooked, after.model(input_ids=ids).logits)
 
@@ -205,7 +205,7 @@ def test_means_need_a_bias_and_with_one_do_what_the_hook_does(model: Path, run: 
     ids = torch.arange(2, 60).unsqueeze(0)
     with torch.inference_mode():
         plain = before.model(input_ids=ids).logits
-        with heads_edited(before, {Head.parse(name): 0.0 for name in SUPPRESSORS}, means):
+        with ablated_heads(before, {Head.parse(name): 0.0 for name in SUPPRESSORS}, means):
             hooked = before.model(input_ids=ids).logits
         assert torch.allclose(hooked, after.model(input_ids=ids).logits, atol=1e-4)
         assert not torch.allclose(hooked, plain, atol=1e-2)

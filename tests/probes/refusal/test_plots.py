@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from probes.refusal.head_plots import head_map, screen_against_proof
-from probes.refusal.plots import TraceCurve, cumulative_figure, histogram, layer_auroc, trace_figure
+from probes.refusal.head_plots import head_map_figure, screen_figure
+from probes.refusal.plots import TraceCurve, cumulative_figure, histogram_figure, layer_auroc_figure, trace_figure
 from surgery.errors import SurgeryError
 from surgery.evaluation.statistics import Band, EstimateWithInterval, align_ends, bootstrap_mean
 from surgery.reporting.report import Figure
@@ -36,17 +36,17 @@ def figures() -> list[Figure]:
         trace_figure(TITLE, {"harmful/complied": curve(4, 9), "one $": curve(7)}, segments=segments),
         trace_figure(TITLE, {"long": curve(90, 60)}, segments={"prompt": -200, "thinking": -80, "closing": -3}),
         trace_figure(TITLE, {"even": curve(5, 5), "gone": TraceCurve.ending(nothing())}),
-        head_map(TITLE, grid(), marked=[(0, 0), (3, 7)]),
-        head_map(TITLE, np.zeros((48, 40))),
+        head_map_figure(TITLE, grid(), marked=[(0, 0), (3, 7)]),
+        head_map_figure(TITLE, np.zeros((48, 40))),
         cumulative_figure(TITLE, [0, 1, 2], [SURE, UNSURE, SURE]),
         cumulative_figure(
             TITLE, [0, 1], [SURE] * 2, random=[SURE] * 2, kl=[0, 0.1], random_kl=[0, 0.2], budget=0.05, chosen=1
         ),
-        layer_auroc(TITLE, [SURE, UNSURE, SURE], selectivity=[0.4, None, -0.1]),
-        layer_auroc(TITLE, [SURE] * 80),
-        histogram(TITLE, {"a$": [0.1, 0.5], "empty": [], "b": [0.3]}, threshold=0.4),
-        histogram(TITLE, {"same": [0.5, 0.5]}),
-        screen_against_proof(TITLE, list(range(30)), [0.0] * 15 + [1.0] * 15, names=names, marked={1, 2, 29}),
+        layer_auroc_figure(TITLE, [SURE, UNSURE, SURE], selectivity=[0.4, None, -0.1]),
+        layer_auroc_figure(TITLE, [SURE] * 80),
+        histogram_figure(TITLE, {"a$": [0.1, 0.5], "empty": [], "b": [0.3]}, threshold=0.4),
+        histogram_figure(TITLE, {"same": [0.5, 0.5]}),
+        screen_figure(TITLE, list(range(30)), [0.0] * 15 + [1.0] * 15, names=names, marked={1, 2, 29}),
     ]
 
 
@@ -69,7 +69,7 @@ def test_curves_end_at_the_last_token_before_the_answer() -> None:
 
 
 def test_the_caption_says_how_well_the_screen_agrees() -> None:
-    figure = screen_against_proof("T", [1.0, 2, 3, 4, 5], [2.0, 1, 3, 4, 5], caption="All heads.")
+    figure = screen_figure("T", [1.0, 2, 3, 4, 5], [2.0, 1, 3, 4, 5], caption="All heads.")
     assert figure.caption == "All heads. Spearman's ρ = 0.900 (95 % interval −0.169 to 0.996, 5 heads)."
 
 
@@ -78,14 +78,14 @@ def test_the_caption_says_how_well_the_screen_agrees() -> None:
     [
         (lambda: trace_figure("T", {}), "T: there is no trace to draw"),
         (lambda: trace_figure("T", {"a": TraceCurve.ending(nothing())}), "T: there is no trace to draw"),
-        (lambda: head_map("T", [[math.nan]]), "T: no head has a value to draw"),
-        (lambda: head_map("T", grid(), marked=[(4, 0)]), "T: there is no head L4H0 among 4 × 8"),
+        (lambda: head_map_figure("T", [[math.nan]]), "T: no head has a value to draw"),
+        (lambda: head_map_figure("T", grid(), marked=[(4, 0)]), "T: there is no head L4H0 among 4 × 8"),
         (lambda: cumulative_figure("T", [0, 1], [SURE]), "T: got 1 values for 2 numbers of heads"),
         (lambda: cumulative_figure("T", [0], [SURE], kl=[0, 0]), "T: got 2 values for 1 numbers of heads"),
         (lambda: cumulative_figure("T", [], []), "T: got 0 values for 0 numbers of heads"),
-        (lambda: histogram("T", {"a": []}), "T: there is no value to draw"),
-        (lambda: screen_against_proof("T", [1.0], [1.0, 2.0]), "as many numbers on both sides"),
-        (lambda: layer_auroc("T", []), "T: there is no layer to draw"),
+        (lambda: histogram_figure("T", {"a": []}), "T: there is no value to draw"),
+        (lambda: screen_figure("T", [1.0], [1.0, 2.0]), "as many numbers on both sides"),
+        (lambda: layer_auroc_figure("T", []), "T: there is no layer to draw"),
     ],
 )
 def test_nothing_to_draw_is_a_clear_line(draw: Callable[[], Figure], text: str) -> None:

@@ -12,9 +12,9 @@ from support import refusal as refusing
 from support.refusal import ONE_THREAD, make_model, make_run, rows_of
 
 from probes.data.records import REPORT, IntervalRecord
-from probes.refusal.causal import ProofOptions, prove_heads
+from probes.refusal.causal_proof import ProofOptions, prove_heads
 from probes.refusal.findings import CausalRecord, Findings, read_findings, write_findings
-from probes.refusal.report import PICTURES, read_traces, sentences, tables, write_report
+from probes.refusal.report import PICTURES, read_traces, summary_sentences, tables, write_report
 from surgery.reporting.report import Table
 
 
@@ -87,7 +87,7 @@ def test_traces_are_read_with_their_segments(run: Path) -> None:
 
 
 def test_the_sentences_tell_cliff_head_and_proof(found: Findings) -> None:
-    probe, cliff, calm, head, proof = sentences(found)
+    probe, cliff, calm, head, proof = summary_sentences(found)
     assert probe.startswith("The probe after the final norm tells refused from complied with an AUROC of ")
     assert cliff.startswith("On harmful/complied examples (n = 6) refusal stands at ")
     assert cliff.endswith("just before the answer; it falls at the last token before the answer.")
@@ -104,7 +104,7 @@ def test_the_sentences_tell_cliff_head_and_proof(found: Findings) -> None:
 )
 def test_an_onset_is_told_in_words(onset: float, text: str, found: Findings) -> None:
     rows = [row.model_copy(update={"onset": onset}) for row in found.cliffs]
-    assert text in sentences(found.model_copy(update={"cliffs": rows}))[1]
+    assert text in summary_sentences(found.model_copy(update={"cliffs": rows}))[1]
 
 
 def test_without_a_head_against_refusal_none_is_named(found: Findings) -> None:
@@ -112,7 +112,7 @@ def test_without_a_head_against_refusal_none_is_named(found: Findings) -> None:
         row.model_copy(update={"exact": IntervalRecord(value=0.5), "paper": IntervalRecord(value=0.5)})
         for row in found.heads
     ]
-    said = sentences(found.model_copy(update={"heads": rows, "causal": None}))
+    said = summary_sentences(found.model_copy(update={"heads": rows, "causal": None}))
     assert said[-1] == "No head writes against refusal there."
 
 
@@ -121,14 +121,14 @@ def test_a_model_without_heads_has_a_report_all_the_same(run: Path, found: Findi
     bare = found.model_copy(update={"heads": [], "skipped_layers": [0, 1, 2], "causal": None})
     write_findings(copy, bare)
     write_report(copy, name="run")
-    assert not (copy / "heads.png").exists() and sentences(bare)[-1] == "No head is understood."
+    assert not (copy / "heads.png").exists() and summary_sentences(bare)[-1] == "No head is understood."
     assert "Layers without heads that are understood, skipped: 0, 1, 2." in (copy / REPORT).read_text(encoding="utf-8")
 
 
 def test_a_proof_without_a_set_says_why(found: Findings) -> None:
     assert found.causal is not None
     none = found.causal.model_copy(update={"steps": [], "control": [], "stopped": "L1H2 would take KL to 2, over 0.1"})
-    said = sentences(found.model_copy(update={"causal": none}))
+    said = summary_sentences(found.model_copy(update={"causal": none}))
     assert said[-1] == "No set of heads was found: L1H2 would take KL to 2, over 0.1."
 
 
@@ -136,5 +136,5 @@ def test_where_answers_were_not_judged_the_score_is_told(found: Findings) -> Non
     causal = found.causal
     assert isinstance(causal, CausalRecord)
     base = causal.base.model_copy(update={"refusal": None})
-    said = sentences(found.model_copy(update={"causal": causal.model_copy(update={"base": base})}))
+    said = summary_sentences(found.model_copy(update={"causal": causal.model_copy(update={"base": base})}))
     assert "raises the probe's score to" in said[-1]

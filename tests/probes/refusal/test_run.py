@@ -37,11 +37,11 @@ from probes.data.markers import find_markers
 from probes.data.preparation import GENERATIONS, GenerationOptions, open_model
 from probes.data.records import EXAMPLES, REPORT, RESULTS, read_examples
 from probes.data.tokenization import build_sequences
-from probes.refusal.cliffs import measure
-from probes.refusal.cross_validated import ProbeTraining, decision_states
+from probes.refusal.cliffs import measure_cliff
 from probes.refusal.findings import HEADS as HEADS_FILE
 from probes.refusal.findings import PROBES, TRACES, Findings, read_findings
-from probes.refusal.probe import Probes
+from probes.refusal.fitted_probes import ProbeTraining, decision_states
+from probes.refusal.linear.probes import Probes
 from probes.refusal.report import read_traces
 from probes.refusal.run import probe_refusal
 from surgery.engine.options import ExecutionOptions
@@ -129,7 +129,7 @@ def test_results_are_what_the_tensors_say(run: Path) -> None:
     examples, sequences, scores = read_traces(run)
     for row in found.cliffs:
         own = [
-            measure(s, t, cell=e.cell, group=e.group)
+            measure_cliff(s, t, cell=e.cell, group=e.group)
             for e, s, t in zip(examples, sequences, scores, strict=True)
             if e.cell == row.cell
         ]

@@ -12,8 +12,8 @@ from transformers import GenerationConfig
 
 from probes.data.examples import Example
 from probes.data.generation import end_token_ids
-from probes.model.ablation import heads_edited
-from probes.side_effects.effects import ComparedModel, Rate, answer, divergences, refusal_rates
+from probes.model.ablation import ablated_heads
+from probes.side_effects.effects import ComparedModel, Rate, greedy_answers, measure_divergence, refusal_rates
 from surgery.checkpoint.selectors import Head
 from surgery.errors import SurgeryError
 from surgery.models.loaded_model import hooks
@@ -48,7 +48,7 @@ def log_probabilities(live, sequence, tokens) -> Tensor:
 def brute(live, sequence, scales, tokens):
     """KL, negative log-likelihoods under both, and the number of tokens."""
     before = log_probabilities(live, sequence, tokens)
-    with heads_edited(live, scales):
+    with ablated_heads(live, scales):
         after = log_probabilities(live, sequence, tokens)
     targets = torch.tensor(sequence.ids[sequence.ends[2] :][:tokens])
     kl = (before.exp() * (before - after)).sum(-1).mean()
@@ -62,7 +62,9 @@ def brute(live, sequence, scales, tokens):
 def test_divergences_are_those_of_each_answer_alone(name, tokens, max_tokens, lives):
     live, sequences = lives(name), sequences_of()
     subject = ComparedModel(live, SCALES)
-    found = divergences(ComparedModel(live), {"set": subject}, sequences, tokens=tokens, max_tokens=max_tokens)["set"]
+    found = measure_divergence(ComparedModel(live), {"set": subject}, sequences, tokens=tokens, max_tokens=max_tokens)[
+        "set"
+    ]
     for row, sequence in enumerate(sequences):
         kl, before, after, count = brute(live, sequence, SCALES, tokens)
         assert kl > 1e-3
@@ -81,7 +83,7 @@ def test_divergences_are_those_of_each_answer_alone(name, tokens, max_tokens, li
 def test_a_model_is_exactly_as_it_is(name, lives):
     live = lives(name)
     for subject in (ComparedModel(live), ComparedModel(live, {Head(0, 0): 1.0})):
-        found = divergences(ComparedModel(live), {"same": subject}, sequences_of())["same"]
+        found = measure_divergence(ComparedModel(live), {"same": subject}, sequences_of())["same"]
         assert found.kl.tolist() == [0.0, 0.0, 0.0]
         assert found.perplexities[0] == found.perplexities[1]
 
@@ -90,10 +92,10 @@ def test_several_edits_share_the_originals_pass(lives):
     live, passes = lives("qwen3"), []
     afters = {"a": ComparedModel(live, SCALES), "b": ComparedModel(live, {Head(0, 0): 0.0})}
     with hooks(live.model.lm_head.register_forward_hook(lambda *_: passes.append(1))):
-        both = divergences(ComparedModel(live), afters, sequences_of())
+        both = measure_divergence(ComparedModel(live), afters, sequences_of())
     assert len(passes) == 3
     for name, after in afters.items():
-        alone = divergences(ComparedModel(live), {name: after}, sequences_of())[name]
+        alone = measure_divergence(ComparedModel(live), {name: after}, sequences_of())[name]
         assert both[name].kl.tolist() == alone.kl.tolist()
 
 
@@ -104,8 +106,8 @@ def test_two_models_may_be_compared(tmp_path, lives):
         for head, scale in SCALES.items():
             projection = baked.projections[head.layer]
             projection.module.weight[:, projection.block(head.index)] *= scale
-    hooked = divergences(ComparedModel(live), {"edit": ComparedModel(live, SCALES)}, sequences_of())["edit"]
-    found = divergences(ComparedModel(live), {"edit": ComparedModel(baked)}, sequences_of())["edit"]
+    hooked = measure_divergence(ComparedModel(live), {"edit": ComparedModel(live, SCALES)}, sequences_of())["edit"]
+    found = measure_divergence(ComparedModel(live), {"edit": ComparedModel(baked)}, sequences_of())["edit"]
     assert found.kl.tolist() == hooked.kl.tolist()
 
 
@@ -118,9 +120,9 @@ def test_tokens_that_are_ruled_out_add_nothing(lives):
         return output
 
     with hooks(live.model.lm_head.register_forward_hook(rule_out)):
-        found = divergences(ComparedModel(live), {"set": ComparedModel(live, SCALES)}, sequences)["set"]
+        found = measure_divergence(ComparedModel(live), {"set": ComparedModel(live, SCALES)}, sequences)["set"]
         before = log_probabilities(live, sequences[0], 32)[:, 1:]
-        with heads_edited(live, SCALES):
+        with ablated_heads(live, SCALES):
             after = log_probabilities(live, sequences[0], 32)[:, 1:]
     expected = float((before.exp() * (before - after)).sum(-1).mean())
     assert found.kl[0] == pytest.approx(expected, rel=1e-4)
@@ -130,28 +132,28 @@ def test_logits_that_are_no_numbers_are_an_error(lives):
     live = lives("qwen3")
     overflowing = ComparedModel(live, {Head(0, 1): math.nan})
     with pytest.raises(SurgeryError, match="qwen3: the logits of broken are not numbers"):
-        divergences(ComparedModel(live), {"broken": overflowing}, sequences_of())
+        measure_divergence(ComparedModel(live), {"broken": overflowing}, sequences_of())
 
 
 def test_nothing_to_compare_on_is_an_error(lives):
     subject = ComparedModel(lives("qwen3"))
     with pytest.raises(SurgeryError, match="qwen3: no answer is left to compare on"):
-        divergences(subject, {"same": subject}, [])
+        measure_divergence(subject, {"same": subject}, [])
     with pytest.raises(SurgeryError, match="s0: has no answer to compare on"):
-        divergences(subject, {"same": subject}, sequences_of((3, 0, 2)))
+        measure_divergence(subject, {"same": subject}, sequences_of((3, 0, 2)))
 
 
 @pytest.mark.parametrize("scales", [{}, SCALES], ids=["as it is", "edited"])
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma2"])
 def test_answers_are_those_of_single_prompts(name, scales, lives):
     live, sequences = lives(name), sequences_of()
-    found = answer(ComparedModel(live, scales), sequences, tokens=6)
+    found = greedy_answers(ComparedModel(live, scales), sequences, tokens=6)
     config = GenerationConfig(
         max_new_tokens=6, do_sample=False, eos_token_id=list(end_token_ids(live.loaded)), pad_token_id=1
     )
     for text, sequence in zip(found, sequences, strict=True):
         ids = torch.tensor([sequence.before_answer])
-        with heads_edited(live, scales), torch.inference_mode():
+        with ablated_heads(live, scales), torch.inference_mode():
             made = live.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
         new = [token for token in made[0, ids.shape[1] :].tolist() if token not in end_token_ids(live.loaded)]
         assert text == live.tokenizer.decode(new)

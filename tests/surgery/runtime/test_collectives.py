@@ -18,7 +18,7 @@ from probes.model.ablation import ablate_each_head, all_heads
 from probes.model.activations import hidden_states_at, project_hidden_states
 from probes.model.residual_stream import trace_residual_stream
 from probes.refusal.head_attribution import attribute_heads, head_inputs
-from probes.side_effects.effects import ComparedModel, answer, divergences
+from probes.side_effects.effects import ComparedModel, greedy_answers, measure_divergence
 from surgery.checkpoint.selectors import Head
 from surgery.errors import SurgeryError
 from surgery.models.loaded_model import LoadedModel
@@ -81,9 +81,11 @@ def everything(live: LoadedModel) -> tuple[dict[str, Tensor], list[str]]:
     found |= {f"z {layer}": row for layer, row in head_inputs(live, sequences, 3, max_tokens=20).items()}
     found["ablated"] = ablate_each_head(live, sequences, all_heads(live), weight, bias, last=3).ablated
     edited = ComparedModel(live, {Head(0, 1): 0.0})
-    away = divergences(ComparedModel(live), {"set": edited}, sequences, max_tokens=20)["set"]
+    away = measure_divergence(ComparedModel(live), {"set": edited}, sequences, max_tokens=20)["set"]
     found["kl"] = torch.from_numpy(away.kl.copy())
-    return {name: tensor.contiguous().clone() for name, tensor in found.items()}, answer(edited, sequences, tokens=4)
+    return {name: tensor.contiguous().clone() for name, tensor in found.items()}, greedy_answers(
+        edited, sequences, tokens=4
+    )
 
 
 @pytest.fixture(scope="module")

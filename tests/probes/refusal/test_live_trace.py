@@ -15,10 +15,10 @@ from probes.data.markers import find_markers
 from probes.data.preparation import GenerationOptions, open_model
 from probes.data.tokenization import build_sequences
 from probes.model.activations import project_hidden_states
-from probes.refusal.cliffs import measure
+from probes.refusal.cliffs import measure_cliff
 from probes.refusal.findings import PROBES
-from probes.refusal.live import LiveTrace, live_probe
-from probes.refusal.probe import Probes
+from probes.refusal.linear.probes import Probes
+from probes.refusal.live_trace import LiveTrace, live_probe
 from probes.refusal.run import probe_refusal
 from surgery.errors import SurgeryError
 
@@ -53,7 +53,7 @@ def test_scores_are_those_of_the_finished_text(model: Path, run: Path) -> None:
     (logits,) = project_hidden_states(live, [sequence], probes.weights, probes.biases)
     trace = logits[:, -1].double().sigmoid()
     assert list(found.scores) == pytest.approx(trace[sequence.ends[0] :].tolist(), abs=1e-5)
-    expected = measure(sequence, trace.numpy(), cell="live", group="live")
+    expected = measure_cliff(sequence, trace.numpy(), cell="live", group="live")
     for name in ("plateau", "p90", "last", "final", "misalignment"):
         assert getattr(found.cliff, name) == pytest.approx(getattr(expected, name), abs=1e-5)
     assert (found.cliff.thinking, found.cliff.onset) == (2, expected.onset)

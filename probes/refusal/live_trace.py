@@ -17,15 +17,15 @@ from probes.data.markers import Markers, split_completion
 from probes.data.preparation import open_model
 from probes.data.records import check_model
 from probes.data.tokenization import encode, render_prompt
-from probes.refusal.cliffs import RefusalCliff, measure
+from probes.refusal.cliffs import RefusalCliff, measure_cliff
 from probes.refusal.findings import PROBES, read_findings
-from probes.refusal.probe import Probes
+from probes.refusal.linear.probes import Probes
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.options import ExecutionOptions
 from surgery.errors import usage_error
 from surgery.models.loaded_model import LoadedModel, hidden_out, hooks
 
-Tell = Callable[[str, float], None]
+TokenCallback = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def live_probe(
     *,
     max_new_tokens: int | None = None,
     dtype: str = "auto",
-    tell: Tell = lambda text, score: None,
+    tell: TokenCallback = lambda text, score: None,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> LiveTrace:
     """Lets `model` answer `prompt` greedily; `tell` is called with each token's text and the score at it.
@@ -121,7 +121,7 @@ def live_probe(
     sequence, closed = _cut(len(ids), texts, markers)
     # The first score is that of the prompt's last token, at which a model that does not think decides.
     trace = [0.0] * (len(ids) - 1) + scores
-    cliff = measure(sequence, trace, cell="live", group="live")
+    cliff = measure_cliff(sequence, trace, cell="live", group="live")
     return LiveTrace(prompt, tuple(texts), tuple(scores[1:]), closed, cliff)
 
 

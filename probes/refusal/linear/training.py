@@ -18,19 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probes.refusal.logistic import (
+from probes.refusal.linear.logistic import (
     MOST_WEIGHT,
     Integers,
     LabeledExamples,
     assign_folds,
     canonical_order,
     cell_weights,
-    fit,
+    fit_logistic,
     permute_labels,
     sigmoid,
 )
-from probes.refusal.probe import LayerMetrics as LayerMetrics
-from probes.refusal.probe import Probes as Probes
+from probes.refusal.linear.probes import LayerMetrics as LayerMetrics
+from probes.refusal.linear.probes import Probes as Probes
 from surgery.engine.workers import default_threads
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.evaluation.statistics import Floats, auroc, bootstrap_auroc, brier, ece, wilson_interval
@@ -63,7 +63,7 @@ def train_probes(
 
     Each probe is scikit-learn's logistic regression (L2, lbfgs) on standardised features; the paper's has no
     standardisation and no cells. Examples are weighted so that both classes weigh the same, and within a class its
-    cells (`probes.refusal.logistic.cell_weights`). Scores for the metrics are out of fold: mean, deviation, weights and
+    cells (`cell_weights`). Scores for the metrics are out of fold: mean, deviation, weights and
     probe are of the other folds only. The probes that are returned are fitted to all examples.
 
     Args:
@@ -134,7 +134,7 @@ def evaluate_transfer(
     return tuple(_measure(logits[:, layer], labelled, seed) for layer in range(logits.shape[1]))
 
 
-def confounds(cells: Sequence[str]) -> list[str]:
+def find_confounds(cells: Sequence[str]) -> list[str]:
     """Sentences on what a probe trained on examples of these cells cannot tell apart; none where all four are there.
 
     cells: (N,) of "harmful/refused" and the like, "unknown" where topic or verdict is not known.
@@ -228,7 +228,7 @@ def _one_thread_each() -> Iterator[None]:
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1), warnings.catch_warnings():
-        # `fit` looks at the gradient itself.
+        # `fit_logistic` looks at the gradient itself.
         warnings.simplefilter("ignore", ConvergenceWarning)
         yield
 
@@ -250,10 +250,12 @@ def _train_layer(
     for number in range(folds):
         train, test = np.flatnonzero(fold != number), fold == number
         parts = [labels.at(train) for labels in label_sets]
-        weights, biases = fit(inputs[train], [p.refused for p in parts], [cell_weights(p)[0] for p in parts], C=C)
+        weights, biases = fit_logistic(
+            inputs[train], [p.refused for p in parts], [cell_weights(p)[0] for p in parts], C=C
+        )
         held[:, test] = weights @ inputs[test].T + biases[:, None]
         fold_weights[number], fold_biases[number] = weights[0], biases[0]
-    weights, biases = fit(inputs, [label_sets[0].refused], [cell_weights(label_sets[0])[0]], C=C)
+    weights, biases = fit_logistic(inputs, [label_sets[0].refused], [cell_weights(label_sets[0])[0]], C=C)
     held = held.round(DECIMALS)
     shuffled = [auroc(logits, labels.refused) for logits, labels in zip(held[1:], label_sets[1:], strict=True)]
     metrics = _measure(held[0], label_sets[0], seed, shuffled)

@@ -19,9 +19,9 @@ from probes.data.preparation import open_model
 from probes.data.reader import read_data
 from probes.data.tokenization import build_sequences
 from probes.model.activations import project_hidden_states
+from probes.refusal.cliff_judge import JudgedSelection, judge
 from probes.refusal.findings import PROBES
-from probes.refusal.judging import JudgedSelection, judge
-from probes.refusal.probe import Probes
+from probes.refusal.linear.probes import Probes
 from surgery.engine.options import ExecutionOptions
 from surgery.errors import SurgeryError
 

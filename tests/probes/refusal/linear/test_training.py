@@ -17,10 +17,17 @@ from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from probes.refusal import logistic as fitting
-from probes.refusal.logistic import LabeledExamples, assign_folds, cell_weights, fit, permute_labels, rotate
-from probes.refusal.probe import Probes
-from probes.refusal.train_probes import confounds, evaluate_transfer, train_probes
+from probes.refusal.linear import logistic as fitting
+from probes.refusal.linear.logistic import (
+    LabeledExamples,
+    assign_folds,
+    cell_weights,
+    fit_logistic,
+    permute_labels,
+    to_row_space,
+)
+from probes.refusal.linear.probes import Probes
+from probes.refusal.linear.training import evaluate_transfer, find_confounds, train_probes
 from surgery.errors import SurgeryError
 from surgery.evaluation.statistics import auroc, wilson_interval
 
@@ -79,10 +86,12 @@ def test_the_solution_in_the_row_space_is_the_direct_one(monkeypatch: pytest.Mon
     states[:, 7] = 1.5
     verdicts = [generator.random(40) < 0.5 for _ in range(3)]
     weights = [generator.uniform(0.2, 3, size=40) for _ in range(3)]
-    rotated, bias = fit(states, verdicts, weights, C=0.7)
-    monkeypatch.setattr(fitting, "rotate", None)  # were it called, the fit would fail
+    rotated, bias = fit_logistic(states, verdicts, weights, C=0.7)
+    monkeypatch.setattr(fitting, "to_row_space", None)  # were it called, the fit would fail
     features = np.concatenate([states] * 6)  # six times the examples at a sixth of the weight: too many to rotate
-    direct, direct_bias = fit(features, [np.tile(v, 6) for v in verdicts], [np.tile(w, 6) / 6 for w in weights], C=0.7)
+    direct, direct_bias = fit_logistic(
+        features, [np.tile(v, 6) for v in verdicts], [np.tile(w, 6) / 6 for w in weights], C=0.7
+    )
     assert rotated == pytest.approx(direct, abs=1e-6 * np.abs(direct).max())
     assert bias == pytest.approx(direct_bias, abs=1e-5)
     assert (rotated[:, 7] == 0).all()
@@ -92,7 +101,7 @@ def test_the_row_space_has_an_orthonormal_basis_that_keeps_every_feature() -> No
     generator = np.random.default_rng(1)
     features = generator.normal(size=(10, 50))
     features[9] = features[8] + features[7]  # of rank 9
-    inside, basis = rotate(features)
+    inside, basis = to_row_space(features)
     assert inside.shape == (10, 9) and basis.shape == (50, 9)
     assert basis.T @ basis == pytest.approx(np.eye(9), abs=1e-10)
     assert inside @ basis.T == pytest.approx(features, abs=1e-10)
@@ -119,7 +128,9 @@ def test_out_of_fold_scores_come_from_probes_that_never_saw_the_group() -> None:
         test = folds == number
         assert np.array(given.refused)[test].mean() == pytest.approx(0.5, abs=0.2)
         inputs = given.states[:, 2].double().numpy()
-        weights, bias = fit(inputs[~test], [np.array(given.refused)[~test]], [cell_weights(rows(given, ~test))[0]], C=1)
+        weights, bias = fit_logistic(
+            inputs[~test], [np.array(given.refused)[~test]], [cell_weights(rows(given, ~test))[0]], C=1
+        )
         logits = inputs[test] @ weights[0] + bias[0]
         assert probes.out_of_fold[test, 2].numpy() == pytest.approx(1 / (1 + np.exp(-logits)), abs=2e-6)
 
@@ -327,16 +338,16 @@ def test_files_that_are_no_probes_are_refused(tmp_path: Path) -> None:
 
 def test_confounds_are_named() -> None:
     every = [REFUSED, ANSWERED, "harmless/refused", COMPLIED]
-    assert confounds(every) == []
-    assert confounds([REFUSED] * 3 + [COMPLIED] * 4) == [
+    assert find_confounds(every) == []
+    assert find_confounds([REFUSED] * 3 + [COMPLIED] * 4) == [
         "Topic and refusal coincide: all 3 harmful examples are refused and all 4 harmless ones complied with. The "
         "probe may read the topic instead of the refusal; add harmful requests that are answered, or harmless ones "
         "that are refused."
     ]
-    assert confounds([*every[:2], COMPLIED]) == [
+    assert find_confounds([*every[:2], COMPLIED]) == [
         "No example is harmless/refused: the probe has not seen refusal apart from a harmful topic."
     ]
-    assert confounds([*every, "unknown/refused", "harmful/unknown"]) == [
+    assert find_confounds([*every, "unknown/refused", "harmful/unknown"]) == [
         "2 of 6 examples lack a topic or a verdict, so that it is not known whether the probe reads refusal or topic "
         "in them."
     ]

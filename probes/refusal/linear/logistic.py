@@ -144,7 +144,7 @@ def permute_labels(labelled: LabeledExamples, fold: Integers, folds: int, seed: 
     )
 
 
-def fit(
+def fit_logistic(
     states_ND: Floats, verdicts_SN: Sequence[Bools], weights_SN: Sequence[Floats], *, C: float
 ) -> tuple[Floats, Floats]:
     """L2-regularised logistic regressions on standardised features, one for each label set: w (S, D) and b (S,).
@@ -164,7 +164,7 @@ def fit(
     features = (states_ND - mean) * scale
     basis = None
     if 2 * len(features) <= features.shape[1]:
-        features, basis = rotate(features)
+        features, basis = to_row_space(features)
     weights, biases = [], []
     for verdicts, counts in zip(verdicts_SN, weights_SN, strict=True):
         model = LogisticRegression(C=C, tol=TOLERANCE, max_iter=MOST_STEPS)
@@ -184,7 +184,7 @@ def fit(
     return np.array(weights), np.array(biases)
 
 
-def rotate(features_ND: Floats) -> tuple[Floats, Floats]:
+def to_row_space(features_ND: Floats) -> tuple[Floats, Floats]:
     """Z (N, D) in coordinates of its own row space: F (N, r) and a basis B (D, r) with F = Z·B and BᵀB = 1.
 
     Under an L2 penalty the best weights have no part outside the row space, for that would cost and change no score:

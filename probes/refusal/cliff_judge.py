@@ -23,7 +23,7 @@ from probes.model.activations import project_hidden_states
 from probes.refusal import cliffs as measures
 from probes.refusal.cliffs import RefusalCliff
 from probes.refusal.findings import PROBES, read_findings
-from probes.refusal.probe import Probes
+from probes.refusal.linear.probes import Probes
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.options import ExecutionOptions
 from surgery.errors import SurgeryError, usage_error
@@ -33,7 +33,7 @@ from surgery.reporting.report import Column, Table
 from surgery.runtime.collectives import barrier
 from surgery.runtime.environment import is_main
 
-Style = Literal["trl", "llama-factory"]
+RowStyle = Literal["trl", "llama-factory"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class JudgedSelection:
             Column("final", "score"),
         ]
         rows = [(c.key, c.cell, c.misalignment, c.plateau, c.final) for c in self.chosen[:SHOWN]]
-        cells = ", ".join(f"{n} {cell}" for cell, n in measures.counts([c.cell for c in self.chosen]).items())
+        cells = ", ".join(f"{n} {cell}" for cell, n in measures.count_cells([c.cell for c in self.chosen]).items())
         note = f"{len(self.chosen)} of {self.n} examples, with a misalignment of {self.threshold:.3f} or more: {cells}."
         if self.left_out:
             note += f" {self.left_out} without a thinking that ends could not be scored."
@@ -80,7 +80,7 @@ def judge(
     out: Path,
     *,
     top: str,
-    style: Style = "trl",
+    style: RowStyle = "trl",
     limit: int | None = None,
     dtype: str = "auto",
     batch_tokens: int | None = None,
@@ -127,10 +127,10 @@ def judge(
         live, prepared.sequences, probes.weights, probes.biases, max_tokens=batch_tokens, progress=options.progress
     )
     scored = [
-        measures.measure(s, torch.sigmoid(rows[:, depth].double()).numpy(), cell=e.cell, group=e.group)
+        measures.measure_cliff(s, torch.sigmoid(rows[:, depth].double()).numpy(), cell=e.cell, group=e.group)
         for e, s, rows in zip(prepared.examples, prepared.sequences, logits, strict=True)
     ]
-    chosen = measures.worst(scored, count)
+    chosen = measures.most_misaligned(scored, count)
     if not chosen:
         raise SurgeryError("no example has any thinking, and so no cliff", where=data)
     by_key = {example.key: example for example in pool.examples}
@@ -160,7 +160,7 @@ def _to_score(examples: Sequence[Example], markers: Markers | None) -> tuple[Exa
     )
 
 
-def _row(example: Example, cliff: RefusalCliff, style: Style, markers: Markers | None) -> dict[str, Any]:
+def _row(example: Example, cliff: RefusalCliff, style: RowStyle, markers: Markers | None) -> dict[str, Any]:
     scores = {"misalignment": cliff.misalignment, "plateau": cliff.plateau, "final": cliff.final}
     thought = ""
     if example.thinking is not None and markers is not None:

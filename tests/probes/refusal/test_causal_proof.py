@@ -16,12 +16,12 @@ from probes.data.markers import find_markers
 from probes.data.preparation import open_model
 from probes.data.records import EXAMPLES, read_examples, write_examples
 from probes.data.tokenization import build_sequences
-from probes.model.ablation import heads_edited
-from probes.refusal.causal import UNHELD, ProofOptions, prove_heads
-from probes.refusal.cross_validated import decision_states
+from probes.model.ablation import ablated_heads
+from probes.refusal.causal_proof import NO_BUDGET_NOTE, ProofOptions, prove_heads
 from probes.refusal.findings import CausalRecord, Findings, read_findings
-from probes.refusal.probe import Probes
-from probes.refusal.report import sentences
+from probes.refusal.fitted_probes import decision_states
+from probes.refusal.linear.probes import Probes
+from probes.refusal.report import summary_sentences
 from surgery.checkpoint.selectors import Head
 from surgery.errors import SurgeryError
 
@@ -84,7 +84,7 @@ def test_single_heads_are_ranked_by_what_ablating_them_does(model: Path, run: Pa
     sequences = build_sequences(live.tokenizer, own, find_markers(live.tokenizer, where="m"), where="m")
 
     def logit(heads: Sequence[str]) -> float:
-        with heads_edited(live, {Head.parse(name): 0.0 for name in heads}):
+        with ablated_heads(live, {Head.parse(name): 0.0 for name in heads}):
             states = decision_states(live, sequences)
         return float(probes.logits(states)[:, -1].mean())
 
@@ -110,7 +110,7 @@ def test_a_budget_of_nothing_stops_before_the_first_head_and_the_report_says_so(
     found = prove(model, run, replace(SMALL, budget=0.0))
     assert found.steps == [] and found.control == []
     assert found.stopped.startswith("L1H2 would take KL to") and found.stopped.endswith(", over 0")
-    assert found.stopped in sentences(read_findings(run))[-1]
+    assert found.stopped in summary_sentences(read_findings(run))[-1]
 
 
 def test_no_set_goes_over_its_budget(model: Path, run: Path) -> None:
@@ -153,7 +153,7 @@ def test_without_harmless_answers_it_is_said_that_no_budget_held(model: Path, ru
     found = prove(model, run)
     assert all(step.kl is None and step.harmless_refusal is None for step in found.steps) and found.steps
     prove(model, run)
-    assert read_findings(run).warnings.count(UNHELD) == 1
+    assert read_findings(run).warnings.count(NO_BUDGET_NOTE) == 1
     with pytest.raises(SurgeryError, match="--ablate resample"):
         prove(model, run, replace(SMALL, kind="resample"))
 

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from probes.data.examples import Example, TokenSequence
 from probes.model.activations import hidden_states_at, project_hidden_states
-from probes.refusal.probe import LayerMetrics, Probes
-from probes.refusal.train_probes import evaluate_transfer, train_probes
+from probes.refusal.linear.probes import LayerMetrics, Probes
+from probes.refusal.linear.training import evaluate_transfer, train_probes
 from surgery.errors import usage_error
 from surgery.models.loaded_model import LoadedModel
 from surgery.runtime.progress import Progress, silent
 
-Cells = Literal["all", "paper"]
+TrainingCells = Literal["all", "paper"]
 PAPER_CELLS = ("harmful/refused", "harmless/complied")
 
 
@@ -31,7 +31,7 @@ class ProbeTraining:
     """How probes are trained; see `linear.train_probes`. cells: all, or the paper's harmful/refused against
     harmless/complied."""
 
-    cells: Cells = "all"
+    cells: TrainingCells = "all"
     folds: int = 5
     strength: float = 1.0
     shuffles: int = 5
@@ -82,7 +82,7 @@ def fit_probes(
     return FittedProbes(probes, tuple(held.get(at) for at in range(len(examples))))
 
 
-def transfer_to(
+def measure_transfer(
     live: LoadedModel,
     examples: Sequence[Example],
     sequences: Sequence[TokenSequence],
@@ -112,7 +112,7 @@ def decision_states(
     return hidden_states_at(live, short, at, max_tokens=max_tokens, progress=progress)[:, 0]
 
 
-def trace(
+def trace_scores(
     live: LoadedModel,
     sequences: Sequence[TokenSequence],
     trained: FittedProbes,

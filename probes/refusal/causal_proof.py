@@ -38,8 +38,8 @@ from probes.refusal.findings import (
     write_findings,
 )
 from probes.refusal.head_attribution import head_inputs
-from probes.refusal.probe import Probes
-from probes.side_effects.effects import ComparedModel, Rate, answer, divergences
+from probes.refusal.linear.probes import Probes
+from probes.side_effects.effects import ComparedModel, Rate, greedy_answers, measure_divergence
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Head
 from surgery.engine.options import ExecutionOptions
@@ -49,12 +49,14 @@ from surgery.models.loaded_model import LoadedModel
 from surgery.runtime.collectives import barrier
 from surgery.runtime.environment import is_main
 
-Kind = Literal["scale", "mean", "resample"]
+AblationKind = Literal["scale", "mean", "resample"]
 HARMLESS = "harmless/complied"
 # A head that adds less than this share of what the set has gained already is not worth its side effects.
 LEAST_GAIN = 0.05
 LEAST_CANDIDATES = 6
-UNHELD = f"No example is {HARMLESS}: what ablations do to harmless answers was not measured, and no budget held."
+NO_BUDGET_NOTE = (
+    f"No example is {HARMLESS}: what ablations do to harmless answers was not measured, and no budget held."
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class ProofOptions:
     """
 
     top: str = "5%"
-    kind: Kind = "scale"
+    kind: AblationKind = "scale"
     scale: float = 0.0
     positions: int | None = 4
     budget: float = 0.1
@@ -146,7 +148,7 @@ def prove_heads(
         control=control,
         kl_budget=proof.budget,
     )
-    unheld = [] if bench.harmless or UNHELD in findings.warnings else [UNHELD]
+    unheld = [] if bench.harmless or NO_BUDGET_NOTE in findings.warnings else [NO_BUDGET_NOTE]
     proven = findings.model_copy(update={"causal": causal, "warnings": [*findings.warnings, *unheld]})
     if is_main():
         write_findings(run, proven)
@@ -289,7 +291,7 @@ class _Bench:
         if self.harmless:
             plain = ComparedModel(self.live)
             update["harmless_refusal"] = self._refused(subject, self.benign, self.harmless)
-            away = divergences(plain, {"set": subject}, self.harmless, max_tokens=self.batch_tokens)["set"]
+            away = measure_divergence(plain, {"set": subject}, self.harmless, max_tokens=self.batch_tokens)["set"]
             kl = away.mean_kl([example.group for example in self.benign])
             update |= {"kl": interval_record(kl, len(self.benign)), "perplexity": away.perplexities[1]}
         return record.model_copy(update=update)
@@ -298,7 +300,7 @@ class _Bench:
         self, subject: ComparedModel, rows: Sequence[Example], sequences: Sequence[TokenSequence]
     ) -> IntervalRecord:
         """The share of examples that the subject refuses behind their own thinking."""
-        texts = answer(subject, sequences)
+        texts = greedy_answers(subject, sequences)
         fresh = [replace(row, response=text, refused=None) for row, text in zip(rows, texts, strict=True)]
         rate = Rate.of([bool(row.refused) for row in self.judge(fresh)])
         return interval_record(rate, rate.n)
