@@ -9,7 +9,7 @@ from merges.config.schema import MergeConfig
 from merges.layout import Layout
 from merges.methods.registry import METHODS
 from merges.report import MergeReport
-from surgery.engine.manifest import CardContent
+from surgery.engine.card import CardContent
 from surgery.errors import listing
 from surgery.reporting.report import Table
 

@@ -67,7 +67,7 @@ def check_vocabularies(preflight: Preflight, checkpoints: Sequence[Checkpoint]) 
     for ref, other in known[1:]:
         clashes = _clashes(first, other)
         if clashes:
-            preflight.faults.append(
+            preflight.errors.add(
                 f"the vocabularies of {first_ref} and {ref} differ: {len(clashes):,} rows hold different tokens "
                 f"({listing(clashes, _EXAMPLES)}). {ALIGN}"
             )

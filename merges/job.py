@@ -21,9 +21,10 @@ from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
 from surgery.checkpoint.dtypes import dtype_name
 from surgery.checkpoint.reader import SourceFiles
 from surgery.checkpoint.resolve import open_checkpoint
+from surgery.engine.card import write_card
 from surgery.engine.edit_report import write_config_dtype
 from surgery.engine.execution import execute
-from surgery.engine.manifest import build_manifest, write_card, write_manifest
+from surgery.engine.manifest import build_manifest, write_manifest
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, check_output, plan_files
 from surgery.engine.preflight import Preflight, check_quantised, check_space
@@ -85,7 +86,7 @@ class MergeJob:
         preflight = Preflight()
         at_hand = [ref for ref in self.config.models if self._place(ref) is None]
         self._look(preflight, self._open(at_hand), out)
-        preflight.settle(self.where)
+        preflight.errors.raise_if_any(self.where)
         return None
 
     def plan(self, out: Path, options: ExecutionOptions) -> PlannedMerge:
@@ -95,22 +96,22 @@ class MergeJob:
         self._look(preflight, checkpoints, out)
         modules = list(dict.fromkeys(section.module for section in config.sections if section.module))
         if len(modules) > 1:
-            preflight.faults.append(
+            preflight.errors.add(
                 f"modules: got {listing(modules)}, expected one: only a language model's own layers are merged. "
                 "Leave the others out; what lies outside the layers is merged along."
             )
-        preflight.settle(self.where)  # of models that are not of one kind nothing more is worth saying
+        preflight.errors.raise_if_any(self.where)  # of models that are not of one kind nothing more is worth saying
         layout = lay_out(preflight, config, checkpoints)
         donor = self._donor(checkpoints)
         tokens = self._tokens(preflight, checkpoints, donor, layout)
         if config.tokenizer is not None and tokens is None:
-            preflight.settle(self.where)  # or every embedding would be said to have the wrong shape
+            preflight.errors.raise_if_any(self.where)  # or every embedding would be said to have the wrong shape
         merged = plan_tensors(preflight, config, layout, tokens)
         known = checkpoints if donor is None else {**checkpoints, donor.ref: donor}
         beside = side_files(
             preflight, layout, tokens.plan if tokens else None, known, chat_template=config.chat_template
         )
-        preflight.settle(self.where)
+        preflight.errors.raise_if_any(self.where)
         if layout.left_out:
             names = listing(layout.left_out, _EXAMPLES)
             preflight.warnings.append(f"left out, as not all models have them and nothing says what they are: {names}")
@@ -118,7 +119,7 @@ class MergeJob:
         like = layout.template if {t.name for t in planned} <= layout.template.tensors.keys() else None
         plan = Plan(self.command, self._roles(checkpoints), plan_files(planned, like=like), beside.copied)
         check_space(preflight, plan, out, options.threads)
-        preflight.settle(self.where)
+        preflight.errors.raise_if_any(self.where)
         return PlannedMerge(plan, merged, layout, beside, preflight)
 
     def run(self, out: Path, options: ExecutionOptions, *, steps: Mapping[str, Mapping[str, Any]]) -> MergeReport:
@@ -209,7 +210,7 @@ class MergeJob:
             giver = token_model(aligned_model(donor)) if donor else None
             plan = plan_tokens(models, rule, base=self.config.base_model, donor=giver)
         except SurgeryError as error:
-            preflight.faults.append(str(error))
+            preflight.errors.add(str(error))
             return None
         preflight.facts["vocabulary"] = "; ".join(plan.facts)
         preflight.warnings += plan.warnings

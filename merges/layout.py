@@ -130,7 +130,7 @@ class _Builder:
         for ref, shape in models.anatomies.items():
             numbers = [layer.index for layer in shape.blocks]
             if numbers != list(range(len(numbers))):
-                preflight.faults.append(
+                preflight.errors.add(
                     f"{ref} holds {len(numbers)} layers from {numbers[0]} to {numbers[-1]}: a part of a model. "
                     "Give the whole."
                 )
@@ -142,14 +142,14 @@ class _Builder:
             held = len(self.models.layers[source.model])
             begin, end = source.layer_range or (0, held)
             if end > held:
-                self.preflight.faults.append(
+                self.preflight.errors.add(
                     f"layer_range [{begin}, {end}] of {source.model} reaches beyond its {held} layers."
                 )
                 return []
             ranges.append(range(begin, end))
         if len({len(one) for one in ranges}) > 1:
             counts = ", ".join(f"{s.model} {len(r)}" for s, r in zip(section.sources, ranges, strict=True))
-            self.preflight.faults.append(
+            self.preflight.errors.add(
                 f"the models differ in their number of layers ({counts}). Name the layers to merge with `slices:`."
             )
             return []
@@ -234,7 +234,8 @@ class _Builder:
 
     def settle(self) -> None:
         """Adds the faults of single tensors to those of the whole."""
-        self.preflight.faults += self.missing.sentences()
+        for error in self.missing.sentences():
+            self.preflight.errors.add(error)
 
 
 def _start(stack: str | None) -> str:

@@ -56,7 +56,8 @@ def side_files(
     """
     template = layout.template
     shape = model_structure(template)
-    preflight.faults += unsayable(template.config, layout.layers, shape)
+    for error in unsayable(template.config, layout.layers, shape):
+        preflight.errors.add(error)
     config = with_layers(template.config, layout.layers, shape)
     if shape.tied and any(slot.group == LM_HEAD for slot in layout.slots):
         config = untied(config)
@@ -91,13 +92,13 @@ def _with_chat_template(
     folders = {ref: checkpoint.folder for ref, checkpoint in checkpoints.items() if checkpoint.folder is not None}
     vocabulary = tokens.vocabulary if tokens else template.folder and read_vocabulary(template.folder)
     if not vocabulary or template.folder is None:
-        preflight.faults.append(f"chat_template: {template.ref} has no tokenizer to put it beside. Leave it out.")
+        preflight.errors.add(f"chat_template: {template.ref} has no tokenizer to put it beside. Leave it out.")
         return None
     files = tokens.files if tokens else read_tokenizer_files(template.folder)
     try:
         files, warnings = set_chat_template(files, wanted, folders=folders, vocabulary=vocabulary)
     except SurgeryError as error:
-        preflight.faults.append(str(error))
+        preflight.errors.add(str(error))
         return None
     preflight.warnings += warnings
     return files

@@ -44,7 +44,8 @@ def plan_tensors(
     stored_as = config.out_dtype or config.dtype
     planner = _Planner(config, method, dtype_name(stored_as) if stored_as else None, tokens)
     planned = [tensor for slot in layout.slots if (tensor := planner.plan(slot)) is not None]
-    preflight.faults += [*planner.faults.sentences(), *planner.unset[:1]]
+    for error in (*planner.faults.sentences(), *planner.unset[:1]):
+        preflight.errors.add(error)
     return planned
 
 

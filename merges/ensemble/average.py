@@ -27,8 +27,9 @@ from merges.ensemble.shared_tensors import Shared, find_shared
 from merges.ensemble.tune import Tuned, TuneWhat, check_tuning, tune_members
 from surgery.checkpoint.checkpoint import ADAPTER_CONFIG, Checkpoint, read_file
 from surgery.checkpoint.resolve import open_checkpoint
+from surgery.engine.card import CardContent, write_card
 from surgery.engine.execution import execute
-from surgery.engine.manifest import CardContent, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.manifest import build_manifest, command_record, write_manifest
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, check_output, copy_tensor, plan_files
 from surgery.engine.preflight import Preflight, check_quantised, check_space
@@ -127,16 +128,16 @@ def average_logits(
     preflight = Preflight()
     check_quantised(preflight, checkpoints)
     members = find_members(preflight, checkpoints)
-    preflight.settle("merge logits")
+    preflight.errors.raise_if_any("merge logits")
     vocab_size = check_vocabularies(preflight, members)
-    preflight.settle("merge logits")
+    preflight.errors.raise_if_any("merge logits")
     shared = find_shared([checkpoint.tensors for checkpoint in checkpoints], options)
     chosen = {"tune": str(tune), "tune_what": tune_what} if tune else {}
     command = command_record("merge logits", models, weight=list(weights or ()), mode=mode, **chosen)
     config = _config(members, given, mode, vocab_size, shared)
     plan = _plan(command, members, sources, shared)
     check_space(preflight, plan, out, options.threads)
-    preflight.settle("merge logits")
+    preflight.errors.raise_if_any("merge logits")
     report = _report(out, preflight, members, config, shared, plan)
     if dry_run:
         return replace(report, dry_run=True)

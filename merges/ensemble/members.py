@@ -66,7 +66,7 @@ def check_vocabularies(preflight: Preflight, members: Sequence[EnsembleMember]) 
             )
     if not known:
         if differ:
-            preflight.faults.append(
+            preflight.errors.add(
                 f"vocabularies have different sizes ({sizes}) and no model has a tokenizer to tell why. "
                 "Put the tokenizer's files beside the weights."
             )
@@ -76,13 +76,13 @@ def check_vocabularies(preflight: Preflight, members: Sequence[EnsembleMember]) 
     for member in known[1:]:
         difference = differences(first, cast(Vocabulary, member.vocabulary))
         if not difference.same:
-            preflight.faults.append(
+            preflight.errors.add(
                 f"tokens differ: {difference.describe(known[0].checkpoint.ref, member.checkpoint.ref)} "
                 "Logits can only be averaged token by token: use models of one tokenizer."
             )
     for member in members:
         if member.rows < first.size:
-            preflight.faults.append(
+            preflight.errors.add(
                 f"{member.checkpoint.ref} has {member.rows:,} rows for tokens with ids up to {first.size - 1:,}: "
                 "those beyond would be lost."
             )
@@ -99,7 +99,7 @@ def find_members(preflight: Preflight, checkpoints: Sequence[Checkpoint]) -> lis
     for name, checkpoint in zip(names, checkpoints, strict=True):
         fault, config = _native_config(checkpoint)
         if fault:
-            preflight.faults.append(f"{checkpoint.ref} {fault}")
+            preflight.errors.add(f"{checkpoint.ref} {fault}")
             continue
         folder = checkpoint.folder
         vocabulary = read_vocabulary(folder) if folder is not None else None

@@ -15,15 +15,16 @@ from typing import Any, TypeVar
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.selectors import P, Part
 from surgery.checkpoint.structure import ModelStructure
-from surgery.edits.undo_file import UNDO, UndoBlocks, execute_validated, write_undo
+from surgery.edits.undo_file import UNDO, UndoBlocks, write_undo
+from surgery.engine.card import CardContent
+from surgery.engine.checkpoint_writer import OutputDescription, check_destination, write_checkpoint
 from surgery.engine.edit_report import EditReport, edit_report, edit_table
-from surgery.engine.manifest import CardContent, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.manifest import command_record
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.plan import Plan, PlannedTensor, check_output, copy_tensor, plan_files
-from surgery.engine.preflight import Preflight, check_space
+from surgery.engine.plan import Plan, PlannedTensor, copy_tensor, plan_files
+from surgery.engine.preflight import Preflight
 from surgery.engine.result import ExecutionResult
-from surgery.errors import FAILED, WRONG_USAGE, SurgeryError, listing
-from surgery.io.atomic import check_free
+from surgery.errors import ErrorList, listing
 
 MODEL = "model"
 NOT_MEASURED = "Side effects were not measured."
@@ -89,37 +90,18 @@ class Edit:
     warnings: Sequence[str] = ()
 
 
-@dataclass
-class EditErrors:
-    """What stands against an edit; `usage` where the request itself is wrong."""
-
-    usage: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
-
-    def settle(self, where: str) -> None:
-        """Raises SurgeryError with every fault, if there are any."""
-        if self.usage or self.others:
-            code = WRONG_USAGE if self.usage else FAILED
-            raise SurgeryError("\n  ".join([*self.usage, *self.others]), where=where, exit_code=code)
-
-    def add(self, fault: str) -> None:
-        """Adds a fault of the model, once however many parts meet it."""
-        if fault not in self.others:
-            self.others.append(fault)
-
-
 def require_in_layer(
     having: Mapping[int, T],
     layer: int,
     named: str,
     structure: ModelStructure,
     ref: str,
-    faults: EditErrors,
+    errors: ErrorList,
     *,
     what: str,
     why: str = "",
 ) -> T | None:
-    """What `having` holds of `layer`; where it holds nothing the reason goes to `faults`.
+    """What `having` holds of `layer`; where it holds nothing the reason goes to `errors`.
 
     Args:
         having: layer → what is sought; layers without it are absent.
@@ -128,21 +110,21 @@ def require_in_layer(
     """
     numbers = [block.index for block in structure.blocks]
     if not having:
-        faults.add(f"{ref} has no {what} in any layer.")
+        errors.add(f"{ref} has no {what} in any layer.")
     elif layer not in numbers:
-        faults.usage.append(f"{named}: there is no layer {layer}, expected {numbers[0]} to {numbers[-1]}.")
+        errors.add(f"{named}: there is no layer {layer}, expected {numbers[0]} to {numbers[-1]}.", usage=True)
     elif layer not in having:
-        faults.usage.append(
-            f"{named}: layer {layer} has no {what}{why}; layers that have: {listing(map(str, having))}."
+        errors.add(
+            f"{named}: layer {layer} has no {what}{why}; layers that have: {listing(map(str, having))}.", usage=True
         )
     return having.get(layer)
 
 
-def check_indices(kind: type[P], layer: int, indices: Sequence[int], n: int, faults: EditErrors) -> None:
+def check_indices(kind: type[P], layer: int, indices: Sequence[int], n: int, errors: ErrorList) -> None:
     """Adds a fault where one of `indices` is not a part of a layer that has `n` of them."""
     outside = [str(kind(layer, index)) for index in indices if not 0 <= index < n]
     if outside:
-        faults.usage.append(f"{listing(outside, 3)}: layer {layer} has the {kind.NOUN}s 0 to {n - 1}.")
+        errors.add(f"{listing(outside, 3)}: layer {layer} has the {kind.NOUN}s 0 to {n - 1}.", usage=True)
 
 
 def edit_options(scales: Mapping[P, float], noun: str) -> dict[str, Any]:
@@ -171,36 +153,38 @@ def write_edit(
     """
     base = edit.base
     sources = {MODEL: base, **edit.sources}
-    check_output(out, sources)
-    if not dry_run:
-        check_free(out, overwrite=options.overwrite)
-    made = {change.planned.name: change.planned for change in edit.changes}
-    planned = [made.get(name) or copy_tensor(tensor) for name, tensor in base.tensors.items()]
+    check_destination(out, sources, options, dry_run=dry_run)
+    replaced = {change.planned.name: change.planned for change in edit.changes}
+    planned = [replaced.get(name) or copy_tensor(tensor) for name, tensor in base.tensors.items()]
     side_files = {path.name: path for path in base.side_files}
     plan = Plan(edit.command, sources, plan_files(planned, like=base), side_files)
     preflight = Preflight(warnings=list(edit.warnings))
     layers = len({part.layer for part in edit.scales})
     preflight.facts[edit.nouns] = f"{len(edit.scales)} in {layers} of {edit.structure.layers} layers"
-    check_space(preflight, plan, out, options.threads)
-    preflight.settle(str(edit.command["name"]))
-    report = EditReport(out, preflight.facts, preflight.warnings, len(made), len(planned), dry_run=dry_run)
-    if dry_run:
-        return report
+    preview = EditReport(out, preflight.facts, preflight.warnings, len(replaced), len(planned), dry_run=dry_run)
+    notes: list[EditNotes] = []  # filled by `validate`, for manifest and card
 
-    def judge(folder: Path, _: ExecutionResult) -> EditNotes | None:
-        return measure(folder) if measure else None
+    def validate(folder: Path, _: ExecutionResult) -> None:
+        if measure is not None:
+            notes.append(measure(folder))
 
-    def finish(folder: Path, outcome: ExecutionResult, notes: EditNotes | None) -> EditReport:
-        write_undo(folder, [change.blocks for change in edit.changes], outcome, role=MODEL)
-        done = edit_report(report, base, sorted(made), outcome)
-        summary = done.summary() | {edit.nouns: {str(part): scale for part, scale in sorted(edit.scales.items())}}
-        summary |= {"measured": None if notes is None else notes.measured}
-        manifest = build_manifest(plan, outcome, kind="model", report=summary)
-        write_manifest(folder, manifest)
-        write_card(folder, manifest, sources, _card(edit, done, notes))
-        return done
+    def describe(folder: Path, result: ExecutionResult) -> OutputDescription[EditReport]:
+        measured = notes[0] if notes else None
+        write_undo(folder, [change.blocks for change in edit.changes], result, role=MODEL)
+        report = edit_report(preview, base, sorted(replaced), result)
+        parts = {str(part): scale for part, scale in sorted(edit.scales.items())}
+        summary = {edit.nouns: parts, "measured": None if measured is None else measured.measured}
+        return OutputDescription(report, report.summary() | summary, _card(edit, report, measured))
 
-    return execute_validated(plan, out, options, judge=judge, finish=finish)
+    return write_checkpoint(
+        plan,
+        out,
+        options,
+        describe=describe,
+        preflight=preflight,
+        dry_run_report=preview if dry_run else None,
+        validate=validate,
+    )
 
 
 def record(base: Checkpoint, command: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,6 @@ from surgery.checkpoint.tensor_roles import ATTENTION, NORM, ExpertLayer, langua
 from surgery.edits.common import (
     Edit,
     EditDescription,
-    EditErrors,
     Measure,
     TensorChange,
     check_indices,
@@ -47,7 +46,7 @@ from surgery.edits.undo_file import UndoBlocks
 from surgery.engine.edit_report import EditReport
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Kernel, Parameter, PlannedTensor
-from surgery.errors import listing, usage_error
+from surgery.errors import ErrorList, listing, usage_error
 
 COMMAND = "edit experts"
 PAPER = "arXiv:2505.14681"
@@ -141,35 +140,36 @@ def scale_experts(
 
 def _checked(base: Checkpoint, structure: ModelStructure, scales: Mapping[Expert, float]) -> list[_Down]:
     """What stores the experts of `scales`. Raises SurgeryError with all that stands against the edit."""
-    faults = EditErrors()
+    errors = ErrorList()
     for expert, scale in sorted(scales.items()):
         if not math.isfinite(scale) or scale < 0:
-            faults.usage.append(f"{expert}: got β = {scale:g}, expected a finite number from 0 on.")
-    _check_model(base, faults)
-    if faults.others:
-        faults.settle(COMMAND)  # nothing else can be said of such weights
+            errors.add(f"{expert}: got β = {scale:g}, expected a finite number from 0 on.", usage=True)
+    if model_errors := _check_model(base):
+        errors.extend(model_errors)
+        errors.raise_if_any(COMMAND)  # such weights cannot be checked any further
     downs: list[_Down] = []
     for layer, indices in by_layer(scales).items():
         named = listing((str(Expert(layer, index)) for index in indices), 3)
         what = "routed experts that are recognised"
-        experts = require_in_layer(structure.experts, layer, named, structure, base.ref, faults, what=what)
+        experts = require_in_layer(structure.experts, layer, named, structure, base.ref, errors, what=what)
         if experts is not None:
-            check_indices(Expert, layer, indices, experts.n_experts, faults)
-            _check_norm(structure, layer, named, faults)
+            check_indices(Expert, layer, indices, experts.n_experts, errors)
+            _check_norm(structure, layer, named, errors)
             there = [Expert(layer, index) for index in indices if 0 <= index < experts.n_experts]
-            downs += _downs(base, there, experts, faults)
+            downs += _downs(base, there, experts, errors)
     for down in downs:
-        _check_powers(down, scales, faults)
-    faults.settle(COMMAND)
+        _check_powers(down, scales, errors)
+    errors.raise_if_any(COMMAND)
     return downs
 
 
-def _check_model(base: Checkpoint, faults: EditErrors) -> None:
-    """Adds a fault where the config says that scaled weights would not do what a scaled routing weight does."""
+def _check_model(base: Checkpoint) -> ErrorList:
+    """Return an error for each setting of the config by which scaled weights differ from a scaled routing weight."""
+    errors = ErrorList()
     config = language_config(base.config)
     method = _quantisation(base).get("quant_method")
     if method not in (None, *QUANTISED):
-        faults.add(
+        errors.add(
             f"{base.ref} is quantised ({method}): experts are scaled where weights are stored as floats, as FP8 with "
             "block scales, or as MXFP4. Use the unquantised model."
         )
@@ -177,25 +177,26 @@ def _check_model(base: Checkpoint, faults: EditErrors) -> None:
     # experts' input, Llama 4, is told by its name; others have an option for it.
     llama4 = any(str(held.get("model_type")).startswith("llama4") for held in (base.config, config))
     if llama4 or any(value for key, value in config.items() if key.endswith("router_weight_on_input")):
-        faults.add(
+        errors.add(
             f"{base.ref} multiplies the experts' inputs by the routing weight, not their outputs, and experts are not "
             "linear in these: no change of the weights does what β on the routing weight does."
         )
+    return errors
 
 
-def _check_norm(structure: ModelStructure, layer: int, named: str, faults: EditErrors) -> None:
+def _check_norm(structure: ModelStructure, layer: int, named: str, errors: ErrorList) -> None:
     """Adds a fault where the experts' outputs may be normalised."""
     names = next(block.names for block in structure.blocks if block.index == layer)
     for name in names:
         words = parts_of(name)
         if "experts" in words and NORM.search(word_of(words)) and not any(ATTENTION.search(word) for word in words):
-            faults.others.append(
+            errors.add(
                 f"{named}: {name} is a norm among the experts, which takes a factor out of their outputs again: β on "
                 "the routing weight cannot be written into the weights."
             )
 
 
-def _downs(base: Checkpoint, wanted: Sequence[Expert], experts: ExpertLayer, faults: EditErrors) -> list[_Down]:
+def _downs(base: Checkpoint, wanted: Sequence[Expert], experts: ExpertLayer, errors: ErrorList) -> list[_Down]:
     """What stores the down projections of `wanted`, experts of one layer, as far as it is understood."""
     if experts.layout == "per-expert":
         alone = {_number(name): name for name in experts.down}
@@ -206,15 +207,15 @@ def _downs(base: Checkpoint, wanted: Sequence[Expert], experts: ExpertLayer, fau
     else:
         return []
     if lost := [expert for of, name in held if name is None for expert in (of if len(of) == 1 else wanted)]:
-        faults.others.append(
+        errors.add(
             f"{listing(map(str, lost), 3)}: none of the experts' tensors is recognised as the down projection "
             f"({listing(experts.names, 3)})."
         )
-    found = [_down(base, of, name, faults) for of, name in held if name is not None]
+    found = [_down(base, of, name, errors) for of, name in held if name is not None]
     return [down for down in found if down is not None]
 
 
-def _down(base: Checkpoint, experts: tuple[Expert, ...], name: str, faults: EditErrors) -> _Down | None:
+def _down(base: Checkpoint, experts: tuple[Expert, ...], name: str, errors: ErrorList) -> _Down | None:
     """The tensor `name`, (out, in) of one expert or what the n `experts` have in order, with its bias and scales."""
     values, packed = base.tensors[name], name.endswith("_blocks")
     stem = name.removesuffix(".weight").removesuffix("_blocks").removesuffix("_weight")
@@ -224,13 +225,13 @@ def _down(base: Checkpoint, experts: tuple[Expert, ...], name: str, faults: Edit
     method, scale_fmt = (_quantisation(base).get(key) for key in ("quant_method", "scale_fmt"))
     told = f"{name}, {values.dtype} {list(values.shape)}"
     if scale is None and (packed or (method == "fp8" and values.dtype.startswith("F8"))):
-        faults.others.append(f"{told}: the scales that belong to it, {scale_name}, are not there.")
+        errors.add(f"{told}: the scales that belong to it, {scale_name}, are not there.")
     elif scale is None and not values.is_float:
-        faults.others.append(f"{told}: is stored in a way that is not understood.")
+        errors.add(f"{told}: is stored in a way that is not understood.")
     elif scale is not None and not _fits(values, scale, len(experts), packed=packed):
-        faults.others.append(f"{told}: its scales, {scale.name}, {scale.dtype} {list(scale.shape)}, do not fit it.")
+        errors.add(f"{told}: its scales, {scale.name}, {scale.dtype} {list(scale.shape)}, do not fit it.")
     elif bias is not None and not _is_bias(bias, values, experts):
-        faults.others.append(f"{told}: its bias, {bias.name}, {bias.dtype} {list(bias.shape)}, does not fit it.")
+        errors.add(f"{told}: its bias, {bias.name}, {bias.dtype} {list(bias.shape)}, does not fit it.")
     else:
         power = ""
         if scale is not None and scale.dtype in EXPONENTS:
@@ -256,21 +257,22 @@ def _is_bias(bias: StoredTensor, values: StoredTensor, experts: Sequence[Expert]
     return bias.is_float and bias.shape != () and shaped and bias.shape[-1] in values.shape
 
 
-def _check_powers(down: _Down, scales: Mapping[Expert, float], faults: EditErrors) -> None:
+def _check_powers(down: _Down, scales: Mapping[Expert, float], errors: ErrorList) -> None:
     """Adds a fault for each β that `down` cannot store: no power of two, or out of its exponents' range."""
     for block, expert in enumerate(down.experts):
         scale = scales.get(expert, 1.0)
         if not down.power or down.scale is None or scale in (0, 1) or not math.isfinite(scale) or scale < 0:
             continue
         if math.frexp(scale)[0] != 0.5:
-            faults.usage.append(f"{expert}: got β = {scale:g}, expected a power of two: {down.power}.")
+            errors.add(f"{expert}: got β = {scale:g}, expected a power of two: {down.power}.", usage=True)
         elif down.scale.dtype in EXPONENTS:
             low, high = _range(down.scale, block, len(down.experts))
             shift = _log2(scale)
             if low + shift < 0 or high + shift > LARGEST:
-                faults.usage.append(
+                errors.add(
                     f"{expert}: β = {scale:g} adds {shift} to the exponents in {down.scale.name}, {low} to {high}, "
-                    f"which would leave the range 0 to {LARGEST}."
+                    f"which would leave the range 0 to {LARGEST}.",
+                    usage=True,
                 )
 
 

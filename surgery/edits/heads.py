@@ -22,7 +22,6 @@ from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.edits.common import (
     Edit,
     EditDescription,
-    EditErrors,
     Measure,
     TensorChange,
     check_indices,
@@ -37,7 +36,7 @@ from surgery.engine.edit_report import EditReport
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Parameter, PlannedTensor
 from surgery.engine.preflight import Preflight, check_quantised
-from surgery.errors import listing, usage_error
+from surgery.errors import ErrorList, listing, usage_error
 
 COMMAND = "edit heads"
 MEANS = "means"
@@ -170,24 +169,24 @@ def _checked(
     base: Checkpoint, structure: ModelStructure, scales: Mapping[Head, float], means: Checkpoint | None
 ) -> list[_Projection]:
     """One projection per layer that changes. Raises SurgeryError with all that stands against it."""
-    faults = EditErrors()
+    errors = ErrorList()
     quantised = Preflight()
     check_quantised(quantised, [base])
-    faults.others += quantised.faults
+    errors.extend(quantised.errors)
     for head, scale in sorted(scales.items()):
         if not math.isfinite(scale):
-            faults.usage.append(f"{head}: got γ = {scale}, expected a finite number.")
-    if quantised.faults:
-        faults.settle(COMMAND)  # nothing else can be said of such weights
+            errors.add(f"{head}: got γ = {scale}, expected a finite number.", usage=True)
+    if quantised.errors:
+        errors.raise_if_any(COMMAND)  # such weights cannot be checked any further
     found = [
         projection
         for layer, indices in by_layer(scales).items()
-        if (projection := _projection(base, structure, layer, indices, scales, faults)) is not None
+        if (projection := _projection(base, structure, layer, indices, scales, errors)) is not None
     ]
     if means is not None:
-        found = [_with_means(projection, base, means, faults) for projection in found]
-        _refuse_without_bias([projection for projection in found if projection.bias is None], faults)
-    faults.settle(COMMAND)
+        found = [_with_means(projection, base, means, errors) for projection in found]
+        _refuse_without_bias([projection for projection in found if projection.bias is None], errors)
+    errors.raise_if_any(COMMAND)
     found = [projection for projection in found if projection.heads]
     if not found:
         raise usage_error("nothing to do: every γ is 1.", where=COMMAND)
@@ -200,7 +199,7 @@ def _projection(
     layer: int,
     indices: Sequence[int],
     scales: Mapping[Head, float],
-    faults: EditErrors,
+    errors: ErrorList,
 ) -> _Projection | None:
     """The output projection of a layer, where it is there and cut into a known number of heads."""
     named = listing((str(Head(layer, index)) for index in indices), 3)
@@ -210,7 +209,7 @@ def _projection(
         named,
         structure,
         base.ref,
-        faults,
+        errors,
         what="attention output projection that is recognised",
         why=" (linear attention and Mamba have none)",
     )
@@ -219,17 +218,17 @@ def _projection(
     n = heads.n_heads
     if n is None:
         shape = list(base.tensors[heads.name].shape)
-        faults.others.append(
+        errors.add(
             f"{named}: neither config nor shapes say how many heads {heads.name} {shape} is cut into. "
             "Give the folder with its config.json, and num_attention_heads in it."
         )
         return None
-    check_indices(Head, layer, indices, n, faults)
+    check_indices(Head, layer, indices, n, errors)
     per_head = tuple(scales.get(Head(layer, index), 1.0) for index in range(n))
     return _Projection(layer, base.tensors[heads.name], per_head, heads.transposed)
 
 
-def _with_means(projection: _Projection, base: Checkpoint, means: Checkpoint, faults: EditErrors) -> _Projection:
+def _with_means(projection: _Projection, base: Checkpoint, means: Checkpoint, errors: ErrorList) -> _Projection:
     w, n = projection.weight, len(projection.scales)
     inner, outer = w.shape if projection.transposed else w.shape[::-1]
     bias = base.tensors.get(f"{w.name.removesuffix('.weight')}.bias")
@@ -238,19 +237,21 @@ def _with_means(projection: _Projection, base: Checkpoint, means: Checkpoint, fa
     key, expected = f"layer.{projection.layer}", (n, inner // n)
     found = means.tensors.get(key)
     if found is None:
-        faults.usage.append(f'{means.ref}: has no "{key}" (it has {listing(means.tensors, 3)}).')
+        errors.add(f'{means.ref}: has no "{key}" (it has {listing(means.tensors, 3)}).', usage=True)
     elif found.shape != expected or not found.is_float:
-        faults.usage.append(
+        errors.add(
             f'{means.ref}: "{key}" is {found.dtype} {list(found.shape)}, expected floats {list(expected)}: a row per '
-            "head."
+            "head.",
+            usage=True,
         )
     return replace(projection, bias=bias, means=found)
 
 
-def _refuse_without_bias(projections: Sequence[_Projection], faults: EditErrors) -> None:
+def _refuse_without_bias(projections: Sequence[_Projection], errors: ErrorList) -> None:
     if projections:
         names = listing((projection.weight.name for projection in projections), 3)
-        faults.usage.append(
+        errors.add(
             f"{names}: mean ablation adds a constant to the residual stream, and this projection has no bias to hold "
-            "it. Use --scale 0, which needs none."
+            "it. Use --scale 0, which needs none.",
+            usage=True,
         )

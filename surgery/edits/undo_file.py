@@ -11,11 +11,10 @@ in a folder of its own because loaders take every safetensors file beside the we
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,15 +35,16 @@ from surgery.checkpoint.reader import (
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.safetensors_header import build_header
 from surgery.edits.kernels import RESTORE_BLOCKS, flags_of, spread
+from surgery.engine.card import CardContent
+from surgery.engine.checkpoint_writer import OutputDescription, check_destination, write_checkpoint
 from surgery.engine.edit_report import EditReport, edit_report, edit_table
-from surgery.engine.execution import execute
-from surgery.engine.manifest import CardContent, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.manifest import command_record
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.plan import Plan, PlannedTensor, TensorSlice, check_output, copy_tensor, plan_files
-from surgery.engine.preflight import Preflight, check_space
+from surgery.engine.plan import Plan, PlannedTensor, TensorSlice, copy_tensor, plan_files
+from surgery.engine.preflight import Preflight
 from surgery.engine.result import ExecutionResult
 from surgery.errors import SurgeryError, listing, usage_error
-from surgery.io.atomic import check_free, disk_error, partial_path
+from surgery.io.atomic import disk_error
 from surgery.io.hashing import hash_parts
 
 UNDO = Path("undo") / "undo.safetensors"
@@ -53,9 +53,6 @@ VERSION_KEY = "model_surgery_undo"
 EDITS_KEY = "edits"
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes are moved, never values
 _NO_HASH = "0" * 32
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -144,9 +141,7 @@ def undo(model: str, out: Path, *, dry_run: bool = False, options: ExecutionOpti
     path = _undo_file(edited)
     edits = _read_edits(path)
     kept = read_file(path)
-    check_output(out, {"model": edited})
-    if not dry_run:
-        check_free(out, overwrite=options.overwrite)
+    check_destination(out, {"model": edited}, options, dry_run=dry_run)
     blocks = {name: _blocks(name, fields, edited, kept) for name, fields in edits.items()}
     _check_edited(edited, blocks, edits, path)
     sources = {name: _laid_out(blocks[name], kept.tensors[name]) for name in blocks}
@@ -161,14 +156,10 @@ def undo(model: str, out: Path, *, dry_run: bool = False, options: ExecutionOpti
     command = command_record("edit undo", [model])
     plan = Plan(command, {"model": edited, "undo": undone}, plan_files(planned, like=edited), side_files)
     preflight = Preflight()
-    check_space(preflight, plan, out, options.threads)
-    preflight.settle(str(command["name"]))
-    report = EditReport(out, preflight.facts, preflight.warnings, len(blocks), len(planned), dry_run=dry_run)
-    if dry_run:
-        return report
+    preview = EditReport(out, preflight.facts, preflight.warnings, len(blocks), len(planned), dry_run=dry_run)
 
-    def judge(folder: Path, outcome: ExecutionResult) -> None:
-        damaged = [name for name in blocks if outcome.hashes[name] != edits[name]["before"]]
+    def validate(folder: Path, result: ExecutionResult) -> None:
+        damaged = [name for name in blocks if result.hashes[name] != edits[name]["before"]]
         if damaged:
             raise SurgeryError(
                 f"does not give back what was edited, it is damaged: {listing(damaged, 3)}",
@@ -176,51 +167,24 @@ def undo(model: str, out: Path, *, dry_run: bool = False, options: ExecutionOpti
                 hint="Fetch the folder again.",
             )
 
-    def finish(folder: Path, outcome: ExecutionResult, _: None) -> EditReport:
-        done = edit_report(report, edited, sorted(blocks), outcome)
-        manifest = build_manifest(plan, outcome, kind="model", report=done.summary())
-        write_manifest(folder, manifest)
+    def describe(folder: Path, result: ExecutionResult) -> OutputDescription[EditReport]:
+        report = edit_report(preview, edited, sorted(blocks), result)
         method = (
             f"The edit of {edited.repo_id or edited.ref} is undone: {len(blocks)} of {len(planned)} tensors have the "
             "bytes again that they had before it."
         )
-        table = edit_table(done).to_markdown()
-        write_card(folder, manifest, plan.sources, CardContent("Model with an edit undone", method, ("undo",), table))
-        return done
+        card = CardContent("Model with an edit undone", method, ("undo",), edit_table(report).to_markdown())
+        return OutputDescription(report, report.summary(), card)
 
-    return execute_validated(plan, out, options, judge=judge, finish=finish)
-
-
-def execute_validated(
-    plan: Plan,
-    out: Path,
-    options: ExecutionOptions,
-    *,
-    judge: Callable[[Path, ExecutionResult], T],
-    finish: Callable[[Path, ExecutionResult, T], R],
-) -> R:
-    """`execute`, with a `judge` who sees the weights first: where he raises SurgeryError nothing is left of them.
-
-    Args:
-        finish: as in `execute`, given what `judge` returned.
-    """
-    refused = False
-
-    def judged(folder: Path, outcome: ExecutionResult) -> R:
-        nonlocal refused
-        try:
-            verdict = judge(folder, outcome)
-        except SurgeryError:
-            refused = True
-            raise
-        return finish(folder, outcome, verdict)
-
-    try:
-        return execute(plan, out, options, finish=judged)
-    except SurgeryError:
-        if refused:
-            shutil.rmtree(partial_path(out), ignore_errors=True)
-        raise
+    return write_checkpoint(
+        plan,
+        out,
+        options,
+        describe=describe,
+        preflight=preflight,
+        dry_run_report=preview if dry_run else None,
+        validate=validate,
+    )
 
 
 def _header(blocks: Sequence[UndoBlocks], before: Mapping[str, str], outcome: ExecutionResult) -> bytes:

@@ -1,18 +1,19 @@
-"""Streams a plan to disk: segments over workers, a journal beside the weights, one atomic rename at the end.
+"""Execute a plan: write its tensors into a staging folder with worker threads, then rename the folder to OUT.
 
-OUT appears whole or not at all. Until then everything lies in `OUT.partial/`, where `journal.jsonl` names each segment
-that was written, with its hash. A run that was killed at any moment is continued by the same command: journaled
-segments are read back, compared with their hash and kept; the rest is done. The result is the same to the bit.
+OUT appears whole or not at all. Until the rename everything is in `OUT.partial/`, where `journal.jsonl` records each
+segment that was written, with its hash. A run that was killed at any moment is continued by the same command: journaled
+segments are read back, compared with their hash and kept; the rest is computed. The result is the same to the bit.
 
-Under a launcher (`accelerate launch`, torchrun) the processes share the work, as `surgery.engine.work_partition` says,
-and each keeps a journal of its own. OUT and the sources must lie where all of them see the same files. The first
-process prepares the folder and finishes it. A fault in one is told to the others, which stop. Where one is killed the
-launcher ends the others and names it; without a launcher they learn of it when they next wait for it. In either case
-the same command goes on, with any number of processes.
+Under a launcher (`accelerate launch`, torchrun) the ranks share the work as `surgery.engine.work_partition` assigns it,
+and each keeps its own journal. OUT and the sources must be on a file system that all of them see. Rank 0 prepares the
+folder and finalizes it. A rank that fails reports the failure to the others, which stop. Where one is killed the
+launcher ends the others and names it; without a launcher they notice when they next wait for it. In either case the
+same command continues, with any number of processes.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -31,118 +32,145 @@ from surgery.engine.workers import default_threads
 from surgery.engine.writer import ShardWriter
 from surgery.errors import SurgeryError, listing
 from surgery.io.atomic import check_free, commit_folder, copy_file, disk_error, partial_path
-from surgery.runtime.collectives import local_device, map_over_ranks, n_active_processes
+from surgery.runtime.collectives import local_device, map_over_ranks, n_active_processes, on_main
 
-_FAULT = "fault.txt"  # in the folder while several processes work, where one has failed
+_FAILURE_FILE = "fault.txt"  # in the staging folder of several processes, once one of them has failed
 
 T = TypeVar("T")
 
 
-def execute(plan: Plan, out: Path, options: ExecutionOptions, *, finish: Callable[[Path, ExecutionResult], T]) -> T:
-    """Writes `plan` to the folder `out`.
+def execute(
+    plan: Plan,
+    out: Path,
+    options: ExecutionOptions,
+    *,
+    finish: Callable[[Path, ExecutionResult], T],
+    validate: Callable[[Path, ExecutionResult], None] | None = None,
+) -> T:
+    """Write `plan` to the folder `out`.
 
     Args:
-        finish: writes what describes the weights (manifest, model card) into the folder before it is committed; called
-            in one process.
+        finish: writes what describes the weights (manifest, model card) into the staging folder before it is
+            committed; called on rank 0.
+        validate: called on rank 0 before `finish`, with the weights, config and tokenizer in the staging folder; where
+            it raises SurgeryError the staging folder is deleted, since continuing would only give the same weights.
 
     Returns:
-        What `finish` returned, in every process, each of which then sees `out`.
+        What `finish` returned, on every rank; each of them then sees `out`.
 
     Raises:
         SurgeryError: OUT exists; another job's partial output is in the way; a source changed; NaN or infinite
-            values came out; the disk is full; processes do not see the same sources; another process failed.
+            values came out; the disk is full; ranks do not see the same sources; another rank failed; `validate`
+            refused the weights.
     """
-    # What is known by how many share the work is settled here: inside of `map_over_ranks` a process is alone.
+    # Device and threads depend on the number of ranks, which is 1 inside of `map_over_ranks`: resolve them first.
     options = replace(options, device=local_device(options.device), threads=options.threads or default_threads())
     everyone = range(n_active_processes())
     with ExitStack() as stack:
-        team = _Team(plan, out, options, stack)
-        views = map_over_ranks(everyone, team.look)
+        this = _RankExecution(plan, out, options, stack)
+        views = map_over_ranks(everyone, this.open_sources)
         if len({view.fingerprint for view in views}) > 1:
             raise SurgeryError(
                 "the processes do not see the same sources",
                 where=listing(map(str, plan.source_paths), 1),
                 hint="Give all machines the same files, on a disk that they share.",
             )
-        [records] = map_over_ranks([None], lambda _: team.prepare())
-        parts = map_over_ranks(everyone, lambda _: team.stream(records, [view.machine for view in views]))
-        map_over_ranks(everyone, lambda _: team.settle())
-        return map_over_ranks([None], lambda _: team.finish(parts, finish))[0]
+        records = on_main(this.prepare_folder)
+        parts = map_over_ranks(everyone, lambda _: this.write_segments(records, [view.machine for view in views]))
+        map_over_ranks(everyone, lambda _: this.flush())
+        return on_main(this.finalize, parts, finish, validate)
 
 
 @dataclass(frozen=True)
-class _View:
-    """What a process sees of a job: the plan with its sources, and from where."""
+class _RankView:
+    """What one rank sees: the fingerprint of the plan with its sources, and the machine that it runs on."""
 
     fingerprint: str
     machine: str
 
 
-class _Team:
-    """What each process that shares a job does at each of its stages, between which all wait for each other."""
+class _RankExecution:
+    """One rank's part in the execution of a plan: a method per stage, between which the ranks wait for each other."""
 
     def __init__(self, plan: Plan, out: Path, options: ExecutionOptions, stack: ExitStack) -> None:
         self.plan = plan
         self.out = out
         self.options = options
-        self.several = n_active_processes() > 1
-        self.stack = stack  # closes what is opened, at the latest when the job ends
-        self.partial = partial_path(out)
-        self.fault = self.partial / _FAULT
+        self.distributed = n_active_processes() > 1
+        self.stack = stack  # closes what is opened, at the latest when the execution ends
+        self.staging = partial_path(out)
+        self.failure_file = self.staging / _FAILURE_FILE
+        self.rejected = False
+        stack.callback(self._remove_rejected)  # registered first, so that it runs when all files are closed
 
-    def look(self, process: int) -> _View:
-        """Opens the sources."""
-        self.process = process
+    def open_sources(self, rank: int) -> _RankView:
+        """Check OUT and the device, and open the sources."""
+        self.rank = rank
         check_free(self.out, overwrite=self.options.overwrite)
         torch_device(self.options.device)
         self.files = self.stack.enter_context(SourceFiles(self.plan.source_paths))
         self.fingerprint = self.plan.fingerprint(self.files.stamps())
-        return _View(self.fingerprint, this_machine())
+        return _RankView(self.fingerprint, this_machine())
 
-    def prepare(self) -> Records:
-        """Makes the folder and its files, in the first process; returns what earlier runs have done."""
+    def prepare_folder(self) -> Records:
+        """Create the staging folder, journal and weight files; return the records of earlier runs. Rank 0 only."""
         try:
-            self.partial.mkdir(parents=True, exist_ok=True)
+            self.staging.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise disk_error(error, self.partial) from error
-        self.journal = self.stack.enter_context(Journal(self.partial, self.fingerprint, discard=self.options.overwrite))
-        self.fault.unlink(missing_ok=True)
-        self.writer = self.stack.enter_context(ShardWriter(self.partial, self.plan.files))
+            raise disk_error(error, self.staging) from error
+        self.journal = self.stack.enter_context(Journal(self.staging, self.fingerprint, discard=self.options.overwrite))
+        self.failure_file.unlink(missing_ok=True)  # of a run that ended by a failure, which this one continues
+        self.writer = self.stack.enter_context(ShardWriter(self.staging, self.plan.files))
         return self.journal.records
 
-    def stream(self, records: Records, machines: Sequence[str]) -> tuple[Records, int]:
-        """This process's share of the work: the records of its segments, and how many bytes it found done."""
-        if self.process > 0:
-            journal = Journal.beside(self.partial, self.fingerprint, self.process, records)
+    def write_segments(self, records: Records, machines: Sequence[str]) -> tuple[Records, int]:
+        """Write this rank's segments; return their records and how many bytes earlier runs had written."""
+        if self.rank > 0:
+            journal = Journal.beside(self.staging, self.fingerprint, self.rank, records)
             self.journal = self.stack.enter_context(journal)
-            self.writer = self.stack.enter_context(ShardWriter(self.partial, self.plan.files, create=False))
+            self.writer = self.stack.enter_context(ShardWriter(self.staging, self.plan.files, create=False))
         job = WorkerJob(self.plan, self.files, self.writer, self.journal, self.options)
-        watch = FailureWatch(self.fault) if self.several else None
+        watch = FailureWatch(self.failure_file) if self.distributed else None
         try:
-            return job.stream(self.process, machines, watch)
+            return job.stream(self.rank, machines, watch)
         except Exception as error:
             if watch is not None:
-                watch.tell(error)
+                watch.report(error)
             raise
 
-    def settle(self) -> None:
-        """What must wait until nobody writes any more: blocks that several have written to are completed."""
+    def flush(self) -> None:
+        """Complete the blocks that several ranks write to, and check the sources. All ranks must have written."""
         self.writer.flush()
         self.files.check_unchanged()
-        if self.several:
-            self.writer.sync()  # the first process can do so for its own machine alone
+        if self.distributed:
+            self.writer.sync()  # rank 0 can do so for its own machine alone
             self.writer.close()
-        if self.process > 0:
+        if self.rank > 0:
             self.journal.close()
 
-    def finish(self, parts: Sequence[tuple[Records, int]], finish: Callable[[Path, ExecutionResult], T]) -> T:
-        """Writes what lies beside the weights and commits the folder, in the first process."""
+    def finalize(
+        self,
+        parts: Sequence[tuple[Records, int]],
+        finish: Callable[[Path, ExecutionResult], T],
+        validate: Callable[[Path, ExecutionResult], None] | None,
+    ) -> T:
+        """Write the files beside the weights, validate and commit the folder. Rank 0 only."""
         records = {key: record for part, _ in parts for key, record in part.items()}
-        outcome = collect_result(self.plan, self.files, records, sum(resumed for _, resumed in parts))
+        result = collect_result(self.plan, self.files, records, sum(resumed for _, resumed in parts))
         for name, source in self.plan.side_files.items():
-            copy_file(source, self.partial / name)
-        write_index(self.plan, self.partial)
-        result = finish(self.partial, outcome)
+            copy_file(source, self.staging / name)
+        write_index(self.plan, self.staging)
+        if validate is not None:
+            try:
+                validate(self.staging, result)
+            except SurgeryError:
+                self.rejected = True
+                raise
+        report = finish(self.staging, result)
         self.journal.remove()
-        commit_folder(self.partial, self.out, overwrite=self.options.overwrite)
-        return result
+        commit_folder(self.staging, self.out, overwrite=self.options.overwrite)
+        return report
+
+    def _remove_rejected(self) -> None:
+        if self.rejected:
+            shutil.rmtree(self.staging, ignore_errors=True)

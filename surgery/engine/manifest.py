@@ -5,12 +5,9 @@ from __future__ import annotations
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.engine.plan import Plan
@@ -22,16 +19,6 @@ from surgery.io.hashing import KEY, hash_tensors
 from surgery.io.json_io import read_json, to_json
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class CardContent:
-    """What the model card says beyond the manifest: a title, a sentence on the method, tags, tables in Markdown."""
-
-    title: str
-    method: str
-    tags: tuple[str, ...] = ()
-    body: str = ""
 
 
 def build_manifest(plan: Plan, outcome: ExecutionResult, *, kind: str, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,43 +118,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def write_card(folder: Path, manifest: Mapping[str, Any], sources: Mapping[str, Checkpoint], card: CardContent) -> None:
-    """Writes README.md, a model card as the Hub reads it: metadata, what was done, how to do it again."""
-    hub_ids = list(dict.fromkeys(c.repo_id for c in sources.values() if c.repo_id))
-    library = "transformers" if manifest["kind"] in ("model", "ensemble") else None
-    # As huggingface_hub's ModelCardData writes it, whose import takes longer than everything else here.
-    data = {"base_model": hub_ids or None, "library_name": library, "tags": ["model-surgery", *card.tags]}
-    metadata = yaml.safe_dump({key: value for key, value in data.items() if value}, sort_keys=False).strip()
-    inputs = "\n".join(_input_line(role, entry) for role, entry in manifest["inputs"].items())
-    versions = ", ".join(f"{name} {number}" for name, number in manifest["versions"].items())
-    text = f"""---
-{metadata}
----
-
-# {card.title}
-
-{card.method}
-
-## Made from
-
-| role | model | revision | hash of what was read |
-|---|---|---|---|
-{inputs}
-
-{card.body}
-
-## How to make it again
-
-```
-{manifest["command"]["line"]}
-```
-
-With {versions}. `{MANIFEST}` in this folder has every option and the hash of every tensor; `surgery verify` checks
-them.
-"""
-    (folder / "README.md").write_text(text, encoding="utf-8")
-
-
 def command_record(name: str, arguments: Sequence[str], **options: Any) -> dict[str, Any]:
     """How the manifest records a command: its name, its options, and the line that types it again."""
     words = ["surgery", *name.split(), *map(str, arguments), "-o", "OUT", *option_words(options)]
@@ -177,11 +127,6 @@ def command_record(name: str, arguments: Sequence[str], **options: Any) -> dict[
         "options": options,
         "line": shlex.join(words),
     }
-
-
-def _input_line(role: str, entry: Mapping[str, Any]) -> str:
-    name = entry["repo_id"] or entry["ref"]
-    return f"| {role} | {name} | {entry['revision'] or '–'} | `{entry[KEY]}` |"
 
 
 def _version(distribution: str) -> str:

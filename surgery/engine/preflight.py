@@ -18,7 +18,7 @@ from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
 from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader
 from surgery.engine.plan import Plan
 from surgery.engine.workers import default_threads
-from surgery.errors import SurgeryError, listing
+from surgery.errors import ErrorList, listing
 from surgery.io.atomic import partial_path
 from surgery.reporting.report import format_value
 
@@ -30,16 +30,11 @@ SKETCH_ELEMENTS = 1024  # of each matrix, from its middle: enough for a cosine t
 
 @dataclass
 class Preflight:
-    """What the checks found. `facts` are (label, value) for people; `faults` stop the job, `warnings` do not."""
+    """What the checks found. `facts` are (label, value) for people; `errors` stop the job, `warnings` do not."""
 
     facts: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
-
-    def settle(self, where: str) -> None:
-        """Raises SurgeryError with every fault, if there are any."""
-        if self.faults:
-            raise SurgeryError("\n  ".join(self.faults), where=where)
+    errors: ErrorList = field(default_factory=ErrorList)
 
 
 def check_config(
@@ -54,7 +49,7 @@ def check_config(
         return
     kinds = target.config.get("model_type"), donor.get("model_type")
     if kinds[0] != kinds[1]:
-        preflight.faults.append(
+        preflight.errors.add(
             f"architectures differ: {target.ref} is {kinds[0]}, {donor_name} is {kinds[1]}. Use models of one family."
         )
         return
@@ -66,7 +61,7 @@ def check_config(
         if key in target.config and key in donor and target.config[key] != donor[key]
     ]
     if different:
-        preflight.faults.append(f"configs differ between {target.ref} and {donor_name}: {', '.join(different)}.")
+        preflight.errors.add(f"configs differ between {target.ref} and {donor_name}: {', '.join(different)}.")
     for key in ("rope_theta", "rope_parameters", "hidden_act", "rms_norm_eps", "tie_word_embeddings"):
         ours, theirs = target.config.get(key), donor.get(key)
         if ours is not None and theirs is not None and ours != theirs:
@@ -79,12 +74,12 @@ def check_config(
 def check_names(preflight: Preflight, missing: Sequence[str], extra: Sequence[str], target: str, donor: str) -> None:
     """Adds a fault for tensors that only one side has."""
     if missing:
-        preflight.faults.append(
+        preflight.errors.add(
             f"{len(missing)} tensor(s) of {target} are missing in {donor}: {listing(missing)}. "
             "Leave them as they are with --exclude."
         )
     if extra:
-        preflight.faults.append(
+        preflight.errors.add(
             f"{len(extra)} tensor(s) of {donor} are missing in {target}: {listing(extra)}. "
             "Leave them out with --exclude."
         )
@@ -96,7 +91,7 @@ def check_quantised(preflight: Preflight, checkpoints: Iterable[Checkpoint]) -> 
         method = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
         if method:
             name = method.get("quant_method", "unknown") if isinstance(method, Mapping) else method
-            preflight.faults.append(
+            preflight.errors.add(
                 f"{checkpoint.ref} is quantised ({name}), and its stored values are not its weights. "
                 "Use the unquantised model."
             )
@@ -135,7 +130,7 @@ def check_ancestor(
     cosine = float(torch.tensor(cosines).median())
     preflight.facts["same ancestor"] = f"median cosine of target and donor {cosine:.3f} over {len(cosines)} matrices"
     if cosine < UNRELATED_BELOW and not allow_unrelated:
-        preflight.faults.append(
+        preflight.errors.add(
             f"target and donor do not look like children of one pre-trained model (median cosine {cosine:.3f}, "
             "siblings have above 0.9): the vector means nothing there. --allow-unrelated adds it all the same."
         )
@@ -154,12 +149,12 @@ def check_space(preflight: Preflight, plan: Plan, out: Path, threads: int | None
         f"about {_size(plan.memory_bytes(threads or default_threads()))} of buffers beside Python and torch"
     )
     if needed > free:
-        preflight.faults.append(
+        preflight.errors.add(
             f"not enough disk at {parent}: {_size(needed)} needed, {_size(free)} free. "
             "Free some, or choose another place."
         )
     if not os.access(parent, os.W_OK):
-        preflight.faults.append(f"{parent} is not writable. Choose another place for the output.")
+        preflight.errors.add(f"{parent} is not writable. Choose another place for the output.")
 
 
 def _size(count: int) -> str:

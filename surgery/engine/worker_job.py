@@ -88,8 +88,8 @@ class FailureWatch:
         self._path = path
         self._next = 0.0
 
-    def tell(self, error: Exception) -> None:
-        """Leaves the fault for the others; where that cannot be done they hear of it when they wait for us."""
+    def report(self, error: Exception) -> None:
+        """Write the failure for the other ranks; where that fails, they get it when they next wait for this one."""
         with suppress(OSError):
             self._path.write_text(failure_text(error), encoding="utf-8")
 

@@ -119,7 +119,7 @@ def _shapes_agree(
     for source, donor in zip(inputs, donors, strict=True):
         if source.shape != tensor.shape:
             advice = OTHER_POLICIES if per_token else "Leave it as it is with --exclude."
-            preflight.faults.append(
+            preflight.errors.add(
                 f'"{tensor.name}" is {list(tensor.shape)}, but {list(source.tensor.shape)} in {donor.ref}. {advice}'
             )
             return False
@@ -144,7 +144,7 @@ class _Rows:
         elif lacking:
             preflight.facts["vocabulary"] = f"not compared: no tokenizer files in {', '.join(dict.fromkeys(lacking))}"
             if policy == "by-token":
-                preflight.faults.append(f"--vocab by-token needs the tokenizers of all models; {lacking[0]} has none.")
+                preflight.errors.add(f"--vocab by-token needs the tokenizers of all models; {lacking[0]} has none.")
         else:
             self._compare(reference, donors)
 
@@ -157,7 +157,7 @@ class _Rows:
                 continue
             self._same = False
             if self._policy == "strict":
-                self._preflight.faults.append(
+                self._preflight.errors.add(
                     f"the vocabularies of {reference.ref} and {donor.ref} differ: "
                     f"{difference.describe(reference.ref, donor.ref)} {OTHER_POLICIES}"
                 )

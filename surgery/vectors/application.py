@@ -23,29 +23,22 @@ from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import dtype_name
 from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.resolve import open_checkpoint
+from surgery.engine.card import CardContent
+from surgery.engine.checkpoint_writer import OutputDescription, check_destination, write_checkpoint
 from surgery.engine.edit_report import EditReport, edit_report, edit_table, write_config_dtype
-from surgery.engine.execution import execute
-from surgery.engine.manifest import (
-    CardContent,
-    build_manifest,
-    command_record,
-    read_manifest,
-    write_card,
-    write_manifest,
-)
+from surgery.engine.manifest import command_record, read_manifest
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.plan import Kernel, Plan, PlannedTensor, check_output, copy_tensor, plan_files
+from surgery.engine.plan import Kernel, Plan, PlannedTensor, copy_tensor, plan_files
 from surgery.engine.preflight import (
     Preflight,
     check_ancestor,
     check_config,
     check_quantised,
-    check_space,
     sketch,
 )
 from surgery.engine.result import ExecutionResult
 from surgery.errors import usage_error
-from surgery.io.atomic import MANIFEST, check_free
+from surgery.io.atomic import MANIFEST
 from surgery.io.json_io import read_json
 from surgery.vectors.align import AlignedModel, VocabPolicy, align_tensors, aligned_model, check_policy
 from surgery.vectors.kernels import ADD_DIFFERENCE, ADD_VECTOR
@@ -207,16 +200,14 @@ def _add(
     stored_as = dtype_name(dtype) if dtype else None
     base = open_checkpoint(target)
     sources = {"target": base, **donors}
-    check_output(out, sources)
-    if not dry_run:
-        check_free(out, overwrite=options.overwrite)
+    check_destination(out, sources, options, dry_run=dry_run)
     preflight = Preflight()
     check_config(preflight, base, donor_config, next(iter(donors.values())).ref)
-    preflight.settle(str(command["name"]))
+    preflight.errors.raise_if_any(str(command["name"]))
     check_quantised(preflight, sources.values())
     mask.check(sorted({name for checkpoint in sources.values() for name in checkpoint.float_names()}))
     fitted = align_tensors(preflight, aligned_model(base), sides, mask, vocab, zero=zero)
-    preflight.settle(str(command["name"]))
+    preflight.errors.raise_if_any(str(command["name"]))
     check_ancestor(
         preflight,
         base,
@@ -237,25 +228,18 @@ def _add(
     plan = Plan(command, sources, plan_files(planned, like=base), side_files)
     edited = [tensor.name for tensor in planned if tensor.kernel is kernel]
     if not edited:
-        preflight.faults.append(
-            "nothing to do: every scale is 0, or the vector is zero where the mask lets it through."
-        )
-    check_space(preflight, plan, out, options.threads)
-    preflight.settle(str(command["name"]))
-    report = EditReport(out, preflight.facts, preflight.warnings, len(edited), len(planned), dry_run=dry_run)
-    if dry_run:
-        return report
+        preflight.errors.add("nothing to do: every scale is 0, or the vector is zero where the mask lets it through.")
+    preview = EditReport(out, preflight.facts, preflight.warnings, len(edited), len(planned), dry_run=dry_run)
 
-    def finish(folder: Path, outcome: ExecutionResult) -> EditReport:
-        done = edit_report(report, base, edited, outcome)
-        manifest = build_manifest(plan, outcome, kind="model", report=done.summary())
-        write_manifest(folder, manifest)
+    def describe(folder: Path, result: ExecutionResult) -> OutputDescription[EditReport]:
+        report = edit_report(preview, base, edited, result)
         if stored_as:
             write_config_dtype(folder, stored_as)
-        write_card(folder, manifest, sources, _edit_card(done, mask, donors, base))
-        return done
+        return OutputDescription(report, report.summary(), _edit_card(report, mask, donors, base))
 
-    return execute(plan, out, options, finish=finish)
+    return write_checkpoint(
+        plan, out, options, describe=describe, preflight=preflight, dry_run_report=preview if dry_run else None
+    )
 
 
 def _edit_card(report: EditReport, mask: Mask, donors: Mapping[str, Checkpoint], target: Checkpoint) -> CardContent:

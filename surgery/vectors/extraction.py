@@ -15,15 +15,15 @@ from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import dtype_name
 from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader, segments
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.execution import execute
-from surgery.engine.manifest import CardContent, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.card import CardContent
+from surgery.engine.checkpoint_writer import OutputDescription, check_destination, write_checkpoint
+from surgery.engine.manifest import command_record
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.plan import Plan, PlannedTensor, check_output, plan_files
-from surgery.engine.preflight import Preflight, check_ancestor, check_config, check_quantised, check_space, sketch
+from surgery.engine.plan import Plan, PlannedTensor, plan_files
+from surgery.engine.preflight import Preflight, check_ancestor, check_config, check_quantised, sketch
 from surgery.engine.result import ExecutionResult
 from surgery.engine.workers import run_shared
 from surgery.errors import SurgeryError
-from surgery.io.atomic import check_free
 from surgery.reporting.report import Column, Table
 from surgery.vectors.align import VocabPolicy, align_tensors, aligned_model, check_policy
 from surgery.vectors.application import DONOR, FORMAT, SKETCH, STEM
@@ -45,6 +45,17 @@ class ExtractReport:
     inexact: int = 0
     elements: int = 0
     dry_run: bool = False
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the manifest records."""
+        return {
+            "norm": self.norm,
+            "relative_norm": self.relative,
+            "tensors": self.tensors,
+            "zero_tensors": self.zero,
+            "elements": self.elements,
+            "inexact_elements": self.inexact,
+        }
 
     def table(self) -> Table:
         """The vector in numbers."""
@@ -128,35 +139,42 @@ def extract(
         {f"{DONOR}/{path.name}": path for path in sources["tuned"].side_files},
         index_name=f"{STEM}.safetensors.index.json",
     )
-    preparation.settle(plan, out, options)
     facts, warnings = preparation.preflight.facts, preparation.preflight.warnings
-    report = ExtractReport(out, facts, warnings, len(moved), len(zero), dry_run=dry_run)
-    if dry_run:
-        return report
+    preview = ExtractReport(out, facts, warnings, len(moved), len(zero), dry_run=dry_run)
 
-    def finish(folder: Path, outcome: ExecutionResult) -> ExtractReport:
-        norm, against = math.sqrt(outcome.total("squares")), math.sqrt(outcome.total("base_squares"))
-        done = replace(
-            report,
+    def describe(folder: Path, result: ExecutionResult) -> OutputDescription[ExtractReport]:
+        norm, base_norm = math.sqrt(result.total("squares")), math.sqrt(result.total("base_squares"))
+        report = replace(
+            preview,
             norm=norm,
-            relative=norm / against if against else math.inf,
-            inexact=int(outcome.total("missed")),
+            relative=norm / base_norm if base_norm else math.inf,
+            inexact=int(result.total("missed")),
             elements=sum(sources["tuned"].tensors[name].n_elements for name in moved),
         )
-        manifest = build_manifest(plan, outcome, kind="vector", report=_extract_summary(done))
-        manifest["vector"] = {"format": FORMAT, "dtype": stored_as, "zero": zero, "left_out": left_out}
-        write_manifest(folder, manifest)
         (folder / DONOR).mkdir(exist_ok=True)
         save_file(dict(preparation.sketch), folder / DONOR / SKETCH)
-        method = (
-            f"The task vector θ_tuned − θ_base (arXiv:2509.01363) of {len(moved)} tensors, stored as {stored_as}; "
-            f"‖v‖ = {norm:.4g}, {done.relative:.3%} of ‖θ_base‖. It is no model: "
-            "`surgery vector apply` adds it to one."
+        vector = {"format": FORMAT, "dtype": stored_as, "zero": zero, "left_out": left_out}
+        return OutputDescription(
+            report, report.summary(), _card(report, stored_as), kind="vector", fields={"vector": vector}
         )
-        write_card(folder, manifest, sources, CardContent("Task vector", method, ("task-vector",)))
-        return done
 
-    return execute(plan, out, options, finish=finish)
+    return write_checkpoint(
+        plan,
+        out,
+        options,
+        describe=describe,
+        preflight=preparation.preflight,
+        dry_run_report=preview if dry_run else None,
+    )
+
+
+def _card(report: ExtractReport, stored_as: str) -> CardContent:
+    method = (
+        f"The task vector θ_tuned − θ_base (arXiv:2509.01363) of {report.tensors} tensors, stored as {stored_as}; "
+        f"‖v‖ = {report.norm:.4g}, {report.relative:.3%} of ‖θ_base‖. It is no model: "
+        "`surgery vector apply` adds it to one."
+    )
+    return CardContent("Task vector", method, ("task-vector",))
 
 
 @dataclass(frozen=True)
@@ -169,11 +187,6 @@ class Extraction:
     fitted: Mapping[str, tuple[TensorInput, ...]]
     moved: Sequence[str]
     sketch: Mapping[str, torch.Tensor]
-
-    def settle(self, plan: Plan, out: Path, options: ExecutionOptions) -> None:
-        """The checks that need the plan. Raises SurgeryError."""
-        check_space(self.preflight, plan, out, options.threads)
-        self.preflight.settle(self.name)
 
 
 def prepare_extraction(
@@ -193,20 +206,18 @@ def prepare_extraction(
     check_policy(vocab)
     mask = Mask(include=tuple(include), exclude=tuple(exclude))
     sources = {"tuned": open_checkpoint(tuned), "base": open_checkpoint(base)}
-    check_output(out, sources)
-    if not dry_run:
-        check_free(out, overwrite=options.overwrite)
+    check_destination(out, sources, options, dry_run=dry_run)
     preflight = Preflight()
     check_config(preflight, sources["tuned"], sources["base"].config, base)
-    preflight.settle(name)
+    preflight.errors.raise_if_any(name)
     check_quantised(preflight, sources.values())
     mask.check(sorted({*sources["tuned"].float_names(), *sources["base"].float_names()}))
     sides = [aligned_model(sources["tuned"]), aligned_model(sources["base"])]
     fitted = align_tensors(preflight, sides[0], sides, mask, vocab)
-    preflight.settle(name)
+    preflight.errors.raise_if_any(name)
     base_sketch = sketch(sources["base"])
     check_ancestor(preflight, sources["tuned"], base_sketch, allow_unrelated=allow_unrelated)
-    preflight.settle(name)
+    preflight.errors.raise_if_any(name)
     moved = _moved(fitted, options)
     if not moved:
         raise SurgeryError(f"no tensor differs from {base}: the vector would be empty", where=tuned)
@@ -233,14 +244,3 @@ def _moved(fitted: Mapping[str, tuple[TensorInput, ...]], options: ExecutionOpti
             if moves:
                 moved.add(name)
     return [name for name in fitted if name in moved]
-
-
-def _extract_summary(report: ExtractReport) -> dict[str, Any]:
-    return {
-        "norm": report.norm,
-        "relative_norm": report.relative,
-        "tensors": report.tensors,
-        "zero_tensors": report.zero,
-        "elements": report.elements,
-        "inexact_elements": report.inexact,
-    }

@@ -178,15 +178,15 @@ def sweep(
         check_free(out, overwrite=options.overwrite)
         check_output(out, {"target": model, "vector": opened.checkpoint})
     check_config(preflight, model, opened.checkpoint.config, vector)
-    preflight.settle("vector sweep")
+    preflight.errors.raise_if_any("vector sweep")
     check_quantised(preflight, [model])
     mask.check(sorted({*model.float_names(), *opened.checkpoint.float_names()}))
     fitted = align_tensors(
         preflight, aligned_model(model), [AlignedModel(opened.checkpoint, opened.donor)], mask, vocab, zero=opened.zero
     )
-    preflight.settle("vector sweep")
+    preflight.errors.raise_if_any("vector sweep")
     check_ancestor(preflight, model, load_file(opened.donor / SKETCH), allow_unrelated=allow_unrelated)
-    preflight.settle("vector sweep")
+    preflight.errors.raise_if_any("vector sweep")
 
     measures = on_tasks(tasks, limit=limit, batch_size=batch_size)
 

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,9 @@ from surgery.checkpoint.adapters import PREFIX, WEIGHTS
 from surgery.checkpoint.checkpoint import ADAPTER_CONFIG, Checkpoint
 from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.structure import model_structure
-from surgery.engine.execution import execute
-from surgery.engine.manifest import CardContent, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.card import CardContent
+from surgery.engine.checkpoint_writer import OutputDescription, write_checkpoint
+from surgery.engine.manifest import command_record
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Kernel, Plan, PlannedTensor, Sums, plan_files
 from surgery.engine.reduce import reduce_tensors
@@ -54,6 +56,15 @@ class AdapterReport:
     residual: float = math.nan
     of_matrices: float = math.nan
     dry_run: bool = False
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the manifest records."""
+        return {
+            "rank": self.rank,
+            "residual": self.residual,
+            "residual_of_matrices": self.of_matrices,
+            "rest": self.rest,
+        }
 
     def table(self) -> Table:
         """The residual, as a table."""
@@ -115,37 +126,25 @@ def extract_adapter(
         preparation.sources,
         plan_files(planned, stem=WEIGHTS.removesuffix(".safetensors"), shard_bytes=1 << 62),
     )
-    preparation.settle(plan, out, options)
-    facts = preparation.preflight
-    report = AdapterReport(out, facts.facts, facts.warnings, rank, len(matrices), rest, dry_run=dry_run)
-    if dry_run:
-        return report
+    preflight = preparation.preflight
+    preview = AdapterReport(out, preflight.facts, preflight.warnings, rank, len(matrices), rest, dry_run=dry_run)
 
-    def finish(folder: Path, outcome: ExecutionResult) -> AdapterReport:
-        done = _with_residual(report, outcome, matrices, preparation.fitted, options)
+    def describe(folder: Path, result: ExecutionResult) -> OutputDescription[AdapterReport]:
+        report = _with_residual(preview, result, matrices, preparation.fitted, options)
         (folder / ADAPTER_CONFIG).write_text(json.dumps(_config(model, matrices, rank, transposed), indent=2) + "\n")
-        numbers = {
-            "rank": rank,
-            "residual": done.residual,
-            "residual_of_matrices": done.of_matrices,
-            "rest": rest,
-        }
-        manifest = build_manifest(plan, outcome, kind="adapter", report=numbers)
-        write_manifest(folder, manifest)
-        method = (
-            f"θ_tuned − θ_base (arXiv:2509.01363) as a LoRA adapter of rank {rank} by SVD. It leaves out "
-            f"{done.residual:.2%} of the vector's norm."
-        )
-        sources = preparation.sources
-        write_card(
-            folder,
-            manifest,
-            sources,
-            CardContent("Task vector as a LoRA adapter", method, ("task-vector", "lora", "peft")),
-        )
-        return done
+        return OutputDescription(report, report.summary(), _card(report), kind="adapter")
 
-    return execute(plan, out, options, finish=finish)
+    return write_checkpoint(
+        plan, out, options, describe=describe, preflight=preflight, dry_run_report=preview if dry_run else None
+    )
+
+
+def _card(report: AdapterReport) -> CardContent:
+    method = (
+        f"θ_tuned − θ_base (arXiv:2509.01363) as a LoRA adapter of rank {report.rank} by SVD. It leaves out "
+        f"{report.residual:.2%} of the vector's norm."
+    )
+    return CardContent("Task vector as a LoRA adapter", method, ("task-vector", "lora", "peft"))
 
 
 def low_rank(tensors: Sequence[Tensor], *, rank: int, seed: int, transposed: bool) -> tuple[Tensor, Tensor]:

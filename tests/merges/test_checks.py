@@ -45,12 +45,12 @@ def test_a_fault_that_tensors_share_is_one_sentence() -> None:
 def test_equal_vocabularies_are_a_fact(tmp_path: Path) -> None:
     found = compared(model(tmp_path / "a", "x", "y"), model(tmp_path / "b", "x", "y"))
     assert found.facts == {"vocabulary": "the same 2 tokens in all models"}
-    assert not found.faults and not found.warnings
+    assert not found.errors and not found.warnings
 
 
 def test_rows_that_hold_different_tokens_are_a_fault(tmp_path: Path) -> None:
     a, b = model(tmp_path / "a", "x", "y", "z"), model(tmp_path / "b", "y", "x", "z")
-    (fault,) = compared(a, b).faults
+    (fault,) = compared(a, b).errors
     assert fault == (
         f"the vocabularies of {a.ref} and {b.ref} differ: 2 rows hold different tokens (row 0: 'x' / 'y', "
         "row 1: 'y' / 'x'). Say `tokenizer_source: union`, `base` or a model: rows are then aligned by token."
@@ -60,7 +60,7 @@ def test_rows_that_hold_different_tokens_are_a_fault(tmp_path: Path) -> None:
 def test_tokens_that_only_some_have_are_a_warning(tmp_path: Path) -> None:
     found = compared(model(tmp_path / "a", "x", "y"), model(tmp_path / "b", "x", "y", "z"))
     assert found.warnings == ["1 tokens are not in all models ('z'); their rows are merged as they lie."]
-    assert not found.faults
+    assert not found.errors
 
 
 def test_models_without_tokenizers_are_named(tmp_path: Path) -> None:

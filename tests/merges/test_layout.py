@@ -45,7 +45,7 @@ def laid_out(folder: Path, text: str) -> tuple[Layout, list[str]]:
     (config,) = parse_configs(text, "c.yml", methods=SPECS)
     preflight = Preflight()
     layout = lay_out(preflight, config, {ref: open_checkpoint(ref) for ref in config.models})
-    return layout, [fault.replace(f"{folder}/", "") for fault in preflight.faults]
+    return layout, [fault.replace(f"{folder}/", "") for fault in preflight.errors]
 
 
 def test_layers_are_renumbered_and_the_ends_come_from_the_outer_sections(tmp_path: Path) -> None:

@@ -24,9 +24,10 @@ from surgery.checkpoint.dtypes import dtype_name
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.safetensors_header import PYTORCH
 from surgery.checkpoint.structure import model_structure
+from surgery.engine.card import CardContent, write_card
 from surgery.engine.edit_report import write_config_dtype
 from surgery.engine.execution import execute
-from surgery.engine.manifest import CardContent, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.manifest import build_manifest, command_record, write_manifest
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, check_output, plan_files
 from surgery.engine.preflight import check_space
@@ -152,7 +153,7 @@ def add_layers(
         files = plan_files(planned, metadata=base.metadata or PYTORCH)
         plan = Plan(command, sources, files, side_files)
         check_space(deepening.preflight, plan, out, options.threads)
-        deepening.preflight.settle(COMMAND)
+        deepening.preflight.errors.raise_if_any(COMMAND)
         report = AddReport(
             out,
             deepening.preflight.facts,

@@ -20,8 +20,9 @@ from surgery.checkpoint.structure import model_structure
 from surgery.checkpoint.tensor_roles import HIDDEN, N_LAYERS, language_config, number
 from surgery.checkpoint.vocabulary import CONFIG as TOKENIZER_CONFIG
 from surgery.checkpoint.vocabulary import read_vocabulary
+from surgery.engine.card import CardContent, write_card
 from surgery.engine.execution import execute
-from surgery.engine.manifest import CardContent, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.manifest import build_manifest, command_record, write_manifest
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, PlannedTensor, check_output, copy_tensor, plan_files
 from surgery.engine.preflight import Preflight, check_space
@@ -136,7 +137,7 @@ def init_model(
         check_free(out, overwrite=options.overwrite)
     preflight = Preflight()
     config = _config(preflight, embedding, shape, dtype)
-    preflight.settle(COMMAND)
+    preflight.errors.raise_if_any(COMMAND)
     if shape.config is not None:
         check_embedding(LayerSpec(config))
     said = shape.model_dump(mode="json", exclude_none=True)
@@ -151,7 +152,7 @@ def init_model(
         side_files = {path.name: path for path in embedding.tokenizer_files}
         plan = Plan(command, sources, plan_files(planned, metadata=PYTORCH), side_files)
         check_space(preflight, plan, out, options.threads)
-        preflight.settle(COMMAND)
+        preflight.errors.raise_if_any(COMMAND)
         total = sum(tensor.inputs[0].n_elements for tensor in planned)
         report = InitReport(
             out,
@@ -273,7 +274,7 @@ def _special_ids(preflight: Preflight, embedding: Embedding) -> dict[str, int | 
         preflight.warnings.append("no tokenizer lies beside the embedding, so the model has none either")
         return found
     if vocabulary.size > embedding.vocab_size:
-        preflight.faults.append(
+        preflight.errors.add(
             f"the tokenizer has ids up to {vocabulary.size - 1:,}, the embedding only {embedding.vocab_size:,} rows. "
             "Make the embedding again from this tokenizer."
         )

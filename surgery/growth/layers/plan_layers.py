@@ -114,26 +114,27 @@ class LayerInsertionPlan:
         elif method := self.base.config.get("quantization_config") or self.base.config.get("compression_config"):
             self._check_numbers_named(method)
         self._check_ahead()
-        self.preflight.settle(COMMAND)
+        self.preflight.errors.raise_if_any(COMMAND)
         old = list(range(self.before))
         self.order = [*old[: self.position], *(o for o in self.origins if o is not None), *old[self.position :]]
         full = self.spelled()
         if self.before:
-            self.preflight.faults += unsayable(full, self.order, self.shape)
+            for error in unsayable(full, self.order, self.shape):
+                self.preflight.errors.add(error)
             self.config = with_layers(full, self.order, self.shape)
-            self.preflight.settle(COMMAND)
+            self.preflight.errors.raise_if_any(COMMAND)
             self._check_kinds(full)
         else:
             self.config = with_count(full, self.after)
             self.config = spelled_out(self.config, text_config(self.config), self.after)
         numbers = f"{self.new[0]}" if self.layers == 1 else f"{self.new[0]} to {self.new[-1]}"
         self.preflight.facts["layers"] = f"{self.before} → {self.after}; new: {numbers}, {self.init}"
-        self.preflight.settle(COMMAND)
+        self.preflight.errors.raise_if_any(COMMAND)
         if self.init == "identity" and self.before:
             for origin in dict.fromkeys(self.origins):
                 assert origin is not None
                 self._prove(layer_tensors(self.base, self.shape, origin), LayerSpec(full, origin, self.shape), origin)
-            self.preflight.settle(COMMAND)
+            self.preflight.errors.raise_if_any(COMMAND)
 
     def spelled(self) -> dict[str, Any]:
         """The model's config, with the lists in it that say of which kind its layers are."""
@@ -159,7 +160,7 @@ class LayerInsertionPlan:
             if self.init == "identity":
                 hidden = self.shape.hidden_size
                 self._prove(LayerTensors(made, hidden), self.kinds[number], number)
-        self.preflight.settle(COMMAND)
+        self.preflight.errors.raise_if_any(COMMAND)
 
     def old_tensors(self) -> list[PlannedTensor]:
         """What the model has, under its new names."""
@@ -226,7 +227,7 @@ class LayerInsertionPlan:
         """A quantised model's config may say of single layers how they are stored, by their numbers."""
         last = (self.shape.stack or "").rpartition(".")[2]
         if found := re.search(rf"{re.escape(last)}\\*\.\d+", json.dumps(method)):
-            self.preflight.faults.append(
+            self.preflight.errors.add(
                 f"the quantization_config of {self.base.ref} names layers by number ({found[0]!r}), and these change. "
                 "Use the unquantised model."
             )
@@ -241,7 +242,7 @@ class LayerInsertionPlan:
             key for key, value in part.items() if isinstance(value, list) and len(value) == self.before + len(ahead)
         ]
         if lists := [key for key in lists if "layer" in key or "types" in key]:
-            self.preflight.faults.append(
+            self.preflight.errors.add(
                 f"{listing(lists)} of {self.base.ref} counts layers that predict further tokens ahead, and cannot be "
                 "rewritten. Remove those layers first."
             )
@@ -253,7 +254,8 @@ class LayerInsertionPlan:
         except SurgeryError as fault:
             self.preflight.warnings.append(f"that every layer stays of its kind was not tried: {fault}")
             return
-        self.preflight.faults += found
+        for error in found:
+            self.preflight.errors.add(error)
 
     def _prove(self, tensors: LayerTensors, kind: LayerSpec, number: int) -> None:
         writers = tensors.writers
@@ -262,9 +264,7 @@ class LayerInsertionPlan:
         unknown = f" Not understood: {listing(suspects, 5)}." if suspects else ""
         hint = f"{unknown} Use --init {'copy' if self.before else 'random'}."
         if not writers:
-            self.preflight.faults.append(
-                f"nothing was recognised by which {layer} writes into the residual stream.{hint}"
-            )
+            self.preflight.errors.add(f"nothing was recognised by which {layer} writes into the residual stream.{hint}")
             return
         self.zeroed[number] = writers
         try:
@@ -272,10 +272,10 @@ class LayerInsertionPlan:
             if key not in self._proved:
                 self._proved[key] = prove_identity(kind, tensors.inner, writers)
         except SurgeryError as fault:
-            self.preflight.faults.append(f"{layer} cannot be proved an identity: {fault}.{hint}")
+            self.preflight.errors.add(f"{layer} cannot be proved an identity: {fault}.{hint}")
             return
         if not self._proved[key]:
-            self.preflight.faults.append(
+            self.preflight.errors.add(
                 f"{layer} is no identity when what it writes is zero ({listing(writers, 5)}).{hint}"
             )
             return
@@ -284,7 +284,7 @@ class LayerInsertionPlan:
     def _compare(self, made: Mapping[str, StoredTensor], held: Mapping[str, StoredTensor], origin: int) -> None:
         wrong = [name for name, x in made.items() if name not in held or held[name].shape != x.shape]
         if wrong:
-            self.preflight.faults.append(
+            self.preflight.errors.add(
                 f"layer {origin} of {self.base.ref} is not what transformers makes: {listing(wrong, 3)} is missing in "
                 "it, or of another shape. Use --init identity or copy."
             )

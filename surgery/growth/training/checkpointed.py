@@ -18,8 +18,9 @@ import torch
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.structure import model_structure
+from surgery.engine.card import CardContent, write_card
 from surgery.engine.execution import execute
-from surgery.engine.manifest import CardContent, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.manifest import build_manifest, command_record, write_manifest
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, copy_tensor, plan_files
 from surgery.engine.result import ExecutionResult

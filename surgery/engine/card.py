@@ -1,0 +1,66 @@
+"""Write README.md, the model card of an output, as the Hub reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.io.atomic import MANIFEST
+from surgery.io.hashing import KEY
+
+
+@dataclass(frozen=True)
+class CardContent:
+    """What the model card says beyond the manifest: a title, a sentence on the method, tags, tables in Markdown."""
+
+    title: str
+    method: str
+    tags: tuple[str, ...] = ()
+    body: str = ""
+
+
+def write_card(folder: Path, manifest: Mapping[str, Any], sources: Mapping[str, Checkpoint], card: CardContent) -> None:
+    """Writes README.md, a model card as the Hub reads it: metadata, what was done, how to do it again."""
+    hub_ids = list(dict.fromkeys(c.repo_id for c in sources.values() if c.repo_id))
+    library = "transformers" if manifest["kind"] in ("model", "ensemble") else None
+    # As huggingface_hub's ModelCardData writes it, whose import takes longer than everything else here.
+    data = {"base_model": hub_ids or None, "library_name": library, "tags": ["model-surgery", *card.tags]}
+    metadata = yaml.safe_dump({key: value for key, value in data.items() if value}, sort_keys=False).strip()
+    inputs = "\n".join(_input_line(role, entry) for role, entry in manifest["inputs"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in manifest["versions"].items())
+    text = f"""---
+{metadata}
+---
+
+# {card.title}
+
+{card.method}
+
+## Made from
+
+| role | model | revision | hash of what was read |
+|---|---|---|---|
+{inputs}
+
+{card.body}
+
+## How to make it again
+
+```
+{manifest["command"]["line"]}
+```
+
+With {versions}. `{MANIFEST}` in this folder has every option and the hash of every tensor; `surgery verify` checks
+them.
+"""
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _input_line(role: str, entry: Mapping[str, Any]) -> str:
+    name = entry["repo_id"] or entry["ref"]
+    return f"| {role} | {name} | {entry['revision'] or '–'} | `{entry[KEY]}` |"
