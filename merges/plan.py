@@ -13,7 +13,8 @@ from merges.tokenizer.embeddings import TokenInputs
 from surgery.checkpoint.checkpoint import StoredTensor
 from surgery.checkpoint.dtypes import dtype_name
 from surgery.checkpoint.reader import TensorInput
-from surgery.engine.plan import Parameter, PlannedTensor, copy_tensor
+from surgery.engine.kernel import Parameter
+from surgery.engine.plan import PlannedTensor, copy_tensor
 from surgery.engine.preflight import Preflight
 from surgery.errors import SurgeryError
 

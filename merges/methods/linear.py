@@ -11,7 +11,7 @@ from torch import Tensor
 from merges.config.settings import MethodSpec, ParameterSpec
 from merges.methods.measures import measured
 from merges.methods.registry import Params, register
-from surgery.engine.plan import Kernel, Parameter, TensorSlice
+from surgery.engine.kernel import Kernel, Parameter, TensorSlice
 
 _NEAREST = 1e-6  # differences below this count as this: t / |w − x| stays finite
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoint.dtypes import n_elements
-from surgery.engine.plan import Kernel, Pass, Sums, TensorSlice
+from surgery.engine.kernel import Kernel, Pass, Sums, TensorSlice
 
-KEPT = "kept"  # in `TensorSlice.known`: per model, how many of its elements the method let through
+KEPT = "kept"  # in `TensorSlice.pass_results`: per model, how many of its elements the method let through
 
 Count = Callable[..., Tensor | float]
 
@@ -25,8 +25,8 @@ class Measures:
         models: how many there are, the base not counted.
         based: whether a base is the first input.
         count: `count(delta, i, place, **params)` → how many elements of a piece of δᵢ (1-D, may be overwritten) are
-            kept, for methods with a base that can tell piece by piece. Without it `TensorSlice.known` says it; where
-            that does not, all are.
+            kept, for methods with a base that can tell piece by piece. Without it the count is taken from
+            `TensorSlice.pass_results`; where that has none, all are.
     """
 
     models: int
@@ -47,7 +47,7 @@ class Measures:
         kept: Tensor | float
         sums: list[Tensor | float] = [] if base is None else [torch.dot(base, base)]
         for i, model in enumerate(models):
-            kept = place.known[KEPT][i] * share if KEPT in place.known else stored.numel()
+            kept = place.pass_results[KEPT][i] * share if KEPT in place.pass_results else stored.numel()
             away = stored - model
             sums += [torch.dot(model, model), torch.dot(away, away)]
             if base is not None:
@@ -77,6 +77,6 @@ def measured(
         kind="rows" if rows else "elementwise",
         measures=measures.names,
         measure=measures.measure,
-        placed=True,
+        takes_slice=True,
         passes=passes,
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from merges.config.settings import MethodSpec
-from surgery.engine.plan import Kernel, Parameter
+from surgery.engine.kernel import Kernel, Parameter
 
 Params = Mapping[str, Parameter]
 Build = Callable[[Params, int, bool], Kernel]

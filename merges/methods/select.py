@@ -18,7 +18,7 @@ from merges.methods.registry import Params, register
 from merges.methods.task_arithmetic import elect_sign
 from merges.methods.topk import CUTS, as_floats, topk_passes
 from surgery.checkpoint.dtypes import n_elements
-from surgery.engine.plan import Kernel, Pass, TensorSlice
+from surgery.engine.kernel import Kernel, Pass, TensorSlice
 
 _SHARES = "shares"
 _FACTORS = "factors"
@@ -35,7 +35,7 @@ def sce(tensors: Sequence[Tensor], place: TensorSlice, *, select_topk: float, **
     arXiv 2408.07990: select the `select_topk` share of the elements that vary at all; calculate aᵢ ∝ mean δᵢ² of what
     is selected; erase minority signs (0 counts as +).   w, x₁ … xₖ: (…) → (…)
     """
-    shares = place.known[_SHARES]
+    shares = place.pass_results[_SHARES]
     mixed, taken = elect_sign(_selected(tensors, place, select_topk), shares, shares)
     return mixed.div_(taken.clamp_(min=_NEGLIGIBLE)).add_(tensors[0])
 
@@ -45,7 +45,7 @@ def _selected(tensors: Sequence[Tensor], place: TensorSlice, select_topk: float)
     deltas = [model - base for model in models]
     if select_topk >= 1:
         return deltas
-    mask = place.known[CUTS][0][0].largest(as_floats(_variance(deltas)), place.begin)
+    mask = place.pass_results[CUTS][0][0].largest(as_floats(_variance(deltas)), place.begin)
     chosen = torch.from_numpy(mask.view(np.uint8)).to(base.device)
     return [delta.mul_(chosen) for delta in deltas]
 
@@ -94,8 +94,8 @@ def _settle_energies(
     # mergekit calls shares even as soon as Σ mean δ² < 1e-6, which fine-tuning seldom exceeds.
     even = total == 0 if paper else total < _NEGLIGIBLE
     found: dict[str, Any] = {_SHARES: [1 / count] * count if even else list(energies / total)}
-    if KEPT in place.known:
-        found[KEPT] = list(place.known[KEPT]) * count
+    if KEPT in place.pass_results:
+        found[KEPT] = list(place.pass_results[KEPT]) * count
     return found
 
 
@@ -108,9 +108,9 @@ def ram(tensors: Sequence[Tensor], place: TensorSlice, *, epsilon: float, **_: A
     base = tensors[0]
     deltas, counts = _changed(tensors, epsilon)
     mixed = weighted_sum(deltas, [1.0] * len(deltas)).div_(counts.clamp(min=1))
-    if _FACTORS in place.known:
+    if _FACTORS in place.pass_results:
         alone = torch.eq(counts, 1, out=torch.empty_like(counts))
-        for delta, factor in zip(deltas, place.known[_FACTORS], strict=True):
+        for delta, factor in zip(deltas, place.pass_results[_FACTORS], strict=True):
             mixed.addcmul_(delta, alone, value=factor - 1)
     return mixed.add_(base)
 
@@ -166,7 +166,7 @@ def arcee_fusion(tensors: Sequence[Tensor], place: TensorSlice, **_: Any) -> Ten
 
 def _importance(base: Tensor, model: Tensor, place: TensorSlice) -> Tensor:
     first = place.begin // base.shape[1]
-    divergence = torch.from_numpy(place.known[_DIVERGENCES][first : first + len(base)]).to(base)
+    divergence = torch.from_numpy(place.pass_results[_DIVERGENCES][first : first + len(base)]).to(base)
     return (model - base).abs_().mul_(divergence[:, None])
 
 
@@ -190,13 +190,13 @@ def _importances(tensors: Sequence[Tensor], place: TensorSlice, **_: Any) -> lis
 def _count_important(delta: Tensor, i: int, place: TensorSlice, **_: Any) -> int:
     width = place.width
     first, end = place.begin // width, place.begin + delta.numel()
-    divergence = torch.from_numpy(place.known[_DIVERGENCES][first : -(-end // width)]).to(delta)
+    divergence = torch.from_numpy(place.pass_results[_DIVERGENCES][first : -(-end // width)]).to(delta)
     mine = divergence[:, None].expand(-1, width).reshape(-1)[place.begin - first * width : end - first * width]
     return int(delta.abs_().mul_(mine).ge_(_threshold(place)).sum())
 
 
 def _threshold(place: TensorSlice) -> float:
-    first, median, third = (float(cut.value) for cut in place.known[CUTS][0])
+    first, median, third = (float(cut.value) for cut in place.pass_results[CUTS][0])
     return median + 1.5 * (third - first)
 
 

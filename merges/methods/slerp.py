@@ -22,7 +22,7 @@ from merges.config.settings import MethodSpec, ParameterSpec
 from merges.methods.linear import weighted_sum
 from merges.methods.measures import measured
 from merges.methods.registry import Params, register
-from surgery.engine.plan import Kernel, Pass, TensorSlice
+from surgery.engine.kernel import Kernel, Pass, TensorSlice
 from surgery.errors import SurgeryError
 
 Matrix = npt.NDArray[np.float64]  # (k, k) or (k, k, vectors)
@@ -46,9 +46,9 @@ def combine(
     vectors = list(models) if base is None else [model - base for model in models]
     axis = _axis_of(axis, place)
     if axis == "whole":
-        total = weighted_sum(vectors, place.known[COEFFICIENTS].tolist())
+        total = weighted_sum(vectors, place.pass_results[COEFFICIENTS].tolist())
     else:
-        found = formula(gram(vectors, axis), place, **params) if axis == "rows" else place.known[COEFFICIENTS]
+        found = formula(gram(vectors, axis), place, **params) if axis == "rows" else place.pass_results[COEFFICIENTS]
         shaped = torch.from_numpy(found).to(vectors[0]).unsqueeze(2 if axis == "rows" else 1)
         total = vectors[0] * shaped[0]
         for vector, coefficient in zip(vectors[1:], shaped[1:], strict=True):

@@ -21,11 +21,11 @@ from torch import Tensor
 from merges.methods.measures import KEPT, Count
 from merges.methods.topk import CUTS, as_floats, topk_passes
 from surgery.checkpoint.dtypes import n_elements
-from surgery.engine.plan import Pass, TensorSlice
+from surgery.engine.kernel import Pass, TensorSlice
 from surgery.io.hashing import hash_text
 
 Sparsifier = Literal["none", "magnitude", "outliers", "random", "ranked"]
-SCALES = "scales"  # in `TensorSlice.known`: per model, what its kept elements are multiplied by
+SCALES = "scales"  # in `TensorSlice.pass_results`: per model, what its kept elements are multiplied by
 _NEGLIGIBLE = 1e-7  # an L1 norm below this is not divided by, as in mergekit
 _LOW_HALF, _HIGH_HALF = (0, 1) if np.little_endian else (1, 0)
 
@@ -63,7 +63,7 @@ def sparsified(
     by_chance = kind in ("random", "ranked")
     inverse = by_chance and rescale and paper
     kept = delta.mul_(_chosen(delta, i, place, kind=kind, density=density, inverse=inverse, **params))
-    return kept.mul_(place.known[SCALES][i]) if rescale and not inverse else kept
+    return kept.mul_(place.pass_results[SCALES][i]) if rescale and not inverse else kept
 
 
 def counter(kind: Sparsifier, needed: Sequence[Pass]) -> Count | None:
@@ -89,7 +89,7 @@ def _chosen(
         mask = _dealt(delta, i, place, **params) < limit
         factor = LEVELS / limit if inverse else 1
     else:
-        scores, cuts, factor = as_floats(delta.abs()), place.known[CUTS][i], 1
+        scores, cuts, factor = as_floats(delta.abs()), place.pass_results[CUTS][i], 1
         mask = cuts[0].largest(scores, place.begin)
         if kind == "outliers":
             mask ^= cuts[1].largest(scores, place.begin)  # what is dropped again lies among the largest

@@ -28,7 +28,7 @@ from merges.methods.linear import weighted_sum
 from merges.methods.measures import measured
 from merges.methods.registry import Params, register
 from merges.methods.sparsify import Sparsifier, counter, passes, sparsified
-from surgery.engine.plan import Kernel, Pass, TensorSlice
+from surgery.engine.kernel import Kernel, Pass, TensorSlice
 
 _NEGLIGIBLE = 1e-8  # a sum of weights below this is not divided by
 
@@ -71,7 +71,7 @@ def _build(params: Params, models: int, based: bool, *, name: str, kind: Sparsif
         models,
         based=based,
         rows=kind == "ranked",
-        passes=tuple(Pass(partial(p.gather, kind=kind), partial(p.settle, kind=kind)) for p in needed),
+        passes=tuple(Pass(partial(p.gather, kind=kind), partial(p.reduce, kind=kind)) for p in needed),
         count=counter(kind, needed),
     )
 

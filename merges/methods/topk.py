@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from merges.methods.measures import KEPT
-from surgery.engine.plan import Pass, TensorSlice
+from surgery.engine.kernel import Pass, TensorSlice
 
-CUTS = "cuts"  # in `TensorSlice.known`: per score, one `Threshold` for each wanted count
+CUTS = "cuts"  # in `TensorSlice.pass_results`: per score, one `Threshold` for each wanted count
 _BUCKETS = "buckets"
 _LOW_BITS = 16
 _UPPER_HALF = 1 if np.little_endian else 0
@@ -96,7 +96,7 @@ def topk_passes(scores: Scores, wanted: Wanted) -> tuple[Pass, Pass]:
         tensors: Sequence[Tensor], place: TensorSlice, **params: Any
     ) -> tuple[int, list[list[Counts | None]]]:
         found: list[list[Counts | None]] = []
-        for score, buckets in zip(scores(tensors, place, **params), place.known[_BUCKETS], strict=True):
+        for score, buckets in zip(scores(tensors, place, **params), place.pass_results[_BUCKETS], strict=True):
             values = None if score is None else as_floats(score)
             found.append(
                 [_inside(values, b) if values is not None and isinstance(b, _Bucket) else None for b in buckets]
@@ -117,7 +117,7 @@ def topk_passes(scores: Scores, wanted: Wanted) -> tuple[Pass, Pass]:
         return {
             CUTS: [
                 tuple(cut(i, j, bucket) for j, bucket in enumerate(buckets))
-                for i, buckets in enumerate(place.known[_BUCKETS])
+                for i, buckets in enumerate(place.pass_results[_BUCKETS])
             ]
         }
 

@@ -44,8 +44,9 @@ from surgery.edits.common import (
 from surgery.edits.kernels import SCALE_BLOCKS, SHIFT_EXPONENTS
 from surgery.edits.undo_file import UndoBlocks
 from surgery.engine.edit_report import EditReport
+from surgery.engine.kernel import Kernel, Parameter
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.plan import Kernel, Parameter, PlannedTensor
+from surgery.engine.plan import PlannedTensor
 from surgery.errors import ErrorList, listing, usage_error
 
 COMMAND = "edit experts"

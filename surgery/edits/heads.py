@@ -33,8 +33,9 @@ from surgery.edits.common import (
 from surgery.edits.kernels import ADD_MEANS, SCALE_BLOCKS
 from surgery.edits.undo_file import UndoBlocks
 from surgery.engine.edit_report import EditReport
+from surgery.engine.kernel import Parameter
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.plan import Parameter, PlannedTensor
+from surgery.engine.plan import PlannedTensor
 from surgery.engine.preflight import Preflight, check_quantised
 from surgery.errors import ErrorList, listing, usage_error
 

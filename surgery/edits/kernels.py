@@ -15,7 +15,7 @@ from torch import Tensor
 
 from surgery.checkpoint.dtypes import n_elements
 from surgery.engine.edit_report import MEASURES
-from surgery.engine.plan import Kernel, Sums, TensorSlice
+from surgery.engine.kernel import Kernel, Sums, TensorSlice
 
 
 def spread(per_head: Tensor, place: TensorSlice, count: int, *, transposed: bool) -> Tensor:
@@ -150,7 +150,9 @@ def _measure(weight: Tensor, update: Tensor, stored: Tensor) -> Sums:
     return updates.sum(), delivered.sum(), torch.dot(update, update), torch.dot(weight, weight)
 
 
-SCALE_BLOCKS = Kernel("scale_blocks", scale_blocks, measures=MEASURES, measure=measure_scaled, placed=True)
+SCALE_BLOCKS = Kernel("scale_blocks", scale_blocks, measures=MEASURES, measure=measure_scaled, takes_slice=True)
 ADD_MEANS = Kernel("add_means", add_means, kind="whole", measures=MEASURES, measure=measure_means)
-SHIFT_EXPONENTS = Kernel("shift_exponents", shift_exponents, measures=MEASURES, measure=measure_shifted, placed=True)
-RESTORE_BLOCKS = Kernel("restore_blocks", restore_blocks, measures=MEASURES, measure=measure_restored, placed=True)
+SHIFT_EXPONENTS = Kernel(
+    "shift_exponents", shift_exponents, measures=MEASURES, measure=measure_shifted, takes_slice=True
+)
+RESTORE_BLOCKS = Kernel("restore_blocks", restore_blocks, measures=MEASURES, measure=measure_restored, takes_slice=True)

@@ -38,9 +38,10 @@ from surgery.edits.kernels import RESTORE_BLOCKS, flags_of, spread
 from surgery.engine.card import CardContent
 from surgery.engine.checkpoint_writer import OutputDescription, check_destination, write_checkpoint
 from surgery.engine.edit_report import EditReport, edit_report, edit_table
+from surgery.engine.kernel import TensorSlice
 from surgery.engine.manifest import command_record
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.plan import Plan, PlannedTensor, TensorSlice, copy_tensor, plan_files
+from surgery.engine.plan import Plan, PlannedTensor, copy_tensor, plan_files
 from surgery.engine.preflight import Preflight
 from surgery.engine.result import ExecutionResult
 from surgery.errors import SurgeryError, listing, usage_error

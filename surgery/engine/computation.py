@@ -17,7 +17,8 @@ from torch import Tensor
 
 from surgery.checkpoint.dtypes import is_float, n_bytes, n_elements
 from surgery.checkpoint.reader import BLOCK, SEGMENT, TORCH_DTYPES, TensorInput, TensorReader, compute_dtype, digest
-from surgery.engine.plan import Kernel, PlannedTensor, TensorSlice, row_width
+from surgery.engine.kernel import Kernel, TensorSlice, row_width
+from surgery.engine.plan import PlannedTensor
 from surgery.errors import usage_error
 
 
@@ -59,7 +60,7 @@ def compute(
     sums = [0.0] * (2 + len(kernel.measures))
     with _stream_of(device):
         for inputs, here in _pieces(tensor, values, first, place, device):
-            placed = (here,) if kernel.placed else ()
+            placed = (here,) if kernel.takes_slice else ()
             stored = kernel.fn(inputs, *placed, **tensor.params).to(out.dtype).reshape(-1)
             skip, stop = max(begin - here.begin, 0), min(end - here.begin, stored.numel())
             mine = stored[skip:stop]
@@ -161,7 +162,7 @@ def _measure(
     squares = torch.dot(flat, flat).item()
     # One pass finds both; a sum of squares that overflowed is no proof, so then the values are counted.
     nonfinite = 0 if math.isfinite(squares) else flat.numel() - int(torch.isfinite(flat).sum())
-    placed = (place,) if kernel.placed else ()
+    placed = (place,) if kernel.takes_slice else ()
     extra = kernel.measure(inputs, values, *placed, **params) if kernel.measure else ()
     return [squares, float(nonfinite), *map(float, extra)]
 

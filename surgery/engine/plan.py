@@ -3,88 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-from torch import Tensor
+from typing import Any
 
 from surgery.checkpoint.checkpoint import INDEX, Checkpoint, StoredTensor
 from surgery.checkpoint.dtypes import n_bytes
 from surgery.checkpoint.reader import SEGMENT, TensorInput
 from surgery.checkpoint.safetensors_header import PYTORCH, Header, build_header
+from surgery.engine.kernel import IDENTITY, Kernel, Parameter, Pass
 from surgery.errors import SurgeryError
 from surgery.io.hashing import hash_bytes, hash_text
 
-Number = float | int | str | bool
-Parameter = Number | None | tuple[Number, ...]  # a tuple has one entry per model
-Sums = Sequence[Tensor | float]
 DEFAULT_SHARD_BYTES = 5_000_000_000  # what transformers writes, and what the Hub serves comfortably
-
-
-def row_width(shape: Sequence[int]) -> int:
-    """Elements in a row; a vector is one row. At least 1."""
-    return max(shape[-1] if shape else 1, 1)
-
-
-@dataclass(frozen=True)
-class TensorSlice:
-    """Where the piece that a kernel sees lies, and what the kernel's passes found out about the whole.
-
-    tensor: the output tensor's name, by which random numbers are seeded. begin: the piece's first element in it.
-    shape: the whole tensor's.
-    """
-
-    tensor: str
-    begin: int
-    shape: tuple[int, ...]
-    known: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def width(self) -> int:
-        """Elements in a row of the tensor."""
-        return row_width(self.shape)
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One streaming pass over a kernel's inputs, for what it must know about the whole tensor before it can run.
-
-    Args:
-        gather: `gather(tensors, place, **params)` → something small about the piece.
-        settle: `settle(gathered, place, **params)` → additions to `place.known`, from what was gathered of all pieces
-            in their order; `place` is that of the whole tensor, with what earlier passes found.
-    """
-
-    gather: Callable[..., Any]
-    settle: Callable[..., Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A pure function of tensors and numbers: `fn(tensors, **params) -> Tensor`, without I/O or global state.
-
-    Inputs arrive in fp32 (fp64 where one of them or the output is F64) on the job's device; the result is rounded once.
-
-    Args:
-        name: stands in plans and manifests; names a formula, so changing the arithmetic changes the name.
-        kind: "elementwise" kernels see 1-D pieces cut anywhere, the same from each input; "rows" kernels see pieces of
-            whole rows, (rows, width), a vector being one row; "whole" kernels see full tensors in their shape, and may
-            return a tuple, of which each planned tensor takes its `part`.
-        measure: `measure(tensors, stored, **params)` → one number or 0-d tensor per name in `measures`: sums over the
-            piece, where `stored` is the rounded result, back in the compute dtype. Added up over pieces in fp64.
-        placed: `fn` (and `measure`) take a `TensorSlice` after the tensors.
-        passes: run in this order before `fn`, which must then be placed; not for "whole" kernels.
-    """
-
-    name: str
-    fn: Callable[..., Any]
-    kind: Literal["elementwise", "rows", "whole"] = "elementwise"
-    measures: tuple[str, ...] = ()
-    measure: Callable[..., Sums] | None = None
-    placed: bool = False
-    passes: tuple[Pass, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -219,14 +151,6 @@ def copy_tensor(tensor: StoredTensor, *, dtype: str | None = None) -> PlannedTen
     wanted = dtype if dtype and tensor.is_float else tensor.dtype
     kernel = None if tensor.update is None and wanted == tensor.dtype else IDENTITY
     return PlannedTensor(tensor.name, wanted, tensor.shape, (TensorInput(tensor),), kernel)
-
-
-def identity(tensors: Sequence[Tensor]) -> Tensor:
-    """x.   (…) → (…)"""
-    return tensors[0]
-
-
-IDENTITY = Kernel("identity", identity)
 
 
 def write_index(plan: Plan, folder: Path) -> None:

@@ -21,8 +21,9 @@ from surgery.checkpoint.reader import SourceFiles, TensorReader, digest, n_segme
 from surgery.engine.computation import Computed, bounds, compute, compute_whole, gather, torch_device
 from surgery.engine.direct_io import Edge
 from surgery.engine.journal import Journal, SegmentRecord
+from surgery.engine.kernel import TensorSlice
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.plan import Plan, TensorSlice
+from surgery.engine.plan import Plan
 from surgery.engine.work_partition import WorkItem, partition
 from surgery.engine.workers import run
 from surgery.engine.writer import ShardWriter
@@ -237,9 +238,9 @@ class WorkerJob:
         if len(pieces) < n_segments(n_elements(place.shape)):
             return []
         inorder = [piece for part in sorted(pieces) for piece in pieces[part]]
-        found = tensor.passes[number].settle(inorder, place, **tensor.params)
+        found = tensor.passes[number].reduce(inorder, place, **tensor.params)
         del self.gathered[index]
-        more = replace(place, known={**place.known, **found})
+        more = replace(place, pass_results={**place.pass_results, **found})
         return self._stage(index, more, number + 1 if number + 1 < len(tensor.passes) else None)
 
     def _work(self, unit: _Unit, reader: TensorReader) -> list[_Written] | _Gathered | _Lost:

@@ -26,9 +26,10 @@ from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.card import CardContent
 from surgery.engine.checkpoint_writer import OutputDescription, check_destination, write_checkpoint
 from surgery.engine.edit_report import EditReport, edit_report, edit_table, write_config_dtype
+from surgery.engine.kernel import Kernel
 from surgery.engine.manifest import command_record, read_manifest
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.plan import Kernel, Plan, PlannedTensor, copy_tensor, plan_files
+from surgery.engine.plan import Plan, PlannedTensor, copy_tensor, plan_files
 from surgery.engine.preflight import (
     Preflight,
     check_ancestor,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surgery.checkpoint.reader import TORCH_DTYPES
 from surgery.engine.edit_report import MEASURES
-from surgery.engine.plan import Kernel, Sums
+from surgery.engine.kernel import Kernel, Sums
 
 
 def difference(tensors: Sequence[Tensor]) -> Tensor:

@@ -23,9 +23,10 @@ from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.structure import model_structure
 from surgery.engine.card import CardContent
 from surgery.engine.checkpoint_writer import OutputDescription, write_checkpoint
+from surgery.engine.kernel import Kernel, Sums
 from surgery.engine.manifest import command_record
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.plan import Kernel, Plan, PlannedTensor, Sums, plan_files
+from surgery.engine.plan import Plan, PlannedTensor, plan_files
 from surgery.engine.reduce import reduce_tensors
 from surgery.engine.result import ExecutionResult
 from surgery.errors import SurgeryError, usage_error

@@ -22,7 +22,8 @@ from surgery.checkpoint.config_layers import language_part, spelled_out, unsayab
 from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.structure import ModelStructure
 from surgery.checkpoint.tensor_roles import NUMBER, layer_count
-from surgery.engine.plan import Kernel, PlannedTensor, copy_tensor
+from surgery.engine.kernel import Kernel
+from surgery.engine.plan import PlannedTensor, copy_tensor
 from surgery.engine.preflight import Preflight, check_quantised
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.growth.layers.compatibility import layer_changes

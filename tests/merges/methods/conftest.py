@@ -16,8 +16,9 @@ from merges.methods.registry import METHODS, argument
 from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.execution import execute
+from surgery.engine.kernel import Parameter
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.plan import Parameter, Plan, PlannedTensor, plan_files
+from surgery.engine.plan import Plan, PlannedTensor, plan_files
 from surgery.engine.result import ExecutionResult
 
 SAFETENSORS = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}

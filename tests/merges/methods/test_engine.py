@@ -17,7 +17,7 @@ import surgery.engine.journal
 from merges.methods.registry import METHODS
 from merges.methods.sparsify import uniforms
 from merges.methods.topk import CUTS, topk_passes
-from surgery.engine.plan import TensorSlice
+from surgery.engine.kernel import TensorSlice
 
 Merge = Callable[..., Any]
 PARAMS: dict[str, dict[str, Any]] = {
@@ -134,10 +134,11 @@ def test_the_k_largest_are_found_with_ties_by_position(scores: list[float], k: i
     place = TensorSlice("t", 0, (n,))
     for one in topk_passes(lambda tensors, place: [tensors[0]], lambda place, positive: [(k,)]):
         gathered = [
-            one.gather([values[at : at + piece]], TensorSlice("t", at, (n,), place.known)) for at in range(0, n, piece)
+            one.gather([values[at : at + piece]], TensorSlice("t", at, (n,), place.pass_results))
+            for at in range(0, n, piece)
         ]
-        place = TensorSlice("t", 0, (n,), {**place.known, **one.settle(gathered, place)})
-    cut = place.known[CUTS][0][0]
+        place = TensorSlice("t", 0, (n,), {**place.pass_results, **one.reduce(gathered, place)})
+    cut = place.pass_results[CUTS][0][0]
     found = np.concatenate([cut.largest(values[at : at + piece].numpy(), at) for at in range(0, n, piece)])
     wanted = np.zeros(n, bool)
     wanted[np.lexsort((np.arange(n), -values.numpy()))[:k]] = True

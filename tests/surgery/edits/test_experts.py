@@ -26,8 +26,8 @@ from surgery.edits.experts import scale_experts
 from surgery.edits.heads import scale_heads
 from surgery.edits.kernels import restore_blocks, scale_blocks, shift_exponents, spread
 from surgery.edits.undo_file import UNDO, undo
+from surgery.engine.kernel import TensorSlice
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.plan import TensorSlice
 from surgery.engine.verification import verify
 from surgery.errors import SurgeryError
 

@@ -28,8 +28,9 @@ from surgery.edits.heads import mean_heads, scale_heads
 from surgery.edits.kernels import add_means, restore_blocks, scale_blocks, spread
 from surgery.edits.undo_file import UNDO, undo
 from surgery.engine.execution import execute
+from surgery.engine.kernel import TensorSlice
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.plan import Plan, TensorSlice, copy_tensor, plan_files
+from surgery.engine.plan import Plan, copy_tensor, plan_files
 from surgery.engine.verification import verify
 from surgery.errors import SurgeryError
 

@@ -24,8 +24,9 @@ from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.execution import execute
 from surgery.engine.journal import NAME as JOURNAL
+from surgery.engine.kernel import Kernel
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.plan import Kernel, Plan, PlannedTensor, copy_tensor, plan_files
+from surgery.engine.plan import Plan, PlannedTensor, copy_tensor, plan_files
 from surgery.engine.result import ExecutionResult
 from surgery.errors import SurgeryError
 from surgery.runtime import environment as process

@@ -52,7 +52,7 @@ def work(listed, said, fault):
     rank = process.rank()
     for module in (surgery.checkpoint.reader, surgery.engine.computation, surgery.engine.plan):
         module.SEGMENT = 64 + (rank if fault == "apart" else 0)
-    process.claim()
+    process.configure_cli_process()
     if fault.startswith("direct"):
         surgery.engine.writer.DIRECT_FROM = 1
     left = [20]

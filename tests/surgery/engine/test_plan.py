@@ -14,8 +14,9 @@ from support.architectures import build
 from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.execution import execute
+from surgery.engine.kernel import IDENTITY
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.plan import IDENTITY, Plan, PlannedTensor, check_output, copy_tensor, plan_files
+from surgery.engine.plan import Plan, PlannedTensor, check_output, copy_tensor, plan_files
 from surgery.errors import SurgeryError
 
 
