@@ -1,10 +1,8 @@
-"""Rows of data made ready for probing: completed by the model, cut at its markers, judged, and turned into tokens."""
+"""Prepare the user's examples for probing: complete them with the model, label them, and tokenise them."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,27 +25,31 @@ from surgery.checkpoint.checkpoint import loadable_folder
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.tokenizer_files import TOKENIZER_FILES
 from surgery.errors import ErrorList, SurgeryError, usage_error
-from surgery.io.atomic import commit_folder, partial_path
 from surgery.models.loaded_model import LoadedModel, load_with_structure
 from surgery.models.loading import ModelAndTokenizer, load_model
 from surgery.runtime.progress import Progress, silent
 
-# Completions of the data, and of the second data set, until a run is whole.
+# Caches of completions of the data, and of the second data set. They stay in the staging folder until a run is whole.
 GENERATIONS = "generations.jsonl"
 CACHES = (GENERATIONS, f"transfer-{GENERATIONS}")
+
+Labeler = Callable[[Sequence[Example]], list[Example]]
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How a model is asked for what the data lack, and how its answers are judged.
+    """How the model generates what the data lack, and how its responses are labelled.
+
+    Stored in findings as the setting `asking`.
 
     Args:
-        think_open, think_close: the markers around its thinking; None finds them.
+        think_open, think_close: the markers around the model's thinking; None finds them.
         no_thinking: the model does not think: answers follow the prompt.
-        max_new_tokens, temperature, seed, batch_size, engine: of generation; see `GenerationSettings`. None: 1,024 new
-            tokens, or what the model's context leaves the longest prompt.
+        max_new_tokens: of thinking and response together; None for 1,024, or what the model's context leaves the
+            longest prompt.
+        temperature, seed, batch_size, engine: see `GenerationSettings`.
         phrases: phrases that mark a refusal, or a file with one per line; None for the documented list.
-        guard: a guard model that judges answers instead.
+        guard: a guard model that labels responses instead of the phrases.
     """
 
     think_open: str | None = None
@@ -63,7 +65,7 @@ class GenerationOptions:
 
 
 def options_from_findings(settings: Mapping[str, Any]) -> GenerationOptions:
-    """The `GenerationOptions` that a run was made with, from its findings' settings."""
+    """Return the `GenerationOptions` of an earlier run, from the settings in its findings."""
     return GenerationOptions(**settings["asking"])
 
 
@@ -71,8 +73,9 @@ def options_from_findings(settings: Mapping[str, Any]) -> GenerationOptions:
 class PreparedData:
     """Examples with thinking, response and verdict, and their tokens, in the order of the data.
 
-    markers: None where the model does not think. unfinished: examples whose thinking never closed; they are left out.
-    generated: how many were completed by the model.
+    markers: None if the model does not think.
+    unfinished: examples whose thinking never closed; they are not among `examples`.
+    generated: how many examples the model completed.
     """
 
     examples: tuple[Example, ...]
@@ -83,12 +86,13 @@ class PreparedData:
 
 
 def open_model(ref: str | Path, *, device: str = "cpu", dtype: str = "auto", name: str | None = None) -> LoadedModel:
-    """`live.open_live`, once it is clear that there is a tokenizer beside the weights.
+    """Load a model as `load_with_structure` does, after checking that it has a tokenizer.
 
     Raises:
-        SurgeryError: there is none; else as `load_with_structure`.
+        SurgeryError: there is no tokenizer; otherwise as `load_with_structure`.
     """
     checkpoint = open_checkpoint(ref)
+    # Before the weights are loaded, which takes minutes.
     if not {path.name for path in checkpoint.side_files} & set(TOKENIZER_FILES):
         raise usage_error(
             "has no tokenizer beside its weights", where=name or ref, hint="Copy its tokenizer.json into the folder."
@@ -96,109 +100,119 @@ def open_model(ref: str | Path, *, device: str = "cpu", dtype: str = "auto", nam
     return load_with_structure(ref, device=device, dtype=dtype, name=name)
 
 
-def resolve_markers(live: LoadedModel, asking: GenerationOptions) -> Markers | None:
-    """The model's thinking markers; None where it is said not to think. Raises SurgeryError where none are found."""
-    if asking.no_thinking:
-        if asking.think_open is not None or asking.think_close is not None:
+def resolve_markers(live: LoadedModel, generation: GenerationOptions) -> Markers | None:
+    """Return the model's thinking markers, None for a model without thinking. Raises SurgeryError if none are found."""
+    if generation.no_thinking:
+        if generation.think_open is not None or generation.think_close is not None:
             raise usage_error(
                 f"{NONE_OPTION} says that there are no markers, {OPEN_OPTION} or {CLOSE_OPTION} names one."
             )
         return None
-    return find_markers(live.tokenizer, opening=asking.think_open, closing=asking.think_close, where=live.name)
+    return find_markers(live.tokenizer, opening=generation.think_open, closing=generation.think_close, where=live.name)
 
 
-def make_labeler(
-    asking: GenerationOptions, *, device: str, progress: Progress
-) -> Callable[[Sequence[Example]], list[Example]]:
-    """What fills in missing verdicts. Faults of a phrase file, or of a guard's folder, show at once."""
-    if asking.guard is not None:
-        if asking.phrases is not None:
-            raise usage_error("--guard and --refusal-phrases are two ways to judge: give one of them.")
-        name, folder = asking.guard, loadable_folder(open_checkpoint(asking.guard))
-        loaded: list[ModelAndTokenizer] = []
+def make_labeler(generation: GenerationOptions, *, device: str, progress: Progress) -> Labeler:
+    """Return the function that fills in missing verdicts.
 
-        def by_guard(examples: Sequence[Example]) -> list[Example]:
-            if not loaded:
-                loaded.append(load_model(folder, name, device=device))
-            return label_by_guard(examples, loaded[0], batch_size=asking.batch_size, progress=progress)
+    Raises:
+        SurgeryError: at once, not when the function is called, if the phrase file or the guard's folder is wrong.
+    """
+    if generation.guard is None:
+        phrases = refusal_phrases(generation)
+        return lambda examples: label_by_keywords(examples, phrases)
+    if generation.phrases is not None:
+        raise usage_error("--guard and --refusal-phrases are two ways to judge: give one of them.")
+    name, folder = generation.guard, loadable_folder(open_checkpoint(generation.guard))
+    loaded: list[ModelAndTokenizer] = []
 
-        return by_guard
-    phrases = refusal_phrases(asking)
-    return lambda examples: label_by_keywords(examples, phrases)
+    def by_guard(examples: Sequence[Example]) -> list[Example]:
+        # Loaded at the first call: until then generation needs the memory.
+        if not loaded:
+            loaded.append(load_model(folder, name, device=device))
+        return label_by_guard(examples, loaded[0], batch_size=generation.batch_size, progress=progress)
+
+    return by_guard
 
 
-def refusal_phrases(asking: GenerationOptions) -> Sequence[str]:
-    """The phrases that mark a refusal. Raises SurgeryError where their file cannot be read."""
-    if asking.phrases is None:
+def refusal_phrases(generation: GenerationOptions) -> Sequence[str]:
+    """Return the phrases that mark a refusal. Raises SurgeryError if their file cannot be read."""
+    if generation.phrases is None:
         return REFUSAL_PHRASES
-    return read_phrases(asking.phrases) if isinstance(asking.phrases, Path) else asking.phrases
+    return read_phrases(generation.phrases) if isinstance(generation.phrases, Path) else generation.phrases
 
 
 def generation_settings(
-    live: LoadedModel, rows: Sequence[Example], markers: Markers | None, asking: GenerationOptions, *, model_id: str
+    live: LoadedModel, rows: Sequence[Example], markers: Markers | None, generation: GenerationOptions, *, model_id: str
 ) -> GenerationSettings:
-    """How what `rows` lack is generated by `live`. Raises SurgeryError with all rows that cannot be asked."""
-    limit = asking.max_new_tokens
+    """Return the settings by which `live` completes `rows`, with the room that the longest leaves.
+
+    Raises:
+        SurgeryError: all rows that do not fit the chat template or the markers.
+    """
+    limit = generation.max_new_tokens
     if limit is None:
         errors, longest = ErrorList(), 0
         for row in rows:
             if row.response is None:
                 with errors.collect(f"example {row.key}", usage=True):
-                    longest = max(
-                        longest, len(encode(live.tokenizer, text_before_answer(live.tokenizer, row, markers)))
-                    )
+                    text = text_before_answer(live.tokenizer, row, markers)
+                    longest = max(longest, len(encode(live.tokenizer, text)))
         errors.raise_if_any(limit=MAX_REPORTED)
         limit = remaining_tokens(live.model, longest)
-    return GenerationSettings(model_id, limit, asking.temperature, asking.seed, asking.batch_size, asking.engine)
+    return GenerationSettings(
+        model_id, limit, generation.temperature, generation.seed, generation.batch_size, generation.engine
+    )
 
 
 def prepare(
     live: LoadedModel,
     data: DataSet,
-    asking: GenerationOptions,
+    generation: GenerationOptions,
     *,
     model_id: str,
     cache: Path,
     device: str = "cpu",
     progress: Progress = silent,
 ) -> PreparedData:
-    """Completes, judges and encodes the examples of `data`.
+    """Complete, label and tokenise the examples of `data`.
 
     Args:
-        model_id: what the cached completions belong to: the hash of the model's weights and its dtype.
-        cache: the file of finished completions; a run that was killed goes on with it.
+        model_id: what cached completions belong to: the hash of the model's weights and its dtype.
+        cache: the file of finished completions; a run that was killed continues with it.
+        device: of the guard model, if there is one.
 
     Raises:
         SurgeryError: markers are missing; rows do not fit the model; no example is left with an answer.
     """
-    markers = resolve_markers(live, asking)
-    judge = make_labeler(asking, device=device, progress=progress)
+    markers = resolve_markers(live, generation)
+    label = make_labeler(generation, device=device, progress=progress)
     rows = split_responses(data.examples, markers)
-    settings = generation_settings(live, rows, markers, asking, model_id=model_id)
-    missing = sum(row.response is None or (row.thinking is None and markers is not None) for row in rows)
-    done = complete_examples(live.loaded, rows, markers=markers, cache=cache, settings=settings, progress=progress)
-    lost = {example.key for example in never_closed(done)}
-    whole = judge([example for example in done if example.key not in lost])
-    if not whole:
+    settings = generation_settings(live, rows, markers, generation, model_id=model_id)
+    incomplete = sum(row.response is None or (row.thinking is None and markers is not None) for row in rows)
+    completed = complete_examples(live.loaded, rows, markers=markers, cache=cache, settings=settings, progress=progress)
+    unfinished = {example.key for example in never_closed(completed)}
+    examples = label([example for example in completed if example.key not in unfinished])
+    if not examples:
         raise SurgeryError(
-            f"none of its {len(done)} examples came to an answer: their thinking never closed within "
+            f"none of its {len(completed)} examples came to an answer: their thinking never closed within "
             f"{settings.max_new_tokens} tokens",
             where=data.ref,
             hint="Raise --max-new-tokens as far as the model's context allows.",
         )
-    sequences = build_sequences(live.tokenizer, whole, markers, max_tokens=context_length(live.model), where=data.ref)
-    left_out = tuple(example for example in done if example.key in lost)
-    return PreparedData(tuple(whole), tuple(sequences), markers, left_out, missing)
+    max_tokens = context_length(live.model)
+    sequences = build_sequences(live.tokenizer, examples, markers, max_tokens=max_tokens, where=data.ref)
+    left_out = tuple(example for example in completed if example.key in unfinished)
+    return PreparedData(tuple(examples), tuple(sequences), markers, left_out, incomplete)
 
 
-def model_record(live: LoadedModel, identity: str) -> ModelRecord:
-    """What findings say of a model; `identity` is the hash of its weights."""
+def model_record(live: LoadedModel, weights_hash: str) -> ModelRecord:
+    """Return the record of a model in findings; `weights_hash` is the hash of all its weights."""
     checkpoint = live.checkpoint
     return ModelRecord(
         ref=checkpoint.ref,
         repo_id=checkpoint.repo_id,
         revision=checkpoint.revision,
-        xxh3=identity,
+        xxh3=weights_hash,
         tokenizer=tokenizer_hash(live.tokenizer),
         template=template_hash(live.tokenizer),
         dtype=str(live.model.dtype).removeprefix("torch."),
@@ -206,24 +220,5 @@ def model_record(live: LoadedModel, identity: str) -> ModelRecord:
 
 
 def data_record(data: DataSet) -> DataRecord:
-    """What findings say of a data set."""
+    """Return the record of a data set in findings."""
     return DataRecord(ref=data.ref, revision=data.revision, xxh3=data.digest)
-
-
-@contextmanager
-def run_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """The folder in which a run is written; at the end of the block it is made durable, and becomes `out`.
-
-    What a run that was killed while writing left in it is removed first, but for the completions, and these last.
-    """
-    partial = partial_path(out)
-    partial.mkdir(parents=True, exist_ok=True)
-    for path in partial.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name not in CACHES:
-            path.unlink()
-    yield partial
-    for name in CACHES:
-        (partial / name).unlink(missing_ok=True)
-    commit_folder(partial, out, overwrite=overwrite)

@@ -11,11 +11,11 @@ from functools import cached_property
 from pathlib import Path
 
 from probes.data.examples import DataSet
-from probes.data.preparation import CACHES, GenerationOptions, PreparedData, open_model, prepare, run_folder
+from probes.data.preparation import CACHES, GenerationOptions, PreparedData, open_model, prepare
 from probes.data.reader import read_data
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.verification import weights_hash
-from surgery.io.atomic import check_free, partial_path
+from surgery.io.atomic import atomic_folder, check_free, partial_path
 from surgery.models.loaded_model import LoadedModel
 from surgery.runtime.collectives import on_main
 
@@ -52,7 +52,7 @@ class ProbeRun:
         on_main(self._write, write_files)
 
     def _write(self, write_files: Callable[[Path], None]) -> None:
-        with run_folder(self.out, overwrite=self.options.overwrite) as folder:
+        with atomic_folder(self.out, overwrite=self.options.overwrite, keep=CACHES) as folder:
             write_files(folder)
 
     def _prepare(self, data: DataSet, cache: str) -> PreparedData:
