@@ -105,7 +105,7 @@ def refusal(
         raise usage_error(
             "what is to be probed, and where do the findings go?", hint="Add --data DATA and -o RUN (or --live PROMPT)."
         )
-    from probes.data.generation import Engine
+    from probes.data.generation_engines import Engine
     from probes.data.preparation import GenerationOptions
     from probes.refusal.analysis import AttributionForm
     from probes.refusal.fitted_probes import ProbeTraining, TrainingCells

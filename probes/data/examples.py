@@ -1,9 +1,8 @@
-"""The examples that models are probed with, and where the parts of each lie among its tokens.
+"""Examples that models are probed with, as text (`Example`) and as token ids cut into segments (`TokenSequence`).
 
-An `Example` is a row of the user's data: a conversation up to its last question and, once known, what the model thought
-and answered. A `TokenSequence` is the same as token ids, cut into four segments: prompt (opening marker included),
-thinking, closing template (`"\\n</think>\\n\\n"`), answer. The last token before the answer is where refusal is
-decided.
+An `Example` is a row of the user's data: a conversation up to its last question and, once known, the model's thinking
+and response. A `TokenSequence` has four segments: prompt (opening marker included), thinking, closing template
+(`"\\n</think>\\n\\n"`), answer. The last token before the answer is where refusal is decided.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ SEGMENTS: tuple[Segment, ...] = ("prompt", "thinking", "closing", "answer")
 class Example:
     """One row of data.
 
-    key: stable and unique within its data set; examples are named by it in caches and results.
+    key: stable and unique within its data set; caches and results refer to examples by it.
     messages: the conversation up to and including the last user message, as chat templates take it.
-    thinking, closing, response: the model's own or the given text; None where it is not known yet. `closing` is the
-        exact text between thinking and response; None stands for the model's closing template.
-    topic: what is asked for. refused: whether the response refuses. None where nobody has said yet.
+    thinking, closing, response: the model's own or the given text; None if not known yet. `closing` is the exact text
+        between thinking and response; None stands for the model's closing template.
+    topic: what is asked for. refused: whether the response refuses. Both None if not labelled yet.
     group: examples of one group are never on both sides of a train/test split.
-    row: the record as it stood in the file.
+    row: the record as it is in the file.
     """
 
     key: str
@@ -50,14 +49,14 @@ class Example:
 
     @property
     def cell(self) -> str:
-        """`harmful/refused` and the like; `unknown` stands for what nobody has said."""
+        """Topic and verdict, such as `harmful/refused`; `unknown` where there is no label."""
         verdict = "unknown" if self.refused is None else ("refused" if self.refused else "complied")
         return f"{self.topic or 'unknown'}/{verdict}"
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Examples and where they are from; `revision` is the commit of a Hub data set, `digest` the hash of the rows."""
+    """Examples and their source; `revision` is the commit of a Hub data set, `digest` the hash of the rows."""
 
     ref: str
     examples: tuple[Example, ...]
@@ -69,8 +68,8 @@ class DataSet:
 class TokenSequence:
     """An example as token ids, without a second BOS.
 
-    ends: where the segments prompt, thinking, closing and answer end: 0 < ends[0] ≤ ends[1] ≤ ends[2] ≤ ends[3] =
-        len(ids). Segments may be empty, but never the prompt.
+    ends: the ends of the segments prompt, thinking, closing and answer: 0 < ends[0] ≤ ends[1] ≤ ends[2] ≤ ends[3] =
+        len(ids). Every segment but the prompt may be empty.
     """
 
     key: str
@@ -84,8 +83,8 @@ class TokenSequence:
 
     def span(self, segment: Segment) -> range:
         """The positions of `segment`."""
-        at = SEGMENTS.index(segment)
-        return range(self.ends[at - 1] if at else 0, self.ends[at])
+        index = SEGMENTS.index(segment)
+        return range(self.ends[index - 1] if index else 0, self.ends[index])
 
     @property
     def before_answer(self) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
-"""Completions on disk: a file with one JSON line for each, only ever appended to, so that a killed run can go on.
+"""A cache of completions on disk: a JSON Lines file that is only ever appended to, so that a killed run can continue.
 
     {"key": "5c…", "text": "So the user wants …", "ended": true}
 
-A line that is no such record was cut short by a kill, and is passed over: its completion is made again. Several
+A line that is no such record was truncated by a kill, and is skipped: its completion is generated again. Several
 processes may append to one file.
 """
 
@@ -20,7 +20,7 @@ from surgery.errors import SurgeryError, usage_error
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model wrote; `ended` says that it ended by itself, not by the limit on its tokens."""
+    """Generated text; `ended` is False if it was cut at the limit of new tokens."""
 
     text: str
     ended: bool
@@ -38,21 +38,21 @@ class GenerationCache:
             lines = []
         except OSError as error:
             raise usage_error(f"cannot be read ({error.strerror})", where=path) from error
-        self._found = dict(record for line in lines if (record := _record(line)))
+        self._completions = dict(record for line in lines if (record := _record(line)))
 
     def get(self, key: str) -> Completion | None:
-        """The completion `key`, if it is there."""
-        return self._found.get(key)
+        """Return the completion `key`; None if it is not cached."""
+        return self._completions.get(key)
 
     def add(self, completions: Mapping[str, Completion]) -> None:
-        """Appends completions; they are on the disk when this returns.
+        """Append completions; they are durable when this returns.
 
         Raises:
             SurgeryError: the file cannot be written.
         """
         lines = [
-            json.dumps({"key": key, "text": made.text, "ended": made.ended}).encode() + b"\n"
-            for key, made in completions.items()
+            json.dumps({"key": key, "text": completion.text, "ended": completion.ended}).encode() + b"\n"
+            for key, completion in completions.items()
         ]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,14 +61,15 @@ class GenerationCache:
             raise SurgeryError(
                 f"cannot be written ({error.strerror})", where=self.path, hint="What was finished before is kept."
             ) from error
-        self._found.update(completions)
+        self._completions.update(completions)
 
 
 def _append(path: Path, lines: Sequence[bytes]) -> None:
+    # O_APPEND makes every write go to the end, also when another process has written since.
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(handle).st_size
-        # The first of these lines must not be glued to one that was cut short.
+        # A kill may have truncated the last line: the first new one must not be appended to it.
         ending = b"\n" if size and os.pread(handle, 1, size - 1) != b"\n" else b""
         data = memoryview(ending + b"".join(lines))
         while data:

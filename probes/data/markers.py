@@ -1,7 +1,7 @@
-"""What a model writes around its thinking: the markers, and completions cut at them.
+"""The markers around a model's thinking: find them by its tokenizer, and split completions at them.
 
-In comes a tokenizer, whose vocabulary and chat template tell which markers its model was trained with, and later the
-texts that such a model wrote; out come `Markers`, and the thinking, closing template and response of each text.
+The vocabulary and the chat template show which markers a model was trained with. A completion is split into thinking,
+closing template and response.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ OPEN_OPTION, CLOSE_OPTION, NONE_OPTION = "--think-open", "--think-close", "--no-
 class Markers:
     """The texts that a model writes before and after its thinking.
 
-    open, close: the markers alone. after_open, before_close, after_close: what stands beside them where a text is put
-    together; mostly white space, and for some models the marker with which the answer begins.
+    open, close: the markers alone.
+    after_open, before_close, after_close: the text next to them in a complete text; mostly white space, and for some
+    models the marker with which the answer begins.
     """
 
     open: str
@@ -32,7 +33,7 @@ class Markers:
 
     @property
     def opening(self) -> str:
-        """`"<think>\\n"`: what precedes the thinking."""
+        """`"<think>\\n"`: the text before the thinking."""
         return self.open + self.after_open
 
     @property
@@ -42,31 +43,31 @@ class Markers:
 
 
 @dataclass(frozen=True)
-class _Known:
-    """Markers, and the texts by which a vocabulary or a chat template shows that its model uses them."""
+class _MarkerFamily:
+    """Markers, and the texts whose presence in a vocabulary or a chat template shows that the model uses them."""
 
     markers: Markers
     signs: tuple[str, ...]
 
 
-def _known(open_: str, close: str, around: tuple[str, str, str] = ("\n", "\n", "\n\n"), *signs: str) -> _Known:
-    return _Known(Markers(open_, close, *around), signs or (open_, close))
+def _family(open_: str, close: str, around: tuple[str, str, str] = ("\n", "\n", "\n\n"), *signs: str) -> _MarkerFamily:
+    return _MarkerFamily(Markers(open_, close, *around), signs or (open_, close))
 
 
-_BARE = ("", "", "")
-KNOWN_FAMILIES: tuple[_Known, ...] = (
-    _known("<think>", "</think>"),  # DeepSeek-R1, Qwen3, GLM, Nemotron, most others
-    _known("<thinking>", "</thinking>"),
-    _known("<reasoning>", "</reasoning>"),
-    _known("<thought>", "</thought>"),  # EXAONE Deep
-    _known("[THINK]", "[/THINK]", _BARE),  # Magistral
-    _known("◁think▷", "◁/think▷", _BARE),  # Kimi
-    _known("<seed:think>", "</seed:think>", _BARE),  # Seed-OSS
+_BARE = ("", "", "")  # these models write no white space around their markers
+KNOWN_FAMILIES: tuple[_MarkerFamily, ...] = (
+    _family("<think>", "</think>"),  # DeepSeek-R1, Qwen3, GLM, Nemotron, most others
+    _family("<thinking>", "</thinking>"),
+    _family("<reasoning>", "</reasoning>"),
+    _family("<thought>", "</thought>"),  # EXAONE Deep
+    _family("[THINK]", "[/THINK]", _BARE),  # Magistral
+    _family("◁think▷", "◁/think▷", _BARE),  # Kimi
+    _family("<seed:think>", "</seed:think>", _BARE),  # Seed-OSS
     # Command A Reasoning: the answer has an opening marker of its own.
-    _known("<|START_THINKING|>", "<|END_THINKING|>", ("", "", "<|START_RESPONSE|>")),
-    _known("<|channel>thought", "<channel|>", ("\n", "\n", ""), "<|channel>", "<channel|>"),  # Gemma 4
+    _family("<|START_THINKING|>", "<|END_THINKING|>", ("", "", "<|START_RESPONSE|>")),
+    _family("<|channel>thought", "<channel|>", ("\n", "\n", ""), "<|channel>", "<channel|>"),  # Gemma 4
     # gpt-oss: the thinking is a message in one channel, the answer the next message, in another.
-    _known(
+    _family(
         "<|channel|>analysis<|message|>",
         "<|end|><|start|>assistant<|channel|>final<|message|>",
         _BARE,
@@ -77,37 +78,38 @@ KNOWN_FAMILIES: tuple[_Known, ...] = (
 
 
 def find_markers(tokenizer: Any, *, opening: str | None = None, closing: str | None = None, where: str) -> Markers:
-    """The thinking markers of the model that `tokenizer` belongs to.
+    """Return the thinking markers of the model that `tokenizer` belongs to.
 
-    Without `opening` and `closing` the known pairs are looked for in the chat template, then among the tokens, then in
-    both together. A marker that is given counts as it stands; what stands beside it is the known pair's, or for others
-    a line break before the thinking, one before and two after the closing marker (arXiv 2510.06036). Where it is given
-    with white space around it, that white space takes its place: `"\\n</t>\\n"`.
+    Without `opening` and `closing` the known pairs are searched in the chat template, then among the tokens, then in
+    both together. A given marker is taken as it is. The text next to it is the known pair's, or for other markers a
+    line break before the thinking, one before and two after the closing marker (arXiv 2510.06036). White space around
+    a given marker replaces that: `"\\n</t>\\n"`.
 
     Args:
-        where: what errors call the model.
+        where: the name of the model in errors.
 
     Raises:
         SurgeryError: none of the known pairs is found, or several; one of two unknown markers is missing or blank.
     """
     if opening is not None or closing is not None:
-        return _given(opening, closing)
+        return _given_markers(opening, closing)
     template, tokens = template_text(tokenizer), tokenizer.get_vocab()
+    # The template first: vocabularies may have unused tokens of other models, which a template does not write.
     tests: tuple[Callable[[str], bool], ...] = (
         lambda sign: sign in template,
         lambda sign: sign in tokens,
         lambda sign: sign in template or sign in tokens,
     )
     for test in tests:
-        found = [known.markers for known in KNOWN_FAMILIES if all(map(test, known.signs))]
-        if len(found) > 1:
+        matches = [family.markers for family in KNOWN_FAMILIES if all(map(test, family.signs))]
+        if len(matches) > 1:
             raise usage_error(
-                f"has several pairs of thinking markers: {listing(f'{each.open} … {each.close}' for each in found)}",
+                f"has several pairs of thinking markers: {listing(f'{each.open} … {each.close}' for each in matches)}",
                 where=where,
                 hint=f"Name those that it uses with {OPEN_OPTION} and {CLOSE_OPTION}.",
             )
-        if found:
-            return found[0]
+        if matches:
+            return matches[0]
     raise usage_error(
         "no thinking markers are known from its tokens or its chat template",
         where=where,
@@ -116,7 +118,7 @@ def find_markers(tokenizer: Any, *, opening: str | None = None, closing: str | N
 
 
 def template_text(tokenizer: Any) -> str:
-    """The tokenizer's chat template, `""` where it has none; of several by name, the default one."""
+    """Return the tokenizer's chat template, `""` if it has none; of several named ones, the default."""
     template = tokenizer.chat_template
     if isinstance(template, Mapping):
         template = template.get("default")
@@ -124,40 +126,41 @@ def template_text(tokenizer: Any) -> str:
 
 
 def split_completion(text: str, markers: Markers) -> tuple[str, str, str]:
-    """What a model wrote → (thinking, closing, response), cut at the first closing marker.
+    """Split generated text at the first closing marker into (thinking, closing, response).
 
-    The closing template keeps the white space that it stands in, so that thinking + closing + response is the text
-    again, but for an opening marker at its beginning, which goes with what usually follows it. A text that never
-    closes is all thinking: closing and response are `""`, as `never_closed` finds them.
+    The closing template includes the white space around it, so that thinking + closing + response is the text again,
+    except for an opening marker at its beginning, which is removed with the text that usually follows it. A text
+    without closing marker is all thinking: closing and response are `""`, as `never_closed` expects.
     """
     body = text
     if starts_open(text, markers):
         body = text.lstrip()[len(markers.open) :].removeprefix(markers.after_open)
-    at = body.find(markers.close)
-    if at < 0:
+    position = body.find(markers.close)
+    if position < 0:
         return body, "", ""
-    thinking = body[:at].rstrip()
-    response = body[at + len(markers.close) :].lstrip()
-    if begin := markers.after_close.strip():
-        response = response.removeprefix(begin).lstrip()
+    thinking = body[:position].rstrip()
+    response = body[position + len(markers.close) :].lstrip()
+    # Some models open their answer by a marker of its own, which belongs to the closing template.
+    if answer_marker := markers.after_close.strip():
+        response = response.removeprefix(answer_marker).lstrip()
     return thinking, body[len(thinking) : len(body) - len(response)], response
 
 
 def starts_open(text: str, markers: Markers) -> bool:
-    """Whether `text` begins with the opening marker, white space apart."""
+    """Return whether `text` begins with the opening marker, ignoring white space before it."""
     return text.lstrip().startswith(markers.open)
 
 
 def split_responses(examples: Sequence[Example], markers: Markers | None) -> list[Example]:
-    """`examples` in which responses that hold their thinking (`<think>…</think>answer`) are cut into the parts.
+    """Split responses that contain their thinking (`<think>…</think>answer`).
 
-    What has a thinking or closing of its own, or no marker in its response, stays as it is.
+    Examples with a thinking or closing of their own, or without marker in the response, are returned unchanged.
     """
     return [_split(example, markers) if markers else example for example in examples]
 
 
 def never_closed(examples: Sequence[Example]) -> list[Example]:
-    """Those that thought to the end of their text and never answered: closing and response are both `""`."""
+    """Return the examples whose text ended within the thinking: closing and response are both `""`."""
     return [example for example in examples if example.closing == "" and example.response == ""]
 
 
@@ -171,13 +174,13 @@ def _split(example: Example, markers: Markers) -> Example:
     return replace(example, thinking=thinking, closing=closing, response=answer)
 
 
-def _given(opening: str | None, closing: str | None) -> Markers:
+def _given_markers(opening: str | None, closing: str | None) -> Markers:
     for option, text in ((OPEN_OPTION, opening), (CLOSE_OPTION, closing)):
         if text is not None and not text.strip():
             raise usage_error(f"got {text!r}, expected a text that is not blank", where=option)
     open_, close = (opening or "").strip(), (closing or "").strip()
-    # A marker that belongs to a known pair brings what stands beside it, and the other marker where it is not given.
-    near = next(
+    # A marker of a known pair implies the text next to it, and the other marker if that is not given.
+    known = next(
         (
             each.markers
             for each in KNOWN_FAMILIES
@@ -185,12 +188,12 @@ def _given(opening: str | None, closing: str | None) -> Markers:
         ),
         None,
     )
-    if near is None and not (open_ and close):
+    if known is None and not (open_ and close):
         given, missing = (OPEN_OPTION, CLOSE_OPTION) if open_ else (CLOSE_OPTION, OPEN_OPTION)
         raise usage_error(f"{open_ or close} belongs to no known pair of markers", where=given, hint=f"Add {missing}.")
     if open_ == close:
         raise usage_error(f"{OPEN_OPTION} and {CLOSE_OPTION} are both {open_!r}, expected two different texts.")
-    markers = near or Markers(open_, close)
+    markers = known or Markers(open_, close)
     if opening and opening != open_:
         markers = replace(markers, after_open=opening[len(opening.rstrip()) :])
     if closing and closing != close:
@@ -200,7 +203,7 @@ def _given(opening: str | None, closing: str | None) -> Markers:
 
 
 def validate_split(example: Example, markers: Markers) -> None:
-    """Raises SurgeryError where an example's thinking, closing and response do not fit its model's markers."""
+    """Raise SurgeryError if an example's thinking, closing and response do not fit the model's markers."""
     thinking, closing, response = example.thinking, example.closing, example.response
     if never_closed([example]):
         raise SurgeryError("its thinking was never closed, so that there is no answer", hint="Leave it out.")
@@ -208,7 +211,7 @@ def validate_split(example: Example, markers: Markers) -> None:
         raise usage_error(f"its thinking holds the closing marker {markers.close}", hint="Give the text before it.")
     if thinking is not None and starts_open(thinking, markers):
         raise usage_error(f"its thinking begins with the marker {markers.open}", hint="Give the text after it.")
-    # An answer that comes inside the thinking, without a closing template, is one all the same.
+    # An empty closing is allowed: a model may answer within its thinking, without a closing template.
     if closing and markers.close not in closing:
         raise usage_error(f"its closing {closing!r} lacks the marker {markers.close}")
     if thinking is None and response is not None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from probes.data.examples import MAX_REPORTED, DataSet, Example, TokenSequence
-from probes.data.generation import GenerationSettings, complete_examples, context_length, remaining_tokens
+from probes.data.generation import complete_examples, context_length, remaining_tokens
+from probes.data.generation_engines import GenerationSettings
 from probes.data.labels import REFUSAL_PHRASES, label_by_guard, label_by_keywords, read_phrases
 from probes.data.markers import (
     CLOSE_OPTION,

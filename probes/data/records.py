@@ -1,6 +1,6 @@
-"""What every kind of findings shares: a folder with results.json, the examples, and the model that all of it is of.
+"""Read and write what all kinds of findings share: results.json, the examples, and the record of the model.
 
-In go pydantic records, out come files that appear whole or not at all; reading checks version, kind and every field.
+Records are pydantic models. Files are written atomically; reading checks version, kind and every field.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ RESULTS, EXAMPLES, REPORT = "results.json", "examples.jsonl", "report.html"
 
 
 class FindingsRecord(Strict):
-    """Part of a results.json: checked when it is read, never changed."""
+    """Base of the records in a results.json: validated when read, immutable."""
 
 
 class IntervalRecord(FindingsRecord):
-    """A value with its 95 % interval; None where the data allow no number."""
+    """A value with its 95 % interval; None where the data do not determine it."""
 
     value: float | None
     low: float | None = None
@@ -42,12 +42,12 @@ class IntervalRecord(FindingsRecord):
 
     @property
     def estimate(self) -> EstimateWithInterval:
-        """The same for pictures: NaN for what is not known."""
+        """The same for plots: NaN for None."""
         known = [math.nan if number is None else number for number in (self.value, self.low, self.high)]
         return EstimateWithInterval(known[0], known[1], known[2])
 
     def text(self, form: str = ".3f") -> str:
-        """`0.998 [0.997, 0.999]`, by the format `form`; a dash where nothing is known."""
+        """Return `0.998 [0.997, 0.999]`, in the format `form`; a dash without a value."""
         if self.value is None:
             return MISSING
         if self.low is None or self.high is None:
@@ -56,7 +56,7 @@ class IntervalRecord(FindingsRecord):
 
 
 class ModelRecord(FindingsRecord):
-    """Which model: `xxh3` is the hash of all its weights (`surgery.engine.verification`)."""
+    """The probed model; `xxh3` is the hash of all its weights (`surgery.engine.verification`)."""
 
     ref: str
     repo_id: str | None
@@ -68,7 +68,7 @@ class ModelRecord(FindingsRecord):
 
 
 class DataRecord(FindingsRecord):
-    """Which data: the hash of its rows, and the commit of a Hub data set."""
+    """A data set: `xxh3` is the hash of its rows, `revision` the commit of a Hub data set."""
 
     ref: str
     revision: str | None
@@ -76,7 +76,7 @@ class DataRecord(FindingsRecord):
 
 
 class ModelFindings(Protocol):
-    """Findings of some kind."""
+    """Findings of any kind: they have a record of the model."""
 
     @property
     def model(self) -> ModelRecord: ...
@@ -86,10 +86,10 @@ R = TypeVar("R", bound=FindingsRecord)
 
 
 def read_record(run: Path, kind: str, record: type[R]) -> R:
-    """The findings of `kind` in the folder `run`.
+    """Read the findings of `kind` in the folder `run`.
 
     Raises:
-        SurgeryError: there is no such folder, it holds something else, or findings of another version.
+        SurgeryError: there is no such folder, or it contains something else, or findings of another version.
     """
     path = run / RESULTS
     if not path.is_file():
@@ -100,40 +100,40 @@ def read_record(run: Path, kind: str, record: type[R]) -> R:
 
 
 def write_record(folder: Path, kind: str, record: FindingsRecord, model: ModelRecord) -> None:
-    """Writes results.json, whole or not at all, and the manifest that marks the folder as ours."""
+    """Write results.json and the manifest that marks the folder as an output of this tool."""
     write_file(folder / RESULTS, record_text(kind, SCHEMA, record))
     write_file(folder / MANIFEST, to_json({"schema": SCHEMA, "kind": kind, "model": model.model_dump(mode="json")}))
 
 
 def findings_kind(run: Path) -> str | None:
-    """The kind of findings in `run`; None where there are none."""
-    held = read_json(run / RESULTS, missing={})
-    kind = held.get("kind")
+    """Return the kind of findings in `run`; None if there are none."""
+    kind = read_json(run / RESULTS, missing={}).get("kind")
     return kind if isinstance(kind, str) else None
 
 
 def check_model(findings: ModelFindings, checkpoint: Checkpoint, run: Path, *, options: ExecutionOptions) -> None:
-    """Raises SurgeryError where `checkpoint` is not the model that `findings` are of."""
-    found = weights_hash(checkpoint, options=options)
-    if found != findings.model.xxh3:
+    """Raise SurgeryError if `checkpoint` is not the model that `findings` are of."""
+    actual = weights_hash(checkpoint, options=options)
+    if actual != findings.model.xxh3:
         raise usage_error(
             f"its findings are of {findings.model.ref} with the weights {findings.model.xxh3[:12]}…, but "
-            f"{checkpoint.ref} has the weights {found[:12]}…",
+            f"{checkpoint.ref} has the weights {actual[:12]}…",
             where=run,
             hint="Probe this model first; findings of another one say nothing about it.",
         )
 
 
 def write_examples(folder: Path, examples: Sequence[Example]) -> None:
-    """Writes examples.jsonl."""
+    """Write examples.jsonl."""
     rows = [json.dumps(asdict(example), ensure_ascii=False, default=str) for example in examples]
     write_file(folder / EXAMPLES, "\n".join(rows) + "\n")
 
 
 def read_examples(run: Path) -> list[Example]:
-    """The examples that a run probed. Raises SurgeryError."""
+    """Read the examples that a run probed. Raises SurgeryError."""
     path = run / EXAMPLES
     try:
+        # Not splitlines: JSON strings may contain line separators of Unicode.
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         return [Example(**{**row, "messages": tuple(row["messages"])}) for row in rows]
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -141,16 +141,16 @@ def read_examples(run: Path) -> list[Example]:
 
 
 def interval_record(estimate: Any, n: int | None = None) -> IntervalRecord:
-    """An estimate (value, low, high) as it is stored: NaN as None."""
-    known = [None if number != number else float(number) for number in (estimate.value, estimate.low, estimate.high)]
-    return IntervalRecord(value=known[0], low=known[1], high=known[2], n=n)
+    """Return the record of an estimate (value, low, high), with None for NaN, which JSON does not have."""
+    value, low, high = (None if math.isnan(x) else float(x) for x in (estimate.value, estimate.low, estimate.high))
+    return IntervalRecord(value=value, low=low, high=high, n=n)
 
 
 def parse_top(text: str, of: int, *, where: str = "--top") -> int:
-    """`3 %` of `of`, rounded up, or a count: `5`. Raises SurgeryError where that is none of them, or none at all."""
+    """Return the number that `3 %` of `of` (rounded up) or a count such as `5` means. Raises SurgeryError."""
     word = text.strip()
     try:
-        # Rounded first: 7 % of 100 is 7.000000000000001 in floating point.
+        # Rounded first: 7 % of 100 is 7.000000000000001 in floating point, which would be rounded up to 8.
         count = math.ceil(round(float(word[:-1]) / 100 * of, 9)) if word.endswith("%") else int(word)
     except (ValueError, OverflowError) as error:
         raise usage_error(f"got {text!r}, expected a share such as 3% or a count", where=where) from error

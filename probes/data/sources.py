@@ -1,4 +1,4 @@
-"""References to data → rows as they stand there: files, and data sets on the Hub at one commit.
+"""Read the rows of a reference to data: a file, or a data set on the Hub at one commit.
 
 A reference is a `.jsonl`, `.json` (a list), `.csv`, `.parquet` or `.txt` file (one prompt per line), a Hub data set
 `org/name[/config][@revision]:split[a:b]`, or `lab:NAME[/pool]`. Hub data sets and Parquet need the extra `data`.
@@ -27,7 +27,7 @@ TEXT_FIELD = "prompt"  # of the rows of a .txt file
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One record. `key` is its number in the source, from 0, as text; `where` is how errors point at it."""
+    """One record. `key` is its number in the source, from 0, as text; `where` is its place in error messages."""
 
     key: str
     where: str
@@ -43,11 +43,11 @@ class SourceRows:
 
 
 def read_rows(source: str, errors: ErrorList, *, limit: int | None = None) -> SourceRows:
-    """The first `limit` rows of `source`, all of them at None. Lines that cannot be read as rows are added to `errors`.
+    """Read the first `limit` rows of `source`, all if None. Lines that are no valid rows are added to `errors`.
 
     Raises:
         SurgeryError: there is no such file, data set, revision or split, or it cannot be read at all; the extra
-            `data` is needed and missing; the slice is empty.
+            `data` is needed and not installed; the slice is empty.
     """
     path = existing_path(source)
     if path is not None and path.is_dir():
@@ -56,9 +56,9 @@ def read_rows(source: str, errors: ErrorList, *, limit: int | None = None) -> So
         return SourceRows(_read_file(path, errors, limit))
     if (data := lab.data_of(source)) is not None:
         return SourceRows(_read_file(data, errors, limit))
-    asked = hub_data.parse(source)
-    if asked is not None:
-        return _read_hub(asked, limit)
+    hub_reference = hub_data.parse(source)
+    if hub_reference is not None:
+        return _read_hub(hub_reference, limit)
     if hub.is_repo_id(source) and not source.lower().endswith(tuple(_READERS)):
         raise hub_data.no_split(source)
     raise usage_error(
@@ -86,20 +86,20 @@ def _text(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers from 1."""
-    # Not splitlines: JSON strings and prompts may hold line separators of Unicode.
+    """Yield the lines that are not blank, with their numbers from 1."""
+    # Not splitlines: JSON strings and prompts may contain line separators of Unicode.
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
             yield number, line.rstrip("\r")
 
 
 def _read_txt(path: Path, errors: ErrorList) -> Iterator[SourceRow]:
-    for at, (number, line) in enumerate(_lines(path)):
-        yield SourceRow(str(at), f"{path}:{number}", {TEXT_FIELD: line})
+    for index, (number, line) in enumerate(_lines(path)):
+        yield SourceRow(str(index), f"{path}:{number}", {TEXT_FIELD: line})
 
 
 def _read_jsonl(path: Path, errors: ErrorList) -> Iterator[SourceRow]:
-    for at, (number, line) in enumerate(_lines(path)):
+    for index, (number, line) in enumerate(_lines(path)):
         where = f"{path}:{number}"
         try:
             record = json.loads(line)
@@ -107,7 +107,7 @@ def _read_jsonl(path: Path, errors: ErrorList) -> Iterator[SourceRow]:
             errors.add(f"is not valid JSON ({error})", where=where, usage=True)
             continue
         if isinstance(record, dict):
-            yield SourceRow(str(at), where, record)
+            yield SourceRow(str(index), where, record)
         else:
             errors.add(f"holds {_kind(record)}, expected an object", where=where, usage=True)
 
@@ -120,15 +120,15 @@ def _read_json(path: Path, errors: ErrorList) -> Iterator[SourceRow]:
         raise usage_error(f"is not valid JSON ({error})", where=path, hint=hint) from error
     if not isinstance(records, list):
         raise usage_error(f"holds {_kind(records)}, expected a list of objects", where=path)
-    for at, record in enumerate(records):
+    for index, record in enumerate(records):
         if isinstance(record, dict):
-            yield SourceRow(str(at), f"{path}[{at}]", record)
+            yield SourceRow(str(index), f"{path}[{index}]", record)
         else:
-            errors.add(f"is {_kind(record)}, expected an object", where=f"{path}[{at}]", usage=True)
+            errors.add(f"is {_kind(record)}, expected an object", where=f"{path}[{index}]", usage=True)
 
 
 def _read_csv(path: Path, errors: ErrorList) -> Iterator[SourceRow]:
-    # A thinking may be longer than the module's limit of 131,072 characters for a cell.
+    # A thinking may be longer than the csv module's limit of 131,072 characters for a cell.
     limit = csv.field_size_limit(sys.maxsize)
     try:
         yield from _csv_rows(path, _text(path), errors)
@@ -140,21 +140,22 @@ def _csv_rows(path: Path, text: str, errors: ErrorList) -> list[SourceRow]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows = []
     try:
-        starts_at = _after_header(reader)
-        for at, cells in enumerate(reader):
-            where, starts_at = f"{path}:{starts_at}", reader.line_num + 1
+        # Cells may contain line breaks: a row starts where the one before it ended, not at its number.
+        first_line = _after_header(reader)
+        for index, cells in enumerate(reader):
+            where, first_line = f"{path}:{first_line}", reader.line_num + 1
             if None in cells:
                 errors.add("has more cells than the header has names", where=where, usage=True)
             else:
-                # An empty cell says nothing; in JSON one can tell that from an empty text.
-                rows.append(SourceRow(str(at), where, {name: cell for name, cell in cells.items() if cell}))
+                # An empty cell means that there is no value: unlike JSON, CSV has no null.
+                rows.append(SourceRow(str(index), where, {name: cell for name, cell in cells.items() if cell}))
     except csv.Error as error:
         raise usage_error(f"is not valid CSV ({error})", where=f"{path}:{reader.line_num}") from error
     return rows
 
 
 def _after_header(reader: csv.DictReader[str]) -> int:
-    """The line after the header, which is read at the first look at the names."""
+    """Return the number of the line after the header; `fieldnames` reads the header when first used."""
     return reader.line_num + 1 if reader.fieldnames else 1
 
 
@@ -168,8 +169,8 @@ def _read_parquet(path: Path, errors: ErrorList) -> Iterator[SourceRow]:
         records = read_table(path, partitioning=None).to_pylist()
     except (ArrowException, OSError) as error:
         raise usage_error(f"cannot be read as Parquet ({hub_data.first_line(error)})", where=path) from error
-    for at, record in enumerate(records):
-        yield SourceRow(str(at), f"{path}[{at}]", record)
+    for index, record in enumerate(records):
+        yield SourceRow(str(index), f"{path}[{index}]", record)
 
 
 _READERS: dict[str, Callable[[Path, ErrorList], Iterator[SourceRow]]] = {
@@ -181,10 +182,13 @@ _READERS: dict[str, Callable[[Path, ErrorList], Iterator[SourceRow]]] = {
 }
 
 
-def _read_hub(asked: hub_data.HubData, limit: int | None) -> SourceRows:
-    commit = hub_data.pin(asked)
-    records = hub_data.load(asked, commit, limit=limit)
-    rows = [SourceRow(str(at), f"{asked.name}[{at}]", record) for at, record in enumerate(records, start=asked.first)]
+def _read_hub(data: hub_data.HubData, limit: int | None) -> SourceRows:
+    # The branch's commit is looked up first, so that rows and recorded revision cannot differ.
+    commit = hub_data.pin(data)
+    records = hub_data.load(data, commit, limit=limit)
+    rows = [
+        SourceRow(str(index), f"{data.name}[{index}]", record) for index, record in enumerate(records, start=data.first)
+    ]
     return SourceRows(rows, commit)
 
 

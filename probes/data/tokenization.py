@@ -1,7 +1,7 @@
-"""Examples as their model reads them: chat template, thinking markers, token ids, and where each segment ends.
+"""Tokenise examples as their model reads them: chat template, thinking markers, token ids, and the segments' ends.
 
-In come a tokenizer, examples and their model's `Markers`; out come texts and `TokenSequence`s. A text is put together
-once and tokenised once, as a whole: the ids are those that the model saw when it wrote the text, or would have seen.
+A text is assembled once and tokenised once, as a whole, because tokens merge across the segments' borders: the ids are
+those that the model saw when it wrote the text, or would have seen.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from surgery.errors import ErrorList, usage_error
 from surgery.io.hashing import hash_text
 from surgery.runtime.quiet import quiet
 
-# Some templates write today's date by strftime_now. The same data must give the same ids tomorrow, so it is always this
-# day for them. Templates are handed no functions of ours, hence a macro that puts in each part of the date.
+# Some templates write today's date by strftime_now. The same data must give the same ids tomorrow, so they always get
+# this day. We cannot pass functions to templates, hence a macro that replaces each part of the format.
 TODAY = datetime(2025, 1, 1)
 STRFTIME_NOW = "strftime_now"
 _PARTS = "".join(f"|replace('%{code}', '{TODAY.strftime(f'%{code}')}')" for code in "aAbBdejmyYHIMSp")
 _SAME_DAY = "{% macro " + STRFTIME_NOW + "(format) %}{{ format" + _PARTS + " }}{% endmacro %}{{ '' }}"
-# Texts at a time: enough for every thread of the tokenizer, few enough to hold their offsets.
+# Texts at a time: enough for every thread of the tokenizer, few enough that their offsets fit the memory.
 CHUNK = 512
 
 Offsets = Sequence[tuple[int, int]]
-Cut = tuple[tuple[int, ...], tuple[int, int, int]]  # ids, and how many end before prompt, thinking and closing do
+Cut = tuple[tuple[int, ...], tuple[int, int, int]]  # ids; how many end before prompt, thinking and closing end
 
 
 @dataclass(frozen=True)
 class _Text:
-    """An example's text in its four segments."""
+    """The text of an example in its four segments."""
 
     prompt: str
     thinking: str
@@ -55,27 +55,27 @@ class _Text:
 
     @property
     def borders(self) -> tuple[int, int, int]:
-        """Where prompt, thinking and closing end, in characters."""
+        """The ends of prompt, thinking and closing, in characters."""
         first = len(self.prompt)
         second = first + len(self.thinking)
         return first, second, second + len(self.closing)
 
 
 def render_prompt(tokenizer: Any, example: Example, markers: Markers | None) -> str:
-    """The text before an example's thinking: its conversation in the tokenizer's chat template, and the opening marker.
+    """Return the text before an example's thinking: the conversation in the chat template, and the opening marker.
 
-    The template is asked for a generation prompt, and to let the model think, or without `markers` not to
-    (`enable_thinking`, `thinking`). The opening marker is added where the prompt does not end with it already. A
-    tokenizer without template gets the bare prompt, in front of which `encode` puts its BOS.
+    The template is applied with a generation prompt, and with thinking enabled, or without `markers` disabled
+    (`enable_thinking`, `thinking`). The opening marker is added unless the prompt already ends with it. For a tokenizer
+    without template the text is the bare prompt, to which `encode` adds the BOS.
 
     Raises:
-        SurgeryError: the template refuses the conversation, or there is none and the conversation is more than a
-            prompt; the template ends the thinking before it begins, or begins one that there are no markers for.
+        SurgeryError: the template rejects the conversation, or there is none and the conversation is more than a
+            prompt; the template closes the thinking, or opens one although there are no markers.
     """
     text = _conversation(tokenizer, example, thinks=markers is not None)
     tail = text.rstrip()
     if markers is None:
-        opened = next((each.markers.open for each in KNOWN_FAMILIES if tail.endswith(each.markers.open)), None)
+        opened = next((f.markers.open for f in KNOWN_FAMILIES if tail.endswith(f.markers.open)), None)
         if opened:
             raise usage_error(f"the chat template begins a thinking with {opened}", hint=f"Drop {NONE_OPTION}.")
         return text
@@ -88,12 +88,11 @@ def render_prompt(tokenizer: Any, example: Example, markers: Markers | None) -> 
 
 
 def text_before_answer(tokenizer: Any, example: Example, markers: Markers | None) -> str:
-    """The text that the model goes on from: with its thinking and closing template where the thinking is known."""
+    """Return the text that the model continues: with thinking and closing template if the thinking is known."""
     prompt = render_prompt(tokenizer, example, markers)
     if example.thinking is None:
         return prompt
-    text = _segments(tokenizer, prompt, example, markers, answer=False)
-    return text.whole
+    return _segments(tokenizer, prompt, example, markers, answer=False).whole
 
 
 def build_sequences(
@@ -105,26 +104,26 @@ def build_sequences(
     max_tokens: int | None = None,
     where: str,
 ) -> list[TokenSequence]:
-    """Examples as token ids, cut into prompt, thinking, closing template and answer.
+    """Tokenise examples, and cut the ids into prompt, thinking, closing template and answer.
 
-    The text is prompt (with the opening marker) + thinking + closing template + response. Responses that hold their
-    thinking are split first. A token that reaches over a border belongs to the later segment: `.\\n` at the end of a
-    thinking is part of the closing template. At the border before the answer this holds for white space only; where
-    such a token would take a part of the closing marker, or of the prompt, along, the text is cut there and both sides
-    are tokenised on their own, so that the last token before the answer is always one that closes the thinking.
+    The text is prompt (with the opening marker) + thinking + closing template + response. Responses that contain their
+    thinking are split first. A token that spans a border belongs to the later segment: `.\\n` at the end of a thinking
+    is part of the closing template. Before the answer this holds only for tokens of white space; a token with a part of
+    the closing marker, or of the prompt, must not become the answer's. There the text is cut, and both sides are
+    tokenised on their own, so that the last token before the answer always closes the thinking.
 
-    Tokenizers without offsets are cut by what the text up to each border has in common with the whole, token by token.
+    Tokenizers without offsets are cut after the tokens that the text up to a border has in common with the whole.
 
     Args:
-        markers: None for a model that does not think; a thinking is then refused, but for tokenizers without chat
-            template, which get prompt, thinking, closing (if given) and response one after the other.
+        markers: None for a model that does not think; a thinking is then an error, except with tokenizers without chat
+            template, for which prompt, thinking, closing (if given) and response are concatenated.
         answer: False leaves the answer's tokens out; those before it are the same either way.
-        max_tokens: the model's context. Longer sequences are faults.
-        where: what errors call the data.
+        max_tokens: the model's context. Longer sequences are errors.
+        where: the name of the data in errors.
 
     Raises:
-        SurgeryError: all examples that cannot be used, with the reason: thinking or response is missing, holds
-            markers, was never closed; the chat template refuses it; it is too long, or its prompt has no tokens.
+        SurgeryError: all examples that cannot be used, with the reason: thinking or response is missing, contains
+            markers, was never closed; the chat template rejects it; it is too long, or its prompt has no tokens.
     """
     errors = ErrorList()
     texts: list[tuple[Example, _Text]] = []
@@ -137,8 +136,7 @@ def build_sequences(
     cuts = _cut_all(tokenizer, [text for _, text in texts])
     for (example, _), (ids, ends) in zip(texts, cuts, strict=True):
         place = f"{where}: example {example.key}"
-        kept = ids if answer else ids[: ends[2]]
-        whole = (*prefix, *kept)
+        whole = (*prefix, *(ids if answer else ids[: ends[2]]))
         if ends[0] == 0:
             errors.add("its prompt has no tokens of its own", where=place, usage=True)
         elif max_tokens is not None and len(whole) > max_tokens:
@@ -151,22 +149,22 @@ def build_sequences(
 
 
 def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """The ids of a text made by `render_prompt` or `text_before_answer`, with one BOS at most."""
-    with quiet():  # a text that is longer than the context is found and named elsewhere
+    """Return the ids of a text from `render_prompt` or `text_before_answer`, with at most one BOS."""
+    with quiet():  # the tokenizer's warning of long texts; callers raise an error that names the example
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return (*_prefix(tokenizer, text), *ids)
 
 
 def template_hash(tokenizer: Any) -> str:
-    """The hash of the tokenizer's chat template, of `""` where it has none."""
+    """Return the hash of the tokenizer's chat template, of `""` if it has none."""
     return hash_text(template_text(tokenizer))
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """The hash of how the tokenizer cuts texts: its vocabulary, and its backend's own description if it has one."""
+    """Return the hash of how the tokenizer cuts texts: its vocabulary, and its backend's rules if it has one."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])))
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    # What remembers the last call's padding and truncation is no part of it.
+    # The backend remembers padding and truncation of the last call, which are no part of its rules.
     rules = {} if backend is None else json.loads(backend.to_str()) | {"padding": None, "truncation": None}
     return hash_text(vocabulary + json.dumps(rules, sort_keys=True))
 
@@ -197,7 +195,7 @@ def _conversation(tokenizer: Any, example: Example, *, thinks: bool) -> str:
 
 
 def _segments(tokenizer: Any, prompt: str, example: Example, markers: Markers | None, *, answer: bool) -> _Text:
-    """Raises SurgeryError where a segment is missing, or does not fit the markers."""
+    """Return the example's text. Raises SurgeryError if a segment is missing, or does not fit the markers."""
     response = example.response
     if markers is not None:
         validate_split(example, markers)
@@ -214,11 +212,12 @@ def _segments(tokenizer: Any, prompt: str, example: Example, markers: Markers | 
 
 
 def _prefix(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """What the tokenizer puts before `text`; nothing where a chat template has written it already."""
+    """Return the special tokens before `text`; none with a chat template, which writes them into the text itself."""
     if template_text(tokenizer):
         return ()
     bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     whole = list(tokenizer(text)["input_ids"])
+    # The bare ids are searched in the whole, because there may be special tokens behind them, too.
     for length in range(len(whole) - len(bare) + 1):
         if whole[length : length + len(bare)] == bare:
             return tuple(whole[:length])
@@ -226,7 +225,7 @@ def _prefix(tokenizer: Any, text: str) -> tuple[int, ...]:
 
 
 def _cut_all(tokenizer: Any, texts: Sequence[_Text]) -> Iterator[Cut]:
-    """The ids of each text, and how many of them lie before the ends of prompt, thinking and closing."""
+    """Yield the ids of each text, and how many of them are before the ends of prompt, thinking and closing."""
     for start in range(0, len(texts), CHUNK):
         chunk = texts[start : start + CHUNK]
         wholes = [text.whole for text in chunk]
@@ -243,20 +242,21 @@ def _cut_all(tokenizer: Any, texts: Sequence[_Text]) -> Iterator[Cut]:
 
 
 def _cut_by_offsets(tokenizer: Any, text: _Text, ids: tuple[int, ...], offsets: Offsets) -> Cut:
-    border = text.borders[2]
-    reach = list(accumulate((end for _, end in offsets), max))
-    first, second, third = (bisect_right(reach, border) for border in text.borders)
-    if third < len(ids) and text.whole[offsets[third][0] : border].strip():
+    # The running maximum: bisection needs ends that ascend, and a token without text of its own may have the end 0.
+    ends = list(accumulate((end for _, end in offsets), max))
+    first, second, third = (bisect_right(ends, border) for border in text.borders)
+    # The first token of the answer begins before the border, with more than white space.
+    if third < len(ids) and text.whole[offsets[third][0] : text.borders[2]].strip():
         return _cut_apart(tokenizer, text)
     return ids, (first, second, third)
 
 
 def _cut_by_prefixes(tokenizer: Any, text: _Text, ids: tuple[int, ...]) -> Cut:
-    def shared(part: str) -> int:
-        return _common(ids, tokenizer(part, add_special_tokens=False)["input_ids"])
+    def n_shared(part: str) -> int:
+        return _common_prefix_length(ids, tokenizer(part, add_special_tokens=False)["input_ids"])
 
-    first, second, third = (shared(text.whole[:border]) for border in text.borders)
-    # The tokens of the text before the answer, white space at its end apart, must all be there.
+    first, second, third = (n_shared(text.whole[:border]) for border in text.borders)
+    # All tokens of the text before the answer must be before the cut, except for white space at its end.
     bare = tokenizer(text.whole[: text.borders[2]].rstrip(), add_special_tokens=False)["input_ids"]
     if text.answer and third < len(bare):
         return _cut_apart(tokenizer, text)
@@ -264,15 +264,14 @@ def _cut_by_prefixes(tokenizer: Any, text: _Text, ids: tuple[int, ...]) -> Cut:
 
 
 def _cut_apart(tokenizer: Any, text: _Text) -> Cut:
-    """The text before the answer and the answer, each tokenised on its own."""
+    """Cut a text whose part before the answer and whose answer are tokenised each on its own."""
     before = _Text(text.prompt, text.thinking, text.closing, "")
-    [(head, ends)] = _cut_all(tokenizer, [before])
-    tail = tokenizer(text.answer, add_special_tokens=False)["input_ids"]
-    return (*head, *tail), ends
+    [(ids_before, ends)] = _cut_all(tokenizer, [before])
+    answer_ids = tokenizer(text.answer, add_special_tokens=False)["input_ids"]
+    return (*ids_before, *answer_ids), ends
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids both begin with."""
+def _common_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:
     count = 0
     for a, b in zip(one, other, strict=False):
         if a != b:

@@ -13,10 +13,11 @@ from support.architectures import build
 from support.chat_tokenizer import make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from probes.data import generation
+from probes.data import generation, generation_engines
 from probes.data.examples import Example
-from probes.data.generation import GenerationSettings, complete_examples, generate_texts
+from probes.data.generation import complete_examples, generate_texts
 from probes.data.generation_cache import Completion, GenerationCache
+from probes.data.generation_engines import GenerationSettings
 from probes.data.markers import Markers, never_closed
 from probes.data.tokenization import build_sequences, encode, text_before_answer
 from surgery.errors import WRONG_USAGE, SurgeryError
@@ -125,7 +126,7 @@ def test_draws_do_not_depend_on_batches_and_follow_the_distribution(tiny, tmp_pa
     # As frequencies: of 4,000 draws from p, each count lies within 5 standard deviations of what is expected.
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
     settings = GenerationSettings("m", temperature=2.0)
-    draw = generation._Draw(settings, [str(i) for i in range(4000)])
+    draw = generation_engines._GumbelSampler(settings, [str(i) for i in range(4000)])
     counts = draw(torch.empty(0), (2.0 * p.log()).expand(4000, 4)).argmax(1).bincount(minlength=4)
     assert ((counts - 4000 * p).abs() < 5 * (4000 * p * (1 - p)).sqrt()).all()
 
