@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from merges.config.settings import MethodSpec, ParameterSpec, shown
+from merges.config.settings import MethodSpec, ParameterSpec, as_written
 from merges.plan import MergedTensor
 from surgery.engine.result import ExecutionResult
 from surgery.reporting.report import Column, Figure, Table
@@ -19,7 +19,7 @@ def methods_table(specs: Iterable[MethodSpec]) -> Table:
     """What there is to merge by: parameters with their defaults (those without one are required), and sources."""
 
     def spelled(parameter: ParameterSpec) -> str:
-        default = "" if parameter.default is None else f"={shown(parameter.default)}"
+        default = "" if parameter.default is None else f"={as_written(parameter.default)}"
         return f"{parameter.name}{'*' if parameter.per_model else ''}{default}"
 
     rows = [

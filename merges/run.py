@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from merges.config.parse import ordered
+from merges.config.document_order import ordered
 from merges.config.schema import MergeConfig
 from merges.job import MergeJob, PlannedMerge
 from merges.report import MergeReport

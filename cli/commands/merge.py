@@ -254,7 +254,7 @@ def _config(
     method: str, models: Sequence[str], parameters: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> MergeConfig:
     """A command line as a config; values are written as in YAML, so that a list is a gradient."""
-    from merges.config.parse import config_for_method
+    from merges.config.command_line import config_for_method
 
     values = {
         name: [_value(option_flag(name), text) for text in given] if isinstance(given, list) else [given]

@@ -1,18 +1,20 @@
-"""One document of a config → `MergeConfig`, with every fault noted where it stands."""
+"""One document of a config → `MergeConfig`: its validated keys, checked against each other and the merge method."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from merges.config.fields import (
-    read_choice,
-    read_entries,
-    read_fields,
-    read_mapping,
-    read_model,
-    read_scalar,
-    read_text,
+from merges.config.keys import (
+    NO_MODEL,
+    DocumentKeys,
+    LayersEntry,
+    ModelEntry,
+    ModuleKeys,
+    RowKeys,
+    SliceEntry,
+    TokenKeys,
+    ZeroRowKeys,
 )
 from merges.config.parameters import ParameterReader
 from merges.config.schema import (
@@ -26,26 +28,13 @@ from merges.config.schema import (
     TokenRule,
     ZeroToken,
 )
-from merges.config.settings import MethodSpec, ParameterSpec, shown
+from merges.config.settings import MethodSpec
 from merges.config.sources import check_section
-from surgery.checkpoint.dtypes import TORCH_NAMES
+from merges.config.tolerant import Keys, ReadContext
 from surgery.errors import listing
-from surgery.io.yaml_nodes import YamlErrors, YamlNode
-
-CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
-AUTO = "auto"
+from surgery.io.yaml_nodes import YamlNode
 
 _INPUTS = ("models", "slices", "modules")
-_KEYS = (
-    *("merge_method", *_INPUTS, "base_model", "parameters", "dtype", "out_dtype"),
-    *("tokenizer_source", "tokenizer", "chat_template", "name", "compat", "seed"),
-)
-_SEED = ParameterSpec("seed", "integer", 0, low=0, high=2**63, high_open=True)
-_LAYER = ParameterSpec("layer_range", "integer", low=0)
-_MULTIPLE = ParameterSpec("pad_to_multiple_of", "integer", low=1)
-_TOKEN_ID = ParameterSpec("token_id", "integer", low=0)
-_FORCE = ParameterSpec("force", "boolean", False)
-_RESIDUAL = ParameterSpec("residual_weight", "number")
 
 
 @dataclass(frozen=True)
@@ -58,97 +47,96 @@ class ParsedDocument:
     refs: tuple[tuple[YamlNode, str], ...]
 
 
-def read_document(
-    node: YamlNode, methods: Mapping[str, MethodSpec], faults: YamlErrors, *, strict: bool = False
-) -> ParsedDocument:
-    """Reads one document. What it returns is only of use where `faults` holds none.
+def read_document(node: YamlNode, context: ReadContext, *, strict: bool = False) -> ParsedDocument:
+    """Read one document. The result is only of use where `context.errors` holds none.
 
     Args:
-        strict: whether a parameter without effect is a fault under `compat: mergekit` too.
+        strict: whether a parameter without effect is an error under `compat: mergekit` too.
     """
-    elsewhere = {spec.name for method in methods.values() for spec in method.parameters}
-    keys = read_fields(node, _KEYS, faults, required=("merge_method",), elsewhere=elsewhere)
-    chosen = read_choice(keys["merge_method"], methods, faults) if "merge_method" in keys else None
-    compat = read_choice(keys["compat"], ("mergekit", "paper"), faults) if "compat" in keys else "mergekit"
-    method = None if chosen is None else methods[chosen]
-    as_mergekit = compat != "paper"
-    parameter_reader = ParameterReader(methods, method, faults, strict=strict or not as_mergekit)
-    reader = _Reader(method, parameter_reader, faults, as_mergekit)
-    base = reader.model(keys["base_model"]) if "base_model" in keys else None
-    parameters = reader.parameters.read(keys.get("parameters"))
-    sections = reader.inputs(node, keys, base, set(parameters))
-    config = MergeConfig(
-        merge_method=chosen or "",
-        sections=tuple(sections),
-        base_model=base,
-        parameters=parameters,
-        dtype=reader.dtype(keys.get("dtype")),
-        out_dtype=reader.dtype(keys.get("out_dtype")),
-        tokenizer=reader.tokenizer(keys, sections, base),
-        chat_template=reader.chat_template(keys.get("chat_template")),
-        name=read_text(keys["name"], faults) if "name" in keys else None,
-        compat="mergekit" if as_mergekit else "paper",
-        seed=int(read_scalar(keys["seed"], _SEED, faults) or 0) if "seed" in keys else 0,
-        where=faults.place,
-    )
-    return ParsedDocument(node, config, keys.get("name"), tuple(reader.refs))
+    keys = DocumentKeys.read(node, context)
+    method = context.methods.get(keys.merge_method)
+    parameters = ParameterReader(context, method, strict=strict or keys.compat == "paper")
+    builder = _ConfigBuilder(context, keys, method, parameters)
+    config = builder.config()
+    return ParsedDocument(node, config, keys.get("name"), tuple(builder.refs))
 
 
 @dataclass
-class _Reader:
+class _ConfigBuilder:
+    """Builds the config of one document; `refs` collects its references to models, with their places."""
+
+    context: ReadContext
+    document: DocumentKeys
     method: MethodSpec | None
     parameters: ParameterReader
-    faults: YamlErrors
-    as_mergekit: bool
     refs: list[tuple[YamlNode, str]] = field(default_factory=list)
 
-    def model(self, node: YamlNode) -> str:
-        ref = read_model(node, self.faults)
-        self.refs.append((node, ref))
+    def config(self) -> MergeConfig:
+        keys = self.document
+        base = self.base_model(keys)
+        parameters = self.parameters.read(keys.get("parameters"))
+        sections = self.sections(base, set(parameters))
+        return MergeConfig(
+            merge_method=keys.merge_method,
+            sections=tuple(sections),
+            base_model=base,
+            parameters=parameters,
+            dtype=keys.dtype,
+            out_dtype=keys.out_dtype,
+            tokenizer=self.tokenizer({source.model for section in sections for source in section.sources}, base),
+            chat_template=keys.chat_template,
+            name=keys.name,
+            compat=keys.compat,
+            seed=keys.seed,
+            where=self.context.errors.place,
+        )
+
+    def base_model(self, keys: DocumentKeys | SliceEntry) -> str | None:
+        if not keys.get("base_model"):
+            return None
+        # Where the reference is wrong, that one is given is still known to the checks.
+        return self.model(keys, "base_model", keys.base_model or NO_MODEL)
+
+    def model(self, keys: Keys, key: str, ref: str) -> str:
+        self.refs.append((keys.at(key), ref))
         return ref
 
-    def inputs(
-        self, node: YamlNode, keys: Mapping[str, YamlNode], base: str | None, outer: Collection[str]
-    ) -> list[MergeSection]:
+    def sections(self, base: str | None, outer: Collection[str]) -> list[MergeSection]:
         """All sections of the document. `outer`: the parameters set around them, here and below."""
-        given = [key for key in _INPUTS if key in keys]
+        keys, errors = self.document, self.context.errors
+        given = [key for key in _INPUTS if keys.get(key)]
         if len(given) != 1:
             found = listing(given) if given else "none of them"
-            self.faults.add(node, f"got {found}, expected exactly one of models, slices and modules")
-        sections: list[MergeSection] = []
-        if "models" in keys:
-            sections.append(self.models(keys["models"], base, outer))
-        if "slices" in keys:
-            sections += self.slices(keys["slices"], base, outer)
-        if "modules" in keys:
-            modules = read_mapping(keys["modules"], self.faults)
-            if not modules:
-                self.faults.add(keys["modules"], "names no module")
-            for name, child in modules.items():
-                sections += self.module(name, child, base, outer)
+            errors.add(keys.node, f"got {found}, expected exactly one of models, slices and modules")
+        sections = self.models_and_slices(keys, base, outer)
+        if keys.modules is not None and not keys.modules:
+            errors.add(keys.at("modules"), "names no module")
+        for name, module in (keys.modules or {}).items():
+            if bool(module.get("models")) == bool(module.get("slices")):
+                errors.add(module.node, "expected exactly one of models and slices")
+                continue
+            shared = self.parameters.read(module.get("parameters"))
+            around = {*outer, *shared}
+            sections += [
+                section.model_copy(update={"module": name, "module_parameters": shared})
+                for section in self.models_and_slices(module, base, around)
+            ]
         return sections
 
-    def module(self, name: str, node: YamlNode, base: str | None, outer: Collection[str]) -> list[MergeSection]:
-        keys = read_fields(node, ("models", "slices", "parameters"), self.faults)
-        if ("models" in keys) == ("slices" in keys):
-            self.faults.add(node, "expected exactly one of models and slices")
-            return []
-        shared = self.parameters.read(keys.get("parameters"))
-        around = {*outer, *shared}
-        if "models" in keys:
-            sections = [self.models(keys["models"], base, around)]
-        else:
-            sections = self.slices(keys["slices"], base, around)
-        return [section.model_copy(update={"module": name, "module_parameters": shared}) for section in sections]
+    def models_and_slices(
+        self, keys: DocumentKeys | ModuleKeys, base: str | None, outer: Collection[str]
+    ) -> list[MergeSection]:
+        of_models = [self.models(keys.at("models"), keys.models, base, outer)] if keys.models else []
+        return of_models + [self.slice(entry, base, outer) for entry in keys.slices or ()]
 
-    def models(self, node: YamlNode, base: str | None, outer: Collection[str]) -> MergeSection:
-        entries = read_entries(node, self.faults)
-        sources = [self.source(entry, has_layers=False) for entry in entries]
+    def models(
+        self, node: YamlNode, entries: Sequence[ModelEntry], base: str | None, outer: Collection[str]
+    ) -> MergeSection:
+        sources = [self.source(entry) for entry in entries]
         if base is not None and all(source.model != base for source in sources) and self.base_joins(node, base):
             sources.append(MergeSource(model=base, implied=True))
         section = MergeSection(sources=tuple(sources), base_model=base)
-        if entries:
-            check_section(node, entries, section, self.method, outer, self.faults)
+        check_section(node, [entry.node for entry in entries], section, self.method, outer, self.context.errors)
         return section
 
     def base_joins(self, node: YamlNode, base: str) -> bool:
@@ -156,124 +144,69 @@ class _Reader:
         if self.method is None or self.method.base != "none":
             return True
         name = self.method.name
-        joins = self.method.joins_base and self.as_mergekit
+        joins = self.method.joins_base and self.document.compat == "mergekit"
         if joins:
-            what = f"{name} merges {base} as one more model, as in mergekit. `compat: paper` leaves it out"
+            text = f"{name} merges {base} as one more model, as in mergekit. `compat: paper` leaves it out"
         else:
-            what = f"{name} has no use for a base: no weights are taken from {base}"
-        self.faults.warn(node, what)
+            text = f"{name} has no use for a base: no weights are taken from {base}"
+        self.context.errors.warn(node, text)
         return joins
 
-    def slices(self, node: YamlNode, base: str | None, outer: Collection[str]) -> list[MergeSection]:
-        return [self.slice(entry, base, outer) for entry in read_entries(node, self.faults)]
-
-    def slice(self, node: YamlNode, base: str | None, outer: Collection[str]) -> MergeSection:
-        known = "sources", "base_model", "residual_weight", "parameters"
-        keys = read_fields(node, known, self.faults, required=("sources",))
-        if "residual_weight" in keys:
-            read_scalar(keys["residual_weight"], _RESIDUAL, self.faults)
-            self.faults.warn(keys["residual_weight"], "has no effect, as in mergekit")
-        own = self.model(keys["base_model"]) if "base_model" in keys else base
+    def slice(self, keys: SliceEntry, base: str | None, outer: Collection[str]) -> MergeSection:
+        own = self.base_model(keys) if keys.get("base_model") else base
         parameters = self.parameters.read(keys.get("parameters"))
-        entries = read_entries(keys["sources"], self.faults) if "sources" in keys else ()
-        sources = tuple(self.source(entry, has_layers=True) for entry in entries)
+        sources = tuple(self.source(entry) for entry in keys.sources or ())
         section = MergeSection(sources=sources, base_model=own, parameters=parameters)
-        if entries:
-            check_section(keys["sources"], entries, section, self.method, {*outer, *parameters}, self.faults)
+        if keys.sources:
+            entries, around = [entry.node for entry in keys.sources], {*outer, *parameters}
+            check_section(keys.at("sources"), entries, section, self.method, around, self.context.errors)
         return section
 
-    def source(self, node: YamlNode, *, has_layers: bool) -> MergeSource:
-        required = ("model", "layer_range") if has_layers else ("model",)
-        keys = read_fields(node, (*required, "parameters"), self.faults, required=required)
+    def source(self, keys: ModelEntry | LayersEntry) -> MergeSource:
         return MergeSource(
-            model=self.model(keys["model"]) if "model" in keys else "",
-            layer_range=self.layer_range(keys["layer_range"]) if "layer_range" in keys else None,
+            model=self.model(keys, "model", keys.model),
+            layer_range=keys.layer_range if isinstance(keys, LayersEntry) else None,
             parameters=self.parameters.read(keys.get("parameters"), in_source=True),
         )
 
-    def layer_range(self, node: YamlNode) -> tuple[int, int] | None:
-        value = node.plain
-        try:
-            first, end = (int(_LAYER.read(item)) for item in value) if isinstance(value, list) else (0, 0)
-        except ValueError:  # not two, or not whole numbers
-            first, end = 0, 0
-        if first < end:
-            return first, end
-        self.faults.add(node, f"got {shown(value)}, expected [first, end] with 0 ≤ first < end, such as [0, 16]")
-        return None
-
-    def dtype(self, node: YamlNode | None) -> str | None:
-        if node is None:
-            return None
-        if isinstance(node.value, str) and node.value.removeprefix("torch.") in TORCH_NAMES:
-            return node.value.removeprefix("torch.")
-        return read_choice(node, TORCH_NAMES, self.faults)
-
-    def chat_template(self, node: YamlNode | None) -> str | None:
-        if node is None:
-            return None
-        text = read_text(node, self.faults)
-        return text if "{" in text or not text else read_choice(node, (AUTO, *CHAT_TEMPLATES), self.faults)
-
-    def tokenizer(
-        self, keys: Mapping[str, YamlNode], sections: list[MergeSection], base: str | None
-    ) -> TokenizerRule | None:
-        if "tokenizer" in keys and "tokenizer_source" in keys:
-            self.faults.add(
-                keys["tokenizer_source"], "cannot stand beside tokenizer. Write it as tokenizer: {source: …}."
-            )
-        if "tokenizer" not in keys:
-            node = keys.get("tokenizer_source")
-            return None if node is None else TokenizerRule(source=self.tokenizer_source(node, base))
-        own = read_fields(keys["tokenizer"], ("source", "tokens", "pad_to_multiple_of"), self.faults)
-        merged = {source.model for section in sections for source in section.sources}
-        tokens = read_mapping(own["tokens"], self.faults) if "tokens" in own else {}
-        multiple = own.get("pad_to_multiple_of")
+    def tokenizer(self, merged: Collection[str], base: str | None) -> TokenizerRule | None:
+        """The tokenizer's rule, in either form. `merged`: the models whose rows tokens may have."""
+        keys = self.document
+        short = keys.get("tokenizer_source")
+        if short and keys.get("tokenizer"):
+            self.context.errors.add(short, "cannot stand beside tokenizer. Write it as tokenizer: {source: …}.")
+        if keys.tokenizer is None:
+            source = keys.tokenizer_source
+            return None if source is None else TokenizerRule(source=self.tokenizer_source(short, source, base))
+        own = keys.tokenizer
         return TokenizerRule(
-            source=self.tokenizer_source(own["source"], base) if "source" in own else UNION,
-            tokens={token: self.token(node, merged) for token, node in tokens.items()},
-            pad_to_multiple_of=None if multiple is None else self.whole(multiple, _MULTIPLE),
+            source=UNION if own.source is None else self.tokenizer_source(own.get("source"), own.source, base),
+            tokens={token: self.token(one, merged) for token, one in (own.tokens or {}).items()},
+            pad_to_multiple_of=own.pad_to_multiple_of,
         )
 
-    def tokenizer_source(self, node: YamlNode, base: str | None) -> str:
-        if node.value == UNION:
-            return UNION
-        if node.value == BASE:
-            if base is None:
-                self.faults.add(node, "says base, and there is no base_model")
-            return BASE
-        return self.model(node)
+    def tokenizer_source(self, node: YamlNode | None, source: str, base: str | None) -> str:
+        assert node is not None  # it has a source
+        if source == BASE and base is None:
+            self.context.errors.add(node, "says base, and there is no base_model")
+        if source not in (UNION, BASE):
+            self.refs.append((node, source))
+        return source
 
-    def token(self, node: YamlNode, merged: Collection[str]) -> TokenRule:
-        keys = read_fields(node, ("source", "force"), self.faults)
-        force = bool(read_scalar(keys["force"], _FORCE, self.faults)) if "force" in keys else False
-        if "source" not in keys:
-            return TokenRule(force=force)
-        source = keys["source"]
-        if not isinstance(source.value, dict) or "kind" not in source.value:
-            return TokenRule(source=self.token_model(source, merged), force=force)
-        kind = read_choice(source.value["kind"], ("zero", "model_token"), self.faults)
-        if kind != "model_token":
-            read_fields(source, ("kind", *(("model", "token", "token_id") if kind is None else ())), self.faults)
-            return TokenRule(source=ZeroToken(), force=force)
-        own = read_fields(source, ("kind", "model", "token", "token_id"), self.faults, required=("model",))
-        if ("token" in own) == ("token_id" in own):
-            self.faults.add(source, "expected exactly one of token and token_id")
-        return TokenRule(
-            source=ModelToken(
-                model=self.token_model(own["model"], merged) if "model" in own else "",
-                token=read_text(own["token"], self.faults) if "token" in own else None,
-                token_id=self.whole(own["token_id"], _TOKEN_ID) if "token_id" in own else None,
-            ),
-            force=force,
-        )
+    def token(self, keys: TokenKeys, merged: Collection[str]) -> TokenRule:
+        if keys.source is None:
+            return TokenRule(force=keys.force)
+        if isinstance(keys.source, str):
+            return TokenRule(source=self.token_model(keys, "source", keys.source, merged), force=keys.force)
+        row = keys.source
+        if isinstance(row, ZeroRowKeys) or row.kind != "model_token":
+            return TokenRule(source=ZeroToken(), force=keys.force)
+        if bool(row.get("token")) == bool(row.get("token_id")):
+            self.context.errors.add(row.node, "expected exactly one of token and token_id")
+        model = self.token_model(row, "model", row.model, merged)
+        return TokenRule(source=ModelToken(model=model, token=row.token, token_id=row.token_id), force=keys.force)
 
-    def token_model(self, node: YamlNode, merged: Collection[str]) -> str:
-        ref = self.model(node)
-        if ref and ref not in merged:
-            self.faults.add(node, f"{ref} is not one of the merged models")
-        return ref
-
-    def whole(self, node: YamlNode, spec: ParameterSpec) -> int | None:
-        value = read_scalar(node, spec, self.faults)
-        return None if value is None else int(value)
+    def token_model(self, keys: TokenKeys | RowKeys, key: str, ref: str, merged: Collection[str]) -> str:
+        if ref != NO_MODEL and ref not in merged:
+            self.context.errors.add(keys.at(key), f"{ref} is not one of the merged models")
+        return self.model(keys, key, ref)

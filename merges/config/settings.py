@@ -103,7 +103,7 @@ class ParameterSpec:
                 raise ValueError(f"got {value}, expected a finite number")
             if number is not None and self._is_inside(number):
                 return number
-        raise ValueError(f"got {shown(value)}, expected {self.rule}")
+        raise ValueError(f"got {as_written(value)}, expected {self.rule}")
 
     def _is_inside(self, number: float) -> bool:
         above = self.low is None or (number > self.low if self.low_open else number >= self.low)
@@ -162,7 +162,7 @@ def resolve(setting: Setting, tensor_name: str, t: float) -> Scalar | None:
     return None
 
 
-def shown(value: object) -> str:
+def as_written(value: object) -> str:
     """`value` as a config writes it, on one line, cut where it is long."""
     text = " ".join(_written(value).split())
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"

@@ -1,10 +1,10 @@
-"""Whether the sources of a section fit each other and the merge method, before any of them is opened."""
+"""Check whether the sources of a section fit each other and the merge method, before any of them is opened."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from merges.config.fields import NO_MODEL
+from merges.config.keys import NO_MODEL
 from merges.config.schema import MergeSection, merged_sources
 from merges.config.settings import MethodSpec
 from surgery.errors import listing
@@ -17,9 +17,9 @@ def check_section(
     section: MergeSection,
     method: MethodSpec | None,
     outer: Collection[str],
-    faults: YamlErrors,
+    errors: YamlErrors,
 ) -> None:
-    """Notes what a section lacks or has too much of.
+    """Report what a section lacks or has too much of.
 
     Args:
         node: the list of its sources; `entries`: one node for each source that the config lists.
@@ -27,35 +27,36 @@ def check_section(
         outer: the names of the parameters that are set around its sources.
     """
     places = [*entries, *[node] * (len(section.sources) - len(entries))]
-    _check_twins(places, section, faults)
+    _check_duplicates(places, section, errors)
     lengths = [end - first for first, end in (s.layer_range for s in section.sources if s.layer_range)]
     if len(set(lengths)) > 1:
-        faults.add(node, f"got runs of {listing(map(str, lengths))} layers, expected as many from each source")
+        errors.add(node, f"got runs of {listing(map(str, lengths))} layers, expected as many from each source")
     if method is not None:
-        _check_models(node, section, method, faults)
-        _check_values(node, places, section, method, outer, faults)
+        _check_models(node, section, method, errors)
+        _check_values(node, places, section, method, outer, errors)
 
 
-def _check_twins(places: Sequence[YamlNode], section: MergeSection, faults: YamlErrors) -> None:
+def _check_duplicates(places: Sequence[YamlNode], section: MergeSection, errors: YamlErrors) -> None:
     """The same layers of the same model twice are an oversight; which of two base models is meant, nobody knows."""
     seen: dict[tuple[str, object], YamlNode] = {}
     for place, source in zip(places, section.sources, strict=True):
         key = source.model, None if source.model == section.base_model else source.layer_range
         if source.model != NO_MODEL and seen.setdefault(key, place) is not place:
-            faults.add(place, f"{source.model} stands here a second time; the first is {seen[key].path}")
+            errors.add(place, f"{source.model} stands here a second time; the first is {seen[key].path}")
 
 
-def _check_models(node: YamlNode, section: MergeSection, method: MethodSpec, faults: YamlErrors) -> None:
+def _check_models(node: YamlNode, section: MergeSection, method: MethodSpec, errors: YamlErrors) -> None:
+    """Report a missing base model, and a number of models that the method does not take."""
     beside = ""
     if method.base != "none":
         if section.base_model is None and method.base == "required":
-            faults.add(node, f"{method.name} needs a base model, and none is given. Add base_model: MODEL.")
+            errors.add(node, f"{method.name} needs a base model, and none is given. Add base_model: MODEL.")
             return
         if section.base_model is not None:
             beside = " beside the base"
             if section.base_index is None:
                 if all(ref != NO_MODEL for ref in (section.base_model, *(s.model for s in section.sources))):
-                    faults.add(
+                    errors.add(
                         node, f"the base model {section.base_model} is not among them. Add it with its layer_range."
                     )
                 return
@@ -64,7 +65,7 @@ def _check_models(node: YamlNode, section: MergeSection, method: MethodSpec, fau
     if count < least or (most is not None and count > most):
         rule = f"exactly {least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
         noun = "model" if rule.endswith(" 1") else "models"
-        faults.add(node, f"got {count}, expected {rule} {noun}{beside} for {method.name}")
+        errors.add(node, f"got {count}, expected {rule} {noun}{beside} for {method.name}")
 
 
 def _check_values(
@@ -73,15 +74,16 @@ def _check_values(
     section: MergeSection,
     method: MethodSpec,
     outer: Collection[str],
-    faults: YamlErrors,
+    errors: YamlErrors,
 ) -> None:
+    """Report required parameters that have no value, and values of a base model, which have no effect."""
     merged = merged_sources(method, section)
     for i, source in enumerate(section.sources):
         if i not in merged and source.parameters:
-            faults.warn(places[i], f"is the base model: its {listing(source.parameters)} has no effect")
+            errors.warn(places[i], f"is the base model: its {listing(source.parameters)} has no effect")
     for spec in method.parameters:
         if spec.default is not None or spec.name in outer:
             continue
-        lacking = [places[i] for i in merged if spec.name not in section.sources[i].parameters]
-        for place in lacking if spec.per_model else [node]:
-            faults.add(place, f"{method.name} needs {spec.name}, {spec.rule}. Add it under parameters.")
+        missing = [places[i] for i in merged if spec.name not in section.sources[i].parameters]
+        for place in missing if spec.per_model else [node]:
+            errors.add(place, f"{method.name} needs {spec.name}, {spec.rule}. Add it under parameters.")

@@ -55,7 +55,7 @@ def validate_node(root: YamlNode, faults: YamlErrors, kind: type[M]) -> M:
         return kind.model_validate(root.plain)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
-            node, rest = _at(root, detail["loc"])
+            node, rest = node_at(root, detail["loc"])
             faults.add(node, ": ".join(part for part in (rest, _sentence(detail, kind)) if part))
         faults.settle()
         raise
@@ -89,7 +89,7 @@ def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _quoted)
 
 
-def _at(root: YamlNode, location: Sequence[int | str]) -> tuple[YamlNode, str]:
+def node_at(root: YamlNode, location: Sequence[int | str]) -> tuple[YamlNode, str]:
     """The deepest node on the way to `location`, and the keys beyond it: one that is missing stands nowhere."""
     node = root
     for depth, step in enumerate(location):

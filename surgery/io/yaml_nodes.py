@@ -41,6 +41,11 @@ class YamlNode:
         return self.value is None
 
     @property
+    def children(self) -> dict[str, YamlNode]:
+        """The entries of a mapping; none where this is no mapping."""
+        return self.value if isinstance(self.value, dict) else {}
+
+    @property
     def plain(self) -> object:
         """The value without its lines."""
         if isinstance(self.value, dict):

@@ -16,7 +16,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from merges.config.parse import config_for_method, ordered, parse_configs, read_configs
+from merges.config.command_line import config_for_method
+from merges.config.document_order import ordered
+from merges.config.parse import parse_configs, read_configs
 from merges.config.schema import MergeConfig, ModelToken, TokenRule, ZeroToken
 from merges.config.settings import EDGE_POSITION, MethodSpec, ParameterSpec, Rule, layer_position
 from surgery.errors import WRONG_USAGE, SurgeryError

@@ -15,9 +15,9 @@ from merges.config.settings import (
     Rule,
     Scalar,
     Setting,
+    as_written,
     layer_position,
     resolve,
-    shown,
 )
 
 NUMBERS = st.floats(-1e6, 1e6)
@@ -161,8 +161,8 @@ def test_wrong_values_are_named_with_their_rule(spec: ParameterSpec, value: obje
 
 
 def test_long_values_are_cut_and_stay_on_one_line() -> None:
-    assert shown("a\nb") == '"a b"'
-    assert len(shown("x" * 1000)) == 60
+    assert as_written("a\nb") == '"a b"'
+    assert len(as_written("x" * 1000)) == 60
 
 
 def test_every_method_takes_int8_mask() -> None:

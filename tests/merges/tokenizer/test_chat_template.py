@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from merges.config.read import CHAT_TEMPLATES
+from merges.config.keys import CHAT_TEMPLATES
 from merges.tokenizer.chat_template import TEMPLATES, read_chat_template, set_chat_template
 from surgery.checkpoint.vocabulary import Vocabulary
 from surgery.errors import SurgeryError
