@@ -1,6 +1,4 @@
-"""A linear probe per layer, and the file it is kept in: directions and biases on raw states, with what is known of how
-far they can be trusted. In come states of the same layers, out come refusal scores.
-"""
+"""Linear probes, one for each layer: weights, biases and metrics, their scores of states, and their file format."""
 
 from __future__ import annotations
 
@@ -26,16 +24,17 @@ RECORD = "probes"
 
 @dataclass(frozen=True)
 class LayerMetrics:
-    """How well one layer's probe tells refused from complied on examples that it was not fitted to.
+    """Metrics of one layer's probe on examples that it was not fitted to.
 
-    auroc: over all folds' scores together, with its 95 % interval by bootstrap over groups. That draws examples, not
-        trainings, so it is somewhat narrow: on 80 examples of pure noise it holds 0.5 in 84 to 88 % of cases.
-    accuracy: at p = 0.5, with Wilson's 95 % interval, which takes examples as independent: with large groups it is too
-        narrow. balanced_accuracy: the mean of both classes' shares of right answers.
-    ece: expected calibration error over ten bins of equal width. brier: mean squared error of p. Both are taken under
-        the weights of training, in which refused and complied examples weigh the same.
-    shuffled: mean AUROC of probes trained and tested in the same way on labels dealt anew. selectivity: auroc −
-        shuffled, what the probe finds beyond what it could learn by heart. None where it was not measured.
+    auroc: over the scores of all folds together, with its 95 % interval by bootstrap over groups. That resamples
+        examples, not trainings, so it is somewhat narrow: on 80 examples of pure noise it covers 0.5 in 84 to 88 % of
+        cases.
+    accuracy: at p = 0.5, with Wilson's 95 % interval, which treats examples as independent: with large groups it is
+        too narrow. balanced_accuracy: the mean of the two classes' recalls.
+    ece: expected calibration error over ten bins of equal width. brier: mean squared error of p. Both are weighted as
+        in training, so that refused and complied examples weigh the same.
+    shuffled: mean AUROC of probes trained and tested in the same way on permuted labels. selectivity: auroc −
+        shuffled, what the probe finds beyond what it could memorise. None where it was not measured.
     """
 
     auroc: float
@@ -52,22 +51,22 @@ class LayerMetrics:
 
     @property
     def auroc_interval(self) -> EstimateWithInterval:
-        """AUROC as pictures take it."""
+        """AUROC with its interval."""
         return EstimateWithInterval(self.auroc, self.auroc_low, self.auroc_high)
 
 
 @dataclass(frozen=True, eq=False)
 class Probes:
-    """One probe per layer.
+    """One linear probe for each layer.
 
     weights: (layers, D) fp32, and biases: (layers,) fp32, both for raw states.
-    metrics: per layer, on held-out examples.
-    out_of_fold: (N, layers) fp32, p(refused) of each training example by the probe that did not see its group.
-    fold: (N,) int64, the fold that each example was held out in; `folds` is how many there are.
-    fold_weights, fold_biases: (folds, layers, D) and (folds, layers) fp32, the probes that did not see that fold.
-    counts: cell → training examples.
-    notes: sentences on where training differs from what was asked.
-    about: what else is to be stored with them, such as the model and hashes.
+    metrics: for each layer, on held-out examples.
+    out_of_fold: (N, layers) fp32, p(refused) of each training example by the probe that was not fitted to its group.
+    fold: (N,) int64, the fold that each example was held out in; folds: their number.
+    fold_weights, fold_biases: (folds, layers, D) and (folds, layers) fp32, the probes that were not fitted to a fold.
+    counts: cell → number of training examples.
+    notes: sentences on where training differs from what was requested.
+    about: other metadata to store, such as the model and hashes.
     """
 
     weights: Tensor
@@ -85,7 +84,7 @@ class Probes:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def logits(self, states: Tensor) -> Tensor:
-        """w·h + b for states (…, layers, D) of any float dtype → (…, layers) fp32, summed in fp64.
+        """Return w·h + b: states (…, layers, D) of any float dtype → (…, layers) fp32, summed in fp64.
 
         Raises:
             SurgeryError: the states have other layers or another width.
@@ -98,18 +97,18 @@ class Probes:
                 hint="Use probes and states of one model, at the same layers.",
             )
         weights, biases = self.weights.to(states.device).double(), self.biases.to(states.device).double()
-        # Layer by layer: all states in fp64 at once would take twice their memory again.
+        # Layer by layer: all states in fp64 at once would take up to four times their own memory.
         columns = [states[..., at, :].double() @ weights[at] + biases[at] for at in range(layers)]
         return torch.stack(columns, dim=-1).float()
 
     def scores(self, states: Tensor) -> Tensor:
-        """p(refused) = σ(w·h + b) for states (…, layers, D) → (…, layers) fp32. Raises as `logits`."""
+        """Return p(refused) = σ(w·h + b): states (…, layers, D) → (…, layers) fp32. Raises as `logits`."""
         return torch.sigmoid(self.logits(states).double()).float()
 
     def save(self, path: Path) -> Path:
-        """Writes a safetensors file, whole or not at all.
+        """Write a safetensors file atomically, and return `path`.
 
-        Tensors: weights, biases, out_of_fold, fold, fold_weights, fold_biases. Its metadata has one entry, "probes": a
+        Tensors: weights, biases, out_of_fold, fold, fold_weights, fold_biases. The metadata has one entry, "probes": a
         JSON object with the schema's version (`schema`) and all other fields.
 
         Raises:
@@ -143,20 +142,22 @@ class Probes:
 
     @classmethod
     def load(cls, path: Path) -> Probes:
-        """Reads what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            SurgeryError: the file cannot be read, holds something else, or is of another schema.
+            SurgeryError: the file cannot be read, is no file of probes, or has another schema.
         """
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
+                # `safe_open` has keys() but no __iter__.
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise usage_error(f"cannot be read ({reason})", where=path) from error
         try:
             record = json.loads(metadata[RECORD])
+            # Before any other field, which another schema may not have.
             schema = record["schema"]
         except (KeyError, TypeError, ValueError) as error:
             hint = "`surgery probe refusal` writes one."
@@ -184,9 +185,9 @@ class Probes:
                 record["about"],
             )
             layers = probes.weights.shape[0]
-            whole = probes.weights.ndim == 2 and probes.biases.shape == (layers,) and len(probes.metrics) == layers
+            consistent = probes.weights.ndim == 2 and probes.biases.shape == (layers,) and len(probes.metrics) == layers
         except (KeyError, TypeError, IndexError) as error:
             raise usage_error(f"its record of probes is incomplete ({error})", where=path) from error
-        if not whole:
+        if not consistent:
             raise usage_error("its weights, biases and metrics are not of the same layers", where=path)
         return probes

@@ -1,4 +1,4 @@
-"""Probes: the same as a plain fit, blind to the data's order, honest about what they cannot know, kept in one file."""
+"""Linear probes equal a plain fit, do not depend on the order of the data, name their limits, and survive saving."""
 
 from __future__ import annotations
 
@@ -17,16 +17,10 @@ from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from probes.refusal.linear import logistic as fitting
-from probes.refusal.linear.logistic import (
-    LabeledExamples,
-    assign_folds,
-    cell_weights,
-    fit_logistic,
-    permute_labels,
-    to_row_space,
-)
+from probes.refusal.linear import logistic
+from probes.refusal.linear.logistic import fit_logistic, sigmoid, to_row_space
 from probes.refusal.linear.probes import Probes
+from probes.refusal.linear.splits import LabeledExamples, assign_folds, cell_weights, permute_labels
 from probes.refusal.linear.training import evaluate_transfer, find_confounds, train_probes
 from surgery.errors import SurgeryError
 from surgery.evaluation.statistics import auroc, wilson_interval
@@ -46,7 +40,7 @@ class Data:
     def refused(self) -> list[bool]:
         return [cell.endswith("/refused") for cell in self.cells]
 
-    def at(self, rows: Sequence[int]) -> Data:
+    def select(self, rows: Sequence[int]) -> Data:
         return Data(self.states[list(rows)], [self.cells[at] for at in rows], [self.groups[at] for at in rows])
 
     def train(self, **options: Any) -> Probes:
@@ -87,7 +81,7 @@ def test_the_solution_in_the_row_space_is_the_direct_one(monkeypatch: pytest.Mon
     verdicts = [generator.random(40) < 0.5 for _ in range(3)]
     weights = [generator.uniform(0.2, 3, size=40) for _ in range(3)]
     rotated, bias = fit_logistic(states, verdicts, weights, C=0.7)
-    monkeypatch.setattr(fitting, "to_row_space", None)  # were it called, the fit would fail
+    monkeypatch.setattr(logistic, "to_row_space", None)  # were it called, the fit would fail
     features = np.concatenate([states] * 6)  # six times the examples at a sixth of the weight: too many to rotate
     direct, direct_bias = fit_logistic(
         features, [np.tile(v, 6) for v in verdicts], [np.tile(w, 6) / 6 for w in weights], C=0.7
@@ -112,7 +106,7 @@ def test_permuted_examples_give_permuted_scores_and_the_same_probes() -> None:
     cells = [ANSWERED if at % 9 == 0 and cell == COMPLIED else cell for at, cell in enumerate(given.cells)]
     given = dataclasses.replace(given, cells=cells)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(4)).tolist()
-    probes, again = given.train(), given.at(order).train()
+    probes, again = given.train(), given.select(order).train()
     assert torch.equal(again.weights, probes.weights) and torch.equal(again.biases, probes.biases)
     assert torch.equal(again.out_of_fold, probes.out_of_fold[order])
     assert torch.equal(again.fold, probes.fold[order])
@@ -136,7 +130,7 @@ def test_out_of_fold_scores_come_from_probes_that_never_saw_the_group() -> None:
 
 
 def rows(given: Data, mask: np.ndarray) -> LabeledExamples:
-    return LabeledExamples(np.array(given.refused), tuple(given.cells), tuple(given.groups)).at(mask)
+    return LabeledExamples(np.array(given.refused), tuple(given.cells), tuple(given.groups)).select(mask)
 
 
 def test_metrics_tell_signal_from_noise_and_from_nothing() -> None:
@@ -270,9 +264,16 @@ def test_lengths_that_differ_are_refused() -> None:
 
 
 def test_an_optimiser_that_does_not_converge_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "MOST_STEPS", 1)
+    monkeypatch.setattr(logistic, "MAX_STEPS", 1)
     with pytest.raises(SurgeryError, match=r"did not converge: the gradient is .* Regularise more"):
         data(20, 4).train()
+
+
+def test_sigmoid_is_scipys_and_does_not_overflow() -> None:
+    from scipy.special import expit
+
+    logits = np.array([-1e4, -40.0, -0.3, 0.0, 1.7, 800.0])
+    assert sigmoid(logits) == pytest.approx(expit(logits), abs=1e-15)
 
 
 def test_transfer_measures_the_probes_on_other_data() -> None:
