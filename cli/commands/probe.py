@@ -412,7 +412,7 @@ def _watch(
         max_new_tokens=max_new_tokens,
         dtype=dtype,
         options=options,
-        tell=(lambda text, score: None) if as_json else console.scored_token,
+        on_token=(lambda text, score: None) if as_json else console.scored_token,
     )
     if as_json:
         console.show_json(found)

@@ -1,8 +1,7 @@
-"""Refusal traces and the cliffs in them (arXiv 2510.06036): the probe's score at every token, and what becomes of it.
+"""Measure refusal cliffs in traces of the probe's score (arXiv 2510.06036), and average traces and cliffs by cell.
 
-In come one trace per example, out come per-example measures (plateau, final score, misalignment, onset), their means by
-cell with intervals, and end-aligned average curves. Traces are aligned at the last token before the answer and masked:
-padding never enters a mean.
+A trace has one score for each token of an example. Traces of different lengths are aligned at the last token before
+the answer and masked, so that padding never enters a mean.
 """
 
 from __future__ import annotations
@@ -18,23 +17,24 @@ from probes.data.examples import TokenSequence
 from surgery.errors import SurgeryError
 from surgery.evaluation.statistics import Band, EstimateWithInterval, Floats, align_ends, bootstrap_mean
 
-LAST = 8  # tokens of thinking that the mean at its end is taken over
-PERCENTILE = 90
-# Curves stop where fewer traces than this reach back: a mean of two says nothing.
+MEASURES = ("plateau", "p90", "last", "final", "misalignment")  # the fields of a cliff that are averaged
+LAST_TOKENS = 8  # of the thinking, for the mean at its end
+PERCENTILE = 90  # beside the maximum, which is high by chance in long thinking
+# Mean traces stop where fewer traces than this reach back: a mean of two shows single examples.
 LEAST_TRACES = 3
-# A fall smaller than this is no cliff, and has no onset.
+# A smaller fall is within the noise of scores: no cliff, and so no onset.
 SMALLEST_CLIFF = 0.1
 
 
 @dataclass(frozen=True)
 class RefusalCliff:
-    """One example's trace in numbers; scores are probabilities.
+    """The measures of one example's trace; scores are probabilities.
 
-    plateau: the highest score in the thinking. p90, last: its 90th percentile, and the mean over its last tokens.
+    plateau: the highest score in the thinking. p90, last: its 90th percentile, and the mean over its last 8 tokens.
     final: the score at the last token before the answer. misalignment: plateau − final (the paper's MS).
-    onset: where the score falls for good below the middle between plateau and final, as a position relative to the
-        last token before the answer (0 is that token); None where it falls by less than 0.1.
-    thinking: tokens of thinking. Without any, plateau and misalignment are NaN.
+    onset: the first token from which on the score stays below the middle of plateau and final, as a position relative
+        to the last token before the answer (0 is that token); None where the score falls by less than 0.1.
+    thinking: the number of tokens of thinking. Without any, plateau, p90, last and misalignment are NaN.
     """
 
     key: str
@@ -51,7 +51,7 @@ class RefusalCliff:
 
 @dataclass(frozen=True)
 class CellCliffs:
-    """The cliffs of a cell: means with 95 % intervals by bootstrap over groups; the onset is a median."""
+    """Mean measures of a cell's cliffs, with 95 % intervals by bootstrap over groups; the onset is a median."""
 
     n: int
     plateau: EstimateWithInterval
@@ -64,15 +64,25 @@ class CellCliffs:
 
 @dataclass(frozen=True, eq=False)
 class MeanTrace:
-    """A mean score with its band, whose last column is the last token before the answer; tokens of closing template
-    in most of its examples."""
+    """The mean trace of a cell.
+
+    band: its last position is the last token before the answer.
+    closing: the number of tokens of the closing template, as most examples have it.
+    """
 
     band: Band
     closing: int
 
 
 def measure_cliff(sequence: TokenSequence, scores: Sequence[float] | Floats, *, cell: str, group: str) -> RefusalCliff:
-    """One example's cliff. scores: at least up to the last token before the answer."""
+    """Measure one example's cliff.
+
+    Args:
+        scores: p(refused) at each token, at least up to the last token before the answer.
+
+    Raises:
+        SurgeryError: there are fewer scores.
+    """
     trace = np.asarray(scores, dtype=np.float64)[: sequence.decision + 1]
     if len(trace) <= sequence.decision:
         raise SurgeryError(
@@ -86,15 +96,16 @@ def measure_cliff(sequence: TokenSequence, scores: Sequence[float] | Floats, *, 
     plateau = float(thinking.max())
     onset = None
     if plateau - final >= SMALLEST_CLIFF:
-        high = np.flatnonzero(trace >= (plateau + final) / 2)
-        onset = int(high[-1]) + 1 - sequence.decision
+        # The last crossing, not the first: scores may dip below the middle and recover.
+        above_middle = np.flatnonzero(trace >= (plateau + final) / 2)
+        onset = int(above_middle[-1]) + 1 - sequence.decision
     return RefusalCliff(
         sequence.key,
         cell,
         group,
         plateau,
         float(np.percentile(thinking, PERCENTILE)),
-        float(thinking[-LAST:].mean()),
+        float(thinking[-LAST_TOKENS:].mean()),
         final,
         plateau - final,
         onset,
@@ -103,22 +114,18 @@ def measure_cliff(sequence: TokenSequence, scores: Sequence[float] | Floats, *, 
 
 
 def mean_cliffs(cliffs: Sequence[RefusalCliff], *, seed: int = 0) -> dict[str, CellCliffs]:
-    """The means of every cell, of the examples with any thinking; cells without such are absent."""
-    found = {}
+    """Return cell → mean measures over its examples with any thinking; cells without such examples are absent."""
+    means_of = {}
     for cell in sorted({cliff.cell for cliff in cliffs}):
         rows = [cliff for cliff in cliffs if cliff.cell == cell and cliff.thinking]
         if not rows:
             continue
-        names = ("plateau", "p90", "last", "final", "misalignment")
-        values = np.array([[getattr(row, name) for name in names] for row in rows])
+        values = np.array([[getattr(row, name) for name in MEASURES] for row in rows])
         band = bootstrap_mean(values, groups=[row.group for row in rows], seed=seed)
-        means = {
-            name: EstimateWithInterval(float(band.mean[at]), float(band.low[at]), float(band.high[at]))
-            for at, name in enumerate(names)
-        }
+        means = {name: band.at(column) for column, name in enumerate(MEASURES)}
         onsets = [row.onset for row in rows if row.onset is not None]
-        found[cell] = CellCliffs(n=len(rows), onset=statistics.median(onsets) if onsets else None, **means)
-    return found
+        means_of[cell] = CellCliffs(n=len(rows), onset=statistics.median(onsets) if onsets else None, **means)
+    return means_of
 
 
 def mean_traces(
@@ -129,31 +136,30 @@ def mean_traces(
     *,
     seed: int = 0,
 ) -> dict[str, MeanTrace]:
-    """The average trace of every cell, over thinking and closing template, aligned at the last token before the answer.
+    """Return cell → mean trace over thinking and closing template, aligned at the last token before the answer.
 
-    A curve reaches back as far as at least `LEAST_TRACES` of its traces do (all of them, where there are fewer).
+    A mean trace reaches back as far as at least `LEAST_TRACES` of its traces do (all of them, where there are fewer).
     """
-    found = {}
+    means_of = {}
     for cell in sorted(set(cells)):
         rows = [at for at, own in enumerate(cells) if own == cell and len(sequences[at].span("thinking"))]
         if not rows:
             continue
         parts = [np.asarray(traces[at])[sequences[at].ends[0] : sequences[at].decision + 1] for at in rows]
         values, mask = align_ends(parts)
-        kept = mask.sum(0) >= min(LEAST_TRACES, len(rows))
-        first = int(np.flatnonzero(kept)[0])
+        first = int(np.flatnonzero(mask.sum(0) >= min(LEAST_TRACES, len(rows)))[0])
         band = bootstrap_mean(values[:, first:], mask[:, first:], groups=[groups[at] for at in rows], seed=seed)
         closing = statistics.mode(len(sequences[at].span("closing")) for at in rows)
-        found[cell] = MeanTrace(band, closing)
-    return found
+        means_of[cell] = MeanTrace(band, closing)
+    return means_of
 
 
 def most_misaligned(cliffs: Sequence[RefusalCliff], count: int) -> list[RefusalCliff]:
-    """The `count` examples with the largest misalignment score, largest first; ties by key. Cliff-as-a-Judge."""
-    known = [cliff for cliff in cliffs if cliff.thinking]
-    return sorted(known, key=lambda cliff: (-cliff.misalignment, cliff.key))[:count]
+    """Return the `count` cliffs with the largest misalignment (Cliff-as-a-Judge), largest first, ties by key."""
+    with_thinking = [cliff for cliff in cliffs if cliff.thinking]
+    return sorted(with_thinking, key=lambda cliff: (-cliff.misalignment, cliff.key))[:count]
 
 
 def count_cells(cells: Sequence[str]) -> Mapping[str, int]:
-    """Cell → examples, sorted by name."""
+    """Return cell → number of examples, sorted by name."""
     return {cell: list(cells).count(cell) for cell in sorted(set(cells))}

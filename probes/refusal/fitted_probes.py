@@ -1,8 +1,7 @@
-"""From answered examples to probes, and from probes to the score of every token, each by a probe that did not see it.
+"""Fit probes to a model's states at the last token before the answer, and score every token with them.
 
-In come a live model, examples and their tokens; out come probes trained on the states at the last token before the
-answer, and traces. An example's trace is read by the probe of the fold that it was held out in: the probe of all
-examples has been fitted to its last state, and would show a cliff, or none, because it was told.
+An example is scored by the probe of the fold that it was held out in. The probe of all examples was fitted to its last
+state, so whether that probe shows a cliff there would follow from the label and not from the model.
 """
 
 from __future__ import annotations
@@ -28,8 +27,11 @@ PAPER_CELLS = ("harmful/refused", "harmless/complied")
 
 @dataclass(frozen=True)
 class ProbeTraining:
-    """How probes are trained; see `linear.train_probes`. cells: all, or the paper's harmful/refused against
-    harmless/complied."""
+    """How probes are trained; see `train_probes`.
+
+    cells: all, or the paper's harmful/refused against harmless/complied.
+    strength: C of the logistic regression, the inverse of the penalty.
+    """
 
     cells: TrainingCells = "all"
     folds: int = 5
@@ -40,7 +42,7 @@ class ProbeTraining:
 
 @dataclass(frozen=True)
 class FittedProbes:
-    """Probes, and the fold that each example was held out in; None for those that no probe was trained on."""
+    """Probes, and for each example the fold that it was held out in; None where no probe was trained on it."""
 
     probes: Probes
     folds: tuple[int | None, ...]
@@ -55,10 +57,10 @@ def fit_probes(
     max_tokens: int | None = None,
     progress: Progress = silent,
 ) -> FittedProbes:
-    """Probes at every depth, on the states at the last token before the answer.
+    """Train a probe at every depth on the states at the last token before the answer.
 
     Raises:
-        SurgeryError: no example is in the cells asked for; else as `linear.train_probes`.
+        SurgeryError: no example is in the cells to train on; else as `train_probes`.
     """
     used = [at for at, example in enumerate(examples) if training.cells == "all" or example.cell in PAPER_CELLS]
     if not used:
@@ -78,58 +80,60 @@ def fit_probes(
         seed=training.seed,
         progress=progress,
     )
-    held = dict(zip(used, probes.fold.tolist(), strict=True))
-    return FittedProbes(probes, tuple(held.get(at) for at in range(len(examples))))
+    fold_of = dict(zip(used, probes.fold.tolist(), strict=True))
+    return FittedProbes(probes, tuple(fold_of.get(at) for at in range(len(examples))))
 
 
 def measure_transfer(
     live: LoadedModel,
     examples: Sequence[Example],
     sequences: Sequence[TokenSequence],
-    trained: FittedProbes,
+    fitted: FittedProbes,
     *,
     max_tokens: int | None = None,
     progress: Progress = silent,
 ) -> tuple[LayerMetrics, ...]:
-    """How well the probes do on a second data set, depth by depth."""
+    """Return the probes' metrics on a second data set, one for each depth."""
     states = decision_states(live, sequences, max_tokens=max_tokens, progress=progress)
     return evaluate_transfer(
-        trained.probes,
+        fitted.probes,
         states,
         [bool(e.refused) for e in examples],
         groups=[e.group for e in examples],
         cells=[e.cell for e in examples],
-        seed=trained.probes.seed,
+        seed=fitted.probes.seed,
     )
 
 
 def decision_states(
     live: LoadedModel, sequences: Sequence[TokenSequence], *, max_tokens: int | None = None, progress: Progress = silent
 ) -> Tensor:
-    """(N, depths, D): the states at the last token before the answer."""
-    short = [TokenSequence(s.key, s.before_answer, (*s.ends[:3], s.ends[2])) for s in sequences]
-    at = [[sequence.decision] for sequence in short]
-    return hidden_states_at(live, short, at, max_tokens=max_tokens, progress=progress)[:, 0]
+    """Return the states (N, depths, D) at the last token before the answer."""
+    # The answer itself is cut off: no state before it depends on it, and it may be most of the tokens.
+    without_answer = [TokenSequence(s.key, s.before_answer, (*s.ends[:3], s.ends[2])) for s in sequences]
+    positions = [[sequence.decision] for sequence in without_answer]
+    return hidden_states_at(live, without_answer, positions, max_tokens=max_tokens, progress=progress)[:, 0]
 
 
 def trace_scores(
     live: LoadedModel,
     sequences: Sequence[TokenSequence],
-    trained: FittedProbes,
+    fitted: FittedProbes,
     *,
     max_tokens: int | None = None,
     progress: Progress = silent,
 ) -> list[Tensor]:
-    """p(refused) at every token and depth of the examples that `trained` was made from: N × (T, depths) fp32."""
-    probes = trained.probes
-    found: dict[int, Tensor] = {}
-    for fold in sorted(set(trained.folds), key=str):
-        numbers = [at for at, own in enumerate(trained.folds) if own == fold]
+    """Return p(refused) at every token and depth of the examples that `fitted` was made from: N × (T, depths) fp32."""
+    probes = fitted.probes
+    logits: dict[int, Tensor] = {}
+    # One pass for each fold, with that fold's probes, and one with those of all examples for what no fold held out.
+    for fold in sorted(set(fitted.folds), key=str):
+        numbers = [at for at, own in enumerate(fitted.folds) if own == fold]
         weights, biases = probes.weights, probes.biases
         if fold is not None:
             weights, biases = probes.fold_weights[fold], probes.fold_biases[fold]
         rows = project_hidden_states(
             live, [sequences[at] for at in numbers], weights, biases, max_tokens=max_tokens, progress=progress
         )
-        found |= dict(zip(numbers, rows, strict=True))
-    return [torch.sigmoid(found[at].double()).float() for at in range(len(sequences))]
+        logits |= dict(zip(numbers, rows, strict=True))
+    return [torch.sigmoid(logits[at].double()).float() for at in range(len(sequences))]

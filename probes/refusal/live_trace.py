@@ -1,4 +1,4 @@
-"""Refusal watched while it is written: a prompt, and the probe's score of every token as the model generates it."""
+"""Trace refusal while a model answers a prompt: the probe's score of every token as it is generated."""
 
 from __future__ import annotations
 
@@ -14,13 +14,10 @@ from torch import nn
 from probes.data.examples import Example, TokenSequence
 from probes.data.generation import context_length, end_token_ids, remaining_tokens
 from probes.data.markers import Markers, split_completion
-from probes.data.preparation import open_model
-from probes.data.records import check_model
 from probes.data.tokenization import encode, render_prompt
 from probes.refusal.cliffs import RefusalCliff, measure_cliff
-from probes.refusal.findings import PROBES, read_findings
-from probes.refusal.linear.probes import Probes
-from surgery.checkpoint.resolve import open_checkpoint
+from probes.refusal.findings import read_findings
+from probes.refusal.probed_model import ProbedModel, open_probed_model
 from surgery.engine.options import ExecutionOptions
 from surgery.errors import usage_error
 from surgery.models.loaded_model import LoadedModel, hidden_out, hooks
@@ -30,9 +27,9 @@ TokenCallback = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class LiveTrace:
-    """What was written, token by token, with the refusal score at each: texts and scores of one length.
+    """The generated tokens with the refusal score at each: texts and scores of one length.
 
-    closed: whether the thinking came to an end; without it the cliff's final score is that of the last token.
+    closed: whether the thinking came to an end; if not, the cliff's final score is that of the last token.
     """
 
     prompt: str
@@ -42,7 +39,7 @@ class LiveTrace:
     cliff: RefusalCliff
 
     def sentence(self) -> str:
-        """The trace in words."""
+        """Return the trace in words."""
         if not self.closed:
             return f"The thinking did not close within {len(self.tokens)} tokens."
         if not self.cliff.thinking:
@@ -60,46 +57,64 @@ def live_probe(
     *,
     max_new_tokens: int | None = None,
     dtype: str = "auto",
-    tell: TokenCallback = lambda text, score: None,
+    on_token: TokenCallback = lambda text, score: None,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> LiveTrace:
-    """Lets `model` answer `prompt` greedily; `tell` is called with each token's text and the score at it.
+    """Let `model` answer `prompt` greedily, and score every token by the probe of `run`.
+
+    Args:
+        max_new_tokens: of thinking and answer; None takes what the model's context leaves.
+        on_token: is called with each token's text and the score at it, as soon as it is there.
 
     Raises:
-        SurgeryError: findings of another model; the model does not think as the findings say; the prompt, or what is
-            to follow it, does not fit the model's context.
+        SurgeryError: findings of another model; the model does not think as the findings have it; the prompt, or what
+            is to follow it, does not fit the model's context.
     """
-    findings = read_findings(run)
-    check_model(findings, open_checkpoint(model), run, options=options)
-    live = open_model(model, device=options.device, dtype=dtype)
-    probes = Probes.load(run / PROBES)
-    weight, bias = probes.weights[findings.depth].double(), float(probes.biases[findings.depth])
-    markers = None if findings.markers is None else Markers(**findings.markers)
+    probed = open_probed_model(model, read_findings(run), run, dtype=dtype, options=options)
+    ids = _encode_prompt(probed, prompt, max_new_tokens or 1)
+    limit = max_new_tokens or remaining_tokens(probed.live.model, len(ids))
+    texts, scores = _generate_scored(probed, ids, limit, on_token)
+    sequence, closed = _segment(len(ids), texts, probed.markers)
+    # `scores` begins with that of the prompt's last token, at which a model that does not think decides. The tokens
+    # before it are in no segment that is measured.
+    trace = [0.0] * (len(ids) - 1) + scores
+    cliff = measure_cliff(sequence, trace, cell="live", group="live")
+    return LiveTrace(prompt, tuple(texts), tuple(scores[1:]), closed, cliff)
+
+
+def _encode_prompt(probed: ProbedModel, prompt: str, n_new: int) -> list[int]:
+    """Return the prompt's ids in the chat template; raise SurgeryError where `n_new` more tokens do not fit."""
+    live = probed.live
     example = Example("live", ({"role": "user", "content": prompt},), prompt)
-    ids = list(encode(live.tokenizer, render_prompt(live.tokenizer, example, markers)))
+    ids = list(encode(live.tokenizer, render_prompt(live.tokenizer, example, probed.markers)))
     if not ids:
         raise usage_error("the prompt has no tokens", where="--live")
     context = context_length(live.model)
-    if context is not None and len(ids) + (max_new_tokens or 1) > context:
+    if context is not None and len(ids) + n_new > context:
         raise usage_error(
-            f"the prompt has {len(ids):,} tokens, and {max_new_tokens or 1:,} more do not fit the model's context of "
-            f"{context:,}",
+            f"the prompt has {len(ids):,} tokens, and {n_new:,} more do not fit the model's context of {context:,}",
             where="--live",
         )
-    limit = max_new_tokens or remaining_tokens(live.model, len(ids))
-    stops = end_token_ids(live.loaded)
-    scores: list[float] = []
-    texts: list[str] = []
+    return ids
 
-    def see(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+
+def _generate_scored(
+    probed: ProbedModel, prompt_ids: list[int], limit: int, on_token: TokenCallback
+) -> tuple[list[str], list[float]]:
+    """Generate up to `limit` tokens greedily; return their n texts, and n + 1 scores from the last of the prompt on."""
+    live, stops = probed.live, end_token_ids(probed.live.loaded)
+    weight, bias = probed.weight.double(), probed.bias
+    texts: list[str] = []
+    scores: list[float] = []
+
+    def score_last_token(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         logit = float(hidden_out(output)[0, -1].double().cpu() @ weight) + bias
+        # Below, math.exp would overflow.
         scores.append(1 / (1 + math.exp(-logit)) if logit > -700 else 0.0)
 
-    written: list[int] = []
-    cache = None
-    before = _text(live, ids)
-    with torch.inference_mode(), hooks(live.final_norm.register_forward_hook(see)):
-        fed = ids
+    ids, fed, cache = list(prompt_ids), list(prompt_ids), None
+    text_so_far = _decode(live, ids)
+    with torch.inference_mode(), hooks(live.final_norm.register_forward_hook(score_last_token)):
         while True:
             output = live.model(
                 input_ids=torch.tensor([fed], device=live.device),
@@ -108,44 +123,40 @@ def live_probe(
                 logits_to_keep=1,
             )
             cache = output.past_key_values
-            if written:
-                whole = _text(live, [*ids, *written])
-                texts.append(whole[len(before) :])
-                before = whole
-                tell(texts[-1], scores[-1])
+            if len(ids) > len(prompt_ids):
+                # All ids are decoded each time: a token's text depends on its neighbours.
+                text = _decode(live, ids)
+                texts.append(text[len(text_so_far) :])
+                text_so_far = text
+                on_token(texts[-1], scores[-1])
             token = int(output.logits[0, -1].argmax())
-            if token in stops or len(written) == limit:
-                break
-            written.append(token)
+            if token in stops or len(texts) == limit:
+                return texts, scores
+            ids.append(token)
             fed = [token]
-    sequence, closed = _cut(len(ids), texts, markers)
-    # The first score is that of the prompt's last token, at which a model that does not think decides.
-    trace = [0.0] * (len(ids) - 1) + scores
-    cliff = measure_cliff(sequence, trace, cell="live", group="live")
-    return LiveTrace(prompt, tuple(texts), tuple(scores[1:]), closed, cliff)
 
 
-def _text(live: LoadedModel, ids: list[int]) -> str:
-    """The text of `ids` without the beginning of a character that further tokens complete."""
+def _decode(live: LoadedModel, ids: list[int]) -> str:
+    """Return the text of `ids` without the first bytes of a character that further tokens complete."""
     text = live.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return str(text).rstrip("\ufffd")
 
 
-def _cut(n_prompt: int, texts: list[str], markers: Markers | None) -> tuple[TokenSequence, bool]:
-    """Where thinking and closing template end among what was written."""
+def _segment(n_prompt: int, texts: list[str], markers: Markers | None) -> tuple[TokenSequence, bool]:
+    """Return the generated tokens with the ends of thinking and closing template, and whether the thinking closed."""
     total = n_prompt + len(texts)
-    ids = (0,) * total
+    ids = (0,) * total  # the cliff is measured by segments alone
     if markers is None:
         return TokenSequence("live", ids, (n_prompt, n_prompt, n_prompt, total)), True
-    whole, ends = "", []
-    for text in texts:
-        whole += text
-        ends.append(len(whole))
-    _, template, answer = split_completion(whole, markers)
+    text, ends = "", []
+    for own in texts:
+        text += own
+        ends.append(len(text))
+    _, template, answer = split_completion(text, markers)
     if not template:
         return TokenSequence("live", ids, (n_prompt, total, total, total)), False
-    stop = len(whole) - len(answer)
-    begin = stop - len(template)
-    thinking = sum(end <= begin for end in ends)
-    closing = sum(end <= stop for end in ends)
+    template_end = len(text) - len(answer)
+    template_start = template_end - len(template)
+    thinking = sum(end <= template_start for end in ends)
+    closing = sum(end <= template_end for end in ends)
     return TokenSequence("live", ids, (n_prompt, n_prompt + thinking, n_prompt + closing, total)), True

@@ -37,7 +37,6 @@ from surgery.evaluation.statistics import EstimateWithInterval, bootstrap_mean
 from surgery.io.json_io import jsonable
 from surgery.models.loaded_model import LoadedModel
 
-CLIFF_MEASURES = ("plateau", "p90", "last", "final", "misalignment")
 READABLE = 0o644  # safetensors makes files that only their owner can read
 # The parts of the probe's logit must sum to it within this share of its size, by the dtype of the model.
 UNEXPLAINED = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -147,7 +146,7 @@ def _cliff_records(cliffs: Sequence[cliff_measures.RefusalCliff]) -> list[CliffR
             cell=cell,
             n=row.n,
             onset=row.onset,
-            **{name: interval_record(getattr(row, name), row.n) for name in CLIFF_MEASURES},
+            **{name: interval_record(getattr(row, name), row.n) for name in cliff_measures.MEASURES},
         )
         for cell, row in cliff_measures.mean_cliffs(cliffs).items()
     ]

@@ -42,10 +42,10 @@ def look(model: Path, run: Path, prompt: str, **options: Any) -> LiveTrace:
 
 
 def test_scores_are_those_of_the_finished_text(model: Path, run: Path) -> None:
-    told: list[tuple[str, float]] = []
-    found = look(model, run, "ab!?cd", tell=lambda text, score: told.append((text, score)))
+    reported: list[tuple[str, float]] = []
+    found = look(model, run, "ab!?cd", on_token=lambda text, score: reported.append((text, score)))
     assert found.tokens == ("h", "m", CLOSE, "Sure") and found.closed
-    assert told == list(zip(found.tokens, found.scores, strict=True))
+    assert reported == list(zip(found.tokens, found.scores, strict=True))
 
     live, probes = open_model(str(model)), Probes.load(run / PROBES)
     example = Example("0", ({"role": "user", "content": "ab!?cd"},), "g", thinking="hm", response="Sure")
