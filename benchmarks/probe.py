@@ -28,7 +28,7 @@ from probes.data.examples import TokenSequence
 from probes.model.ablation import ablate_each_head, all_heads
 from probes.model.activations import CPU_TOKENS, hidden_states_at
 from probes.model.residual_stream import trace_residual_stream
-from probes.refusal.head_attribution import attribute_heads
+from probes.refusal.heads.attribution import attribute_heads
 from surgery.models.loaded_model import LoadedModel
 
 TOKENS = 512

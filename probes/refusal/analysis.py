@@ -15,7 +15,7 @@ from probes.model.residual_stream import trace_residual_stream
 from probes.refusal import cliffs as cliff_measures
 from probes.refusal.cliffs import RefusalCliff
 from probes.refusal.fitted_probes import FittedProbes, ProbeTraining, fit_probes, measure_transfer, trace_scores
-from probes.refusal.head_attribution import HeadAttribution, attribute_heads
+from probes.refusal.heads.attribution import HeadAttribution, attribute_heads
 from probes.refusal.linear.probes import LayerMetrics
 
 AttributionForm = Literal["exact", "paper"]

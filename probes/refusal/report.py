@@ -22,7 +22,7 @@ from probes.refusal.findings import (
     ProbeRecord,
     read_findings,
 )
-from probes.refusal.head_plots import head_map_figure, screen_figure
+from probes.refusal.heads.plots import head_map_figure, screen_figure
 from probes.refusal.linear.training import CELLS
 from surgery.checkpoint.selectors import Head
 from surgery.evaluation.statistics import EstimateWithInterval, Floats

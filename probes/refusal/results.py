@@ -29,7 +29,7 @@ from probes.refusal.findings import (
     write_findings,
 )
 from probes.refusal.fitted_probes import PAPER_CELLS
-from probes.refusal.head_attribution import HeadAttribution
+from probes.refusal.heads.attribution import HeadAttribution
 from probes.refusal.linear.probes import LayerMetrics
 from probes.refusal.linear.training import find_confounds
 from surgery.errors import SurgeryError

@@ -10,7 +10,7 @@ from support.models import FAMILIES, MORE, WINDOW, hook_count, make_live, make_s
 from torch import Tensor
 
 from probes.model.ablation import Ablation, ablate_each_head, ablated_heads, all_heads
-from probes.refusal.head_attribution import head_inputs
+from probes.refusal.heads.attribution import head_inputs
 from surgery.checkpoint.selectors import Head
 from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.models.loaded_model import hidden_out, hooks

@@ -16,9 +16,9 @@ from support.refusal import ONE_THREAD, SUPPRESSORS, WRITER, make_model, make_ru
 
 from probes.data.preparation import GenerationOptions, open_model
 from probes.model.ablation import ablated_heads
-from probes.refusal.causal_proof import ProofOptions, prove_heads
 from probes.refusal.edit import EffectOptions, HeadEditResult, HeadSelection, edit_heads
 from probes.refusal.findings import HEADS, CausalRecord, read_findings, write_findings
+from probes.refusal.heads.causal_proof import ProofOptions, prove_heads
 from surgery.checkpoint.selectors import Head
 from surgery.edits.undo_file import undo
 from surgery.errors import SurgeryError

@@ -12,8 +12,8 @@ from support import refusal as refusing
 from support.refusal import ONE_THREAD, make_model, make_run, rows_of
 
 from probes.data.records import REPORT, IntervalRecord
-from probes.refusal.causal_proof import ProofOptions, prove_heads
 from probes.refusal.findings import CausalRecord, Findings, read_findings, write_findings
+from probes.refusal.heads.causal_proof import ProofOptions, prove_heads
 from probes.refusal.report import PICTURES, read_traces, summary_sentences, tables, write_report
 from surgery.reporting.report import Table
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from probes.model.ablation import ablate_each_head, all_heads
 from probes.model.activations import hidden_states_at, project_hidden_states
 from probes.model.residual_stream import trace_residual_stream
-from probes.refusal.head_attribution import attribute_heads, head_inputs
+from probes.refusal.heads.attribution import attribute_heads, head_inputs
 from probes.side_effects.effects import ComparedModel, greedy_answers, measure_divergence
 from surgery.checkpoint.selectors import Head
 from surgery.errors import SurgeryError

@@ -17,9 +17,9 @@ from probes.data.preparation import open_model
 from probes.data.records import EXAMPLES, read_examples, write_examples
 from probes.data.tokenization import build_sequences
 from probes.model.ablation import ablated_heads
-from probes.refusal.causal_proof import NO_BUDGET_NOTE, ProofOptions, prove_heads
 from probes.refusal.findings import CausalRecord, Findings, read_findings
 from probes.refusal.fitted_probes import decision_states
+from probes.refusal.heads.causal_proof import NO_BUDGET_NOTE, ProofOptions, prove_heads
 from probes.refusal.linear.probes import Probes
 from probes.refusal.report import summary_sentences
 from surgery.checkpoint.selectors import Head

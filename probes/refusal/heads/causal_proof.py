@@ -37,7 +37,7 @@ from probes.refusal.findings import (
     read_findings,
     write_findings,
 )
-from probes.refusal.head_attribution import head_inputs
+from probes.refusal.heads.attribution import head_inputs
 from probes.refusal.linear.probes import Probes
 from probes.side_effects.effects import ComparedModel, Rate, greedy_answers, measure_divergence
 from surgery.checkpoint.resolve import open_checkpoint

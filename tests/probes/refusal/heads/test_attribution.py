@@ -12,7 +12,7 @@ from support.models import CENTRED, FAMILIES, MORE, NOT_PLAIN, hook_count, make_
 from probes.data.examples import TokenSequence
 from probes.model.activations import hidden_states_at
 from probes.model.residual_stream import trace_residual_stream
-from probes.refusal.head_attribution import attribute_heads, head_inputs
+from probes.refusal.heads.attribution import attribute_heads, head_inputs
 from surgery.errors import SurgeryError
 from surgery.models.loaded_model import hidden_out, hooks
 
