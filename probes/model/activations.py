@@ -1,9 +1,8 @@
-"""The only place that runs forward passes for probing: token sequences in, what was asked of their hidden states out.
+"""Read hidden states of token sequences, or their projections on directions, in forward passes without logits.
 
-Hooks look at each layer's input and at the final norm's output, and keep only the wanted positions, on the device where
-they are. No logits are made, no list of hidden states is kept, any attention kernel will do. Depth l is the residual
-stream before layer l (l = 0: the embeddings); the last depth is the final norm's output, as in transformers'
-`hidden_states`.
+Hooks read each layer's input and the final norm's output, and keep only the wanted positions, on their device. No list
+of all hidden states is kept, and any attention kernel will do. Depth l is the residual stream before layer l (l = 0:
+the embeddings); the last depth is the final norm's output, as in transformers' `hidden_states`.
 
 Shapes: N sequences, T tokens, K positions, L depths, D width.
 """
@@ -25,19 +24,20 @@ from surgery.runtime.collectives import map_over_ranks
 from surgery.runtime.environment import n_processes
 from surgery.runtime.progress import Progress, silent
 
-# Tokens in a batch, padding included. On a processor more cost 5 to 30 % (activations leave its caches: measured at
-# widths of 64 to 1024); a GPU tries the larger number first and halves it until the heaviest batch fits.
+# Tokens in a batch, padding included. On a CPU larger batches are 5 to 30 % slower (activations leave its caches:
+# measured at widths of 64 to 1024); a GPU tries the larger number first and halves it until the heaviest batch fits.
 CPU_TOKENS, GPU_TOKENS = 1024, 65536
 
 Padding = Literal["right", "left"]
-Look = Callable[[int, Tensor], None]  # (depth, hidden states (N, T, D)) → nothing
+StateHook = Callable[[int, Tensor], None]  # called with (depth, hidden states (N, T, D))
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Sequences of like length. `numbers` say which they are; ids and mask: (N, T) int64 on the CPU.
+    """Sequences of similar length, padded.
 
-    firsts: (N,) the column of each sequence's first token: 0 unless padding stands on the left.
+    numbers: which of the sequences they are. ids, mask: (N, T) int64 on the CPU.
+    firsts: (N,) the column of each sequence's first token: 0 unless padding is on the left.
     """
 
     numbers: tuple[int, ...]
@@ -47,11 +47,11 @@ class TokenBatch:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens in all, padding included."""
+        """The number of tokens, padding included."""
         return self.ids.numel()
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """What the model is called with. Positions count from each sequence's first token."""
+        """Return the model's inputs. Positions count from each sequence's first token."""
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         return {
             "input_ids": self.ids.to(device),
@@ -63,7 +63,7 @@ class TokenBatch:
 def make_batches(
     sequences: Sequence[Sequence[int]], *, max_tokens: int, pad_id: int = 0, padding: Padding = "right"
 ) -> list[TokenBatch]:
-    """Cuts sequences of ids, longest first, into batches of at most `max_tokens` (or of one that is longer)."""
+    """Batch sequences of ids, longest first, with at most `max_tokens` tokens (or one longer sequence) each."""
     order = sorted(range(len(sequences)), key=lambda number: (-len(sequences[number]), number))
     batches = []
     start = 0
@@ -76,13 +76,14 @@ def make_batches(
 
 
 def token_budget(live: LoadedModel, longest: int, trial: Callable[[int], object], *, start: int | None = None) -> int:
-    """How many tokens a batch may hold: tried on the heaviest phase, and halved until it fits a GPU's memory.
+    """Return how many tokens a batch may have: on a GPU the number is halved until `trial` fits the memory.
 
-    With several processes it is what fits all of them: they must make the same batches.
+    With several processes it is what fits all of them, because they must make the same batches.
 
     Args:
         longest: tokens of the longest sequence, which every batch must have room for.
-        trial: runs the heaviest phase with so many tokens.
+        trial: runs the phase that needs most memory with so many tokens.
+        start: the number to try first.
 
     Raises:
         SurgeryError: not even one sequence fits.
@@ -104,7 +105,7 @@ def token_budget(live: LoadedModel, longest: int, trial: Callable[[int], object]
                     ) from error
             else:
                 return tokens
-            # Outside the handler: the error holds the failed pass's tensors.
+            # Outside the handler: the error refers to the failed pass's tensors, which would not be freed.
             torch.cuda.empty_cache()
             tokens = max(tokens // 2, longest)
 
@@ -119,7 +120,7 @@ def fitting_batches(
     max_tokens: int | None = None,
     padding: Padding = "right",
 ) -> list[TokenBatch]:
-    """Batches of `max_tokens`, or, where that is None, of as many as `work` is found to fit (`token_budget`)."""
+    """Return batches of `max_tokens`, or if None of as many tokens as `work` fits the memory with (`token_budget`)."""
     longest = max((len(sequence) for sequence in ids), default=1)
 
     def trial(tokens: int) -> None:
@@ -131,8 +132,10 @@ def fitting_batches(
 
 
 @torch.inference_mode()
-def run_with_hooks(live: LoadedModel, batch: TokenBatch, look: Look, *, depths: Sequence[int] | None = None) -> None:
-    """One forward pass without logits; `look` is called with every depth's hidden states as they come by.
+def run_with_hooks(
+    live: LoadedModel, batch: TokenBatch, hook: StateHook, *, depths: Sequence[int] | None = None
+) -> None:
+    """Run a forward pass without logits, and call `hook` with the hidden states of every depth, or of `depths`.
 
     Raises:
         SurgeryError: the model keeps no residual stream of one vector per token (Gemma 3n has several).
@@ -147,14 +150,14 @@ def run_with_hooks(live: LoadedModel, batch: TokenBatch, look: Look, *, depths: 
                 "another residual stream than one vector per token",
                 where=live.name,
             )
-        look(depth, hidden)
+        hook(depth, hidden)
 
     handles = []
     for depth in wanted:
         if depth < len(live.layers):
-            handles.append(live.layers[depth].register_forward_pre_hook(_see_input(depth, checked), with_kwargs=True))
+            handles.append(live.layers[depth].register_forward_pre_hook(_input_hook(depth, checked), with_kwargs=True))
         else:
-            handles.append(live.final_norm.register_forward_hook(_see_output(depth, checked)))
+            handles.append(live.final_norm.register_forward_hook(_output_hook(depth, checked)))
     with hooks(*handles):
         live.body(**batch.inputs(live.device), use_cache=False)
 
@@ -168,7 +171,7 @@ def hidden_states_at(
     padding: Padding = "right",
     progress: Progress = silent,
 ) -> Tensor:
-    """Hidden states at the same number of positions of each sequence, all depths: (N, K, L, D) fp32 on the CPU.
+    """Return hidden states at K positions of each sequence, at all depths: (N, K, L, D) fp32 on the CPU.
 
     Args:
         positions: N × K positions in the sequence, each below its length.
@@ -185,14 +188,14 @@ def hidden_states_at(
     if not sequences:
         raise SurgeryError("no example is left to read states of", where=live.name)
     shape = (len(sequences), len(positions[0]), live.n_depths, live.width)
-    found = torch.empty(shape, dtype=torch.float32)
+    states = torch.empty(shape, dtype=torch.float32)
     work = partial(_states, live, torch.tensor([list(row) for row in positions]))
     ids = [sequence.ids for sequence in sequences]
     batches = fitting_batches(live, ids, work, max_tokens=max_tokens, padding=padding)
     rows = map_over_ranks(batches, work, label="Reading states", size=_n_sequences, progress=progress)
-    for batch, states in zip(batches, rows, strict=True):
-        found[list(batch.numbers)] = states
-    return found
+    for batch, batch_states in zip(batches, rows, strict=True):
+        states[list(batch.numbers)] = batch_states
+    return states
 
 
 def project_hidden_states(
@@ -205,41 +208,43 @@ def project_hidden_states(
     padding: Padding = "right",
     progress: Progress = silent,
 ) -> list[Tensor]:
-    """w_l·h + b_l at every position and depth of each sequence: N × (T, L) fp32 on the CPU.
+    """Return w_l·h + b_l at every position and depth of each sequence: N × (T, L) fp32 on the CPU.
 
-    weights: (L, D), biases: (L,). The states themselves never leave their device.
+    The states themselves never leave their device.
+
+    Args:
+        weights: (L, D). biases: (L,).
     """
     work = partial(_projections, live, weights, biases)
     ids = [sequence.ids for sequence in sequences]
     batches = fitting_batches(live, ids, work, max_tokens=max_tokens, padding=padding)
-    found: dict[int, Tensor] = {}
-    for batch, rows in zip(
-        batches, map_over_ranks(batches, work, label="Tracing", size=_n_sequences, progress=progress), strict=True
-    ):
-        found |= dict(zip(batch.numbers, rows, strict=True))
-    return [found[number] for number in range(len(sequences))]
+    rows = map_over_ranks(batches, work, label="Tracing", size=_n_sequences, progress=progress)
+    by_number: dict[int, Tensor] = {}
+    for batch, batch_rows in zip(batches, rows, strict=True):
+        by_number |= dict(zip(batch.numbers, batch_rows, strict=True))
+    return [by_number[number] for number in range(len(sequences))]
 
 
-def _states(live: LoadedModel, where: Tensor, batch: TokenBatch) -> Tensor:
-    columns_NK = where[list(batch.numbers)] + batch.firsts.unsqueeze(1)
+def _states(live: LoadedModel, positions: Tensor, batch: TokenBatch) -> Tensor:
+    columns_NK = positions[list(batch.numbers)] + batch.firsts.unsqueeze(1)
     rows_N1 = torch.arange(len(columns_NK)).unsqueeze(1)
-    found: dict[int, Tensor] = {}
+    by_depth: dict[int, Tensor] = {}
 
-    def look(depth: int, hidden: Tensor) -> None:
-        found[depth] = hidden[rows_N1.to(hidden.device), columns_NK.to(hidden.device)].float()
+    def keep(depth: int, hidden: Tensor) -> None:
+        by_depth[depth] = hidden[rows_N1.to(hidden.device), columns_NK.to(hidden.device)].float()
 
-    run_with_hooks(live, batch, look)
-    return torch.stack([found[depth].cpu() for depth in range(live.n_depths)], dim=2)
+    run_with_hooks(live, batch, keep)
+    return torch.stack([by_depth[depth].cpu() for depth in range(live.n_depths)], dim=2)
 
 
 def _projections(live: LoadedModel, weights: Tensor, biases: Tensor, batch: TokenBatch) -> list[Tensor]:
-    found: dict[int, Tensor] = {}
+    by_depth: dict[int, Tensor] = {}
 
-    def look(depth: int, hidden: Tensor) -> None:
-        found[depth] = hidden.float() @ weights[depth].to(hidden.device) + biases[depth].to(hidden.device)
+    def keep(depth: int, hidden: Tensor) -> None:
+        by_depth[depth] = hidden.float() @ weights[depth].to(hidden.device) + biases[depth].to(hidden.device)
 
-    run_with_hooks(live, batch, look)
-    scores_NTL = torch.stack([found[depth].cpu() for depth in range(live.n_depths)], dim=2)
+    run_with_hooks(live, batch, keep)
+    scores_NTL = torch.stack([by_depth[depth].cpu() for depth in range(live.n_depths)], dim=2)
     lengths = batch.mask.sum(1).tolist()
     firsts = batch.firsts.tolist()
     return [
@@ -252,11 +257,11 @@ def _pad(numbers: Sequence[int], rows: Sequence[Sequence[int]], pad_id: int, pad
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
     firsts = torch.zeros(len(rows), dtype=torch.long)
-    for at, row in enumerate(rows):
+    for index, row in enumerate(rows):
         first = width - len(row) if padding == "left" else 0
-        ids[at, first : first + len(row)] = torch.tensor(list(row))
-        mask[at, first : first + len(row)] = 1
-        firsts[at] = first
+        ids[index, first : first + len(row)] = torch.tensor(list(row))
+        mask[index, first : first + len(row)] = 1
+        firsts[index] = first
     return TokenBatch(tuple(numbers), ids, mask, firsts)
 
 
@@ -264,15 +269,15 @@ def _n_sequences(batch: TokenBatch) -> int:
     return len(batch.numbers)
 
 
-def _see_input(depth: int, look: Look) -> Callable[..., None]:
+def _input_hook(depth: int, hook: StateHook) -> Callable[..., None]:
     def see(module: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        look(depth, hidden_in(arguments, keywords))
+        hook(depth, hidden_in(arguments, keywords))
 
     return see
 
 
-def _see_output(depth: int, look: Look) -> Callable[..., None]:
+def _output_hook(depth: int, hook: StateHook) -> Callable[..., None]:
     def see(module: torch.nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        look(depth, hidden_out(output))
+        hook(depth, hidden_out(output))
 
     return see

@@ -1,50 +1,51 @@
-"""A forward pass taken up again: at a layer, with what enters it; or behind a prefix, with its keys and values.
+"""Forward passes that compute only what is needed to read a probe: resumed at a layer, or behind a cached prefix.
 
-In come a live model, a probe and token ids; out come the probe's logits of passes that compute no more than they must,
-and the reasons why a model cannot be run in such a way: both are tried against the plain pass, no family is listed.
+Whether a model can be run in these ways is tested against its plain forward pass; no family is listed.
 
 Shapes: B rows of a batch, T tokens, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from surgery.models import partial_forward as splice
+from surgery.models import partial_forward
 from surgery.models.loaded_model import LoadedModel
+
+CacheState = list[dict[str, Any]]  # the attributes of each layer of a cache
 
 
 class ProbeForward:
-    """Reads the state and the probe's logit at the last position of every row, and what layers are resumed from."""
+    """Run a model, and read a linear probe (`weight` (D,), `bias`) on the final norm's output at the last position."""
 
     def __init__(self, live: LoadedModel, weight: Tensor, bias: float) -> None:
         self.live, self.weight, self.bias = live, weight, bias
 
     def logits(self, ids: Tensor, cache: Any = None) -> Tensor:
-        """(B,) of a run over `ids` (B, T), behind `cache` where there is one."""
+        """Return the probe's logits (B,) of a run over `ids` (B, T), behind `cache` if there is one."""
         return self._logits_of(self.states(ids, cache)).to(ids.device)
 
     def states(self, ids: Tensor, cache: Any = None) -> Tensor:
-        """The final norm's output of the same run: (B, D) fp32, where that norm lies."""
-        return splice.final_states(self.live, partial(self.run, ids, cache))[:, -1].float()
+        """Return the final norm's output of the same run: (B, D) fp32, on that norm's device."""
+        return partial_forward.final_states(self.live, partial(self.run, ids, cache))[:, -1].float()
 
     def inputs(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, list[Tensor], list[bool]]:
-        """The logit; every layer's input (1, T, D); and whether each layer's output comes in a tuple."""
-        states, inputs, tupled = splice.watch(self.live, partial(self.run, ids, cache))
+        """Return the logit, every layer's input (1, T, D), and whether each layer's output comes in a tuple."""
+        states, inputs, tupled = partial_forward.watch(self.live, partial(self.run, ids, cache))
         return self._logits_of(states[:, -1].float()).to(ids.device), inputs, tupled
 
     def _logits_of(self, states: Tensor) -> Tensor:
         return states @ self.weight.to(states.device) + self.bias
 
     def run(self, ids: Tensor, cache: Any = None) -> None:
-        """A forward pass over `ids` (B, T), behind `cache` where there is one."""
+        """Run a forward pass over `ids` (B, T), behind `cache` if there is one."""
         before = cache.get_seq_length() if cache is not None else 0
         length = before + ids.shape[1]
+        # Given explicitly, they continue behind the cache whatever a family would derive from the mask.
         positions = torch.arange(before, length, device=ids.device).expand(len(ids), -1)
         mask = torch.ones(len(ids), length, dtype=torch.long, device=ids.device)
         self.live.body(
@@ -57,7 +58,7 @@ class ProbeForward:
 
 
 def prefill(live: LoadedModel, prefix: Tensor) -> Any:
-    """The keys and values of `prefix` (1, T) in every layer."""
+    """Return a cache with the keys and values of `prefix` (1, T) in every layer."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=live.model.config.get_text_config())
@@ -65,47 +66,53 @@ def prefill(live: LoadedModel, prefix: Tensor) -> Any:
     return cache
 
 
-def restore_cache(cache: Any, kept: Sequence[dict[str, Any]], rows: int) -> None:
-    """The cache as it was behind the prefix, in so many rows. Updates make new tensors, so the old ones are whole."""
-    for layer, state in zip(cache.layers, kept, strict=True):
+def cache_state(cache: Any) -> CacheState:
+    """Return what `restore_cache` needs; tensors are not copied, because updates of a cache make new ones."""
+    return [dict(vars(layer)) for layer in cache.layers]
+
+
+def restore_cache(cache: Any, state: CacheState, rows: int) -> None:
+    """Set `cache` back to `state`, with its single row expanded to so many rows."""
+    for layer, attributes in zip(cache.layers, state, strict=True):
         vars(layer).clear()
-        vars(layer).update(state)
-        layer.keys = state["keys"].expand(rows, *state["keys"].shape[1:])
-        layer.values = state["values"].expand(rows, *state["values"].shape[1:])
+        vars(layer).update(attributes)
+        layer.keys = attributes["keys"].expand(rows, *attributes["keys"].shape[1:])
+        layer.values = attributes["values"].expand(rows, *attributes["values"].shape[1:])
 
 
-def why_not_resumable(reader: ProbeForward, ids: Tensor) -> str | None:
-    """Why layers cannot be resumed on `ids` (1, T); None if they can."""
-    return splice.fault(reader.live, ids, reader.run)
+def why_not_resumable(forward: ProbeForward, ids: Tensor) -> str | None:
+    """Return why layers cannot be resumed on `ids` (1, T); None if they can."""
+    return partial_forward.fault(forward.live, ids, forward.run)
 
 
 @torch.inference_mode()
-def why_not_cacheable(reader: ProbeForward, ids: Tensor, last: int) -> str | None:
-    """Why the last tokens of `ids` (1, T) cannot be run behind a cached prefix; None where they can."""
-    if reader.live.skipped:
-        return f"layer {reader.live.skipped[0]} has no attention heads that are understood"
+def why_not_cacheable(forward: ProbeForward, ids: Tensor, last: int) -> str | None:
+    """Return why the last tokens of `ids` (1, T) cannot be run behind a cached prefix; None if they can."""
+    live = forward.live
+    if live.skipped:
+        return f"layer {live.skipped[0]} has no attention heads that are understood"
     try:
-        cache = prefill(reader.live, ids[:, :-last])
-    except (TypeError, ValueError) as error:  # families with a cache of their own refuse ours (MiniMax)
+        cache = prefill(live, ids[:, :-last])
+    except (TypeError, ValueError) as error:  # families with a cache of their own reject ours (MiniMax)
         return str(error)
-    if fault := _cache_fault(cache):
-        return fault
-    kept, tail = [dict(vars(layer)) for layer in cache.layers], ids[:, -last:]
+    if reason := _why_not_restorable(cache):
+        return reason
+    state, tail = cache_state(cache), ids[:, -last:]
 
-    def over_tail() -> None:
-        restore_cache(cache, kept, 1)
-        reader.run(tail, cache)
+    def run_tail() -> None:
+        restore_cache(cache, state, 1)
+        forward.run(tail, cache)
 
-    if not splice.is_near(reader.live, reader.states(ids), reader.states(tail, cache)):
+    if not partial_forward.is_near(live, forward.states(ids), forward.states(tail, cache)):
         return "it gives another hidden state"
-    return splice.layers_fault(reader.live, over_tail, range(1, len(reader.live.layers)))
+    return partial_forward.layers_fault(live, run_tail, range(1, len(live.layers)))
 
 
-def _cache_fault(cache: Any) -> str | None:
+def _why_not_restorable(cache: Any) -> str | None:
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     for index, layer in enumerate(cache.layers):
-        # No subclasses: those hold more than keys and values, which `restore_cache` knows nothing of.
+        # No subclasses: they have more state than keys and values, which `restore_cache` would not expand.
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             return f"layer {index} keeps other state than keys and values ({type(layer).__name__})"
         if not layer.is_initialized:

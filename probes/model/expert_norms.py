@@ -1,13 +1,14 @@
-"""How much single experts add to the residual stream: ‖w_e · E_e(x)‖ ÷ ‖x‖, on average over the tokens they fire at.
+"""Measure how much single experts add to the residual stream: ‖w_e · E_e(x)‖ ÷ ‖x‖, averaged over their tokens.
 
-In come routers, texts and experts; out comes a number for each. x is the layer's input. The module that applies the
-experts is run once more for each of them, with all other weights at 0; what a family does to the sum of its experts
-behind that module (Granite scales it, Gemma 4 takes its norm) is left out.
+x is the layer's input. The module that applies the experts is run again for each expert, with all other weights at 0.
+What a family does to the sum of its experts behind that module (Granite scales it, Gemma 4 takes its norm) is not
+included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,14 @@ from surgery.runtime.collectives import map_over_ranks
 from surgery.runtime.progress import Progress, silent
 
 
+@dataclass(frozen=True)
+class _RatioSum:
+    """The sum of an expert's ratios over the `count` tokens that it fires at."""
+
+    total: float
+    count: int
+
+
 def norm_ratios(
     live: LoadedModel,
     routers: Sequence[Router],
@@ -31,56 +40,70 @@ def norm_ratios(
     max_tokens: int | None = None,
     progress: Progress = silent,
 ) -> dict[Expert, float | None]:
-    """Expert → its mean ratio; None where it never fires in `sequences`."""
+    """Return expert → its mean ratio; None if it never fires in `sequences`."""
     by_layer = {router.layer: router for router in routers}
+    wanted: dict[int, list[Expert]] = {}
+    for expert in experts:
+        wanted.setdefault(expert.layer, []).append(expert)
 
-    def work(batch: TokenBatch) -> dict[Expert, tuple[float, int]]:
-        inputs: dict[int, Tensor] = {}
-        found: dict[Expert, tuple[float, int]] = {}
-        real = batch.mask.flatten().bool()
-
-        def keep(layer: int) -> Any:
-            def see(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-                inputs[layer] = hidden_in(arguments, keywords).flatten(0, -2).float().norm(dim=-1)
-
-            return see
-
-        def apart(router: Router, wanted: Sequence[Expert]) -> Any:
-            def see(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-                index, weights = (router.given(place, arguments, keywords) for place in (router.index, router.weights))
-                for expert in wanted:
-                    chosen = index == expert.index
-                    fires = chosen.any(1) & real.to(chosen.device)
-                    if not bool(fires.any()):
-                        continue
-                    given = router.replaced(arguments, keywords, index, weights * chosen)
-                    alone = hidden_out(module.forward(*given[0], **given[1])).flatten(0, -2).float().norm(dim=-1)
-                    ratios = alone[fires] / inputs[router.layer].to(alone.device)[fires]
-                    found[expert] = float(ratios.double().sum()), int(fires.sum())
-
-            return see
-
-        wanted = {layer: [expert for expert in experts if expert.layer == layer] for layer in by_layer}
-        handles = [
-            live.layers[layer].register_forward_pre_hook(keep(layer), with_kwargs=True)
-            for layer, named in wanted.items()
-            if named
-        ]
-        handles += [
-            by_layer[layer].experts.register_forward_hook(apart(by_layer[layer], named), with_kwargs=True)
-            for layer, named in wanted.items()
-            if named
-        ]
+    def measure(batch: TokenBatch) -> dict[Expert, _RatioSum]:
+        measurement = _Measurement(batch)
+        handles = []
+        for layer, of_layer in wanted.items():
+            router = by_layer[layer]
+            handles.append(
+                live.layers[layer].register_forward_pre_hook(measurement.input_hook(layer), with_kwargs=True)
+            )
+            handles.append(
+                router.experts.register_forward_hook(measurement.experts_hook(router, of_layer), with_kwargs=True)
+            )
         with torch.inference_mode(), hooks(*handles):
             live.body(**batch.inputs(live.device), use_cache=False)
-        return found
+        return measurement.sums
 
     batches = make_batches([sequence.ids for sequence in sequences], max_tokens=max_tokens or CPU_TOKENS)
     parts = map_over_ranks(
-        batches, work, label="Measuring experts", size=lambda batch: len(batch.numbers), progress=progress
+        batches, measure, label="Measuring experts", size=lambda batch: len(batch.numbers), progress=progress
     )
-    sums = {expert: [part[expert] for part in parts if expert in part] for expert in experts}
-    return {
-        expert: sum(total for total, _ in rows) / sum(count for _, count in rows) if rows else None
-        for expert, rows in sums.items()
-    }
+    return {expert: _mean([part[expert] for part in parts if expert in part]) for expert in experts}
+
+
+class _Measurement:
+    """The hooks of one forward pass, and the sums that they find."""
+
+    def __init__(self, batch: TokenBatch) -> None:
+        self.is_token = batch.mask.flatten().bool()  # padding is routed, too, and must not count
+        self.input_norms: dict[int, Tensor] = {}
+        self.sums: dict[Expert, _RatioSum] = {}
+
+    def input_hook(self, layer: int) -> Callable[..., None]:
+        """Return a hook that keeps ‖x‖ of each token."""
+
+        def see(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            self.input_norms[layer] = hidden_in(arguments, keywords).flatten(0, -2).float().norm(dim=-1)
+
+        return see
+
+    def experts_hook(self, router: Router, experts: Sequence[Expert]) -> Callable[..., None]:
+        """Return a hook that runs the experts' module again for each of `experts` alone."""
+
+        def see(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+            index, weights = (router.argument(place, arguments, keywords) for place in (router.index, router.weights))
+            for expert in experts:
+                chosen = index == expert.index
+                fires = chosen.any(1) & self.is_token.to(chosen.device)
+                if not bool(fires.any()):
+                    continue
+                inputs = router.replace_arguments(arguments, keywords, index, weights * chosen)
+                # forward(), not a call of the module, which would run this hook again.
+                alone = hidden_out(module.forward(*inputs[0], **inputs[1])).flatten(0, -2).float().norm(dim=-1)
+                ratios = alone[fires] / self.input_norms[router.layer].to(alone.device)[fires]
+                self.sums[expert] = _RatioSum(float(ratios.double().sum()), int(fires.sum()))
+
+        return see
+
+
+def _mean(sums: Sequence[_RatioSum]) -> float | None:
+    if not sums:
+        return None
+    return sum(part.total for part in sums) / sum(part.count for part in sums)

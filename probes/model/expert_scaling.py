@@ -1,9 +1,8 @@
-"""Experts reinforced while a model runs (arXiv 2505.14681): where a chosen expert is among a token's experts, its final
-routing weight is multiplied by β; nothing else changes, and nothing is left behind.
+"""Scale experts while a model runs (arXiv 2505.14681): multiply a chosen expert's final routing weight by β.
 
-In come a model's routers and expert → β; inside `scaled_routing` every forward pass runs with them. This is what
-scaling the expert's down projection in the checkpoint does (`surgery.edits.experts`), to the bit where β is a power of
-two. The alternatives by name are other things, and cannot be baked.
+Within `scaled_routing` every forward pass runs with the scaled weights; afterwards the model is what it was. The result
+is that of scaling the expert's down projection in the checkpoint (`surgery.edits.experts`), to the bit if β is a power
+of two. The other methods (`ScalingMethod`) have no equivalent in weights, and cannot be baked.
 
 Legend: T tokens, k experts per token, E experts, D width.
 """
@@ -27,21 +26,22 @@ from surgery.models.loaded_model import LoadedModel, hooks
 
 ScalingMethod = Literal["weight", "renormalised", "logit", "forced"]
 Phase = Literal["all", "generated"]
-# The weights of a token that are renormalised have one sum; what rounding leaves of that.
+# Renormalised weights have the same sum at every token, up to this share of it, which rounding may leave.
 SAME_SUM = 1e-2
 
 
 @dataclass(frozen=True)
 class ExpertScaling:
-    """What becomes of chosen experts.
+    """Which experts are scaled, by how much, and how.
 
     scales: expert → β ≥ 0.
-    way: `weight`: the final routing weight × β, after selection and renormalisation (the paper's). `renormalised`: × β,
-        and the token's weights then brought back to the sum they had: β before renormalisation. `logit`: log β is added
-        to the router's logit, so that selection changes too. `forced`: as `weight`, and where the expert was not chosen
-        it takes the place, and β times the weight, of the weakest that was and is none of `scales`.
-    phase: `generated` leaves the prompt alone: only passes behind a cache are changed, so that what is scored in one
-        pass, as log-likelihoods are, is not touched at all: see `AppliedScaling`.
+    way: `weight`: the final routing weight × β, after selection and renormalisation (the paper's method).
+        `renormalised`: × β, then the token's weights are scaled back to their former sum: β before renormalisation.
+        `logit`: log β is added to the router's logit, so that selection changes too.
+        `forced`: as `weight`; where the expert was not chosen it replaces the weakest chosen one that is not in
+        `scales`, and takes over its weight, × β.
+    phase: `generated` does not change the prompt: only passes behind a cache are changed. Texts scored in one pass, as
+        log-likelihoods are, are then not changed at all: see `AppliedScaling`.
 
     Raises:
         SurgeryError: β is negative or not finite, or 0 for `logit`; `way` or `phase` is unknown.
@@ -65,14 +65,16 @@ class ExpertScaling:
 
 @dataclass
 class AppliedScaling:
-    """What has become of a reinforcement. active: whether the pass that is running is changed. passes: how many layers'
-    passes have been."""
+    """The state of a scaling in use.
+
+    active: whether the current pass is changed. passes: how many passes of layers have been changed.
+    """
 
     active: bool
     passes: int = 0
 
     def check(self, where: str) -> None:
-        """Raises SurgeryError where nothing was changed: what was measured is then the model as it is."""
+        """Raise SurgeryError if nothing was changed, so that the unchanged model was measured."""
         if not self.passes:
             raise usage_error(
                 "no token was generated one by one, so that --phase generated changed nothing",
@@ -82,49 +84,49 @@ class AppliedScaling:
 
 
 @contextmanager
-def scaled_routing(live: LoadedModel, routers: Sequence[Router], how: ExpertScaling) -> Iterator[AppliedScaling]:
-    """Inside, `live` runs with `how`; on exit it is exactly what it was.
+def scaled_routing(live: LoadedModel, routers: Sequence[Router], scaling: ExpertScaling) -> Iterator[AppliedScaling]:
+    """Run `live` with `scaling` in the block; on exit it is exactly what it was.
 
     Raises:
         SurgeryError: an expert is not there; weights are not renormalised by this model (`renormalised`); a layer has
             fewer places than experts to be forced; its router's logits cannot be reached (`logit`); once it runs, β is
             too large for the weights' dtype.
     """
-    check_experts(routers, how.scales, live.name)
+    check_experts(routers, scaling.scales, live.name)
     by_layer: dict[int, dict[int, float]] = {}
-    for expert, scale in sorted(how.scales.items()):
+    for expert, scale in sorted(scaling.scales.items()):
         by_layer.setdefault(expert.layer, {})[expert.index] = scale
-    concerned = [router for router in routers if router.layer in by_layer]
-    if how.way == "renormalised":
-        _check_renormalises(live, concerned)
-    for router in concerned if how.way == "forced" else ():
+    scaled = [router for router in routers if router.layer in by_layer]
+    if scaling.way == "renormalised":
+        _check_renormalises(live, scaled)
+    for router in scaled if scaling.way == "forced" else ():
         if len(by_layer[router.layer]) > router.top_k:
             raise usage_error(
                 f"{len(by_layer[router.layer])} experts of layer {router.layer} are to be forced, where a token has "
                 f"{router.top_k}",
                 where=live.name,
             )
-    state = AppliedScaling(active=how.phase == "all")
+    state = AppliedScaling(active=scaling.phase == "all")
 
     def rewrite(layer: int, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor] | None:
         if not state.active:
             return None
         state.passes += 1
-        return _rewritten(how.way, by_layer[layer], index, weights)
+        return _scaled_decisions(scaling.way, by_layer[layer], index, weights)
 
     with ExitStack() as stack:
-        if how.phase == "generated":
-            stack.enter_context(hooks(live.body.register_forward_pre_hook(_watching(state), with_kwargs=True)))
-        if how.way == "logit":
-            for router in concerned:
-                stack.enter_context(_logits_raised(live, router, by_layer[router.layer], state))
+        if scaling.phase == "generated":
+            stack.enter_context(hooks(live.body.register_forward_pre_hook(_phase_hook(state), with_kwargs=True)))
+        if scaling.way == "logit":
+            for router in scaled:
+                stack.enter_context(_shifted_logits(live, router, by_layer[router.layer], state))
         else:
-            stack.enter_context(intercept_routing(concerned, rewrite))
+            stack.enter_context(intercept_routing(scaled, rewrite))
         yield state
 
 
 def check_experts(routers: Sequence[Router], experts: Mapping[Expert, float], where: str) -> None:
-    """Raises SurgeryError where one of `experts` is not there."""
+    """Raise SurgeryError if one of `experts` does not exist."""
     if not experts:
         raise usage_error("no expert was given.")
     counts = {router.layer: router.n_experts for router in routers}
@@ -138,7 +140,9 @@ def check_experts(routers: Sequence[Router], experts: Mapping[Expert, float], wh
             )
 
 
-def _watching(state: AppliedScaling) -> Any:
+def _phase_hook(state: AppliedScaling) -> Any:
+    """Return a hook that makes `state` active in passes behind a cache: those that generate."""
+
     def see(module: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
         cache = keywords.get("past_key_values")
         state.active = cache is not None and bool(cache.get_seq_length() > 0)
@@ -146,28 +150,29 @@ def _watching(state: AppliedScaling) -> Any:
     return see
 
 
-def _rewritten(
+def _scaled_decisions(
     way: ScalingMethod, scales: Mapping[int, float], index: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """index, weights: (T, k) → the same, changed."""
-    most = torch.finfo(weights.dtype).max
-    if too_large := [scale for scale in scales.values() if scale > most]:
+    """Return the routing decisions, index and weights (T, k), with the experts scaled."""
+    largest = torch.finfo(weights.dtype).max
+    if too_large := [scale for scale in scales.values() if scale > largest]:
         raise usage_error(f"β = {too_large[0]:g} does not fit the routing weights' dtype, {weights.dtype}")
     if way == "forced":
-        index = _forced(scales, index, weights)
+        index = _with_forced(scales, index, weights)
     changed = weights
     for expert, scale in scales.items():
         changed = torch.where(index == expert, changed * scale, changed)
     if way == "renormalised":
-        before, after = (held.sum(1, keepdim=True, dtype=torch.float32) for held in (weights, changed))
-        # Where all of a token's experts are scaled to 0 there is nothing to bring back.
+        before, after = (each.sum(1, keepdim=True, dtype=torch.float32) for each in (weights, changed))
+        # A token whose experts are all scaled to 0 has no sum that could be restored.
         factor = torch.where(after > 0, before / after, torch.ones_like(after))
         changed = (changed.float() * factor).to(weights.dtype)
     return index, changed
 
 
-def _forced(scales: Mapping[int, float], index: Tensor, weights: Tensor) -> Tensor:
-    """index (T, k) with all of `scales` in every row. The last of a row is not always the weakest: that gives way."""
+def _with_forced(scales: Mapping[int, float], index: Tensor, weights: Tensor) -> Tensor:
+    """Return index (T, k) with all of `scales` in every row, in the place of the weakest others."""
+    # Rows are not always sorted by weight: the weakest is searched for.
     index = index.clone()
     for expert in scales:
         free = torch.stack([index != other for other in scales]).all(0)
@@ -178,7 +183,7 @@ def _forced(scales: Mapping[int, float], index: Tensor, weights: Tensor) -> Tens
 
 
 def _check_renormalises(live: LoadedModel, routers: Sequence[Router]) -> None:
-    """Raises SurgeryError where the weights of different tokens have different sums."""
+    """Raise SurgeryError if the weights of different tokens have different sums."""
     sums: list[Tensor] = []
 
     def see(layer: int, index: Tensor, weights: Tensor) -> None:
@@ -186,7 +191,7 @@ def _check_renormalises(live: LoadedModel, routers: Sequence[Router]) -> None:
 
     with intercept_routing(routers, see):
         run_trial_forward(live)
-    if any(bool(found.max() - found.min() > SAME_SUM * found.abs().max()) for found in sums):
+    if any(bool(total.max() - total.min() > SAME_SUM * total.abs().max()) for total in sums):
         raise usage_error(
             "does not renormalise its routing weights, so that there is no β before renormalisation",
             where=live.name,
@@ -195,11 +200,11 @@ def _check_renormalises(live: LoadedModel, routers: Sequence[Router]) -> None:
 
 
 @contextmanager
-def _logits_raised(
+def _shifted_logits(
     live: LoadedModel, router: Router, scales: Mapping[int, float], state: AppliedScaling
 ) -> Iterator[None]:
-    """Adds log β where the layer's router multiplies its states with its weight, (experts, D)."""
-    owners = _owners(live, router)
+    """Add log β to the output of the linear map by which the layer's router makes its logits, weight (E, D)."""
+    owners = _router_modules(live, router)
     if len(owners) != 1:
         raise usage_error(
             f"the router of layer {router.layer} is not one matrix over its experts, so that its logits cannot be "
@@ -210,17 +215,17 @@ def _logits_raised(
     offsets = torch.zeros(router.n_experts)
     for expert, scale in scales.items():
         offsets[expert] = math.log(scale)
-    modes: list[_RaiseLogits] = []
+    modes: list[_ShiftLogits] = []
 
     def enter(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        mode = _RaiseLogits(offsets, live.width, state)
+        mode = _ShiftLogits(offsets, live.width, state)
         modes.append(mode)
         mode.__enter__()  # type: ignore[no-untyped-call]
 
     def leave(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         mode = modes.pop()
         mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        # Without output it was left by an error, which is the one to be told.
+        # No output means that the forward pass raised an error, which must not be replaced by this one.
         if output is not None and not mode.seen:
             raise usage_error(
                 f"the router of layer {router.layer} makes its logits in a way that cannot be watched",
@@ -232,8 +237,8 @@ def _logits_raised(
         yield
 
 
-def _owners(live: LoadedModel, router: Router) -> list[nn.Module]:
-    """The modules with a matrix (E, D), nearest to the experts: attention may have one of that shape, too."""
+def _router_modules(live: LoadedModel, router: Router) -> list[nn.Module]:
+    """Return the modules with a matrix (E, D) nearest to the experts: attention may have one of that shape, too."""
     layer = live.layers[router.layer]
     shape = (router.n_experts, live.width)
     paths = {
@@ -241,16 +246,19 @@ def _owners(live: LoadedModel, router: Router) -> list[nn.Module]:
         for path, module in layer.named_modules()
         if module is not router.experts and any(tuple(p.shape) == shape for p in module.parameters(recurse=False))
     }
-    (place,) = (path for path, module in layer.named_modules() if module is router.experts)
-    while place:
-        place = place.rpartition(".")[0]
-        if near := [module for path, module in paths.items() if not place or f"{path}.".startswith(f"{place}.")]:
+    (ancestor,) = (path for path, module in layer.named_modules() if module is router.experts)
+    while ancestor:
+        ancestor = ancestor.rpartition(".")[0]
+        if near := [m for path, m in paths.items() if not ancestor or f"{path}.".startswith(f"{ancestor}.")]:
             return near
     return []
 
 
-class _RaiseLogits(TorchFunctionMode):
-    """Adds `offsets` (E,) to what linear maps from D to E put out while it is entered."""
+class _ShiftLogits(TorchFunctionMode):
+    """Adds `offsets` (E,) to the output of linear maps from D to E, in the block.
+
+    A hook on the router would run after the selection of experts, which raised logits must change.
+    """
 
     def __init__(self, offsets: Tensor, width: int, state: AppliedScaling) -> None:
         super().__init__()

@@ -155,7 +155,7 @@ class _Sight:
     def __init__(self, live: LoadedModel, weight: Tensor, bias: float, stream: ResidualStream | None) -> None:
         self.live, self.stream = live, stream
         self.weight, self.bias = weight, bias
-        self.direction = stream.final.back(weight) if stream else weight
+        self.direction = stream.final.pull_back(weight) if stream else weight
         unit = weight / weight.norm()
         self.paper: dict[int, Tensor] = {}
         self.exact: dict[int, Tensor] = {}
@@ -172,7 +172,7 @@ def _through(piece: ResidualWrite, direction: Tensor) -> tuple[Tensor, list[floa
     constants = []
     for fold in reversed(piece.folds):
         constants.append(float(fold.bias @ direction))
-        direction = fold.back(direction)
+        direction = fold.pull_back(direction)
     return direction, constants[::-1]
 
 
@@ -197,7 +197,7 @@ def _attribute(sight: _Sight, batch: TokenBatch) -> HeadAttribution:
     outputs = {live.final_norm}
     if stream:
         inputs |= {live.final_norm, live.layers[0]}
-        chains = [module for pieces in stream.pieces for piece in pieces for module in piece.modules]
+        chains = [module for pieces in stream.writes for piece in pieces for module in piece.modules]
         outputs |= set(chains)
     handles = [m.register_forward_pre_hook(keep_input, with_kwargs=True) for m in inputs]
     handles += [m.register_forward_hook(keep_output) for m in outputs]
@@ -218,7 +218,7 @@ def _attribute(sight: _Sight, batch: TokenBatch) -> HeadAttribution:
     scale = stream.final.scale(seen[live.final_norm, "in"].cpu(), after)
     embedding = scale * (seen[live.layers[0], "in"].cpu() @ sight.direction)
     biases, blocks, exact = zeros.clone(), zeros.clone(), {}
-    for layer, pieces in enumerate(stream.pieces):
+    for layer, pieces in enumerate(stream.writes):
         for piece in pieces:
             strength = scale * stream.factors[layer]
             if piece is not stream.attention.get(layer):

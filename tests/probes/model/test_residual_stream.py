@@ -10,7 +10,8 @@ from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from probes.model.residual_stream import fold_norm, trace_residual_stream
+from probes.model.folded_norm import fold_norm
+from probes.model.residual_stream import trace_residual_stream
 from surgery.errors import SurgeryError
 from surgery.models.loaded_model import hidden_in, hidden_out, hooks
 
@@ -57,8 +58,8 @@ def watched(live, modules, ids=(7, 19, 4, 60, 33, 90)):
 def test_a_layers_output_is_its_input_plus_its_pieces(name, lives):
     live = lives(name)
     stream = trace_residual_stream(live)
-    outputs, ends = watched(live, [piece.end for pieces in stream.pieces for piece in pieces])
-    for pieces, factor, (before, after) in zip(stream.pieces, stream.factors, ends, strict=True):
+    outputs, ends = watched(live, [piece.end for pieces in stream.writes for piece in pieces])
+    for pieces, factor, (before, after) in zip(stream.writes, stream.factors, ends, strict=True):
         total = before + factor * sum(outputs[piece.end].view_as(before) for piece in pieces)
         torch.testing.assert_close(total, after.double(), atol=1e-5, rtol=1e-5)
 
@@ -169,7 +170,7 @@ def test_a_norm_is_linear_but_for_its_scale(kind, width):
     assert not fold.fits(x, y.tanh(), 1e-4)
     direction = torch.randn(width, generator=generator)
     torch.testing.assert_close(
-        fold.scale(x, y) * (x @ fold.back(direction)) + fold.bias @ direction, y @ direction, atol=1e-3, rtol=1e-3
+        fold.scale(x, y) * (x @ fold.pull_back(direction)) + fold.bias @ direction, y @ direction, atol=1e-3, rtol=1e-3
     )
     if isinstance(norm, nn.LayerNorm):
         torch.testing.assert_close(fold.bias, norm.bias, atol=1e-5, rtol=1e-5)

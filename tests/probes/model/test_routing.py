@@ -32,7 +32,7 @@ from torch import Tensor
 from probes.data.examples import TokenSequence
 from probes.experts.scoring import score_experts
 from probes.model.routers import find_routers, intercept_routing
-from probes.model.routing import BLOCKS, PARTS, Marker, RoutingCounts, block_count, count_routing, parse_marker
+from probes.model.routing import MAX_BLOCKS, PARTS, Marker, RoutingCounts, block_count, count_routing, parse_marker
 from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.models.loaded_model import LoadedModel
 
@@ -146,7 +146,7 @@ def test_an_expert_that_a_token_is_sent_to_twice_counts_once(lives: Lives) -> No
 @pytest.mark.parametrize(
     ("layers", "experts", "markers", "expected"),
     [
-        (2, 8, 2, BLOCKS),
+        (2, 8, 2, MAX_BLOCKS),
         (48, 128, 3, 14),
         (94, 128, 3, 7),
         (64, 256, 3, 5),
@@ -165,7 +165,7 @@ def test_the_counts_of_the_largest_models_stay_below_10_mb(
 def test_the_counts_do_not_grow_with_the_texts(lives: Lives) -> None:
     live = lives("qwen3_moe")
     sizes = {count_routing(live, find_routers(live), texts(number), MARKERS[:1]).hits.nbytes for number in (1, 40)}
-    assert sizes == {BLOCKS * 2 * EXPERTS * len(PARTS) * 2 * 8}
+    assert sizes == {MAX_BLOCKS * 2 * EXPERTS * len(PARTS) * 2 * 8}
 
 
 def test_without_texts_or_where_a_marker_never_occurs_there_is_nothing_to_count(lives: Lives) -> None:
