@@ -176,7 +176,8 @@ def heads(
     as_json: o.Json = False,
 ) -> None:
     """Prove by ablation which of the screened heads suppress refusal: alone, in sets, and against random sets."""
-    from probes.refusal.heads.causal_proof import AblationKind, ProofOptions, prove_heads
+    from probes.refusal.heads.ablation_study import AblationKind, ProofOptions
+    from probes.refusal.heads.causal_proof import prove_heads
 
     proof = ProofOptions(
         top=top,

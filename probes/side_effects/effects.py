@@ -45,7 +45,7 @@ class ComparedModel:
     means: Mapping[int, Tensor] | None = None
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def active(self) -> Iterator[None]:
         """The edit is on inside."""
         with ablated_heads(self.live, self.scales, self.means):
             yield
@@ -133,7 +133,7 @@ def greedy_answers(
     progress: Progress = silent,
 ) -> list[str]:
     """What the subject answers, greedily, behind the given thinking and closing template: `tokens` tokens at most."""
-    with subject.running():
+    with subject.active():
         return generate_texts(
             subject.live.loaded,
             [sequence.before_answer for sequence in sequences],
@@ -183,7 +183,7 @@ def _compare(
 def _answer_logits(subject: ComparedModel, batch: TokenBatch, count: int) -> Tensor:
     """(N, count + 1, V): the logits at the last positions, those before each answer token among them."""
     live = subject.live
-    with subject.running():
+    with subject.active():
         output: Any = live.model(**batch.inputs(live.device), use_cache=False, logits_to_keep=count + 1)
     logits = output.logits
     assert isinstance(logits, Tensor)

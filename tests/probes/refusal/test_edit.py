@@ -18,7 +18,8 @@ from probes.data.preparation import GenerationOptions, open_model
 from probes.model.ablation import ablated_heads
 from probes.refusal.edit import EffectOptions, HeadEditResult, HeadSelection, edit_heads
 from probes.refusal.findings import HEADS, CausalRecord, read_findings, write_findings
-from probes.refusal.heads.causal_proof import ProofOptions, prove_heads
+from probes.refusal.heads.ablation_study import ProofOptions
+from probes.refusal.heads.causal_proof import prove_heads
 from surgery.checkpoint.selectors import Head
 from surgery.edits.undo_file import undo
 from surgery.errors import SurgeryError

@@ -13,7 +13,8 @@ from support.refusal import ONE_THREAD, make_model, make_run, rows_of
 
 from probes.data.records import REPORT, IntervalRecord
 from probes.refusal.findings import CausalRecord, Findings, read_findings, write_findings
-from probes.refusal.heads.causal_proof import ProofOptions, prove_heads
+from probes.refusal.heads.ablation_study import ProofOptions
+from probes.refusal.heads.causal_proof import prove_heads
 from probes.refusal.report import PICTURES, read_traces, summary_sentences, tables, write_report
 from surgery.reporting.report import Table
 

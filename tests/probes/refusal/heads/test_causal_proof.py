@@ -19,7 +19,8 @@ from probes.data.tokenization import build_sequences
 from probes.model.ablation import ablated_heads
 from probes.refusal.findings import CausalRecord, Findings, read_findings
 from probes.refusal.fitted_probes import decision_states
-from probes.refusal.heads.causal_proof import NO_BUDGET_NOTE, ProofOptions, prove_heads
+from probes.refusal.heads.ablation_study import ProofOptions
+from probes.refusal.heads.causal_proof import NO_BUDGET_NOTE, prove_heads
 from probes.refusal.linear.probes import Probes
 from probes.refusal.report import summary_sentences
 from surgery.checkpoint.selectors import Head
