@@ -1,9 +1,12 @@
-"""What every attention head writes along the refusal probe: all heads of all layers scored in one forward pass.
+"""Direct logit attribution of attention heads to the refusal probe: all heads of all layers in one forward pass.
 
-Paper form (arXiv 2510.06036): s_{l,h} = W_O^l[:, block h] · z_{l,h} · ŵ, with ŵ = w/‖w‖. Taken as z_{l,h} · (W_Oᵀ ŵ)_h
-it needs one vector per layer, made once. Exact form: the final norm is folded in, w⊙g/rms(h_L), as are norms that stand
-behind attention; then heads, biases, feed-forward blocks and the embedding sum to the probe's logit, which is checked.
-Never is an output projection's bias counted as a head's.
+Paper form (arXiv 2510.06036): s_{l,h} = W_O^l[:, block h] · z_{l,h} · ŵ, with ŵ = w/‖w‖. Computed as
+z_{l,h} · (W_Oᵀ ŵ)_h, which needs one vector for each layer, made once.
+
+Exact form: the final norm is folded in, w⊙g/rms(h_L), and so are norms after attention. Heads, biases, feed-forward
+blocks and the embedding then sum to the probe's logit, which callers check.
+
+In both forms the bias of an output projection is not counted as a head's.
 
 Shapes: N sequences, D width, H heads of a layer, W = H · head_dim.
 """
@@ -11,7 +14,7 @@ Shapes: N sequences, D width, H heads of a layer, W = H · head_dim.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,11 +34,11 @@ from surgery.runtime.progress import Progress, silent
 class HeadAttribution:
     """What each part of the model writes along the probe at the last token before the answer.
 
-    paper, exact: layer → (N, H); exact in units of the probe's logit. `exact` and what follows are empty where the
-        residual stream was not taken apart.
-    logit: (N,) the probe's logit there. embedding: (N,). biases, blocks: (N, layers): what output projections' and
-        norms' biases, and feed-forward blocks, write. constant: what the final norm's bias and the probe's add.
-    inputs: layer → (N, W): z, what went into the output projection.
+    logit: (N,) the probe's logit there.
+    paper: layer → (N, H), along the unit probe. inputs: layer → (N, W): z, the input of the output projection.
+    exact: layer → (N, H), in units of the probe's logit; empty, as all that follows is 0, without a residual stream.
+    embedding: (N,). biases: (N, layers), of output projections and of norms. blocks: (N, layers), of feed-forward
+        blocks. constant: what the biases of the final norm and of the probe add.
     """
 
     logit: Tensor
@@ -49,7 +52,7 @@ class HeadAttribution:
 
     @property
     def total(self) -> Tensor:
-        """(N,) the sum of all parts: the logit, but for rounding."""
+        """(N,): the sum of all parts, which is the logit up to rounding."""
         heads = sum((scores.sum(1) for scores in self.exact.values()), torch.zeros_like(self.logit))
         return heads + self.embedding + self.biases.sum(1) + self.blocks.sum(1) + self.constant
 
@@ -64,38 +67,39 @@ def attribute_heads(
     max_tokens: int | None = None,
     progress: Progress = silent,
 ) -> HeadAttribution:
-    """Scores all heads of all layers at the last token before the answer, in one pass over `sequences`.
+    """Score all heads of all layers at the last token before the answer, in one pass over `sequences`.
 
     Args:
         weight, bias: the probe on the final norm's output; (D,) and a number.
-        stream: how the residual stream is made (`residual.read_stream`); without it only the paper's form is given.
+        stream: how the residual stream is made (`trace_residual_stream`); None leaves the exact form out.
 
     Raises:
-        SurgeryError: there is no sequence; or as `activations.token_budget`.
+        SurgeryError: there is no sequence; or as `fitting_batches`.
     """
     if not sequences:
         raise SurgeryError("no example is left to score heads on", where=live.name)
     ids = [sequence.before_answer for sequence in sequences]
-    sight = _Sight(live, weight.float(), bias, stream)
-    work = partial(_attribute, sight)
+    directions = _ProbeDirections(live, weight.float(), bias, stream)
+    work = partial(_attribute_batch, directions)
     batches = fitting_batches(live, ids, work, max_tokens=max_tokens)
-    found = map_over_ranks(
+    results = map_over_ranks(
         batches, work, label="Scoring heads", size=lambda batch: len(batch.numbers), progress=progress
     )
+    # Batches are made by length: this puts the examples back into their own order.
     order = torch.tensor([number for batch in batches for number in batch.numbers]).argsort()
 
-    def joined(parts: Sequence[Tensor]) -> Tensor:
+    def join(parts: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(parts))[order]
 
     return HeadAttribution(
-        logit=joined([part.logit for part in found]),
-        paper={layer: joined([part.paper[layer] for part in found]) for layer in live.projections},
-        inputs={layer: joined([part.inputs[layer] for part in found]) for layer in live.projections},
-        exact={layer: joined([part.exact[layer] for part in found]) for layer in found[0].exact},
-        embedding=joined([part.embedding for part in found]),
-        biases=joined([part.biases for part in found]),
-        blocks=joined([part.blocks for part in found]),
-        constant=found[0].constant,
+        logit=join([part.logit for part in results]),
+        paper={layer: join([part.paper[layer] for part in results]) for layer in live.projections},
+        inputs={layer: join([part.inputs[layer] for part in results]) for layer in live.projections},
+        exact={layer: join([part.exact[layer] for part in results]) for layer in results[0].exact},
+        embedding=join([part.embedding for part in results]),
+        biases=join([part.biases for part in results]),
+        blocks=join([part.blocks for part in results]),
+        constant=results[0].constant,
     )
 
 
@@ -108,7 +112,7 @@ def head_inputs(
     max_tokens: int | None = None,
     progress: Progress = silent,
 ) -> dict[int, Tensor]:
-    """z at the last positions before the answer: layer → (N, last, W) fp32 on the CPU.
+    """Return z at the last positions before the answer: layer → (N, last, W) fp32 on the CPU.
 
     Raises:
         SurgeryError: there is no sequence, or one has fewer than `last` tokens before its answer.
@@ -125,121 +129,162 @@ def head_inputs(
         ends_N1 = (batch.mask.sum(1) + batch.firsts).unsqueeze(1)
         columns_NK = ends_N1 - last + torch.arange(last)
         rows_N1 = torch.arange(len(columns_NK)).unsqueeze(1)
-        seen: dict[int, Tensor] = {}
+        inputs: dict[int, Tensor] = {}
 
-        def keeping(layer: int) -> Any:
-            def keep(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        def recorder(layer: int) -> Any:
+            def record(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
                 z = hidden_in(arguments, keywords)
-                seen[layer] = z[rows_N1.to(z.device), columns_NK.to(z.device)].float().cpu()
+                inputs[layer] = z[rows_N1.to(z.device), columns_NK.to(z.device)].float().cpu()
 
-            return keep
+            return record
 
         handles = [
-            projection.module.register_forward_pre_hook(keeping(layer), with_kwargs=True)
+            projection.module.register_forward_pre_hook(recorder(layer), with_kwargs=True)
             for layer, projection in live.projections.items()
         ]
         with hooks(*handles):
             live.body(**batch.inputs(live.device), use_cache=False)
-        return seen
+        return inputs
 
-    found = map_over_ranks(
+    results = map_over_ranks(
         batches, work, label="Reading heads", size=lambda batch: len(batch.numbers), progress=progress
     )
     order = torch.tensor([number for batch in batches for number in batch.numbers]).argsort()
-    return {layer: torch.cat([part[layer] for part in found])[order] for layer in live.projections}
+    return {layer: torch.cat([part[layer] for part in results])[order] for layer in live.projections}
 
 
-class _Sight:
-    """The probe as seen from every place that writes to the residual stream; made once, used for every batch."""
+class _ProbeDirections:
+    """The probe's direction as it is at every place that writes to the residual stream; made once for all batches.
+
+    direction: (D,) at the residual stream, through the final norm. unit: layer → (W,) and exact: layer → (W,), the
+    directions at the inputs of the output projections, for the two forms.
+    """
 
     def __init__(self, live: LoadedModel, weight: Tensor, bias: float, stream: ResidualStream | None) -> None:
         self.live, self.stream = live, stream
         self.weight, self.bias = weight, bias
         self.direction = stream.final.pull_back(weight) if stream else weight
         unit = weight / weight.norm()
-        self.paper: dict[int, Tensor] = {}
+        self.unit: dict[int, Tensor] = {}
         self.exact: dict[int, Tensor] = {}
         for layer, projection in live.projections.items():
             matrix = projection.matrix
-            self.paper[layer] = matrix.T @ unit.to(matrix.device)
+            self.unit[layer] = matrix.T @ unit.to(matrix.device)
             if stream:
-                inner, _ = _through(stream.attention[layer], self.direction)
+                inner, _ = _pull_back(stream.attention[layer], self.direction)
                 self.exact[layer] = matrix.T @ inner.to(matrix.device)
 
 
-def _through(piece: ResidualWrite, direction: Tensor) -> tuple[Tensor, list[float]]:
-    """`direction` as seen from inside a piece's norms, and what each norm's bias adds, inner to outer."""
+def _pull_back(write: ResidualWrite, direction: Tensor) -> tuple[Tensor, list[float]]:
+    """Return `direction` as it is inside a write's norms, and what each norm's bias adds, inner to outer."""
     constants = []
-    for fold in reversed(piece.folds):
+    for fold in reversed(write.folds):
         constants.append(float(fold.bias @ direction))
         direction = fold.pull_back(direction)
     return direction, constants[::-1]
 
 
+@dataclass(frozen=True, eq=False)
+class _Recording:
+    """Inputs and outputs of modules at the last token before the answer: (N, D) or (N, W), fp32, where they ran."""
+
+    inputs: dict[nn.Module, Tensor]
+    outputs: dict[nn.Module, Tensor]
+
+
 @torch.inference_mode()
-def _attribute(sight: _Sight, batch: TokenBatch) -> HeadAttribution:
-    live, stream = sight.live, sight.stream
+def _attribute_batch(directions: _ProbeDirections, batch: TokenBatch) -> HeadAttribution:
+    live, stream = directions.live, directions.stream
+    recording = _record(live, stream, batch)
+    z = {layer: recording.inputs[p.module] for layer, p in live.projections.items()}
+    paper = {layer: _sum_by_head(z[layer] * directions.unit[layer], live.projections[layer].n_heads) for layer in z}
+    logit = recording.outputs[live.final_norm].cpu() @ directions.weight + directions.bias
+    n, n_layers = len(logit), len(live.layers)
+    attribution = HeadAttribution(
+        logit=logit,
+        paper={layer: values.cpu() for layer, values in paper.items()},
+        inputs={layer: values.cpu() for layer, values in z.items()},
+        exact={},
+        embedding=torch.zeros(n),
+        biases=torch.zeros(n, n_layers),
+        blocks=torch.zeros(n, n_layers),
+    )
+    return attribution if stream is None else _add_exact_form(attribution, directions, stream, recording)
+
+
+def _record(live: LoadedModel, stream: ResidualStream | None, batch: TokenBatch) -> _Recording:
+    """Run the model on a batch, and record what the attribution needs of the last token before each answer."""
     columns = batch.mask.sum(1) - 1 + batch.firsts
     rows = torch.arange(len(columns))
-    seen: dict[tuple[nn.Module, str], Tensor] = {}
+    recording = _Recording({}, {})
 
-    def pick(values: Tensor) -> Tensor:
+    def last_token(values: Tensor) -> Tensor:
         return values[rows.to(values.device), columns.to(values.device)].float()
 
-    def keep_input(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        seen[module, "in"] = pick(hidden_in(arguments, keywords))
+    def record_input(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        recording.inputs[module] = last_token(hidden_in(arguments, keywords))
 
-    def keep_output(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        made = hidden_out(output)
-        seen[module, "out"] = pick(made if made.dim() > 2 else made.view(*batch.ids.shape, -1))
+    def record_output(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        states = hidden_out(output)
+        # Some mixture-of-experts blocks return all tokens in one dimension.
+        recording.outputs[module] = last_token(states if states.dim() > 2 else states.view(*batch.ids.shape, -1))
 
-    inputs = {p.module for p in live.projections.values()}
+    inputs = {projection.module for projection in live.projections.values()}
     outputs = {live.final_norm}
     if stream:
         inputs |= {live.final_norm, live.layers[0]}
-        chains = [module for pieces in stream.writes for piece in pieces for module in piece.modules]
-        outputs |= set(chains)
-    handles = [m.register_forward_pre_hook(keep_input, with_kwargs=True) for m in inputs]
-    handles += [m.register_forward_hook(keep_output) for m in outputs]
+        outputs |= {module for writes in stream.writes for write in writes for module in write.modules}
+    handles = [module.register_forward_pre_hook(record_input, with_kwargs=True) for module in inputs]
+    handles += [module.register_forward_hook(record_output) for module in outputs]
     with hooks(*handles):
         live.body(**batch.inputs(live.device), use_cache=False)
-
-    z = {layer: seen[p.module, "in"] for layer, p in live.projections.items()}
-    paper = {layer: _by_head(z[layer] * sight.paper[layer], live.projections[layer].n_heads) for layer in z}
-    after = seen[live.final_norm, "out"].cpu()
-    logit = after @ sight.weight + sight.bias
-    count, n_layers = len(rows), len(live.layers)
-    inputs_cpu = {layer: values.cpu() for layer, values in z.items()}
-    paper_cpu = {layer: values.cpu() for layer, values in paper.items()}
-    zeros = torch.zeros(count, n_layers)
-    if stream is None:
-        return HeadAttribution(logit, paper_cpu, inputs_cpu, {}, torch.zeros(count), zeros, zeros)
-
-    scale = stream.final.scale(seen[live.final_norm, "in"].cpu(), after)
-    embedding = scale * (seen[live.layers[0], "in"].cpu() @ sight.direction)
-    biases, blocks, exact = zeros.clone(), zeros.clone(), {}
-    for layer, pieces in enumerate(stream.writes):
-        for piece in pieces:
-            strength = scale * stream.factors[layer]
-            if piece is not stream.attention.get(layer):
-                blocks[:, layer] += strength * (seen[piece.end, "out"].cpu() @ sight.direction)
-                continue
-            projection = live.projections[layer]
-            _, constants = _through(piece, sight.direction)
-            for at in reversed(range(len(piece.folds))):
-                # The bias of a norm is not scaled by that norm, only by those behind it.
-                biases[:, layer] += strength * constants[at]
-                before, behind = seen[piece.modules[at], "out"], seen[piece.modules[at + 1], "out"]
-                strength = strength * piece.folds[at].scale(before, behind).cpu()
-            if projection.bias is not None:
-                inner, _ = _through(piece, sight.direction)
-                biases[:, layer] += strength * float(projection.bias.cpu() @ inner)
-            scores = _by_head(z[layer] * sight.exact[layer], projection.n_heads)
-            exact[layer] = scores.cpu() * strength.unsqueeze(1)
-    constant = float(stream.final.bias @ sight.weight) + sight.bias
-    return HeadAttribution(logit, paper_cpu, inputs_cpu, exact, embedding, biases, blocks, constant)
+    return recording
 
 
-def _by_head(values: Tensor, n_heads: int) -> Tensor:
-    """(N, W) → (N, H), summed within each head's block."""
+def _add_exact_form(
+    attribution: HeadAttribution, directions: _ProbeDirections, stream: ResidualStream, recording: _Recording
+) -> HeadAttribution:
+    """Return the attribution with the logit split into heads, embedding, biases and feed-forward blocks."""
+    live = directions.live
+    before = recording.inputs[live.final_norm].cpu()
+    scale = stream.final.scale(before, recording.outputs[live.final_norm].cpu())
+    biases, blocks, exact = torch.zeros_like(attribution.biases), torch.zeros_like(attribution.blocks), {}
+    for layer, writes in enumerate(stream.writes):
+        for write in writes:
+            factor = scale * stream.factors[layer]
+            if write is stream.attention.get(layer):
+                exact[layer], biases[:, layer] = _attribute_attention(layer, write, factor, directions, recording)
+            else:
+                blocks[:, layer] += factor * (recording.outputs[write.end].cpu() @ directions.direction)
+    return replace(
+        attribution,
+        exact=exact,
+        embedding=scale * (recording.inputs[live.layers[0]].cpu() @ directions.direction),
+        biases=biases,
+        blocks=blocks,
+        constant=float(stream.final.bias @ directions.weight) + directions.bias,
+    )
+
+
+def _attribute_attention(
+    layer: int, write: ResidualWrite, factor: Tensor, directions: _ProbeDirections, recording: _Recording
+) -> tuple[Tensor, Tensor]:
+    """Return what a layer's heads (N, H) and the biases after them (N,) write; `factor` (N,) scales the write."""
+    projection = directions.live.projections[layer]
+    inner, constants = _pull_back(write, directions.direction)
+    biases = torch.zeros_like(factor)
+    for at in reversed(range(len(write.folds))):
+        # The bias of a norm is not scaled by that norm, only by those after it.
+        biases += factor * constants[at]
+        before, after = recording.outputs[write.modules[at]], recording.outputs[write.modules[at + 1]]
+        factor = factor * write.folds[at].scale(before, after).cpu()
+    if projection.bias is not None:
+        biases += factor * float(projection.bias.cpu() @ inner)
+    z = recording.inputs[projection.module]
+    scores = _sum_by_head(z * directions.exact[layer], projection.n_heads)
+    return scores.cpu() * factor.unsqueeze(1), biases
+
+
+def _sum_by_head(values: Tensor, n_heads: int) -> Tensor:
+    """(N, W) → (N, H): the sum within each head's block."""
     return values.view(len(values), n_heads, -1).sum(-1)
