@@ -1,4 +1,4 @@
-"""Models scored with experts reinforced while they run, beside themselves as they are: `surgery eval --reinforce`."""
+"""Score models twice, as they are and with experts scaled while they run: `surgery eval --reinforce`."""
 
 from __future__ import annotations
 
@@ -30,33 +30,34 @@ def add_scaled_models(
     phase: str,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> tuple[dict[str, Path], list[Measure]]:
-    """What `scoring.score_models` takes to score every model twice: as it is, and with experts of `run` × `scale`.
+    """Return the folders and measures by which `score_models` scores every model also with experts of `run` × `scale`.
 
     Raises:
-        SurgeryError: `run` holds findings of another model, or ranks fewer than `top` experts; β or phase are wrong.
+        SurgeryError: `run` has findings of another model, or ranks fewer than `top` experts; β or phase is wrong.
     """
     findings = read_expert_findings(run)
     for checkpoint in opened.values():
         check_model(findings, checkpoint, run, options=options)
     scales = select_experts(ExpertSelection(run=run, top=top, scale=scale), findings)
-    how = ExpertScaling(scales, phase=cast("Phase", phase))
+    scaling = ExpertScaling(scales, phase=cast("Phase", phase))
     suffix = f" + {', '.join(map(str, scales))} × {scale:g}"
-    twice: dict[str, Path] = {}
-    originals: dict[str, Checkpoint] = {}
+    # Both entries load the same folder: which of them is scaled is known by its name alone.
+    all_folders: dict[str, Path] = {}
+    scaled: dict[str, Checkpoint] = {}
     for name, folder in folders.items():
-        twice |= {name: folder, name + suffix: folder}
-        originals[name + suffix] = opened[name]
-    return twice, [partial(_measured, measure=measure, originals=originals, how=how) for measure in measures]
+        all_folders |= {name: folder, name + suffix: folder}
+        scaled[name + suffix] = opened[name]
+    return all_folders, [partial(_score, measure=measure, scaled=scaled, scaling=scaling) for measure in measures]
 
 
-def _measured(
-    loaded: ModelAndTokenizer, *, measure: Measure, originals: Mapping[str, Checkpoint], how: ExpertScaling
+def _score(
+    loaded: ModelAndTokenizer, *, measure: Measure, scaled: Mapping[str, Checkpoint], scaling: ExpertScaling
 ) -> Sequence[Score]:
-    checkpoint = originals.get(loaded.name)
+    checkpoint = scaled.get(loaded.name)
     if checkpoint is None:
         return measure(loaded)
     live = attach_structure(loaded, checkpoint)
-    with scaled_routing(live, find_routers(live), how) as applied:
+    with scaled_routing(live, find_routers(live), scaling) as applied:
         scores = measure(loaded)
     applied.check(", ".join(dict.fromkeys(score.task for score in scores)))
     return scores

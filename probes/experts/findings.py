@@ -1,10 +1,10 @@
-"""What probing a model's experts found, as a folder: RUN/results.json, the examples, the report.
+"""Findings about a model's experts, stored in a folder.
 
-    results.json    `ExpertFindings`; `experts` holds every expert, best first
+    results.json    `ExpertFindings`; `experts` has every expert, best first
     examples.jsonl  the texts that were counted on
-    report.html     tables and pictures
+    report.html     tables and plots
 
-Findings are of one model: its weights' hash is among them, and an edit of another model refuses them.
+Findings contain the hash of the model's weights; an edit of another model rejects them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ KIND = "experts"
 
 
 class MarkerRecord(FindingsRecord):
-    """A marker: its weight in the total, and at how many positions it ends."""
+    """A marker: its weight in the total, and the number of positions at which it ends."""
 
     text: str
     weight: float
@@ -27,12 +27,15 @@ class MarkerRecord(FindingsRecord):
 
 
 class ExpertRecord(FindingsRecord):
-    """One expert. npmi: the published total, unsmoothed; by_marker: the same per marker, unweighted.
+    """One expert.
 
-    smoothed: the total with smoothing, and its interval, by which the supported are ranked. difference: Σ of weight ×
-    (share of the marker's positions at which it fires, less that of all others). fires, at_marker: positions. rate: the
-    share of all positions at which it fires. q: the share of false discoveries. rank: None where it lacks support, and
-    `why` says of what. norm_ratio: ‖what it adds‖ ÷ ‖the layer's input‖ where it fires; of ranked experts only.
+    npmi: the published total, unsmoothed. by_marker: the same for each marker, unweighted.
+    smoothed: the total with smoothing, and its interval; experts with support are ranked by it.
+    difference: Σ of weight × (share of the marker's positions at which it fires − that of all other positions).
+    fires, at_marker: numbers of positions. rate: the share of all positions at which it fires.
+    q: the share of false discoveries.
+    rank: None if it lacks support; `why` is what it lacks.
+    norm_ratio: ‖what it adds‖ ÷ ‖the layer's input‖ where it fires; of the best ranked experts only.
     """
 
     layer: int
@@ -58,9 +61,11 @@ class ExpertRecord(FindingsRecord):
 
 
 class PointRecord(FindingsRecord):
-    """Scores at one β. control: None for the chosen experts, else the number of the random set that stood in.
+    """Scores at one β.
 
-    part: `choice`, on which β was chosen, or `test`. collapsed: the share of answers that end in a loop.
+    control: None for the chosen experts, otherwise the number of the random set.
+    part: `choice`, the half on which β was chosen, or `test`.
+    collapsed: the share of answers that end in a loop.
     """
 
     beta: float
@@ -72,7 +77,7 @@ class PointRecord(FindingsRecord):
 
 
 class SweepRecord(FindingsRecord):
-    """A grid of β with held-out choice; `best` was chosen on one half of each task and tested on the other."""
+    """A grid of β; `best` was chosen on one half of each task's samples and tested on the other."""
 
     tasks: list[str]
     experts: list[str]
@@ -83,7 +88,7 @@ class SweepRecord(FindingsRecord):
 
 
 class OverlapRecord(FindingsRecord):
-    """How much the ranking agrees with that on a second data set."""
+    """The agreement of the ranking with that on a second data set."""
 
     data: DataRecord
     top: int
@@ -93,7 +98,7 @@ class OverlapRecord(FindingsRecord):
 
 
 class ExpertFindings(FindingsRecord):
-    """Everything that one run found. top_k: experts per token, by layer."""
+    """The findings of one run. top_k: experts per token, by layer."""
 
     model: ModelRecord
     data: DataRecord
@@ -113,15 +118,15 @@ class ExpertFindings(FindingsRecord):
 
     @property
     def ranked(self) -> list[ExpertRecord]:
-        """Those with support, best first."""
+        """The experts with support, best first."""
         return [row for row in self.experts if row.rank is not None]
 
 
 def read_expert_findings(run: Path) -> ExpertFindings:
-    """The findings in the folder `run`. Raises SurgeryError where it holds none, or something else."""
+    """Read the findings in the folder `run`. Raises SurgeryError if it has none, or those of another kind."""
     return read_record(run, KIND, ExpertFindings)
 
 
 def write_expert_findings(folder: Path, findings: ExpertFindings) -> None:
-    """Writes them into `folder`, whole or not at all."""
+    """Write results.json and the manifest into `folder`."""
     write_record(folder, KIND, findings, findings.model)

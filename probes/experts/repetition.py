@@ -1,24 +1,21 @@
-"""Text that has collapsed into repetition: what too strong a reinforcement does to a model.
-
-In come token ids, out comes whether they end in a loop.
-"""
+"""Detect text that has degenerated into repetition, as too strong a scaling of experts makes a model write."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-LONGEST_PERIOD = 64  # tokens that a loop may be long
-TURNS = 4  # a phrase that is said three times may be rhetoric
-LEAST_TOKENS = 16  # of looping text, so that a row of equal digits is none
+MAX_PERIOD = 64  # tokens of the repeated passage
+MIN_REPEATS = 4  # a phrase that occurs three times may be rhetoric
+MIN_TOKENS = 16  # of repeated text in all, so that a number with equal digits is none
 
 
 def is_repetitive(ids: Sequence[int]) -> bool:
-    """Whether `ids` end in a passage of at least 16 tokens that repeats itself at least four times."""
-    for period in range(1, min(LONGEST_PERIOD, len(ids) // TURNS) + 1):
-        length = max(TURNS * period, LEAST_TOKENS)
+    """Return whether token ids end in at least 16 tokens in which a passage is repeated at least four times."""
+    for period in range(1, min(MAX_PERIOD, len(ids) // MIN_REPEATS) + 1):
+        length = max(MIN_REPEATS * period, MIN_TOKENS)
         if length > len(ids):
             continue
         tail = ids[len(ids) - length :]
-        if all(tail[at] == tail[at - period] for at in range(period, length)):
+        if all(tail[index] == tail[index - period] for index in range(period, length)):
             return True
     return False

@@ -1,4 +1,4 @@
-"""Findings about experts for people: the tables that the terminal shows, and one HTML page with tables and pictures."""
+"""Report findings about experts: tables and sentences for the terminal, and an HTML page with tables and plots."""
 
 from __future__ import annotations
 
@@ -19,58 +19,58 @@ from probes.experts.findings import (
 from surgery.evaluation.statistics import EstimateWithInterval, Floats
 from surgery.reporting.report import Column, Figure, Report, Table, Value
 
-SHOWN = 12
-RANKED = 15  # experts in the picture of the ranking
+TABLE_EXPERTS = 12  # rows of the table, and outlined experts of the map
+PLOTTED_EXPERTS = 15  # in the plot of the ranking
 
 
 def expert_tables(findings: ExpertFindings) -> list[Table]:
-    """What was counted, the best experts, and the sweep where there is one."""
-    found = [_counted(findings), _ranking(findings)]
+    """Return the tables of the counts, of the best experts, and of the sweep if there is one."""
+    tables = [_counts_table(findings), _ranking_table(findings)]
     if findings.sweep is not None:
-        found.append(_sweep(findings.sweep))
-    return found
+        tables.append(_sweep_table(findings.sweep))
+    return tables
 
 
 def expert_sentences(findings: ExpertFindings) -> list[str]:
-    """The finding in words."""
+    """Return the main results as sentences."""
     ranked = findings.ranked
     if not ranked:
         return ["No expert has evidence enough to be ranked."]
     first = ranked[0]
-    said = [
+    sentences = [
         f"{first.name} goes most with the markers: nPMI {first.npmi:.3f} as published, {first.smoothed.text()} "
         f"smoothed; it fires at {first.rate:.1%} of all positions."
     ]
     published = min(findings.experts, key=lambda row: row.published_rank)
     if published.name != first.name:
-        said.append(
+        sentences.append(
             f"By the published score alone {published.name} would come first ({published.why or 'ranked below'})."
         )
     if findings.overlap is not None:
-        said.append(
+        sentences.append(
             f"Of the first {findings.overlap.top}, {len(findings.overlap.shared)} are among those of "
             f"{findings.overlap.data.ref}, too."
         )
     if findings.sweep is not None:
-        said.append(_verdict(findings.sweep))
-    return said
+        sentences.append(_sweep_sentence(findings.sweep))
+    return sentences
 
 
 def write_expert_report(folder: Path, *, name: str) -> Path:
-    """Writes report.html and its pictures into a run's folder, from what lies there. `name` is what it is called."""
+    """Write report.html and its plots into a run's folder, from the findings there; `name` is its final name."""
     findings = read_expert_findings(folder)
     page = Report(f"The cognitive experts of {findings.model.ref}", " ".join(expert_sentences(findings)))
     for warning in findings.warnings:
         page.add(f"Note: {warning}")
     counted, ranking, *rest = expert_tables(findings)
-    drawn = _figures(findings)
-    for key, figure in drawn.items():
+    figures = _figures(findings)
+    for key, figure in figures.items():
         figure.save(folder / f"{key}.png")
-    page.add(counted).add(drawn["experts"])
-    if "ranking" in drawn:
-        page.add(drawn["ranking"])
+    page.add(counted).add(figures["experts"])
+    if "ranking" in figures:
+        page.add(figures["ranking"])
     page.add(ranking)
-    for key, figure in drawn.items():
+    for key, figure in figures.items():
         if key.startswith("beta"):
             page.add(figure)
     for table in rest:
@@ -84,20 +84,20 @@ def write_expert_report(folder: Path, *, name: str) -> Path:
 
 def _figures(findings: ExpertFindings) -> dict[str, Figure]:
     ranked = findings.ranked
-    found = {
+    figures = {
         "experts": plots.expert_map(
             "nPMI of every expert with the markers",
-            _values(findings),
+            _npmi_grid(findings),
             layers=findings.layers,
-            marked=[(row.layer, row.expert) for row in ranked[:SHOWN]],
+            marked=[(row.layer, row.expert) for row in ranked[:TABLE_EXPERTS]],
             measure="nPMI, as published",
             caption=f"Counted on {findings.sequences} texts, {findings.positions:,} positions. Outlined: the first "
-            f"{min(SHOWN, len(ranked))} that are ranked.",
+            f"{min(TABLE_EXPERTS, len(ranked))} that are ranked.",
         )
     }
     if ranked:
-        best = ranked[:RANKED]
-        found["ranking"] = plots.ranking(
+        best = ranked[:PLOTTED_EXPERTS]
+        figures["ranking"] = plots.ranking(
             "The experts that go most with the markers",
             [str(row.name) for row in best],
             [row.smoothed.estimate for row in best],
@@ -105,12 +105,12 @@ def _figures(findings: ExpertFindings) -> dict[str, Figure]:
             caption="Smoothed score with its 95 % interval by bootstrap over documents; hollow: as published.",
         )
     if findings.sweep is not None:
-        for at, task in enumerate(findings.sweep.tasks):
-            found[f"beta-{at}"] = _curve(findings.sweep, task)
-    return found
+        for index, task in enumerate(findings.sweep.tasks):
+            figures[f"beta-{index}"] = _beta_curve(findings.sweep, task)
+    return figures
 
 
-def _curve(sweep: SweepRecord, task: str) -> Figure:
+def _beta_curve(sweep: SweepRecord, task: str) -> Figure:
     grid = sorted((p for p in sweep.points if p.control is None and p.part == "choice"), key=lambda p: p.beta)
     controls = [p for p in sweep.points if p.control is not None]
     values = [p.scores[task].value or 0.0 for p in controls]
@@ -130,7 +130,7 @@ def _curve(sweep: SweepRecord, task: str) -> Figure:
     )
 
 
-def _counted(findings: ExpertFindings) -> Table:
+def _counts_table(findings: ExpertFindings) -> Table:
     rows: list[Sequence[Value]] = [(part, count, None) for part, count in findings.by_part.items()]
     rows += [(f"marker {m.text}", m.positions, m.weight) for m in findings.markers]
     note = (
@@ -140,7 +140,7 @@ def _counted(findings: ExpertFindings) -> Table:
     return Table("What was counted", ["", Column("positions", "count"), Column("weight", "number")], rows, note=note)
 
 
-def _ranking(findings: ExpertFindings) -> Table:
+def _ranking_table(findings: ExpertFindings) -> Table:
     columns = [
         Column("expert"),
         Column("rank", "count"),
@@ -154,12 +154,13 @@ def _ranking(findings: ExpertFindings) -> Table:
         Column("‖adds‖/‖x‖", "percent"),
         Column("published rank", "count"),
     ]
-    shown = findings.ranked[:SHOWN] or findings.experts[:SHOWN]
+    # If none is ranked, the first by the published score.
+    best = findings.ranked[:TABLE_EXPERTS] or findings.experts[:TABLE_EXPERTS]
     rows: list[Sequence[Value]] = [
         (
             str(row.name),
             row.rank,
-            _ranks(row),
+            _rank_interval(row),
             row.npmi,
             row.smoothed.text(),
             row.difference,
@@ -169,18 +170,18 @@ def _ranking(findings: ExpertFindings) -> Table:
             row.norm_ratio,
             row.published_rank,
         )
-        for row in shown
+        for row in best
     ]
-    without = sum(row.rank is None for row in findings.experts)
+    unranked = sum(row.rank is None for row in findings.experts)
     note = (
-        f"{without} of {len(findings.experts)} experts lack the evidence for a rank. nPMI: as published; difference: "
+        f"{unranked} of {len(findings.experts)} experts lack the evidence for a rank. nPMI: as published; difference: "
         "share of the marker's positions at which it fires less that of all others, weighted; q: share of false "
         "discoveries."
     )
     return Table("Experts by nPMI with the markers", columns, rows, note=note)
 
 
-def _sweep(sweep: SweepRecord) -> Table:
+def _sweep_table(sweep: SweepRecord) -> Table:
     columns = [
         Column("part"),
         Column("experts"),
@@ -191,7 +192,7 @@ def _sweep(sweep: SweepRecord) -> Table:
     rows: list[Sequence[Value]] = [
         (
             p.part,
-            _called(p),
+            _experts_text(p),
             p.beta,
             *(p.scores[task].text() for task in sweep.tasks),
             None if p.collapsed is None else p.collapsed.value,
@@ -205,12 +206,12 @@ def _sweep(sweep: SweepRecord) -> Table:
     return Table("β, chosen and tested", columns, rows, note=note)
 
 
-def _verdict(sweep: SweepRecord) -> str:
-    def of(beta: float) -> PointRecord:
+def _sweep_sentence(sweep: SweepRecord) -> str:
+    def tested(beta: float) -> PointRecord:
         return next(p for p in sweep.points if p.part == "test" and p.control is None and p.beta == beta)
 
     task = sweep.tasks[0]
-    before, after = of(1.0).scores[task], of(sweep.best).scores[task]
+    before, after = tested(1.0).scores[task], tested(sweep.best).scores[task]
     randoms = [p.scores[task].value or 0.0 for p in sweep.points if p.control is not None]
     control = f"; random experts of the same layers give {min(randoms):.1%} to {max(randoms):.1%}" if randoms else ""
     if sweep.best == 1:
@@ -226,17 +227,17 @@ def _verdict(sweep: SweepRecord) -> str:
     )
 
 
-def _called(point: PointRecord) -> str:
+def _experts_text(point: PointRecord) -> str:
     return ", ".join(point.experts) if point.control is None else f"random {point.control}: {', '.join(point.experts)}"
 
 
-def _values(findings: ExpertFindings) -> Floats:
-    at = {layer: row for row, layer in enumerate(findings.layers)}
+def _npmi_grid(findings: ExpertFindings) -> Floats:
+    row_of = {layer: row for row, layer in enumerate(findings.layers)}
     values = np.full((len(findings.layers), max(findings.n_experts)), np.nan)
     for row in findings.experts:
-        values[at[row.layer], row.expert] = row.npmi
+        values[row_of[row.layer], row.expert] = row.npmi
     return values
 
 
-def _ranks(row: ExpertRecord) -> str:
+def _rank_interval(row: ExpertRecord) -> str:
     return "–" if row.rank_low is None else f"{row.rank_low} to {row.rank_high}"

@@ -17,7 +17,7 @@ from probes.experts.findings import (
     SweepRecord,
     write_expert_findings,
 )
-from probes.experts.report import SHOWN, expert_sentences, expert_tables, write_expert_report
+from probes.experts.report import TABLE_EXPERTS, expert_sentences, expert_tables, write_expert_report
 from surgery.reporting.report import Table
 
 N_EXPERTS = 20
@@ -106,7 +106,7 @@ def test_without_a_ranking_there_is_one_sentence_and_the_published_order() -> No
     found = findings(ranked=0)
     assert expert_sentences(found) == ["No expert has evidence enough to be ranked."]
     ranking = expert_tables(found)[1]
-    assert [row[0] for row in cells(ranking)] == [str(row.name) for row in found.experts[:SHOWN]]
+    assert [row[0] for row in cells(ranking)] == [str(row.name) for row in found.experts[:TABLE_EXPERTS]]
     assert {row[1] for row in cells(ranking)} == {None}
 
 
