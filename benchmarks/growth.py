@@ -37,7 +37,6 @@ from transfer import machine
 if TYPE_CHECKING:  # torch is left to the processes that need it: see `measuring`
     from torch import Tensor
 
-    from surgery.growth.prefix_cache.prefix import Prefix
     from surgery.growth.training.loop import StageResult, TrainingStep
     from surgery.models.loaded_model import LoadedModel
 
@@ -91,7 +90,7 @@ class Windows:
     def require(self, n_windows: int) -> None:
         """All are there."""
 
-    def number_of(self, drawn: int) -> int:
+    def window_at(self, drawn: int) -> int:
         """The number of the window that is drawn as the `drawn`-th."""
         again, at = divmod(drawn, self.sizes.windows)
         return random.Random(again).sample(range(self.sizes.windows), self.sizes.windows)[at]
@@ -115,17 +114,22 @@ def train(
     """Trains the last layer, the final norm and the head of `live` in place; `cache` keeps in fp32 what is below."""
     import torch
 
-    from surgery.growth.plan import GrowthStage
+    from surgery.growth.plan import GrowthStage, StageTraining
     from surgery.growth.prefix_cache.cache import PrefixCache
     from surgery.growth.prefix_cache.prefix import Prefix
-    from surgery.growth.training.loop import train_stage
+    from surgery.growth.training.loop import train_stage, trainable_model
+    from surgery.growth.training.schedule import TrainingSchedule
 
-    with TemporaryDirectory() as states, ExitStack() as stack:
-
-        def prefix(depth: int) -> Prefix | None:
-            if cache is None or depth == 0:
-                return None
-            held = PrefixCache(
+    stage = GrowthStage(tokens=steps * sizes.batch * sizes.sequence)
+    schedule = TrainingSchedule(stage, StageTraining(), 0, sizes.sequence, sizes.batch, SEED)
+    with (
+        TemporaryDirectory() as states,
+        ExitStack() as stack,
+        trainable_model(live, schedule, [len(live.layers) - 1]) as model,
+    ):
+        prefix = None
+        if cache is not None and model.depth > 0:
+            open_cache = PrefixCache(
                 cache,
                 windows=sizes.windows,
                 sequence=sizes.sequence,
@@ -133,24 +137,10 @@ def train(
                 dtype=torch.float32,
                 tokens=Windows.identity,
             )
-            stack.callback(held.close)
-            found = Prefix(live, depth, held)
-            stack.callback(found.close)
-            return found
-
-        return train_stage(
-            live,
-            GrowthStage(tokens=steps * sizes.batch * sizes.sequence),
-            [len(live.layers) - 1],
-            store=Windows(sizes),
-            first_window=0,
-            sequence=sizes.sequence,
-            batch=sizes.batch,
-            seed=SEED,
-            prefix=prefix,
-            folder=Path(states) / "state",
-            log=log,
-        )
+            stack.callback(open_cache.close)
+            prefix = Prefix(live, model.depth, open_cache)
+            stack.callback(prefix.close)
+        return train_stage(model, schedule, store=Windows(sizes), prefix=prefix, folder=Path(states) / "state", log=log)
 
 
 def begin(folder: Path, sizes: Sizes, *, layers: int = 0) -> Path:
@@ -276,14 +266,14 @@ def bounds_of(model: Path) -> Bounds:
     """From `surgery.growth.training.flops`, with 2·P for a forward pass: P_new is the new layer and the head."""
     from surgery.checkpoint.resolve import open_checkpoint
     from surgery.checkpoint.structure import model_structure
-    from surgery.growth.training.flops import FORWARD, sizes, step_cost
+    from surgery.growth.training.flops import FORWARD, forward_cost, training_cost
 
     checkpoint = open_checkpoint(model)
     matrices, whole = (
-        sizes(checkpoint, model_structure(checkpoint), sequence=length) for length in (0, SPEED.sequence)
+        forward_cost(checkpoint, model_structure(checkpoint), sequence=length) for length in (0, SPEED.sequence)
     )
     depth, block = len(matrices.layers) - 1, matrices.layers[-1]
-    plain, attended = (step_cost(size, depth=depth, trained={depth}, head=True) for size in (matrices, whole))
+    plain, attended = (training_cost(size, depth=depth, trained={depth}, head=True) for size in (matrices, whole))
     return Bounds(
         plain.whole / plain.above,
         1 + block / plain.above,

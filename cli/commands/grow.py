@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from surgery.growth.embedding.build import Kind
     from surgery.growth.layers.add import AddReport
     from surgery.growth.layers.init_model import InitReport
+    from surgery.growth.options import RunOptions
     from surgery.growth.plan import Init, LayerPosition
     from surgery.growth.prepare import PreparedRun
     from surgery.growth.results import Growth
-    from surgery.growth.run import RunOptions
 
 app = typer.Typer(
     help="Grows transformers layer by layer on a frozen embedding, and deepens models that are there.",
@@ -280,7 +280,7 @@ def baseline(
     if dry_run:
         _nothing_done(begun, as_json=as_json)
     else:
-        _show(train_baselines(begun, budget=chosen, embedding=of, doing=doing), out, as_json=as_json)
+        _show(train_baselines(begun, budget=chosen, embedding=of, options=doing), out, as_json=as_json)
 
 
 def _place(text: str) -> LayerPosition:
@@ -301,8 +301,8 @@ def _begin(
     save_every: float,
     tensorboard: bool,
 ) -> tuple[PreparedRun, RunOptions]:
+    from surgery.growth.options import RunOptions
     from surgery.growth.prepare import load_plan, prepare_run
-    from surgery.growth.run import RunOptions
     from surgery.runtime.progress import terminal
 
     begun = prepare_run(load_plan(plan, embed=embed, corpus=corpus, tokens=tokens, seed=seed), out)

@@ -1,13 +1,14 @@
-"""What growth is to be compared with: models of the final depth, trained in one go on what the growth saw.
+"""Train the baselines that a growth is compared with: models of the final depth, trained in one go.
 
-In comes a plan whose growth is done, out come up to four models in the same run: at the same tokens and at the same
-operations, with the embedding frozen and trained. They draw the windows that the growth drew, in the same order. As
-reviewers of arXiv 2507.07129 asked for.
+Up to four models are added to the run of a finished growth: with the same number of tokens or of operations, each with
+the embedding frozen or trained. They draw the windows that the growth drew, in the same order. Reviewers of
+arXiv 2507.07129 asked for this comparison.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Literal
 
@@ -16,38 +17,39 @@ from torch import Tensor
 from surgery.checkpoint.checkpoint import read_folder
 from surgery.checkpoint.structure import model_structure
 from surgery.errors import usage_error
-from surgery.growth.layers.random_init import seed_of
+from surgery.growth.layers.random_init import part_seed
+from surgery.growth.options import RunOptions
 from surgery.growth.plan import GrowthStage
-from surgery.growth.prepare import PreparedRun, key_of
-from surgery.growth.results import Budget, Embedding, Growth, TrainedStage
+from surgery.growth.prepare import PreparedRun, content_key
+from surgery.growth.results import Budget, EmbeddingTraining, Growth, TrainedStage
 from surgery.growth.run import (
-    RunOptions,
-    comparable,
-    held_growth,
-    kept,
-    made,
-    publish,
-    remove,
-    run_context,
-    scores_of,
+    create_run_context,
+    create_start_model,
+    evaluate_model,
+    matching_baselines,
+    read_existing_growth,
+    read_existing_training,
+    remove_folder,
     stage_keys,
+    write_results,
 )
-from surgery.growth.training.checkpointed import RunContext, TrainingJob, train_checkpoint
-from surgery.growth.training.flops import sizes, step_cost
-from surgery.growth.training.lr_schedule import Windows
+from surgery.growth.training.flops import forward_cost, training_cost
+from surgery.growth.training.job import RunContext, TrainingJob
+from surgery.growth.training.schedule import WindowSource
+from surgery.growth.training.stage_runner import train_checkpoint
 from surgery.io.hashing import hash_text
 
 Budgets = Literal["tokens", "flops", "both"]
 Embeddings = Literal["frozen", "trained", "both"]
 
 
-class SameOrder:
-    """The windows that a growth drew, stage after stage; behind the last one they begin again.
+class ReplayedWindows:
+    """The windows that a growth drew, stage after stage; after the last one they start again (a `WindowSource`).
 
-    drawn: for each stage the first that it drew, and how many. See `course.Windows`.
+    drawn: for each stage the position of its first window, and how many it drew.
     """
 
-    def __init__(self, store: Windows, drawn: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, store: WindowSource, drawn: Sequence[tuple[int, int]]) -> None:
         self._store, self._drawn = store, tuple(drawn)
         self._total = sum(count for _, count in drawn)
 
@@ -58,111 +60,109 @@ class SameOrder:
     def require(self, n_windows: int) -> None:
         self._store.require(max(first + count for first, count in self._drawn))
 
-    def number_of(self, drawn: int) -> int:
-        at = drawn % self._total
+    def window_at(self, position: int) -> int:
+        at = position % self._total
         for first, count in self._drawn:
             if at < count:
-                return self._store.number_of(first + at)
+                return self._store.window_at(first + at)
             at -= count
         raise AssertionError("unreachable: the counts add up to the total")
 
-    def windows(self, numbers: Sequence[int]) -> Tensor:
-        return self._store.windows(numbers)
+    def windows(self, indices: Sequence[int]) -> Tensor:
+        return self._store.windows(indices)
 
 
 def train_baselines(
-    begun: PreparedRun, *, budget: Budgets = "both", embedding: Embeddings = "both", doing: RunOptions = RunOptions()
+    prepared: PreparedRun,
+    *,
+    budget: Budgets = "both",
+    embedding: Embeddings = "both",
+    options: RunOptions = RunOptions(),
 ) -> Growth:
-    """Trains the baselines that are not there yet, measures them, and adds them to results and report.
+    """Train and measure the baselines that do not exist yet, and add them to results and report.
 
     Args:
         budget: what they get as much of as the growth had: tokens, operations (as if nothing had been cached), or one
             model for each.
-        embedding: whether it is frozen, as in the growth, or trains too, or one model for each.
+        embedding: whether it is frozen, as in the growth, or trained too, or one model for each.
 
     Raises:
-        SurgeryError: the growth is not done; it deepened a model that was there before, which nothing can be trained
-            like in one go; else as `grow`.
+        SurgeryError: the growth is not finished; it deepened an existing model, whose training cannot be repeated in
+            one go; else as `grow`.
     """
-    plan, run = begun.plan, begun.run
-    growth = held_growth(run)
-    if plan.embed is None:
-        raise usage_error(
-            "deepens a model whose own training is not known, so that there is nothing to compare with", where="start"
-        )
-    if growth is None or len(growth.stages) < len(plan.expanded):
-        raise usage_error(
-            "holds no growth that is done, of which the baselines take tokens and operations",
-            where=run,
-            hint="`surgery grow run PLAN -o RUN` comes first.",
-        )
-    shared = run_context(begun, doing)
-    keys = stage_keys(begun, shared)
+    plan, run = prepared.plan, prepared.run
+    growth = _finished_growth(prepared)
+    context = create_run_context(prepared, options)
+    keys = stage_keys(prepared, context)
     if [stage.training.key for stage in growth.stages] != keys:
         raise usage_error(
             "holds a growth of another plan, start or corpus", where=run, hint="Give those that it was grown by."
         )
     stages = [
-        TrainedStage(training=s.training, scores=scores_of(begun, s.training, doing, growth)) for s in growth.stages
+        TrainedStage(training=s.training, scores=evaluate_model(prepared, s.training, options, growth))
+        for s in growth.stages
     ]
     drawn = [(s.training.first_window, s.training.steps * plan.batch) for s in growth.stages]
-    ground = RunContext(
-        run,
-        SameOrder(shared.store, drawn),
-        shared.sequence,
-        shared.batch,
-        shared.cache,
-        shared.cached_windows,
-        shared.device,
-        shared.made_from,
-        shared.save_every,
-        shared.logs,
-        shared.progress,
-    )
+    context = replace(context, store=ReplayedWindows(context.store, drawn))
     budgets: tuple[Budget, ...] = ("tokens", "flops") if budget == "both" else (budget,)
-    embeddings: tuple[Embedding, ...] = ("frozen", "trained") if embedding == "both" else (embedding,)
-    found = {model.training.name: model for model in comparable(growth, plan, keys[-1])}
-    for one, other in product(budgets, embeddings):
-        model = _baseline(begun, growth, ground, one, other, doing)
-        found[model.training.name] = model
-        publish(begun, stages, _ordered(found))
-    return publish(begun, stages, _ordered(found), report=True)
+    embeddings: tuple[EmbeddingTraining, ...] = ("frozen", "trained") if embedding == "both" else (embedding,)
+    baselines = {model.training.name: model for model in matching_baselines(growth, plan, keys[-1])}
+    for one_budget, one_embedding in product(budgets, embeddings):
+        model = _train_baseline(prepared, growth, context, one_budget, one_embedding)
+        baselines[model.training.name] = model
+        write_results(prepared, stages, _sorted(baselines))
+    return write_results(prepared, stages, _sorted(baselines), report=True)
 
 
-def _baseline(
-    begun: PreparedRun, growth: Growth, ground: RunContext, budget: Budget, embedding: Embedding, doing: RunOptions
+def _finished_growth(prepared: PreparedRun) -> Growth:
+    growth = read_existing_growth(prepared.run)
+    if prepared.plan.embed is None:
+        raise usage_error(
+            "deepens a model whose own training is not known, so that there is nothing to compare with", where="start"
+        )
+    if growth is None or len(growth.stages) < len(prepared.plan.expanded):
+        raise usage_error(
+            "holds no growth that is done, of which the baselines take tokens and operations",
+            where=prepared.run,
+            hint="`surgery grow run PLAN -o RUN` comes first.",
+        )
+    return growth
+
+
+def _train_baseline(
+    prepared: PreparedRun, growth: Growth, context: RunContext, budget: Budget, embedding: EmbeddingTraining
 ) -> TrainedStage:
-    plan, last = begun.plan, growth.stages[-1].training
+    plan, last = prepared.plan, growth.stages[-1].training
     name = f"baseline-{budget}-{embedding}"
-    seed, begins = seed_of(plan.seed, name), begun.run / f"{name}.start"
-    key = key_of(begun.key, last.key, name, plan.training.model_dump(mode="json"))
-    record = kept(begun.run / name, key)
+    seed, start = part_seed(plan.seed, name), prepared.run / f"{name}.start"
+    key = content_key(prepared.key, last.key, name, plan.training.model_dump(mode="json"))
+    record = read_existing_training(prepared.run / name, key)
     if record is None:
-        made(begun, begins, layers=last.layers)
+        create_start_model(prepared, start, layers=last.layers)
         stage = GrowthStage(
             add=0,
             init="random",
             train=("all",) if embedding == "trained" else ("new", "head", "norm"),
-            tokens=_tokens(begun, growth, begins.name, budget),
+            tokens=_budget_tokens(prepared, growth, start.name, budget),
             training=plan.training,
         )
+        # Every layer counts as new: all of them train from the start.
         new = tuple(range(last.layers))
-        record = train_checkpoint(
-            ground, TrainingJob(name, begins, stage, new, key, seed, 0, None, plan, embedding, budget)
-        )
-        remove(begins)
-    return TrainedStage(training=record, scores=scores_of(begun, record, doing, growth))
+        record = train_checkpoint(context, TrainingJob(name, start, stage, new, key, seed, 0, None, budget))
+        remove_folder(start)
+    return TrainedStage(training=record, scores=evaluate_model(prepared, record, context.options, growth))
 
 
-def _tokens(begun: PreparedRun, growth: Growth, start: str, budget: Budget) -> int:
-    """What the budget comes to in tokens."""
+def _budget_tokens(prepared: PreparedRun, growth: Growth, start: str, budget: Budget) -> int:
+    """Return how many tokens a baseline may train on."""
     if budget == "tokens":
         return sum(stage.training.tokens for stage in growth.stages)
-    checkpoint = read_folder(begun.run / start)
-    size = sizes(checkpoint, model_structure(checkpoint), sequence=begun.plan.sequence)
-    each = step_cost(size, depth=0, trained=range(len(size.layers)), head=True).whole
-    return max(1, int(sum(stage.training.flops for stage in growth.stages) / each))
+    checkpoint = read_folder(prepared.run / start)
+    forward = forward_cost(checkpoint, model_structure(checkpoint), sequence=prepared.plan.sequence)
+    per_token = training_cost(forward, depth=0, trained=range(len(forward.layers)), head=True).whole
+    return max(1, int(sum(stage.training.flops for stage in growth.stages) / per_token))
 
 
-def _ordered(found: dict[str, TrainedStage]) -> list[TrainedStage]:
-    return [found[name] for name in sorted(found, reverse=True)]
+def _sorted(baselines: Mapping[str, TrainedStage]) -> list[TrainedStage]:
+    """Return baselines in the order of results.json: by name, descending (tokens before flops)."""
+    return [baselines[name] for name in sorted(baselines, reverse=True)]

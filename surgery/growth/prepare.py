@@ -1,6 +1,6 @@
-"""A plan is held against what it names before anything is written: the model or embedding, the texts, the run's folder.
+"""Check a growth plan against what it names before anything is written: model or embedding, texts, run folder.
 
-In comes a plan (see `schedule`), out comes a `PreparedRun` that can be grown; or every fault at once.
+The result is a `PreparedRun` that can be grown, or one error with everything that is wrong.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.structure import model_structure
 from surgery.checkpoint.tensor_roles import number
 from surgery.engine.manifest import input_entry
 from surgery.engine.verification import tensor_hashes
-from surgery.errors import SurgeryError, listing, usage_error
+from surgery.errors import ErrorList, SurgeryError, listing, usage_error
 from surgery.evaluation.perplexity import Text
 from surgery.growth.data.corpus import documents
 from surgery.growth.embedding.build import open_embedding
@@ -31,8 +30,9 @@ from surgery.runtime.environment import n_processes
 
 COMMAND = "grow run"
 TOKENS = "tokens"
-# What of a plan changes no weights, or is known by its content, wherever it lies; stages have keys of their own.
-FREE: dict[str, Any] = {
+# Parts of a plan that are not in a run's key: they change no weights, or their content is hashed instead of their path;
+# stages have keys of their own.
+NOT_IN_KEY: dict[str, Any] = {
     **dict.fromkeys(("evaluate", "stages", "embed", "start", "corpus"), True),
     "cache": {"use", "disk", "folder"},
     "model": {"config"},
@@ -41,10 +41,11 @@ FREE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run whose plan fits: what it starts from, and where its tokens come from.
+    """A run whose plan was checked: what it starts from, and where its tokens come from.
 
-    key: hash of what comes before the first stage. layers: of the model it starts from. width: of its embedding. texts:
-    what stages are measured on. facts: what was checked. made_from: what it begins with, as manifests name it.
+    key: hash of everything before the first stage. layers: of the model it starts from. width: of its embedding. texts:
+    what stages are measured on. facts: checked properties, as (label, value) for people. inputs: what it starts from,
+    as entries of manifests.
     """
 
     plan: GrowthPlan
@@ -56,7 +57,7 @@ class PreparedRun:
     tokenizer: Any
     texts: tuple[Text, ...]
     facts: Mapping[str, str]
-    made_from: Mapping[str, Mapping[str, Any]]
+    inputs: Mapping[str, Mapping[str, Any]]
 
 
 def load_plan(
@@ -67,10 +68,10 @@ def load_plan(
     tokens: int | None = None,
     seed: int | None = None,
 ) -> GrowthPlan:
-    """The plan `ref` (see `schedule.read_plan`), with what is given here in place of what it says.
+    """Read the plan `ref` (see `surgery.growth.plan.read_plan`), with the given arguments in place of its own values.
 
     Raises:
-        SurgeryError: as reading it; it says neither here nor there what it begins with, or what it trains on.
+        SurgeryError: as `read_plan`; neither the plan nor the arguments say what to begin with, or what to train on.
     """
     plan, _ = read_plan(ref)
     changed: dict[str, Any] = {}
@@ -97,113 +98,166 @@ def load_plan(
 
 
 def prepare_run(plan: GrowthPlan, run: Path) -> PreparedRun:
-    """Checks all of `plan` against what it names, and against what lies in `run`; nothing is written.
+    """Check all of `plan` against what it names, and against what exists in `run`; nothing is written.
 
     Raises:
-        SurgeryError: with every fault that was found: a stage that adds layers where none can be, a batch that the
-            processes cannot share, an embedding of another tokenizer, a text that is missing, a run of another plan.
+        SurgeryError: with every error that was found: a stage that adds layers where none can be, a batch that the
+            processes cannot share, an embedding of another tokenizer, a missing text, a run of another plan.
     """
-    if run.exists() and not run.is_dir():
-        raise usage_error("is a file, expected a folder", where=run)
-    if run.exists() and any(run.iterdir()) and not (run / RESULTS).exists() and not (run / TOKENS).exists():
-        raise usage_error("is not empty, and no growth", where=run, hint="Choose another folder.")
-    faults: list[str] = []
-    if plan.embed is not None:
-        embedding = open_embedding(plan.embed)
-        folder, key, layers = embedding.folder, embedding.hash, (plan.model or ModelShape()).layers
-        width, vocab_size = embedding.width, embedding.vocab_size
-        made_from = {"embedding": {**dict.fromkeys(("repo_id", "revision")), "ref": plan.embed, KEY: embedding.hash}}
-        what = f"{plan.embed}: {vocab_size:,} tokens × {width:,}, frozen"
-    else:
-        start = open_checkpoint(str(plan.start))
-        structure = model_structure(start)
-        if start.folder is None:
-            raise usage_error("is no model folder, which can be trained", where=plan.start)
-        made_from = {"start": input_entry(start, tensor_hashes(start))}
-        folder, key, layers = start.folder, str(made_from["start"][KEY]), structure.layers
-        width, vocab_size = structure.hidden_size or 0, structure.vocab_size or 0
-        what = f"{plan.start}: {layers} layers of width {width:,}"
-    tokenizer = open_tokenizer(str(folder)).tokenizer
-    if tokenizer.eos_token_id is None:
-        faults.append(f"{folder}: its tokenizer has no end-of-text token, which separates documents.")
-    if len(tokenizer) > vocab_size:
-        faults.append(
-            f"{folder}: its tokenizer has {len(tokenizer):,} tokens, the embedding {vocab_size:,} rows. Make the "
-            "embedding of this tokenizer."
-        )
-    depth = _check_stages(plan, layers, faults)
-    _check_context(plan, open_checkpoint(str(plan.start)) if plan.start else None, faults)
-    _check_corpus(plan, faults)
-    texts = tuple(_text(ref, plan, faults) for ref in plan.evaluate.texts)
-    if faults:
-        raise usage_error("\n  ".join(faults), where=COMMAND)
+    _check_folder(run)
+    start = _frozen_embedding(plan) if plan.embed is not None else _start_model(plan)
+    errors = ErrorList()
+    tokenizer = _tokenizer(start, errors)
+    depth = _check_stages(plan, start.layers, errors)
+    _check_context(plan, errors)
+    _check_corpus(plan, errors)
+    texts = tuple(_evaluation_text(ref, plan, errors) for ref in plan.evaluate.texts)
+    errors.raise_if_any(COMMAND)
     total = sum(steps * plan.batch * plan.sequence for steps in plan.steps_of)
     facts = {
-        "begins with": what,
-        "stages": f"{len(plan.expanded)}, from {layers} to {depth} layers",
+        "begins with": start.description,
+        "stages": f"{len(plan.expanded)}, from {start.layers} to {depth} layers",
         "tokens": f"{total:,} in all, in windows of {plan.sequence:,}",
         "corpus": listing(plan.corpus, 3),
     }
     config = read_json(plan.model.config) if plan.model and plan.model.config else None
-    key = key_of(key, plan.model_dump(mode="json", exclude=FREE), config)
-    return PreparedRun(plan, run, key, layers, width, vocab_size, tokenizer, texts, facts, made_from)
+    key = content_key(start.key, plan.model_dump(mode="json", exclude=NOT_IN_KEY), config)
+    return PreparedRun(
+        plan, run, key, start.layers, start.width, start.vocab_size, tokenizer, texts, facts, start.inputs
+    )
 
 
-def key_of(*parts: Any) -> str:
-    """The hash that stands for everything in `parts`."""
+@dataclass(frozen=True)
+class _Start:
+    """What a plan begins with: a frozen embedding, or a model. key: hash of its weights."""
+
+    folder: Path
+    key: str
+    layers: int
+    width: int
+    vocab_size: int
+    inputs: Mapping[str, Mapping[str, Any]]
+    description: str
+
+
+def _frozen_embedding(plan: GrowthPlan) -> _Start:
+    embedding = open_embedding(str(plan.embed))
+    entry = {**dict.fromkeys(("repo_id", "revision")), "ref": plan.embed, KEY: embedding.hash}
+    return _Start(
+        embedding.folder,
+        embedding.hash,
+        (plan.model or ModelShape()).layers,
+        embedding.width,
+        embedding.vocab_size,
+        {"embedding": entry},
+        f"{plan.embed}: {embedding.vocab_size:,} tokens × {embedding.width:,}, frozen",
+    )
+
+
+def _start_model(plan: GrowthPlan) -> _Start:
+    model = open_checkpoint(str(plan.start))
+    structure = model_structure(model)
+    if model.folder is None:
+        raise usage_error("is no model folder, which can be trained", where=plan.start)
+    entry = input_entry(model, tensor_hashes(model))
+    width = structure.hidden_size or 0
+    return _Start(
+        model.folder,
+        str(entry[KEY]),
+        structure.layers,
+        width,
+        structure.vocab_size or 0,
+        {"start": entry},
+        f"{plan.start}: {structure.layers} layers of width {width:,}",
+    )
+
+
+def content_key(*parts: Any) -> str:
+    """Return one hash over everything in `parts` (JSON values)."""
     return hash_text(json.dumps(parts, sort_keys=True))
 
 
-def shape_of(plan: GrowthPlan, *, layers: int) -> ModelShape:
-    """The shape of the model that a plan with `embed` begins with; its context is the windows' unless the plan says."""
+def start_shape(plan: GrowthPlan, *, layers: int) -> ModelShape:
+    """Return the shape of the model that a plan with `embed` begins with.
+
+    Its context is the length of the training windows unless the plan says otherwise.
+    """
     shape = plan.model or ModelShape()
-    own = shape.config is not None or "context" in shape.model_fields_set
-    return shape.model_copy(update={"layers": layers} | ({} if own else {"context": plan.sequence}))
+    has_context = shape.config is not None or "context" in shape.model_fields_set
+    return shape.model_copy(update={"layers": layers} | ({} if has_context else {"context": plan.sequence}))
 
 
-def _check_stages(plan: GrowthPlan, layers: int, faults: list[str]) -> int:
-    """Adds a fault for every stage that cannot be; returns how many layers there are at the end."""
+def _check_folder(run: Path) -> None:
+    if run.exists() and not run.is_dir():
+        raise usage_error("is a file, expected a folder", where=run)
+    # A run that was killed in its first stage has tokens and no results yet.
+    if run.exists() and any(run.iterdir()) and not (run / RESULTS).exists() and not (run / TOKENS).exists():
+        raise usage_error("is not empty, and no growth", where=run, hint="Choose another folder.")
+
+
+def _tokenizer(start: _Start, errors: ErrorList) -> Any:
+    tokenizer = open_tokenizer(str(start.folder)).tokenizer
+    if tokenizer.eos_token_id is None:
+        errors.add("its tokenizer has no end-of-text token, which separates documents.", where=start.folder, usage=True)
+    if len(tokenizer) > start.vocab_size:
+        errors.add(
+            f"its tokenizer has {len(tokenizer):,} tokens, the embedding {start.vocab_size:,} rows",
+            where=start.folder,
+            hint="Make the embedding of this tokenizer.",
+            usage=True,
+        )
+    return tokenizer
+
+
+def _check_stages(plan: GrowthPlan, layers: int, errors: ErrorList) -> int:
+    """Add an error for every impossible stage; return the number of layers at the end."""
     for index, stage in enumerate(plan.expanded, start=1):
         if isinstance(stage.at, int) and stage.add and stage.at > layers:
-            faults.append(f"stage {index} adds layers before layer {stage.at}, where there are {layers}: use top.")
+            errors.add(
+                f"stage {index} adds layers before layer {stage.at}, where there are {layers}: use top.", usage=True
+            )
         if stage.init == "copy" and stage.add and not layers:
-            faults.append(f"stage {index} copies layers, where there are none yet: use identity or random.")
+            errors.add(f"stage {index} copies layers, where there are none yet: use identity or random.", usage=True)
         layers += stage.add
         if not layers:
-            faults.append(f"stage {index} trains a model without any layer: let it add some.")
+            errors.add(f"stage {index} trains a model without any layer: let it add some.", usage=True)
         parts = n_processes() * (stage.training or plan.training).accumulate
         if plan.batch % parts:
-            faults.append(f"stage {index}: a batch of {plan.batch} windows cannot be divided into {parts} parts.")
+            errors.add(
+                f"stage {index}: a batch of {plan.batch} windows cannot be divided into {parts} parts.", usage=True
+            )
     return layers
 
 
-def _check_context(plan: GrowthPlan, start: Checkpoint | None, faults: list[str]) -> None:
-    config = start.config if start else {}
+def _check_context(plan: GrowthPlan, errors: ErrorList) -> None:
+    config = open_checkpoint(str(plan.start)).config if plan.start else {}
     if plan.model is not None and plan.model.config is not None:
         config = read_json(plan.model.config)
     stated = number(config, ("max_position_embeddings",))
-    context = stated if config else shape_of(plan, layers=0).context
+    context = stated if config else start_shape(plan, layers=0).context
     if context is not None and plan.sequence > context:
-        faults.append(f"windows of {plan.sequence:,} tokens do not fit into the model's context of {context:,}.")
+        errors.add(
+            f"windows of {plan.sequence:,} tokens do not fit into the model's context of {context:,}.", usage=True
+        )
 
 
-def _check_corpus(plan: GrowthPlan, faults: list[str]) -> None:
-    """Adds a fault where the corpus is not there or holds no text; only its first document is read."""
+def _check_corpus(plan: GrowthPlan, errors: ErrorList) -> None:
+    """Add an error where the corpus does not exist or holds no text; only its first document is read."""
     try:
         next(documents(plan.corpus, field=plan.field))
     except SurgeryError as error:
-        faults.append(str(error))
+        errors.add(str(error), usage=True)
     except StopIteration:
-        faults.append(f"{listing(plan.corpus)}: holds no text to learn from.")
+        errors.add("holds no text to learn from.", where=listing(plan.corpus), usage=True)
 
 
-def _text(ref: str, plan: GrowthPlan, faults: list[str]) -> Text:
-    found: list[str] = []
+def _evaluation_text(ref: str, plan: GrowthPlan, errors: ErrorList) -> Text:
+    texts: list[str] = []
     try:
         # Only what will be used: a corpus may be of any size.
-        found = [document.text for document in islice(documents([ref], field=plan.field), plan.evaluate.limit)]
-        if not found:
-            faults.append(f"{ref}: holds no text to be measured on.")
+        texts = [document.text for document in islice(documents([ref], field=plan.field), plan.evaluate.limit)]
+        if not texts:
+            errors.add("holds no text to be measured on.", where=ref, usage=True)
     except SurgeryError as error:
-        faults.append(str(error))
-    return Text(ref, found)
+        errors.add(str(error), usage=True)
+    return Text(ref, texts)

@@ -1,7 +1,7 @@
-"""What a growth left behind, as records: every training of it, what it was measured on, and where its files lie.
+"""Records of a growth on disk: `training.json` of every trained model, and `results.json` of the run.
 
-A training's own record (`training.json`) lies in the folder of the model that came out, and appears with it. A run's
-`results.json` gathers them, with the scores, for programs and for the report.
+`training.json` is in the folder of the model that was trained, and appears with it. `results.json` collects these
+records and the models' scores, for programs and for the report.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ SCHEMA = 1
 KIND = "growth"
 AGAIN = "Grow the model again"
 TRAINING, RESULTS, REPORT = "training.json", "results.json", "report.html"
-MOST_POINTS = 2000  # of a curve that is kept: more cannot be seen
+MOST_POINTS = 2000  # of a stored loss curve: more cannot be seen in a plot
 
-Embedding = Literal["frozen", "trained"]
+EmbeddingTraining = Literal["frozen", "trained"]
 Budget = Literal["tokens", "flops"]
 
 
 class GrowthRecordBase(Strict):
-    """Part of a growth's files."""
+    """Base of the records in a growth's files."""
 
 
 class LossPoint(GrowthRecordBase):
@@ -39,10 +39,10 @@ class LossPoint(GrowthRecordBase):
 
 
 class CacheUse(GrowthRecordBase):
-    """What became of the prefix cache: why it was used or not, and how windows came by their states.
+    """Whether the prefix cache was used and why, and where the states of windows came from.
 
-    read, extended, computed: windows since the training last began or went on, in the main process; see
-    `surgery.growth.prefix_cache.prefix.Statistics`. bytes: that it took on the disk.
+    read, extended, computed: windows since the training was last started or resumed, in the main process; see
+    `surgery.growth.prefix_cache.prefix.PrefixStatistics`. bytes: size on the disk.
     """
 
     used: bool
@@ -56,10 +56,11 @@ class CacheUse(GrowthRecordBase):
 class TrainingRecord(GrowthRecordBase):
     """One training, from checkpoint to checkpoint.
 
-    key: hash of all that decides the result. layers: of the model. new: the numbers of those that were added. tokens:
-    trained on here. first_window: where in the corpus it began. first_loss, last_loss: means over the first and last
-    twentieth of the training. flops: operations of this training with nothing cached. tokens_per_second: without
-    loading, saving and measuring. proven: frozen tensors whose hash is the same in the checkpoints before and after.
+    key: hash of everything that decides the result. layers: of the model. new: indices of the added layers. tokens:
+    trained on here. first_window: windows of the corpus that were drawn before. first_loss, last_loss: means over the
+    first and last twentieth of the training. flops: operations of this training, as if nothing were cached.
+    tokens_per_second: without loading, saving and measuring. proven: frozen tensors whose hash is the same in the
+    checkpoints before and after.
     """
 
     key: str
@@ -83,7 +84,7 @@ class TrainingRecord(GrowthRecordBase):
     cache: CacheUse
     proven: int
     processes: int
-    embedding: Embedding = "frozen"
+    embedding: EmbeddingTraining = "frozen"
     budget: Budget | None = None
 
 
@@ -100,6 +101,7 @@ class ScoreRecord(GrowthRecordBase):
 
     @classmethod
     def of(cls, score: Score) -> ScoreRecord:
+        # JSON has no NaN.
         low, high = (None if math.isnan(end) else end for end in (score.low, score.high))
         return cls(
             task=score.task,
@@ -112,20 +114,20 @@ class ScoreRecord(GrowthRecordBase):
         )
 
     def score(self, model: str) -> Score:
-        """The same as a `Score` of `model`."""
+        """Return the measurement as a `Score` of `model`."""
         low, high = (math.nan if end is None else end for end in (self.low, self.high))
         return Score(model, self.task, self.metric, self.value, low, high, self.n, self.higher_is_better)
 
 
 class TrainedStage(GrowthRecordBase):
-    """A model of the run: its training, and its scores."""
+    """A model of the run: its training and its scores."""
 
     training: TrainingRecord
     scores: tuple[ScoreRecord, ...] = ()
 
 
 class Growth(GrowthRecordBase):
-    """A whole run."""
+    """The results of a whole run."""
 
     plan: GrowthPlan
     stages: tuple[TrainedStage, ...]
@@ -133,12 +135,12 @@ class Growth(GrowthRecordBase):
 
     @property
     def scores(self) -> list[Score]:
-        """Of every model, the stages first."""
+        """The scores of every model, the stages first."""
         return [score.score(model.training.name) for model in (*self.stages, *self.baselines) for score in model.scores]
 
 
-def thinned(losses: Sequence[float], tokens_per_step: int) -> tuple[LossPoint, ...]:
-    """A curve of at most `MOST_POINTS` points, each the mean over equally many steps (the last over what is left)."""
+def downsample_losses(losses: Sequence[float], tokens_per_step: int) -> tuple[LossPoint, ...]:
+    """Return at most `MOST_POINTS` points, each the mean over equally many steps (the last over what is left)."""
     size = max(1, -(-len(losses) // MOST_POINTS))
     return tuple(
         LossPoint(tokens=tokens_per_step * (start + len(part)), loss=math.fsum(part) / len(part))
@@ -147,14 +149,14 @@ def thinned(losses: Sequence[float], tokens_per_step: int) -> tuple[LossPoint, .
     )
 
 
-def ends(losses: Sequence[float]) -> tuple[float, float]:
-    """The mean loss over the first and over the last twentieth of a training."""
+def first_and_last_loss(losses: Sequence[float]) -> tuple[float, float]:
+    """Return the mean loss over the first and over the last twentieth of a training."""
     size = max(1, len(losses) // 20)
     return math.fsum(losses[:size]) / size, math.fsum(losses[-size:]) / size
 
 
 def read_training(folder: Path) -> TrainingRecord:
-    """The record of the training that made the model in `folder`. Raises SurgeryError without one."""
+    """Read the record of the training that wrote the model in `folder`. Raises SurgeryError without one."""
     path = folder / TRAINING
     if not path.is_file():
         raise SurgeryError(f"has no {TRAINING}: it is no stage of a growth", where=folder)
@@ -162,7 +164,7 @@ def read_training(folder: Path) -> TrainingRecord:
 
 
 def read_growth(run: Path) -> Growth:
-    """The results in the folder `run`. Raises SurgeryError without any."""
+    """Read the results in the folder `run`. Raises SurgeryError without any."""
     path = run / RESULTS
     if not path.is_file():
         raise usage_error(f"has no {RESULTS}", where=run, hint="Give a folder that `surgery grow run … -o RUN` wrote.")
@@ -170,10 +172,10 @@ def read_growth(run: Path) -> Growth:
 
 
 def write_growth(run: Path, growth: Growth) -> None:
-    """Writes results.json, whole or not at all."""
+    """Write results.json, whole or not at all."""
     write_file(run / RESULTS, record_text(KIND, SCHEMA, growth))
 
 
 def training_text(record: TrainingRecord) -> str:
-    """What training.json holds."""
+    """Return the content of training.json."""
     return record_text(KIND, SCHEMA, record)

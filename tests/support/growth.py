@@ -14,7 +14,8 @@ from torch import Tensor
 from surgery.growth.plan import GrowthStage, Lora, StageTraining, TrainableParts
 from surgery.growth.prefix_cache.cache import PrefixCache
 from surgery.growth.prefix_cache.prefix import Prefix
-from surgery.growth.training.loop import StageResult, train_stage
+from surgery.growth.training.loop import StageResult, train_stage, trainable_model
+from surgery.growth.training.schedule import TrainingSchedule
 from surgery.models.loaded_model import LoadedModel
 
 SEQUENCE, BATCH, COUNT, SEED = 16, 4, 24, 5
@@ -37,7 +38,7 @@ class Windows:
     def require(self, n_windows: int) -> None:
         self.required = max(self.required, n_windows)
 
-    def number_of(self, drawn: int) -> int:
+    def window_at(self, drawn: int) -> int:
         assert drawn < self.required, "windows are to be required before they are drawn"
         return (7 * drawn) % COUNT
 
@@ -70,16 +71,18 @@ def train(model: Path, stage: GrowthStage, folder: Path, *, cache: Path | None =
 
 
 def train_live(
-    live: LoadedModel, stage: GrowthStage, folder: Path, *, cache: Path | None = None, **options: Any
+    live: LoadedModel,
+    stage: GrowthStage,
+    folder: Path,
+    *,
+    cache: Path | None = None,
+    batch: int = BATCH,
+    depth: int | None = None,
+    first_window: int = 2,
+    **options: Any,
 ) -> StageResult:
-    last = len(live.layers) - 1
-    chosen: dict[str, Any] = {
-        "store": Windows(),
-        "first_window": 2,
-        "sequence": SEQUENCE,
-        "batch": BATCH,
-        "seed": SEED,
-        "prefix": None if cache is None else lambda depth: with_cache(live, depth, cache),
-        "folder": folder,
-    }
-    return train_stage(live, stage, [last], **chosen | options)
+    """Trains a model in memory; `depth` is that of the cached prefix, by default the right one."""
+    schedule = TrainingSchedule(stage, stage.training or StageTraining(), first_window, SEQUENCE, batch, SEED)
+    with trainable_model(live, schedule, [len(live.layers) - 1]) as model:
+        prefix = None if cache is None else with_cache(live, model.depth if depth is None else depth, cache)
+        return train_stage(model, schedule, **{"store": Windows(), "prefix": prefix, "folder": folder} | options)

@@ -14,9 +14,10 @@ from torch import Tensor
 from surgery.growth.data.corpus import documents
 from surgery.growth.data.train_tokenizer import train_tokenizer
 from surgery.growth.embedding.build import make_embedding
+from surgery.growth.options import RunOptions
 from surgery.growth.prepare import PreparedRun, load_plan, prepare_run
 from surgery.growth.results import Growth
-from surgery.growth.run import RunOptions, grow
+from surgery.growth.run import grow
 
 WIDTH, SEQUENCE, BATCH = 16, 8, 4
 STEPS = 6
@@ -63,9 +64,9 @@ def begun(bench: Path, run: Path, *, plan: Path | None = None, corpus: str = "su
     return prepare_run(load_plan(str(path), embed=embed, corpus=[str(bench / corpus)]), run)
 
 
-def grown(bench: Path, run: Path, *, corpus: str = "sums.txt", doing: RunOptions = CPU, **changes: Any) -> Growth:
+def grown(bench: Path, run: Path, *, corpus: str = "sums.txt", options: RunOptions = CPU, **changes: Any) -> Growth:
     """That run, done."""
-    return grow(begun(bench, run, corpus=corpus, **changes), doing)
+    return grow(begun(bench, run, corpus=corpus, **changes), options)
 
 
 def weights(run: Path) -> Mapping[str, Tensor]:

@@ -157,7 +157,7 @@ def commits_of(fingerprint: Mapping[str, Any]) -> dict[str, str]:
     return {entry["ref"]: entry["commit"] for entry in fingerprint["refs"] if "commit" in entry}
 
 
-def shuffled(
+def shuffle(
     documents: Iterable[Document],
     *,
     seed: int,

@@ -29,7 +29,7 @@ from surgery.growth.data.corpus import (
     Document,
     commits_of,
     open_corpus,
-    shuffled,
+    shuffle,
 )
 from surgery.io.atomic import disk_error, write_file
 from surgery.io.hashing import hash_text
@@ -158,18 +158,18 @@ class TokenStore:
                 hint="Give more text, or a shorter sequence.",
             )
 
-    def number_of(self, drawn: int) -> int:
-        """The number of the window that is drawn as the `drawn`-th, from 0; there is no last one.
+    def window_at(self, position: int) -> int:
+        """Return the index of the window that is drawn at `position`, counted from 0; there is no last one.
 
-        First the windows come in the order of the stream. Once there are no more, each further pass takes all of
-        them in an order of its own, drawn from the seed.
+        In the first pass windows are drawn in the order of the stream, in every later one in a permutation that
+        depends on the seed and the pass.
         """
-        if drawn < self.known:
-            return drawn
+        if position < self.known:
+            return position
         if self.count is None:
-            raise IndexError(f"window {drawn} is not there yet: require it first")
-        epoch, at = divmod(drawn, self.count)
-        return int(_order(self._seed, epoch, self.count)[at])
+            raise IndexError(f"window {position} is not there yet: require it first")
+        epoch, at = divmod(position, self.count)
+        return int(_permutation(self._seed, epoch, self.count)[at])
 
     def windows(self, numbers: Sequence[int]) -> Tensor:
         """The windows of these numbers: (n, sequence + 1) int64."""
@@ -281,7 +281,7 @@ class TokenStore:
         """The shuffled documents behind those that are counted."""
         commits = commits_of(self._made_of["corpus"])
         corpus = open_corpus(self._refs, field=self._field, commits=commits)
-        stream = shuffled(corpus.documents(), seed=self._seed)
+        stream = shuffle(corpus.documents(), seed=self._seed)
         if not state.documents:
             return stream
         last = ""
@@ -380,7 +380,7 @@ def _lots(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
 
 
 @lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, count: int) -> Tensor:
-    """A permutation of `count` numbers."""
+def _permutation(seed: int, epoch: int, count: int) -> Tensor:
+    """Return the order of the windows in one pass: a permutation of 0 to `count` − 1."""
     generator = torch.Generator().manual_seed(int(hash_text(f"{seed} {epoch}")[:15], 16))
     return torch.randperm(count, generator=generator)

@@ -176,7 +176,7 @@ def make_embedding(
         rows: V; by default as many as the tokenizer's ids need.
         font: a TTF, OTF or `.hex` file; by default DejaVu Sans Mono. cell: pixels on a picture's side.
         normalise: whether each row is divided by its norm; by default for glyphs and random.
-        unique: rows that are alike are moved apart; see `surgery.growth.embedding.tables.break_ties`.
+        unique: rows that are alike are moved apart; see `surgery.growth.embedding.tables.separate_duplicates`.
         seed: of random, and of the directions that rows are moved in.
 
     Raises:
@@ -193,15 +193,15 @@ def make_embedding(
     elif kind == "table":
         made = _stored(opened, str(source), len(names), width, normalise=unit)
     elif kind == "bits":
-        table = tables.bits(len(names), width or 0)
-        made = _Made(tables.normalised(table) if unit else table)
+        table = tables.bit_table(len(names), width or 0)
+        made = _Made(tables.normalize_rows(table) if unit else table)
     else:
-        made = _Made(tables.random(len(names), width or 0, seed=seed, normalise=unit))
-    groups = tables.collisions(made.table)
+        made = _Made(tables.random_table(len(names), width or 0, seed=seed, normalise=unit))
+    groups = tables.duplicate_rows(made.table)
     before = None
     if unique:
         before = _count(groups, names)
-        tables.break_ties(made.table, groups, seed=seed, normalise=unit)
+        tables.separate_duplicates(made.table, groups, seed=seed, normalise=unit)
         groups = []
     zero_rows = int((~made.table.any(axis=1)).sum())
     size = made.table.shape[1]
@@ -283,16 +283,16 @@ def _glyphs(
             bitmaps[numbers] = drawn
             advance(len(numbers))
     flat = bitmaps.reshape(len(names), -1)
-    table, kept, rank = tables.projected(flat, width, normalise=normalise)
-    boxed = glyphs.boxed
+    table, kept, rank = tables.principal_table(flat, width, normalise=normalise)
+    missing = glyphs.missing
     details = {
         "font": opened.name,
         "font_hash": opened.hash,
         "cell": cell,
         "variance_kept": kept,
         "axes_that_vary": rank,
-        "characters_not_in_font": len(boxed),
-        "tokens_with_such": sum(not boxed.isdisjoint(name) for name in names),
+        "characters_not_in_font": len(missing),
+        "tokens_with_such": sum(not missing.isdisjoint(name) for name in names),
     }
     versions = {"pillow": pillow, "freetype": str(features.version("freetype2"))}
     return _Made(table, details, versions, bitmaps=bitmaps)
@@ -306,10 +306,10 @@ def _stored(opened: OpenTokenizer, source: str, rows: int, width: int | None, *,
     details: dict[str, Any] = {"source": source, "tensor": name, "tokens_of_source": tokens}
     if width is not None and width < own:
         _check_width(width, rows, "the tokens, for rows vary along no more axes")
-        table, kept, rank = tables.projected(table, width, normalise=normalise)
+        table, kept, rank = tables.principal_table(table, width, normalise=normalise)
         details |= {"variance_kept": kept, "axes_that_vary": rank}
     elif normalise:
-        tables.normalised(table)
+        tables.normalize_rows(table)
     return _Made(table, details, inputs={"source": entry})
 
 

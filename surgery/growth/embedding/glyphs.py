@@ -102,12 +102,12 @@ class Glyphs:
         self._height, self._width = cell, cell // 2
         self._cells: list[Image] = []
         self._places: dict[str, tuple[int, ...]] = {}
-        self._boxed: set[str] = set()
+        self._missing: set[str] = set()
 
     @property
-    def boxed(self) -> frozenset[str]:
+    def missing(self) -> frozenset[str]:
         """Characters drawn so far that the font lacks, or has without ink (the space not counted)."""
-        return frozenset(self._boxed)
+        return frozenset(self._missing)
 
     def bitmaps(self, strings: Sequence[str]) -> Iterator[tuple[Sequence[int], Image]]:
         """(numbers of some of the strings, their bitmaps (n, cell, cell)), until all are drawn; strings not empty."""
@@ -122,7 +122,7 @@ class Glyphs:
                 some = numbers[begin : begin + room]
                 drawn = cells[np.array([rows[number] for number in some])]  # (n, length, height, width)
                 stretched = drawn.transpose(0, 2, 1, 3).reshape(len(some), self._height, length * self._width)
-                yield some, shrunk(stretched, self._height)
+                yield some, resize_width(stretched, self._height)
 
     def _place(self, character: str) -> tuple[int, ...]:
         """Where the cells of `character` are."""
@@ -137,13 +137,13 @@ class Glyphs:
         """`character` as one or two cells."""
         drawn = _dots(SPACE_MARK) if character == " " else self._font.draw(character)
         if drawn is None or not drawn.any():
-            self._boxed.add(character)
-            drawn = boxed(ord(character))
+            self._missing.add(character)
+            drawn = codepoint_box(ord(character))
         if drawn.shape[0] != self._height:  # drawn in dots, which keep their shape
-            drawn = resized(drawn, self._height, max(1, drawn.shape[1] * self._height // drawn.shape[0]))
+            drawn = resize(drawn, self._height, max(1, drawn.shape[1] * self._height // drawn.shape[0]))
         room = self._width * (2 if drawn.shape[1] >= WIDE_FROM * self._width else 1)
         if drawn.shape[1] > room:
-            return resized(drawn, self._height, room)
+            return resize(drawn, self._height, room)
         before = (room - drawn.shape[1]) // 2
         return np.pad(drawn, ((0, 0), (before, room - drawn.shape[1] - before)))
 
@@ -154,12 +154,12 @@ def check_cell(cell: int) -> None:
         raise usage_error(f"got {cell}, expected an even number from {SMALLEST} to {LARGEST}", where="--cell")
 
 
-def resized(image: Image, height: int, width: int) -> Image:
+def resize(image: Image, height: int, width: int) -> Image:
     """`image` (h, w) → (height, width): means over areas, rounded half up; first across, then down."""
-    return shrunk(shrunk(image, width).T, height).T
+    return resize_width(resize_width(image, width).T, height).T
 
 
-def shrunk(images: Image, width: int) -> Image:
+def resize_width(images: Image, width: int) -> Image:
     """(…, w) → (…, width): each value is the mean over what it covers of the w, rounded half up; exact.
 
     A narrower image is stretched by the same rule.
@@ -172,7 +172,7 @@ def shrunk(images: Image, width: int) -> Image:
     return means
 
 
-def boxed(codepoint: int) -> Image:
+def codepoint_box(codepoint: int) -> Image:
     """A box of 16 × 16 dots with the codepoint in it, in hexadecimal: two rows of two digits, or of three."""
     digits = f"{codepoint:04X}" if codepoint <= 0xFFFF else f"{codepoint:06X}"
     box = np.zeros((UNIFONT, UNIFONT), np.uint8)

@@ -64,7 +64,7 @@ def principal_axes(rows: Rows, width: int) -> Axes:
     return Axes(centre, vectors, kept, int(real[:width].sum()))
 
 
-def along(rows: Rows, axes: Axes) -> Iterator[tuple[int, npt.NDArray[np.float64]]]:
+def project(rows: Rows, axes: Axes) -> Iterator[tuple[int, npt.NDArray[np.float64]]]:
     """(number of the first row, (rows − centre)·vectors in fp64) for one chunk of `rows` after the other."""
     from threadpoolctl import threadpool_limits
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from surgery.checkpoint.write_table import Table
 from surgery.errors import SurgeryError, usage_error
-from surgery.growth.embedding.pca import CHUNK, Rows, along, principal_axes
+from surgery.growth.embedding.pca import CHUNK, Rows, principal_axes, project
 from surgery.io.hashing import hash_bytes
 
 Groups = list[list[int]]  # numbers of rows that are alike, two or more in each; the largest group first
@@ -24,7 +24,7 @@ FEWEST_BITS = 16  # as in the paper
 TIE = 1e-2  # how far rows that were alike are moved apart, as a share of their norm
 
 
-def bits(rows: int, width: int) -> Table:
+def bit_table(rows: int, width: int) -> Table:
     """Row i holds the b bits of i, most significant first, as 0 or 1, each width / b times; b is 16, or more if needed.
 
     Source: the 16-bit variant of arXiv 2507.04886, for which the order of the bits is not published.
@@ -44,17 +44,17 @@ def bits(rows: int, width: int) -> Table:
     return np.repeat(of_id.astype(np.float32), width // n_bits, axis=1)
 
 
-def random(rows: int, width: int, *, seed: int, normalise: bool) -> Table:
+def random_table(rows: int, width: int, *, seed: int, normalise: bool) -> Table:
     """Independent N(0, 1), drawn from a generator seeded by `seed` and the table's name."""
     generator = _generator(seed, "embedding")
     table = np.empty((rows, width), np.float32)
     for begin in range(0, rows, CHUNK):
         part = generator.standard_normal((min(CHUNK, rows - begin), width))
-        table[begin : begin + len(part)] = unit(part) if normalise else part
+        table[begin : begin + len(part)] = unit_rows(part) if normalise else part
     return table
 
 
-def projected(rows: Rows, width: int, *, normalise: bool) -> tuple[Table, float, int]:
+def principal_table(rows: Rows, width: int, *, normalise: bool) -> tuple[Table, float, int]:
     """`rows` (V, P) along their first `width` principal axes; the share of variance kept, and how many axes vary.
 
     At width P this is a rotation about the mean. Rows that are alike stay alike to the bit.
@@ -66,29 +66,29 @@ def projected(rows: Rows, width: int, *, normalise: bool) -> tuple[Table, float,
     if not axes.rank:
         raise SurgeryError("all rows are alike, so that they have no principal axes", where="--kind")
     table = np.empty((len(rows), width), np.float32)
-    for begin, part in along(rows, axes):
+    for begin, part in project(rows, axes):
         part += 0.0  # no negative zeros
-        table[begin : begin + len(part)] = unit(part) if normalise else part
+        table[begin : begin + len(part)] = unit_rows(part) if normalise else part
     # The last bits of a product depend on where in its matrix a row stands.
-    for first, *others in collisions(rows):
+    for first, *others in duplicate_rows(rows):
         table[others] = table[first]
     return table, axes.kept, axes.rank
 
 
-def normalised(table: Table) -> Table:
+def normalize_rows(table: Table) -> Table:
     """`table` with rows of norm 1, in place; rows of zeros stay."""
     for begin in range(0, len(table), CHUNK):
-        table[begin : begin + CHUNK] = unit(table[begin : begin + CHUNK].astype(np.float64))
+        table[begin : begin + CHUNK] = unit_rows(table[begin : begin + CHUNK].astype(np.float64))
     return table
 
 
-def unit(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def unit_rows(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """x / ‖x‖₂ of each row; a row of zeros stays."""
     norms = np.sqrt(np.square(rows).sum(axis=1, keepdims=True))
     return rows / np.where(norms > 0, norms, 1.0)
 
 
-def collisions(table: npt.NDArray[Any]) -> Groups:
+def duplicate_rows(table: npt.NDArray[Any]) -> Groups:
     """The groups of rows that are the same to the bit."""
     found: dict[bytes, list[int]] = {}
     for number, row in enumerate(table):
@@ -96,7 +96,7 @@ def collisions(table: npt.NDArray[Any]) -> Groups:
     return sorted((group for group in found.values() if len(group) > 1), key=lambda group: (-len(group), group[0]))
 
 
-def break_ties(table: Table, groups: Groups, *, seed: int, normalise: bool) -> None:
+def separate_duplicates(table: Table, groups: Groups, *, seed: int, normalise: bool) -> None:
     """Moves all but the first row of each group, in place: x + 0.01·‖x‖·u, u a random direction of the row's own.
 
     u is drawn from a generator seeded by `seed` and the row's number; x / 100 where ‖x‖ is 0 would not move, so that
@@ -107,10 +107,10 @@ def break_ties(table: Table, groups: Groups, *, seed: int, normalise: bool) -> N
     """
     for number in _later(groups):
         row = table[number].astype(np.float64)
-        direction = unit(_generator(seed, f"embedding {number}").standard_normal((1, len(row))))[0]
+        direction = unit_rows(_generator(seed, f"embedding {number}").standard_normal((1, len(row))))[0]
         moved = row + TIE * (math.sqrt(float(np.square(row).sum())) or 1.0) * direction
-        table[number] = unit(moved[None])[0] if normalise else moved
-    if groups and (left := collisions(table)):
+        table[number] = unit_rows(moved[None])[0] if normalise else moved
+    if groups and (left := duplicate_rows(table)):
         raise SurgeryError(
             f"{sum(map(len, left)):,} rows cannot be told apart at width {table.shape[1]}",
             where="--unique",

@@ -34,7 +34,7 @@ from surgery.engine.preflight import check_space
 from surgery.engine.result import ExecutionResult
 from surgery.errors import listing, usage_error
 from surgery.growth.layers.plan_layers import COMMAND, LayerInsertionPlan
-from surgery.growth.layers.random_init import folder_for, random_layers, transformers_version
+from surgery.growth.layers.random_init import random_layers, temporary_folder, transformers_version
 from surgery.growth.plan import Init, LayerPosition
 from surgery.io.atomic import check_free, write_file
 from surgery.reporting.report import Column, Table
@@ -142,7 +142,7 @@ def add_layers(
     with ExitStack() as stack:
         sources = {MODEL: base}
         if deepening.needs_fresh:
-            folder = stack.enter_context(folder_for(None if dry_run else out))
+            folder = stack.enter_context(temporary_folder(None if dry_run else out))
             fresh = random_layers(
                 deepening.kinds, folder, seed=seed, depth=deepening.after, stack=deepening.shape.stack
             )

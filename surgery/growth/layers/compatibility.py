@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from surgery.errors import listing
-from surgery.growth.layers.random_init import build, layers_in, text_config
+from surgery.growth.layers.random_init import build_model, layers_in, text_config
 
 _PLAIN = (bool, int, float, str, type(None))
 _NOT_SETTINGS = ("training",)
@@ -63,7 +63,7 @@ class _Made:
 
 def _made(config: Mapping[str, Any], count: int, stack: str) -> _Made:
     with torch.device("meta"):
-        model = build(text_config(config), seed=0)
+        model = build_model(text_config(config), seed=0)
     path, layers = layers_in(model, stack, count)
     beside = {name: tuple(x.shape) for name, x in model.named_parameters() if not name.startswith(f"{path}.")}
     return _Made(layers, beside)

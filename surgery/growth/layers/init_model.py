@@ -32,9 +32,9 @@ from surgery.growth.embedding.build import TENSOR, Embedding, open_embedding
 from surgery.growth.layers.add import write_config
 from surgery.growth.layers.random_init import (
     LayerSpec,
-    folder_for,
     random_embedding_and_head,
     random_layers,
+    temporary_folder,
     text_config,
     transformers_version,
 )
@@ -142,7 +142,7 @@ def init_model(
         check_embedding(LayerSpec(config))
     said = shape.model_dump(mode="json", exclude_none=True)
     command = command_record(COMMAND, [], embed=embed, **said, seed=seed, dtype=dtype)
-    with folder_for(None if dry_run else out) as folder:
+    with temporary_folder(None if dry_run else out) as folder:
         sources: dict[str, Checkpoint] = {EMBEDDING: frozen, ENDS: random_embedding_and_head(config, folder, seed=seed)}
         if shape.layers:
             kinds = {index: LayerSpec(config) for index in range(shape.layers)}

@@ -27,7 +27,7 @@ from surgery.engine.plan import PlannedTensor, copy_tensor
 from surgery.engine.preflight import Preflight, check_quantised
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.growth.layers.compatibility import layer_changes
-from surgery.growth.layers.random_init import LayerSpec, RandomLayers, prefix_of, text_config
+from surgery.growth.layers.random_init import LayerSpec, RandomLayers, layer_prefix, text_config
 from surgery.growth.layers.residual_writes import LayerTensors, layer_key, layer_tensors, prove_identity
 from surgery.growth.plan import Init, LayerPosition
 
@@ -42,7 +42,7 @@ def zeros(tensors: Sequence[Tensor]) -> Tensor:
 ZEROS = Kernel("zeros", zeros)
 
 
-def origins_of(position: int, layers: int, held: int) -> list[int]:
+def source_layers(position: int, layers: int, held: int) -> list[int]:
     """The old layers that `layers` new ones before layer `position` of `held` are like, in their order."""
     if not held:
         return []
@@ -91,7 +91,7 @@ class LayerInsertionPlan:
 
     @property
     def origins(self) -> tuple[int | None, ...]:
-        return tuple(origins_of(self.position, self.layers, self.before)) or (None,) * self.layers
+        return tuple(source_layers(self.position, self.layers, self.before)) or (None,) * self.layers
 
     @property
     def needs_fresh(self) -> bool:
@@ -179,7 +179,7 @@ class LayerInsertionPlan:
             stack = self.shape.stack if self.fresh is None else self.fresh.stack
             zeroed = self.zeroed.get(number if origin is None else origin, ())
             for inner, tensor in made.items():
-                name = f"{prefix_of(stack)}{number}.{inner}"
+                name = f"{layer_prefix(stack)}{number}.{inner}"
                 dtype = self.stored_as or (held[inner].dtype if inner in held else self._usual_dtype(tensor))
                 if inner in zeroed:
                     planned.append(PlannedTensor(name, dtype, tensor.shape, (TensorInput(tensor),), ZEROS))
@@ -189,7 +189,7 @@ class LayerInsertionPlan:
 
     def parameters(self, planned: Sequence[PlannedTensor], number: int) -> int:
         """Values in one new layer."""
-        start = f"{prefix_of(self.shape.stack or (self.fresh.stack if self.fresh else None))}{number}."
+        start = f"{layer_prefix(self.shape.stack or (self.fresh.stack if self.fresh else None))}{number}."
         return sum(tensor.inputs[0].n_elements for tensor in planned if tensor.name.startswith(start))
 
     def _check_stack(self) -> None:
@@ -292,7 +292,7 @@ class LayerInsertionPlan:
 
     def _behind(self, name: str) -> int | None:
         """The number of the layer beyond the last that counts which a tensor is part of."""
-        start = prefix_of(self.shape.stack)
+        start = layer_prefix(self.shape.stack)
         number = name.removeprefix(start).partition(".")[0]
         if not self.before or self.shape.layer_of(name) is not None or not name.startswith(start):
             return None
@@ -303,7 +303,7 @@ class LayerInsertionPlan:
         number = self._behind(name) if number is None else number
         if number is None or number < self.position:
             return name
-        start = prefix_of(self.shape.stack)
+        start = layer_prefix(self.shape.stack)
         return f"{start}{number + self.layers}{name[len(f'{start}{number}') :]}"
 
     def _usual_dtype(self, tensor: StoredTensor) -> str:

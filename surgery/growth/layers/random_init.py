@@ -71,7 +71,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def build(config: Mapping[str, Any], *, seed: int, depth: int | None = None) -> Any:
+def build_model(config: Mapping[str, Any], *, seed: int, depth: int | None = None) -> Any:
     """A transformers model of `config` in fp32 on the CPU, its weights drawn from `seed`.
 
     Args:
@@ -101,7 +101,7 @@ def build(config: Mapping[str, Any], *, seed: int, depth: int | None = None) -> 
     return model
 
 
-def save(model: Any, folder: Path, *, state: Mapping[str, Any] | None = None) -> Checkpoint:
+def save_model(model: Any, folder: Path, *, state: Mapping[str, Any] | None = None) -> Checkpoint:
     """Writes a transformers model to `folder` and opens it. Raises SurgeryError where it cannot be written.
 
     state: its weights, where the model itself holds but a shard of them.
@@ -117,7 +117,7 @@ def save(model: Any, folder: Path, *, state: Mapping[str, Any] | None = None) ->
     return saved
 
 
-def load(folder: Path) -> Any:
+def load_saved_model(folder: Path) -> Any:
     """The transformers model in `folder`, in fp32 on the CPU. Raises SurgeryError."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -163,28 +163,28 @@ def random_layers(
     inner: dict[int, dict[str, StoredTensor]] = {}
     outside = frozenset[str]()
     for number, kind in kinds.items():
-        made = build(kind.alone(), seed=seed_of(seed, f"layer {number}"), depth=depth)
-        saved = save(made, folder / f"layer-{number}")
+        made = build_model(kind.alone(), seed=part_seed(seed, f"layer {number}"), depth=depth)
+        saved = save_model(made, folder / f"layer-{number}")
         found = model_structure(saved)
         if found.stack is None or found.layers != 1:
             raise SurgeryError("no layer was found in the names that transformers gives a model of this family")
         stack = found.stack if stack is None else stack
         held = {name: saved.tensors[name] for name in found.blocks[0].names}
-        short = {name.removeprefix(f"{prefix_of(found.stack)}0."): tensor for name, tensor in held.items()}
+        short = {name.removeprefix(f"{layer_prefix(found.stack)}0."): tensor for name, tensor in held.items()}
         inner[number] = {
-            name: replace(tensor, name=f"{prefix_of(stack)}{number}.{name}") for name, tensor in short.items()
+            name: replace(tensor, name=f"{layer_prefix(stack)}{number}.{name}") for name, tensor in short.items()
         }
         outside = frozenset(saved.tensors.keys() - held.keys())
         shards += saved.shards
     tensors = {tensor.name: tensor for held in inner.values() for tensor in held.values()}
-    checkpoint = Checkpoint(description(seed), None, tuple(shards), dict(sorted(tensors.items())))
+    checkpoint = Checkpoint(random_weights_ref(seed), None, tuple(shards), dict(sorted(tensors.items())))
     return RandomLayers(checkpoint, stack or "", outside, inner)
 
 
 def random_embedding_and_head(config: Mapping[str, Any], folder: Path, *, seed: int) -> Checkpoint:
     """What of a random model of `config` lies outside the layers: embedding, final norm, head. Raises SurgeryError."""
-    model = build(with_count(text_config(config), 0), seed=seed_of(seed, "ends"))
-    return replace(save(model, folder / "ends"), ref=description(seed))
+    model = build_model(with_count(text_config(config), 0), seed=part_seed(seed, "ends"))
+    return replace(save_model(model, folder / "ends"), ref=random_weights_ref(seed))
 
 
 def layers_in(model: Any, stack: str | None, count: int) -> tuple[str, list[Any]]:
@@ -207,7 +207,7 @@ def layers_in(model: Any, stack: str | None, count: int) -> tuple[str, list[Any]
     return path, list(model.get_submodule(path))
 
 
-def description(seed: int) -> str:
+def random_weights_ref(seed: int) -> str:
     """What manifests call random weights."""
     return f"random weights by transformers, seed {seed}"
 
@@ -217,18 +217,18 @@ def transformers_version() -> dict[str, str]:
     return {"transformers": version("transformers")}
 
 
-def seed_of(seed: int, part: str) -> int:
+def part_seed(seed: int, part: str) -> int:
     """A seed for one part of a model: the same part of any model gets the same."""
     return int(hash_text(f"{seed} {part}")[:15], 16)
 
 
-def prefix_of(stack: str | None) -> str:
+def layer_prefix(stack: str | None) -> str:
     """What stands before a layer's number in the names of a stack."""
     return f"{stack}." if stack else ""
 
 
 @contextmanager
-def folder_for(out: Path | None) -> Iterator[Path]:
+def temporary_folder(out: Path | None) -> Iterator[Path]:
     """An empty folder that is gone at the end of the block.
 
     It lies beside `out` under a name that is the same the next time, as a plan that is continued after a kill must

@@ -23,7 +23,14 @@ from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
 from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.checkpoint.tensor_roles import ATTENTION_WORDS, MLP_WORDS, parts_of, word_of
 from surgery.errors import SurgeryError, listing
-from surgery.growth.layers.random_init import LayerSpec, build, layers_in, load, prefix_of, save
+from surgery.growth.layers.random_init import (
+    LayerSpec,
+    build_model,
+    layer_prefix,
+    layers_in,
+    load_saved_model,
+    save_model,
+)
 from surgery.models.loaded_model import hidden_in, hidden_out, hooks
 
 # Recurrent mixers have no role of their own: their last projection is called as attention's, or linear_out.
@@ -72,7 +79,7 @@ class LayerTensors:
 
 def layer_tensors(checkpoint: Checkpoint, shape: ModelStructure, layer: int) -> LayerTensors:
     """The tensors of one layer of `checkpoint`."""
-    start = f"{prefix_of(shape.stack)}{shape.blocks[layer].index}."
+    start = f"{layer_prefix(shape.stack)}{shape.blocks[layer].index}."
     inner = {name.removeprefix(start): checkpoint.tensors[name] for name in shape.blocks[layer].names}
     return LayerTensors(inner, shape.hidden_size)
 
@@ -87,7 +94,7 @@ def prove_identity(kind: LayerSpec, names: Collection[str], writers: Sequence[st
         SurgeryError: transformers cannot build such a layer, or names its tensors otherwise, so that nothing is known.
     """
     with tempfile.TemporaryDirectory() as name:
-        saved = save(_shaken(build(_narrow(kind.alone()), seed=0)), Path(name))
+        saved = save_model(_shaken(build_model(_narrow(kind.alone()), seed=0)), Path(name))
         shape = model_structure(saved)
         if shape.stack is None or shape.layers != 1:
             raise SurgeryError("no layer was found in the names that transformers gives a model of this family")
@@ -102,7 +109,7 @@ def prove_identity(kind: LayerSpec, names: Collection[str], writers: Sequence[st
             path,
             metadata=dict(saved.metadata),
         )
-        came, went = _run(load(Path(name)), shape)
+        came, went = _run(load_saved_model(Path(name)), shape)
     return torch.equal(came, went)
 
 
@@ -112,9 +119,9 @@ def check_embedding(kind: LayerSpec) -> None:
     Positions may be added to them: what is looked at is the difference of two tokens at one place.
     """
     with tempfile.TemporaryDirectory() as name:
-        model = build(_narrow(kind.alone()), seed=0)
+        model = build_model(_narrow(kind.alone()), seed=0)
         rows = model.get_input_embeddings().weight.detach()
-        shape = model_structure(save(model, Path(name)))
+        shape = model_structure(save_model(model, Path(name)))
         one, _ = _run(model, shape, (1, 1, 1))
         other, _ = _run(model, shape, (2, 1, 1))
     moved = one[0, 0] - other[0, 0]

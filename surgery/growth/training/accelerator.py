@@ -1,7 +1,4 @@
-"""What the launcher asked for: one process, several with a copy of the model each (DDP), or with a shard of it (FSDP2).
-
-In comes the model of a stage, out comes accelerate, set up for it, or a line that says why it cannot be.
-"""
+"""Set up accelerate as the launcher asks for: one process, DDP (a copy of the model each), or FSDP2 (a shard each)."""
 
 from __future__ import annotations
 
@@ -19,27 +16,27 @@ from surgery.runtime.environment import n_processes
 
 
 def is_sharded() -> bool:
-    """Whether the launcher asked for FSDP."""
+    """Return whether the launcher asked for FSDP."""
     return n_processes() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What products of matrices are computed in: bf16 on a GPU; None leaves it to the weights, which are fp32."""
+    """Return the dtype of matrix products: bf16 on a GPU; None means that of the weights, which are fp32."""
     return torch.bfloat16 if device.type == "cuda" else None
 
 
 def accelerator_for(model: StageModel, sequence: int) -> Any:
-    """Accelerate's `Accelerator` for this process: bf16 on a GPU, fp32 on a CPU.
+    """Return accelerate's `Accelerator` for this process: bf16 on a GPU, fp32 on a CPU.
 
     Raises:
-        SurgeryError: accelerate cannot do what the launcher asked for, or not where the model lies.
+        SurgeryError: accelerate cannot do what the launcher asked for, or not on the model's device.
     """
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
     device = model.live.device
     copies = n_processes() > 1 and not is_sharded()
-    unused = copies and model.leaves_out(min(sequence, TRIAL_TOKENS))
+    unused = copies and model.has_unused_parameters(min(sequence, TRIAL_TOKENS))
     ours = DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=unused)
     if copies:
         # Buffers, such as rotary frequencies, never change: else the first process would send its own at every step.

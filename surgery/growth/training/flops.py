@@ -1,4 +1,4 @@
-"""What training costs: floating-point operations per token of a growing model, from its matrices alone.
+"""Floating-point operations per token of training a growing model, computed from the shapes of its matrices.
 
 A matrix of P entries costs 2·P per token forward, 2·P for the gradient of its input and 2·P for its own (Kaplan et al.,
 arXiv 2001.08361, section 2.1), and attention over T tokens 2·T·W forward in a layer whose heads are W wide together (of
@@ -20,10 +20,10 @@ _MATRIX = 2  # axes
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Operations per token of one training step.
+class TrainingCost:
+    """Operations per token of a training step.
 
-    below: of the frozen layers under the first that trains. above: of everything else.
+    below: of the frozen layers below the first that trains. above: of everything else.
     """
 
     below: float
@@ -31,59 +31,64 @@ class Cost:
 
     @property
     def whole(self) -> float:
-        """With nothing cached."""
+        """The sum, as if nothing were cached."""
         return self.below + self.above
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Operations per token of one forward pass: of every layer, of its attention alone, and of the output head."""
+class ForwardCost:
+    """Operations per token of a forward pass: of every layer, of its attention alone, and of the output head."""
 
     layers: tuple[float, ...]
     attention: tuple[float, ...]
     head: float
 
 
-def sizes(checkpoint: Checkpoint, structure: ModelStructure, *, sequence: int) -> Sizes:
-    """The forward cost of the parts of a model on windows of `sequence` tokens. Of experts, those count that a token
-    is sent to."""
+def forward_cost(checkpoint: Checkpoint, structure: ModelStructure, *, sequence: int) -> ForwardCost:
+    """Return the forward cost of a model's parts on windows of `sequence` tokens.
+
+    Of routed experts only those count that a token is sent to.
+    """
     layers, attention = [], []
     for layer in structure.blocks:
         entries = 0.0
         for name in layer.names:
             shape = checkpoint.tensors[name].shape
             if len(shape) >= _MATRIX:
-                entries += checkpoint.tensors[name].n_elements * _share(structure, layer.index, name)
+                entries += checkpoint.tensors[name].n_elements * _used_fraction(structure, layer.index, name)
         heads = layer.heads
         width = heads.n_heads * heads.head_dim if heads and heads.n_heads and heads.head_dim else 0
         attention.append(2.0 * sequence * width)
         layers.append(FORWARD * entries + attention[-1])
     vocabulary = [checkpoint.tensors[name] for name in structure.lm_heads or structure.token_embeddings]
-    return Sizes(tuple(layers), tuple(attention), FORWARD * float(vocabulary[0].n_elements) if vocabulary else 0.0)
+    return ForwardCost(
+        tuple(layers), tuple(attention), FORWARD * float(vocabulary[0].n_elements) if vocabulary else 0.0
+    )
 
 
-def step_cost(size: Sizes, *, depth: int, trained: Collection[int], head: bool, norm: bool = False) -> Cost:
-    """The cost of training the layers `trained`, the head where `head`, and the final norm where `norm`; all other
-    matrices are frozen.
+def training_cost(
+    forward: ForwardCost, *, depth: int, trained: Collection[int], head: bool, norm: bool = False
+) -> TrainingCost:
+    """Return the cost of training the layers `trained`, the head if `head`, and the final norm if `norm`.
 
-    depth: the first layer in which something trains, be it only a low-rank update, whose own cost is not counted; as
-    many as there are layers where only what follows them does.
+    depth: index of the first layer in which something trains, even if only a low-rank update, whose own cost is not
+    counted; the number of layers where only what follows them trains.
     """
-    forward = float(FORWARD)
     # Attention has no matrix of its own: the gradients of both factors of its products are those of inputs.
     above = sum(
-        flops / forward * (FORWARD + INPUT_GRADIENT)
-        + (flops if index in trained else size.attention[index]) / forward * OWN_GRADIENT
-        for index, flops in enumerate(size.layers)
+        flops / FORWARD * (FORWARD + INPUT_GRADIENT)
+        + (flops if index in trained else forward.attention[index]) / FORWARD * OWN_GRADIENT
+        for index, flops in enumerate(forward.layers)
         if index >= depth
     )
-    gradient = INPUT_GRADIENT if norm or depth < len(size.layers) else 0
-    above += size.head / forward * (FORWARD + gradient + (OWN_GRADIENT if head else 0))
-    return Cost(sum(size.layers[:depth]), above)
+    # With only the head in training, no gradient flows out of it.
+    gradient = INPUT_GRADIENT if norm or depth < len(forward.layers) else 0
+    above += forward.head / FORWARD * (FORWARD + gradient + (OWN_GRADIENT if head else 0))
+    return TrainingCost(sum(forward.layers[:depth]), above)
 
 
-def _share(structure: ModelStructure, layer: int, name: str) -> float:
-    """Which share of a tensor a token meets: of routed experts, those it is sent to."""
+def _used_fraction(structure: ModelStructure, layer: int, name: str) -> float:
+    """Return the fraction of a tensor that a token uses: of routed experts, those it is sent to."""
     experts = structure.experts.get(layer)
     if experts is None or structure.roles.get(name) != "expert" or not structure.experts_per_token:
         return 1.0

@@ -1,9 +1,8 @@
-"""One stage of a growth is trained: windows of tokens go through the model, and what the stage names learns from them.
+"""Training loop of a stage: optimizer steps over windows of tokens, with resumable states.
 
-In come a live model, the stage, and windows by number; out come the model, trained in place, and a `StageResult`. With
-`accelerate launch` or torchrun several processes share each batch (DDP, or FSDP2 where the launcher says so). A run
-that was stopped, or killed, goes on from its last state; on CPUs with as many threads the losses and weights are then
-those of a run that never stopped, bit for bit.
+With `accelerate launch` or torchrun several processes share each batch (DDP, or FSDP2 where the launcher asks for it).
+A training that was stopped or killed is resumed from its last state; on CPUs, with the same number of threads, losses
+and weights are then those of an uninterrupted training, bit for bit.
 """
 
 from __future__ import annotations
@@ -11,34 +10,33 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError, usage_error
-from surgery.growth.plan import GrowthStage, StageTraining
 from surgery.growth.training.accelerator import accelerator_for, autocast_dtype, is_sharded
-from surgery.growth.training.lr_schedule import (
-    TrainingSchedule,
-    Windows,
-    has_plateaued,
-    learning_rate,
-    reproducible,
-    step_seed,
-)
 from surgery.growth.training.optimizer_state import (
+    FLUSH_EVERY,
     MOMENTS,
-    SPECKS_EVERY,
     flush_denormals,
     load_state,
     restore,
     save_state,
     snapshot,
+)
+from surgery.growth.training.schedule import (
+    TrainingSchedule,
+    WindowSource,
+    has_plateaued,
+    learning_rate,
+    reproducible,
+    step_seed,
 )
 from surgery.growth.training.stage_model import StageModel, prepare_stage_model
 from surgery.io.hashing import hash_tensors, hash_text
@@ -49,10 +47,9 @@ from surgery.runtime.environment import DeferredInterrupt, is_main, n_processes,
 from surgery.runtime.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from surgery.growth.prefix_cache.prefix import Prefix
+    from surgery.growth.prefix_cache.prefix import Prefix, PrefixStatistics
 
-
-# Batches whose tokens are asked for at a time: processes wait for each other then.
+# Steps whose windows are required together: processes wait for each other then, which should be rare.
 AHEAD = 16
 MINUTE = 60.0
 
@@ -61,7 +58,7 @@ Stopped = Literal["tokens", "plateau"]
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """An optimizer step that was done. tokens: of this stage so far. loss: nats per token. grad_norm: unclipped."""
+    """A finished optimizer step. tokens: of this stage so far. loss: nats per token. grad_norm: before clipping."""
 
     tokens: int
     loss: float
@@ -72,12 +69,12 @@ class TrainingStep:
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage's training came to.
+    """The result of a stage's training.
 
-    losses: of each step, in nats per token, over all processes. seconds: of training, those before an interruption
-    included. optimizer_bytes: of AdamW's moments in this process. n_trained: numbers that trained. weights: all
-    parameters that the stage changed, by name, low-rank updates merged; those of the live model itself, but where
-    FSDP2 has sharded it: then whole, on the CPU. prefix: its statistics, where there was one.
+    losses: of each step, in nats per token, over all processes. seconds: of training, including those before an
+    interruption. optimizer_bytes: of AdamW's moments in this process. n_trained: parameters that trained. weights: all
+    tensors that the stage changed, by name, low-rank updates merged; the model's own tensors, or under FSDP2 full
+    copies on the CPU. prefix: statistics of the prefix, if there was one.
     """
 
     steps: int
@@ -88,77 +85,40 @@ class StageResult:
     optimizer_bytes: int
     n_trained: int
     weights: Mapping[str, Tensor]
-    prefix: Any = None
+    prefix: PrefixStatistics | None = None
 
     @property
     def tokens_per_second(self) -> float:
-        """How many tokens were trained on in a second; 0 where nothing was left to do."""
+        """Tokens per second of training; 0 where nothing was left to do."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     @property
     def curve(self) -> list[tuple[int, float]]:
-        """(tokens of the stage so far, loss) of each step."""
+        """(tokens of the stage so far, loss) for each step."""
         each = self.tokens // self.steps if self.steps else 0
         return [((step + 1) * each, loss) for step, loss in enumerate(self.losses)]
 
 
-def train_stage(
-    live: LoadedModel,
-    stage: GrowthStage,
-    new: Sequence[int],
-    *,
-    store: Windows,
-    first_window: int,
-    sequence: int,
-    batch: int,
-    seed: int,
-    prefix: Callable[[int], Prefix | None] | None,
-    folder: Path,
-    save_every: float = 5.0,
-    label: str = "Training",
-    progress: Progress = silent,
-    log: Callable[[TrainingStep], None] | None = None,
-) -> StageResult:
-    """Trains `live` in place, as `stage` says, or goes on with that.
+@contextmanager
+def trainable_model(live: LoadedModel, schedule: TrainingSchedule, new: Sequence[int]) -> Iterator[StageModel]:
+    """Freeze all of `live` in the block but what the stage trains; afterwards nothing trains and no update is left.
 
     Args:
         live: in fp32, on this process's device.
-        new: the numbers of the layers that the stage added.
-        first_window: how many windows were drawn before this stage's.
-        batch: windows in an optimizer step, over all processes.
-        prefix: is called once all is frozen that does not train, with the number of the first layer in which something
-            trains (as many as there are layers where only what follows them does); it returns what gives that layer's
-            input. None, from it or instead of it, computes the layers below each time.
-        folder: where states are kept; the caller removes it once the stage's model is safe.
-        save_every: minutes between states; one is saved as well at the end, and at an interrupt.
-        label: of the progress bar.
-        log: is called in the main process after each step.
+        new: indices of the layers that the stage added.
 
     Raises:
-        SurgeryError: the batch cannot be divided; nothing trains, or it cannot (`stage.prepare`); a loss is not finite;
-            a state is damaged, or another stage's; the device has too little memory.
-        KeyboardInterrupt: asked for, and the state is saved.
+        SurgeryError: the processes cannot share the batch; nothing trains, or it cannot (`prepare_stage_model`); the
+            device runs out of memory in the block.
     """
-    course = TrainingSchedule(stage, stage.training or StageTraining(), first_window, sequence, batch, seed)
-    _check_batch(course)
+    _check_batch(schedule)
     was_training = live.model.training
-    model = prepare_stage_model(live, stage, new, seed=seed)
+    model = prepare_stage_model(live, schedule.stage, new, seed=schedule.seed)
     try:
-        store.require(course.windows_until(AHEAD))
-        below = None if prefix is None else prefix(model.depth)
-        _check_prefix(below, model)
-        live.model.train()
-        with reproducible(live.device), DeferredInterrupt() as interrupts:
-            run = _Run(model, course, store, below, folder, interrupts)
-            run.go_on()
-            run.train(label, save_every, progress, log)
-            result = run.finish()
-            if interrupts.asked:
-                raise KeyboardInterrupt
-            return result
+        yield model
     except torch.OutOfMemoryError as error:
         raise SurgeryError(
-            f"{live.device} has no memory for {course.part} windows of {sequence} tokens at a time",
+            f"{live.device} has no memory for {schedule.micro_batch} windows of {schedule.sequence} tokens at a time",
             where=live.name,
             hint="Raise training.accumulate, which computes a batch in more parts.",
         ) from error
@@ -170,23 +130,64 @@ def train_stage(
             model.updates.remove()
 
 
+def train_stage(
+    model: StageModel,
+    schedule: TrainingSchedule,
+    *,
+    store: WindowSource,
+    prefix: Prefix | None,
+    folder: Path,
+    save_every: float = 5.0,
+    label: str = "Training",
+    progress: Progress = silent,
+    log: Callable[[TrainingStep], None] | None = None,
+) -> StageResult:
+    """Train `model` in place, or resume its training from the last state in `folder`.
+
+    Args:
+        model: of `trainable_model`.
+        prefix: gives the input of layer `model.depth`, the first in which something trains; None computes the layers
+            below each time.
+        folder: where states are kept; the caller removes it once the stage's model is safe.
+        save_every: minutes between states; one is saved as well at the end, and at an interrupt.
+        label: of the progress bar.
+        log: is called in the main process after each step.
+
+    Raises:
+        SurgeryError: the prefix does not fit; a loss is not finite; a state is damaged, or another stage's.
+        KeyboardInterrupt: it was requested, and the state is saved.
+    """
+    store.require(schedule.windows_until(AHEAD))
+    _check_prefix(prefix, model)
+    live = model.live
+    live.model.train()
+    with reproducible(live.device), DeferredInterrupt() as interrupts:
+        run = _Run(model, schedule, store, prefix, folder, interrupts)
+        run.resume()
+        run.train(label, save_every, progress, log)
+        result = run.finish()
+        if interrupts.asked:
+            raise KeyboardInterrupt
+        return result
+
+
 class _Run:
-    """A training that is under way: the model and its optimizer in their wrappers, and how far they are."""
+    """A running training: the model and its optimizer, wrapped by accelerate, and the losses so far."""
 
     def __init__(
         self,
         model: StageModel,
-        course: TrainingSchedule,
-        store: Windows,
+        schedule: TrainingSchedule,
+        store: WindowSource,
         prefix: Prefix | None,
         folder: Path,
         interrupts: DeferredInterrupt,
     ) -> None:
-        self.model, self.course, self.store, self.prefix, self.folder = model, course, store, prefix, folder
+        self.model, self.schedule, self.store, self.prefix, self.folder = model, schedule, store, prefix, folder
         self.interrupts = interrupts
-        self.fingerprint = _fingerprint(model, course, store.identity)
+        self.fingerprint = _fingerprint(model, schedule, store.identity)
         self.n_trained = model.n_trained
-        training = course.training
+        training = schedule.training
         optimizer = torch.optim.AdamW(
             model.optimizer_groups(training.weight_decay),
             lr=training.learning_rate,
@@ -194,39 +195,39 @@ class _Run:
             eps=training.epsilon,
             fused=True,
         )
-        self.accelerator = accelerator_for(model, course.sequence)
+        self.accelerator = accelerator_for(model, schedule.sequence)
         self.wrapped, prepared = self.accelerator.prepare(model, optimizer)
         self.optimizer: torch.optim.Optimizer = prepared.optimizer
         self.parameters = model.trained()
         self.losses: list[float] = []
-        self.earlier = 0.0  # seconds
-        self.required = AHEAD
-        self.began = self.saved = time.perf_counter()
+        self.earlier_seconds = 0.0  # of training before this process resumed it
+        self.required_steps = AHEAD
+        self.started = self.saved = time.perf_counter()
 
-    def go_on(self) -> None:
-        """Takes up the last state, where there is one."""
+    def resume(self) -> None:
+        """Load the last saved state, if there is one."""
         barrier()
         state = load_state(self.folder, fingerprint=self.fingerprint)
         if state is not None:
             restore(self.parameters, self.optimizer, state.tensors)
-            self.losses, self.earlier = list(state.numbers["losses"]), state.numbers["seconds"]
-        self.began = self.saved = time.perf_counter()
+            self.losses, self.earlier_seconds = list(state.numbers["losses"]), state.numbers["seconds"]
+        self.started = self.saved = time.perf_counter()
 
     def train(
         self, label: str, save_every: float, progress: Progress, log: Callable[[TrainingStep], None] | None
     ) -> None:
-        course = self.course
-        with progress(label, course.steps * course.tokens_per_step, "tokens") as advance:
+        schedule = self.schedule
+        with progress(label, schedule.steps * schedule.tokens_per_step, "tokens") as advance:
             if self.losses:
-                advance(len(self.losses) * course.tokens_per_step)
+                advance(len(self.losses) * schedule.tokens_per_step)
             while self.stopped is None:
                 started = time.perf_counter()
                 due = started - self.saved >= save_every * MINUTE
                 rate, norm, save, interrupted = self._step(due)
                 if log is not None and is_main():
-                    speed = course.tokens_per_step / (time.perf_counter() - started)
-                    log(TrainingStep(len(self.losses) * course.tokens_per_step, self.losses[-1], rate, speed, norm))
-                advance(course.tokens_per_step, f"loss {self.losses[-1]:.3f}")
+                    speed = schedule.tokens_per_step / (time.perf_counter() - started)
+                    log(TrainingStep(len(self.losses) * schedule.tokens_per_step, self.losses[-1], rate, speed, norm))
+                advance(schedule.tokens_per_step, f"loss {self.losses[-1]:.3f}")
                 if save or self.stopped is not None:
                     self._save()
                 if interrupted:
@@ -234,14 +235,14 @@ class _Run:
 
     @property
     def stopped(self) -> Stopped | None:
-        """Why nothing is left to do; None while something is."""
-        if len(self.losses) >= self.course.steps:
+        """Why training is complete; None while it is not."""
+        if len(self.losses) >= self.schedule.steps:
             return "tokens"
-        plateau = has_plateaued(self.losses, self.course.stage.plateau, self.course.tokens_per_step)
+        plateau = has_plateaued(self.losses, self.schedule.stage.plateau, self.schedule.tokens_per_step)
         return "plateau" if plateau else None
 
     def finish(self) -> StageResult:
-        """What it came to; low-rank updates are merged."""
+        """Merge low-rank updates and return the result."""
         seconds = self._seconds()
         moments = [state[key] for state in self.optimizer.state.values() for key in MOMENTS]
         changed = self.model.finish()
@@ -253,7 +254,7 @@ class _Run:
         assert stopped is not None
         return StageResult(
             steps,
-            steps * self.course.tokens_per_step,
+            steps * self.schedule.tokens_per_step,
             tuple(self.losses),
             seconds,
             stopped,
@@ -264,22 +265,25 @@ class _Run:
         )
 
     def _step(self, due: bool) -> tuple[float, float, bool, bool]:
-        """One optimizer step: the learning rate, the gradient's norm, and whether to save and to stop."""
-        step, training, device = len(self.losses), self.course.training, self.accelerator.device
-        rate = learning_rate(step, self.course.steps, training)
+        """Do one optimizer step; return the learning rate, the gradient norm, and whether to save and to stop."""
+        step, training, device = len(self.losses), self.schedule.training, self.accelerator.device
+        rate = learning_rate(step, self.schedule.steps, training)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(step_seed(self.course.seed, step, rank()))
+        torch.manual_seed(step_seed(self.schedule.seed, step, rank()))
         loss = torch.zeros((), device=device)
-        parts, after = self._parts(step), self._parts(step + 1)
-        for at, numbers in enumerate(parts):
-            following = parts[at + 1 :] or after
-            with self.accelerator.no_sync(self.wrapped) if parts[at + 1 :] else nullcontext():
-                of_part = self._loss(numbers, following[0] if following else None) / len(parts)
-                of_part.backward()  # type: ignore[no-untyped-call]
-            loss += of_part.detach()
+        micro_batches, next_step = self._micro_batches(step), self._micro_batches(step + 1)
+        for at, indices in enumerate(micro_batches):
+            rest = micro_batches[at + 1 :]
+            following = rest or next_step
+            # Gradients are exchanged once a step, with the last micro-batch.
+            with self.accelerator.no_sync(self.wrapped) if rest else nullcontext():
+                part_loss = self._loss(indices, following[0] if following else None) / len(micro_batches)
+                part_loss.backward()  # type: ignore[no-untyped-call]
+            loss += part_loss.detach()
         norm = gather_full(nn.utils.clip_grad_norm_(self.parameters.values(), training.clip))
-        # One exchange: processes must agree on when to save and to stop, which each would see at another step.
+        # One all-reduce for everything: processes must agree on when to save and to stop, or they would wait for each
+        # other for ever; each would otherwise notice it at another step.
         facts = torch.stack(
             [loss, *(torch.tensor(float(flag), device=device) for flag in (due, self.interrupts.asked))]
         )
@@ -290,30 +294,30 @@ class _Run:
         if not (math.isfinite(mean) and math.isfinite(length)):
             raise self._diverged(step + 1, f"the loss is {mean}, its gradient's norm {length}")
         self.optimizer.step()
-        if (step + 1) % SPECKS_EVERY == 0:
+        if (step + 1) % FLUSH_EVERY == 0:
             flush_denormals(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         self.losses.append(mean)
         return rate, length, total[1] + total[2] > 0, total[2] > 0
 
-    def _parts(self, step: int) -> list[list[int]]:
-        """The numbers of the windows of a step, part by part; none behind the last step."""
-        if step >= self.course.steps:
+    def _micro_batches(self, step: int) -> list[list[int]]:
+        """Return the window indices of a step, one list per micro-batch; nothing after the last step."""
+        if step >= self.schedule.steps:
             return []
-        if step >= self.required:
-            self.required = step + AHEAD
-            self.store.require(self.course.windows_until(self.required))
-        return self.course.parts(step, self.store)
+        if step >= self.required_steps:
+            self.required_steps = step + AHEAD
+            self.store.require(self.schedule.windows_until(self.required_steps))
+        return self.schedule.micro_batches(step, self.store)
 
-    def _loss(self, numbers: Sequence[int], then: Sequence[int] | None) -> Tensor:
-        device = self.accelerator.device
-        windows = self.store.windows(numbers).to(device)
+    def _loss(self, indices: Sequence[int], following: Sequence[int] | None) -> Tensor:
+        """Return the loss of the windows `indices`, and prefetch the cached states of those that follow."""
+        windows = self.store.windows(indices).to(self.accelerator.device)
         tokens, targets = windows[:, :-1], windows[:, 1:]
         hidden = None
         if self.prefix is not None:
-            hidden = self.prefix.hidden(numbers, tokens)
-            if then is not None:
-                self.prefix.ahead(then)
+            hidden = self.prefix.hidden(indices, tokens)
+            if following is not None:
+                self.prefix.prefetch(following)
         loss: Tensor = self.wrapped(tokens, targets, hidden)
         return loss
 
@@ -334,23 +338,24 @@ class _Run:
         self.saved = time.perf_counter()
 
     def _seconds(self) -> float:
-        return self.earlier + time.perf_counter() - self.began
+        return self.earlier_seconds + time.perf_counter() - self.started
 
     def _diverged(self, step: int, what: str) -> SurgeryError:
-        kept = load_state(self.folder, fingerprint=self.fingerprint)
-        where = f"the state after step {kept.step} is kept in {self.folder}" if kept else "no state was saved yet"
+        state = load_state(self.folder, fingerprint=self.fingerprint)
+        where = f"the state after step {state.step} is kept in {self.folder}" if state else "no state was saved yet"
+        rate = self.schedule.training.learning_rate
         return SurgeryError(
             f"step {step}: {what}; {where}",
             where=self.model.live.name,
-            hint=f"Lower the learning rate, which is {self.course.training.learning_rate:g}, and begin the stage anew.",
+            hint=f"Lower the learning rate, which is {rate:g}, and begin the stage anew.",
         )
 
 
-def _check_batch(course: TrainingSchedule) -> None:
-    processes, accumulate = n_processes(), course.training.accumulate
-    if course.batch % (processes * accumulate):
+def _check_batch(schedule: TrainingSchedule) -> None:
+    processes, accumulate = n_processes(), schedule.training.accumulate
+    if schedule.batch % (processes * accumulate):
         raise usage_error(
-            f"got {course.batch} windows, which {processes} process(es) in {accumulate} part(s) each cannot share",
+            f"got {schedule.batch} windows, which {processes} process(es) in {accumulate} part(s) each cannot share",
             where="batch",
             hint=f"Use a multiple of {processes * accumulate}.",
         )
@@ -373,12 +378,12 @@ def _check_prefix(prefix: Prefix | None, model: StageModel) -> None:
         )
 
 
-def _fingerprint(model: StageModel, course: TrainingSchedule, identity: str) -> str:
-    """Of all that a state belongs to; the number of processes is not part of it."""
+def _fingerprint(model: StageModel, schedule: TrainingSchedule, identity: str) -> str:
+    """Return a hash of everything that a state belongs to; the number of processes is not part of it."""
     facts = {
-        "stage": course.stage.model_dump(mode="json"),
-        "training": course.training.model_dump(mode="json"),
-        "sizes": [course.first_window, course.sequence, course.batch, course.seed],
+        "stage": schedule.stage.model_dump(mode="json"),
+        "training": schedule.training.model_dump(mode="json"),
+        "sizes": [schedule.first_window, schedule.sequence, schedule.batch, schedule.seed],
         "frozen": hash_tensors(parameter_hashes(model.frozen())),
         "start": hash_tensors(parameter_hashes(model.trained())),
         "identity": identity,

@@ -1,7 +1,7 @@
-"""Low-rank updates of frozen layers (LoRA, arXiv 2106.09685): W + (α / r)·B·A, merged into W once they are trained.
+"""Low-rank updates of frozen layers (LoRA, arXiv 2106.09685): W + (α / r)·B·A, merged into W after training.
 
-In go layers with frozen weights; every matrix in them gets an A and a B that train beside it. `merge` adds them to the
-weights and leaves the layers as they were made.
+Every matrix of the layers gets a trainable A and B beside it. `LoraUpdates.merge` adds them to the weights and removes
+them again.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from surgery.errors import SurgeryError
 from surgery.growth.plan import Lora
 from surgery.models.parameters import assign, gather_full
 
-LORA = "lora"  # the submodule that a matrix's A and B are in: layers.0.self_attn.q_proj.lora.A
+LORA = "lora"  # name of the submodule with A and B: layers.0.self_attn.q_proj.lora.A
 
 
-class Update(nn.Module):
-    """What is added to a matrix's output: (α / r)·B·(A·x).   x: (…, in) → (…, out)
+class LoraUpdate(nn.Module):
+    """The update added to a matrix's output: (α / r)·B·(A·x).   x: (…, in) → (…, out)
 
     A: (r, in), uniform in ±1/√in as in the paper's code, from (seed, name). B: (out, r), zero. Both in the matrix's
     dtype and on its device.
@@ -34,8 +34,8 @@ class Update(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         bound = 1 / math.sqrt(fan_in)
-        start = torch.empty(settings.rank, fan_in).uniform_(-bound, bound, generator=generator)
-        self.A = nn.Parameter(start.to(like))
+        initial = torch.empty(settings.rank, fan_in).uniform_(-bound, bound, generator=generator)
+        self.A = nn.Parameter(initial.to(like))
         self.B = nn.Parameter(torch.zeros(fan_out, settings.rank).to(like))
         self.scale = settings.alpha / settings.rank
 
@@ -44,21 +44,24 @@ class Update(nn.Module):
 
     @torch.no_grad()
     def matrix(self) -> Tensor:
-        """(α / r)·B·A in fp64: (out, in). Under FSDP2 all processes call it."""
+        """Return (α / r)·B·A in fp64: (out, in). Under FSDP2 all processes call it."""
         product: Tensor = gather_full(self.B).double() @ gather_full(self.A).double()
         return product * self.scale
 
 
 @dataclass(frozen=True)
-class Attached:
-    """Updates that are in place: the name of a matrix's module → the module. `transposed`: those stored (in, out)."""
+class LoraUpdates:
+    """The updates added to a model.
+
+    modules: name → module of every updated matrix. transposed: names of those whose weight is stored (in, out).
+    """
 
     modules: Mapping[str, nn.Module]
     transposed: frozenset[str]
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Adds every update to its weight, summed in fp64 and rounded once, and takes its parts away."""
+        """Add every update to its weight, summed in fp64 and rounded once, and remove it."""
         for name, module in self.modules.items():
             weight, update = _weight(module), _update(module)
             added = update.matrix()
@@ -66,7 +69,7 @@ class Attached:
         self.remove()
 
     def remove(self) -> None:
-        """Takes the parts away without adding them."""
+        """Remove the updates without adding them to the weights."""
         for module in self.modules.values():
             if hasattr(module, LORA):
                 vars(module).pop(_HOOK).remove()
@@ -74,15 +77,15 @@ class Attached:
 
     @property
     def merged_names(self) -> tuple[str, ...]:
-        """The parameters that `merge` changes."""
+        """Names of the parameters that `merge` changes."""
         return tuple(f"{name}.weight" for name in self.modules)
 
 
-def add_lora(layers: Mapping[str, nn.Module], settings: Lora, *, seed: int) -> Attached:
-    """Gives every matrix in `layers` (name → layer) a trainable update, that is zero at first; weights are frozen.
+def add_lora(layers: Mapping[str, nn.Module], settings: Lora, *, seed: int) -> LoraUpdates:
+    """Give every matrix in `layers` (name → layer) a trainable update that is zero at first, and freeze the weights.
 
     Matrices are the weights of nn.Linear, and of transformers' Conv1D. Experts that are fused into one 3-D parameter
-    are none, and stay as they are.
+    are not matrices, and get no update.
 
     Raises:
         SurgeryError: there is no matrix in the layers; one is smaller than the rank.
@@ -104,15 +107,15 @@ def add_lora(layers: Mapping[str, nn.Module], settings: Lora, *, seed: int) -> A
         weight = _weight(module)
         weight.requires_grad_(False)
         fan_out, fan_in = reversed(weight.shape) if name in transposed else weight.shape
-        module.add_module(LORA, Update(fan_in, fan_out, settings, like=weight, name=name, seed=seed))
-        vars(module)[_HOOK] = module.register_forward_hook(_add, with_kwargs=True)
-    return Attached(matrices, transposed)
+        module.add_module(LORA, LoraUpdate(fan_in, fan_out, settings, like=weight, name=name, seed=seed))
+        vars(module)[_HOOK] = module.register_forward_hook(_add_update, with_kwargs=True)
+    return LoraUpdates(matrices, transposed)
 
 
 _HOOK = "_lora_hook"
 
 
-def _add(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> Tensor:
+def _add_update(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> Tensor:
     inputs = arguments[0] if arguments else next(iter(keywords.values()))
     added: Tensor = output + _update(module)(inputs)
     return added
@@ -138,7 +141,7 @@ def _weight(module: nn.Module) -> nn.Parameter:
     return weight
 
 
-def _update(module: nn.Module) -> Update:
+def _update(module: nn.Module) -> LoraUpdate:
     update = module.get_submodule(LORA)
-    assert isinstance(update, Update)
+    assert isinstance(update, LoraUpdate)
     return update

@@ -1,8 +1,7 @@
-"""The state of a stage that is being trained, on disk: what it needs to go on as if it had never stopped.
+"""Save and load the resumable state of a training: parameters, AdamW's moments, and numbers.
 
-In go the parameters that train and AdamW's moments of them, by name, and numbers; out they come again, whole and of the
-same stage, or not at all. A state is a folder of `state.safetensors` and `state.json`; a new one takes the place of the
-last once it is on the disk.
+A state is a folder of `state.safetensors` and `state.json`; a new one replaces the last once it is on the disk. A state
+is loaded only if it is undamaged and belongs to the same stage.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from surgery.io.hashing import hash_tensors, hash_text
 from surgery.models.parameters import assign, gather_full, local, parameter_hashes
 
 TENSORS, NUMBERS = "state.safetensors", "state.json"
-# Between two clearings moments fall by 0.9^64, or a thousandth: to 1e-33, where denormals begin at 1e-38.
-SPECK, SPECKS_EVERY = 1e-30, 64
+# Between two flushes moments fall by 0.9^64, or a thousandth: to 1e-33, still above the denormals, below 1e-38.
+SMALLEST_MOMENT, FLUSH_EVERY = 1e-30, 64
 WEIGHT, MOMENTS, COUNT = "weight", ("exp_avg", "exp_avg_sq"), "step"
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """step: optimizer steps done. numbers: whatever else was saved, as JSON."""
+    """A saved state. step: finished optimizer steps. numbers: whatever else was saved, as JSON values."""
 
     step: int
     tensors: Mapping[str, Tensor]
@@ -42,10 +41,10 @@ class TrainingState:
 def save_state(
     folder: Path, step: int, *, fingerprint: str, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
 ) -> None:
-    """Writes a state to `folder`, for one process to do; a state that is there already is kept until this one is safe.
+    """Write a state to `folder`, on one process; an existing state is kept until this one is on the disk.
 
     Args:
-        fingerprint: of all that the state belongs to; `load_state` holds it to that.
+        fingerprint: hash of everything that the state belongs to; `load_state` refuses a state with another one.
 
     Raises:
         SurgeryError: the disk is full, or cannot be written.
@@ -70,48 +69,50 @@ def save_state(
 
 
 def load_state(folder: Path, *, fingerprint: str) -> TrainingState | None:
-    """The state in `folder`, or the one before where a kill came between the two; None where there is none.
+    """Load the state in `folder`; return None where there is none.
+
+    If a kill came between the renames of the last `save_state`, the state before it is loaded.
 
     Raises:
-        SurgeryError: it is damaged, or is that of something else.
+        SurgeryError: the state is damaged, or belongs to something else.
     """
-    faults: list[tuple[Path, Exception]] = []
-    for place in (folder, folder.with_name(folder.name + ".replaced")):
-        if not place.exists():
+    errors: list[tuple[Path, Exception]] = []
+    for candidate in (folder, folder.with_name(folder.name + ".replaced")):
+        if not candidate.exists():
             continue
         try:
-            return _read(place, fingerprint)
+            return _read(candidate, fingerprint)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            faults.append((place, error))
-    if not faults:
+            errors.append((candidate, error))
+    if not errors:
         return None
-    place, fault = faults[0]
+    damaged, cause = errors[0]
     raise SurgeryError(
-        f"the state of training that is kept here is damaged ({fault})",
-        where=place,
+        f"the state of training that is kept here is damaged ({cause})",
+        where=damaged,
         hint="Remove the folder to begin the stage anew.",
-    ) from fault
+    ) from cause
 
 
 def snapshot(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The parameters and AdamW's state of each, on the CPU and whole; under FSDP2 all processes call it."""
-    found = {}
+    """Return the parameters and AdamW's state of each, unsharded on the CPU; under FSDP2 all processes call it."""
+    tensors = {}
     for name, parameter in parameters.items():
-        found[f"{WEIGHT}/{name}"] = gather_full(parameter.detach()).cpu().contiguous()
+        tensors[f"{WEIGHT}/{name}"] = gather_full(parameter.detach()).cpu().contiguous()
         for key, value in optimizer.state.get(parameter, {}).items():
-            found[f"{key}/{name}"] = gather_full(value).cpu().contiguous()
-    return found
+            tensors[f"{key}/{name}"] = gather_full(value).cpu().contiguous()
+    return tensors
 
 
 @torch.no_grad()
 def restore(
     parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Puts a `snapshot` back, each tensor where and how its parameter lies (under FSDP2 its shard)."""
+    """Load a `snapshot`, each tensor to its parameter's device; under FSDP2 each process takes its shard."""
     for name, parameter in parameters.items():
         assign(parameter, tensors[f"{WEIGHT}/{name}"])
         if f"{COUNT}/{name}" not in tensors:
-            continue  # it had no gradient so far
+            continue  # it had no gradient before the snapshot
         optimizer.state[parameter] = {COUNT: tensors[f"{COUNT}/{name}"].to(parameter.device)}
         for key in MOMENTS:
             moment = torch.empty_like(parameter)
@@ -121,16 +122,16 @@ def restore(
 
 @torch.no_grad()
 def flush_denormals(optimizer: torch.optim.Optimizer) -> None:
-    """Sets moments below `SPECK` to zero, on CPUs: called every `SPECKS_EVERY` steps, none ever becomes denormal.
+    """Set moments on the CPU below `SMALLEST_MOMENT` to zero; call it every `FLUSH_EVERY` steps.
 
     Moments of what gets no gradient, such as rows of tokens that do not occur, halve every few steps, and arithmetic on
-    denormal numbers takes thirty times as long. Beside AdamW's epsilon they are nothing. (`torch.set_flush_denormal`
-    holds for some threads only, so that results would depend on which one computes.)
+    denormal numbers takes thirty times as long. Beside AdamW's epsilon they are negligible.
+    (`torch.set_flush_denormal` applies to some threads only, so that results would depend on which one computes.)
     """
     for state in optimizer.state.values():
         for moment in (local(state[key]) for key in MOMENTS if key in state):
             if moment.is_cpu:
-                moment.copy_(torch.hardshrink(moment, SPECK))
+                moment.copy_(torch.hardshrink(moment, SMALLEST_MOMENT))
 
 
 def _hash(body: Mapping[str, Any]) -> str:
@@ -138,9 +139,9 @@ def _hash(body: Mapping[str, Any]) -> str:
 
 
 def _read(folder: Path, fingerprint: str) -> TrainingState:
-    held = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
-    body = held["state"]
-    if held["hash"] != _hash(body):
+    content = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
+    body = content["state"]
+    if content["hash"] != _hash(body):
         raise ValueError(f"{NUMBERS} does not match its hash")
     if body["fingerprint"] != fingerprint:
         raise SurgeryError(

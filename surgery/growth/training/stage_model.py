@@ -1,6 +1,6 @@
-"""What trains in a stage of a growth: a live model goes in, of which all is frozen but what the stage names.
+"""`StageModel`: a model of which only the parts that a stage names are trainable, as a module token ids → loss.
 
-Out comes a `StageModel`: token ids → loss. What is frozen has no gradient and no optimizer state.
+Frozen parameters have no gradient and no optimizer state.
 """
 
 from __future__ import annotations
@@ -14,66 +14,66 @@ from torch import Tensor, nn
 
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.growth.plan import GrowthStage
-from surgery.growth.training.lora import Attached, add_lora
+from surgery.growth.training.lora import LoraUpdates, add_lora
 from surgery.growth.training.loss import cross_entropy
 from surgery.models.loaded_model import LoadedModel
 from surgery.models.partial_forward import replace_input, tupled_layers
 
 
 class StageModel(nn.Module):
-    """The model of a stage; it holds the transformers model itself, so that DDP and FSDP2 can wrap it.
+    """The model of a stage; it contains the transformers model as a submodule, so that DDP and FSDP2 can wrap it.
 
-    depth: the first layer in which something trains; as many as there are layers where only what follows them does,
-    0 where the embedding does.
+    depth: index of the first layer in which something trains; the number of layers where only what follows them trains,
+    0 where the embedding trains.
     """
 
-    def __init__(self, live: LoadedModel, updates: Attached | None) -> None:
+    def __init__(self, live: LoadedModel, updates: LoraUpdates | None) -> None:
         super().__init__()
         self.model: Any = live.model
         self.live, self.updates = live, updates
-        # What FSDP2 makes a unit of, by structure: transformers' own list names classes that a model may lack.
+        # The classes FSDP2 shards as units. Taken from the layers, as transformers' own list may name missing classes.
         self._no_split_modules = sorted({type(layer).__name__ for layer in live.layers})
         self.depth = self._depth()
         self._tupled = tupled_layers(live) if self.depth else ()
 
     def forward(self, tokens: Tensor, targets: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """The mean cross-entropy in nats, in fp32, of predicting `targets`.
+        """Return the mean cross-entropy of predicting `targets`, in nats: a scalar in fp32.
 
-        tokens: (B, T) ids. targets: (B, T) ids. hidden: (B, T, D), the input of layer `depth`; where it is given, the
-        layers below are not computed. → a scalar
+        tokens: (B, T) ids. targets: (B, T) ids. hidden: (B, T, D), the input of layer `depth`; if given, the layers
+        below are not computed.
         """
-        below = replace_input(self.live, self.depth, hidden, self._tupled) if hidden is not None else nullcontext()
-        with below:
+        replaced = replace_input(self.live, self.depth, hidden, self._tupled) if hidden is not None else nullcontext()
+        with replaced:
             logits = self.model(input_ids=tokens, use_cache=False).logits
         return cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that train, by name, in the model's order; after sharding, the shards."""
+        """Return the trainable parameters by name, in the model's order; after sharding, the shards."""
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def frozen(self) -> dict[str, Tensor]:
-        """All else that a checkpoint of the model holds: parameters and buffers, by name."""
-        held = self.model.state_dict(keep_vars=True)
-        return {name: value for name, value in held.items() if isinstance(value, Tensor) and not value.requires_grad}
+        """Return all other tensors of a checkpoint of the model, parameters and buffers, by name."""
+        tensors = self.model.state_dict(keep_vars=True)
+        return {name: value for name, value in tensors.items() if isinstance(value, Tensor) and not value.requires_grad}
 
     def trained_names(self) -> list[str]:
-        """The names of the parameters that train."""
+        """Return the names of the trainable parameters."""
         return list(self.trained())
 
     @property
     def n_trained(self) -> int:
-        """How many numbers train."""
+        """Number of trainable values."""
         return sum(parameter.numel() for parameter in self.trained().values())
 
     def optimizer_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Groups for AdamW: only matrices decay, not biases and the gains of norms."""
+        """Return parameter groups for AdamW: only matrices decay, not biases and norm weights."""
         matrices = [parameter for parameter in self.trained().values() if parameter.dim() > 1]
         others = [parameter for parameter in self.trained().values() if parameter.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]
 
-    def leaves_out(self, n_tokens: int) -> bool:
-        """Whether something that trains gets no gradient, seen on so many tokens: DDP must know of that."""
+    def has_unused_parameters(self, n_tokens: int) -> bool:
+        """Return whether a trainable parameter gets no gradient, tried on `n_tokens` tokens: DDP must know of that."""
         tokens = (
             torch.arange(n_tokens + 1, device=self.live.device)[None]
             % self.live.model.config.get_text_config().vocab_size
@@ -84,7 +84,7 @@ class StageModel(nn.Module):
         return missing
 
     def finish(self) -> list[str]:
-        """Merges low-rank updates into their weights. Returns the names of all parameters that the stage changed."""
+        """Merge low-rank updates into their weights; return the names of all parameters that the stage changed."""
         names = [name for name in self.trained_names() if self.updates is None or ".lora." not in name]
         if self.updates is not None:
             names += self.updates.merged_names
@@ -92,7 +92,7 @@ class StageModel(nn.Module):
         return names
 
     def _depth(self) -> int:
-        # What lies neither in the layers nor behind them comes before them; a head tied to the embedding does.
+        # Parameters that are neither in the layers nor after them count as before them, and so does a tied head.
         first: dict[int, int] = {}
         for part in (self.live.final_norm, _head(self.model)):
             first |= {id(parameter): len(self.live.layers) for parameter in part.parameters()} if part else {}
@@ -103,20 +103,20 @@ class StageModel(nn.Module):
 
 
 def prepare_stage_model(live: LoadedModel, stage: GrowthStage, new: Sequence[int], *, seed: int) -> StageModel:
-    """Freezes all of `live` but what `stage` trains.
+    """Freeze all of `live` but what `stage` trains, and add low-rank updates where it asks for them.
 
     Args:
         live: in fp32.
-        new: the numbers of the layers that the stage added.
-        seed: of the low-rank updates' start.
+        new: indices of the layers that the stage added.
+        seed: of the initial low-rank updates.
 
     Raises:
         SurgeryError: nothing is left to train; there is no such layer; the head is tied to the embedding and only one
             of them trains; what trains is not fp32; there is no matrix for a low-rank update.
     """
     model, n_layers, train = live.model, len(live.layers), set(stage.train)
-    if out := [index for index in new if not 0 <= index < n_layers]:
-        raise usage_error(f"there is no layer {out[0]} among {n_layers}", where=live.name)
+    if missing := [index for index in new if not 0 <= index < n_layers]:
+        raise usage_error(f"there is no layer {missing[0]} among {n_layers}", where=live.name)
     embedding, head = model.get_input_embeddings(), _head(model)
     if "head" in train and head is None:
         raise SurgeryError("has no output head that could train", where=live.name)
@@ -153,6 +153,7 @@ def prepare_stage_model(live: LoadedModel, stage: GrowthStage, new: Sequence[int
             raise SurgeryError(f"is in {listing(dtypes)}; what trains must be in float32", where=live.name)
         return StageModel(live, updates)
     except BaseException:
+        # The caller keeps the model, and must get it as it was.
         if updates is not None:
             updates.remove()
         raise

@@ -1,4 +1,4 @@
-"""Training as TensorBoard shows it: steps go in, event files come out, written by tensorboardX (the extra `logs`)."""
+"""Write training steps as TensorBoard event files, with tensorboardX (the extra `logs`)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def tensorboard(folder: Path) -> Iterator[Callable[[TrainingStep], None]]:
-    """Inside, each `TrainingStep` that the value is called with is written to event files in `folder`, against tokens.
+    """Yield a function that writes a `TrainingStep` to event files in `folder`, with tokens on the x-axis.
 
-    Where a stage goes on from a state, what was logged behind that state is marked as replaced.
+    Where a training is resumed from a state, what was logged after that state is marked as replaced.
 
     Raises:
         SurgeryError: tensorboardX is not installed.

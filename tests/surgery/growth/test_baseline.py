@@ -12,7 +12,7 @@ from support.growth_runs import BATCH, CPU, SEQUENCE, STEPS, TOKENS, begun, grow
 from torch import Tensor
 
 from surgery.errors import SurgeryError
-from surgery.growth.baseline import SameOrder, train_baselines
+from surgery.growth.baseline import ReplayedWindows, train_baselines
 from surgery.growth.report import comparison_table, growth_report, verdicts
 from surgery.growth.results import Growth, read_growth
 from surgery.growth.run import grow
@@ -31,7 +31,7 @@ class Numbered:
     def require(self, n_windows: int) -> None:
         self.required = n_windows
 
-    def number_of(self, drawn: int) -> int:
+    def window_at(self, drawn: int) -> int:
         return drawn % 10
 
     def windows(self, numbers: Sequence[int]) -> Tensor:
@@ -45,7 +45,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_substrate(folder)
     texts = {"texts": [str(folder / "words.txt")], "limit": 1}
     grown(folder, folder / "run", evaluate=texts)
-    train_baselines(begun(folder, folder / "run", plan=folder / "run.yml"), doing=CPU)
+    train_baselines(begun(folder, folder / "run", plan=folder / "run.yml"), options=CPU)
     return folder
 
 
@@ -56,11 +56,11 @@ def growth(bench: Path) -> Growth:
 
 def test_windows_come_in_the_order_of_the_growth_and_then_again() -> None:
     store = Numbered()
-    order = SameOrder(store, [(0, 3), (8, 4), (0, 2)])
-    assert [order.number_of(at) for at in range(12)] == [0, 1, 2, 8, 9, 0, 1, 0, 1, 0, 1, 2]
+    order = ReplayedWindows(store, [(0, 3), (8, 4), (0, 2)])
+    assert [order.window_at(at) for at in range(12)] == [0, 1, 2, 8, 9, 0, 1, 0, 1, 0, 1, 2]
     order.require(1)
     assert store.required == 12
-    assert order.identity != SameOrder(store, [(0, 4), (8, 4), (0, 2)]).identity
+    assert order.identity != ReplayedWindows(store, [(0, 4), (8, 4), (0, 2)]).identity
 
 
 def test_four_models_of_the_final_depth_are_trained(bench: Path, growth: Growth) -> None:
@@ -114,7 +114,7 @@ def test_baselines_stay_when_the_growth_is_run_again(bench: Path, growth: Growth
 def test_one_of_them_may_be_asked_for(bench: Path, tmp_path: Path) -> None:
     grown(bench, tmp_path / "run", stages=[{"tokens": TOKENS}])
     asked = begun(bench, tmp_path / "run", plan=tmp_path / "run.yml")
-    found = train_baselines(asked, budget="tokens", embedding="frozen", doing=CPU)
+    found = train_baselines(asked, budget="tokens", embedding="frozen", options=CPU)
     assert [model.training.name for model in found.baselines] == ["baseline-tokens-frozen"]
     # One layer, all at once: a growth of one stage is nothing else.
     assert found.baselines[0].training.tokens == TOKENS == STEPS * BATCH * SEQUENCE
@@ -123,4 +123,4 @@ def test_one_of_them_may_be_asked_for(bench: Path, tmp_path: Path) -> None:
 
 def test_there_must_be_a_growth_to_compare_with(bench: Path, tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match="holds no growth that is done"):
-        train_baselines(begun(bench, tmp_path / "run"), doing=CPU)
+        train_baselines(begun(bench, tmp_path / "run"), options=CPU)

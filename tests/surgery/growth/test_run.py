@@ -35,10 +35,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from surgery.engine.verification import verify
 from surgery.errors import SurgeryError
 from surgery.growth.data.train_tokenizer import train_tokenizer
+from surgery.growth.options import RunOptions
 from surgery.growth.plan import Plateau
 from surgery.growth.prepare import load_plan
 from surgery.growth.results import REPORT, Growth, read_growth
-from surgery.growth.run import RunOptions, grow
+from surgery.growth.run import grow
 from surgery.io.atomic import MANIFEST
 from surgery.io.json_io import read_json
 
@@ -186,9 +187,9 @@ grow(begun(bench, run, plan=bench / "killed.yml"), type(CPU)(device="cpu", save_
         ("surgery.growth.training.loop:_Run._step", STEPS + 2),
         ("surgery.growth.training.loop:save_state", STEPS + 3),
         ("surgery.growth.prefix_cache.cache:PrefixCache.write", 4),
-        ("surgery.growth.training.checkpointed:execute", 2),
-        ("surgery.growth.training.checkpointed:build_manifest", 2),
-        ("surgery.growth.run:publish", 2),
+        ("surgery.growth.training.stage_runner:execute", 2),
+        ("surgery.growth.training.stage_runner:build_manifest", 2),
+        ("surgery.growth.run:write_results", 2),
     ],
 )
 def test_a_killed_run_ends_as_one_that_was_not(bench: Path, tmp_path: Path, place: str, calls: int) -> None:
@@ -365,11 +366,11 @@ def test_a_folder_of_something_else_is_left_alone(bench: Path, tmp_path: Path) -
 
 def test_logs_for_tensorboard_are_written_where_asked(bench: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX")
-    grown(bench, tmp_path / "run", doing=RunOptions(device="cpu", logs=True), stages=[{"tokens": TOKENS}])
+    grown(bench, tmp_path / "run", options=RunOptions(device="cpu", logs=True), stages=[{"tokens": TOKENS}])
     assert list((tmp_path / "run/logs/stage-1").glob("events*"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_growth_runs_on_a_gpu(bench: Path, tmp_path: Path) -> None:
-    growth: Growth = grown(bench, tmp_path / "run", doing=RunOptions(device="cuda"))
+    growth: Growth = grown(bench, tmp_path / "run", options=RunOptions(device="cuda"))
     assert growth.stages[2].training.last_loss < growth.stages[0].training.first_loss

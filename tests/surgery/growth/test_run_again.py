@@ -28,14 +28,15 @@ from surgery.errors import SurgeryError
 from surgery.growth import run as run_module
 from surgery.growth.baseline import train_baselines
 from surgery.growth.embedding.build import make_embedding
+from surgery.growth.options import RunOptions
 from surgery.growth.plan import GrowthPlan
 from surgery.growth.prefix_cache import cache as cache_module
 from surgery.growth.prefix_cache.cache import PrefixCache
 from surgery.growth.prepare import load_plan, prepare_run
 from surgery.growth.report import growth_report
 from surgery.growth.results import Growth, read_growth
-from surgery.growth.run import RunOptions, grow
-from surgery.growth.training import checkpointed as trained_module
+from surgery.growth.run import grow
+from surgery.growth.training import save_stage as save_stage_module
 from surgery.growth.training.loop import _Run
 
 STEP = BATCH * SEQUENCE
@@ -122,7 +123,7 @@ def test_baselines_belong_to_one_growth_and_its_measures(
 ) -> None:
     run, texts = tmp_path / "run", [str(bench / "words.txt"), str(bench / "sums.txt")]
     grown(bench, run, stages=ONE, evaluate={"texts": texts[:1], "limit": 1})
-    asked: dict[str, Any] = {"budget": "tokens", "embedding": "frozen", "doing": CPU}
+    asked: dict[str, Any] = {"budget": "tokens", "embedding": "frozen", "options": CPU}
     first = train_baselines(begun(bench, run, plan=tmp_path / "run.yml"), **asked)
     # Another plan is not compared with.
     other = write_plan(tmp_path, stages=ONE, training={"learning_rate": 0.02})
@@ -148,7 +149,7 @@ def test_results_are_whole_while_a_done_run_is_looked_through(
 ) -> None:
     whole = grown(bench, tmp_path / "run", stages=[{"times": 2, "tokens": TOKENS}])
     with pytest.raises(StopError):
-        stop_at(monkeypatch, run_module, "scores_of", call=2)
+        stop_at(monkeypatch, run_module, "evaluate_model", call=2)
         grow(begun(bench, tmp_path / "run", plan=tmp_path / "run.yml"), CPU)
     assert read_growth(tmp_path / "run") == whole
 
@@ -200,19 +201,19 @@ def test_a_stage_goes_on_where_a_plateau_ended_the_last_also_after_a_stop(
         (_Run, "finish", 1),
         (_Run, "_step", 3),
         (_Run, "finish", 1),
-        (trained_module, "execute", 1),
+        (save_stage_module, "execute", 1),
         (_Run, "_step", 2),
     ):
         with monkeypatch.context() as patch, pytest.raises(StopError):
             stop_at(patch, holder, name, call)
-            grown(bench, tmp_path / "run", doing=every, **settings)
+            grown(bench, tmp_path / "run", options=every, **settings)
     same(whole, grown(bench, tmp_path / "run", **settings), tmp_path / "whole", tmp_path / "run")
 
 
 def test_passes_are_those_over_the_same_windows() -> None:
     def passes(*stages: dict[str, Any]) -> list[float | None]:
         plan = GrowthPlan.model_validate({"stages": stages, "sequence": 8, "batch": 4})
-        return [run_module._passes(plan, at, 24) for at in range(len(stages))]
+        return [run_module._cache_passes(plan, at, 24) for at in range(len(stages))]
 
     stage = {"tokens": 24 * 8}
     assert passes(stage, stage, stage) == [3, 2, 1]
@@ -237,14 +238,14 @@ def test_a_cache_elsewhere_is_the_runs_own_and_gone_at_the_end(
     bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[Path] = []
-    plain = run_module.remove
+    plain = run_module.remove_folder
 
     def remove(folder: Path) -> None:
         kept.append(folder)
         assert folder.exists() or folder.name.endswith(".start")
         plain(folder)
 
-    monkeypatch.setattr(run_module, "remove", remove)
+    monkeypatch.setattr(run_module, "remove_folder", remove)
     stages = [{"times": 2, "tokens": TOKENS}]
     for name in ("one", "two"):
         grown(bench, tmp_path / name, stages=stages, cache={"use": "on", "folder": str(tmp_path / "fast")})
@@ -259,7 +260,7 @@ def test_a_disk_that_fills_while_states_are_written_ends_no_training(
     stages = [{"times": 3, "tokens": TOKENS}]
     whole = grown(bench, tmp_path / "whole", stages=stages, cache={"use": "on"})
     monkeypatch.setattr("surgery.growth.prefix_cache.decide._disk_seconds", lambda *_: (0.0, 1e-12))
-    plain, written = PrefixCache._put, []
+    plain, written = PrefixCache._write_row, []
 
     def full(*arguments: Any) -> None:
         written.append(None)
@@ -267,7 +268,7 @@ def test_a_disk_that_fills_while_states_are_written_ends_no_training(
             raise OSError(errno.ENOSPC, "No space left on device")
         plain(*arguments)
 
-    monkeypatch.setattr(PrefixCache, "_put", full)
+    monkeypatch.setattr(PrefixCache, "_write_row", full)
     growth = grown(bench, tmp_path / "run", stages=stages, cache={"use": use})
     assert curves(growth) == curves(whole)
     second, third = (model.training.cache for model in growth.stages[1:])
@@ -285,7 +286,7 @@ def test_a_disk_that_is_full_once_the_cache_was_decided_on(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cache_module, "_allocated", full)
+    monkeypatch.setattr(cache_module, "_preallocate", full)
     stages = [{"times": 3, "tokens": TOKENS}]
     if use == "on":
         with pytest.raises(SurgeryError, match="the prefix cache needs"):

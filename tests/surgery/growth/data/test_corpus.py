@@ -17,8 +17,13 @@ from support.hub_server import HubServer
 
 from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.growth.data import corpus
+<<<<<<< HEAD
 from surgery.growth.data.corpus import Document, commits_of, documents, fingerprint, open_corpus, shuffled
 from surgery.lab import builder as family
+=======
+from surgery.growth.data.corpus import Document, commits_of, documents, fingerprint, open_corpus, shuffle
+from surgery.lab.builder import build as family
+>>>>>>> 4b6044d (Open the prefix cache before training and hand it over, so that a stage reads from top to bottom)
 
 
 def texts(*refs: str | Path, field: str = "text") -> list[str]:
@@ -239,7 +244,7 @@ def many(count: int, length: int = 3) -> list[Document]:
 
 def test_a_small_corpus_is_shuffled_wholly_and_by_its_seed_alone():
     every = many(500)
-    orders = [list(shuffled(iter(every), seed=seed)) for seed in (0, 0, 1)]
+    orders = [list(shuffle(iter(every), seed=seed)) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0], key=lambda d: d.text) == every
     # Documents come from everywhere: the mean place of the first hundred is the middle, give or take five deviations.
@@ -249,7 +254,7 @@ def test_a_small_corpus_is_shuffled_wholly_and_by_its_seed_alone():
 
 def test_the_same_seed_gives_the_same_order_for_ever():
     # Runs that are continued by a later version rely on it.
-    assert [document.text for document in shuffled(many(8), seed=3)] == [
+    assert [document.text for document in shuffle(many(8), seed=3)] == [
         "001",
         "003",
         "002",
@@ -270,16 +275,16 @@ def test_a_large_corpus_is_shuffled_in_bounded_memory():
             taken += 1
             yield document
 
-    first = list(islice(shuffled(counted(), seed=0, buffer_documents=50), 10))
+    first = list(islice(shuffle(counted(), seed=0, buffer_documents=50), 10))
     assert taken == 60 and all(int(document.text) < 60 for document in first)
     taken = 0
-    assert len(list(islice(shuffled(counted(), seed=0, buffer_characters=300), 5))) == 5 and taken == 105
+    assert len(list(islice(shuffle(counted(), seed=0, buffer_characters=300), 5))) == 5 and taken == 105
 
 
 @given(st.lists(st.text(max_size=9)), st.integers(0, 5), st.integers(1, 30), st.integers())
 def test_shuffling_loses_and_repeats_nothing(found, documents_held, characters_held, seed):
     every = [Document(str(n), text) for n, text in enumerate(found)]
-    order = shuffled(every, seed=seed, buffer_documents=documents_held, buffer_characters=characters_held)
+    order = shuffle(every, seed=seed, buffer_documents=documents_held, buffer_characters=characters_held)
     assert sorted(order, key=lambda d: int(d.where)) == every
 
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from surgery.errors import SurgeryError
 from surgery.growth.data import token_store
-from surgery.growth.data.corpus import documents, shuffled
+from surgery.growth.data.corpus import documents, shuffle
 from surgery.growth.data.token_store import INDEX, TOKENS, TokenStore
 
 ROOT = Path(__file__).parents[4]
@@ -58,7 +58,7 @@ def reference(ref: Path, *, seed: int = 0) -> list[int]:
     letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     to_letter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     ids: list[int] = []
-    for document in shuffled(documents([str(ref)]), seed=seed):
+    for document in shuffle(documents([str(ref)]), seed=seed):
         [(text, _)] = to_letter.pre_tokenize_str(document.text)
         ids += [*(letters[letter] for letter in text), EOS]
     return ids
@@ -117,7 +117,7 @@ def test_no_more_is_tokenised_than_was_asked_for(tmp_path, text, small_steps):
     found.require(found.known + 1)
     assert found.documents == 20 and torch.equal(found.windows([0, 1, 2]), before)
     with pytest.raises(IndexError, match="is not there yet"):
-        found.number_of(found.known)
+        found.window_at(found.known)
     found.require(10**6)
     assert found.documents == 300 and found.count == found.known
     assert (tmp_path / "s" / TOKENS).read_bytes() == np.array(reference(text), "<u2").tobytes()
@@ -145,14 +145,14 @@ def test_windows_come_in_order_and_then_in_another_order_in_each_pass(tmp_path, 
     found = store(tmp_path / "s", text)
     found.require(10**6)
     count = found.count
-    passes = [[found.number_of(drawn) for drawn in range(e * count, (e + 1) * count)] for e in range(3)]
+    passes = [[found.window_at(drawn) for drawn in range(e * count, (e + 1) * count)] for e in range(3)]
     assert passes[0] == list(range(count))
     assert all(sorted(each) == passes[0] for each in passes)
     assert passes[0] != passes[1] != passes[2] != passes[0]
     again, other = store(tmp_path / "s", text), store(tmp_path / "t", text, seed=1)
     other.require(10**6)
-    assert [again.number_of(drawn) for drawn in range(count, 2 * count)] == passes[1]
-    assert [other.number_of(drawn) for drawn in range(count, 2 * count)] != passes[1]
+    assert [again.window_at(drawn) for drawn in range(count, 2 * count)] == passes[1]
+    assert [other.window_at(drawn) for drawn in range(count, 2 * count)] != passes[1]
 
 
 KILLED = """
@@ -298,7 +298,7 @@ def test_a_corpus_of_less_than_a_window_says_so_each_time(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 16)
     exact = store(tmp_path / "t", tmp_path / "a.txt")
     exact.require(2)
-    assert (exact.count, exact.number_of(5), exact.windows([0])[0, -1]) == (1, 0, EOS)
+    assert (exact.count, exact.window_at(5), exact.windows([0])[0, -1]) == (1, 0, EOS)
 
 
 def test_a_tokenizer_that_does_not_fit_the_embedding_is_refused(tmp_path, text):

@@ -23,7 +23,7 @@ from surgery.engine.verification import verify
 from surgery.errors import SurgeryError
 from surgery.growth.embedding.build import make_embedding, open_embedding
 from surgery.growth.embedding.glyphs import Glyphs, open_font
-from surgery.growth.embedding.tables import bits, break_ties, collisions, projected
+from surgery.growth.embedding.tables import bit_table, duplicate_rows, principal_table, separate_duplicates
 from surgery.growth.embedding.token_strings import token_strings
 from surgery.io.hashing import hash_bytes, hash_parts
 
@@ -107,7 +107,7 @@ def test_the_same_request_gives_the_same_bytes_on_any_number_of_threads(
 
 def test_principal_axes_are_those_of_an_fp64_reference_up_to_sign() -> None:
     rows = bitmaps_of(VOCAB, 16)
-    table, kept, _ = projected(rows, 12, normalise=False)
+    table, kept, _ = principal_table(rows, 12, normalise=False)
     reference = PCA(12, svd_solver="full").fit(rows.astype(np.float64))
     expected = reference.transform(rows.astype(np.float64))
     signs = np.sign((table * expected).sum(axis=0))
@@ -117,7 +117,7 @@ def test_principal_axes_are_those_of_an_fp64_reference_up_to_sign() -> None:
 
 def test_a_full_width_is_a_rotation() -> None:
     rows = bitmaps_of(VOCAB, 8)
-    table, kept, rank = projected(rows, 64, normalise=False)
+    table, kept, rank = principal_table(rows, 64, normalise=False)
     distances = torch.cdist(torch.from_numpy(rows).double(), torch.from_numpy(rows).double())
     rotated = torch.cdist(torch.from_numpy(table).double(), torch.from_numpy(table).double())
     torch.testing.assert_close(rotated, distances, rtol=1e-5, atol=1e-2)
@@ -136,7 +136,7 @@ def test_rows_of_glyphs_have_norm_one_unless_asked_otherwise(tokenizer: str, tmp
 def test_every_pair_of_tokens_that_look_alike_is_reported(tokenizer: str, tmp_path: Path) -> None:
     report = make_embedding(tokenizer, tmp_path / "emb", width=64, cell=16)
     expected = alike(bitmaps_of(VOCAB, 16))
-    assert collisions(table_of(tmp_path / "emb")) == expected
+    assert duplicate_rows(table_of(tmp_path / "emb")) == expected
     listed = json.loads((tmp_path / "emb" / "collisions.json").read_text())
     assert [group["ids"] for group in listed["groups"]] == expected
     assert ["A", "Α", "А"] in [group["surfaces"] for group in listed["groups"]]
@@ -148,9 +148,9 @@ def test_unique_tells_every_token_apart_and_leaves_the_others_alone(tokenizer: s
     report = make_embedding(tokenizer, tmp_path / "unique", width=64, cell=16, unique=True)
     make_embedding(tokenizer, tmp_path / "plain", width=64, cell=16)
     unique, plain = table_of(tmp_path / "unique"), table_of(tmp_path / "plain")
-    assert report.before is not None and report.before.rows == sum(map(len, collisions(plain))) > 0
+    assert report.before is not None and report.before.rows == sum(map(len, duplicate_rows(plain))) > 0
     assert report.collisions.rows == 0 and not alike(unique)
-    moved = {number for _, *others in collisions(plain) for number in others}
+    moved = {number for _, *others in duplicate_rows(plain) for number in others}
     assert {int(number) for number in np.flatnonzero((unique != plain).any(axis=1))} == moved
     distances = np.linalg.norm(unique - plain, axis=1)[sorted(moved)]
     assert (distances > 5e-3).all() and (distances < 1.01e-2).all()
@@ -160,7 +160,7 @@ def test_unique_tells_every_token_apart_and_leaves_the_others_alone(tokenizer: s
 def test_ties_that_cannot_be_broken_are_an_error() -> None:
     table = np.ones((20, 1), np.float32)
     with pytest.raises(SurgeryError, match=r"cannot be told apart at width 1. Give a larger --width"):
-        break_ties(table, collisions(table), seed=0, normalise=True)
+        separate_duplicates(table, duplicate_rows(table), seed=0, normalise=True)
 
 
 def test_bits_are_those_of_the_id_each_repeated(tokenizer: str, tmp_path: Path) -> None:
@@ -171,10 +171,10 @@ def test_bits_are_those_of_the_id_each_repeated(tokenizer: str, tmp_path: Path) 
 
 
 def test_more_ids_take_more_bits() -> None:
-    assert bits(65_536, 16)[-1].tolist() == [1.0] * 16
-    assert bits(65_537, 17)[-1].tolist() == [1.0] + [0.0] * 16
+    assert bit_table(65_536, 16)[-1].tolist() == [1.0] * 16
+    assert bit_table(65_537, 17)[-1].tolist() == [1.0] + [0.0] * 16
     with pytest.raises(SurgeryError, match="--width: got 16, expected a multiple of 17, the bits of 65,537 ids"):
-        bits(65_537, 16)
+        bit_table(65_537, 16)
 
 
 def test_random_rows_depend_on_the_seed_alone(tokenizer: str, tmp_path: Path) -> None:

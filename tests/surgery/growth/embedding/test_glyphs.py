@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgery.errors import SurgeryError
-from surgery.growth.embedding.glyphs import Font, Glyphs, Image, boxed, open_font, resized, shrunk
+from surgery.growth.embedding.glyphs import Font, Glyphs, Image, codepoint_box, open_font, resize, resize_width
 
 BAR = "0041:" + "80" * 16  # a bar at the left, 8 dots wide
 WIDE = "4E2D:" + "FFFF" * 16  # all ink, 16 dots wide
@@ -39,18 +39,18 @@ def mean_over_areas(row: Sequence[int], width: int) -> list[int]:
 
 @given(st.lists(st.integers(0, 255), min_size=1, max_size=40), st.integers(1, 40))
 def test_resizing_takes_means_over_areas_rounded_half_up(row: list[int], width: int) -> None:
-    assert shrunk(np.array(row, np.uint8), width).tolist() == mean_over_areas(row, width)
+    assert resize_width(np.array(row, np.uint8), width).tolist() == mean_over_areas(row, width)
 
 
 def test_resizing_keeps_an_image_of_the_same_size_and_repeats_dots_in_a_multiple() -> None:
     image = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    assert (resized(image, 3, 4) == image).all()
-    assert (resized(image, 6, 8) == np.kron(image, np.ones((2, 2), np.uint8))).all()
+    assert (resize(image, 3, 4) == image).all()
+    assert (resize(image, 6, 8) == np.kron(image, np.ones((2, 2), np.uint8))).all()
 
 
 def test_a_string_longer_than_fp32_is_exact_for_is_resized_right() -> None:
     row = np.full(70_001, 255, np.uint8)
-    assert shrunk(row, 3).tolist() == [255, 255, 255]
+    assert resize_width(row, 3).tolist() == [255, 255, 255]
 
 
 def test_each_string_is_the_row_of_its_cells_whatever_is_drawn_beside_it() -> None:
@@ -59,8 +59,8 @@ def test_each_string_is_the_row_of_its_cells_whatever_is_drawn_beside_it() -> No
     assert (together[0] == together[3]).all()
     for string, bitmap in zip(["ab", "c", "abc"], together, strict=False):
         assert (drawn([string], font)[0] == bitmap).all()
-    cells = [resized(drawn([character], font)[0], 32, 16) for character in "ab"]
-    assert (shrunk(np.concatenate(cells, axis=1), 32) == together[0]).all()
+    cells = [resize(drawn([character], font)[0], 32, 16) for character in "ab"]
+    assert (resize_width(np.concatenate(cells, axis=1), 32) == together[0]).all()
 
 
 def test_spaces_are_seen_and_counted() -> None:
@@ -79,16 +79,16 @@ def test_characters_that_a_font_lacks_are_boxes_with_their_codepoint() -> None:
     glyphs = Glyphs(open_font(None, height=32), cell=32)
     bitmaps = np.concatenate([part for _, part in glyphs.bitmaps(strings)])
     assert len(np.unique(bitmaps.reshape(len(strings), -1), axis=0)) == len(strings)
-    assert {"中", "\n", "\U0001f600"} <= glyphs.boxed and "a" not in glyphs.boxed
+    assert {"中", "\n", "\U0001f600"} <= glyphs.missing and "a" not in glyphs.missing
 
 
 def test_a_box_has_its_digits_inside() -> None:
-    box = boxed(0x4E2D) // 255
+    box = codepoint_box(0x4E2D) // 255
     assert box[0].all() and box[-1].all() and box[:, 0].all() and box[:, -1].all()
     four = ["#.#", "#.#", "###", "..#", "..#"]
     assert ["".join(".#"[dot] for dot in row) for row in box[2:7, 4:7]] == four
     assert not box[1, 1:-1].any() and not box[14, 1:-1].any()
-    assert boxed(0x10FFFF).shape == (16, 16) and not (boxed(0x1F600) == boxed(0x1F601)).all()
+    assert codepoint_box(0x10FFFF).shape == (16, 16) and not (codepoint_box(0x1F600) == codepoint_box(0x1F601)).all()
 
 
 def test_unifont_is_read_dot_by_dot(tmp_path: Path) -> None:

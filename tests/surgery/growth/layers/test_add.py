@@ -23,7 +23,7 @@ from surgery.engine.options import ExecutionOptions
 from surgery.engine.verification import verify
 from surgery.errors import SurgeryError
 from surgery.growth.layers.add import add_layers, write_config
-from surgery.growth.layers.plan_layers import origins_of
+from surgery.growth.layers.plan_layers import source_layers
 from surgery.growth.plan import LayerPosition
 from surgery.io.hashing import KEY
 
@@ -82,7 +82,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def order_of(position: int, layers: int, held: int) -> list[int]:
-    return [*range(position), *origins_of(position, layers, held), *range(position, held)]
+    return [*range(position), *source_layers(position, layers, held), *range(position, held)]
 
 
 @pytest.mark.parametrize("at", PLACES)
@@ -134,7 +134,7 @@ def test_copies_are_what_stacking_by_hand_gives(family: str, at: LayerPosition, 
     ],
 )
 def test_new_layers_are_like_those_below(position: int, layers: int, held: int, expected: list[int]) -> None:
-    assert origins_of(position, layers, held) == expected
+    assert source_layers(position, layers, held) == expected
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral", "deepseek_v3", "gpt_oss"])

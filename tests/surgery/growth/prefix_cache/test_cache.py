@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from surgery.errors import SurgeryError
 from surgery.growth.prefix_cache import cache as module
-from surgery.growth.prefix_cache.cache import STATES, WINDOWS, PrefixCache, cache_bytes, recorded
+from surgery.growth.prefix_cache.cache import STATES, WINDOWS, PrefixCache, cache_bytes, cached_prefixes
 
 SIZES = {"windows": 10, "sequence": 6, "width": 8}
 MADE = {1: "first", 2: "second", 3: "third"}
@@ -26,7 +26,7 @@ MADE = {1: "first", 2: "second", 3: "third"}
 
 def opened(folder, *, dtype=torch.float32, tokens="text", depth=2, prefixes=MADE, **sizes):
     cache = PrefixCache(folder, **{**SIZES, **sizes}, dtype=dtype, tokens=tokens)
-    cache.begin(depth, prefixes)
+    cache.start_depth(depth, prefixes)
     return cache
 
 
@@ -55,7 +55,7 @@ def test_bf16_gives_the_rounded_state_at_once_and_later(tmp_path):
     used = cache.write([1, 2], 2, hidden)
     assert used.dtype == torch.float32
     assert torch.equal(used, hidden.bfloat16().float())
-    assert torch.equal(used, cache.rounded(hidden))
+    assert torch.equal(used, cache.round_to_stored(hidden))
     assert torch.equal(cache.read([1, 2], 2), used)
 
 
@@ -103,12 +103,12 @@ def test_another_cache_starts_empty(tmp_path, other):
 def test_states_of_another_prefix_are_forgotten_and_those_below_are_kept(tmp_path):
     cache = opened(tmp_path / "c", depth=1)
     cache.write([0, 1], 1, states(2))
-    cache.begin(2, MADE)
+    cache.start_depth(2, MADE)
     cache.write([1, 2], 2, states(2))
     changed = opened(tmp_path / "c", depth=2, prefixes={1: "first", 2: "another"})
     assert changed.depths([0, 1, 2]) == [1, -1, -1]
     assert torch.equal(changed.read([0], 1), states(2)[:1])
-    changed.begin(3, {1: "another", 3: "third"})
+    changed.start_depth(3, {1: "another", 3: "third"})
     assert changed.depths([0, 1, 2]) == [-1, -1, -1]
     assert changed.prefixes == {3: "third"}
 
@@ -183,7 +183,7 @@ from surgery.growth.prefix_cache.cache import PrefixCache
 
 cache = PrefixCache(Path(sys.argv[1]), windows=64, sequence=64, width=256, dtype=torch.float32, tokens="text")
 for depth in range(1, 1000):
-    cache.begin(depth, {at: str(at) for at in range(1, depth + 1)})
+    cache.start_depth(depth, {at: str(at) for at in range(1, depth + 1)})
     for start in range(0, 64, 8):
         states = torch.arange(start, start + 8)[:, None, None].expand(8, 64, 256) + 1000.0 * depth
         cache.write(range(start, start + 8), depth, states)
@@ -214,17 +214,17 @@ def test_after_a_real_kill_every_state_is_whole_or_missing(tmp_path, lines):
 def test_a_state_does_not_stand_at_a_depth_it_was_not_written_for(tmp_path):
     cache = opened(tmp_path / "c", depth=1)
     cache.write([0], 1, states(1))
-    cache.begin(2, MADE)
+    cache.start_depth(2, MADE)
     cache._depths[0] = 2
     assert cache.read([0], 2) is None
 
 
 def test_what_lies_in_a_folder_is_seen_without_opening_it(tmp_path):
     asked = {**SIZES, "dtype": torch.float32, "tokens": "text"}
-    assert recorded(tmp_path / "c", **asked) is None
-    opened(tmp_path / "c", depth=1).begin(2, MADE)
-    assert recorded(tmp_path / "c", **asked) == {1: "first", 2: "second"}
-    assert recorded(tmp_path / "c", **asked | {"tokens": "other"}) is None
+    assert cached_prefixes(tmp_path / "c", **asked) is None
+    opened(tmp_path / "c", depth=1).start_depth(2, MADE)
+    assert cached_prefixes(tmp_path / "c", **asked) == {1: "first", 2: "second"}
+    assert cached_prefixes(tmp_path / "c", **asked | {"tokens": "other"}) is None
 
 
 def test_garbage_in_place_of_what_describes_it_starts_empty(tmp_path):

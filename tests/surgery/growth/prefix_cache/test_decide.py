@@ -12,7 +12,7 @@ from support.models import make_live, maker
 
 from surgery.errors import SurgeryError
 from surgery.growth.plan import CacheSettings
-from surgery.growth.prefix_cache import decide as worth
+from surgery.growth.prefix_cache import decide
 from surgery.growth.prefix_cache.cache import PrefixCache, cache_bytes
 from surgery.growth.prefix_cache.decide import decide_caching, why_not_cacheable
 
@@ -37,8 +37,8 @@ def timed(monkeypatch):
     """Sets what is measured: milliseconds of reading, writing and recomputing a window."""
 
     def given(read, write, compute):
-        monkeypatch.setattr(worth, "_disk_seconds", lambda *_: (write / 1e3, read / 1e3))
-        monkeypatch.setattr(worth, "_prefix_seconds", lambda *_: compute / 1e3)
+        monkeypatch.setattr(decide, "_disk_seconds", lambda *_: (write / 1e3, read / 1e3))
+        monkeypatch.setattr(decide, "_prefix_seconds", lambda *_: compute / 1e3)
 
     return given
 
@@ -46,7 +46,14 @@ def timed(monkeypatch):
 def asked(live, folder, depth=2, *, use="auto", disk=10**6, passes=4.0, held=0, windows=100, dtype="float32"):
     settings = CacheSettings(use=use, disk=disk, dtype=dtype)
     return decide_caching(
-        live, depth, settings=settings, folder=folder, windows=windows, passes=passes, batch_tokens=TOKENS, held=held
+        live,
+        depth,
+        settings=settings,
+        folder=folder,
+        windows=windows,
+        passes=passes,
+        batch_tokens=TOKENS,
+        cached_depth=held,
     )
 
 
@@ -98,7 +105,7 @@ def test_how_often_windows_are_seen_decides(live, tmp_path, timed, passes, held,
 def test_reads_count_for_each_process(live, tmp_path, timed, monkeypatch):
     timed(read=1, write=0, compute=3)
     assert asked(live, tmp_path).use
-    monkeypatch.setattr(worth, "n_processes", lambda: 4)
+    monkeypatch.setattr(decide, "n_processes", lambda: 4)
     found = asked(live, tmp_path)
     assert not found.use
     assert found.seconds_read == pytest.approx(4e-3)
@@ -124,7 +131,7 @@ def test_more_than_the_plan_allows_is_not_cached_or_an_error(live, tmp_path, tim
 
 def test_no_room_on_the_disk_is_not_cached_or_an_error_but_an_old_cache_gives_way(live, tmp_path, timed, monkeypatch):
     timed(read=1, write=1, compute=9)
-    monkeypatch.setattr(worth.shutil, "disk_usage", lambda path: Usage(300_000, 200_000, 100_000))
+    monkeypatch.setattr(decide.shutil, "disk_usage", lambda path: Usage(300_000, 200_000, 100_000))
     found = asked(live, tmp_path)
     reason = "it needs 245 kB beside 64 MB for the run itself, and 100 kB are free"
     assert (found.use, found.reason) == (False, reason)
@@ -132,7 +139,7 @@ def test_no_room_on_the_disk_is_not_cached_or_an_error_but_an_old_cache_gives_wa
         asked(live, tmp_path, use="on")
     PrefixCache(tmp_path, windows=100, sequence=19, width=32, dtype=torch.float32, tokens="", alone=True).close()
     assert asked(live, tmp_path, use="on").use
-    monkeypatch.setattr(worth.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, worth.SCRATCH))
+    monkeypatch.setattr(decide.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, decide.BENCHMARK_BYTES))
     assert not asked(live, tmp_path / "new").use
     assert asked(live, tmp_path).use
 
@@ -180,7 +187,7 @@ def test_only_what_trains_below_matters(live):
 
 
 def test_the_disk_and_the_layers_are_really_timed(live, tmp_path, monkeypatch):
-    monkeypatch.setattr(worth, "SCRATCH", 200_000)
+    monkeypatch.setattr(decide, "BENCHMARK_BYTES", 200_000)
     found = asked(live, tmp_path / "c")
     assert 0 < found.seconds_read < 1
     assert 0 < found.seconds_write < 1
@@ -192,7 +199,7 @@ def test_a_disk_that_fills_while_it_is_timed_ends_nothing(live, tmp_path, monkey
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(PrefixCache, "_put", full)
+    monkeypatch.setattr(PrefixCache, "_write_row", full)
     found = asked(live, tmp_path / "c")
     assert not found.use and found.reason.startswith("not cached, as its disk could not be timed: ")
     found = asked(live, tmp_path / "c", use="on")

@@ -17,7 +17,7 @@ from torch import nn
 
 from surgery.errors import SurgeryError
 from surgery.growth.prefix_cache.cache import STATES, PrefixCache
-from surgery.growth.prefix_cache.prefix import Prefix, Statistics, below, fingerprints
+from surgery.growth.prefix_cache.prefix import Prefix, PrefixStatistics, fingerprints, prefix_tensors
 from surgery.models.loaded_model import hooks
 from surgery.models.partial_forward import watch
 
@@ -71,7 +71,7 @@ def test_without_a_cache_everything_is_computed(live):
     for depth in range(3):
         prefix = Prefix(live, depth)
         assert torch.equal(seen(prefix, (4, 5))[0], plain(live, depth, (4, 5)))
-        assert prefix.statistics == Statistics(computed=2)
+        assert prefix.statistics == PrefixStatistics(computed=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -136,7 +136,7 @@ def test_a_training_that_is_resumed_sees_the_states_it_would_have_seen(
             (hidden,) = seen(prefix, batch)
             assert torch.equal(hidden, expected)
             if ahead:
-                prefix.ahead(batches[0])
+                prefix.prefetch(batches[0])
         prefix.close()
 
 
@@ -153,17 +153,17 @@ def test_reading_ahead_gives_the_same_and_does_not_compute(live, tmp_path):
     expected = seen(prefix, (0, 1), (2, 3))
     calls = []
     with hooks(live.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))):
-        prefix.ahead((0, 1))
-        prefix.ahead((2, 3))  # one batch is read ahead at a time
+        prefix.prefetch((0, 1))
+        prefix.prefetch((2, 3))  # one batch is read ahead at a time
         assert torch.equal(seen(prefix, (0, 1))[0], expected[0])
-        prefix.ahead((0, 1))
+        prefix.prefetch((0, 1))
         assert torch.equal(seen(prefix, (2, 3))[0], expected[1])  # another than was told
     assert not calls
-    prefix.ahead((8, 9))  # not there yet
+    prefix.prefetch((8, 9))  # not there yet
     assert torch.equal(seen(prefix, (8, 9))[0], plain(live, 1, (8, 9)))
     prefix.close()
     size = 2 * LENGTH * live.width * 4
-    assert prefix.statistics == Statistics(read=4, computed=6, bytes_read=2 * size, bytes_written=3 * size)
+    assert prefix.statistics == PrefixStatistics(read=4, computed=6, bytes_read=2 * size, bytes_written=3 * size)
 
 
 def test_the_cache_knows_its_prefix(live, tmp_path):
@@ -190,7 +190,7 @@ def test_the_cache_knows_its_prefix(live, tmp_path):
 def test_a_fingerprint_is_of_what_decides_the_states(live, lives, tmp_path):
     deeper = lives("llama", num_hidden_layers=4)
     with torch.no_grad():
-        for target, source in zip(below(deeper, 3).values(), below(live, 3).values(), strict=True):
+        for target, source in zip(prefix_tensors(deeper, 3).values(), prefix_tensors(live, 3).values(), strict=True):
             target.copy_(source)
     own = fingerprints(live, [1, 3])
     assert fingerprints(deeper, [1, 3]) == own

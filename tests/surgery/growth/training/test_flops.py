@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from surgery.checkpoint.structure import model_structure
 from surgery.growth.plan import GrowthStage, TrainableParts
-from surgery.growth.training.flops import sizes, step_cost
+from surgery.growth.training.flops import forward_cost, training_cost
 from surgery.growth.training.stage_model import prepare_stage_model
 from surgery.models.loaded_model import LoadedModel
 from surgery.models.partial_forward import partial_forward, tupled_layers
@@ -56,8 +56,8 @@ def test_training_costs_what_torch_counts(
     model = prepare_stage_model(live, GrowthStage(train=tuple(train), tokens=1), new, seed=0)
     layers = range(LAYERS) if "all" in train else new
     said = set(train)
-    cost = step_cost(
-        sizes(live.checkpoint, model_structure(live.checkpoint), sequence=LENGTH),
+    cost = training_cost(
+        forward_cost(live.checkpoint, model_structure(live.checkpoint), sequence=LENGTH),
         depth=model.depth,
         trained=layers,
         head=bool(said & {"head", "all"}),

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.growth import BATCH, COUNT, SEQUENCE, Windows, make_stage, train, train_live, with_cache
+from support.growth import BATCH, COUNT, SEQUENCE, Windows, make_stage, train, train_live
 from support.models import make_live, open_folder, save
 from support.processes import run_ranks
 from torch.nn import functional
@@ -25,7 +25,7 @@ from torch.nn import functional
 from surgery.errors import SurgeryError
 from surgery.growth.plan import GrowthStage, Plateau, StageTraining
 from surgery.growth.training.loop import StageResult, TrainingStep
-from surgery.growth.training.lr_schedule import has_plateaued, learning_rate
+from surgery.growth.training.schedule import has_plateaued, learning_rate
 
 ROOT = Path(__file__).parents[4]
 TOKENS_PER_STEP = BATCH * SEQUENCE
@@ -99,7 +99,7 @@ def test_steps_are_those_of_adamw(model: Path, tmp_path: Path) -> None:
     live.model.double()
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), foreach=False)
     for step in range(4):
-        batch = windows.windows([windows.number_of(2 + step * BATCH + row) for row in range(BATCH)])
+        batch = windows.windows([windows.window_at(2 + step * BATCH + row) for row in range(BATCH)])
         logits = live.model(input_ids=batch[:, :-1]).logits
         loss = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()
@@ -347,9 +347,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_before_anything_starts(model: 
 def test_a_prefix_of_another_depth_is_refused(model: Path, tmp_path: Path) -> None:
     live = open_folder(model)
     with pytest.raises(SurgeryError, match="prefix: got one up to layer 1 in None, expected 2 in None"):
-        train_live(
-            live, make_stage(), tmp_path / "state", prefix=lambda depth: with_cache(live, depth - 1, tmp_path / "c")
-        )
+        train_live(live, make_stage(), tmp_path / "state", cache=tmp_path / "c", depth=1)
 
 
 def test_a_plateau_ends_the_stage(model: Path, tmp_path: Path) -> None:

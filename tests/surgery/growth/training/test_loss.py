@@ -31,7 +31,7 @@ def reference(logits: Tensor, targets: Tensor, factor: float = 1.0) -> tuple[Ten
 def test_value_and_gradient_are_those_of_fp64(
     n: int, size: int, at_a_time: int, factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(module.AT_A_TIME, "cpu", at_a_time)
+    monkeypatch.setattr(module, "CPU_CHUNK", at_a_time)
     logits, targets = example(n, size)
     value, gradient = reference(logits, targets, factor)
     found = cross_entropy(logits, targets)

@@ -12,9 +12,9 @@ from torch import nn
 from surgery.checkpoint.reader import SEGMENT, digest
 from surgery.errors import SurgeryError
 from surgery.growth.training.optimizer_state import (
+    FLUSH_EVERY,
     MOMENTS,
     NUMBERS,
-    SPECKS_EVERY,
     TENSORS,
     flush_denormals,
     load_state,
@@ -159,7 +159,7 @@ def test_moments_never_become_denormal_and_weights_are_as_without_it() -> None:
             table.grad[0] = 0.1
             table.grad[1] = 0.1 if step == 0 else 0.0  # then it gets no more
             optimizer.step()
-            if cleared and (step + 1) % SPECKS_EVERY == 0:
+            if cleared and (step + 1) % FLUSH_EVERY == 0:
                 flush_denormals(optimizer)
             moments = torch.stack([optimizer.state[table][key] for key in MOMENTS]).abs()
             seen |= bool(((moments > 0) & (moments < smallest)).any())

@@ -137,8 +137,8 @@ def test_what_cannot_train_is_said(live: LoadedModel) -> None:
 
 def test_parameters_without_gradient_are_found(live: LoadedModel) -> None:
     model = prepare_stage_model(live, make_stage(("all",)), [], seed=0)
-    assert not model.leaves_out(8)
+    assert not model.has_unused_parameters(8)
     live.layers[0].idle = torch.nn.Linear(2, 2)
     idle: StageModel = prepare_stage_model(live, make_stage(("all",)), [], seed=0)
-    assert idle.leaves_out(8)
+    assert idle.has_unused_parameters(8)
     assert all(parameter.grad is None for parameter in live.model.parameters())
