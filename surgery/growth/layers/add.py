@@ -1,11 +1,10 @@
-"""Layers added to a model, as surgery on its files: identities, copies of their neighbours, or random ones.
+"""Add layers to a checkpoint by editing its files: identity layers, copies of their neighbours, or random ones.
 
-In comes a checkpoint of any family whose layers are understood, out comes a deeper one: old layers keep their bytes
-under their new numbers, the config says how many there are now and of which kind. A model that has no layers yet, as a
-growth begins with, gets its first ones.
+Works for every family whose layers are recognised. Old layers keep their bytes under their new numbers, and the config
+is updated in number and kind of layers. A model without layers, such as a growth starts from, gets its first ones.
 
-* identity: copies in which everything that writes into the residual stream is zero, so that each puts out what came
-  in (block expansion, arXiv 2401.02415). That it does is proved by running such a layer.
+* identity: copies in which everything that writes into the residual stream is zero, so that the output of each is its
+  input (block expansion, arXiv 2401.02415). This is proved by running such a layer.
 * copy: copies of the layers below (depth up-scaling, arXiv 2312.15166).
 * random: as transformers initialises a layer of the family (as arXiv 2507.07129 adds them).
 """
@@ -24,19 +23,18 @@ from surgery.checkpoint.dtypes import dtype_name
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.safetensors_header import PYTORCH
 from surgery.checkpoint.structure import model_structure
-from surgery.engine.card import CardContent, write_card
+from surgery.engine.card import CardContent
+from surgery.engine.checkpoint_writer import OutputDescription, check_destination, write_checkpoint
 from surgery.engine.edit_report import write_config_dtype
-from surgery.engine.execution import execute
-from surgery.engine.manifest import build_manifest, command_record, write_manifest
+from surgery.engine.manifest import command_record
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.plan import Plan, check_output, plan_files
-from surgery.engine.preflight import check_space
+from surgery.engine.plan import Plan, plan_files
 from surgery.engine.result import ExecutionResult
 from surgery.errors import listing, usage_error
 from surgery.growth.layers.plan_layers import COMMAND, LayerInsertionPlan
 from surgery.growth.layers.random_init import random_layers, temporary_folder, transformers_version
 from surgery.growth.plan import Init, LayerPosition
-from surgery.io.atomic import check_free, write_file
+from surgery.io.atomic import write_file
 from surgery.reporting.report import Column, Table
 
 MODEL, NEW = "model", "new layers"
@@ -50,11 +48,11 @@ _PAPERS: dict[Init, str] = {
 
 @dataclass(frozen=True)
 class AddReport:
-    """What was added to a model.
+    """The result of `add_layers`.
 
-    new: the numbers of the new layers. origins: for each the old layer that it is of the kind of (and, but for random
-    ones, a copy of); None in a model that had none. tensors: of the deeper model. edited: how many of them went
-    through a kernel; the rest are byte for byte those of the model, or of a fresh one. parameters: of the new layers.
+    new: indices of the new layers. origins: for each the old layer whose kind it has (and, unless it is random, whose
+    copy it is); None in a model that had none. tensors: of the deeper model. edited: how many of them went through a
+    kernel; the rest are byte for byte those of the model, or of the random layers. parameters: of each new layer.
     """
 
     out: Path
@@ -72,7 +70,7 @@ class AddReport:
     dry_run: bool = False
 
     def summary(self) -> dict[str, Any]:
-        """What the manifest keeps: independent of where and in how many goes the job ran."""
+        """Return the manifest's report, which does not depend on where the job ran or whether it was resumed."""
         return {
             "init": self.init,
             "new": list(self.new),
@@ -85,7 +83,7 @@ class AddReport:
         }
 
     def table(self) -> Table:
-        """The new layers, one by one."""
+        """Return a table with one row per new layer."""
         origins = ["–" if origin is None else str(origin) for origin in self.origins]
         return Table(
             "New layers",
@@ -110,22 +108,22 @@ def add_layers(
     dry_run: bool = False,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> AddReport:
-    """Writes `model` with `layers` more layers, in a row, to the folder `out`.
+    """Write `model` with `layers` consecutive layers added to the folder `out`.
 
-    New layers are like the `layers` layers below them, in their order: from the lowest again where there are fewer,
-    and like those above at the bottom.
+    New layers are modelled on the `layers` layers below them, in their order; if there are fewer, these are repeated
+    from the lowest on. At the bottom, the layers above are taken.
 
     Args:
-        at: top, middle (before layer n // 2), or the number of the layer before which they stand.
-        init: how they begin.
-        seed: of random ones; each is drawn from (`seed`, its number).
-        dtype: float32 and the like stores the float tensors so; None keeps each tensor's own.
+        at: top, middle (before layer n // 2), or the number of the layer before which they are inserted.
+        init: how their weights are initialised.
+        seed: of random layers; each is drawn from (`seed`, its number).
+        dtype: stores float tensors as float32 and the like; None keeps each tensor's own dtype.
         dry_run: stop after the checks; nothing is written.
 
     Raises:
         SurgeryError: there is no such place; the family's config cannot describe the result; what a layer writes is
-            not understood, or it is no identity without that; the model is quantised, and its values would have to be
-            known; `out` exists; the disk is full.
+            not recognised, or zeroing it does not make an identity; the model is quantised, and its values would have
+            to be known; `out` exists; the disk is full.
     """
     if layers < 1:
         raise usage_error(f"got {layers}, expected 1 or more", where="--layers")
@@ -133,62 +131,63 @@ def add_layers(
         raise usage_error(f"got {init!r}, expected one of {', '.join(get_args(Init))}", where="--init")
     stored_as = dtype_name(dtype) if dtype else None
     base = open_checkpoint(model)
-    check_output(out, {MODEL: base})
-    if not dry_run:
-        check_free(out, overwrite=options.overwrite)
+    check_destination(out, {MODEL: base}, options, dry_run=dry_run)
     command = command_record(COMMAND, [model], layers=layers, at=at, init=init, seed=seed, dtype=dtype)
-    deepening = LayerInsertionPlan(base, model_structure(base), layers, at, init, stored_as)
-    deepening.check()
+    insertion = LayerInsertionPlan(base, model_structure(base), layers, at, init, stored_as)
+    insertion.check()
     with ExitStack() as stack:
         sources = {MODEL: base}
-        if deepening.needs_fresh:
+        if insertion.needs_random_layers:
             folder = stack.enter_context(temporary_folder(None if dry_run else out))
-            fresh = random_layers(
-                deepening.kinds, folder, seed=seed, depth=deepening.after, stack=deepening.shape.stack
-            )
-            deepening.take(fresh)
+            depth, names = insertion.after, insertion.structure.stack
+            fresh = random_layers(insertion.layer_specs, folder, seed=seed, depth=depth, stack=names)
+            insertion.use_random_layers(fresh)
             sources[NEW] = fresh.checkpoint
-        planned = [*deepening.old_tensors(), *deepening.new_tensors()]
+        planned = [*insertion.old_tensors(), *insertion.new_tensors()]
         side_files = {path.name: path for path in base.side_files}
-        files = plan_files(planned, metadata=base.metadata or PYTORCH)
-        plan = Plan(command, sources, files, side_files)
-        check_space(deepening.preflight, plan, out, options.threads)
-        deepening.preflight.errors.raise_if_any(COMMAND)
-        report = AddReport(
-            out,
-            deepening.preflight.facts,
-            deepening.preflight.warnings,
-            init,
-            deepening.new,
-            deepening.origins,
-            deepening.before,
-            deepening.after,
-            len(planned),
-            len(plan.computed),
-            tuple(deepening.parameters(planned, number) for number in deepening.new),
-            dry_run=dry_run,
-        )
-        if dry_run:
-            return report
+        plan = Plan(command, sources, plan_files(planned, metadata=base.metadata or PYTORCH), side_files)
+        preview = _preview(insertion, plan, out, dry_run=dry_run)
 
-        def finish(folder: Path, outcome: ExecutionResult) -> AddReport:
-            done = replace(report, resumed_bytes=outcome.resumed_bytes)
-            if deepening.config:
-                write_config(folder, deepening.config)
+        def describe(folder: Path, result: ExecutionResult) -> OutputDescription[AddReport]:
+            report = replace(preview, resumed_bytes=result.resumed_bytes)
+            if insertion.config:
+                write_config(folder, insertion.config)
             if stored_as:
                 write_config_dtype(folder, stored_as)
-            manifest = build_manifest(plan, outcome, kind="model", report=done.summary())
-            if deepening.needs_fresh:
-                manifest["versions"] |= transformers_version()
-            write_manifest(folder, manifest)
-            write_card(folder, manifest, sources, _card(done, base, stored_as))
-            return done
+            versions = transformers_version() if insertion.needs_random_layers else {}
+            return OutputDescription(report, report.summary(), _card(report, base, stored_as), versions=versions)
 
-        return execute(plan, out, options, finish=finish)
+        return write_checkpoint(
+            plan,
+            out,
+            options,
+            describe=describe,
+            preflight=insertion.preflight,
+            dry_run_report=preview if dry_run else None,
+        )
+
+
+def _preview(insertion: LayerInsertionPlan, plan: Plan, out: Path, *, dry_run: bool) -> AddReport:
+    """Return the report as far as it is known before anything is written."""
+    planned = plan.tensors
+    return AddReport(
+        out,
+        insertion.preflight.facts,
+        insertion.preflight.warnings,
+        insertion.init,
+        insertion.new,
+        insertion.origins,
+        insertion.before,
+        insertion.after,
+        len(planned),
+        len(plan.computed),
+        tuple(insertion.parameters(planned, number) for number in insertion.new),
+        dry_run=dry_run,
+    )
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Writes config.json into `folder`. Raises SurgeryError where it cannot be written."""
+    """Write config.json into `folder`. Raises SurgeryError where it cannot be written."""
     write_file(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -1,9 +1,8 @@
-"""Whether layers stay what they are when they get other numbers: read off the modules that transformers makes of them.
+"""Check that layers keep their kind when their numbers change, by comparing the modules that transformers creates.
 
-In come the configs of a model before and after, and which old layer stands where; out come sentences on what would
-change. Both models are made without memory for their weights. Two layers are alike if they have the same modules, with
-parameters of the same shapes, and the same plain settings in them (a window, a kind of attention, whether positions are
-used) but for their own numbers.
+Both models are created on the meta device, without memory for their weights. Two layers are of one kind if they have
+the same modules, with parameters of the same shapes, and the same plain settings in them (a window, a kind of
+attention, whether positions are used), except for their own numbers.
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ _NOT_SETTINGS = ("training",)
 
 
 def layer_changes(before: Mapping[str, Any], after: Mapping[str, Any], order: Sequence[int], stack: str) -> list[str]:
-    """What of the layers, or beside them, would not be what it was; nothing where all is well.
+    """Return sentences on what would change in the layers or outside them; none if everything stays the same.
 
     Args:
-        before, after: the configs, whole.
-        order: for each layer afterwards the one before that it is.
-        stack: where the layers lie in the names.
+        before, after: the full configs.
+        order: for each layer of the new model the old one that it is.
+        stack: what stands before the number in the names of layers.
 
     Raises:
         SurgeryError: transformers cannot build the models, so that nothing is known.
     """
-    old, new = _made(before, max(order) + 1, stack), _made(after, len(order), stack)
-    found = []
-    if beside := _different(old.beside, new.beside):
-        found.append(f"{listing(beside, 3)} beside the layers would have to grow with their number.")
+    old, new = _model_layers(before, max(order) + 1, stack), _model_layers(after, len(order), stack)
+    changes = []
+    if beside := _different(old.outside, new.outside):
+        changes.append(f"{listing(beside, 3)} beside the layers would have to grow with their number.")
     for number, origin in enumerate(order):
         theirs, ours = _settings(old.layers[origin]), _settings(new.layers[number])
         differing = [
@@ -45,46 +44,47 @@ def layer_changes(before: Mapping[str, Any], after: Mapping[str, Any], order: Se
             if not _is_number(theirs.get(key), origin) or not _is_number(ours.get(key), number)
         ]
         if differing:
-            found.append(
+            changes.append(
                 f"layer {origin} would stand at {number}, and there be of another kind ({listing(differing, 3)}). "
                 "Choose another place, or number of layers."
             )
-            break
-    return found
+            break  # the others would say the same
+    return changes
 
 
 @dataclass(frozen=True)
-class _Made:
-    """A model's layers, and the shapes of the parameters that lie elsewhere in it."""
+class _ModelLayers:
+    """A model's layers, and the shapes of the parameters outside them."""
 
     layers: Sequence[nn.Module]
-    beside: Mapping[str, object]
+    outside: Mapping[str, object]
 
 
-def _made(config: Mapping[str, Any], count: int, stack: str) -> _Made:
+def _model_layers(config: Mapping[str, Any], count: int, stack: str) -> _ModelLayers:
     with torch.device("meta"):
         model = build_model(text_config(config), seed=0)
     path, layers = layers_in(model, stack, count)
-    beside = {name: tuple(x.shape) for name, x in model.named_parameters() if not name.startswith(f"{path}.")}
-    return _Made(layers, beside)
+    outside = {name: tuple(x.shape) for name, x in model.named_parameters() if not name.startswith(f"{path}.")}
+    return _ModelLayers(layers, outside)
 
 
 def _is_number(value: object, number: int) -> bool:
-    """Whether a setting is the layer's own number, which it may know."""
+    """Return whether a setting is the layer's own number, which a layer may store."""
     return type(value) is int and value == number
 
 
 def _settings(layer: nn.Module) -> dict[str, object]:
-    found: dict[str, object] = {}
+    """Return the classes of a layer's modules, their plain attributes and the shapes of its parameters, by path."""
+    settings: dict[str, object] = {}
     for path, module in layer.named_modules():
         start = f"{path}." if path else ""
-        found[path] = type(module).__name__
-        found |= {
+        settings[path] = type(module).__name__
+        settings |= {
             start + key: value
             for key, value in vars(module).items()
             if isinstance(value, _PLAIN) and not key.startswith("_") and key not in _NOT_SETTINGS
         }
-    return found | {name: tuple(x.shape) for name, x in layer.named_parameters()}
+    return settings | {name: tuple(x.shape) for name, x in layer.named_parameters()}
 
 
 def _different(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:

@@ -1,13 +1,13 @@
-"""The model that a growth begins with: a frozen embedding, a final norm, a head, and any number of layers.
+"""Write the model that a growth starts from: a frozen embedding, a final norm, a head, and any number of layers.
 
-In comes an embedding's folder (see `surgery.growth.embedding.build`) and a shape, out comes a model of a common family,
-by default a Llama without layers, that every engine for that family runs. The embedding is there to the bit, and
-untied; everything else is random, as transformers initialises it. After arXiv 2507.04886 and 2507.07129.
+The model is of a common family, by default a Llama without layers, so that every engine for that family runs it. The
+embedding is copied bit by bit and is not tied to the head; everything else is random, as transformers initialises it.
+After arXiv 2507.04886 and 2507.07129.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from surgery.checkpoint.structure import model_structure
 from surgery.checkpoint.tensor_roles import HIDDEN, N_LAYERS, language_config, number
 from surgery.checkpoint.vocabulary import CONFIG as TOKENIZER_CONFIG
 from surgery.checkpoint.vocabulary import read_vocabulary
-from surgery.engine.card import CardContent, write_card
-from surgery.engine.execution import execute
-from surgery.engine.manifest import build_manifest, command_record, write_manifest
+from surgery.engine.card import CardContent
+from surgery.engine.checkpoint_writer import OutputDescription, check_destination, write_checkpoint
+from surgery.engine.manifest import command_record
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.plan import Plan, PlannedTensor, check_output, copy_tensor, plan_files
-from surgery.engine.preflight import Preflight, check_space
+from surgery.engine.plan import Plan, PlannedTensor, copy_tensor, plan_files
+from surgery.engine.preflight import Preflight
 from surgery.engine.result import ExecutionResult
 from surgery.errors import SurgeryError, usage_error
 from surgery.growth.embedding.build import TENSOR, Embedding, open_embedding
@@ -40,7 +40,6 @@ from surgery.growth.layers.random_init import (
 )
 from surgery.growth.layers.residual_writes import check_embedding
 from surgery.growth.plan import ModelShape
-from surgery.io.atomic import check_free
 from surgery.io.json_io import read_json
 from surgery.reporting.report import Column, Table
 
@@ -53,15 +52,15 @@ _SPECIAL = ("bos_token", "eos_token", "pad_token")
 
 @dataclass(frozen=True)
 class InitReport:
-    """What a growth begins with.
+    """The result of `init_model`.
 
-    family: the config's model_type. vocab_size, width: of the embedding, with its hash `embedding`. trainable: the
-    parameters that are not the embedding's.
+    family: the config's model_type. vocab_size, width: of the embedding. embedding: its hash. trainable: parameters
+    outside the embedding.
     """
 
     out: Path
     preflight: Mapping[str, str]
-    warnings: tuple[str, ...]
+    warnings: Sequence[str]
     family: str
     layers: int
     vocab_size: int
@@ -73,11 +72,11 @@ class InitReport:
 
     @property
     def frozen(self) -> int:
-        """Parameters of the embedding."""
+        """Number of the embedding's parameters."""
         return self.vocab_size * self.width
 
     def summary(self) -> dict[str, Any]:
-        """What the manifest keeps."""
+        """Return the manifest's report."""
         return {
             "family": self.family,
             "layers": self.layers,
@@ -89,7 +88,7 @@ class InitReport:
         }
 
     def table(self) -> Table:
-        """What was made, for people."""
+        """Return a table of the model's properties."""
         facts: list[tuple[str, str | int]] = [
             ("family", self.family),
             ("layers", self.layers),
@@ -112,84 +111,88 @@ def init_model(
     dry_run: bool = False,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> InitReport:
-    """Writes the model that a growth on the frozen embedding `embed` begins with to the folder `out`.
+    """Write the model that a growth on the frozen embedding `embed` starts from to the folder `out`.
 
-    Layers, if there are to be any, are those that `surgery.growth.layers.add` would add at random to the model without
-    any: the first ones of the config that is given, or, where it has fewer, of the kinds that the family has by
-    default.
+    Layers, if the shape asks for any, are the random ones that `surgery.growth.layers.add` would add to the model
+    without layers: the first ones of the given config, or, where it has fewer, of the family's default kinds.
 
     Args:
         embed: a folder that `surgery grow embed` wrote.
         shape: of the model; its width is the embedding's.
-        seed: of what is random.
-        dtype: that everything is stored in; the embedding keeps its bytes in float32.
+        seed: of the random weights.
+        dtype: of all stored tensors; in float32 the embedding keeps its bytes.
         dry_run: stop after the checks; nothing is written.
 
     Raises:
-        SurgeryError: the shape is impossible, or another width is said by its config; the family scales its
-            embeddings, or has no head of its own; `out` exists; the disk is full.
+        SurgeryError: the shape is impossible, or its config has another width; the family scales its embeddings, or
+            has no head of its own; `out` exists; the disk is full.
     """
     stored_as = dtype_name(dtype)
     embedding = open_embedding(embed)
     frozen = replace(read_folder(embedding.folder), ref=embed)
-    check_output(out, {EMBEDDING: frozen})
-    if not dry_run:
-        check_free(out, overwrite=options.overwrite)
+    check_destination(out, {EMBEDDING: frozen}, options, dry_run=dry_run)
     preflight = Preflight()
     config = _config(preflight, embedding, shape, dtype)
     preflight.errors.raise_if_any(COMMAND)
     if shape.config is not None:
         check_embedding(LayerSpec(config))
-    said = shape.model_dump(mode="json", exclude_none=True)
-    command = command_record(COMMAND, [], embed=embed, **said, seed=seed, dtype=dtype)
+    arguments = shape.model_dump(mode="json", exclude_none=True)
+    command = command_record(COMMAND, [], embed=embed, **arguments, seed=seed, dtype=dtype)
     with temporary_folder(None if dry_run else out) as folder:
-        sources: dict[str, Checkpoint] = {EMBEDDING: frozen, ENDS: random_embedding_and_head(config, folder, seed=seed)}
-        if shape.layers:
-            kinds = {index: LayerSpec(config) for index in range(shape.layers)}
-            made = random_layers(kinds, folder, seed=seed, depth=shape.layers)
-            sources[LAYERS] = made.checkpoint
+        sources = {EMBEDDING: frozen, **_random_sources(config, shape, folder, seed=seed)}
         planned = _planned(sources, embedding, stored_as)
         side_files = {path.name: path for path in embedding.tokenizer_files}
         plan = Plan(command, sources, plan_files(planned, metadata=PYTORCH), side_files)
-        check_space(preflight, plan, out, options.threads)
-        preflight.errors.raise_if_any(COMMAND)
-        total = sum(tensor.inputs[0].n_elements for tensor in planned)
-        report = InitReport(
-            out,
-            preflight.facts,
-            tuple(preflight.warnings),
-            str(config["model_type"]),
-            shape.layers,
-            embedding.vocab_size,
-            embedding.width,
-            embedding.hash,
-            total - embedding.weight.n_elements,
-            dry_run=dry_run,
-        )
-        if dry_run:
-            return report
+        preview = replace(_preview(preflight, embedding, config, shape, plan, out), dry_run=dry_run)
 
-        def finish(folder: Path, outcome: ExecutionResult) -> InitReport:
-            done = replace(report, resumed_bytes=outcome.resumed_bytes)
+        def describe(folder: Path, result: ExecutionResult) -> OutputDescription[InitReport]:
+            report = replace(preview, resumed_bytes=result.resumed_bytes)
             write_config(folder, config)
-            manifest = build_manifest(plan, outcome, kind="model", report=done.summary())
-            manifest["versions"] |= transformers_version()
-            write_manifest(folder, manifest)
-            write_card(folder, manifest, sources, _card(done, stored_as))
-            return done
+            return OutputDescription(
+                report, report.summary(), _card(report, stored_as), versions=transformers_version()
+            )
 
-        return execute(plan, out, options, finish=finish)
+        return write_checkpoint(
+            plan, out, options, describe=describe, preflight=preflight, dry_run_report=preview if dry_run else None
+        )
+
+
+def _random_sources(config: Mapping[str, Any], shape: ModelShape, folder: Path, *, seed: int) -> dict[str, Checkpoint]:
+    """Write random weights to `folder`: embedding and head, and the layers if there are any; return them by role."""
+    sources = {ENDS: random_embedding_and_head(config, folder, seed=seed)}
+    if shape.layers:
+        specs = {index: LayerSpec(config) for index in range(shape.layers)}
+        sources[LAYERS] = random_layers(specs, folder, seed=seed, depth=shape.layers).checkpoint
+    return sources
+
+
+def _preview(
+    preflight: Preflight, embedding: Embedding, config: Mapping[str, Any], shape: ModelShape, plan: Plan, out: Path
+) -> InitReport:
+    """Return the report as far as it is known before anything is written."""
+    total = sum(tensor.inputs[0].n_elements for tensor in plan.tensors)
+    return InitReport(
+        out,
+        preflight.facts,
+        preflight.warnings,
+        str(config["model_type"]),
+        shape.layers,
+        embedding.vocab_size,
+        embedding.width,
+        embedding.hash,
+        total - embedding.weight.n_elements,
+    )
 
 
 def llama_config(width: int, shape: ModelShape) -> dict[str, Any]:
-    """A Llama of this width, as transformers 5 writes its config; what `shape` leaves open is filled in.
+    """Return the config of a Llama of this width, as transformers 5 writes it, with defaults for what `shape` omits.
 
     Raises:
         SurgeryError: width, heads and key-value heads do not divide each other.
     """
     if width % 2:
         raise usage_error(f"the embedding is {width} wide: rotary positions turn pairs, so a width must be even")
-    heads = shape.heads or _usual_heads(width)
+    heads = shape.heads or _default_heads(width)
     if width % (2 * heads):
         raise usage_error(f"{heads} heads do not divide a width of {width} into even parts", where="heads")
     kv_heads = shape.kv_heads or heads
@@ -217,8 +220,8 @@ def llama_config(width: int, shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def _usual_heads(width: int) -> int:
-    """The most heads of at least HEAD_WIDTH that divide the width into even parts."""
+def _default_heads(width: int) -> int:
+    """Return the largest number of heads, each at least HEAD_WIDTH wide, that divide the width into even parts."""
     return next(n for n in range(max(width // HEAD_WIDTH, 1), 0, -1) if width % (2 * n) == 0)
 
 
@@ -240,12 +243,12 @@ def _config(preflight: Preflight, embedding: Embedding, shape: ModelShape, dtype
 
 
 def _given_config(embedding: Embedding, shape: ModelShape) -> dict[str, Any]:
-    """The config.json of the shape, with another number of layers, and without what it says of one model's tokens."""
+    """Return the shape's config.json with its number of layers, untied and without quantisation."""
     assert shape.config is not None
     where = shape.config
-    said = sorted(shape.model_fields_set & {"heads", "kv_heads", "mlp", "context"})
-    if said:
-        raise usage_error(f"{', '.join(said)} cannot be given beside a config, which says them too", where=where)
+    also_given = sorted(shape.model_fields_set & {"heads", "kv_heads", "mlp", "context"})
+    if also_given:
+        raise usage_error(f"{', '.join(also_given)} cannot be given beside a config, which says them too", where=where)
     if not where.is_file():
         raise usage_error("no such file", where=where, hint="Give the config.json of a model.")
     config = read_json(where)
@@ -259,20 +262,20 @@ def _given_config(embedding: Embedding, shape: ModelShape) -> dict[str, Any]:
             hint="Make the embedding as wide, or take another config.",
         )
     whole = text_config(config)
-    held = number(whole, N_LAYERS)
-    if held is None:
+    stated_layers = number(whole, N_LAYERS)
+    if stated_layers is None:
         raise usage_error("does not say how many layers there are", where=where)
     config = untied({key: value for key, value in config.items() if key != "quantization_config"})
-    return with_count(spelled_out(config, whole, held), shape.layers)
+    return with_count(spelled_out(config, whole, stated_layers), shape.layers)
 
 
 def _special_ids(preflight: Preflight, embedding: Embedding) -> dict[str, int | None]:
-    """The ids of the tokens that begin, end and fill up texts, as the tokenizer beside the embedding has them."""
+    """Return the ids of the begin-, end- and padding tokens of the tokenizer beside the embedding."""
     vocabulary = read_vocabulary(embedding.folder)
-    found: dict[str, int | None] = dict.fromkeys(f"{name}_id" for name in _SPECIAL)
+    ids: dict[str, int | None] = dict.fromkeys(f"{name}_id" for name in _SPECIAL)
     if vocabulary is None:
         preflight.warnings.append("no tokenizer lies beside the embedding, so the model has none either")
-        return found
+        return ids
     if vocabulary.size > embedding.vocab_size:
         preflight.errors.add(
             f"the tokenizer has ids up to {vocabulary.size - 1:,}, the embedding only {embedding.vocab_size:,} rows. "
@@ -282,8 +285,8 @@ def _special_ids(preflight: Preflight, embedding: Embedding) -> dict[str, int | 
     for name in _SPECIAL:
         token = settings.get(name)
         token = token.get("content") if isinstance(token, Mapping) else token
-        found[f"{name}_id"] = vocabulary.ids.get(token) if isinstance(token, str) else None
-    return found
+        ids[f"{name}_id"] = vocabulary.ids.get(token) if isinstance(token, str) else None
+    return ids
 
 
 def _planned(sources: Mapping[str, Checkpoint], embedding: Embedding, stored_as: str) -> list[PlannedTensor]:

@@ -1,8 +1,8 @@
-"""Where the tensors of a deeper model come from: which old ones are renamed, what the new layers are made of.
+"""Plan the tensors and the config of a deeper model: which old tensors are renamed, where new ones come from.
 
-In comes a checkpoint and what is asked for, out come the deeper model's config and its planned tensors, or every reason
-why it cannot be. No family is listed: layers are the numbered stack of `surgery.checkpoint.structure`, and what they
-write into the residual stream is what `surgery.growth.layers.residual_writes` finds and tries.
+Or report every reason why the layers cannot be added. No family is listed by name: layers are the numbered stack of
+`surgery.checkpoint.structure`, and what they write into the residual stream is what
+`surgery.growth.layers.residual_writes` finds and tests.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def zeros(tensors: Sequence[Tensor]) -> Tensor:
 ZEROS = Kernel("zeros", zeros)
 
 
-def source_layers(position: int, layers: int, held: int) -> list[int]:
-    """The old layers that `layers` new ones before layer `position` of `held` are like, in their order."""
-    if not held:
+def source_layers(position: int, layers: int, depth: int) -> list[int]:
+    """Return the old layers that `layers` new ones, inserted before layer `position` of `depth`, are modelled on."""
+    if not depth:
         return []
     if not position:
-        return [number % held for number in range(layers)]
+        return [number % depth for number in range(layers)]
     if layers <= position:
         return list(range(position - layers, position))
     return [number % position for number in range(layers)]
@@ -55,16 +55,16 @@ def source_layers(position: int, layers: int, held: int) -> list[int]:
 
 @dataclass
 class LayerInsertionPlan:
-    """Layers to be added to `base`, whose anatomy is `shape`: the other fields are arguments of `add.add_layers`.
+    """Layers to be added to `base`, whose structure is `structure`; the other arguments are those of `add.add_layers`.
 
-    `check` first; then, where `needs_fresh`, `take`; then the tensors can be asked for.
+    Call `check` first; then, if `needs_random_layers`, `use_random_layers`; then the tensors are available.
 
-    config: of the deeper model. zeroed: layer → names inside it of what is to be zero; by its old number, or by its
-    new one in a model that had none.
+    config: of the deeper model. order: the old layer at each position of the deeper model. zeroed: layer → names inside
+    it of the tensors that are set to zero; by its old number, or by its new one in a model that had none.
     """
 
     base: Checkpoint
-    shape: ModelStructure
+    structure: ModelStructure
     layers: int
     at: LayerPosition
     init: Init
@@ -74,55 +74,59 @@ class LayerInsertionPlan:
     position: int = field(init=False)
     order: list[int] = field(init=False)
     zeroed: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    fresh: RandomLayers | None = None
+    random: RandomLayers | None = None
     _proved: dict[str, bool] = field(default_factory=dict)
 
     @property
     def before(self) -> int:
-        return self.shape.layers
+        """Number of layers before."""
+        return self.structure.layers
 
     @property
     def after(self) -> int:
+        """Number of layers afterwards."""
         return self.before + self.layers
 
     @property
     def new(self) -> tuple[int, ...]:
+        """Indices of the new layers."""
         return tuple(range(self.position, self.position + self.layers))
 
     @property
     def origins(self) -> tuple[int | None, ...]:
+        """The old layer that each new one is modelled on."""
         return tuple(source_layers(self.position, self.layers, self.before)) or (None,) * self.layers
 
     @property
-    def needs_fresh(self) -> bool:
+    def needs_random_layers(self) -> bool:
         return self.init == "random" or not self.before
 
     @property
-    def kinds(self) -> dict[int, LayerSpec]:
-        """New layer → what is to be made for it."""
-        full = self.spelled()
+    def layer_specs(self) -> dict[int, LayerSpec]:
+        """New layer → the layer that transformers is to create for it."""
+        full = self.full_config()
         return {
-            number: LayerSpec(full, origin, None if origin is None else self.shape)
+            number: LayerSpec(full, origin, None if origin is None else self.structure)
             for number, origin in zip(self.new, self.origins, strict=True)
         }
 
     def check(self) -> None:
-        """Raises SurgeryError with all that stands against it; else every number is known."""
+        """Find position, order and config of the deeper model. Raises SurgeryError with every reason against it."""
         self._check_stack()
         self.position = self._position()
         if self.init != "copy" or self.stored_as:
             check_quantised(self.preflight, [self.base])
         elif method := self.base.config.get("quantization_config") or self.base.config.get("compression_config"):
             self._check_numbers_named(method)
-        self._check_ahead()
+        self._check_extra_layers()
         self.preflight.errors.raise_if_any(COMMAND)
         old = list(range(self.before))
         self.order = [*old[: self.position], *(o for o in self.origins if o is not None), *old[self.position :]]
-        full = self.spelled()
+        full = self.full_config()
         if self.before:
-            for error in unsayable(full, self.order, self.shape):
+            for error in unsayable(full, self.order, self.structure):
                 self.preflight.errors.add(error)
-            self.config = with_layers(full, self.order, self.shape)
+            self.config = with_layers(full, self.order, self.structure)
             self.preflight.errors.raise_if_any(COMMAND)
             self._check_kinds(full)
         else:
@@ -134,20 +138,22 @@ class LayerInsertionPlan:
         if self.init == "identity" and self.before:
             for origin in dict.fromkeys(self.origins):
                 assert origin is not None
-                self._prove(layer_tensors(self.base, self.shape, origin), LayerSpec(full, origin, self.shape), origin)
+                self._prove(
+                    layer_tensors(self.base, self.structure, origin), LayerSpec(full, origin, self.structure), origin
+                )
             self.preflight.errors.raise_if_any(COMMAND)
 
-    def spelled(self) -> dict[str, Any]:
-        """The model's config, with the lists in it that say of which kind its layers are."""
+    def full_config(self) -> dict[str, Any]:
+        """Return the model's config, with the lists written out that say of which kind each layer is."""
         try:
             whole = text_config(self.base.config)
-        except SurgeryError:  # code of its own, or no config: what is written there is all that is known
+        except SurgeryError:  # remote code, or no config: nothing but what it contains is known
             return dict(self.base.config)
         return spelled_out(self.base.config, whole, self.before)
 
-    def take(self, fresh: RandomLayers) -> None:
-        """Takes random layers as what the new ones begin as; they must be what the model's own are."""
-        self.fresh = fresh
+    def use_random_layers(self, fresh: RandomLayers) -> None:
+        """Use random layers as the new ones; their tensors must have the names and shapes of the model's own."""
+        self.random = fresh
         if not self.before and (others := sorted(fresh.outside ^ self.base.tensors.keys())):
             raise SurgeryError(
                 f"is not named as transformers names this family ({listing(others, 3)}), so nothing says what a "
@@ -155,32 +161,32 @@ class LayerInsertionPlan:
                 where=self.base.ref,
             )
         for number, origin in zip(self.new, self.origins, strict=True):
-            made = fresh.inner[number]
+            tensors = fresh.inner[number]
             if origin is not None:
-                self._compare(made, layer_tensors(self.base, self.shape, origin).inner, origin)
+                self._compare(tensors, layer_tensors(self.base, self.structure, origin).inner, origin)
             if self.init == "identity":
-                hidden = self.shape.hidden_size
-                self._prove(LayerTensors(made, hidden), self.kinds[number], number)
+                hidden = self.structure.hidden_size
+                self._prove(LayerTensors(tensors, hidden), self.layer_specs[number], number)
         self.preflight.errors.raise_if_any(COMMAND)
 
     def old_tensors(self) -> list[PlannedTensor]:
-        """What the model has, under its new names."""
+        """Return the model's own tensors under their new names."""
         return [
             replace(copy_tensor(tensor, dtype=self.stored_as), name=self._renamed(name))
             for name, tensor in self.base.tensors.items()
         ]
 
     def new_tensors(self) -> list[PlannedTensor]:
-        """What the new layers are made of."""
+        """Return the tensors of the new layers."""
         planned = []
         for number, origin in zip(self.new, self.origins, strict=True):
-            held = {} if origin is None else layer_tensors(self.base, self.shape, origin).inner
-            made = held if self.fresh is None else self.fresh.inner[number]
-            stack = self.shape.stack if self.fresh is None else self.fresh.stack
+            originals = {} if origin is None else layer_tensors(self.base, self.structure, origin).inner
+            source = originals if self.random is None else self.random.inner[number]
+            stack = self.structure.stack if self.random is None else self.random.stack
             zeroed = self.zeroed.get(number if origin is None else origin, ())
-            for inner, tensor in made.items():
+            for inner, tensor in source.items():
                 name = f"{layer_prefix(stack)}{number}.{inner}"
-                dtype = self.stored_as or (held[inner].dtype if inner in held else self._usual_dtype(tensor))
+                dtype = self.stored_as or (originals[inner].dtype if inner in originals else self._usual_dtype(tensor))
                 if inner in zeroed:
                     planned.append(PlannedTensor(name, dtype, tensor.shape, (TensorInput(tensor),), ZEROS))
                 else:
@@ -188,8 +194,8 @@ class LayerInsertionPlan:
         return planned
 
     def parameters(self, planned: Sequence[PlannedTensor], number: int) -> int:
-        """Values in one new layer."""
-        start = f"{layer_prefix(self.shape.stack or (self.fresh.stack if self.fresh else None))}{number}."
+        """Return the number of values in one new layer."""
+        start = f"{layer_prefix(self.structure.stack or (self.random.stack if self.random else None))}{number}."
         return sum(tensor.inputs[0].n_elements for tensor in planned if tensor.name.startswith(start))
 
     def _check_stack(self) -> None:
@@ -205,7 +211,7 @@ class LayerInsertionPlan:
                     "has no layers that could be copied", where=ref, hint="Begin with random ones, or identity."
                 )
             return
-        numbers = [block.index for block in self.shape.blocks]
+        numbers = [block.index for block in self.structure.blocks]
         if numbers != list(range(len(numbers))):
             raise SurgeryError(
                 f"holds {len(numbers)} layers from {numbers[0]} to {numbers[-1]}: a part of a model",
@@ -225,17 +231,20 @@ class LayerInsertionPlan:
         raise usage_error(f"got {self.at}, expected top, middle, or 0 to {self.before}", where="--at")
 
     def _check_numbers_named(self, method: object) -> None:
-        """A quantised model's config may say of single layers how they are stored, by their numbers."""
-        last = (self.shape.stack or "").rpartition(".")[2]
+        """Add an error if the quantisation config names layers by number, because their numbers change."""
+        last = (self.structure.stack or "").rpartition(".")[2]
         if found := re.search(rf"{re.escape(last)}\\*\.\d+", json.dumps(method)):
             self.preflight.errors.add(
                 f"the quantization_config of {self.base.ref} names layers by number ({found[0]!r}), and these change. "
                 "Use the unquantised model."
             )
 
-    def _check_ahead(self) -> None:
-        """Layers behind the last that counts get new numbers; a config that lists them too is not understood."""
-        ahead = {at for name in self.base.tensors if (at := self._behind(name)) is not None}
+    def _check_extra_layers(self) -> None:
+        """Check layers after the last that the config counts (multi-token prediction), which get new numbers.
+
+        A config whose lists count them too cannot be rewritten.
+        """
+        ahead = {at for name in self.base.tensors if (at := self._extra_layer_of(name)) is not None}
         if not ahead:
             return
         part = language_part(dict(self.base.config))
@@ -251,29 +260,31 @@ class LayerInsertionPlan:
 
     def _check_kinds(self, full: Mapping[str, Any]) -> None:
         try:
-            found = layer_changes(full, self.config, self.order, self.shape.stack or "")
-        except SurgeryError as fault:
-            self.preflight.warnings.append(f"that every layer stays of its kind was not tried: {fault}")
+            changes = layer_changes(full, self.config, self.order, self.structure.stack or "")
+        except SurgeryError as error:
+            self.preflight.warnings.append(f"that every layer stays of its kind was not tried: {error}")
             return
-        for error in found:
-            self.preflight.errors.add(error)
+        for change in changes:
+            self.preflight.errors.add(change)
 
-    def _prove(self, tensors: LayerTensors, kind: LayerSpec, number: int) -> None:
+    def _prove(self, tensors: LayerTensors, spec: LayerSpec, number: int) -> None:
+        """Zero what the layer writes, and add an error unless that is proved to make it an identity."""
         writers = tensors.writers
         layer = f"layer {number} of {self.base.ref}" if self.before else f"a layer of {self.base.ref}"
-        suspects = tensors.suspects(self.shape.roles) if self.fresh is None else ()
-        unknown = f" Not understood: {listing(suspects, 5)}." if suspects else ""
+        # Random layers were named by transformers, so that nothing in them is unknown.
+        unknown_names = tensors.possible_writers(self.structure.roles) if self.random is None else ()
+        unknown = f" Not understood: {listing(unknown_names, 5)}." if unknown_names else ""
         hint = f"{unknown} Use --init {'copy' if self.before else 'random'}."
         if not writers:
             self.preflight.errors.add(f"nothing was recognised by which {layer} writes into the residual stream.{hint}")
             return
         self.zeroed[number] = writers
         try:
-            key = layer_key(kind)
+            key = layer_key(spec)
             if key not in self._proved:
-                self._proved[key] = prove_identity(kind, tensors.inner, writers)
-        except SurgeryError as fault:
-            self.preflight.errors.add(f"{layer} cannot be proved an identity: {fault}.{hint}")
+                self._proved[key] = prove_identity(spec, tensors.inner, writers)
+        except SurgeryError as error:
+            self.preflight.errors.add(f"{layer} cannot be proved an identity: {error}.{hint}")
             return
         if not self._proved[key]:
             self.preflight.errors.add(
@@ -282,31 +293,31 @@ class LayerInsertionPlan:
             return
         self.preflight.facts["identity"] = f"proved by running a layer; zero are {listing(writers, 5)}"
 
-    def _compare(self, made: Mapping[str, StoredTensor], held: Mapping[str, StoredTensor], origin: int) -> None:
-        wrong = [name for name, x in made.items() if name not in held or held[name].shape != x.shape]
+    def _compare(self, new: Mapping[str, StoredTensor], old: Mapping[str, StoredTensor], origin: int) -> None:
+        wrong = [name for name, x in new.items() if name not in old or old[name].shape != x.shape]
         if wrong:
             self.preflight.errors.add(
                 f"layer {origin} of {self.base.ref} is not what transformers makes: {listing(wrong, 3)} is missing in "
                 "it, or of another shape. Use --init identity or copy."
             )
 
-    def _behind(self, name: str) -> int | None:
-        """The number of the layer beyond the last that counts which a tensor is part of."""
-        start = layer_prefix(self.shape.stack)
+    def _extra_layer_of(self, name: str) -> int | None:
+        """Return the number of the layer that a tensor belongs to, if it is after the last that the config counts."""
+        start = layer_prefix(self.structure.stack)
         number = name.removeprefix(start).partition(".")[0]
-        if not self.before or self.shape.layer_of(name) is not None or not name.startswith(start):
+        if not self.before or self.structure.layer_of(name) is not None or not name.startswith(start):
             return None
         return int(number) if NUMBER.fullmatch(number) else None
 
     def _renamed(self, name: str) -> str:
-        number = self.shape.layer_of(name)
-        number = self._behind(name) if number is None else number
+        number = self.structure.layer_of(name)
+        number = self._extra_layer_of(name) if number is None else number
         if number is None or number < self.position:
             return name
-        start = layer_prefix(self.shape.stack)
+        start = layer_prefix(self.structure.stack)
         return f"{start}{number + self.layers}{name[len(f'{start}{number}') :]}"
 
     def _usual_dtype(self, tensor: StoredTensor) -> str:
-        """What most of the model's floats are stored in."""
+        """Return the dtype of most of the model's float tensors."""
         counts = Counter(t.dtype for t in self.base.tensors.values() if t.is_float)
         return counts.most_common(1)[0][0] if counts and tensor.is_float else tensor.dtype

@@ -16,8 +16,9 @@ import torch
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.structure import model_structure
-from surgery.engine.execution import execute
-from surgery.engine.manifest import CardContent, build_manifest, command_record, write_card, write_manifest
+from surgery.engine.card import CardContent
+from surgery.engine.checkpoint_writer import OutputDescription, write_checkpoint
+from surgery.engine.manifest import command_record
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, copy_tensor, plan_files
 from surgery.engine.result import ExecutionResult
@@ -74,23 +75,26 @@ def save_stage(context: RunContext, job: TrainingJob, trained: FinishedTraining,
     sources = {BEFORE: before, TRAINED: saved}
     side_files = {path.name: path for path in before.side_files}
     plan = Plan(_command(context, job), sources, plan_files(planned, like=before), side_files)
-    frozen = {name: old for name, old in tensor_hashes(before).items() if name not in _trainable_tensors(before, job)}
+    trainable = _trainable_tensors(before, job)
+    frozen = {name: old for name, old in tensor_hashes(before).items() if name not in trainable}
     record = _record(context, job, trained, proven=len(frozen))
 
-    def finish(folder: Path, outcome: ExecutionResult) -> None:
-        changed = sorted(name for name, old in frozen.items() if outcome.hashes[name] != old)
+    def describe(folder: Path, written: ExecutionResult) -> OutputDescription[TrainingRecord]:
+        changed = sorted(name for name, old in frozen.items() if written.hashes[name] != old)
         if changed:
             raise SurgeryError(f"frozen, but changed in training: {listing(changed)}", where=job.name)
         (folder / TRAINING).write_text(training_text(record), encoding="utf-8")
         (folder / PLAN).write_text(plan_text(context.plan), encoding="utf-8")
-        manifest = build_manifest(plan, outcome, kind="model", report=record.model_dump(mode="json", exclude={"curve"}))
-        # The files it was copied from are deleted in a moment; what the run started from is what others can get.
-        manifest["inputs"] = dict(context.inputs)
-        write_manifest(folder, manifest)
-        write_card(folder, manifest, {BEFORE: before}, _card(job, record))
+        return OutputDescription(
+            record,
+            record.model_dump(mode="json", exclude={"curve"}),
+            _card(job, record),
+            # The files it was copied from are deleted in a moment; what the run started from is what others can get.
+            fields={"inputs": dict(context.inputs)},
+        )
 
     # A half-written copy of a killed run had sources that no longer exist, so that it cannot be resumed.
-    execute(plan, context.run / job.name, ExecutionOptions(overwrite=True), finish=finish)
+    write_checkpoint(plan, context.run / job.name, ExecutionOptions(overwrite=True), describe=describe)
     shutil.rmtree(work, ignore_errors=True)
     return record
 

@@ -187,8 +187,9 @@ grow(begun(bench, run, plan=bench / "killed.yml"), type(CPU)(device="cpu", save_
         ("surgery.growth.training.loop:_Run._step", STEPS + 2),
         ("surgery.growth.training.loop:save_state", STEPS + 3),
         ("surgery.growth.prefix_cache.cache:PrefixCache.write", 4),
-        ("surgery.growth.training.stage_runner:execute", 2),
-        ("surgery.growth.training.stage_runner:build_manifest", 2),
+        ("surgery.growth.training.save_stage:write_checkpoint", 2),
+        # Of the first model, its deeper one, stage 1, its deeper one, and stage 2.
+        ("surgery.engine.checkpoint_writer:build_manifest", 5),
         ("surgery.growth.run:write_results", 2),
     ],
 )

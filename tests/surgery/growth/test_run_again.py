@@ -201,7 +201,7 @@ def test_a_stage_goes_on_where_a_plateau_ended_the_last_also_after_a_stop(
         (_Run, "finish", 1),
         (_Run, "_step", 3),
         (_Run, "finish", 1),
-        (save_stage_module, "execute", 1),
+        (save_stage_module, "write_checkpoint", 1),
         (_Run, "_step", 2),
     ):
         with monkeypatch.context() as patch, pytest.raises(StopError):

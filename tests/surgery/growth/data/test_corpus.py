@@ -17,13 +17,8 @@ from support.hub_server import HubServer
 
 from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.growth.data import corpus
-<<<<<<< HEAD
-from surgery.growth.data.corpus import Document, commits_of, documents, fingerprint, open_corpus, shuffled
-from surgery.lab import builder as family
-=======
 from surgery.growth.data.corpus import Document, commits_of, documents, fingerprint, open_corpus, shuffle
-from surgery.lab.builder import build as family
->>>>>>> 4b6044d (Open the prefix cache before training and hand it over, so that a stage reads from top to bottom)
+from surgery.lab import builder as family
 
 
 def texts(*refs: str | Path, field: str = "text") -> list[str]:
