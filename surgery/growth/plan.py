@@ -1,7 +1,7 @@
-"""The plan of a growth (YAML): which layers are added when, how they begin, what trains, for how long, on what.
+"""The plan of a growth (YAML): which layers are added when, how they are initialised, what trains, how long, on what.
 
-In comes a plan's text, out comes a `GrowthPlan`. Two schedules of arXiv 2507.07129 ship beside this module, in
-`plans/`: one block at a time for six stages, and three blocks at a time for three.
+`read_plan` parses it into a `GrowthPlan`. Two schedules of arXiv 2507.07129 ship in `plans/`: one block at a time for
+six stages, and three blocks at a time for three.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ TrainableParts = Literal["new", "head", "norm", "lora", "embedding", "all"]
 LayerPosition = Literal["top", "middle"] | int
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-# Lists of one may be written without brackets.
+# In YAML, a list of one name may be written without brackets.
 _LISTED = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
 Names = Annotated[tuple[str, ...], _LISTED]
 
 PLANS = "plans"
-PLAN = "plan.yml"  # a run's own, in its folder and in those of its stages
+PLAN = "plan.yml"  # the plan of a run, in its folder and in those of its stages
 
 
 class ModelShape(Strict):
-    """The Llama that grows.
+    """The shape of the Llama that is grown.
 
-    hidden: its width, which must be the embedding's, and is by default. heads: of queries. kv_heads: of keys and
-    values; as many by default. mlp: the MLP's inner width; by default 8/3 of the width, up to the next multiple of 64.
-    context: positions. layers: how many there are before the first stage. config: a config.json to take everything else
-    from, and the family.
+    hidden: its width, by default the embedding's, which it must equal. heads: of queries. kv_heads: of keys and values,
+    by default as many. mlp: the MLP's inner width, by default 8/3 of the width, rounded up to a multiple of 64.
+    context: positions. layers: before the first stage. config: a config.json that gives everything else, and the
+    family.
     """
 
     hidden: PositiveInt | None = None
@@ -49,11 +49,11 @@ class ModelShape(Strict):
 
 
 class StageTraining(Strict):
-    """How parameters learn: AdamW (arXiv 1711.05101) with clipped gradients.
+    """Optimizer settings: AdamW (arXiv 1711.05101) with gradient clipping.
 
-    learning_rate: the peak. warmup: share of a stage's steps in which it rises in a line. decay: what follows, down to
-    `final_rate` of the peak. weight_decay: of matrices. clip: the largest norm of a gradient. accumulate: batches are
-    computed in so many parts, one after the other.
+    learning_rate: the peak. warmup: fraction of a stage's steps in which it rises linearly. decay: what follows, down
+    to `final_rate` of the peak. weight_decay: of matrices. clip: the largest gradient norm. accumulate: number of
+    micro-batches that a process computes a batch in.
     """
 
     learning_rate: PositiveFloat = 1e-3
@@ -75,21 +75,21 @@ class Lora(Strict):
 
 
 class Plateau(Strict):
-    """Ends a stage once the mean loss of the last `tokens` is not `by` nats below that of the `tokens` before."""
+    """End a stage once the mean loss of the last `tokens` is not `by` nats below that of the `tokens` before."""
 
     tokens: PositiveInt
     by: Annotated[float, Field(ge=0)] = 0.005
 
 
 class GrowthStage(Strict):
-    """One stage: layers are added, and something trains.
+    """One stage: layers are added, and some of the model is trained.
 
-    add: how many layers; 0 only trains. at: top (the default), middle, or the number of the layer before which they
-    stand. init: identity (their output is zero at first, so that the loss does not change), random (as in the paper),
-    or copy (of the layers below). train: new (the added layers), head, norm (the final one), lora (low-rank updates of
-    the layers below), embedding, or all. tokens: how many are trained on, at most. plateau: stops earlier. data:
-    whether the stage sees the corpus from the start (which lets the prefix cache work), or goes on where the last one
-    stopped. times: the stage is repeated so often.
+    add: number of layers; 0 only trains. at: top (the default), middle, or the number of the layer before which they
+    are inserted. init: identity (they add zero to the residual stream at first, so that the loss does not change),
+    random (as in the paper), or copy (of the layers below). train: new (the added layers), head, norm (the final one),
+    lora (low-rank updates of the layers below), embedding, or all. tokens: the most that are trained on. plateau: stops
+    earlier. data: repeat starts the corpus again (which lets the prefix cache work), continue reads on where the last
+    stage stopped. times: how often the stage is repeated.
     """
 
     add: Annotated[int, Field(ge=0)] = 1
@@ -127,10 +127,10 @@ class GrowthStage(Strict):
 
 
 class CacheSettings(Strict):
-    """The prefix cache: what comes out of the frozen layers below, kept on disk.
+    """The prefix cache: the output of the frozen layers below the new ones, stored on disk.
 
-    use: auto decides by measuring. dtype: that it is stored in. disk: the most that it may take, such as 20 GB.
-    folder: in which every run has one of its own; by default it lies in the run's. It is removed once the run is done.
+    use: auto decides by a benchmark. dtype: of the stored states. disk: its largest size, such as 20 GB. folder: in
+    which every run has a subfolder; by default it is in the run's folder. It is deleted once the run is done.
     """
 
     use: Literal["auto", "on", "off"] = "auto"
@@ -145,9 +145,9 @@ class CacheSettings(Strict):
 
 
 class Evaluation(Strict):
-    """What every stage is measured on: texts (their perplexity), and tasks of the evaluation harness.
+    """What every stage is measured on: texts (perplexity), and tasks of the evaluation harness.
 
-    limit: documents of a text, or samples of a task, at most.
+    limit: the most documents of a text, or samples of a task.
     """
 
     texts: Names = ()
@@ -158,9 +158,9 @@ class Evaluation(Strict):
 class GrowthPlan(Strict):
     """A whole growth.
 
-    embed: a frozen embedding (`surgery grow embed`), on which a model of `model`'s shape is begun; or start: the model
-    that is deepened. corpus: texts, see `surgery.growth.data.corpus`. field: the column of a corpus's records with the
-    text. sequence: tokens in a window. batch: windows in an optimizer step. dtype: that checkpoints are stored in.
+    embed: a frozen embedding (`surgery grow embed`), on which a model of the shape `model` is created; or start: the
+    model that is deepened. corpus: texts, see `surgery.growth.data.corpus`. field: the column of a corpus's records
+    with the text. sequence: tokens in a window. batch: windows in an optimizer step. dtype: of stored checkpoints.
     """
 
     embed: str | None = None
@@ -186,7 +186,7 @@ class GrowthPlan(Strict):
 
     @property
     def expanded(self) -> tuple[GrowthStage, ...]:
-        """The stages one by one, each with its own way of learning."""
+        """The stages one by one, repetitions written out, each with its optimizer settings."""
         return tuple(
             stage.model_copy(update={"times": 1, "training": stage.training or self.training})
             for stage in self.stages
@@ -195,20 +195,20 @@ class GrowthPlan(Strict):
 
     @property
     def steps_of(self) -> tuple[int, ...]:
-        """Optimizer steps of each stage: the fewest that see its tokens."""
+        """Optimizer steps of each stage: the smallest number that covers its tokens."""
         return tuple(-(-stage.tokens // (self.sequence * self.batch)) for stage in self.expanded)
 
 
 def plan_names() -> list[str]:
-    """The plans that ship with the tool."""
+    """Return the names of the plans that ship with the tool."""
     return sorted(path.name.removesuffix(".yml") for path in _shipped().iterdir() if path.name.endswith(".yml"))
 
 
 def read_plan(ref: str) -> tuple[GrowthPlan, str]:
-    """The plan in the file `ref`, or the shipped one of that name; and its text.
+    """Read the plan in the file `ref`, or the shipped one of that name; return it and its text.
 
     Raises:
-        SurgeryError: there is neither; what is there is no plan (with every fault, its line and key).
+        SurgeryError: there is neither; the file is not a plan (with every error, its line and key).
     """
     path = Path(ref)
     if path.is_file():
@@ -221,7 +221,7 @@ def read_plan(ref: str) -> tuple[GrowthPlan, str]:
 
 
 def plan_text(plan: GrowthPlan) -> str:
-    """The YAML text that says `plan`: what is not the default."""
+    """Return the YAML text of `plan`, without defaults."""
     return dump_yaml(plan.model_dump(mode="json", exclude_defaults=True))
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a growth: its loss against tokens, operations and depth, beside what was trained in one go."""
+"""Plots of a growth: its loss against tokens, operations and depth, beside the baselines."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from surgery.reporting.report import Figure, format_value
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SHADES = (BLUE, "#56B4E9")  # of stages in turn, so that one sees where the next begins
-SMOOTHED = 30  # points of a drawn curve, each a mean over its share of the steps
+SHADES = (BLUE, "#56B4E9")  # of stages in turn, so that one sees where the next starts
+SMOOTHED = 30  # points of a plotted curve, each a mean over its part of the steps
 GROWN = "grown"
 
 
 def loss_figure(growth: Growth) -> Figure:
-    """Two panels: the training loss against all tokens and against all operations so far, with the baselines'."""
+    """Plot the training loss against all tokens and against all operations so far, with the baselines'."""
     title = "Training loss against what it cost"
     canvas = blank_canvas(4.2, title=title)
     left, right = canvas.figure.subplots(1, 2, sharey=True)
@@ -68,7 +68,7 @@ def loss_figure(growth: Growth) -> Figure:
 
 
 def depth_figure(growth: Growth) -> Figure:
-    """Lines: loss against the number of layers, in training and on each held-out text; dashes for the baselines."""
+    """Plot the loss against the number of layers, in training and on each held-out text; dashes for baselines."""
     title = "Loss against depth"
     canvas, axes = titled_axes(title, height=4.2)
     depths = [stage.training.layers for stage in growth.stages]
@@ -101,7 +101,7 @@ def depth_figure(growth: Growth) -> Figure:
 
 
 def speed_figure(growth: Growth) -> Figure:
-    """Bars: tokens per second of every stage; darker where the prefix was read from the cache."""
+    """Plot the tokens per second of every stage as bars; darker where the prefix was read from the cache."""
     title = "Training speed against depth"
     canvas, axes = titled_axes(title, height=3.2)
     records = [stage.training for stage in growth.stages]
@@ -131,7 +131,7 @@ def _smooth(record: TrainingRecord) -> Sequence[LossPoint]:
 
 
 def _focus(axes: Axes, growth: Growth) -> None:
-    """Lets the first steps, in which every loss falls from the same height, run out of the picture."""
+    """Limit the y-axis: the first steps, in which every loss falls from the same height, are cut off."""
     models: list[TrainedStage] = [*growth.stages, *growth.baselines]
     losses = [point.loss for model in models for point in _smooth(model.training)]
     low = min(losses)

@@ -1,4 +1,4 @@
-"""A growth for people: tables, sentences on how it compares, pictures, and one HTML page with all of them."""
+"""Report of a growth: tables, sentences that compare it with baselines, plots, and one HTML page with all of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from surgery.reporting.report import Column, Report, Table, Value, format_value
 
 
 def stage_table(growth: Growth) -> Table:
-    """One row per stage: what was added, what trained, and what it cost."""
+    """Return a table with one row per stage: what was added, what trained, and what it cost."""
     rows: list[list[Value]] = []
     for model in growth.stages:
         record = model.training
@@ -54,9 +54,9 @@ def stage_table(growth: Growth) -> Table:
 
 
 def comparison_table(growth: Growth) -> Table:
-    """One row per model: what it took, and what it scores."""
+    """Return a table with one row per model: its tokens and operations, and its scores."""
     scores = [score for model in _models(growth) for score in model.scores]
-    # Of a text's three measures, which follow from each other, the one that is like the training loss.
+    # A text has three measures that follow from each other: only the one that is comparable to the training loss.
     measured = list(dict.fromkeys((s.task, s.metric) for s in scores if s.metric not in (PERPLEXITY, BITS)))
     rows: list[list[Value]] = []
     tokens, flops = 0, 0.0
@@ -80,7 +80,7 @@ def comparison_table(growth: Growth) -> Table:
 
 
 def verdicts(growth: Growth) -> list[str]:
-    """A sentence per baseline and held-out text: who is better, by how much, and whether that is more than noise."""
+    """Return a sentence per baseline and held-out text: which model is better, by how much, and if beyond noise."""
     if not growth.baselines:
         return ["No baseline was trained: `surgery grow baseline PLAN -o RUN` adds them, and the comparison."]
     sentences = []
@@ -93,13 +93,13 @@ def verdicts(growth: Growth) -> list[str]:
         for score in baseline.scores:
             ours = next((s for s in grown.scores if (s.task, s.metric) == (score.task, LOSS)), None)
             if score.metric == LOSS and ours is not None:
-                clear = "" if _apart(ours, score) else ", within the noise (the 95 % intervals touch)"
+                clear = "" if _intervals_apart(ours, score) else ", within the noise (the 95 % intervals touch)"
                 sentences.append(f"Against {name}, on {score.task}: {_better(ours.value - score.value)}{clear}.")
     return sentences
 
 
 def growth_report(growth: Growth) -> Report:
-    """The page with everything."""
+    """Return the HTML report with everything."""
     from surgery.growth.plots import depth_figure, loss_figure, speed_figure
 
     first, last = growth.stages[0].training, growth.stages[-1].training
@@ -136,7 +136,7 @@ def _cell(score: ScoreRecord) -> str:
     return f"{value} [{format_value(score.low, 'score')}, {format_value(score.high, 'score')}]"
 
 
-def _apart(a: ScoreRecord, b: ScoreRecord) -> bool:
+def _intervals_apart(a: ScoreRecord, b: ScoreRecord) -> bool:
     if a.low is None or a.high is None or b.low is None or b.high is None:
         return False
     return a.low > b.high or b.low > a.high

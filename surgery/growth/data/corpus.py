@@ -1,11 +1,11 @@
-"""References to text → documents one by one: files, folders, globs, data sets on the Hub and the lab's texts.
+"""Read text documents from files, folders, globs, data sets on the Hub and the lab's texts.
 
 A reference is one of
-- a text file of any kind, which is one document; a `.jsonl` or `.parquet` file, with a document in the column `field`
-  of every row;
-- a folder: all such files under it by path, but no hidden ones, and none that hold zero bytes, which are no text;
-  links to folders are not followed;
-- a glob such as `src/**/*.py`: all such files that it matches, each once, however links lead to its folder;
+- a text file of any kind, which is one document; a `.jsonl` or `.parquet` file, with one document per row in the column
+  `field`;
+- a folder: all such files under it in the order of their paths, except hidden ones and those with zero bytes, which are
+  not text; links to folders are not followed;
+- a glob such as `src/**/*.py`: all such files that it matches, each once even if links lead to it in several ways;
 - a Hub data set `org/name[/config][@revision]:split[a:b]`, streamed at one commit;
 - `lab:python/code` and the like (`surgery.lab.python_text`).
 
@@ -35,18 +35,18 @@ from surgery.hub import download as hub
 from surgery.io.hashing import KEY, hash_text
 
 FIELD = "text"
-# A buffer of at most so much is shuffled at a time: a small corpus whole, a large one in memory that is bounded.
+# Size of the shuffle buffer: a small corpus is shuffled as a whole, a large one in bounded memory.
 BUFFER_DOCUMENTS, BUFFER_CHARACTERS = 10_000, 64_000_000
-# A reference whose files are larger in all is known by their sizes and times of change: to hash them takes minutes.
-MOST_HASHED = 2**30
-_SNIFFED = 8192  # bytes, as git looks at to tell text from binary files
+# Files of a reference that is larger in total are identified by size and time of change: to hash them takes minutes.
+MAX_HASHED_BYTES = 2**30
+_SNIFFED = 8192  # bytes that are searched for a zero byte, as git does to tell text from binary files
 _CHUNK = 2**20
 _WILD = frozenset("*?[")
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text, and how errors point at it."""
+    """A text, and its location for error messages."""
 
     where: str
     text: str
@@ -54,7 +54,7 @@ class Document:
 
 @dataclass(frozen=True)
 class _Files:
-    """The files that `ref` names, in order; their names count relative to `base`."""
+    """The files that `ref` names, in order; fingerprints have their paths relative to `base`."""
 
     ref: str
     base: Path
@@ -67,9 +67,9 @@ class _Files:
 
     def fingerprint(self) -> dict[str, Any]:
         sizes = [path.stat().st_size for path in self.paths]
-        mark = _hash_file if sum(sizes) <= MOST_HASHED else _changed
+        identify = _hash_file if sum(sizes) <= MAX_HASHED_BYTES else _time_of_change
         names = [path.relative_to(self.base).as_posix() for path in self.paths]
-        lines = [f"{name} {size} {mark(path)}\n" for name, size, path in zip(names, sizes, self.paths, strict=True)]
+        lines = [f"{name} {size} {identify(path)}\n" for name, size, path in zip(names, sizes, self.paths, strict=True)]
         return {"files": len(sizes), "bytes": sum(sizes), KEY: hash_text("".join(lines))}
 
 
@@ -77,17 +77,17 @@ class _Files:
 class _Hub:
     """A data set on the Hub at `commit`."""
 
-    asked: hub_data.HubData
+    data_set: hub_data.HubData
     commit: str
     field: str
 
     @property
     def ref(self) -> str:
-        return self.asked.ref
+        return self.data_set.ref
 
     def documents(self) -> Iterator[Document]:
-        for number, value in hub_data.stream(self.asked, self.commit, self.field):
-            where = f"{self.asked.name}[{number}]"
+        for number, value in hub_data.stream(self.data_set, self.commit, self.field):
+            where = f"{self.data_set.name}[{number}]"
             yield Document(where, _text(value, self.field, where))
 
     def fingerprint(self) -> dict[str, Any]:
@@ -96,42 +96,42 @@ class _Hub:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What references lead to."""
+    """The documents that references lead to."""
 
     sources: tuple[_Files | _Hub, ...]
     field: str
 
     def documents(self) -> Iterator[Document]:
-        """All documents that are not blank, one reference after the other; nothing is read ahead.
+        """Yield all documents that are not blank, one reference after the other; nothing is read ahead.
 
         Raises:
             SurgeryError: as they are read: a file cannot be read, or is not UTF-8; a row has no text in the column
                 `field`; a reference holds no text at all.
         """
         for source in self.sources:
-            found = False
+            has_text = False
             for document in source.documents():
                 if document.text and not document.text.isspace():
-                    found = True
+                    has_text = True
                     yield document
-            if not found:
+            if not has_text:
                 raise usage_error("holds no text", where=source.ref)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this corpus from another, or from itself after a change; may go into JSON.
+        """Return what identifies this corpus and its content, as JSON values.
 
-        Files are known by their names inside the folder that was named and their contents, wherever the folder is;
-        by sizes and times of change where a reference is larger than `MOST_HASHED`. Hub data sets by their commit.
+        Files are identified by their paths inside the referenced folder and their contents, wherever the folder is; by
+        size and time of change where a reference is larger than `MAX_HASHED_BYTES`. Hub data sets by their commit.
         """
         return {"field": self.field, "refs": [source.fingerprint() for source in self.sources]}
 
 
 def open_corpus(refs: Sequence[str], *, field: str = FIELD, commits: Mapping[str, str] | None = None) -> Corpus:
-    """Finds what `refs` lead to; no document is read yet.
+    """Find the files and data sets of `refs`; no document is read yet.
 
     Args:
         field: the column of rows that holds their text.
-        commits: Hub reference → commit, for those that were opened before and are to be read on (`commits_of`).
+        commits: Hub reference → commit, for data sets that were opened before and are read on (`commits_of`).
 
     Raises:
         SurgeryError: no reference is given, or one leads nowhere: no such file, data set or revision; a glob matches
@@ -143,17 +143,17 @@ def open_corpus(refs: Sequence[str], *, field: str = FIELD, commits: Mapping[str
 
 
 def documents(refs: Sequence[str], *, field: str = FIELD) -> Iterator[Document]:
-    """The documents that `refs` lead to: `Corpus.documents` of `open_corpus`, with the errors of both."""
+    """Yield the documents of `refs`: `Corpus.documents` of `open_corpus`, with the errors of both."""
     return open_corpus(refs, field=field).documents()
 
 
 def fingerprint(refs: Sequence[str], *, field: str = FIELD) -> dict[str, Any]:
-    """What tells the corpus of `refs` from another: `Corpus.fingerprint` of `open_corpus`, with its errors."""
+    """Return what identifies the corpus of `refs`: `Corpus.fingerprint` of `open_corpus`, with its errors."""
     return open_corpus(refs, field=field).fingerprint()
 
 
 def commits_of(fingerprint: Mapping[str, Any]) -> dict[str, str]:
-    """The commits at which the Hub's data sets in a corpus's fingerprint were read, by reference."""
+    """Return the commits at which the Hub data sets in a corpus's fingerprint were read, by reference."""
     return {entry["ref"]: entry["commit"] for entry in fingerprint["refs"] if "commit" in entry}
 
 
@@ -164,46 +164,46 @@ def shuffle(
     buffer_documents: int = BUFFER_DOCUMENTS,
     buffer_characters: int = BUFFER_CHARACTERS,
 ) -> Iterator[Document]:
-    """`documents` in an order drawn from `seed`, each once.
+    """Yield `documents` in a random order drawn from `seed`, each once.
 
-    A buffer is filled, and whenever it overflows a document drawn from it goes out. What fits into the buffer is so
-    shuffled wholly, each order being as likely as any other; a document of more stays near its place.
+    A buffer is filled, and whenever it overflows a random document of it is yielded. A corpus that fits into the buffer
+    is shuffled uniformly; in a larger one documents stay near their place.
     """
     # Of the methods of Random only random() is promised to give the same numbers in all versions.
     random = Random(seed)
-    held: list[Document] = []
+    buffer: list[Document] = []
     characters = 0
 
     def draw() -> Document:
         nonlocal characters
-        at = int(random.random() * len(held))
-        held[at], held[-1] = held[-1], held[at]
-        characters -= len(held[-1].text)
-        return held.pop()
+        at = int(random.random() * len(buffer))
+        buffer[at], buffer[-1] = buffer[-1], buffer[at]
+        characters -= len(buffer[-1].text)
+        return buffer.pop()
 
     for document in documents:
-        held.append(document)
+        buffer.append(document)
         characters += len(document.text)
-        while len(held) > buffer_documents or characters > buffer_characters:
+        while len(buffer) > buffer_documents or characters > buffer_characters:
             yield draw()
-    while held:
+    while buffer:
         yield draw()
 
 
 def _open(ref: str, field: str, commits: Mapping[str, str]) -> _Files | _Hub:
     path = existing_path(ref)
     if path is not None and path.is_dir():
-        return _Files(ref, path, _under(path), field)
+        return _Files(ref, path, _text_files(path), field)
     path = path or lab.data_of(ref)
     if path is not None:
         if not _is_rows(path) and not _holds_text(path):
             raise usage_error("holds zero bytes, so it is no text", where=ref)
         return _Files(ref, path.parent, (path,), field)
-    asked = hub_data.parse(ref)
-    if asked is not None:
-        return _Hub(asked, commits.get(ref) or hub_data.pin(asked), field)
+    data_set = hub_data.parse(ref)
+    if data_set is not None:
+        return _Hub(data_set, commits.get(ref) or hub_data.pin(data_set), field)
     if _WILD & set(ref):
-        return _matching(ref, field)
+        return _matching_files(ref, field)
     if hub.is_repo_id(ref):
         raise hub_data.no_split(ref)
     raise usage_error(
@@ -213,7 +213,8 @@ def _open(ref: str, field: str, commits: Mapping[str, str]) -> _Files | _Hub:
     )
 
 
-def _under(folder: Path) -> tuple[Path, ...]:
+def _text_files(folder: Path) -> tuple[Path, ...]:
+    """Return all text and row files under `folder`, sorted."""
     found = []
     for inside, folders, files in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -224,7 +225,8 @@ def _under(folder: Path) -> tuple[Path, ...]:
     return paths
 
 
-def _matching(ref: str, field: str) -> _Files:
+def _matching_files(ref: str, field: str) -> _Files:
+    """Return the text and row files that the glob `ref` matches."""
     pattern = Path(ref).expanduser()
     base = Path(*takewhile(lambda part: not _WILD & set(part), pattern.parts))
     # Path.glob would match hidden files too.
@@ -270,14 +272,14 @@ def _hash_file(path: Path) -> str:
     return state.hexdigest()
 
 
-def _changed(path: Path) -> str:
+def _time_of_change(path: Path) -> str:
     return str(path.stat().st_mtime_ns)
 
 
 def _text_file(path: Path, field: str) -> Iterator[Document]:
     try:
         with _reading(path):
-            # As `perplexity` reads it, so that a model is measured on what it could have been trained on.
+            # Decoded as `perplexity` does, so that a model is measured on the same text that it is trained on.
             yield Document(str(path), path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise _no_utf8(path, error) from error
@@ -285,7 +287,7 @@ def _text_file(path: Path, field: str) -> Iterator[Document]:
 
 def _jsonl(path: Path, field: str) -> Iterator[Document]:
     with _reading(path), path.open("rb") as file:
-        # By bytes: JSON strings may hold line separators of Unicode.
+        # As bytes: text mode would split lines at Unicode separators inside JSON strings.
         for number, raw in enumerate(file, start=1):
             where = f"{path}:{number}"
             try:
@@ -330,13 +332,13 @@ _READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {".jsonl": _jso
 
 
 def _text(value: object, field: str, where: str) -> str:
-    """What a row says; nothing where its cell is empty."""
+    """Return the text of a row, empty if its cell is."""
     if value is None:
         return ""
     if not isinstance(value, str):
         raise usage_error(f'"{field}" is {value!r:.60}, expected text', where=where)
     try:
-        value.encode()  # JSON may spell out what is no text
+        value.encode()  # JSON may escape lone surrogates, which are not text
     except UnicodeEncodeError as error:
         raise usage_error(f'"{field}" holds half of a surrogate pair', where=where) from error
     return value

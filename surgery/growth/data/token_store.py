@@ -1,9 +1,9 @@
-"""Documents → one stream of token ids on disk, cut into windows: only as much of it as is asked for.
+"""Tokenise a corpus into one stream of token ids on disk, cut into windows, only as far as windows are required.
 
-A folder holds `tokens.bin`, the ids one after the other as little-endian uint16 (uint32 for vocabularies of more than
-65,536), and `tokens.json`: what they were made of, and how many documents and tokens of the file count. Documents are
-shuffled, and each is followed by the end-of-text id. After a kill the same command goes on with the same bytes: what
-lies beyond the counted tokens is cut off, and documents that are counted are read past, not tokenised again.
+A folder holds `tokens.bin`, the ids as little-endian uint16 (uint32 for vocabularies of more than 65,536), and
+`tokens.json`: what they were made of, and how many documents and tokens of the file are committed. Documents are
+shuffled, and each is followed by the end-of-text id. After a kill the same command continues with the same bytes: what
+is beyond the committed tokens is cut off, and committed documents are skipped, not tokenised again.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from surgery.runtime.environment import n_processes
 from surgery.runtime.progress import Progress, silent
 
 TOKENS, INDEX = "tokens.bin", "tokens.json"
-# Raised when equal documents would give another stream.
+# Incremented when equal documents would give another stream.
 VERSION = 1
-# A batch for the tokenizer: enough for all threads, little enough for memory, of which it takes thirty bytes and more
-# for each character.
+# A batch for the tokenizer: large enough for all threads, small enough for memory, of which it takes thirty bytes or
+# more per character.
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1000, 1_000_000
-# Longer documents are cut behind the next line's end, so that threads share them too.
+# Longer documents are cut after the next line end, so that threads share them too.
 PIECE = 100_000
 # Tokens that are written between two commits: each costs two fsyncs.
 COMMIT = 2**21
-# Tokens after which several processes hear of each other: a minute or so, for one that waits longer gives up.
+# Tokens after which several processes synchronise: about a minute, before those that wait time out.
 ROUND = 2**26
 
 
 @dataclass(frozen=True)
 class _State:
-    """What counts of the stream. `last` is the hash of the last document; `whole` says that there are no more."""
+    """The committed part of the stream. last: hash of its last document. whole: there are no more documents."""
 
     documents: int = 0
     tokens: int = 0
@@ -63,9 +63,9 @@ class _State:
 
 
 class TokenStore:
-    """The token stream of a corpus, read by memory map. Window i begins at token i·sequence.
+    """The token stream of a corpus, read through a memory map. Window i starts at token i·sequence.
 
-    All processes construct it together, and call `require` together; the first one writes, all read.
+    All processes construct it together, and call `require` together; the main one writes, all read.
     """
 
     def __init__(
@@ -81,18 +81,18 @@ class TokenStore:
         vocab_size: int,
         progress: Progress = silent,
     ) -> None:
-        """Opens the stream in `folder`, or begins it; nothing is tokenised yet.
+        """Open the stream in `folder`, or start a new one; nothing is tokenised yet.
 
         Args:
             refs: the corpus, see `surgery.growth.data.corpus`.
-            tokenizer: a fast tokenizer of transformers; what it adds to texts is left out.
-            sequence: tokens of a window, beside the one that is only predicted.
+            tokenizer: a fast tokenizer of transformers; the special tokens that it adds to texts are left out.
+            sequence: tokens of a window, without the last one, which is only predicted.
             eos: the id that follows each document.
             vocab_size: rows of the embedding.
 
         Raises:
-            SurgeryError: the corpus cannot be opened; the tokenizer is none that can be used, or not this embedding's;
-                what lies in `folder` was made of something else, or is damaged.
+            SurgeryError: the corpus cannot be opened; the tokenizer cannot be used, or is not this embedding's; the
+                stream in `folder` was made of something else, or is damaged.
         """
         if not 0 <= eos < vocab_size:
             raise _mismatch(f"the end-of-text id is {eos:,}", vocab_size)
@@ -100,51 +100,51 @@ class TokenStore:
         self._folder, self._refs, self._field, self._seed = folder, tuple(refs), field, seed
         self._eos, self._vocab_size, self._progress = eos, vocab_size, progress
         self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-        self._tokenizer = _plain(tokenizer)
+        self._tokenizer = _backend_copy(tokenizer)
         self._stream: Iterator[Document] | None = None
         self._made_of: dict[str, Any]
         self._state: _State
         self._made_of, self._state = on_main(self._open)
-        # What is on the disk: the writing process is ahead of the others where an error kept them from hearing of it.
+        # State on the disk. The writing process may be ahead of `_state` if an error kept it from reporting.
         self._written = self._state
         self._map = self._mapped()
 
     @property
     def identity(self) -> str:
-        """A hash of all that the windows follow from."""
+        """A hash of everything that the windows depend on."""
         return hash_text(json.dumps([self._made_of, self.sequence], sort_keys=True))
 
     @property
     def made_of(self) -> Mapping[str, Any]:
-        """All that the stream's tokens follow from; `corpus` in it is the corpus's fingerprint."""
+        """Everything that the stream's tokens depend on; its entry `corpus` is the corpus's fingerprint."""
         return self._made_of
 
     @property
     def tokens(self) -> int:
-        """Tokens that there are so far."""
+        """Number of tokens so far."""
         return self._state.tokens
 
     @property
     def documents(self) -> int:
-        """Documents that were tokenised so far."""
+        """Number of documents tokenised so far."""
         return self._state.documents
 
     @property
     def known(self) -> int:
-        """Windows that there are so far."""
+        """Number of windows so far."""
         return max(0, (self._state.tokens - 1) // self.sequence)
 
     @property
     def count(self) -> int | None:
-        """Windows that the whole corpus gives; None as long as its end has not been seen."""
+        """Number of windows in the whole corpus; None until its end has been read."""
         return self.known if self._state.whole else None
 
     def require(self, n_windows: int) -> None:
-        """Sees to it that the first `n_windows` windows of the stream can be read, or all that there are.
+        """Tokenise until the first `n_windows` windows can be read, or the corpus ends.
 
         Raises:
-            SurgeryError: as reading the corpus; a token is not in the embedding; the whole corpus gives no window; the
-                disk is full. What was counted before that is kept.
+            SurgeryError: as reading the corpus; a token is not in the embedding; the whole corpus has no window; the
+                disk is full. What was committed before is kept.
         """
         needed = n_windows * self.sequence + 1
         most = needed if n_processes() == 1 else ROUND
@@ -171,27 +171,28 @@ class TokenStore:
         epoch, at = divmod(position, self.count)
         return int(_permutation(self._seed, epoch, self.count)[at])
 
-    def windows(self, numbers: Sequence[int]) -> Tensor:
-        """The windows of these numbers: (n, sequence + 1) int64."""
-        found = np.empty((len(numbers), self.sequence + 1), np.int64)
-        for row, number in enumerate(numbers):
-            if not 0 <= number < self.known:
-                raise IndexError(f"there is no window {number}: {self.known} are known")
-            found[row] = self._map[number * self.sequence : (number + 1) * self.sequence + 1]
-        return torch.from_numpy(found)
+    def windows(self, indices: Sequence[int]) -> Tensor:
+        """Return the windows with these indices: (n, sequence + 1) int64."""
+        windows = np.empty((len(indices), self.sequence + 1), np.int64)
+        for row, index in enumerate(indices):
+            if not 0 <= index < self.known:
+                raise IndexError(f"there is no window {index}: {self.known} are known")
+            windows[row] = self._map[index * self.sequence : (index + 1) * self.sequence + 1]
+        return torch.from_numpy(windows)
 
     def _open(self) -> tuple[dict[str, Any], _State]:
+        """Return what the stream is made of, and its committed state, after checking both against the files."""
         index = self._folder / INDEX
-        held = read_json(index, missing={})
-        if not held:
+        content = read_json(index, missing={})
+        if not content:
             made_of = self._settings(open_corpus(self._refs, field=self._field).fingerprint())
             return made_of, _State()
         try:
-            before, state = dict(held["made_of"]), _State(**held["state"])
+            before, state = dict(content["made_of"]), _State(**content["state"])
             commits = commits_of(before["corpus"])
         except (KeyError, TypeError) as error:
             raise SurgeryError("is no index of a token stream", where=index, hint="Remove its folder.") from error
-        # A branch that has moved on the Hub since is read on at its old commit.
+        # A data set whose branch has moved on the Hub is read on at its old commit.
         made_of = self._settings(open_corpus(self._refs, field=self._field, commits=commits).fingerprint())
         changed = [name for name in made_of if made_of[name] != before.get(name)]
         if changed:
@@ -222,9 +223,8 @@ class TokenStore:
         }
 
     def _tokenise(self, needed: int) -> _State:
-        """Adds tokens until there are `needed`, or no more documents."""
-        # Set, it says that threads are wanted also in processes forked from this one, which use no tokenizer; unset,
-        # each fork would warn.
+        """Add tokens until there are `needed`, or no more documents; return the new state."""
+        # Without this each process forked from here would warn that it turns the tokenizer's threads off.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         state, width, path = self._written, self._dtype.itemsize, self._folder / TOKENS
         try:
@@ -234,7 +234,7 @@ class TokenStore:
                 path.open("r+b") as file,
                 self._progress("Tokenising", max(0, needed - state.tokens), "tokens") as advance,
             ):
-                # What a kill or an error left uncounted.
+                # Remove what a kill or an error left uncommitted.
                 file.truncate(state.tokens * width)
                 file.seek(0, os.SEEK_END)
                 while state.tokens < needed and not state.whole:
@@ -245,7 +245,7 @@ class TokenStore:
                         self._commit(file, state)
                 self._commit(file, state)
         except BaseException as error:
-            self._stream = None  # it is ahead of what counts
+            self._stream = None  # it is ahead of the committed state
             if isinstance(error, OSError):
                 raise disk_error(error, path) from error
             raise
@@ -258,27 +258,27 @@ class TokenStore:
         if not batch:
             return _State(state.documents, state.tokens, state.last, whole=True)
         tokens = state.tokens
-        for lot in _lots(piece for document in batch for piece in _pieces(document.text)):
-            tokens += self._add_lot(file, lot)
+        for pieces in _chunk(piece for document in batch for piece in _pieces(document.text)):
+            tokens += self._write_tokens(file, pieces)
         return _State(state.documents + len(batch), tokens, hash_text(batch[-1].text))
 
-    def _add_lot(self, file: Any, lot: Sequence[_Piece]) -> int:
-        """Writes the tokens of some pieces; returns how many they are."""
+    def _write_tokens(self, file: Any, pieces: Sequence[_Piece]) -> int:
+        """Write the tokens of some pieces; return their number."""
         ids: list[int] = []
-        encoded = self._tokenizer.encode_batch_fast([piece.text for piece in lot], add_special_tokens=False)
-        for piece, encoding in zip(lot, encoded, strict=True):
+        encoded = self._tokenizer.encode_batch_fast([piece.text for piece in pieces], add_special_tokens=False)
+        for piece, encoding in zip(pieces, encoded, strict=True):
             ids += encoding.ids
             if piece.is_last:
                 ids.append(self._eos)
-        token = max(ids, default=0)
-        if token >= self._vocab_size:
-            name = self._tokenizer.id_to_token(token)
-            raise _mismatch(f"the tokenizer gives id {token:,} ({name!r})", self._vocab_size)
+        largest = max(ids, default=0)
+        if largest >= self._vocab_size:
+            name = self._tokenizer.id_to_token(largest)
+            raise _mismatch(f"the tokenizer gives id {largest:,} ({name!r})", self._vocab_size)
         file.write(np.array(ids, self._dtype).tobytes())
         return len(ids)
 
     def _documents_from(self, state: _State) -> Iterator[Document]:
-        """The shuffled documents behind those that are counted."""
+        """Yield the shuffled documents after those that are committed."""
         commits = commits_of(self._made_of["corpus"])
         corpus = open_corpus(self._refs, field=self._field, commits=commits)
         stream = shuffle(corpus.documents(), seed=self._seed)
@@ -302,8 +302,8 @@ class TokenStore:
             return
         file.flush()
         os.fsync(file.fileno())
-        held = {"made_of": self._made_of, "state": asdict(state)}
-        write_file(self._folder / INDEX, json.dumps(held, indent=2, ensure_ascii=False) + "\n")
+        content = {"made_of": self._made_of, "state": asdict(state)}
+        write_file(self._folder / INDEX, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         self._written = state
 
     def _mapped(self) -> Any:
@@ -312,8 +312,8 @@ class TokenStore:
         return np.memmap(self._folder / TOKENS, self._dtype, "r", shape=(self._state.tokens,))
 
 
-def _plain(tokenizer: Any) -> Any:
-    """The tokenizer of `tokenizers` inside, as a copy that neither cuts nor pads."""
+def _backend_copy(tokenizer: Any) -> Any:
+    """Return a copy of the `tokenizers.Tokenizer` inside, without truncation and padding."""
     from tokenizers import Tokenizer
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -350,14 +350,14 @@ def _batch(stream: Iterator[Document]) -> list[Document]:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some of a document's text; whether the document ends with it."""
+    """A part of a document's text. is_last: the document ends with it."""
 
     text: str
     is_last: bool
 
 
 def _pieces(text: str) -> Iterator[_Piece]:
-    """`text`, cut behind the first line's end after every `PIECE` characters."""
+    """Cut `text` after the first line end that follows every `PIECE` characters."""
     start = 0
     while (stop := text.find("\n", start + PIECE) + 1) and stop < len(text):
         yield _Piece(text[start:stop], is_last=False)
@@ -365,18 +365,18 @@ def _pieces(text: str) -> Iterator[_Piece]:
     yield _Piece(text[start:], is_last=True)
 
 
-def _lots(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    """`pieces` in lists of `BATCH_CHARACTERS` characters, or little more."""
-    lot: list[_Piece] = []
+def _chunk(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Group `pieces` into lists of `BATCH_CHARACTERS` characters, or little more."""
+    chunk: list[_Piece] = []
     characters = 0
     for piece in pieces:
-        lot.append(piece)
+        chunk.append(piece)
         characters += len(piece.text)
         if characters >= BATCH_CHARACTERS:
-            yield lot
-            lot, characters = [], 0
-    if lot:
-        yield lot
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 @lru_cache(maxsize=2)

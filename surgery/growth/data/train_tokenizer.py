@@ -1,8 +1,8 @@
-"""A tokenizer that begins with characters: BPE over a corpus's common characters, and bytes for all others.
+"""Train a character-level BPE tokenizer: merges over a corpus's common characters, and bytes for all others.
 
-In come texts, out comes the folder TOK of a fast tokenizer as transformers loads it. Text is neither normalised nor
-trimmed, and a character that is not in the alphabet is spelled in UTF-8 bytes (`<0xE2>`): whatever Unicode goes in
-comes out again. The same texts give the same bytes.
+The result is the folder TOK of a fast tokenizer as transformers loads it. Text is neither normalised nor trimmed, and a
+character outside the alphabet is encoded as UTF-8 bytes (`<0xE2>`), so that any Unicode text is decoded unchanged. The
+same texts give the same bytes.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from surgery.runtime.progress import Progress, silent
 KIND = "tokenizer"
 END = "<|endoftext|>"
 N_BYTES = 256
-# SentencePiece's share of a text that an alphabet covers; the rest is spelled in bytes.
+# Fraction of the text that the alphabet covers, as SentencePiece's default; the rest is encoded as bytes.
 COVERAGE = 0.9995
-# A pair seen once says nothing about the language.
-FEWEST = 2
-# A longer token's picture has less than a column of pixels for a character.
-LONGEST = 32
+# A pair that occurs once says nothing about the language.
+MIN_FREQUENCY = 2
+# In the bitmap of a longer token (see `surgery.growth.embedding.glyphs`) a character has less than a column of pixels.
+MAX_TOKEN_LENGTH = 32
 # Words with the space before them, numbers in threes, punctuation, line ends, other white space. Every character is in
-# one of these; only their bounds are used, and nothing is dropped.
+# one of these: the text is only split, nothing is dropped.
 PIECES = r" ?\p{L}[\p{L}\p{M}]*| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 @dataclass(frozen=True)
 class TokenizerReport:
-    """What was learnt.
+    """The result of `train_tokenizer`.
 
-    size: tokens in all, fewer than `asked` where the texts have no more pairs that occur twice. alphabet: characters
-    that are tokens. covered: their share of the texts. hash: of tokenizer.json.
+    size: tokens in total, fewer than `asked` if no more pairs occur twice. alphabet: characters that are tokens.
+    covered: their fraction of the texts. hash: of tokenizer.json.
     """
 
     out: Path
@@ -59,8 +59,13 @@ class TokenizerReport:
     covered: float
     hash: str
 
+    def summary(self) -> dict[str, Any]:
+        """Return the manifest's report."""
+        fields = {name: value for name, value in asdict(self).items() if name != "out"}
+        return fields | {f"{TOKENIZER} {KEY}": self.hash}
+
     def table(self) -> Table:
-        """The report, for people."""
+        """Return a table of the report."""
         facts = [
             ("tokens", self.size),
             ("asked for", self.asked),
@@ -86,63 +91,47 @@ def train_tokenizer(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> TokenizerReport:
-    """Learns byte-pair merges of characters (arXiv 1508.07909) on `corpus` and writes the tokenizer to folder `out`.
+    """Learn byte-pair merges of characters (arXiv 1508.07909) on `corpus`, and write the tokenizer to the folder `out`.
 
-    The alphabet are the most frequent characters that make up 99.95 % of the corpus; ids are those of the special
-    tokens, the 256 bytes, the alphabet by codepoint, and the merges in their order.
+    The alphabet is the most frequent characters that make up 99.95 % of the corpus. Ids are given to special tokens,
+    the 256 bytes, the alphabet by codepoint, and merged tokens in the order of their merges.
 
     Args:
-        corpus: texts, read once; a copy is kept in a temporary file while it is learnt from.
-        vocab: how many tokens there are to be.
-        special: tokens with a meaning of their own; the first of them begins, ends and pads texts.
+        corpus: texts, read once; a copy is in a temporary file during training.
+        vocab: the number of tokens.
+        special: special tokens; the first is the begin-, end- and padding token.
         refs, field: what the texts were read from, and the column of records, for the manifest.
 
     Raises:
-        SurgeryError: the corpus is empty, or holds half a surrogate pair; `vocab` has no room for the alphabet; a
-            special token is no good; `out` exists; the disk is full.
+        SurgeryError: the corpus is empty, or has half a surrogate pair; `vocab` has no room for the alphabet; a special
+            token is invalid; `out` exists; the disk is full.
     """
     _check_special(special)
     check_free(out, overwrite=overwrite)
-    with _spool() as spool:
-        counts, documents = _count(corpus, spool, progress)
-        alphabet = _alphabet(counts)
-        fixed = len(special) + N_BYTES
-        if vocab < fixed + len(alphabet):
-            raise usage_error(
-                f"got {vocab:,}, expected {fixed + len(alphabet):,} or more: {len(special)} special tokens, "
-                f"{N_BYTES} bytes and {len(alphabet):,} characters",
-                where="--vocab",
-            )
-        learnt = _learn(_known_parts(spool, alphabet, documents, progress), alphabet, vocab - fixed)
+    learnt, statistics = _learn(corpus, special, vocab, progress)
     clash = sorted(set(special) & set(learnt["vocab"]))
     if clash:
         raise usage_error(f"{listing(map(repr, clash))} is also learnt as ordinary text", where="--special")
     tokenizer = _assemble(learnt, special)
     partial = create_partial_folder(out, overwrite=overwrite)
     _save(tokenizer, special, partial)
-    found = hash_bytes((partial / TOKENIZER).read_bytes()).hex()
-    characters = counts.total()
     report = TokenizerReport(
         out,
         tokenizer.get_vocab_size(),
         vocab,
-        len(alphabet),
+        len(statistics.alphabet),
         len(learnt["merges"]),
-        documents,
-        characters,
-        sum(counts[character] for character in alphabet) / characters,
-        found,
+        statistics.documents,
+        statistics.counts.total(),
+        statistics.covered,
+        hash_bytes((partial / TOKENIZER).read_bytes()).hex(),
     )
     named = None if tuple(special) == (END,) else list(special)
-    record = command_record("grow tokenizer", refs, vocab=vocab, special=named, field=None if field == FIELD else field)
+    command = command_record(
+        "grow tokenizer", refs, vocab=vocab, special=named, field=None if field == FIELD else field
+    )
     manifest = build_manifest_of_files(
-        KIND,
-        record,
-        inputs={},
-        files=file_sizes(partial),
-        tensors={},
-        versions=_versions(),
-        report={name: value for name, value in asdict(report).items() if name != "out"} | {f"{TOKENIZER} {KEY}": found},
+        KIND, command, inputs={}, files=file_sizes(partial), tensors={}, versions=_versions(), report=report.summary()
     )
     write_manifest(partial, manifest)
     commit_folder(partial, out, overwrite=overwrite)
@@ -160,12 +149,44 @@ def _check_special(special: Sequence[str]) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _CorpusStatistics:
+    """What was counted in the corpus. counts: occurrences of every character. alphabet: sorted by codepoint."""
+
+    documents: int
+    counts: Counter[str]
+    alphabet: Sequence[str]
+
+    @property
+    def covered(self) -> float:
+        """The fraction of the corpus's characters that are in the alphabet."""
+        return sum(self.counts[character] for character in self.alphabet) / self.counts.total()
+
+
+def _learn(
+    corpus: Iterable[str], special: Sequence[str], vocab: int, progress: Progress
+) -> tuple[dict[str, Any], _CorpusStatistics]:
+    """Read the corpus once, and learn the alphabet and the merges of a tokenizer with `vocab` tokens."""
+    with _spool() as spool:
+        counts, documents = _count(corpus, spool, progress)
+        alphabet = _alphabet(counts)
+        fixed = len(special) + N_BYTES
+        if vocab < fixed + len(alphabet):
+            raise usage_error(
+                f"got {vocab:,}, expected {fixed + len(alphabet):,} or more: {len(special)} special tokens, "
+                f"{N_BYTES} bytes and {len(alphabet):,} characters",
+                where="--vocab",
+            )
+        learnt = _learn_merges(_known_parts(spool, alphabet, documents, progress), alphabet, vocab - fixed)
+    return learnt, _CorpusStatistics(documents, counts, alphabet)
+
+
 def _byte_tokens() -> list[str]:
     return [f"<0x{byte:02X}>" for byte in range(N_BYTES)]
 
 
 def _count(corpus: Iterable[str], spool: IO[str], progress: Progress) -> tuple[Counter[str], int]:
-    """Copies the texts to `spool`, one JSON string per line; returns how often each character occurs, and the texts."""
+    """Copy the texts to `spool`, one JSON string per line; return the counts of characters and of texts."""
     counts: Counter[str] = Counter()
     documents = 0
     with progress("Counting characters", 0, "steps") as advance:
@@ -191,13 +212,13 @@ def _count(corpus: Iterable[str], spool: IO[str], progress: Progress) -> tuple[C
 
 @contextmanager
 def _spool() -> Iterator[IO[str]]:
-    """A temporary file. Raises SurgeryError where there can be none."""
+    """Open a temporary file. Raises SurgeryError where that is not possible."""
     with _spooling():
         file = tempfile.TemporaryFile("w+", encoding="utf-8", newline="")  # noqa: SIM115
     try:
         yield file
     finally:
-        with suppress(OSError):  # of what a full disk could not take, which was said before
+        with suppress(OSError):  # closing flushes again what a full disk refused, which was reported already
             file.close()
 
 
@@ -210,7 +231,7 @@ def _spooling() -> Iterator[None]:
 
 
 def _alphabet(counts: Counter[str]) -> list[str]:
-    """The fewest characters, the most frequent first, that make up `COVERAGE` of the text; sorted by codepoint."""
+    """Return the smallest set of most frequent characters that makes up `COVERAGE` of the text, by codepoint."""
     enough = COVERAGE * counts.total()
     chosen, covered = [], 0
     for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
@@ -222,7 +243,7 @@ def _alphabet(counts: Counter[str]) -> list[str]:
 
 
 def _known_parts(spool: IO[str], alphabet: Sequence[str], documents: int, progress: Progress) -> Iterator[list[str]]:
-    """The spooled texts, cut where a character is not in the alphabet: nothing is merged across it."""
+    """Yield the spooled texts, split at characters outside the alphabet: nothing is merged across them."""
     unknown = re.compile(f"[^{''.join(map(re.escape, alphabet))}]+")
     spool.seek(0)
     with progress("Learning", documents, "steps") as advance:
@@ -231,18 +252,18 @@ def _known_parts(spool: IO[str], alphabet: Sequence[str], documents: int, progre
             advance(1)
 
 
-def _learn(parts: Iterable[list[str]], alphabet: Sequence[str], size: int) -> dict[str, Any]:
-    """{"vocab": token → number, "merges": pairs}: the alphabet and at most `size` tokens with it."""
+def _learn_merges(parts: Iterable[list[str]], alphabet: Sequence[str], size: int) -> dict[str, Any]:
+    """Return {"vocab": token → id, "merges": pairs} of the alphabet and merges, at most `size` tokens together."""
     from tokenizers import Tokenizer, models, trainers
 
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = _pieces()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
-        min_frequency=FEWEST,
+        min_frequency=MIN_FREQUENCY,
         initial_alphabet=list(alphabet),
         limit_alphabet=len(alphabet),
-        max_token_length=LONGEST,
+        max_token_length=MAX_TOKEN_LENGTH,
         show_progress=False,
     )
     learner.train_from_iterator((part for some in parts for part in some), trainer)
@@ -251,13 +272,13 @@ def _learn(parts: Iterable[list[str]], alphabet: Sequence[str], size: int) -> di
 
 
 def _assemble(learnt: Mapping[str, Any], special: Sequence[str]) -> Any:
-    """The tokenizer: special tokens and bytes before what was learnt."""
+    """Return the tokenizer with special tokens and bytes before the learnt tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models
 
     ordered = sorted(learnt["vocab"], key=learnt["vocab"].__getitem__)
     vocab = {token: number for number, token in enumerate((*special, *_byte_tokens(), *ordered))}
     merges = [tuple(pair) for pair in learnt["merges"]]
-    # Bytes are tokens of the model, not added ones: those would be found in a text that spells "<0x41>".
+    # Bytes are tokens of the model, not added tokens, which would match a text that contains "<0x41>" literally.
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer.pre_tokenizer = _pieces()

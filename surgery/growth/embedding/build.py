@@ -1,8 +1,8 @@
-"""The frozen embedding that models are grown on: made of what a tokenizer's tokens look like, or without any meaning.
+"""Create the frozen embedding that models are grown on: of pictures of a tokenizer's tokens, or without any meaning.
 
-In comes a tokenizer, out comes the folder EMB: `embedding.safetensors` with one F32 tensor "embedding" (V, width), the
-tokenizer's files, `collisions.json` with the tokens that share a row, and surgery.json; for glyphs also specimen.png.
-After arXiv 2507.04886 and 2507.07129: nothing that a model trains changes it.
+The folder EMB holds `embedding.safetensors` with one F32 tensor "embedding" (V, width), the tokenizer's files,
+`collisions.json` with the tokens that share a row, and surgery.json; for glyphs also specimen.png.
+After arXiv 2507.04886 and 2507.07129: no training changes the embedding.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from surgery.checkpoint.checkpoint import StoredTensor
-from surgery.checkpoint.resolve import open_checkpoint
-from surgery.checkpoint.tokenizer_files import tokenizer_files
 from surgery.checkpoint.vocabulary import CONFIG
 from surgery.checkpoint.write_table import Table, write_table
-from surgery.engine.manifest import build_manifest_of_files, command_record, read_manifest, write_manifest
-from surgery.errors import SurgeryError, usage_error
+from surgery.engine.manifest import build_manifest_of_files, command_record, write_manifest
+from surgery.errors import usage_error
 from surgery.growth.embedding import tables
+from surgery.growth.embedding.embedding_folder import KIND, TENSOR, WEIGHTS
 from surgery.growth.embedding.from_model import embedding_rows
 from surgery.growth.embedding.glyphs import Glyphs, check_cell, open_font
 from surgery.growth.embedding.preview import embedding_preview
@@ -37,19 +35,16 @@ from surgery.runtime.progress import Progress, silent
 
 Kind = Literal["glyphs", "bits", "random", "table"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-KIND = "embedding"
-TENSOR = "embedding"
-WEIGHTS = "embedding.safetensors"
 COLLISIONS = "collisions.json"
 SPECIMEN = "specimen.png"
-CELL = 32  # of the paper's bitmaps
-LARGEST_GROUPS = 10  # that the manifest names
-NAMED = 8  # tokens of each
+CELL = 32  # pixels on a side, as in the paper
+LARGEST_GROUPS = 10  # groups of colliding tokens in the manifest
+GROUP_EXAMPLES = 8  # tokens of each
 
 
 @dataclass(frozen=True)
 class Collisions:
-    """Rows that are the same to the bit. largest: surfaces of the first tokens in the largest groups."""
+    """Rows that are equal to the bit. largest: strings of the first tokens in the largest groups."""
 
     rows: int
     groups: int
@@ -58,10 +53,10 @@ class Collisions:
 
 @dataclass(frozen=True)
 class EmbeddingReport:
-    """What was made.
+    """The result of `make_embedding`.
 
-    hash: of the tensor. normalised: whether rows have norm 1. collisions: in the table written; before: in the table
-    before ties were broken. zero_rows: that have no norm. details: what belongs to one kind only (font, kept variance).
+    hash: of the tensor. normalised: whether rows have norm 1. collisions: in the written table. before: in the table
+    before duplicates were separated. zero_rows: rows of zeros. details: of one kind only (font, kept variance).
     """
 
     out: Path
@@ -76,11 +71,11 @@ class EmbeddingReport:
     details: Mapping[str, Any]
 
     def summary(self) -> dict[str, Any]:
-        """As the manifest says it."""
+        """Return the manifest's report."""
         return {name: value for name, value in asdict(self).items() if name != "out"}
 
     def table(self) -> Printed:
-        """The report, for people."""
+        """Return a table of the report."""
         facts = [
             ("tokens", self.vocab_size),
             ("width", self.width),
@@ -96,57 +91,14 @@ class EmbeddingReport:
 
 
 @dataclass(frozen=True)
-class Embedding:
-    """A frozen embedding on disk: `weight` (vocab_size, width) in F32, `hash` as its manifest says."""
+class _BuiltTable:
+    """A table, and what reports, manifest and preview need of it. bitmaps: (V, cell, cell), for glyphs."""
 
-    folder: Path
-    weight: StoredTensor
-    vocab_size: int
-    width: int
-    hash: str
-    manifest: Mapping[str, Any]
-
-    @property
-    def tokenizer_files(self) -> list[Path]:
-        """The files of its tokenizer, sorted."""
-        return tokenizer_files(self.folder)
-
-
-@dataclass(frozen=True)
-class _Made:
     table: Table
     details: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     bitmaps: np.ndarray | None = None
-
-
-def open_embedding(ref: str | Path) -> Embedding:
-    """Opens a folder that `make_embedding` wrote, by its headers alone.
-
-    Raises:
-        SurgeryError: `ref` is something else, or tensor and manifest contradict each other.
-    """
-    checkpoint = open_checkpoint(ref)
-    folder = checkpoint.folder
-    if folder is None:
-        raise usage_error("is a file, expected an embedding's folder", where=ref)
-    manifest = read_manifest(folder)
-    if manifest.get("kind") != KIND:
-        raise usage_error(
-            f"holds a {manifest.get('kind')}, expected an embedding", where=ref, hint="`surgery grow embed` writes one."
-        )
-    weight = checkpoint.tensors.get(TENSOR)
-    try:
-        said = manifest["tensors"][TENSOR]
-        as_said = weight is not None and (weight.dtype, list(weight.shape)) == (said["dtype"], said["shape"])
-        found = str(said[KEY])
-    except (KeyError, TypeError):
-        as_said = False
-    if weight is None or not as_said or (weight.dtype, len(weight.shape)) != ("F32", 2):
-        raise SurgeryError(f'"{TENSOR}" is not what the manifest says', where=folder, hint="Make the embedding again.")
-    vocab_size, width = weight.shape
-    return Embedding(folder, weight, vocab_size, width, found, manifest)
 
 
 def make_embedding(
@@ -165,102 +117,166 @@ def make_embedding(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> EmbeddingReport:
-    """Writes a frozen embedding for `tokenizer` to the folder `out`; the same request gives the same bytes.
+    """Write a frozen embedding for `tokenizer` to the folder `out`; the same arguments give the same bytes.
 
     Args:
         tokenizer: its folder, or a model that has one.
-        kind: glyphs, each token's picture along the pictures' principal axes; bits, those of the token's id; random,
-            N(0, 1); table, the token embedding of `source`.
-        width: of a row. By default cell² for glyphs (a rotation of the pictures), and the source's for a table, of
-            which less are its principal axes.
+        kind: glyphs, the picture of each token projected on the pictures' principal axes; bits, those of the token's
+            id; random, N(0, 1); table, the token embedding of `source`.
+        width: of a row. By default cell² for glyphs (a rotation of the pictures), and the source's for a table; a
+            smaller one projects it on its principal axes.
         rows: V; by default as many as the tokenizer's ids need.
         font: a TTF, OTF or `.hex` file; by default DejaVu Sans Mono. cell: pixels on a picture's side.
         normalise: whether each row is divided by its norm; by default for glyphs and random.
-        unique: rows that are alike are moved apart; see `surgery.growth.embedding.tables.separate_duplicates`.
-        seed: of random, and of the directions that rows are moved in.
+        unique: equal rows are moved apart; see `surgery.growth.embedding.tables.separate_duplicates`.
+        seed: of random tables, and of the directions that equal rows are moved in.
 
     Raises:
         SurgeryError: no such tokenizer, font or source; source and tokenizer do not fit; the width is not possible;
             `out` exists; the disk is full.
     """
-    _check_options(kind, width, font=font, source=source, cell=cell)
+    settings = _Settings(kind, width, rows, font, cell, source, normalise, unique, seed)
+    settings.check()
     check_free(out, overwrite=overwrite)
     opened = open_tokenizer(tokenizer)
-    names = token_strings(opened.tokenizer, rows=rows, where=tokenizer)
-    unit = kind in ("glyphs", "random") if normalise is None else normalise
-    if kind == "glyphs":
-        made = _glyphs(names, width or cell * cell, font=font, cell=cell, normalise=unit, progress=progress)
-    elif kind == "table":
-        made = _stored(opened, str(source), len(names), width, normalise=unit)
-    elif kind == "bits":
-        table = tables.bit_table(len(names), width or 0)
-        made = _Made(tables.normalize_rows(table) if unit else table)
-    else:
-        made = _Made(tables.random_table(len(names), width or 0, seed=seed, normalise=unit))
-    groups = tables.duplicate_rows(made.table)
+    strings = token_strings(opened.tokenizer, rows=rows, where=tokenizer)
+    built = _build_table(settings, opened, strings, progress)
+    groups = tables.duplicate_rows(built.table)
     before = None
     if unique:
-        before = _count(groups, names)
-        tables.separate_duplicates(made.table, groups, seed=seed, normalise=unit)
+        before = _count(groups, strings)
+        tables.separate_duplicates(built.table, groups, seed=seed, normalise=settings.normalises)
         groups = []
-    zero_rows = int((~made.table.any(axis=1)).sum())
-    size = made.table.shape[1]
-    report = EmbeddingReport(
-        out, kind, len(names), size, "", unit, _count(groups, names), before, zero_rows, made.details
-    )
-    # As it is typed: what was left to its default is left out.
-    options = {
-        "kind": kind,
-        "width": width,
-        "rows": rows,
-        "font": None if font is None else str(font),
-        "cell": cell if kind == "glyphs" else None,
-        "from": source,
-        "normalise": normalise,
-        "unique": unique or None,
-        "seed": seed,
-    }
-    command = command_record("grow embed", [tokenizer], **options)
+    report = _preview_report(out, settings, built, _count(groups, strings), before)
+    command = command_record("grow embed", [tokenizer], **settings.as_typed())
     partial = create_partial_folder(out, overwrite=overwrite)
-    with progress("Writing", made.table.nbytes) as advance:
-        found = write_table(partial / WEIGHTS, TENSOR, made.table)
-        advance(made.table.nbytes)
-    report = replace(report, hash=found)
-    _write_tokenizer(partial, opened)
-    _write_collisions(partial / COLLISIONS, groups, names)
-    if made.bitmaps is not None:
-        write_file(partial / SPECIMEN, _specimen(names, made, groups, report))
-    manifest = build_manifest_of_files(
-        KIND,
-        command,
-        inputs={"tokenizer": _tokenizer_entry(opened), **made.inputs},
-        report=report.summary(),
-        files=file_sizes(partial),
-        tensors={TENSOR: ("F32", made.table.shape, found)},
-        versions={"numpy": np.__version__, **made.versions},
-    )
-    write_manifest(partial, manifest)
+    report = _write_folder(partial, _Content(report, built, groups, strings, opened), command, progress)
     commit_folder(partial, out, overwrite=overwrite)
     return report
 
 
-def _check_options(kind: str, width: int | None, *, font: Path | None, source: str | None, cell: int) -> None:
-    if kind not in KINDS:
-        raise usage_error(f"got {kind!r}, expected one of {', '.join(KINDS)}", where="--kind")
-    if font is not None and kind != "glyphs":
-        raise usage_error(f"only glyphs are drawn, got kind {kind}", where="--font")
-    if (source is not None) != (kind == "table"):
-        what = "a table needs a model to take it from" if kind == "table" else f"only a table has one, got kind {kind}"
-        raise usage_error(what, where="--from")
-    if cell != CELL and kind != "glyphs":
-        raise usage_error(f"only glyphs are drawn, got kind {kind}", where="--cell")
-    if width is None and kind in ("bits", "random"):
-        raise usage_error(f"{kind} need one", where="--width", hint="Give the width that the model is to have.")
-    if width is not None and width < 1:
-        raise usage_error(f"got {width}, expected 1 or more", where="--width")
-    if kind == "glyphs":
-        check_cell(cell)
-        _check_width(width or cell * cell, cell * cell, f"the values of a bitmap ({cell} × {cell})")
+@dataclass(frozen=True)
+class _Settings:
+    """The arguments of `make_embedding` that decide the table."""
+
+    kind: Kind
+    width: int | None
+    rows: int | None
+    font: Path | None
+    cell: int
+    source: str | None
+    normalise: bool | None
+    unique: bool
+    seed: int
+
+    @property
+    def normalises(self) -> bool:
+        """Whether each row is divided by its norm."""
+        return self.kind in ("glyphs", "random") if self.normalise is None else self.normalise
+
+    def as_typed(self) -> dict[str, Any]:
+        """Return the options of the command; those that were left to their default are None."""
+        return {
+            "kind": self.kind,
+            "width": self.width,
+            "rows": self.rows,
+            "font": None if self.font is None else str(self.font),
+            "cell": self.cell if self.kind == "glyphs" else None,
+            "from": self.source,
+            "normalise": self.normalise,
+            "unique": self.unique or None,
+            "seed": self.seed,
+        }
+
+    def check(self) -> None:
+        """Raise SurgeryError for options that do not exist or do not fit each other."""
+        kind, width = self.kind, self.width
+        if kind not in KINDS:
+            raise usage_error(f"got {kind!r}, expected one of {', '.join(KINDS)}", where="--kind")
+        if self.font is not None and kind != "glyphs":
+            raise usage_error(f"only glyphs are drawn, got kind {kind}", where="--font")
+        if (self.source is not None) != (kind == "table"):
+            missing = "a table needs a model to take it from"
+            raise usage_error(missing if kind == "table" else f"only a table has one, got kind {kind}", where="--from")
+        if self.cell != CELL and kind != "glyphs":
+            raise usage_error(f"only glyphs are drawn, got kind {kind}", where="--cell")
+        if width is None and kind in ("bits", "random"):
+            raise usage_error(f"{kind} need one", where="--width", hint="Give the width that the model is to have.")
+        if width is not None and width < 1:
+            raise usage_error(f"got {width}, expected 1 or more", where="--width")
+        if kind == "glyphs":
+            check_cell(self.cell)
+            most = self.cell * self.cell
+            _check_width(width or most, most, f"the values of a bitmap ({self.cell} × {self.cell})")
+
+
+def _build_table(settings: _Settings, opened: OpenTokenizer, strings: Sequence[str], progress: Progress) -> _BuiltTable:
+    if settings.kind == "glyphs":
+        return _glyph_table(strings, settings, progress)
+    if settings.kind == "table":
+        return _source_table(opened, settings, len(strings))
+    if settings.kind == "bits":
+        table = tables.bit_table(len(strings), settings.width or 0)
+        return _BuiltTable(tables.normalize_rows(table) if settings.normalises else table)
+    return _BuiltTable(
+        tables.random_table(len(strings), settings.width or 0, seed=settings.seed, normalise=settings.normalises)
+    )
+
+
+def _preview_report(
+    out: Path, settings: _Settings, built: _BuiltTable, collisions: Collisions, before: Collisions | None
+) -> EmbeddingReport:
+    """Return the report as far as it is known before anything is written: without the table's hash."""
+    vocab_size, width = built.table.shape
+    zero_rows = int((~built.table.any(axis=1)).sum())
+    return EmbeddingReport(
+        out,
+        settings.kind,
+        vocab_size,
+        width,
+        "",
+        settings.normalises,
+        collisions,
+        before,
+        zero_rows,
+        built.details,
+    )
+
+
+@dataclass(frozen=True)
+class _Content:
+    """Everything that is written to an embedding's folder, except its manifest."""
+
+    report: EmbeddingReport
+    built: _BuiltTable
+    groups: Groups
+    strings: Sequence[str]
+    tokenizer: OpenTokenizer
+
+
+def _write_folder(folder: Path, content: _Content, command: Mapping[str, Any], progress: Progress) -> EmbeddingReport:
+    """Write every file of the embedding to `folder`; return the report with the table's hash."""
+    built, groups, strings = content.built, content.groups, content.strings
+    with progress("Writing", built.table.nbytes) as advance:
+        table_hash = write_table(folder / WEIGHTS, TENSOR, built.table)
+        advance(built.table.nbytes)
+    report = replace(content.report, hash=table_hash)
+    _write_tokenizer(folder, content.tokenizer)
+    _write_collisions(folder / COLLISIONS, groups, strings)
+    if built.bitmaps is not None:
+        write_file(folder / SPECIMEN, _preview(strings, built, groups, report))
+    # Last, as it lists the sizes of all files before it.
+    manifest = build_manifest_of_files(
+        KIND,
+        command,
+        inputs={"tokenizer": _tokenizer_entry(content.tokenizer), **built.inputs},
+        report=report.summary(),
+        files=file_sizes(folder),
+        tensors={TENSOR: ("F32", built.table.shape, table_hash)},
+        versions={"numpy": np.__version__, **built.versions},
+    )
+    write_manifest(folder, manifest)
+    return report
 
 
 def _check_width(width: int, most: int, what: str) -> None:
@@ -268,37 +284,38 @@ def _check_width(width: int, most: int, what: str) -> None:
         raise usage_error(f"got {width:,}, expected at most {most:,}, {what}", where="--width")
 
 
-def _glyphs(
-    names: Sequence[str], width: int, *, font: Path | None, cell: int, normalise: bool, progress: Progress
-) -> _Made:
+def _glyph_table(strings: Sequence[str], settings: _Settings, progress: Progress) -> _BuiltTable:
     from PIL import __version__ as pillow
     from PIL import features
 
-    _check_width(width, len(names), "the tokens, for pictures vary along no more axes")
-    opened = open_font(font, height=cell)
-    glyphs = Glyphs(opened, cell=cell)
-    bitmaps = np.empty((len(names), cell, cell), np.uint8)
-    with progress("Drawing", len(names), "steps") as advance:
-        for numbers, drawn in glyphs.bitmaps(names):
-            bitmaps[numbers] = drawn
-            advance(len(numbers))
-    flat = bitmaps.reshape(len(names), -1)
-    table, kept, rank = tables.principal_table(flat, width, normalise=normalise)
+    cell = settings.cell
+    width = settings.width or cell * cell
+    _check_width(width, len(strings), "the tokens, for pictures vary along no more axes")
+    font = open_font(settings.font, height=cell)
+    glyphs = Glyphs(font, cell=cell)
+    bitmaps = np.empty((len(strings), cell, cell), np.uint8)
+    with progress("Drawing", len(strings), "steps") as advance:
+        for indices, drawn in glyphs.bitmaps(strings):
+            bitmaps[indices] = drawn
+            advance(len(indices))
+    flat = bitmaps.reshape(len(strings), -1)
+    table, kept, rank = tables.principal_table(flat, width, normalise=settings.normalises)
     missing = glyphs.missing
     details = {
-        "font": opened.name,
-        "font_hash": opened.hash,
+        "font": font.name,
+        "font_hash": font.hash,
         "cell": cell,
         "variance_kept": kept,
         "axes_that_vary": rank,
         "characters_not_in_font": len(missing),
-        "tokens_with_such": sum(not missing.isdisjoint(name) for name in names),
+        "tokens_with_such": sum(not missing.isdisjoint(string) for string in strings),
     }
     versions = {"pillow": pillow, "freetype": str(features.version("freetype2"))}
-    return _Made(table, details, versions, bitmaps=bitmaps)
+    return _BuiltTable(table, details, versions, bitmaps=bitmaps)
 
 
-def _stored(opened: OpenTokenizer, source: str, rows: int, width: int | None, *, normalise: bool) -> _Made:
+def _source_table(opened: OpenTokenizer, settings: _Settings, rows: int) -> _BuiltTable:
+    source, width = str(settings.source), settings.width
     table, name, entry, compared = embedding_rows(opened, source, rows)
     own = table.shape[1]
     _check_width(width or own, own, f"the width of {source}'s embedding")
@@ -306,38 +323,38 @@ def _stored(opened: OpenTokenizer, source: str, rows: int, width: int | None, *,
     details: dict[str, Any] = {"source": source, "tensor": name, "tokens_of_source": tokens}
     if width is not None and width < own:
         _check_width(width, rows, "the tokens, for rows vary along no more axes")
-        table, kept, rank = tables.principal_table(table, width, normalise=normalise)
+        table, kept, rank = tables.principal_table(table, width, normalise=settings.normalises)
         details |= {"variance_kept": kept, "axes_that_vary": rank}
-    elif normalise:
+    elif settings.normalises:
         tables.normalize_rows(table)
-    return _Made(table, details, inputs={"source": entry})
+    return _BuiltTable(table, details, inputs={"source": entry})
 
 
-def _count(groups: Groups, names: Sequence[str]) -> Collisions:
-    largest = tuple(tuple(names[number] for number in group[:NAMED]) for group in groups[:LARGEST_GROUPS])
+def _count(groups: Groups, strings: Sequence[str]) -> Collisions:
+    largest = tuple(tuple(strings[index] for index in group[:GROUP_EXAMPLES]) for group in groups[:LARGEST_GROUPS])
     return Collisions(sum(map(len, groups)), len(groups), largest)
 
 
-def _specimen(names: Sequence[str], made: _Made, groups: Groups, report: EmbeddingReport) -> bytes:
-    assert made.bitmaps is not None
-    title = f"{made.details['font']}, {report.vocab_size:,} tokens: {report.collisions.rows:,} share a row"
-    return embedding_preview(names, made.bitmaps, groups, title=title).png
+def _preview(strings: Sequence[str], built: _BuiltTable, groups: Groups, report: EmbeddingReport) -> bytes:
+    assert built.bitmaps is not None
+    title = f"{built.details['font']}, {report.vocab_size:,} tokens: {report.collisions.rows:,} share a row"
+    return embedding_preview(strings, built.bitmaps, groups, title=title).png
 
 
 def _tokenizer_entry(opened: OpenTokenizer) -> dict[str, Any]:
     hashes = {path.relative_to(opened.folder).as_posix(): hash_bytes(path.read_bytes()).hex() for path in opened.files}
-    place = {"ref": opened.ref, "repo_id": opened.repo_id, "revision": opened.revision}
-    return {**place, "files": hashes, KEY: hash_tensors(hashes)}
+    source = {"ref": opened.ref, "repo_id": opened.repo_id, "revision": opened.revision}
+    return {**source, "files": hashes, KEY: hash_tensors(hashes)}
 
 
 def _write_tokenizer(folder: Path, opened: OpenTokenizer) -> None:
     for path in opened.files:
         copy_file(path, folder / path.relative_to(opened.folder))
     if "tokenizer_class" not in read_json(folder / CONFIG, missing={}):
-        # The model's config said what the tokenizer is, special tokens included; here there is none.
+        # Old tokenizers rely on the model's config for their class and special tokens; here there is no such config.
         save_tokenizer(opened.tokenizer, folder)
 
 
-def _write_collisions(path: Path, groups: Groups, names: Sequence[str]) -> None:
-    listed = [{"ids": group, "surfaces": [names[number] for number in group]} for group in groups]
+def _write_collisions(path: Path, groups: Groups, strings: Sequence[str]) -> None:
+    listed = [{"ids": group, "surfaces": [strings[index] for index in group]} for group in groups]
     write_file(path, to_json({"schema": 1, "rows": sum(map(len, groups)), "groups": listed}))

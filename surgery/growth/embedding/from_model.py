@@ -1,6 +1,6 @@
-"""The token embedding of another model, row by row, for a tokenizer whose tokens it knows.
+"""Read the token embedding of another model as fp32 rows, for a tokenizer with the same tokens.
 
-In come a tokenizer and a reference to a checkpoint, of which nothing else is read; out come fp32 rows.
+Nothing else of the checkpoint is read.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from surgery.growth.embedding.token_strings import OpenTokenizer
 
 
 def embedding_rows(opened: OpenTokenizer, ref: str, rows: int) -> tuple[Table, str, dict[str, Any], bool]:
-    """The first `rows` rows of the token embedding of the model `ref` in fp32, its name, and the manifest's entry.
+    """Read the first `rows` rows of the token embedding of the model `ref`.
 
-    Last, whether the model has a tokenizer whose tokens were compared; where it has none, nothing is known of them.
+    Returns:
+        The rows in fp32, the tensor's name, the manifest's entry of the model, and whether the model has a tokenizer,
+        whose tokens were compared; without one nothing is known of them.
 
     Raises:
         SurgeryError: the model has no such embedding, or one of fewer rows; its tokens are not those of the tokenizer

@@ -1,12 +1,11 @@
-"""A string → its picture: one cell per character, and the row of cells resized to a square bitmap.
+"""Draw strings as square bitmaps: one cell per character, and the row of cells resized to a square.
 
-After arXiv 2507.04886: a token's bitmap is what it looks like. In comes a font, a TTF or OTF file or GNU Unifont's
-`.hex`, out come bitmaps of uint8, 0 (paper) to 255 (ink). Cells are half as wide as high; a wide character (16 × 16 in
-Unifont) takes two. Three deviations from the paper:
+After arXiv 2507.04886. Fonts are TTF or OTF files or GNU Unifont's `.hex`; bitmaps are uint8, 0 (paper) to 255 (ink).
+Cells are half as wide as high; a wide character (16 × 16 in Unifont) takes two. Three deviations from the paper:
 
-- Resizing takes means over areas and keeps greys, where black and white would lose strokes thinner than a pixel.
-- A space has a mark at its foot, as in text editors that show it, or runs of spaces would all be blank.
-- What a font lacks, or draws without ink, is a box with its codepoint in it, as Unifont's own are.
+- Resizing takes means over areas and keeps greys; black and white would lose strokes thinner than a pixel.
+- A space has a mark at its foot, as text editors show it; otherwise all runs of spaces would be blank.
+- A character that a font lacks, or draws without ink, is a box with its codepoint in it, as in Unifont.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ Image = npt.NDArray[np.uint8]
 INK = 255
 DEFAULT_FONT = "DejaVuSansMono.ttf"  # matplotlib ships it
 HEX = ".hex"
-SMALLEST, LARGEST = 8, 128  # of a bitmap's side: below, letters run together; above, an axis more is 128 MiB of fp64
-WIDE_FROM = 1.5  # widths of a cell, from which a character takes two
+SMALLEST, LARGEST = 8, 128  # of a bitmap's side: below, letters merge; above, PCA takes too much memory (P² in fp64)
+WIDE_FROM = 1.5  # width of a character, in cells, from which it takes two
 UNIFONT = 16  # height in dots of Unifont's glyphs, and of those drawn here
-EXACT = 2**24  # whole numbers up to it are exact in fp32
-STRETCH = 2**23  # values of rows of cells that are resized at a time: 32 MiB in fp32
+MAX_EXACT = 2**24  # whole numbers up to it are exact in fp32
+CHUNK = 2**23  # pixels that are resized at a time: 32 MiB in fp32
 
 SPACE_MARK = ("........",) * 11 + (".#....#.",) * 2 + (".######.",) + ("........",) * 2
 # Three dots wide and five high, row by row.
@@ -59,8 +58,7 @@ _DIGITS = {
 class Font:
     """A font for bitmaps of one size.
 
-    hash: of the file. draw: a character as an image as high as the font draws it, ink on paper, or None where the font
-    has no such character.
+    hash: of the file. draw: returns a character as an image of the font's height, or None if the font lacks it.
     """
 
     name: str
@@ -69,7 +67,7 @@ class Font:
 
 
 def open_font(path: Path | None, *, height: int) -> Font:
-    """The font in the file `path`; by default DejaVu Sans Mono, which comes with matplotlib.
+    """Open the font file `path`; by default DejaVu Sans Mono, which comes with matplotlib.
 
     Args:
         height: of a cell, in pixels: outlines are drawn so that the font's ascent and descent fill it.
@@ -101,7 +99,7 @@ class Glyphs:
         self._font = font
         self._height, self._width = cell, cell // 2
         self._cells: list[Image] = []
-        self._places: dict[str, tuple[int, ...]] = {}
+        self._cells_of: dict[str, tuple[int, ...]] = {}
         self._missing: set[str] = set()
 
     @property
@@ -110,31 +108,32 @@ class Glyphs:
         return frozenset(self._missing)
 
     def bitmaps(self, strings: Sequence[str]) -> Iterator[tuple[Sequence[int], Image]]:
-        """(numbers of some of the strings, their bitmaps (n, cell, cell)), until all are drawn; strings not empty."""
+        """Yield (indices of some strings, their bitmaps (n, cell, cell)) until all are drawn; none may be empty."""
         by_length: dict[int, list[int]] = {}
-        rows = [[place for character in string for place in self._place(character)] for string in strings]
-        for number, row in enumerate(rows):
-            by_length.setdefault(len(row), []).append(number)
+        rows = [[cell for character in string for cell in self._draw(character)] for string in strings]
+        for index, row in enumerate(rows):
+            by_length.setdefault(len(row), []).append(index)
         cells = np.stack(self._cells) if self._cells else np.zeros((0, self._height, self._width), np.uint8)
-        for length, numbers in sorted(by_length.items()):
-            room = max(1, STRETCH // (length * self._height * self._width))
-            for begin in range(0, len(numbers), room):
-                some = numbers[begin : begin + room]
-                drawn = cells[np.array([rows[number] for number in some])]  # (n, length, height, width)
+        # Strings of one length are resized together.
+        for length, indices in sorted(by_length.items()):
+            room = max(1, CHUNK // (length * self._height * self._width))
+            for begin in range(0, len(indices), room):
+                some = indices[begin : begin + room]
+                drawn = cells[np.array([rows[index] for index in some])]  # (n, length, height, width)
                 stretched = drawn.transpose(0, 2, 1, 3).reshape(len(some), self._height, length * self._width)
                 yield some, resize_width(stretched, self._height)
 
-    def _place(self, character: str) -> tuple[int, ...]:
-        """Where the cells of `character` are."""
-        if character not in self._places:
+    def _draw(self, character: str) -> tuple[int, ...]:
+        """Draw `character` unless it was drawn before; return the indices of its cells."""
+        if character not in self._cells_of:
             image = self._image(character)
             first = len(self._cells)
             self._cells += np.split(image, image.shape[1] // self._width, axis=1)
-            self._places[character] = tuple(range(first, len(self._cells)))
-        return self._places[character]
+            self._cells_of[character] = tuple(range(first, len(self._cells)))
+        return self._cells_of[character]
 
     def _image(self, character: str) -> Image:
-        """`character` as one or two cells."""
+        """Return the image of `character`, one or two cells wide."""
         drawn = _dots(SPACE_MARK) if character == " " else self._font.draw(character)
         if drawn is None or not drawn.any():
             self._missing.add(character)
@@ -149,31 +148,31 @@ class Glyphs:
 
 
 def check_cell(cell: int) -> None:
-    """Raises SurgeryError where bitmaps cannot be `cell` pixels wide and high."""
+    """Raise SurgeryError if bitmaps cannot be `cell` pixels wide and high."""
     if not SMALLEST <= cell <= LARGEST or cell % 2:
         raise usage_error(f"got {cell}, expected an even number from {SMALLEST} to {LARGEST}", where="--cell")
 
 
 def resize(image: Image, height: int, width: int) -> Image:
-    """`image` (h, w) → (height, width): means over areas, rounded half up; first across, then down."""
+    """Resize `image` (h, w) to (height, width) by means over areas, rounded half up; first across, then down."""
     return resize_width(resize_width(image, width).T, height).T
 
 
 def resize_width(images: Image, width: int) -> Image:
-    """(…, w) → (…, width): each value is the mean over what it covers of the w, rounded half up; exact.
+    """Resize images (…, w) to (…, width): each pixel is the exact mean over the area it covers, rounded half up.
 
-    A narrower image is stretched by the same rule.
+    Enlarging follows the same rule.
     """
-    shares, total = _overlaps(images.shape[-1], width)
-    # Products and sums are whole numbers that the dtype holds exactly: the order of adding them is of no account.
-    exact = np.float32 if INK * total < EXACT else np.float64
-    sums = images.astype(exact) @ shares.astype(exact)
+    weights, total = _overlaps(images.shape[-1], width)
+    # Products and sums are whole numbers that the dtype represents exactly, so that their order does not matter.
+    exact = np.float32 if INK * total < MAX_EXACT else np.float64
+    sums = images.astype(exact) @ weights.astype(exact)
     means: Image = ((2 * sums.astype(np.int64) + total) // (2 * total)).astype(np.uint8)
     return means
 
 
 def codepoint_box(codepoint: int) -> Image:
-    """A box of 16 × 16 dots with the codepoint in it, in hexadecimal: two rows of two digits, or of three."""
+    """Return a box of 16 × 16 dots with the codepoint in it in hexadecimal: two rows of two or three digits."""
     digits = f"{codepoint:04X}" if codepoint <= 0xFFFF else f"{codepoint:06X}"
     box = np.zeros((UNIFONT, UNIFONT), np.uint8)
     box[[0, -1]] = box[:, [0, -1]] = INK
@@ -190,9 +189,12 @@ def _dots(rows: Sequence[str]) -> Image:
 
 
 def _overlaps(old: int, new: int) -> tuple[npt.NDArray[np.int64], int]:
-    """How much of the j-th of `old` equal parts lies in the i-th of `new`: (old, new), and the sum of each column."""
+    """Return the overlaps of `old` equal parts with `new` equal parts of the same length, and the sum of each column.
+
+    Entry (j, i) of (old, new) is the overlap of the j-th old with the i-th new part, in units that make all integers.
+    """
     common = math.gcd(old, new)
-    # A part is `new` units long before, and `old` after, both divided by what they share.
+    # An old part is `new` units long and a new one `old` units, both divided by their greatest common divisor.
     before, after = new // common, old // common
     begins, ends = np.arange(old)[:, None] * before, np.arange(new) * after
     inside = np.minimum(begins + before, ends + after) - np.maximum(begins, ends)
@@ -200,7 +202,7 @@ def _overlaps(old: int, new: int) -> tuple[npt.NDArray[np.int64], int]:
 
 
 def _outlines(path: Path, height: int) -> Callable[[str], Image | None]:
-    """Draws the outlines in a font's file, greys at their edges."""
+    """Return a function that draws the outlines of a TTF or OTF file, antialiased."""
     from matplotlib.ft2font import FT2Font
     from PIL import Image as Picture
     from PIL import ImageDraw, ImageFont
@@ -210,7 +212,7 @@ def _outlines(path: Path, height: int) -> Callable[[str], Image | None]:
 
     try:
         covered = FT2Font(str(path)).get_charmap()
-        # Ascent and descent are rounded up, so that the largest size that fits is found by trying.
+        # Ascent and descent are rounded up, so that the largest size that fits can only be found by trying.
         font = next(font for size in range(2 * height, 0, -1) if sum((font := load(size)).getmetrics()) <= height)
     except (OSError, RuntimeError, StopIteration, ValueError) as error:
         raise usage_error(
@@ -222,7 +224,7 @@ def _outlines(path: Path, height: int) -> Callable[[str], Image | None]:
         if ord(character) not in covered:
             return None
         left, _, right, _ = font.getbbox(character, anchor="ls")
-        # A combining mark hangs over what is before it: here it has a cell of its own, and lies inside.
+        # A combining mark extends to the left, over the character before it: here it gets a cell of its own.
         begin = min(0, math.floor(left))
         end = max(round(font.getlength(character)), math.ceil(right), begin + 1)
         picture = Picture.new("L", (end - begin, height))
@@ -233,7 +235,10 @@ def _outlines(path: Path, height: int) -> Callable[[str], Image | None]:
 
 
 def _hex_glyphs(data: bytes, path: Path) -> Callable[[str], Image | None]:
-    """Draws the glyphs of a `.hex` file: a line `CODEPOINT:DOTS` each, 8 or 16 dots wide and 16 high."""
+    """Return a function that draws the glyphs of a `.hex` file.
+
+    Each has a line `CODEPOINT:DOTS` and is 8 or 16 dots wide and 16 high.
+    """
     glyphs: dict[int, bytes] = {}
     for number, line in enumerate(data.splitlines(), start=1):
         if not line.strip():

@@ -1,8 +1,7 @@
-"""Principal axes of many rows, the same on any number of threads.
+"""Principal axes of many rows (PCA), with the same result on any number of threads.
 
-In come rows of small whole numbers (bitmaps) or of floats, out come centre and axes, and rows seen along them. Sums of
-whole numbers are exact in fp64 whatever their order; all other products of matrices are computed by one thread, for a
-library's threads decide in which order a sum is taken.
+Rows are small whole numbers (bitmaps) or floats. Sums of whole numbers are exact in fp64 in any order; all other matrix
+products are computed by one thread, because the threads of a BLAS library decide in which order a sum is taken.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ CHUNK = 4096  # rows in fp64 at a time; fixed, as the order of sums depends on i
 
 @dataclass(frozen=True)
 class Axes:
-    """Where rows are seen from: `centre` (P,), and orthonormal `vectors` (P, width) by falling variance; fp64.
+    """Principal axes: the mean `centre` (P,), and orthonormal `vectors` (P, width) by falling variance; fp64.
 
-    Vectors along which no row varies are zero, for their direction would be noise. kept: the share of the variance
-    that lies along `vectors`. rank: how many of them are not zero.
+    Vectors along which no row varies are zero, as their direction would be noise. kept: the fraction of the variance
+    along `vectors`. rank: how many of them are not zero.
     """
 
     centre: npt.NDArray[np.float64]
@@ -32,9 +31,9 @@ class Axes:
 
 
 def principal_axes(rows: Rows, width: int) -> Axes:
-    """The first `width` eigenvectors of the rows' covariance (P, P); `rows` is (n, P), width ≤ P.
+    """Return the first `width` eigenvectors of the covariance (P, P) of `rows` (n, P); width ≤ P.
 
-    Each vector's largest entry, the first of them, is positive: eigenvectors have no sign of their own.
+    Eigenvectors have no sign of their own: the (first) largest entry of each is made positive.
     """
     from threadpoolctl import threadpool_limits
 
@@ -44,18 +43,19 @@ def principal_axes(rows: Rows, width: int) -> Axes:
         for part in _parts(rows):
             total += part.sum(axis=0)
         centre = total / n
-        # Whole numbers stay whole, so that the sums are exact; floats are centred first, lest their digits cancel.
+        # Whole numbers are centred afterwards, so that the sums are exact; floats before, or their digits would cancel.
         whole = np.issubdtype(rows.dtype, np.integer)
         products = np.zeros((size, size))
         for part in _parts(rows):
-            seen = part if whole else part - centre
-            products += seen.T @ seen
+            centred = part if whole else part - centre
+            products += centred.T @ centred
         if whole:
             products -= np.outer(total, total) / n
         values, vectors = np.linalg.eigh(products)
     values, vectors = values[::-1], vectors[:, ::-1][:, :width].copy()
     largest = np.abs(vectors).argmax(axis=0)
     vectors *= np.where(vectors[largest, np.arange(width)] < 0, -1.0, 1.0)
+    # Smaller eigenvalues are rounding errors.
     floor = max(float(values[0]), 0.0) * size * np.finfo(np.float64).eps
     real = values > floor
     vectors[:, ~real[:width]] = 0.0
@@ -65,14 +65,14 @@ def principal_axes(rows: Rows, width: int) -> Axes:
 
 
 def project(rows: Rows, axes: Axes) -> Iterator[tuple[int, npt.NDArray[np.float64]]]:
-    """(number of the first row, (rows − centre)·vectors in fp64) for one chunk of `rows` after the other."""
+    """Yield (index of the first row, (rows − centre)·vectors in fp64) for each chunk of `rows`."""
     from threadpoolctl import threadpool_limits
 
     begin = 0
     for part in _parts(rows):
         with threadpool_limits(1):
-            seen = (part - axes.centre) @ axes.vectors
-        yield begin, seen
+            projected = (part - axes.centre) @ axes.vectors
+        yield begin, projected
         begin += len(part)
 
 

@@ -1,9 +1,7 @@
-"""A tokenizer → what each of its tokens looks like in text: one literal string per id.
+"""The literal string of every token of a tokenizer, as it looks in text.
 
-In comes the folder of a tokenizer that transformers can load, or a reference to a model that has one; out come its
-strings, by id. A token of byte-level BPE is decoded (`Ġpainted` is " painted"), and SentencePiece's ▁ is a space.
-Bytes that are no whole character keep a literal of their own (`<0xE2>`), as special tokens and unused ids do: nothing
-is left without a look.
+A token of byte-level BPE is decoded (`Ġpainted` is " painted"), and SentencePiece's ▁ is a space. Bytes that are not a
+whole character keep a literal of their own (`<0xE2>`), as special tokens and unused ids do: no string is empty.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from surgery.errors import SurgeryError, usage_error
 from surgery.hub import download as hub
 from surgery.models.loading import load_tokenizer
 
-# What is fetched of a model on the Hub: its config says which tokenizer it is where the tokenizer's own files do not.
+# Files to download of a model on the Hub; its config says which tokenizer it has if the tokenizer's files do not.
 FETCHED = (*SETTINGS, *TABLES, "config.json")
 SPACE = "▁"
 _LONE_BYTE = re.compile("[\udc80-\udcff]")
@@ -31,9 +29,9 @@ _LONE_BYTE = re.compile("[\udc80-\udcff]")
 
 @dataclass(frozen=True)
 class OpenTokenizer:
-    """A tokenizer in a folder: transformers' own object, and the vocabulary as its files say it.
+    """A tokenizer in a folder: transformers' object, and the vocabulary read from its files.
 
-    repo_id, revision: where on the Hub it is from, if it is.
+    repo_id, revision: its origin on the Hub, if any.
     """
 
     ref: str
@@ -50,13 +48,13 @@ class OpenTokenizer:
 
 
 def open_tokenizer(ref: str | Path) -> OpenTokenizer:
-    """Loads the tokenizer in the folder `ref`, or of the model that `ref` names (see `surgery.checkpoint.resolve`).
+    """Load the tokenizer in the folder `ref`, or of the model that `ref` names (see `surgery.checkpoint.resolve`).
 
     Raises:
-        SurgeryError: there is none, its files are damaged, it needs code of its own, or it has no tokenizer.json
-            and none can be made.
+        SurgeryError: there is none, its files are damaged, it needs remote code, or it has no tokenizer.json and none
+            can be created.
     """
-    folder, repo_id, revision = _place_of(str(ref))
+    folder, repo_id, revision = _locate(str(ref))
     vocabulary = read_vocabulary(folder)
     if vocabulary is None:
         raise usage_error(
@@ -71,7 +69,7 @@ def open_tokenizer(ref: str | Path) -> OpenTokenizer:
 
 
 def token_strings(tokenizer: Any, *, rows: int | None = None, where: object = "the tokenizer") -> list[str]:
-    """The literal string of every id from 0 to V − 1; none is empty, but two may be alike.
+    """Return the literal string of every id from 0 to V − 1; none is empty, but two may be equal.
 
     Args:
         tokenizer: a fast tokenizer of transformers.
@@ -88,35 +86,35 @@ def token_strings(tokenizer: Any, *, rows: int | None = None, where: object = "t
         raise SurgeryError("has no tokens", where=where)
     if rows is not None and rows < needed:
         raise usage_error(f"got {rows:,} rows, expected {needed:,} or more: as many as {where} has", where="--rows")
-    found = [f"<unused {number}>" for number in range(needed if rows is None else rows)]
+    strings = [f"<unused {index}>" for index in range(needed if rows is None else rows)]
     added = backend.get_added_tokens_decoder()
-    read = _reading(json.loads(backend.to_str()))
-    for token, number in ids.items():
-        entry = added.get(number)
-        # What is matched in the text itself is no piece of an alphabet of bytes.
-        literal = entry is not None and (entry.special or read is _from_bytes)
-        found[number] = (token if literal else read(token)) or f"<empty {number}>"
-    return found
+    decode = _token_decoder(json.loads(backend.to_str()))
+    for token, index in ids.items():
+        entry = added.get(index)
+        # Added tokens are matched in the text itself, so that they are not spelled in the alphabet of bytes.
+        literal = entry is not None and (entry.special or decode is _from_bytes)
+        strings[index] = (token if literal else decode(token)) or f"<empty {index}>"
+    return strings
 
 
-def _place_of(ref: str) -> tuple[Path, str | None, str | None]:
-    """The folder of the tokenizer `ref`, and its repository and commit if it is from the Hub."""
+def _locate(ref: str) -> tuple[Path, str | None, str | None]:
+    """Return the folder of the tokenizer `ref`, and its repository and commit if it is from the Hub."""
     path = existing_path(ref)
     if path is not None and path.is_file():
         raise usage_error("is a file, expected the folder of a tokenizer", where=ref)
     if path is not None:
         return path, None, None
     if hub.is_repo_id(ref):
-        found = hub.fetch(*hub.parse_repo_ref(ref), only=FETCHED)
-        return found.folder, found.repo_id, found.revision
+        fetched = hub.fetch(*hub.parse_repo_ref(ref), only=FETCHED)
+        return fetched.folder, fetched.repo_id, fetched.revision
     model = open_checkpoint(ref)
     if model.folder is None:
         raise usage_error("no such tokenizer folder", where=ref)
     return model.folder, model.repo_id, model.revision
 
 
-def _reading(spec: Mapping[str, Any]) -> Any:
-    """How the tokens of the tokenizer.json `spec` are turned into text."""
+def _token_decoder(spec: Mapping[str, Any]) -> Any:
+    """Return the function that turns a token of the tokenizer.json `spec` into text."""
     kinds = {kind for part in ("decoder", "pre_tokenizer") for kind in _kinds(spec.get(part))}
     if "ByteLevel" in kinds:
         return _from_bytes
@@ -126,7 +124,7 @@ def _reading(spec: Mapping[str, Any]) -> Any:
 
 
 def _kinds(part: Any) -> Iterator[object]:
-    """The types in a part of a tokenizer.json, however nested; a replacement also with what it replaces."""
+    """Yield the types in a part of a tokenizer.json, at any depth; for replacements also (type, replaced string)."""
     if isinstance(part, Mapping):
         yield part.get("type")
         pattern = part.get("pattern")
@@ -140,7 +138,7 @@ def _kinds(part: Any) -> Iterator[object]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Character → byte in byte-level BPE: printable Latin-1 stands for itself, the other bytes follow from U+0100."""
+    """Return character → byte of byte-level BPE: printable Latin-1 is itself, the other bytes follow from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + at): byte for at, byte in enumerate(others)}
@@ -150,7 +148,7 @@ _BYTE_OF = _byte_alphabet()
 
 
 def _from_bytes(token: str) -> str:
-    """A token of byte-level BPE as text; one that uses other characters stands for itself."""
+    """Return a token of byte-level BPE as text; one with other characters is returned as it is."""
     try:
         data = bytes(_BYTE_OF[character] for character in token)
     except KeyError:

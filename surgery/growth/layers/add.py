@@ -32,7 +32,7 @@ from surgery.engine.plan import Plan, plan_files
 from surgery.engine.result import ExecutionResult
 from surgery.errors import listing, usage_error
 from surgery.growth.layers.plan_layers import COMMAND, LayerInsertionPlan
-from surgery.growth.layers.random_init import random_layers, temporary_folder, transformers_version
+from surgery.growth.layers.random_init import temporary_folder, transformers_version
 from surgery.growth.plan import Init, LayerPosition
 from surgery.io.atomic import write_file
 from surgery.reporting.report import Column, Table
@@ -125,10 +125,7 @@ def add_layers(
             not recognised, or zeroing it does not make an identity; the model is quantised, and its values would have
             to be known; `out` exists; the disk is full.
     """
-    if layers < 1:
-        raise usage_error(f"got {layers}, expected 1 or more", where="--layers")
-    if init not in get_args(Init):
-        raise usage_error(f"got {init!r}, expected one of {', '.join(get_args(Init))}", where="--init")
+    _check_arguments(layers, init)
     stored_as = dtype_name(dtype) if dtype else None
     base = open_checkpoint(model)
     check_destination(out, {MODEL: base}, options, dry_run=dry_run)
@@ -139,13 +136,8 @@ def add_layers(
         sources = {MODEL: base}
         if insertion.needs_random_layers:
             folder = stack.enter_context(temporary_folder(None if dry_run else out))
-            depth, names = insertion.after, insertion.structure.stack
-            fresh = random_layers(insertion.layer_specs, folder, seed=seed, depth=depth, stack=names)
-            insertion.use_random_layers(fresh)
-            sources[NEW] = fresh.checkpoint
-        planned = [*insertion.old_tensors(), *insertion.new_tensors()]
-        side_files = {path.name: path for path in base.side_files}
-        plan = Plan(command, sources, plan_files(planned, metadata=base.metadata or PYTORCH), side_files)
+            sources[NEW] = insertion.create_random_layers(folder, seed)
+        plan = _plan(insertion, command, sources)
         preview = _preview(insertion, plan, out, dry_run=dry_run)
 
         def describe(folder: Path, result: ExecutionResult) -> OutputDescription[AddReport]:
@@ -165,6 +157,20 @@ def add_layers(
             preflight=insertion.preflight,
             dry_run_report=preview if dry_run else None,
         )
+
+
+def _check_arguments(layers: int, init: str) -> None:
+    if layers < 1:
+        raise usage_error(f"got {layers}, expected 1 or more", where="--layers")
+    if init not in get_args(Init):
+        raise usage_error(f"got {init!r}, expected one of {', '.join(get_args(Init))}", where="--init")
+
+
+def _plan(insertion: LayerInsertionPlan, command: Mapping[str, Any], sources: Mapping[str, Checkpoint]) -> Plan:
+    base = insertion.base
+    planned = [*insertion.old_tensors(), *insertion.new_tensors()]
+    side_files = {path.name: path for path in base.side_files}
+    return Plan(command, sources, plan_files(planned, metadata=base.metadata or PYTORCH), side_files)
 
 
 def _preview(insertion: LayerInsertionPlan, plan: Plan, out: Path, *, dry_run: bool) -> AddReport:

@@ -28,7 +28,7 @@ from surgery.engine.plan import Plan, PlannedTensor, copy_tensor, plan_files
 from surgery.engine.preflight import Preflight
 from surgery.engine.result import ExecutionResult
 from surgery.errors import SurgeryError, usage_error
-from surgery.growth.embedding.build import TENSOR, Embedding, open_embedding
+from surgery.growth.embedding.embedding_folder import TENSOR, Embedding, open_embedding
 from surgery.growth.layers.add import write_config
 from surgery.growth.layers.random_init import (
     LayerSpec,

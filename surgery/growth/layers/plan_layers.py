@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from surgery.engine.plan import PlannedTensor, copy_tensor
 from surgery.engine.preflight import Preflight, check_quantised
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.growth.layers.compatibility import layer_changes
-from surgery.growth.layers.random_init import LayerSpec, RandomLayers, layer_prefix, text_config
+from surgery.growth.layers.random_init import LayerSpec, RandomLayers, layer_prefix, random_layers, text_config
 from surgery.growth.layers.residual_writes import LayerTensors, layer_key, layer_tensors, prove_identity
 from surgery.growth.plan import Init, LayerPosition
 
@@ -57,7 +58,7 @@ def source_layers(position: int, layers: int, depth: int) -> list[int]:
 class LayerInsertionPlan:
     """Layers to be added to `base`, whose structure is `structure`; the other arguments are those of `add.add_layers`.
 
-    Call `check` first; then, if `needs_random_layers`, `use_random_layers`; then the tensors are available.
+    Call `check` first; then, if `needs_random_layers`, `create_random_layers`; then the tensors are available.
 
     config: of the deeper model. order: the old layer at each position of the deeper model. zeroed: layer → names inside
     it of the tensors that are set to zero; by its old number, or by its new one in a model that had none.
@@ -151,8 +152,14 @@ class LayerInsertionPlan:
             return dict(self.base.config)
         return spelled_out(self.base.config, whole, self.before)
 
-    def use_random_layers(self, fresh: RandomLayers) -> None:
-        """Use random layers as the new ones; their tensors must have the names and shapes of the model's own."""
+    def create_random_layers(self, folder: Path, seed: int) -> Checkpoint:
+        """Write random layers to `folder` and use them as the new ones.
+
+        Raises:
+            SurgeryError: they do not have the names and shapes of the model's own.
+        """
+        specs = self.layer_specs
+        fresh = random_layers(specs, folder, seed=seed, depth=self.after, stack=self.structure.stack)
         self.random = fresh
         if not self.before and (others := sorted(fresh.outside ^ self.base.tensors.keys())):
             raise SurgeryError(
@@ -166,8 +173,9 @@ class LayerInsertionPlan:
                 self._compare(tensors, layer_tensors(self.base, self.structure, origin).inner, origin)
             if self.init == "identity":
                 hidden = self.structure.hidden_size
-                self._prove(LayerTensors(tensors, hidden), self.layer_specs[number], number)
+                self._prove(LayerTensors(tensors, hidden), specs[number], number)
         self.preflight.errors.raise_if_any(COMMAND)
+        return fresh.checkpoint
 
     def old_tensors(self) -> list[PlannedTensor]:
         """Return the model's own tensors under their new names."""

@@ -10,7 +10,7 @@ import pytest
 from support.cli import Surgery, commands_in
 
 from surgery.engine.manifest import read_manifest
-from surgery.growth.embedding.build import open_embedding
+from surgery.growth.embedding.embedding_folder import open_embedding
 
 
 @pytest.fixture

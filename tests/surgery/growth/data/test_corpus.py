@@ -297,7 +297,7 @@ def test_a_fingerprint_knows_contents_and_not_places(tree, tmp_path):
 
 
 def test_a_fingerprint_of_much_text_knows_sizes_and_times(tree, monkeypatch):
-    monkeypatch.setattr(corpus, "MOST_HASHED", 3)
+    monkeypatch.setattr(corpus, "MAX_HASHED_BYTES", 3)
     first = fingerprint([str(tree)])
     assert fingerprint([str(tree)]) == first
     os.utime(tree / "a.txt", (0, 0))

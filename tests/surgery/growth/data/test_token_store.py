@@ -163,7 +163,7 @@ from surgery.growth.data import token_store
 from test_token_store import store
 
 token_store.BATCH_DOCUMENTS, token_store.COMMIT = 10, 500
-add, calls = token_store.TokenStore._add_lot, [0]
+add, calls = token_store.TokenStore._write_tokens, [0]
 def add_and_die(self, file, lot):
     calls[0] += 1
     size = add(self, file, lot)
@@ -171,7 +171,7 @@ def add_and_die(self, file, lot):
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     return size
-token_store.TokenStore._add_lot = add_and_die
+token_store.TokenStore._write_tokens = add_and_die
 store(Path(sys.argv[1]), sys.argv[2]).require(10**6)
 """
 
@@ -208,13 +208,13 @@ def test_after_a_kill_the_stream_is_continued_with_the_same_bytes(tmp_path, text
 def test_what_was_counted_is_read_past_and_not_tokenised_again(tmp_path, text, small_steps, monkeypatch):
     store(tmp_path / "s", text).require(100)
     sizes: list[int] = []
-    add = TokenStore._add_lot
+    add = TokenStore._write_tokens
 
     def counted(self, file, lot):
         sizes.append(sum(piece.is_last for piece in lot))
         return add(self, file, lot)
 
-    monkeypatch.setattr(TokenStore, "_add_lot", counted)
+    monkeypatch.setattr(TokenStore, "_write_tokens", counted)
     found = store(tmp_path / "s", text)
     before = found.documents
     assert before > 50
@@ -227,7 +227,7 @@ def test_what_was_counted_is_read_past_and_not_tokenised_again(tmp_path, text, s
 def test_an_error_on_the_way_leaves_a_stream_that_can_be_continued(tmp_path, text, small_steps, monkeypatch):
     expected = whole(tmp_path / "uninterrupted", text)
     found = store(tmp_path / "s", text)
-    add, calls = TokenStore._add_lot, [0]
+    add, calls = TokenStore._write_tokens, [0]
 
     def sometimes(self, file, lot):
         calls[0] += 1
@@ -236,7 +236,7 @@ def test_an_error_on_the_way_leaves_a_stream_that_can_be_continued(tmp_path, tex
             raise KeyboardInterrupt if calls[0] == 9 else OSError(28, "No space left on device")
         return size
 
-    monkeypatch.setattr(TokenStore, "_add_lot", sometimes)
+    monkeypatch.setattr(TokenStore, "_write_tokens", sometimes)
     with pytest.raises(KeyboardInterrupt):
         found.require(10**6)
     with pytest.raises(SurgeryError, match=r"tokens.bin: the disk is full. Free some space and run the same command"):
@@ -279,7 +279,7 @@ def test_a_stream_of_another_corpus_or_tokenizer_is_not_continued(tmp_path, text
 
 
 def test_a_corpus_that_changed_without_a_trace_is_found_out(tmp_path, text, small_steps, monkeypatch):
-    monkeypatch.setattr("surgery.growth.data.corpus.MOST_HASHED", 0)
+    monkeypatch.setattr("surgery.growth.data.corpus.MAX_HASHED_BYTES", 0)
     store(tmp_path / "s", text).require(1)
     stamp = text.stat().st_mtime_ns
     text.write_text("".join(reversed(text.read_text().splitlines(keepends=True))))

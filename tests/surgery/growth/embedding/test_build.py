@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from surgery.engine.manifest import read_manifest
 from surgery.engine.verification import verify
 from surgery.errors import SurgeryError
-from surgery.growth.embedding.build import make_embedding, open_embedding
+from surgery.growth.embedding.build import make_embedding
+from surgery.growth.embedding.embedding_folder import open_embedding
 from surgery.growth.embedding.glyphs import Glyphs, open_font
 from surgery.growth.embedding.tables import bit_table, duplicate_rows, principal_table, separate_duplicates
 from surgery.growth.embedding.token_strings import token_strings

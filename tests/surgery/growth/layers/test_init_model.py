@@ -98,7 +98,7 @@ def test_the_tokenizer_comes_along_and_gives_its_special_tokens(tmp_path: Path) 
 
 def test_without_a_tokenizer_it_says_so(tmp_path: Path) -> None:
     report = init_model(str(embedding(tmp_path / "emb", tokens=None)), tmp_path / "m0", shape=ModelShape())
-    assert report.warnings == ("no tokenizer lies beside the embedding, so the model has none either",)
+    assert report.warnings == ["no tokenizer lies beside the embedding, so the model has none either"]
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
