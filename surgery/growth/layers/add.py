@@ -122,8 +122,7 @@ def add_layers(
 
     Raises:
         SurgeryError: there is no such place; the family's config cannot describe the result; what a layer writes is
-            not recognised, or zeroing it does not make an identity; the model is quantised, and its values would have
-            to be known; `out` exists; the disk is full.
+            not recognised, or zeroing it makes no identity; values of a quantised model are needed; `out` exists.
     """
     _check_arguments(layers, init)
     stored_as = dtype_name(dtype) if dtype else None
