@@ -61,6 +61,7 @@ class ReplayedWindows:
         self._store.require(max(first + count for first, count in self._drawn))
 
     def window_at(self, position: int) -> int:
+        # A baseline at the growth's operations may draw more windows than the growth did: then it starts over.
         at = position % self._total
         for first, count in self._drawn:
             if at < count:
@@ -102,6 +103,7 @@ def train_baselines(
         TrainedStage(training=s.training, scores=evaluate_model(prepared, s.training, options, growth))
         for s in growth.stages
     ]
+    # What was drawn, not what the plan says: a plateau may have ended a stage early.
     drawn = [(s.training.first_window, s.training.steps * plan.batch) for s in growth.stages]
     context = replace(context, store=ReplayedWindows(context.store, drawn))
     budgets: tuple[Budget, ...] = ("tokens", "flops") if budget == "both" else (budget,)
@@ -135,6 +137,7 @@ def _train_baseline(
     plan, last = prepared.plan, growth.stages[-1].training
     name = f"baseline-{budget}-{embedding}"
     seed, start = part_seed(plan.seed, name), prepared.run / f"{name}.start"
+    # The last stage's key covers all stages, whose windows and operations the baseline takes.
     key = content_key(prepared.key, last.key, name, plan.training.model_dump(mode="json"))
     record = read_existing_training(prepared.run / name, key)
     if record is None:
@@ -157,6 +160,7 @@ def _budget_tokens(prepared: PreparedRun, growth: Growth, start: str, budget: Bu
     """Return how many tokens a baseline may train on."""
     if budget == "tokens":
         return sum(stage.training.tokens for stage in growth.stages)
+    # Costs are computed of the model itself, so that they hold for every family.
     checkpoint = read_folder(prepared.run / start)
     forward = forward_cost(checkpoint, model_structure(checkpoint), sequence=prepared.plan.sequence)
     per_token = training_cost(forward, depth=0, trained=range(len(forward.layers)), head=True).whole

@@ -19,4 +19,5 @@ class RunOptions:
     threads: int | None = None
     save_every: float = 5.0
     logs: bool = False
+    # Not compared: functions are equal only to themselves.
     progress: Progress = field(default=silent, compare=False)

@@ -30,6 +30,7 @@ PLANS = "plans"
 PLAN = "plan.yml"  # the plan of a run, in its folder and in those of its stages
 
 
+# Field names of these classes are keys of plan.yml, growth records and manifests: renaming one breaks existing files.
 class ModelShape(Strict):
     """The shape of the Llama that is grown.
 
@@ -106,6 +107,7 @@ class GrowthStage(Strict):
     @field_validator("at", mode="before")
     @classmethod
     def _known_place(cls, at: object) -> object:
+        # bool is an int, and YAML reads `yes` as True: so no isinstance.
         if at in ("top", "middle") or (type(at) is int and at >= 0):
             return at
         raise ValueError(f"got {at!r}, expected top, middle, or the number of a layer")
@@ -115,6 +117,7 @@ class GrowthStage(Strict):
     def _something_trains(cls, train: tuple[TrainableParts, ...]) -> tuple[TrainableParts, ...]:
         if not train:
             raise ValueError("nothing trains; name new, head, norm, lora, embedding or all")
+        # Both together would train the same matrices twice.
         if {"lora", "all"} <= set(train):
             raise ValueError("got lora beside all, which trains the layers themselves")
         return train
@@ -134,6 +137,7 @@ class CacheSettings(Strict):
     """
 
     use: Literal["auto", "on", "off"] = "auto"
+    # float32 stores states exactly; bfloat16 takes half the space and rounds them.
     dtype: Literal["float32", "bfloat16"] = "float32"
     disk: PositiveInt = 20 * 10**9
     folder: Path | None = None
@@ -188,6 +192,7 @@ class GrowthPlan(Strict):
     def expanded(self) -> tuple[GrowthStage, ...]:
         """The stages one by one, repetitions written out, each with its optimizer settings."""
         return tuple(
+            # A stage without settings of its own gets those of the plan, so that its key covers them.
             stage.model_copy(update={"times": 1, "training": stage.training or self.training})
             for stage in self.stages
             for _ in range(stage.times)

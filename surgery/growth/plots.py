@@ -47,6 +47,7 @@ def loss_figure(growth: Growth) -> Figure:
         rate = record.flops / record.tokens
         right.plot([flops + rate * p.tokens for p in points], [p.loss for p in points], color=colour, linewidth=1.6)
         tokens, flops = tokens + record.tokens, flops + record.flops
+    # One label for the whole growth, at its end: it is one model.
     labels.append((growth.stages[-1].training.last_loss, GROWN, BLUE))
     for baseline, colour in zip(growth.baselines, itertools.cycle(COLOURS[1:4]), strict=False):
         record = baseline.training
@@ -55,6 +56,7 @@ def loss_figure(growth: Growth) -> Figure:
         left.plot([p.tokens for p in points], [p.loss for p in points], color=colour, linewidth=1.3)
         right.plot([rate * p.tokens for p in points], [p.loss for p in points], color=colour, linewidth=1.3)
         labels.append((record.last_loss, record.name, colour))
+    # Both panels share the y-axis.
     _focus(left, growth)
     left.set_xlabel("tokens trained on, all stages")
     right.set_xlabel("operations (FLOP), nothing cached")
@@ -76,6 +78,7 @@ def depth_figure(growth: Growth) -> Figure:
     heights = [stage.training.last_loss for stage in growth.stages]
     axes.plot(depths, heights, color=PALE, linewidth=2, marker="o", markersize=5)
     labels.append((heights[-1], "training", PALE))
+    # A dict keeps the order of the plan, and with it the colours.
     texts = dict.fromkeys(s.task for stage in growth.stages for s in stage.scores if s.metric == LOSS)
     for text, colour in zip(texts, itertools.cycle(COLOURS), strict=False):
         known = [
@@ -136,5 +139,6 @@ def _focus(axes: Axes, growth: Growth) -> None:
     losses = [point.loss for model in models for point in _smooth(model.training)]
     low = min(losses)
     first = growth.stages[0].training
+    # After a sixth of the first stage the steep part is over.
     late = [point.loss for point in _smooth(first)][len(_smooth(first)) // 6 :]
     axes.set_ylim(low - 0.05 * (max(late) - low + 0.1), max(late) + 0.35 * (max(late) - low + 0.1))

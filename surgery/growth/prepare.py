@@ -73,6 +73,7 @@ def load_plan(
     Raises:
         SurgeryError: as `read_plan`; neither the plan nor the arguments say what to begin with, or what to train on.
     """
+    # Arguments replace values of the plan before it is checked, so that a plan may leave out what is always given.
     plan, _ = read_plan(ref)
     changed: dict[str, Any] = {}
     if embed is not None:
@@ -159,6 +160,7 @@ def _start_model(plan: GrowthPlan) -> _Start:
     structure = model_structure(model)
     if model.folder is None:
         raise usage_error("is no model folder, which can be trained", where=plan.start)
+    # Hashing a large model takes a while, but results of an earlier run must not be reused if it was changed.
     entry = input_entry(model, tensor_hashes(model))
     width = structure.hidden_size or 0
     return _Start(
@@ -221,6 +223,7 @@ def _check_stages(plan: GrowthPlan, layers: int, errors: ErrorList) -> int:
         layers += stage.add
         if not layers:
             errors.add(f"stage {index} trains a model without any layer: let it add some.", usage=True)
+        # Every process takes equally many windows of a batch, in equally large micro-batches.
         parts = n_processes() * (stage.training or plan.training).accumulate
         if plan.batch % parts:
             errors.add(
@@ -244,6 +247,7 @@ def _check_context(plan: GrowthPlan, errors: ErrorList) -> None:
 def _check_corpus(plan: GrowthPlan, errors: ErrorList) -> None:
     """Add an error where the corpus does not exist or holds no text; only its first document is read."""
     try:
+        # Reading all of it would take as long as tokenising it.
         next(documents(plan.corpus, field=plan.field))
     except SurgeryError as error:
         errors.add(str(error), usage=True)

@@ -87,6 +87,7 @@ def verdicts(growth: Growth) -> list[str]:
     grown = growth.stages[-1]
     for baseline in growth.baselines:
         name = baseline.training.name
+        # Without held-out texts only training losses remain, which have no interval.
         if not any(score.metric == LOSS for score in baseline.scores):
             gap = grown.training.last_loss - baseline.training.last_loss
             sentences.append(f"Against {name}, in training alone: {_better(gap)}.")
@@ -100,6 +101,7 @@ def verdicts(growth: Growth) -> list[str]:
 
 def growth_report(growth: Growth) -> Report:
     """Return the HTML report with everything."""
+    # matplotlib takes long to import, and is needed only here.
     from surgery.growth.plots import depth_figure, loss_figure, speed_figure
 
     first, last = growth.stages[0].training, growth.stages[-1].training
@@ -139,10 +141,12 @@ def _cell(score: ScoreRecord) -> str:
 def _intervals_apart(a: ScoreRecord, b: ScoreRecord) -> bool:
     if a.low is None or a.high is None or b.low is None or b.high is None:
         return False
+    # Stricter than a paired test: intervals that touch may still hide a significant difference.
     return a.low > b.high or b.low > a.high
 
 
 def _better(gap: float) -> str:
+    # The report shows three decimals: a smaller gap would read as 0.000.
     if math.isclose(gap, 0, abs_tol=5e-4):
         return "the same loss"
     word = "worse" if gap > 0 else "better"

@@ -31,6 +31,7 @@ class GrowthRecordBase(Strict):
     """Base of the records in a growth's files."""
 
 
+# Field names from here on are keys of training.json and results.json.
 class LossPoint(GrowthRecordBase):
     """The mean loss, in nats per token, of the steps that ended at `tokens` of this training."""
 
@@ -115,6 +116,7 @@ class ScoreRecord(GrowthRecordBase):
 
     def score(self, model: str) -> Score:
         """Return the measurement as a `Score` of `model`."""
+        # Scores without an interval have NaN bounds; JSON has no NaN, so they are null there.
         low, high = (math.nan if end is None else end for end in (self.low, self.high))
         return Score(model, self.task, self.metric, self.value, low, high, self.n, self.higher_is_better)
 
@@ -151,6 +153,7 @@ def downsample_losses(losses: Sequence[float], tokens_per_step: int) -> tuple[Lo
 
 def first_and_last_loss(losses: Sequence[float]) -> tuple[float, float]:
     """Return the mean loss over the first and over the last twentieth of a training."""
+    # Single steps are too noisy to compare.
     size = max(1, len(losses) // 20)
     return math.fsum(losses[:size]) / size, math.fsum(losses[-size:]) / size
 

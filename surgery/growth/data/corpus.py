@@ -69,6 +69,7 @@ class _Files:
         sizes = [path.stat().st_size for path in self.paths]
         identify = _hash_file if sum(sizes) <= MAX_HASHED_BYTES else _time_of_change
         names = [path.relative_to(self.base).as_posix() for path in self.paths]
+        # Relative names: a corpus that was moved is still the same corpus.
         lines = [f"{name} {size} {identify(path)}\n" for name, size, path in zip(names, sizes, self.paths, strict=True)]
         return {"files": len(sizes), "bytes": sum(sizes), KEY: hash_text("".join(lines))}
 
@@ -192,6 +193,7 @@ def shuffle(
 
 def _open(ref: str, field: str, commits: Mapping[str, str]) -> _Files | _Hub:
     path = existing_path(ref)
+    # Files on disk come first: a folder may be named like a Hub data set.
     if path is not None and path.is_dir():
         return _Files(ref, path, _text_files(path), field)
     path = path or lab.data_of(ref)
@@ -204,6 +206,7 @@ def _open(ref: str, field: str, commits: Mapping[str, str]) -> _Files | _Hub:
         return _Hub(data_set, commits.get(ref) or hub_data.pin(data_set), field)
     if _WILD & set(ref):
         return _matching_files(ref, field)
+    # Almost certainly a data set whose split was forgotten.
     if hub.is_repo_id(ref):
         raise hub_data.no_split(ref)
     raise usage_error(
@@ -217,6 +220,7 @@ def _text_files(folder: Path) -> tuple[Path, ...]:
     """Return all text and row files under `folder`, sorted."""
     found = []
     for inside, folders, files in os.walk(folder, onerror=_raise):
+        # In place: os.walk then does not enter the others (.git, .venv).
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(inside, name) for name in files if not name.startswith(".")]
     paths = tuple(sorted(path for path in found if path.is_file() and (_is_rows(path) or _holds_text(path))))
@@ -314,6 +318,7 @@ def _parquet(path: Path, field: str) -> Iterator[Document]:
         raise hub_data.no_extra(path) from error
     number = 0
     try:
+        # Batch by batch and one column only: files may be larger than memory.
         with ParquetFile(path) as file:
             if field not in file.schema_arrow.names:
                 raise hub_data.no_column(field, file.schema_arrow.names, where=path)

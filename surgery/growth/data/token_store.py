@@ -99,6 +99,7 @@ class TokenStore:
         self.sequence = sequence
         self._folder, self._refs, self._field, self._seed = folder, tuple(refs), field, seed
         self._eos, self._vocab_size, self._progress = eos, vocab_size, progress
+        # Little-endian on every machine, as the file may be moved.
         self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self._tokenizer = _backend_copy(tokenizer)
         self._stream: Iterator[Document] | None = None
@@ -289,6 +290,7 @@ class TokenStore:
             for document in islice(stream, state.documents):
                 last = document.text
                 advance(1)
+        # The fingerprint of a large corpus has only sizes and times; this catches a change in what was read.
         if hash_text(last) != state.last:
             raise SurgeryError(
                 f"document {state.documents:,} is another than before: the corpus was changed",
@@ -309,6 +311,7 @@ class TokenStore:
     def _mapped(self) -> Any:
         if not self._state.tokens:
             return np.empty(0, self._dtype)
+        # Opened anew after each extension, as a map does not grow with its file.
         return np.memmap(self._folder / TOKENS, self._dtype, "r", shape=(self._state.tokens,))
 
 

@@ -109,6 +109,7 @@ def train_tokenizer(
     _check_special(special)
     check_free(out, overwrite=overwrite)
     learnt, statistics = _learn(corpus, special, vocab, progress)
+    # Such a token would have two ids, and text that contains it would be ambiguous.
     clash = sorted(set(special) & set(learnt["vocab"]))
     if clash:
         raise usage_error(f"{listing(map(repr, clash))} is also learnt as ordinary text", where="--special")
@@ -141,6 +142,7 @@ def train_tokenizer(
 def _check_special(special: Sequence[str]) -> None:
     if not special:
         raise usage_error("got none, expected one or more", where="--special", hint=f"Such as {END}.")
+    # Single characters would be cut out of ordinary text.
     wrong = [token for token in special if len(token) < 2 or token in _byte_tokens()]
     if wrong or len(set(special)) < len(special):
         raise usage_error(
@@ -234,6 +236,7 @@ def _alphabet(counts: Counter[str]) -> list[str]:
     """Return the smallest set of most frequent characters that makes up `COVERAGE` of the text, by codepoint."""
     enough = COVERAGE * counts.total()
     chosen, covered = [], 0
+    # Ties by codepoint: the same texts must give the same alphabet.
     for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         if covered >= enough:
             break
@@ -275,6 +278,7 @@ def _assemble(learnt: Mapping[str, Any], special: Sequence[str]) -> Any:
     """Return the tokenizer with special tokens and bytes before the learnt tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models
 
+    # By their ids: the alphabet, then merges in their order.
     ordered = sorted(learnt["vocab"], key=learnt["vocab"].__getitem__)
     vocab = {token: number for number, token in enumerate((*special, *_byte_tokens(), *ordered))}
     merges = [tuple(pair) for pair in learnt["merges"]]
@@ -301,6 +305,7 @@ def _save(tokenizer: Any, special: Sequence[str], folder: Path) -> None:
         bos_token=end,
         eos_token=end,
         pad_token=end,
+        # Decoding must give back the text exactly; clean-up would remove spaces before punctuation.
         clean_up_tokenization_spaces=False,
         additional_special_tokens=list(special[1:]),
     )

@@ -33,6 +33,7 @@ from surgery.reporting.report import Column
 from surgery.reporting.report import Table as Printed
 from surgery.runtime.progress import Progress, silent
 
+# The values are the CLI's choices and entries of manifests.
 Kind = Literal["glyphs", "bits", "random", "table"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 COLLISIONS = "collisions.json"
@@ -146,9 +147,11 @@ def make_embedding(
     if unique:
         before = _count(groups, strings)
         tables.separate_duplicates(built.table, groups, seed=seed, normalise=settings.normalises)
+        # None are left: `separate_duplicates` raises otherwise.
         groups = []
     report = _preview_report(out, settings, built, _count(groups, strings), before)
     command = command_record("grow embed", [tokenizer], **settings.as_typed())
+    # The folder appears as a whole: a half-written embedding would be trained on for hours before anyone noticed.
     partial = create_partial_folder(out, overwrite=overwrite)
     report = _write_folder(partial, _Content(report, built, groups, strings, opened), command, progress)
     commit_folder(partial, out, overwrite=overwrite)
@@ -216,6 +219,7 @@ def _build_table(settings: _Settings, opened: OpenTokenizer, strings: Sequence[s
     if settings.kind == "table":
         return _source_table(opened, settings, len(strings))
     if settings.kind == "bits":
+        # `check` has made sure of a width here; 0 only satisfies the type checker.
         table = tables.bit_table(len(strings), settings.width or 0)
         return _BuiltTable(tables.normalize_rows(table) if settings.normalises else table)
     return _BuiltTable(
@@ -285,6 +289,7 @@ def _check_width(width: int, most: int, what: str) -> None:
 
 
 def _glyph_table(strings: Sequence[str], settings: _Settings, progress: Progress) -> _BuiltTable:
+    # Needed for glyphs alone, and slow to import.
     from PIL import __version__ as pillow
     from PIL import features
 
@@ -298,6 +303,7 @@ def _glyph_table(strings: Sequence[str], settings: _Settings, progress: Progress
         for indices, drawn in glyphs.bitmaps(strings):
             bitmaps[indices] = drawn
             advance(len(indices))
+    # Kept as uint8: their sums are exact, and they take an eighth of the memory.
     flat = bitmaps.reshape(len(strings), -1)
     table, kept, rank = tables.principal_table(flat, width, normalise=settings.normalises)
     missing = glyphs.missing
@@ -310,6 +316,7 @@ def _glyph_table(strings: Sequence[str], settings: _Settings, progress: Progress
         "characters_not_in_font": len(missing),
         "tokens_with_such": sum(not missing.isdisjoint(string) for string in strings),
     }
+    # Other versions may draw other pixels, and so another embedding.
     versions = {"pillow": pillow, "freetype": str(features.version("freetype2"))}
     return _BuiltTable(table, details, versions, bitmaps=bitmaps)
 
@@ -319,6 +326,7 @@ def _source_table(opened: OpenTokenizer, settings: _Settings, rows: int) -> _Bui
     table, name, entry, compared = embedding_rows(opened, source, rows)
     own = table.shape[1]
     _check_width(width or own, own, f"the width of {source}'s embedding")
+    # Worth saying: rows of another vocabulary would silently stand for other tokens.
     tokens = "the same" if compared else "not known, for it has no tokenizer"
     details: dict[str, Any] = {"source": source, "tensor": name, "tokens_of_source": tokens}
     if width is not None and width < own:
@@ -342,6 +350,7 @@ def _preview(strings: Sequence[str], built: _BuiltTable, groups: Groups, report:
 
 
 def _tokenizer_entry(opened: OpenTokenizer) -> dict[str, Any]:
+    # Paths in the folder, not the disk: the same tokenizer elsewhere gives the same manifest.
     hashes = {path.relative_to(opened.folder).as_posix(): hash_bytes(path.read_bytes()).hex() for path in opened.files}
     source = {"ref": opened.ref, "repo_id": opened.repo_id, "revision": opened.revision}
     return {**source, "files": hashes, KEY: hash_tensors(hashes)}

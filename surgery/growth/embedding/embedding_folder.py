@@ -51,6 +51,7 @@ def open_embedding(ref: str | Path) -> Embedding:
         raise usage_error(
             f"holds a {manifest.get('kind')}, expected an embedding", where=ref, hint="`surgery grow embed` writes one."
         )
+    # A growth builds hours of training on this: a damaged or exchanged file must show now, from headers alone.
     weight = checkpoint.tensors.get(TENSOR)
     try:
         entry = manifest["tensors"][TENSOR]

@@ -40,6 +40,7 @@ def embedding_rows(opened: OpenTokenizer, ref: str, rows: int) -> tuple[Table, s
             where=ref,
             hint="Give the tokenizer that the model was trained with.",
         )
+    # Equal sizes prove nothing: the ids of two tokenizers of one size stand for different tokens.
     theirs = read_vocabulary(source.folder) if source.folder else None
     if theirs is not None:
         difference = differences(opened.vocabulary, theirs)
@@ -56,6 +57,7 @@ def embedding_rows(opened: OpenTokenizer, ref: str, rows: int) -> tuple[Table, s
         for begin, end in segments(table.size):
             flat[begin:end] = reader.values(TensorInput(tensor), begin, end, "table").float().numpy()
         entry = input_entry(source, {part.name: hash_tensor(reader, part) for part in tensor.parts})
+        # A source that is written to meanwhile would give rows of two versions.
         files.check_unchanged()
     if not np.isfinite(table).all():
         raise SurgeryError(f'"{tensor.name}" holds NaN or infinite values', where=ref)

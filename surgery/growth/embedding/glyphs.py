@@ -116,6 +116,7 @@ class Glyphs:
         cells = np.stack(self._cells) if self._cells else np.zeros((0, self._height, self._width), np.uint8)
         # Strings of one length are resized together.
         for length, indices in sorted(by_length.items()):
+            # A vocabulary's rows of cells together would not fit into memory.
             room = max(1, CHUNK // (length * self._height * self._width))
             for begin in range(0, len(indices), room):
                 some = indices[begin : begin + room]
@@ -135,6 +136,7 @@ class Glyphs:
     def _image(self, character: str) -> Image:
         """Return the image of `character`, one or two cells wide."""
         drawn = _dots(SPACE_MARK) if character == " " else self._font.draw(character)
+        # Glyphs without ink would all look alike.
         if drawn is None or not drawn.any():
             self._missing.add(character)
             drawn = codepoint_box(ord(character))

@@ -33,6 +33,7 @@ def embedding_preview(
         bitmaps: (V, cell, cell) uint8, 255 for ink.
         groups: ids of tokens with equal rows, the largest group first.
     """
+    # unique: a small vocabulary has fewer than 64 ids.
     samples = np.unique(np.linspace(0, len(strings) - 1, min(SAMPLES, len(strings))).astype(int)).tolist()
     alike = groups[:MOST_GROUPS]
     below = TITLE + ROW * -(-len(samples) // COLUMNS)

@@ -34,6 +34,7 @@ def bit_table(rows: int, width: int) -> Table:
     Raises:
         SurgeryError: `width` is not a multiple of b.
     """
+    # (rows − 1) is the largest id.
     n_bits = max(MIN_BITS, (rows - 1).bit_length())
     if width % n_bits:
         raise usage_error(
@@ -48,6 +49,7 @@ def bit_table(rows: int, width: int) -> Table:
 
 def random_table(rows: int, width: int, *, seed: int, normalise: bool) -> Table:
     """Return independent draws from N(0, 1), from a generator seeded by `seed` and the table's name."""
+    # In chunks, as fp64 draws of a whole table would take twice its memory.
     generator = _generator(seed, "embedding")
     table = np.empty((rows, width), np.float32)
     for begin in range(0, rows, CHUNK):
@@ -110,6 +112,7 @@ def separate_duplicates(table: Table, groups: Groups, *, seed: int, normalise: b
     """
     for index in _duplicates(groups):
         row = table[index].astype(np.float64)
+        # Seeded by the row: the direction does not depend on which other rows are duplicates.
         direction = unit_rows(_generator(seed, f"embedding {index}").standard_normal((1, len(row))))[0]
         moved = row + SEPARATION * (math.sqrt(float(np.square(row).sum())) or 1.0) * direction
         table[index] = unit_rows(moved[None])[0] if normalise else moved

@@ -81,6 +81,7 @@ def token_strings(tokenizer: Any, *, rows: int | None = None, where: object = "t
     """
     backend = tokenizer.backend_tokenizer
     ids: Mapping[str, int] = backend.get_vocab(with_added_tokens=True)
+    # Ids may have gaps, and added tokens may lie beyond the base vocabulary.
     needed = max(max(ids.values(), default=-1) + 1, len(tokenizer))
     if not needed:
         raise SurgeryError("has no tokens", where=where)
@@ -115,6 +116,7 @@ def _locate(ref: str) -> tuple[Path, str | None, str | None]:
 
 def _token_decoder(spec: Mapping[str, Any]) -> Any:
     """Return the function that turns a token of the tokenizer.json `spec` into text."""
+    # Either part names the alphabet of the tokens; some files have only one of them.
     kinds = {kind for part in ("decoder", "pre_tokenizer") for kind in _kinds(spec.get(part))}
     if "ByteLevel" in kinds:
         return _from_bytes
@@ -153,6 +155,7 @@ def _from_bytes(token: str) -> str:
         data = bytes(_BYTE_OF[character] for character in token)
     except KeyError:
         return token
+    # Each undecodable byte becomes one surrogate, which the pattern below finds.
     text = data.decode("utf-8", errors="surrogateescape")
     return _LONE_BYTE.sub(lambda match: f"<0x{ord(match[0]) - 0xDC00:02X}>", text)
 

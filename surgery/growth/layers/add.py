@@ -39,6 +39,7 @@ from surgery.reporting.report import Column, Table
 
 MODEL, NEW = "model", "new layers"
 CONFIG = "config.json"
+# Sentences of the model card.
 _PAPERS: dict[Init, str] = {
     "identity": "identities: what they write is zero (block expansion, arXiv:2401.02415)",
     "copy": "copies of their neighbours (depth up-scaling, arXiv:2312.15166)",
@@ -200,6 +201,7 @@ def _card(report: AddReport, base: Checkpoint, stored_as: str | None) -> CardCon
     one = len(report.new) == 1
     where = listing(map(str, report.new), 40)
     kept = "Every other tensor is byte for byte the model's, under its new number."
+    # Then tensors pass through a kernel, and their bytes change.
     if stored_as or base.adapter:
         also = f", and everything is stored as {stored_as}" if stored_as else ""
         kept = f"Nothing else was changed but the layers' numbers{also}."

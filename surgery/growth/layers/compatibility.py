@@ -18,6 +18,7 @@ from surgery.errors import listing
 from surgery.growth.layers.random_init import build_model, layers_in, text_config
 
 _PLAIN = (bool, int, float, str, type(None))
+# State of a module, not of its layer's kind.
 _NOT_SETTINGS = ("training",)
 
 
@@ -38,6 +39,7 @@ def layer_changes(before: Mapping[str, Any], after: Mapping[str, Any], order: Se
         changes.append(f"{listing(beside, 3)} beside the layers would have to grow with their number.")
     for number, origin in enumerate(order):
         theirs, ours = _settings(old.layers[origin]), _settings(new.layers[number])
+        # A layer may store its own number (for cache slots); that difference is meant.
         differing = [
             key
             for key in _different(theirs, ours)
@@ -61,6 +63,7 @@ class _ModelLayers:
 
 
 def _model_layers(config: Mapping[str, Any], count: int, stack: str) -> _ModelLayers:
+    # A 70B model must be comparable on a laptop.
     with torch.device("meta"):
         model = build_model(text_config(config), seed=0)
     path, layers = layers_in(model, stack, count)

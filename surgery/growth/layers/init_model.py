@@ -129,11 +129,13 @@ def init_model(
     """
     stored_as = dtype_name(dtype)
     embedding = open_embedding(embed)
+    # With the reference as it was typed: manifests must not depend on where the folder is.
     frozen = replace(read_folder(embedding.folder), ref=embed)
     check_destination(out, {EMBEDDING: frozen}, options, dry_run=dry_run)
     preflight = Preflight()
     config = _config(preflight, embedding, shape, dtype)
     preflight.errors.raise_if_any(COMMAND)
+    # The default family, Llama, is known to pass embeddings on unchanged.
     if shape.config is not None:
         check_embedding(LayerSpec(config))
     arguments = shape.model_dump(mode="json", exclude_none=True)
@@ -190,11 +192,13 @@ def llama_config(width: int, shape: ModelShape) -> dict[str, Any]:
     Raises:
         SurgeryError: width, heads and key-value heads do not divide each other.
     """
+    # Rotary position embeddings rotate pairs of values, in every head.
     if width % 2:
         raise usage_error(f"the embedding is {width} wide: rotary positions turn pairs, so a width must be even")
     heads = shape.heads or _default_heads(width)
     if width % (2 * heads):
         raise usage_error(f"{heads} heads do not divide a width of {width} into even parts", where="heads")
+    # As many as heads: multi-head attention; fewer: grouped queries.
     kv_heads = shape.kv_heads or heads
     if heads % kv_heads:
         raise usage_error(f"{kv_heads} key-value heads cannot be shared by {heads} heads", where="kv_heads")
@@ -234,8 +238,10 @@ def _config(preflight: Preflight, embedding: Embedding, shape: ModelShape, dtype
         )
     config = llama_config(embedding.width, shape) if shape.config is None else _given_config(embedding, shape)
     part = language_part(config)
+    # The embedding's rows, not the tokenizer's size, which may be smaller.
     part["vocab_size"] = embedding.vocab_size
     part |= _special_ids(preflight, embedding)
+    # Families and versions of transformers use either; the given config may have both.
     for key in ("torch_dtype", "dtype"):
         config.pop(key, None)
     config["dtype"] = next(name for name, stored in TORCH_NAMES.items() if stored == dtype_name(dtype))
@@ -252,6 +258,7 @@ def _given_config(embedding: Embedding, shape: ModelShape) -> dict[str, Any]:
     if not where.is_file():
         raise usage_error("no such file", where=where, hint="Give the config.json of a model.")
     config = read_json(where)
+    # Vision-language models have their layers in a part; growing those is not supported.
     if language_part(config) is not config:
         raise usage_error("is of a model of several parts", where=where, hint="Take that of a language model.")
     width = number(language_config(config), HIDDEN)
@@ -265,6 +272,7 @@ def _given_config(embedding: Embedding, shape: ModelShape) -> dict[str, Any]:
     stated_layers = number(whole, N_LAYERS)
     if stated_layers is None:
         raise usage_error("does not say how many layers there are", where=where)
+    # A tied head would be the frozen embedding, and could not train.
     config = untied({key: value for key, value in config.items() if key != "quantization_config"})
     return with_count(spelled_out(config, whole, stated_layers), shape.layers)
 
@@ -284,6 +292,7 @@ def _special_ids(preflight: Preflight, embedding: Embedding) -> dict[str, int | 
     settings = read_json(embedding.folder / TOKENIZER_CONFIG, missing={})
     for name in _SPECIAL:
         token = settings.get(name)
+        # Either a string or an added token as an object.
         token = token.get("content") if isinstance(token, Mapping) else token
         ids[f"{name}_id"] = vocabulary.ids.get(token) if isinstance(token, str) else None
     return ids
@@ -291,6 +300,7 @@ def _special_ids(preflight: Preflight, embedding: Embedding) -> dict[str, int | 
 
 def _planned(sources: Mapping[str, Checkpoint], embedding: Embedding, stored_as: str) -> list[PlannedTensor]:
     ends = model_structure(sources[ENDS])
+    # Families with several embeddings (per layer, or factorised) have no single table to freeze.
     if len(ends.token_embeddings) != 1 or not ends.lm_heads:
         raise SurgeryError(
             "this family has no token embedding and output head that are tensors of their own",
@@ -308,6 +318,7 @@ def _planned(sources: Mapping[str, Checkpoint], embedding: Embedding, stored_as:
     tensors = {
         name: tensor for role in (ENDS, LAYERS) if role in sources for name, tensor in sources[role].tensors.items()
     }
+    # In place of the random embedding of the same name.
     tensors[name] = frozen
     return [replace(copy_tensor(tensor, dtype=stored_as), name=name) for name, tensor in sorted(tensors.items())]
 

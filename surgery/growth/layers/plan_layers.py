@@ -47,6 +47,7 @@ def source_layers(position: int, layers: int, depth: int) -> list[int]:
     """Return the old layers that `layers` new ones, inserted before layer `position` of `depth`, are modelled on."""
     if not depth:
         return []
+    # There is nothing below the bottom: the layers above are repeated.
     if not position:
         return [number % depth for number in range(layers)]
     if layers <= position:
@@ -115,12 +116,14 @@ class LayerInsertionPlan:
         """Find position, order and config of the deeper model. Raises SurgeryError with every reason against it."""
         self._check_stack()
         self.position = self._position()
+        # Copies of quantised layers keep their bytes; everything else needs their values.
         if self.init != "copy" or self.stored_as:
             check_quantised(self.preflight, [self.base])
         elif method := self.base.config.get("quantization_config") or self.base.config.get("compression_config"):
             self._check_numbers_named(method)
         self._check_extra_layers()
         self.preflight.errors.raise_if_any(COMMAND)
+        # The config's lists are rewritten with it: entry i becomes that of layer order[i].
         old = list(range(self.before))
         self.order = [*old[: self.position], *(o for o in self.origins if o is not None), *old[self.position :]]
         full = self.full_config()
@@ -137,6 +140,7 @@ class LayerInsertionPlan:
         self.preflight.facts["layers"] = f"{self.before} → {self.after}; new: {numbers}, {self.init}"
         self.preflight.errors.raise_if_any(COMMAND)
         if self.init == "identity" and self.before:
+            # Each old layer once, although it may be copied several times.
             for origin in dict.fromkeys(self.origins):
                 assert origin is not None
                 self._prove(
@@ -191,10 +195,12 @@ class LayerInsertionPlan:
             originals = {} if origin is None else layer_tensors(self.base, self.structure, origin).inner
             source = originals if self.random is None else self.random.inner[number]
             stack = self.structure.stack if self.random is None else self.random.stack
+            # Copies are zeroed by the number of the old layer, first layers of a model by their own.
             zeroed = self.zeroed.get(number if origin is None else origin, ())
             for inner, tensor in source.items():
                 name = f"{layer_prefix(stack)}{number}.{inner}"
                 dtype = self.stored_as or (originals[inner].dtype if inner in originals else self._usual_dtype(tensor))
+                # A kernel instead of a file of zeros: nothing has to be stored first.
                 if inner in zeroed:
                     planned.append(PlannedTensor(name, dtype, tensor.shape, (TensorInput(tensor),), ZEROS))
                 else:
@@ -219,6 +225,7 @@ class LayerInsertionPlan:
                     "has no layers that could be copied", where=ref, hint="Begin with random ones, or identity."
                 )
             return
+        # Renumbering a shard of a model would give a model with holes.
         numbers = [block.index for block in self.structure.blocks]
         if numbers != list(range(len(numbers))):
             raise SurgeryError(
@@ -288,6 +295,7 @@ class LayerInsertionPlan:
             return
         self.zeroed[number] = writers
         try:
+            # Running a layer takes seconds; most layers of a model are of one kind.
             key = layer_key(spec)
             if key not in self._proved:
                 self._proved[key] = prove_identity(spec, tensors.inner, writers)
@@ -302,6 +310,7 @@ class LayerInsertionPlan:
         self.preflight.facts["identity"] = f"proved by running a layer; zero are {listing(writers, 5)}"
 
     def _compare(self, new: Mapping[str, StoredTensor], old: Mapping[str, StoredTensor], origin: int) -> None:
+        # Older files of a family may have other names or shapes than transformers' current code.
         wrong = [name for name, x in new.items() if name not in old or old[name].shape != x.shape]
         if wrong:
             self.preflight.errors.add(
@@ -323,6 +332,7 @@ class LayerInsertionPlan:
         if number is None or number < self.position:
             return name
         start = layer_prefix(self.structure.stack)
+        # Everything from the insertion on moves up.
         return f"{start}{number + self.layers}{name[len(f'{start}{number}') :]}"
 
     def _usual_dtype(self, tensor: StoredTensor) -> str:

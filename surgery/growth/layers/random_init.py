@@ -89,6 +89,7 @@ def build_model(config: Mapping[str, Any], *, seed: int, depth: int | None = Non
         try:
             parsed = config_class.from_dict(_plain(config))
             generator.manual_seed(seed)
+            # eager: it exists for every family, and initialisation does not depend on attention.
             model = AutoModelForCausalLM.from_config(parsed, dtype=torch.float32, attn_implementation="eager").eval()
             if depth is not None:
                 generator.manual_seed(seed)
@@ -167,12 +168,14 @@ def random_layers(
         structure = model_structure(saved)
         if structure.stack is None or structure.layers != 1:
             raise SurgeryError("no layer was found in the names that transformers gives a model of this family")
+        # Only the number differs between a model of one layer and the final one.
         stack = structure.stack if stack is None else stack
         layer = {name: saved.tensors[name] for name in structure.blocks[0].names}
         short = {name.removeprefix(f"{layer_prefix(structure.stack)}0."): tensor for name, tensor in layer.items()}
         inner[number] = {
             name: replace(tensor, name=f"{layer_prefix(stack)}{number}.{name}") for name, tensor in short.items()
         }
+        # The same for every layer: what a model of this family has beside them.
         outside = frozenset(saved.tensors.keys() - layer.keys())
         shards += saved.shards
     tensors = {tensor.name: tensor for layer in inner.values() for tensor in layer.values()}
@@ -203,6 +206,7 @@ def layers_in(model: Any, stack: str | None, count: int) -> tuple[str, list[Any]
     ]
     if not paths:
         raise SurgeryError(f"transformers has no list of {count} layers called {word!r} in a model of this config")
+    # The outermost: lists of the same name inside a layer (experts) are deeper.
     path = min(paths, key=len)
     return path, list(model.get_submodule(path))
 
@@ -219,6 +223,7 @@ def transformers_version() -> dict[str, str]:
 
 def part_seed(seed: int, part: str) -> int:
     """Return the seed of one part of a model: the same part of any model gets the same."""
+    # 15 hexadecimal digits are below 2**63, the limit of torch's seeds.
     return int(hash_text(f"{seed} {part}")[:15], 16)
 
 
@@ -280,6 +285,7 @@ def _decoded(value: Any) -> Any:
 
 
 def _few_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
+    # Ids of special tokens would lie outside the small vocabulary.
     return {**config, "vocab_size": SMALL_VOCABULARY, **dict.fromkeys(_TOKEN_IDS)}
 
 
@@ -287,6 +293,7 @@ def _initialise_as(model: Any, depth: int) -> None:
     """Draw the weights again, as those of a model of `depth` layers."""
     configs: dict[int, Any] = {}
     for module in model.modules():
+        # transformers skips modules that carry this mark.
         module._is_hf_initialized = False
         if (config := getattr(module, "config", None)) is not None:
             configs[id(config)] = config

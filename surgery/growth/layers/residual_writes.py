@@ -98,6 +98,8 @@ def prove_identity(spec: LayerSpec, names: Collection[str], writers: Sequence[st
         if structure.stack is None or structure.layers != 1:
             raise SurgeryError("no layer was found in the names that transformers gives a model of this family")
         inner = layer_tensors(saved, structure, 0).inner
+        # Then a tensor that writes might be missing in the checkpoint under its name, and the proof be of another
+        # layer.
         if unknown := sorted(inner.keys() - set(names)):
             raise SurgeryError(f"transformers names this layer's tensors otherwise ({listing(unknown, 3)})")
         zeroed = {tensor.name for short, tensor in inner.items() if short in writers}
@@ -157,6 +159,7 @@ def _narrow(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def _perturbed(model: Any) -> Any:
+    # With biases of zero and norms of one, a layer that adds a bias would look like an identity.
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.add_(_NOISE * torch.randn(parameter.shape, generator=generator))
@@ -176,6 +179,7 @@ def _run_layer(model: Any, structure: ModelStructure, tokens: Sequence[int] = _T
     def after(_: Any, arguments: tuple[Any, ...], output: Any) -> None:
         outputs.append(hidden_out(tuple(output) if isinstance(output, list) else output).clone())
 
+    # Hooks see what enters and leaves the layer inside the model, with the family's own masks and positions.
     handles = (layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after))
     with hooks(*handles):
         try:

@@ -241,9 +241,11 @@ class PrefixCache:
         self.prefixes = _read_prefixes(self.folder, self._metadata) or {}
         self._seeds = _seeds(self.prefixes)
         self._states_file = os.open(self.folder / STATES, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+        # Also closes the file of a cache that is garbage-collected without `close`.
         self._release = weakref.finalize(self, os.close, self._states_file)
         self._states_map: mmap.mmap = _map_file(self.folder / STATES)
         self._windows_map: mmap.mmap = _map_file(self.folder / WINDOWS)
+        # NumPy has no bfloat16: its bits are handled as uint16.
         kind = np.float32 if self.dtype == torch.float32 else np.uint16
         shape = self.windows, self.sequence, self.width
         self._states: NDArray[Any] = np.frombuffer(self._states_map, kind).reshape(shape)
@@ -267,6 +269,7 @@ class PrefixCache:
             and _file_size(windows) == self.windows * _RECORD.itemsize
         )
         if not valid:
+            # The metadata first: after a kill in between, no valid-looking cache remains.
             for path in (self.folder / METADATA, windows, states):
                 path.unlink(missing_ok=True)
         # Where a valid file had lost its end, the states in it no longer match their hashes.
@@ -286,6 +289,7 @@ class PrefixCache:
             return
         for index in indices:
             begin = index * self.bytes_per_window
+            # madvise accepts only offsets at page boundaries.
             page = begin - begin % mmap.PAGESIZE
             self._states_map.madvise(mmap.MADV_WILLNEED, page, begin + self.bytes_per_window - page)
 

@@ -130,6 +130,7 @@ class _Question:
 
 def _decide(question: _Question) -> CacheDecision:
     settings, folder, size = question.settings, question.folder, question.cache_bytes
+    # A folder that is created only to measure its disk is removed again.
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,6 +161,7 @@ def _compare(question: _Question, read: float, write: float, compute: float) -> 
     """Decide by the seconds of reading, writing and computing the state of a window."""
     settings, depth, cached_depth = question.settings, question.depth, question.cached_depth
     first_pass = read + compute * (depth - cached_depth) / depth if cached_depth else compute
+    # A stage that sees only a part of the windows still has one pass over what it sees.
     n = max(question.passes, 1.0)
     pays = first_pass + write * (cached_depth != depth) + (n - 1) * read < n * compute
     window_bytes = question.tokens.shape[1] * question.live.width * question.dtype.itemsize
@@ -202,6 +204,7 @@ def _no_room(question: _Question) -> str | None:
 def _is_random(live: LoadedModel, depth: int, ids: Tensor, tupled: tuple[bool, ...]) -> bool:
     """Return whether two runs in training mode differ."""
     modes = {module: module.training for module in live.body.modules()}
+    # Dropout is active only in training mode, in which the prefix will run.
     live.body.train()
     try:
         with splice.own_draws(live):
@@ -234,6 +237,7 @@ def _disk_seconds(
     rows, length = tokens.shape
     batches = min(-(-BENCHMARK_BYTES // (rows * length * live.width * dtype.itemsize)), -(-windows // rows))
     index_batches = [list(range(batch * rows, (batch + 1) * rows)) for batch in range(batches)]
+    # Random, as some disks compress zeros.
     states = torch.randn(rows, length, live.width, generator=torch.Generator().manual_seed(0))
     scratch = folder / "measured.partial"
 
@@ -292,6 +296,7 @@ def _seconds(live: LoadedModel, run: Callable[[], None]) -> float:
 
 def _synchronise(live: LoadedModel) -> None:
     if live.device.type == "cuda":
+        # Kernels run asynchronously: without this only their launch would be timed.
         torch.cuda.synchronize(live.device)
 
 

@@ -126,6 +126,7 @@ class Prefix:
         """Start reading the states of the next batch in another thread, while this one is trained on."""
         if self.cache is None or self._pending is not None:
             return
+        # One thread: reads happen one after the other, and never beside a write.
         self._reader = self._reader or ThreadPoolExecutor(1, thread_name_prefix="prefix")
         self._pending = tuple(indices), self._reader.submit(self._read, tuple(indices))
 
@@ -149,6 +150,7 @@ class Prefix:
         states = None if others or at < 1 else self.cache.read(indices, at)
         if states is None:
             return None
+        # Pinned memory can be copied to the GPU asynchronously.
         return at, states.pin_memory() if self.live.device.type == "cuda" else states
 
     def _compute(self, tokens: Tensor, start: int, hidden: Tensor | None) -> Tensor:
@@ -226,6 +228,7 @@ def _settings(live: LoadedModel) -> str:
         name: value
         for name, value in config.items()
         if not isinstance(value, list)
+        # num_hidden_layers and the like; True is an int as well, hence `type`.
         and not ("layer" in name and type(value) is int)
         and name not in ("_name_or_path", "transformers_version", "dtype", "use_cache")
     }

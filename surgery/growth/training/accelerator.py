@@ -54,6 +54,7 @@ def accelerator_for(model: StageModel, sequence: int) -> Any:
             f"the launcher started {n_processes()} processes, and accelerate knows of {accelerator.num_processes}",
             hint="Each would train on its own.",
         )
+    # Others (DeepSpeed, Megatron, TPUs) change optimizer and weights in ways that the saved state does not cover.
     known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
     if accelerator.distributed_type not in known:
         raise SurgeryError(

@@ -55,6 +55,7 @@ def forward_cost(checkpoint: Checkpoint, structure: ModelStructure, *, sequence:
         for name in layer.names:
             shape = checkpoint.tensors[name].shape
             if len(shape) >= _MATRIX:
+                # Norms and biases are vectors, and cost next to nothing.
                 entries += checkpoint.tensors[name].n_elements * _used_fraction(structure, layer.index, name)
         heads = layer.heads
         width = heads.n_heads * heads.head_dim if heads and heads.n_heads and heads.head_dim else 0

@@ -37,6 +37,8 @@ class RunContext:
         """Folder of the prefix cache; runs whose plans name the same folder get separate ones in it."""
         if self.plan.cache.folder is None:
             return self.run / CACHE
+        # The path of the run distinguishes them; the cache is deleted at the end, so that moving a run loses nothing
+        # but it.
         return self.plan.cache.folder / hash_text(str(self.run.resolve()))
 
 
@@ -63,6 +65,7 @@ class TrainingJob:
     @property
     def embedding(self) -> EmbeddingTraining:
         """Whether the embedding trains."""
+        # A head that is tied to the embedding cannot train alone (see `prepare_stage_model`), so that this covers it.
         return "trained" if {"embedding", "all"} & set(self.stage.train) else "frozen"
 
     def schedule(self, plan: GrowthPlan) -> TrainingSchedule:

@@ -166,6 +166,7 @@ def train_stage(
         run.resume()
         run.train(label, save_every, progress, log)
         result = run.finish()
+        # The stage is complete and its state saved: now the interrupt may pass.
         if interrupts.asked:
             raise KeyboardInterrupt
         return result
@@ -186,6 +187,7 @@ class _Run:
         self.model, self.schedule, self.store, self.prefix, self.folder = model, schedule, store, prefix, folder
         self.interrupts = interrupts
         self.fingerprint = _fingerprint(model, schedule, store.identity)
+        # Before the model is sharded, which would leave only this process's part.
         self.n_trained = model.n_trained
         training = schedule.training
         optimizer = torch.optim.AdamW(
@@ -198,6 +200,7 @@ class _Run:
         self.accelerator = accelerator_for(model, schedule.sequence)
         self.wrapped, prepared = self.accelerator.prepare(model, optimizer)
         self.optimizer: torch.optim.Optimizer = prepared.optimizer
+        # Only now: under FSDP2 `prepare` replaces parameters by their shards.
         self.parameters = model.trained()
         self.losses: list[float] = []
         self.earlier_seconds = 0.0  # of training before this process resumed it
@@ -244,6 +247,7 @@ class _Run:
     def finish(self) -> StageResult:
         """Merge low-rank updates and return the result."""
         seconds = self._seconds()
+        # Before updates are merged, which removes their parameters.
         moments = [state[key] for state in self.optimizer.state.values() for key in MOMENTS]
         changed = self.model.finish()
         weights = {name: gather_full(self.model.model.get_parameter(name).detach()) for name in changed}
@@ -291,6 +295,7 @@ class _Run:
             torch.distributed.all_reduce(facts)
         total, length = facts.tolist(), float(norm)
         mean = total[0] / n_processes()
+        # Before the update: the last saved state must not be overwritten by NaN.
         if not (math.isfinite(mean) and math.isfinite(length)):
             raise self._diverged(step + 1, f"the loss is {mean}, its gradient's norm {length}")
         self.optimizer.step()
@@ -323,6 +328,7 @@ class _Run:
 
     def _save(self) -> None:
         tensors = snapshot(self.parameters, self.optimizer)
+        # A loss can be finite while moments have overflowed; such a state could never be resumed.
         if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
             raise self._diverged(len(self.losses), "weights or their moments are no longer finite")
         numbers = {"losses": self.losses, "seconds": self._seconds()}
@@ -370,6 +376,7 @@ def _check_prefix(prefix: Prefix | None, model: StageModel) -> None:
             where="cache",
             hint="Set use: off, or start without FSDP.",
         )
+    # States that were computed in another dtype, or for another layer, would train without any error.
     dtype = autocast_dtype(model.live.device)
     if (prefix.depth, prefix.autocast) != (model.depth, dtype):
         raise usage_error(

@@ -34,6 +34,7 @@ class LoraUpdate(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         bound = 1 / math.sqrt(fan_in)
+        # Drawn on the CPU: GPUs have other generators, and the start must not depend on the device.
         initial = torch.empty(settings.rank, fan_in).uniform_(-bound, bound, generator=generator)
         self.A = nn.Parameter(initial.to(like))
         self.B = nn.Parameter(torch.zeros(fan_out, settings.rank).to(like))
@@ -65,6 +66,7 @@ class LoraUpdates:
         for name, module in self.modules.items():
             weight, update = _weight(module), _update(module)
             added = update.matrix()
+            # fp64, so that the only rounding is that of the result.
             assign(weight, gather_full(weight).double() + (added.T if name in self.transposed else added))
         self.remove()
 
@@ -116,14 +118,17 @@ _HOOK = "_lora_hook"
 
 
 def _add_update(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> Tensor:
+    # Some families call their projections with keyword arguments.
     inputs = arguments[0] if arguments else next(iter(keywords.values()))
     added: Tensor = output + _update(module)(inputs)
     return added
 
 
 def _matrices(layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    # GPT-2's matrices; stored (in, out), the transpose of nn.Linear's.
     from transformers.pytorch_utils import Conv1D
 
+    # Layers may share a matrix: it gets one update.
     seen: set[int] = set()
     for root, layer in layers.items():
         for inside, module in layer.named_modules():

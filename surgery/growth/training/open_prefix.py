@@ -67,6 +67,7 @@ def open_prefix_cache(context: RunContext, job: TrainingJob, model: StageModel, 
     """
     if job.passes is None:
         return OpenPrefix(CacheUse(used=False, reason="no prefix cache: all layers train"))
+    # No process has whole layers to run, or whole weights to hash.
     if is_sharded():
         return OpenPrefix(CacheUse(used=False, reason="no prefix cache: FSDP shards the model"))
     record = folder / DECISION
@@ -74,6 +75,7 @@ def open_prefix_cache(context: RunContext, job: TrainingJob, model: StageModel, 
     if use is None:
         decision = _decide(context, job, model)
         use = CacheUse(used=decision.use, reason=decision.reason, bytes=decision.bytes if decision.use else 0)
+        # Before the first step: a training that is killed later must find the decision.
         if is_main():
             write_file(record, use.model_dump_json())
     if not use.used:
@@ -118,6 +120,7 @@ def _decide(context: RunContext, job: TrainingJob, model: StageModel) -> CacheDe
     store, depth = context.store, model.depth
     depths = cached_prefixes(context.cache_folder, **_layout(context, model)) or {}
     first = store.windows([store.window_at(job.first_window)])
+    # Timed with the batch size of training, on which the speed of a layer depends.
     rows = max(1, job.schedule(context.plan).micro_batch)
     return decide_caching(
         model.live,

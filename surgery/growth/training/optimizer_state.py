@@ -49,6 +49,7 @@ def save_state(
     Raises:
         SurgeryError: the disk is full, or cannot be written.
     """
+    # Written beside the old state, which is replaced by a rename: a kill leaves one of the two whole.
     partial = partial_path(folder)
     body = {"step": step, "fingerprint": fingerprint, "tensors": parameter_hashes(tensors), "numbers": dict(numbers)}
     try:
@@ -59,6 +60,7 @@ def save_state(
         commit_folder(partial, folder, overwrite=True)
     except OSError as error:
         raise disk_error(error, folder) from error
+    # safetensors reports a full disk as an error of its own, without errno.
     except SafetensorError as error:
         free, needed = shutil.disk_usage(partial).free, sum(tensor.nbytes for tensor in tensors.values())
         raise SurgeryError(
@@ -113,6 +115,7 @@ def restore(
         assign(parameter, tensors[f"{WEIGHT}/{name}"])
         if f"{COUNT}/{name}" not in tensors:
             continue  # it had no gradient before the snapshot
+        # Set directly, as `load_state_dict` identifies parameters by position, not by name.
         optimizer.state[parameter] = {COUNT: tensors[f"{COUNT}/{name}"].to(parameter.device)}
         for key in MOMENTS:
             moment = torch.empty_like(parameter)
@@ -150,6 +153,7 @@ def _read(folder: Path, fingerprint: str) -> TrainingState:
             hint="Choose another folder, or remove this one to begin the stage anew.",
         )
     tensors = load_file(folder / TENSORS)
+    # A torn file may still have a valid header.
     if hash_tensors(parameter_hashes(tensors)) != hash_tensors(body["tensors"]):
         raise ValueError(f"{TENSORS} does not match its hashes")
     return TrainingState(body["step"], tensors, body["numbers"])

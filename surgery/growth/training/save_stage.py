@@ -69,6 +69,7 @@ def save_stage(context: RunContext, job: TrainingJob, trained: FinishedTraining,
     """
     before, saved_at = trained.live.checkpoint, work / "saved"
     shutil.rmtree(saved_at, ignore_errors=True)  # left by a kill
+    # First by transformers, which knows the names on disk; then copied with the dtypes, shards and files of `before`.
     saved = save_model(trained.live.model, saved_at, state=trained.state)
     _check_names(before, saved, job)
     planned = [copy_tensor(saved.tensors[name], dtype=tensor.dtype) for name, tensor in before.tensors.items()]
@@ -106,12 +107,14 @@ def _command(context: RunContext, job: TrainingJob) -> dict[str, Any]:
     """
     stages = context.plan.expanded
     done = stages if job.budget else stages[: int(job.name.rpartition("-")[2])]
+    # Scores change no weights, and later stages do not belong to this checkpoint.
     plan = context.plan.model_copy(update={"stages": done, "evaluate": Evaluation()})
     settings = {"device": context.device.partition(":")[0], "threads": torch.get_num_threads()}
     record = command_record("grow run", [PLAN], **settings)
     if job.budget:
         first = record["line"]
         record = command_record("grow baseline", [PLAN], budget=job.budget, embedding=job.embedding, **settings)
+        # A baseline is reproduced by growing first.
         record["first"] = [first]
     return record | {"files": {PLAN: plan_text(plan)}, "inside": job.name}
 
@@ -143,6 +146,7 @@ def _check_names(before: Checkpoint, saved: Checkpoint, job: TrainingJob) -> Non
 def _record(context: RunContext, job: TrainingJob, trained: FinishedTraining, *, proven: int) -> TrainingRecord:
     checkpoint, result, train = trained.live.checkpoint, trained.result, set(job.stage.train)
     n_layers = len(trained.live.layers)
+    # Low-rank updates cost next to nothing beside the matrices, and are not counted.
     layers = range(n_layers) if "all" in train else job.new if "new" in train else ()
     forward = forward_cost(checkpoint, model_structure(checkpoint), sequence=context.plan.sequence)
     cost = training_cost(

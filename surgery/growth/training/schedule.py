@@ -82,6 +82,7 @@ class TrainingSchedule:
 
     def micro_batches(self, step: int, store: WindowSource) -> list[list[int]]:
         """Return the window indices that this process computes in `step`, one list per micro-batch."""
+        # Processes take consecutive parts of a batch, so that the batch is the same for any number of them.
         begin = self.first_window + step * self.batch + rank() * self.windows_per_process
         indices = [store.window_at(position) for position in range(begin, begin + self.windows_per_process)]
         return [indices[at : at + self.micro_batch] for at in range(0, self.windows_per_process, self.micro_batch)]
@@ -93,6 +94,7 @@ def learning_rate(step: int, steps: int, training: StageTraining) -> float:
     It rises linearly over the first ⌈warmup · steps⌉ steps, to the peak in the last of them, and then follows
     `training.decay` down to final_rate · peak in the last step of all.
     """
+    # A warmup of 1 covers all steps, and leaves none for the decay.
     warmup_steps = min(math.ceil(training.warmup * steps), steps)
     if step < warmup_steps:
         return training.learning_rate * (step + 1) / warmup_steps
@@ -111,6 +113,7 @@ def has_plateaued(losses: Sequence[float], plateau: Plateau | None, tokens_per_s
     if plateau is None:
         return False
     n = math.ceil(plateau.tokens / tokens_per_step)
+    # Two full spans are needed to compare.
     if len(losses) < 2 * n:
         return False
     last, before = math.fsum(losses[-n:]) / n, math.fsum(losses[-2 * n : -n]) / n
@@ -122,6 +125,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
     Seeding every step anew means that a saved state need not hold the generators' own states.
     """
+    # Not hash(), which Python salts per process.
     return zlib.crc32(f"{seed} {step} {rank}".encode())
 
 

@@ -44,6 +44,7 @@ class StageModel(nn.Module):
         """
         replaced = replace_input(self.live, self.depth, hidden, self._tupled) if hidden is not None else nullcontext()
         with replaced:
+            # Keys and values are of no use in training, and would take memory.
             logits = self.model(input_ids=tokens, use_cache=False).logits
         return cross_entropy(logits.flatten(0, 1), targets.flatten())
 
@@ -120,6 +121,7 @@ def prepare_stage_model(live: LoadedModel, stage: GrowthStage, new: Sequence[int
     embedding, head = model.get_input_embeddings(), _head(model)
     if "head" in train and head is None:
         raise SurgeryError("has no output head that could train", where=live.name)
+    # Tied weights are one parameter: freezing one name would freeze the other.
     tied = head is not None and getattr(head, "weight", None) is embedding.weight
     if tied and "all" not in train and ("head" in train) != ("embedding" in train):
         one, other = ("head", "embedding") if "head" in train else ("embedding", "head")

@@ -32,6 +32,7 @@ def tensorboard(folder: Path) -> Iterator[Callable[[TrainingStep], None]]:
 
     def log(step: TrainingStep) -> None:
         nonlocal writer
+        # Opened at the first step, because only then is it known where a resumed training continues.
         if writer is None:
             writer = SummaryWriter(str(folder), purge_step=step.tokens)
         values = {
