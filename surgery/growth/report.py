@@ -106,11 +106,11 @@ def growth_report(growth: Growth) -> Report:
 
     first, last = growth.stages[0].training, growth.stages[-1].training
     done, planned = len(growth.stages), len(growth.plan.expanded)
-    begins = growth.plan.embed or growth.plan.start
+    start = growth.plan.embed or growth.plan.start
     frozen = all(model.training.embedding == "frozen" for model in growth.stages)
     intro = (
         f"From {first.layers - len(first.new)} to {last.layers} layers in {done} of {planned} stages, begun with "
-        f"{begins}, the embedding {'frozen' if frozen else 'trained too'} (after arXiv 2507.07129). Corpus: "
+        f"{start}, the embedding {'frozen' if frozen else 'trained too'} (after arXiv 2507.07129). Corpus: "
         f"{', '.join(growth.plan.corpus)}."
     )
     report = Report("A transformer grown layer by layer", intro)

@@ -57,7 +57,9 @@ def write_plan(folder: Path, name: str = "plan.yml", **changes: Any) -> Path:
     return path
 
 
-def begun(bench: Path, run: Path, *, plan: Path | None = None, corpus: str = "sums.txt", **changes: Any) -> PreparedRun:
+def prepared(
+    bench: Path, run: Path, *, plan: Path | None = None, corpus: str = "sums.txt", **changes: Any
+) -> PreparedRun:
     """A run of a plan with changes, on the embedding and a corpus of `bench`."""
     path = plan or write_plan(run.parent, f"{run.name}.yml", **changes)
     embed = None if changes.get("start") else str(bench / "emb")
@@ -66,7 +68,7 @@ def begun(bench: Path, run: Path, *, plan: Path | None = None, corpus: str = "su
 
 def grown(bench: Path, run: Path, *, corpus: str = "sums.txt", options: RunOptions = CPU, **changes: Any) -> Growth:
     """That run, done."""
-    return grow(begun(bench, run, corpus=corpus, **changes), options)
+    return grow(prepared(bench, run, corpus=corpus, **changes), options)
 
 
 def weights(run: Path) -> Mapping[str, Tensor]:

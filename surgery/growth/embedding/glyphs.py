@@ -88,7 +88,7 @@ def open_font(path: Path | None, *, height: int) -> Font:
 
 
 class Glyphs:
-    """Draws strings with `font` as bitmaps of `cell` × `cell`; every character is drawn once.
+    """Renderer of strings as bitmaps of `cell` × `cell` pixels in `font`; every character is drawn once.
 
     Raises:
         SurgeryError: `cell` is odd, or not between 8 and 128.

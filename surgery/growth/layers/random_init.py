@@ -50,8 +50,8 @@ class LayerSpec:
         if self.layer is None or self.template is None:
             text = with_count(text, 1)
         else:
-            if faults := unsayable(text, [self.layer], self.template):
-                raise SurgeryError(f"layer {self.layer} cannot be made on its own: {' '.join(faults)}")
+            if errors := unsayable(text, [self.layer], self.template):
+                raise SurgeryError(f"layer {self.layer} cannot be made on its own: {' '.join(errors)}")
             text = with_layers(text, [self.layer], self.template)
         return _few_tokens(text)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.growth_runs import BATCH, CPU, SEQUENCE, STEPS, TOKENS, begun, grown, write_corpora, write_substrate
+from support.growth_runs import BATCH, CPU, SEQUENCE, STEPS, TOKENS, grown, prepared, write_corpora, write_substrate
 from torch import Tensor
 
 from surgery.errors import SurgeryError
@@ -45,7 +45,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_substrate(folder)
     texts = {"texts": [str(folder / "words.txt")], "limit": 1}
     grown(folder, folder / "run", evaluate=texts)
-    train_baselines(begun(folder, folder / "run", plan=folder / "run.yml"), options=CPU)
+    train_baselines(prepared(folder, folder / "run", plan=folder / "run.yml"), options=CPU)
     return folder
 
 
@@ -108,12 +108,12 @@ def test_the_report_says_which_way_it_comes_out(growth: Growth) -> None:
 
 
 def test_baselines_stay_when_the_growth_is_run_again(bench: Path, growth: Growth) -> None:
-    assert grow(begun(bench, bench / "run", plan=bench / "run.yml"), CPU) == growth
+    assert grow(prepared(bench, bench / "run", plan=bench / "run.yml"), CPU) == growth
 
 
 def test_one_of_them_may_be_asked_for(bench: Path, tmp_path: Path) -> None:
     grown(bench, tmp_path / "run", stages=[{"tokens": TOKENS}])
-    asked = begun(bench, tmp_path / "run", plan=tmp_path / "run.yml")
+    asked = prepared(bench, tmp_path / "run", plan=tmp_path / "run.yml")
     found = train_baselines(asked, budget="tokens", embedding="frozen", options=CPU)
     assert [model.training.name for model in found.baselines] == ["baseline-tokens-frozen"]
     # One layer, all at once: a growth of one stage is nothing else.
@@ -123,4 +123,4 @@ def test_one_of_them_may_be_asked_for(bench: Path, tmp_path: Path) -> None:
 
 def test_there_must_be_a_growth_to_compare_with(bench: Path, tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match="holds no growth that is done"):
-        train_baselines(begun(bench, tmp_path / "run"), options=CPU)
+        train_baselines(prepared(bench, tmp_path / "run"), options=CPU)

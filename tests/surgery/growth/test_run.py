@@ -22,9 +22,9 @@ from support.growth_runs import (
     STEPS,
     TOKENS,
     WIDTH,
-    begun,
     curves,
     grown,
+    prepared,
     weights,
     write_corpora,
     write_plan,
@@ -128,7 +128,7 @@ def test_results_report_and_scores_are_there(run: Path) -> None:
 
 def test_the_same_command_does_nothing_again(bench: Path, run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
-    growth = grow(begun(bench, run, plan=bench / "run.yml"), CPU)
+    growth = grow(prepared(bench, run, plan=bench / "run.yml"), CPU)
     assert growth == read_growth(run)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
 
@@ -156,7 +156,7 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = sys.argv[5:]
-from support.growth_runs import CPU, begun
+from support.growth_runs import CPU, prepared
 from surgery.growth.run import grow
 
 torch.set_num_threads(1)
@@ -175,7 +175,7 @@ def killed(*arguments, **keywords):
     return plain(*arguments, **keywords)
 
 setattr(holder, last, killed)
-grow(begun(bench, run, plan=bench / "killed.yml"), type(CPU)(device="cpu", save_every=0))
+grow(prepared(bench, run, plan=bench / "killed.yml"), type(CPU)(device="cpu", save_every=0))
 """
 
 
@@ -197,7 +197,7 @@ def test_a_killed_run_ends_as_one_that_was_not(bench: Path, tmp_path: Path, plac
     write_plan(bench, "killed.yml", stages=[{"times": 2, "tokens": TOKENS}], cache={"use": "on"})
     whole = bench / "whole"
     if not whole.exists():
-        grow(begun(bench, whole, plan=bench / "killed.yml"), CPU)
+        grow(prepared(bench, whole, plan=bench / "killed.yml"), CPU)
     child = subprocess.run(
         [sys.executable, "-c", KILLING, bench, tmp_path / "run", place, str(calls), ROOT, ROOT / "tests"],
         capture_output=True,
@@ -206,7 +206,7 @@ def test_a_killed_run_ends_as_one_that_was_not(bench: Path, tmp_path: Path, plac
         check=False,
     )
     assert child.returncode == -signal.SIGKILL, child.stderr
-    growth = grow(begun(bench, tmp_path / "run", plan=bench / "killed.yml"), CPU)
+    growth = grow(prepared(bench, tmp_path / "run", plan=bench / "killed.yml"), CPU)
     assert curves(growth) == curves(read_growth(whole))
     one, other = weights(tmp_path / "run"), weights(whole)
     assert list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
@@ -234,7 +234,7 @@ def test_more_passes_are_read_back(bench: Path, tmp_path: Path) -> None:
     count = grown(bench, tmp_path / "one", stages=[{"tokens": TOKENS}]).stages[0].training.tokens
     (tmp_path / "few.txt").write_text((bench / "sums.txt").read_text()[:400])
     (tmp_path / "emb").symlink_to(bench / "emb")
-    run = begun(
+    run = prepared(
         tmp_path,
         tmp_path / "run",
         corpus="few.txt",
@@ -343,7 +343,7 @@ def test_an_embedding_of_another_tokenizer_is_refused(bench: Path, tmp_path: Pat
     for path in (tmp_path / "tok").glob("tokenizer*"):
         shutil.copy(path, tmp_path / "emb")
     with pytest.raises(SurgeryError, match=r"its tokenizer has 330 tokens, the embedding 320 rows"):
-        begun(tmp_path, tmp_path / "run")
+        prepared(tmp_path, tmp_path / "run")
 
 
 def test_a_plan_says_what_it_begins_with_and_learns_from(bench: Path, tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from support.growth_runs import (
     SEQUENCE,
     STEPS,
     TOKENS,
-    begun,
     curves,
     grown,
+    prepared,
     weights,
     write_corpora,
     write_plan,
@@ -124,24 +124,24 @@ def test_baselines_belong_to_one_growth_and_its_measures(
     run, texts = tmp_path / "run", [str(bench / "words.txt"), str(bench / "sums.txt")]
     grown(bench, run, stages=ONE, evaluate={"texts": texts[:1], "limit": 1})
     asked: dict[str, Any] = {"budget": "tokens", "embedding": "frozen", "options": CPU}
-    first = train_baselines(begun(bench, run, plan=tmp_path / "run.yml"), **asked)
+    first = train_baselines(prepared(bench, run, plan=tmp_path / "run.yml"), **asked)
     # Another plan is not compared with.
     other = write_plan(tmp_path, stages=ONE, training={"learning_rate": 0.02})
     with pytest.raises(SurgeryError, match="holds a growth of another plan, start or corpus"):
-        train_baselines(begun(bench, run, plan=other), **asked)
+        train_baselines(prepared(bench, run, plan=other), **asked)
     # Other texts: all models are measured on them, in whichever order the commands come.
     more = write_plan(tmp_path, stages=ONE, evaluate={"texts": texts, "limit": 1})
     tasks = [
         {score.task for score in model.scores}
-        for model in train_baselines(begun(bench, run, plan=more), **asked).stages
+        for model in train_baselines(prepared(bench, run, plan=more), **asked).stages
     ]
     assert tasks == [set(texts)]
-    back = grow(begun(bench, run, plan=tmp_path / "run.yml"), CPU)
+    back = grow(prepared(bench, run, plan=tmp_path / "run.yml"), CPU)
     assert [model.scores for model in back.baselines] == [()]
-    assert train_baselines(begun(bench, run, plan=tmp_path / "run.yml"), **asked).baselines == first.baselines
+    assert train_baselines(prepared(bench, run, plan=tmp_path / "run.yml"), **asked).baselines == first.baselines
     # One stage more: the baseline of one layer is none for two.
     longer = write_plan(tmp_path, stages=[*ONE, *ONE])
-    assert grow(begun(bench, run, plan=longer), CPU).baselines == ()
+    assert grow(prepared(bench, run, plan=longer), CPU).baselines == ()
 
 
 def test_results_are_whole_while_a_done_run_is_looked_through(
@@ -150,7 +150,7 @@ def test_results_are_whole_while_a_done_run_is_looked_through(
     whole = grown(bench, tmp_path / "run", stages=[{"times": 2, "tokens": TOKENS}])
     with pytest.raises(StopError):
         stop_at(monkeypatch, run_module, "evaluate_model", call=2)
-        grow(begun(bench, tmp_path / "run", plan=tmp_path / "run.yml"), CPU)
+        grow(prepared(bench, tmp_path / "run", plan=tmp_path / "run.yml"), CPU)
     assert read_growth(tmp_path / "run") == whole
 
 
