@@ -22,7 +22,7 @@ from probes.refusal.findings import (
     ProbeRecord,
     read_findings,
 )
-from probes.refusal.heads.plots import head_map_figure, screen_figure
+from probes.refusal.heads.plots import cumulative_figure, head_map_figure, screen_figure
 from probes.refusal.linear.training import CELLS
 from surgery.checkpoint.selectors import Head
 from surgery.evaluation.statistics import EstimateWithInterval, Floats
@@ -308,7 +308,7 @@ def _proof_figures(findings: Findings, causal: CausalRecord) -> dict[str, Figure
     costs = [step.kl.value if step.kl and step.kl.value is not None else float("nan") for step in causal.steps]
     found = {}
     if causal.steps:
-        found["cumulative"] = plots.cumulative_figure(
+        found["cumulative"] = cumulative_figure(
             "Heads ablated, set by set",
             sizes,
             [step.score.estimate for step in (causal.base, *causal.steps)],

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from probes.refusal.heads.plots import head_map_figure, screen_figure
-from probes.refusal.plots import TraceCurve, cumulative_figure, histogram_figure, layer_auroc_figure, trace_figure
+from probes.refusal.heads.plots import cumulative_figure, head_map_figure, screen_figure
+from probes.refusal.plots import TraceCurve, histogram_figure, layer_auroc_figure, trace_figure
 from surgery.errors import SurgeryError
 from surgery.evaluation.statistics import Band, EstimateWithInterval, align_ends, bootstrap_mean
 from surgery.reporting.report import Figure
