@@ -53,7 +53,8 @@ def make_tokenizer(folder: Path, count: int) -> None:
 
 def embed(folder: Path) -> None:
     """Prints the seconds, the peak resident MB, and what was made, as JSON."""
-    from surgery.growth.embedding.build import EmbeddingReport, make_embedding
+    from surgery.growth.embedding.build import make_embedding
+    from surgery.growth.embedding.report import EmbeddingReport
 
     made: list[EmbeddingReport] = []
     begun = time.perf_counter()

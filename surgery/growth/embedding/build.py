@@ -8,7 +8,7 @@ After arXiv 2507.04886 and 2507.07129: no training changes the embedding.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,14 +23,13 @@ from surgery.growth.embedding.embedding_folder import KIND, TENSOR, WEIGHTS
 from surgery.growth.embedding.from_model import embedding_rows
 from surgery.growth.embedding.glyphs import Glyphs, check_cell, open_font
 from surgery.growth.embedding.preview import embedding_preview
+from surgery.growth.embedding.report import Collisions, EmbeddingReport
 from surgery.growth.embedding.tables import Groups
 from surgery.growth.embedding.token_strings import OpenTokenizer, open_tokenizer, token_strings
 from surgery.io.atomic import check_free, commit_folder, copy_file, create_partial_folder, file_sizes, write_file
 from surgery.io.hashing import KEY, hash_bytes, hash_tensors
 from surgery.io.json_io import read_json, to_json
 from surgery.models.loading import save_tokenizer
-from surgery.reporting.report import Column
-from surgery.reporting.report import Table as Printed
 from surgery.runtime.progress import Progress, silent
 
 # The values are the CLI's choices and entries of manifests.
@@ -39,56 +38,6 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 COLLISIONS = "collisions.json"
 SPECIMEN = "specimen.png"
 CELL = 32  # pixels on a side, as in the paper
-LARGEST_GROUPS = 10  # groups of colliding tokens in the manifest
-GROUP_EXAMPLES = 8  # tokens of each
-
-
-@dataclass(frozen=True)
-class Collisions:
-    """Rows that are equal to the bit. largest: strings of the first tokens in the largest groups."""
-
-    rows: int
-    groups: int
-    largest: tuple[tuple[str, ...], ...] = field(default=(), compare=False)
-
-
-@dataclass(frozen=True)
-class EmbeddingReport:
-    """The result of `make_embedding`.
-
-    hash: of the tensor. normalised: whether rows have norm 1. collisions: in the written table. before: in the table
-    before duplicates were separated. zero_rows: rows of zeros. details: of one kind only (font, kept variance).
-    """
-
-    out: Path
-    kind: Kind
-    vocab_size: int
-    width: int
-    hash: str
-    normalised: bool
-    collisions: Collisions
-    before: Collisions | None
-    zero_rows: int
-    details: Mapping[str, Any]
-
-    def summary(self) -> dict[str, Any]:
-        """Return the manifest's report."""
-        return {name: value for name, value in asdict(self).items() if name != "out"}
-
-    def table(self) -> Printed:
-        """Return a table of the report."""
-        facts = [
-            ("tokens", self.vocab_size),
-            ("width", self.width),
-            ("norm of rows", "1" if self.normalised else "as made"),
-            *((name.replace("_", " "), value) for name, value in self.details.items() if name != "font_hash"),
-            *([("rows of zeros", self.zero_rows)] if self.zero_rows else []),
-            *([("tokens that shared a row", self.before.rows)] if self.before else []),
-            ("tokens that share a row", self.collisions.rows),
-            ("groups that they form", self.collisions.groups),
-            ("hash", self.hash),
-        ]
-        return Printed(f"Frozen embedding: {self.kind}", [Column(""), Column("")], facts)
 
 
 @dataclass(frozen=True)
@@ -145,11 +94,11 @@ def make_embedding(
     groups = tables.duplicate_rows(built.table)
     before = None
     if unique:
-        before = _count(groups, strings)
+        before = Collisions.of(groups, strings)
         tables.separate_duplicates(built.table, groups, seed=seed, normalise=settings.normalises)
         # None are left: `separate_duplicates` raises otherwise.
         groups = []
-    report = _preview_report(out, settings, built, _count(groups, strings), before)
+    report = _preview_report(out, settings, built, Collisions.of(groups, strings), before)
     command = command_record("grow embed", [tokenizer], **settings.as_typed())
     # The folder appears as a whole: a half-written embedding would be trained on for hours before anyone noticed.
     partial = create_partial_folder(out, overwrite=overwrite)
@@ -336,11 +285,6 @@ def _source_table(opened: OpenTokenizer, settings: _Settings, rows: int) -> _Bui
     elif settings.normalises:
         tables.normalize_rows(table)
     return _BuiltTable(table, details, inputs={"source": entry})
-
-
-def _count(groups: Groups, strings: Sequence[str]) -> Collisions:
-    largest = tuple(tuple(strings[index] for index in group[:GROUP_EXAMPLES]) for group in groups[:LARGEST_GROUPS])
-    return Collisions(sum(map(len, groups)), len(groups), largest)
 
 
 def _preview(strings: Sequence[str], built: _BuiltTable, groups: Groups, report: EmbeddingReport) -> bytes:
