@@ -16,6 +16,7 @@ from cli.commands import push, reproduce
 from cli.commands import run as recipes
 from surgery.errors import FAILED, SurgeryError
 from surgery.runtime import environment as process
+from surgery.runtime.interrupts import redeliver_dropped_interrupts
 
 app.command(epilog=recipes.EPILOG)(recipes.run)
 app.command(epilog=push.EPILOG)(push.push)
@@ -50,6 +51,7 @@ def program() -> None:
     command writes is on the disk when it returns.
     """
     process.configure_cli_process()
+    redeliver_dropped_interrupts()
     try:
         run()
     except SystemExit as left:

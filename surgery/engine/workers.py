@@ -28,6 +28,7 @@ from surgery.checkpoint.reader import SourceFiles, TensorReader
 from surgery.errors import SurgeryError
 from surgery.runtime.collectives import map_over_ranks, n_active_processes
 from surgery.runtime.environment import is_cli_process, n_local_processes, rank
+from surgery.runtime.interrupts import DeferredInterrupt
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
@@ -72,8 +73,11 @@ def run(
         queue = units if isinstance(units, deque) else deque(units)
         try:
             while queue or pending:
-                while queue and len(pending) < 2 * threads:
-                    pending.add(pool.submit(_do, queue.popleft()))
+                # The first `submit` forks. A Ctrl-C in the callbacks of a fork would be dropped, and logging's lock,
+                # which is taken and given back by such callbacks, would stay locked.
+                with DeferredInterrupt():
+                    while queue and len(pending) < 2 * threads:
+                        pending.add(pool.submit(_do, queue.popleft()))
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield future.result()

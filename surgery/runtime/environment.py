@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
-import threading
-from types import FrameType
 
 _LIBC = ctypes.CDLL(None)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -49,27 +46,3 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes and talks."""
     return rank() == 0
-
-
-class DeferredInterrupt:
-    """Inside, the first Ctrl-C only sets `asked`, so that a step can end and be saved; the next one interrupts.
-
-    Outside the main thread, where no signals are handled, it does nothing.
-    """
-
-    asked = False
-
-    def __enter__(self) -> DeferredInterrupt:
-        self._mine = threading.current_thread() is threading.main_thread()
-        if self._mine:
-            self._before = signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._mine:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,13 +158,45 @@ def write_output(job: StepProcess) -> None:
         (out / "result.txt").write_text(f"{job.node.name} made this", encoding="utf-8")
 
 
-def surgery_run(folder: Path, *words: object) -> subprocess.Popen[str]:
-    """`surgery run …` as a process of its own, in `folder`."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+# Python imports a module of this name before anything else: in the process of the step it writes who it is, and waits.
+WAITING = """
+import os, signal, sys
+from pathlib import Path
+if "WORD" in sys.orig_argv:
+    Path("FOLDER/process.part").write_text(str(os.getpid()))
+    Path("FOLDER/process.part").rename("FOLDER/process")
+    signal.pause()
+"""
+
+
+def hold_step(folder: Path, word: str) -> dict[str, str]:
+    """The environment of a run in which steps with `word` on their command line wait, before they begin, for a signal.
+
+    Such a step leaves its process id in `folder`; see `wait_for_held_step`.
+    """
+    folder.mkdir()
+    text = WAITING.replace("WORD", word).replace("FOLDER", str(folder.absolute()))
+    (folder / "sitecustomize.py").write_text(text, encoding="utf-8")
+    paths = [str(folder.absolute()), os.environ.get("PYTHONPATH")]
+    return {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+
+def wait_for_held_step(folder: Path, run: subprocess.Popen[str]) -> int:
+    """Return the process id of the step that `hold_step` holds; fail where `run` ends without one."""
+    path = folder / "process"
+    while not path.exists():
+        assert run.poll() is None, run.communicate()[1]
+        time.sleep(0.01)
+    return int(path.read_text(encoding="utf-8"))
+
+
+def surgery_run(folder: Path, *words: object, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start `surgery run …` as a process of its own, in `folder`."""
+    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
     return subprocess.Popen(
         line_of(["run", *map(str, words)]),
         cwd=folder,
-        env=environment,
+        env=os.environ | settings | (environment or {}),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -43,7 +43,8 @@ from surgery.io.hashing import hash_tensors, hash_text
 from surgery.models.loaded_model import LoadedModel
 from surgery.models.parameters import gather_full, local, parameter_hashes
 from surgery.runtime.collectives import barrier, on_main
-from surgery.runtime.environment import DeferredInterrupt, is_main, n_processes, rank
+from surgery.runtime.environment import is_main, n_processes, rank
+from surgery.runtime.interrupts import DeferredInterrupt
 from surgery.runtime.progress import Progress, silent
 
 if TYPE_CHECKING:

@@ -31,7 +31,8 @@ from surgery.recipes.run.step_runner import StepRunner, StepStatus, check_source
 from surgery.recipes.run.subprocesses import POLL, Runner, RunningStep, StepProcess, start, stop
 from surgery.recipes.types import Pipeline, RecipeStep, StepOutput
 from surgery.runtime.collectives import map_over_ranks
-from surgery.runtime.environment import DeferredInterrupt, is_main, n_processes
+from surgery.runtime.environment import is_main, n_processes
+from surgery.runtime.interrupts import DeferredInterrupt
 
 
 @dataclass(frozen=True)

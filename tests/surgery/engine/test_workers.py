@@ -67,6 +67,23 @@ def test_torch_gets_its_threads_back(form: str, files: SourceFiles) -> None:
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks safely")
+def test_ctrl_c_while_workers_are_forked_is_heard(files: SourceFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python drops what is raised in the callbacks of a fork."""
+    monkeypatch.setitem(process._state, "claimed", True)
+    pressed: list[int] = []
+
+    def press() -> None:
+        if not pressed:  # callbacks cannot be taken back: those of later tests do nothing
+            pressed.append(os.getpid())
+            signal.raise_signal(signal.SIGINT)
+
+    os.register_at_fork(after_in_parent=press)
+    with pytest.raises(KeyboardInterrupt):
+        list(run(range(3), lambda unit, _: unit, files, threads=2))
+    assert pressed == [os.getpid()]
+
+
 @pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_job_with_advice(files: SourceFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     if sys.platform != "linux":

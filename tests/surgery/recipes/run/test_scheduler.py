@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,12 +17,14 @@ from support.processes import run_ranks
 from support.publish import REPO, copy_of, files_at
 from support.recipe_runs import (
     Fakes,
+    hold_step,
     make,
     make_models,
     node,
     outputs,
     program,
     surgery_run,
+    wait_for_held_step,
     write_output,
     write_recipe,
 )
@@ -356,8 +357,8 @@ def test_runs_that_are_killed_at_random_end_with_the_same_hashes(
 @pytest.mark.slow
 def test_children_die_with_the_run_that_started_them(models: dict[str, Path], tmp_path: Path) -> None:
     write_recipe(tmp_path, models)
-    process = surgery_run(tmp_path, "reasoning", "-o", "run")
-    child = _wait_for_child(process.pid)
+    process = surgery_run(tmp_path, "reasoning", "-o", "run", environment=hold_step(tmp_path / "held", "extract"))
+    child = wait_for_held_step(tmp_path / "held", process)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=SECONDS)
     assert _gone(child)
@@ -368,8 +369,8 @@ def test_ctrl_c_leaves_with_130_and_says_that_the_same_command_goes_on(
     models: dict[str, Path], expected: dict[str, str], tmp_path: Path
 ) -> None:
     write_recipe(tmp_path, models)
-    process = surgery_run(tmp_path, "reasoning", "-o", "run")
-    child = _wait_for_child(process.pid)
+    process = surgery_run(tmp_path, "reasoning", "-o", "run", environment=hold_step(tmp_path / "held", "extract"))
+    child = wait_for_held_step(tmp_path / "held", process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 130
@@ -400,19 +401,6 @@ def test_a_real_child_gets_no_shell_no_input_and_its_own_files(tmp_path: Path) -
     assert report.endings["a"] == "failed"
     assert odd in (report.steps["a"].error or "")
     assert not (tmp_path / "gone").exists()
-
-
-def _wait_for_child(parent: int) -> int:
-    """A process that `parent` started for a step: one that runs another command line, not a fork of the same."""
-    own = Path(f"/proc/{parent}/cmdline").read_bytes()
-    path = Path(f"/proc/{parent}/task/{parent}/children")
-    end = time.monotonic() + SECONDS
-    while time.monotonic() < end:
-        with suppress(OSError):  # one that is gone already
-            for child in path.read_text().split():
-                if b"cli.main" in (line := Path(f"/proc/{child}/cmdline").read_bytes()) and line != own:
-                    return int(child)
-    raise AssertionError("no step was started")
 
 
 def _gone(process: int) -> bool:
