@@ -114,7 +114,7 @@ def apply(
 ) -> None:
     """Write θ_target + α·(m ⊙ v)."""
     from surgery.vectors import application as vectors
-    from surgery.vectors.masks import parse_scale_globs
+    from surgery.vectors.selection import parse_scale_globs
 
     report = vectors.apply(
         vector,
@@ -155,7 +155,7 @@ def transfer(
 ) -> None:
     """Write θ_target + α·m ⊙ (θ_tuned − θ_base) in one pass, with no vector on disk."""
     from surgery.vectors import application as vectors
-    from surgery.vectors.masks import parse_scale_globs
+    from surgery.vectors.selection import parse_scale_globs
 
     report = vectors.transfer(
         tuned,
@@ -221,7 +221,7 @@ def sweep(
 ) -> None:
     """Score TARGET + α·v over a grid of α, with norm-matched random vectors as the control."""
     from surgery.vectors import scale_sweep as sweeps
-    from surgery.vectors.masks import parse_scale_globs
+    from surgery.vectors.selection import parse_scale_globs
 
     report = sweeps.sweep(
         vector,

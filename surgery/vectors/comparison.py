@@ -1,4 +1,4 @@
-"""Two models, or several vectors, held against each other tensor by tensor and layer by layer."""
+"""Compare two models, or several task vectors, tensor by tensor and layer by layer."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from surgery.engine.reduce import reduce_tensors
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.reporting.plots import layer_movement, similarity
 from surgery.reporting.report import Column, Figure, Table
-from surgery.vectors.application import TaskVector, open_vector
+from surgery.vectors.task_vector import TaskVector, open_vector
 
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """How far B is from A, over one tensor or a group of them.
+    """The distance of B from A, over one tensor or a group of them.
 
     relative: ‖A−B‖/‖A‖ (inf where A is zero and B is not). cosine: of A and B as vectors, NaN where one is zero.
     changed: share of elements whose values differ, in [0, 1]. norm: ‖A−B‖.
@@ -56,7 +56,7 @@ class DiffReport:
     reshaped: Sequence[str]
 
     def tables(self, top: int = 20) -> list[Table]:
-        """What moved: per part of the model, and the `top` tensors that moved most."""
+        """Return the differences per part of the model, and of the `top` tensors that differ most."""
         most = sorted(self.tensors, key=lambda d: (-d.relative, d.name))[:top]
         left_out = [
             (what, names)
@@ -77,7 +77,7 @@ class DiffReport:
         return tables
 
     def figure(self) -> Figure:
-        """How far each part of the model moved."""
+        """Return a bar per part of the model: ‖A−B‖/‖A‖."""
         return layer_movement(
             f"{self.b} against {self.a}", [g.name for g in self.groups], [g.relative for g in self.groups]
         )
@@ -101,7 +101,7 @@ class CompareReport:
     whole: Similarity
 
     def table(self) -> Table:
-        """Cosines of all pairs and norms, per part of the model."""
+        """Return the cosines of all pairs and the norms, per part of the model."""
         pairs = list(self.whole.cosines)
         columns = [
             Column("part"),
@@ -114,7 +114,7 @@ class CompareReport:
         return Table("Similarity of task vectors", columns, rows, note=self._legend())
 
     def figure(self) -> Figure:
-        """The cosines of all pairs, along the model."""
+        """Return the cosines of all pairs, along the model."""
         return similarity(
             "Similarity of task vectors",
             [s.name for s in self.groups],
@@ -127,7 +127,7 @@ class CompareReport:
 
 
 def diff(a: str, b: str, *, options: ExecutionOptions = ExecutionOptions()) -> DiffReport:
-    """Compares two models tensor by tensor.
+    """Compare two models tensor by tensor.
 
     Raises:
         SurgeryError: one of them cannot be read, or they have no tensor in common.
@@ -159,7 +159,7 @@ def diff(a: str, b: str, *, options: ExecutionOptions = ExecutionOptions()) -> D
 
 
 def compare(vectors: Sequence[str], *, options: ExecutionOptions = ExecutionOptions()) -> CompareReport:
-    """Cosine and norm of task vectors, per layer and as a whole; a tensor that a vector lacks counts as zero there.
+    """Return cosine and norm of task vectors, per layer and as a whole; a tensor that a vector lacks counts as zero.
 
     Raises:
         SurgeryError: fewer than two vectors, or vectors of different shapes.
@@ -172,12 +172,15 @@ def compare(vectors: Sequence[str], *, options: ExecutionOptions = ExecutionOpti
         for name in vector.checkpoint.tensors:
             holders[name].append(i)
     _check_shapes(opened, holders)
-    jobs = {name: [opened[i].checkpoint.tensors[name] for i in held] for name, held in sorted(holders.items())}
+    jobs = {
+        name: [opened[i].checkpoint.tensors[name] for i in vectors_with]
+        for name, vectors_with in sorted(holders.items())
+    }
     if not jobs:
         raise SurgeryError("all of them are zero", where=", ".join(vectors))
     sums = reduce_tensors(jobs, _gram, label="Comparing", threads=options.threads, progress=options.progress)
     dots = {name: _by_pair(holders[name], sums[name]) for name in jobs}
-    # What one vector leaves out another holds: only together do they show the model's structure.
+    # A vector stores only the tensors that changed: the model's structure is recognised from all vectors together.
     union = {name: tensors[0] for name, tensors in jobs.items()}
     groups = model_structure(replace(opened[0].checkpoint, tensors=union)).grouped(jobs)
     count = len(opened)
@@ -190,9 +193,9 @@ def compare(vectors: Sequence[str], *, options: ExecutionOptions = ExecutionOpti
 
 def _pair_sums(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     a, b = tensors
-    apart = a - b
-    changed = apart.bool().sum(dtype=torch.int32)
-    return torch.dot(apart, apart), torch.dot(a, a), torch.dot(b, b), torch.dot(a, b), changed
+    difference = a - b
+    changed = difference.bool().sum(dtype=torch.int32)
+    return torch.dot(difference, difference), torch.dot(a, a), torch.dot(b, b), torch.dot(a, b), changed
 
 
 def _gram(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -200,7 +203,7 @@ def _gram(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _equal_or_not(pair: tuple[StoredTensor, StoredTensor]) -> tuple[list[float], int]:
-    """Integers and the like have no distance: they are compared byte by byte, as changed or not."""
+    """Count the elements of a pair without a distance (integers and the like) whose bytes differ."""
     a, b = pair
     if a.dtype != b.dtype:
         return [0.0, 0.0, 0.0, 0.0, float(a.n_elements)], a.n_elements
@@ -213,14 +216,14 @@ def _equal_or_not(pair: tuple[StoredTensor, StoredTensor]) -> tuple[list[float],
 
 
 def _difference(name: str, rows: Sequence[tuple[Sequence[float], int]]) -> TensorDifference:
-    apart, a, b, dot, changed = (math.fsum(values[i] for values, _ in rows) for i in range(5))
+    squares, a, b, dot, changed = (math.fsum(values[i] for values, _ in rows) for i in range(5))
     elements = sum(count for _, count in rows)
-    relative = math.sqrt(apart / a) if a else (math.inf if apart else 0.0)
+    relative = math.sqrt(squares / a) if a else (math.inf if squares else 0.0)
     cosine = dot / math.sqrt(a * b) if a and b else math.nan
     share = changed / elements if elements else 0.0
-    # Rounding can carry the quotient a hair past 1, which no cosine is.
+    # Rounding can give a quotient just beyond ±1, which is no cosine.
     return TensorDifference(
-        name, relative, min(1.0, max(-1.0, cosine)) if a and b else cosine, share, math.sqrt(apart), elements
+        name, relative, min(1.0, max(-1.0, cosine)) if a and b else cosine, share, math.sqrt(squares), elements
     )
 
 
@@ -247,8 +250,9 @@ def _similarity(name: str, rows: Sequence[Mapping[tuple[int, int], float]], coun
     return Similarity(name, cosines, [math.sqrt(square) for square in squares])
 
 
-def _by_pair(held: Sequence[int], values: Sequence[float]) -> dict[tuple[int, int], float]:
-    pairs = [(held[i], held[j]) for i in range(len(held)) for j in range(i, len(held))]
+def _by_pair(holders: Sequence[int], values: Sequence[float]) -> dict[tuple[int, int], float]:
+    """Return the dot products of `_gram` by pair of vectors; `holders` are the vectors that have the tensor."""
+    pairs = [(holders[i], holders[j]) for i in range(len(holders)) for j in range(i, len(holders))]
     return dict(zip(pairs, values or [0.0] * len(pairs), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Taking a task vector out of a pair of models: v = θ_tuned − θ_base (arXiv 2509.01363, equation 1)."""
+"""Extract a task vector from a pair of models: v = θ_tuned − θ_base (arXiv 2509.01363, equation 1)."""
 
 from __future__ import annotations
 
@@ -20,20 +20,26 @@ from surgery.engine.checkpoint_writer import OutputDescription, check_destinatio
 from surgery.engine.manifest import command_record
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, PlannedTensor, plan_files
-from surgery.engine.preflight import Preflight, check_ancestor, check_config, check_quantised, sketch
+from surgery.engine.preflight import Preflight, check_ancestor, check_config, sketch
 from surgery.engine.result import ExecutionResult
 from surgery.engine.workers import run_shared
 from surgery.errors import SurgeryError
 from surgery.reporting.report import Column, Table
-from surgery.vectors.align import VocabPolicy, align_tensors, aligned_model, check_policy
-from surgery.vectors.application import DONOR, FORMAT, SKETCH, STEM
+from surgery.vectors.align import VectorSettings, VocabPolicy, aligned_model, check_and_align
 from surgery.vectors.kernels import DIFFERENCE
-from surgery.vectors.masks import Mask
+from surgery.vectors.selection import TensorSelection
+from surgery.vectors.task_vector import DONOR, FORMAT, SKETCH, STEM
+
+COMMAND = "vector extract"
 
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """What `extract` found. `norm` is ‖v‖, `relative` is ‖v‖/‖θ_base‖ over the tensors that moved."""
+    """What `extract` wrote.
+
+    tensors, zero: how many tensors differ between the models, and how many do not. norm: ‖v‖. relative: ‖v‖/‖θ_base‖
+    over the tensors that differ. inexact: how many of their `elements` base + v does not restore bit for bit.
+    """
 
     out: Path
     preflight: Mapping[str, str]
@@ -58,7 +64,7 @@ class ExtractReport:
         }
 
     def table(self) -> Table:
-        """The vector in numbers."""
+        """Return the vector's numbers as a table."""
         return Table(
             "Task vector",
             [
@@ -87,7 +93,7 @@ def extract(
     dry_run: bool = False,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> ExtractReport:
-    """Writes v = θ_tuned − θ_base to the folder `out` (arXiv 2509.01363, equation 1).
+    """Write v = θ_tuned − θ_base to the folder `out` (arXiv 2509.01363, equation 1).
 
     Args:
         dtype: what v is stored in: float32, float64, bfloat16 or float16. F64 tensors keep F64 under float32, which
@@ -101,135 +107,104 @@ def extract(
     Raises:
         SurgeryError: the models do not fit each other, or do not differ; `out` exists; the disk is full.
     """
-    stored_as = dtype_name(dtype)
-    preparation = prepare_extraction(
-        "vector extract",
-        tuned,
-        base,
-        out,
-        include=include,
-        exclude=exclude,
-        vocab=vocab,
-        allow_unrelated=allow_unrelated,
-        dry_run=dry_run,
-        options=options,
-    )
-    sources, fitted, moved = preparation.sources, preparation.fitted, preparation.moved
-    kernel_tensors = [
-        PlannedTensor(
-            name,
-            "F64" if stored_as == "F32" and sources["tuned"].tensors[name].dtype == "F64" else stored_as,
-            sources["tuned"].tensors[name].shape,
-            fitted[name],
-            DIFFERENCE[sources["tuned"].tensors[name].dtype],
-        )
-        for name in moved
-    ]
-    zero = sorted(set(fitted) - set(moved))
-    left_out = sorted(
-        name for name, tensor in sources["tuned"].tensors.items() if tensor.is_float and name not in fitted
-    )
-    command = command_record(
-        "vector extract", [tuned, base], dtype=dtype, include=include, exclude=exclude, vocab=vocab
-    )
+    selection = TensorSelection(include=tuple(include), exclude=tuple(exclude))
+    settings = VectorSettings(selection, vocab, dtype, allow_unrelated)
+    pair = prepare_extraction(tuned, base, out, settings, dry_run=dry_run, options=options)
+    command = command_record(COMMAND, [tuned, base], dtype=dtype, include=include, exclude=exclude, vocab=vocab)
     plan = Plan(
         command,
-        sources,
-        plan_files(kernel_tensors, stem=STEM),
-        {f"{DONOR}/{path.name}": path for path in sources["tuned"].side_files},
+        pair.sources,
+        plan_files(_plan_tensors(pair, dtype_name(dtype)), stem=STEM),
+        {f"{DONOR}/{path.name}": path for path in pair.tuned.side_files},
         index_name=f"{STEM}.safetensors.index.json",
     )
-    facts, warnings = preparation.preflight.facts, preparation.preflight.warnings
-    preview = ExtractReport(out, facts, warnings, len(moved), len(zero), dry_run=dry_run)
+    facts, warnings = pair.preflight.facts, pair.preflight.warnings
+    preview = ExtractReport(out, facts, warnings, len(pair.changed), len(pair.unchanged), dry_run=dry_run)
 
     def describe(folder: Path, result: ExecutionResult) -> OutputDescription[ExtractReport]:
-        norm, base_norm = math.sqrt(result.total("squares")), math.sqrt(result.total("base_squares"))
-        report = replace(
-            preview,
-            norm=norm,
-            relative=norm / base_norm if base_norm else math.inf,
-            inexact=int(result.total("missed")),
-            elements=sum(sources["tuned"].tensors[name].n_elements for name in moved),
-        )
+        report = _with_norms(preview, pair, result)
         (folder / DONOR).mkdir(exist_ok=True)
-        save_file(dict(preparation.sketch), folder / DONOR / SKETCH)
-        vector = {"format": FORMAT, "dtype": stored_as, "zero": zero, "left_out": left_out}
-        return OutputDescription(
-            report, report.summary(), _card(report, stored_as), kind="vector", fields={"vector": vector}
-        )
+        save_file(dict(pair.sketch), folder / DONOR / SKETCH)
+        vector = {
+            "format": FORMAT,
+            "dtype": dtype_name(dtype),
+            "zero": pair.unchanged,
+            "left_out": pair.left_out,
+        }
+        card = _card(report, dtype_name(dtype))
+        return OutputDescription(report, report.summary(), card, kind="vector", fields={"vector": vector})
 
     return write_checkpoint(
-        plan,
-        out,
-        options,
-        describe=describe,
-        preflight=preparation.preflight,
-        dry_run_report=preview if dry_run else None,
+        plan, out, options, describe=describe, preflight=pair.preflight, dry_run_report=preview if dry_run else None
     )
-
-
-def _card(report: ExtractReport, stored_as: str) -> CardContent:
-    method = (
-        f"The task vector θ_tuned − θ_base (arXiv:2509.01363) of {report.tensors} tensors, stored as {stored_as}; "
-        f"‖v‖ = {report.norm:.4g}, {report.relative:.3%} of ‖θ_base‖. It is no model: "
-        "`surgery vector apply` adds it to one."
-    )
-    return CardContent("Task vector", method, ("task-vector",))
 
 
 @dataclass(frozen=True)
-class Extraction:
-    """Two models found fit for each other: what each tensor of v is made of, and which of them are not zero."""
+class ModelPair:
+    """Two models that passed the checks for an extraction.
 
-    name: str
+    aligned: tensor name → its inputs in the tuned model and in the base. changed: those that differ between the two.
+    sketch: of the base.
+    """
+
     preflight: Preflight
     sources: Mapping[str, Checkpoint]
-    fitted: Mapping[str, tuple[TensorInput, ...]]
-    moved: Sequence[str]
+    aligned: Mapping[str, tuple[TensorInput, ...]]
+    changed: Sequence[str]
     sketch: Mapping[str, torch.Tensor]
+
+    @property
+    def tuned(self) -> Checkpoint:
+        """The tuned model."""
+        return self.sources["tuned"]
+
+    @property
+    def base(self) -> Checkpoint:
+        """The model that it was tuned from."""
+        return self.sources["base"]
+
+    @property
+    def unchanged(self) -> list[str]:
+        """Names of the aligned tensors that do not differ, sorted."""
+        return sorted(set(self.aligned) - set(self.changed))
+
+    @property
+    def left_out(self) -> list[str]:
+        """Names of the tuned model's float tensors that are not part of v, sorted."""
+        tensors = self.tuned.tensors.items()
+        return sorted(name for name, tensor in tensors if tensor.is_float and name not in self.aligned)
 
 
 def prepare_extraction(
-    name: str,
-    tuned: str,
-    base: str,
-    out: Path,
-    *,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    vocab: VocabPolicy,
-    allow_unrelated: bool,
-    dry_run: bool,
-    options: ExecutionOptions,
-) -> Extraction:
-    """Everything that is checked before v = θ_tuned − θ_base is written, in whatever form. Raises SurgeryError."""
-    check_policy(vocab)
-    mask = Mask(include=tuple(include), exclude=tuple(exclude))
+    tuned: str, base: str, out: Path, settings: VectorSettings, *, dry_run: bool, options: ExecutionOptions
+) -> ModelPair:
+    """Open and check two models before v = θ_tuned − θ_base is written in any form.
+
+    Raises:
+        SurgeryError: the models do not fit each other, or do not differ; `out` exists.
+    """
     sources = {"tuned": open_checkpoint(tuned), "base": open_checkpoint(base)}
     check_destination(out, sources, options, dry_run=dry_run)
     preflight = Preflight()
     check_config(preflight, sources["tuned"], sources["base"].config, base)
-    preflight.errors.raise_if_any(name)
-    check_quantised(preflight, sources.values())
-    mask.check(sorted({*sources["tuned"].float_names(), *sources["base"].float_names()}))
-    sides = [aligned_model(sources["tuned"]), aligned_model(sources["base"])]
-    fitted = align_tensors(preflight, sides[0], sides, mask, vocab)
-    preflight.errors.raise_if_any(name)
+    models = [aligned_model(checkpoint) for checkpoint in sources.values()]
+    aligned = check_and_align(preflight, models[0], models, settings, command=COMMAND)
     base_sketch = sketch(sources["base"])
-    check_ancestor(preflight, sources["tuned"], base_sketch, allow_unrelated=allow_unrelated)
-    preflight.errors.raise_if_any(name)
-    moved = _moved(fitted, options)
-    if not moved:
+    check_ancestor(preflight, sources["tuned"], base_sketch, allow_unrelated=settings.allow_unrelated)
+    # Finding what changed reads both models: not before all that is cheap to check has passed.
+    preflight.errors.raise_if_any(COMMAND)
+    changed = _changed(aligned, options)
+    if not changed:
         raise SurgeryError(f"no tensor differs from {base}: the vector would be empty", where=tuned)
-    return Extraction(name, preflight, sources, fitted, moved, base_sketch)
+    return ModelPair(preflight, sources, aligned, changed, base_sketch)
 
 
-def _moved(fitted: Mapping[str, tuple[TensorInput, ...]], options: ExecutionOptions) -> list[str]:
-    """The names whose two inputs differ somewhere; reading stops at a tensor's first difference."""
-    files = {path for inputs in fitted.values() for source in inputs for path in source.tensor.files}
+def _changed(aligned: Mapping[str, tuple[TensorInput, ...]], options: ExecutionOptions) -> list[str]:
+    """Return the names whose two inputs differ; reading stops at a tensor's first segment that differs."""
+    files = {path for inputs in aligned.values() for source in inputs for path in source.tensor.files}
 
     def differs(name: str, reader: TensorReader) -> tuple[str, bool]:
-        tuned, base = fitted[name]
+        tuned, base = aligned[name]
         for begin, end in segments(math.prod(tuned.shape)):
             a = reader.values(tuned, begin, end, "tuned")
             b = reader.values(base, begin, end, "base")
@@ -237,10 +212,41 @@ def _moved(fitted: Mapping[str, tuple[TensorInput, ...]], options: ExecutionOpti
                 return name, True
         return name, False
 
-    with SourceFiles(files) as opened, options.progress("Comparing", len(fitted), "steps") as advance:
-        moved = set()
-        for name, moves in run_shared(list(fitted), differs, opened, threads=options.threads):
+    with SourceFiles(files) as opened, options.progress("Comparing", len(aligned), "steps") as advance:
+        changed = set()
+        for name, is_changed in run_shared(list(aligned), differs, opened, threads=options.threads):
             advance(1)
-            if moves:
-                moved.add(name)
-    return [name for name in fitted if name in moved]
+            if is_changed:
+                changed.add(name)
+    return [name for name in aligned if name in changed]
+
+
+def _plan_tensors(pair: ModelPair, stored_dtype: str) -> list[PlannedTensor]:
+    """Plan the delta of every tensor that changed."""
+    planned = []
+    for name in pair.changed:
+        tensor = pair.tuned.tensors[name]
+        # fp32 would lose what F64 tensors differ by.
+        dtype = "F64" if stored_dtype == "F32" and tensor.dtype == "F64" else stored_dtype
+        planned.append(PlannedTensor(name, dtype, tensor.shape, pair.aligned[name], DIFFERENCE[tensor.dtype]))
+    return planned
+
+
+def _with_norms(report: ExtractReport, pair: ModelPair, result: ExecutionResult) -> ExtractReport:
+    norm, base_norm = math.sqrt(result.total("squares")), math.sqrt(result.total("base_squares"))
+    return replace(
+        report,
+        norm=norm,
+        relative=norm / base_norm if base_norm else math.inf,
+        inexact=int(result.total("missed")),
+        elements=sum(pair.tuned.tensors[name].n_elements for name in pair.changed),
+    )
+
+
+def _card(report: ExtractReport, stored_dtype: str) -> CardContent:
+    method = (
+        f"The task vector θ_tuned − θ_base (arXiv:2509.01363) of {report.tensors} tensors, stored as {stored_dtype}; "
+        f"‖v‖ = {report.norm:.4g}, {report.relative:.3%} of ‖θ_base‖. It is no model: "
+        "`surgery vector apply` adds it to one."
+    )
+    return CardContent("Task vector", method, ("task-vector",))

@@ -1,7 +1,8 @@
-"""TARGET + α·v scored over a grid of α, with norm-matched random vectors as the control.
+"""Score TARGET + α·v over a grid of α, with norm-matched random vectors as the control.
 
-The target is loaded once; its weights are then set in memory, tensor by tensor, to exactly what `vectors.apply` would
-write to disk for that α. Reviewers of arXiv 2509.01363 asked for the grid, the random control and the intervals.
+The target is loaded once; its weights are then set in memory, tensor by tensor, to exactly what
+`surgery.vectors.application.apply` would write to disk for that α. Reviewers of arXiv 2509.01363 asked for the grid,
+the random control and the intervals.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from surgery.checkpoint.checkpoint import Checkpoint, loadable_folder
@@ -21,7 +21,7 @@ from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader, co
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import check_output
-from surgery.engine.preflight import Preflight, check_ancestor, check_config, check_quantised
+from surgery.engine.preflight import Preflight, check_ancestor, check_config
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.evaluation.harness import on_tasks
 from surgery.evaluation.scoring import Score
@@ -30,18 +30,19 @@ from surgery.io.json_io import to_json
 from surgery.models.loading import load_model
 from surgery.reporting.plots import scale_curve
 from surgery.reporting.report import Column, Figure, Report, Table
-from surgery.runtime.collectives import map_over_ranks
-from surgery.vectors.align import AlignedModel, VocabPolicy, align_tensors, aligned_model, check_policy
-from surgery.vectors.application import SKETCH, open_vector
+from surgery.runtime.collectives import on_main
+from surgery.vectors.align import VectorSettings, VocabPolicy, aligned_model, check_and_align
 from surgery.vectors.kernels import ADD_VECTOR
-from surgery.vectors.masks import Mask
+from surgery.vectors.selection import TensorSelection
+from surgery.vectors.task_vector import TaskVector, open_vector
 
+COMMAND = "vector sweep"
 SCHEMA = 1
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """The scores at one α. `control` is None for v itself, else the seed of the random vector that stood in for it."""
+    """The scores at one α. `control` is None for v itself, else the seed of the random vector in its place."""
 
     scale: float
     scores: Sequence[Score]
@@ -65,7 +66,7 @@ class SweepReport:
         return list(dict.fromkeys(score.task for point in self.points for score in point.scores))
 
     def tables(self) -> list[Table]:
-        """One table per task."""
+        """Return one table per task."""
         columns = [
             Column("vector"),
             Column("α", "number"),
@@ -97,41 +98,41 @@ class SweepReport:
         ]
 
     def figures(self) -> list[Figure]:
-        """One curve per task: score against α, with the controls."""
+        """Return one curve per task: score against α, with the controls."""
         return [
             scale_curve(
                 f"{task}: {self.target} + α·v",
-                [(point.scale, _of(point, task)) for point in self.points],
-                {"random, same norm": [(point.scale, _of(point, task)) for point in self.controls]},
+                [(point.scale, _score(point, task)) for point in self.points],
+                {"random, same norm": [(point.scale, _score(point, task)) for point in self.controls]},
                 lines=self._unchanged(task),
-                score=_of(self.points[0], task).metric,
+                score=_score(self.points[0], task).metric,
                 caption="The band is the 95 % interval. Random vectors have the norm of v in every tensor.",
             )
             for task in self.tasks
         ]
 
     def sentences(self) -> list[str]:
-        """The finding of each task in words: the best α, and what it is to be held against."""
-        found = []
+        """Return a sentence per task: the best α and what its score compares with."""
+        sentences = []
         for task in self.tasks:
-            best = max(self.points, key=lambda p: _of(p, task).value)
-            score = _of(best, task)
+            best = max(self.points, key=lambda p: _score(p, task).value)
+            score = _score(best, task)
             against = [f"{value:.1%} unchanged" for value in self._unchanged(task).values()]
-            randoms = [_of(point, task).value for point in self.controls]
+            randoms = [_score(point, task).value for point in self.controls]
             against += [f"at most {max(randoms):.1%} with a random vector of the same norm"] if randoms else []
-            found.append(
+            sentences.append(
                 f"{task}: {score.value:.1%} at α = {best.scale:g} (95 % interval {score.low:.1%} to {score.high:.1%}, "
                 f"n = {score.n})" + (f", against {' and '.join(against)}." if against else ".")
             )
-        return found
+        return sentences
 
     def _unchanged(self, task: str) -> dict[str, float]:
-        scores = [_of(point, task).value for point in self.points if point.scale == 0]
+        scores = [_score(point, task).value for point in self.points if point.scale == 0]
         return {"target": scores[0]} if scores else {}
 
 
 def parse_grid(text: str) -> list[float]:
-    """`-1,0,0.5` → [-1.0, 0.0, 0.5]. Raises SurgeryError."""
+    """Parse `-1,0,0.5` to [-1.0, 0.0, 0.5], without repetitions. Raises SurgeryError."""
     try:
         grid = [float(part) for part in text.split(",")]
     except ValueError as error:
@@ -159,7 +160,7 @@ def sweep(
     allow_unrelated: bool = False,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> SweepReport:
-    """Scores θ_target + α·(m ⊙ v) for every α of the grid, and `controls` random vectors at the best one.
+    """Score θ_target + α·(m ⊙ v) for every α of the grid, and `controls` random vectors at the best one.
 
     Args:
         scales: the grid; `scale_for` globs multiply it, so that 0.5 halves a tensor's α everywhere on the grid.
@@ -170,109 +171,119 @@ def sweep(
         SurgeryError: vector and target do not fit; the model's tensors cannot be reached in memory by their names on
             disk; a task is unknown; lm-evaluation-harness is not installed.
     """
-    check_policy(vocab)
     opened, model = open_vector(vector), open_checkpoint(target)
-    mask = Mask(1.0, tuple(include), tuple(exclude), scale_for or {})
-    preflight = Preflight()
+    selection = TensorSelection(1.0, tuple(include), tuple(exclude), scale_for or {})
+    settings = VectorSettings(selection, vocab, allow_unrelated=allow_unrelated)
     if out is not None:
         check_free(out, overwrite=options.overwrite)
         check_output(out, {"target": model, "vector": opened.checkpoint})
-    check_config(preflight, model, opened.checkpoint.config, vector)
-    preflight.errors.raise_if_any("vector sweep")
-    check_quantised(preflight, [model])
-    mask.check(sorted({*model.float_names(), *opened.checkpoint.float_names()}))
-    fitted = align_tensors(
-        preflight, aligned_model(model), [AlignedModel(opened.checkpoint, opened.donor)], mask, vocab, zero=opened.zero
-    )
-    preflight.errors.raise_if_any("vector sweep")
-    check_ancestor(preflight, model, load_file(opened.donor / SKETCH), allow_unrelated=allow_unrelated)
-    preflight.errors.raise_if_any("vector sweep")
-
+    preflight = Preflight()
+    aligned = _check_and_align(preflight, model, opened, settings)
     measures = on_tasks(tasks, limit=limit, batch_size=batch_size)
+    with _EditedModel(model, aligned, selection, options.device) as edited:
 
-    with _Bench(model, {name: inputs[0] for name, inputs in fitted.items()}, mask, options.device) as bench:
-
-        def score(point: str) -> list[Score]:
-            named = replace(bench.loaded, name=point)
-            return [found for measure in measures for found in measure(named)]
+        def score(scale: float, name: str, control: int | None = None) -> SweepPoint:
+            edited.set_scale(scale, control=control)
+            loaded = replace(edited.loaded, name=name)
+            return SweepPoint(scale, [score for measure in measures for score in measure(loaded)], control)
 
         with options.progress("Scoring", len(scales) + controls, "steps") as advance:
             points = []
-            for alpha in scales:
-                bench.set(alpha)
-                points.append(SweepPoint(alpha, score(f"α = {alpha:g}")))
+            for scale in scales:
+                points.append(score(scale, f"α = {scale:g}"))
                 advance(1)
-            # Of equally good scales the largest: there a random vector has the best chance to do something too.
-            best = max(points, key=lambda point: (point.scale != 0, _mean(point), abs(point.scale)))
-            randoms = []
+            best = _best_scale(points)
+            control_points = []
             for number in range(controls):
-                bench.set(best.scale, control=seed + number)
-                randoms.append(SweepPoint(best.scale, score(f"random {number}"), seed + number))
+                control_points.append(score(best, f"random {number}", seed + number))
                 advance(1)
-    report = SweepReport(vector, target, points, randoms, preflight.facts, preflight.warnings)
+    report = SweepReport(vector, target, points, control_points, preflight.facts, preflight.warnings)
     if out is not None:
-        map_over_ranks([out], lambda folder: _write(report, folder))
+        on_main(_write, report, out)
     return report
 
 
-class _Bench:
-    """The target in memory, and the means to set it to θ + α·v or to θ + α·(random of v's norm)."""
+def _check_and_align(
+    preflight: Preflight, model: Checkpoint, vector: TaskVector, settings: VectorSettings
+) -> dict[str, TensorInput]:
+    """Return the vector's input for every tensor of `model` that it changes. Raises SurgeryError."""
+    check_config(preflight, model, vector.checkpoint.config, vector.ref)
+    aligned = check_and_align(
+        preflight, aligned_model(model), [vector.model], settings, command=COMMAND, zero=vector.zero
+    )
+    check_ancestor(preflight, model, vector.sketch(), allow_unrelated=settings.allow_unrelated)
+    preflight.errors.raise_if_any(COMMAND)
+    return {name: source for name, (source,) in aligned.items()}
 
-    def __init__(self, checkpoint: Checkpoint, vector: Mapping[str, TensorInput], mask: Mask, device: str) -> None:
+
+def _best_scale(points: Sequence[SweepPoint]) -> float:
+    """Return the α with the best mean score, of equally good ones the largest, and 0 only where there is no other."""
+    # At the largest scale a random vector has the best chance to have an effect too, so the control is strictest there.
+    return max(points, key=lambda point: (point.scale != 0, _mean(point), abs(point.scale))).scale
+
+
+class _EditedModel:
+    """The target in memory, its weights set to θ + α·v, or to θ + α·(random of v's norm)."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, vector: Mapping[str, TensorInput], selection: TensorSelection, device: str
+    ) -> None:
         self.loaded = load_model(loadable_folder(checkpoint), checkpoint.ref, device=device)
-        self._checkpoint, self._vector, self._mask = checkpoint, vector, mask
-        self._live = dict(self._reach())
+        self._checkpoint, self._vector, self._selection = checkpoint, vector, selection
+        self._parameters = dict(self._find_parameters())
         paths = {path for source in vector.values() for path in source.tensor.files}
         self._files = SourceFiles(paths | set(checkpoint.files))
         self._reader = TensorReader(self._files)
 
-    def __enter__(self) -> _Bench:
+    def __enter__(self) -> _EditedModel:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
     @torch.no_grad()
-    def set(self, alpha: float, *, control: int | None = None) -> None:
-        """Sets every tensor that v touches, from the values on disk: nothing adds up from one α to the next."""
+    def set_scale(self, alpha: float, *, control: int | None = None) -> None:
+        """Set every tensor that v changes to θ + α·v, with noise seeded by `control` instead of v where it is given."""
         for name, source in self._vector.items():
             target = self._checkpoint.tensors[name]
             compute = compute_dtype((target.dtype, source.tensor.dtype))
+            # From the values on disk: rounding errors must not add up from one α to the next.
             weights = self._reader.whole(TensorInput(target), "target").to(compute)
             update = self._reader.values(source, 0, target.n_elements, "vector").view(target.shape).to(compute)
             if control is not None:
                 update = matched_noise(update, name, control)
-            stored = ADD_VECTOR.fn([weights, update], scale=alpha * self._mask.scale_of(name))
-            self._live[name].copy_(stored)
+            stored = ADD_VECTOR.fn([weights, update], scale=alpha * self._selection.scale_of(name))
+            self._parameters[name].copy_(stored)
 
-    def _reach(self) -> Iterator[tuple[str, Tensor]]:
-        """The live tensor of every name on disk; fused or renamed ones cannot be set and are refused."""
-        live = self.loaded.model.state_dict()
+    def _find_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the parameter in memory of every name on disk. Raises SurgeryError for fused or renamed ones."""
+        state = self.loaded.model.state_dict()
         prefix = getattr(self.loaded.model, "base_model_prefix", "")
-        lost = []
+        missing = []
         for name in self._vector:
-            found = live.get(name, live.get(f"{prefix}.{name}"))
-            if found is None or tuple(found.shape) != self._checkpoint.tensors[name].shape:
-                lost.append(name)
+            parameter = state.get(name, state.get(f"{prefix}.{name}"))
+            if parameter is None or tuple(parameter.shape) != self._checkpoint.tensors[name].shape:
+                missing.append(name)
             else:
-                yield name, found
-        if lost:
+                yield name, parameter
+        if missing:
             raise SurgeryError(
-                f"transformers holds {len(lost)} tensor(s) in memory under another name or shape: {listing(lost, 3)}",
+                f"transformers holds {len(missing)} tensor(s) in memory under another name or shape: "
+                f"{listing(missing, 3)}",
                 where=self._checkpoint.ref,
                 hint="Write each α with `surgery vector apply` and score them with `surgery eval`.",
             )
 
 
 def matched_noise(update: Tensor, name: str, seed: int) -> Tensor:
-    """Gaussian noise of the shape and norm of `update`, from a generator seeded by (seed, tensor name)."""
+    """Return Gaussian noise of the shape and norm of `update`, from a generator seeded by (seed, tensor name)."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     noise = torch.randn(update.shape, generator=generator, dtype=torch.float64)
     norm = noise.norm()
     return (noise * (update.double().norm() / norm)).to(update.dtype) if norm > 0 else torch.zeros_like(update)
 
 
-def _of(point: SweepPoint, task: str) -> Score:
+def _score(point: SweepPoint, task: str) -> Score:
     return next(score for score in point.scores if score.task == task)
 
 

@@ -1,7 +1,7 @@
-"""A task vector as a PEFT LoRA adapter: each matrix of v replaced by its best approximation of rank r (by SVD).
+"""Extract a task vector as a PEFT LoRA adapter: the best rank-r approximation, by SVD, of each matrix of v.
 
-v ≈ B·A with B = U_r·√S_r, A = √S_r·V_rᵀ (Eckart–Young). What an adapter cannot hold (norms, biases, embeddings, experts
-that transformers fuses in memory) and what the rank cuts off is the residual, which is always reported.
+v ≈ B·A with B = U_r·√S_r, A = √S_r·V_rᵀ (Eckart–Young). The residual is always reported: what the rank cuts off, and
+what an adapter cannot hold (norms, biases, embeddings, experts that transformers fuses in memory).
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from surgery.engine.reduce import reduce_tensors
 from surgery.engine.result import ExecutionResult
 from surgery.errors import SurgeryError, usage_error
 from surgery.reporting.report import Column, Table
-from surgery.vectors.extraction import prepare_extraction
+from surgery.vectors.align import VectorSettings
+from surgery.vectors.extraction import COMMAND, prepare_extraction
+from surgery.vectors.selection import TensorSelection
 
 # Columns beyond the rank, at least 16 and at least half of it, and power iterations. The spectra of RL deltas fall
 # slowly, so more than the usual 2 are needed: with these the error is within 2e-4 of the best where singular values
@@ -44,8 +46,8 @@ POWER_ITERATIONS = 8
 class AdapterReport:
     """What `extract_adapter` wrote.
 
-    residual: ‖v − BA‖/‖v‖ over the whole model; of_matrices: over the matrices that the adapter holds; rest: names
-    of the tensors that moved and that it cannot hold.
+    residual: ‖v − BA‖/‖v‖ over the whole model. of_matrices: the same over the matrices in the adapter. rest: names of
+    the changed tensors that an adapter cannot hold.
     """
 
     out: Path
@@ -68,7 +70,7 @@ class AdapterReport:
         }
 
     def table(self) -> Table:
-        """The residual, as a table."""
+        """Return the residual as a table."""
         return Table(
             f"Adapter of rank {self.rank}",
             [Column("tensors"), Column("number", "count"), Column("‖v − BA‖/‖v‖", "percent")],
@@ -93,50 +95,39 @@ def extract_adapter(
     dry_run: bool = False,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> AdapterReport:
-    """Writes the best rank-`rank` approximation of θ_tuned − θ_base as a PEFT LoRA adapter on `base`.
+    """Write the best rank-`rank` approximation of θ_tuned − θ_base as a PEFT LoRA adapter on `base`.
 
     Raises:
         SurgeryError: the models do not fit each other or do not differ in any matrix; `out` exists.
     """
     if rank < 1:
         raise usage_error(f"got {rank}, expected 1 or more", where="--rank")
-    preparation = prepare_extraction(
-        "vector extract",
-        tuned,
-        base,
-        out,
-        include=include,
-        exclude=exclude,
-        vocab="strict",
-        allow_unrelated=allow_unrelated,
-        dry_run=dry_run,
-        options=options,
-    )
-    model = preparation.sources["base"]
-    matrices, rest, transposed = _split(preparation.moved, model)
+    selection = TensorSelection(include=tuple(include), exclude=tuple(exclude))
+    settings = VectorSettings(selection, allow_unrelated=allow_unrelated)
+    pair = prepare_extraction(tuned, base, out, settings, dry_run=dry_run, options=options)
+    matrices, rest, transposed = _split(pair.changed, pair.base)
     if not matrices:
         raise SurgeryError("no matrix differs, so there is nothing for an adapter to hold", where=tuned)
-    command = command_record("vector extract", [tuned, base], rank=rank, include=list(include), exclude=list(exclude))
+    command = command_record(COMMAND, [tuned, base], rank=rank, include=list(include), exclude=list(exclude))
     planned = [
         tensor
         for name in matrices
-        for tensor in _factors(name, model.tensors[name].shape, preparation.fitted[name], rank, transposed)
+        for tensor in _factors(name, pair.base.tensors[name].shape, pair.aligned[name], rank, transposed)
     ]
-    plan = Plan(
-        command,
-        preparation.sources,
-        plan_files(planned, stem=WEIGHTS.removesuffix(".safetensors"), shard_bytes=1 << 62),
-    )
-    preflight = preparation.preflight
-    preview = AdapterReport(out, preflight.facts, preflight.warnings, rank, len(matrices), rest, dry_run=dry_run)
+    # PEFT reads an adapter from one file, however large.
+    files = plan_files(planned, stem=WEIGHTS.removesuffix(".safetensors"), shard_bytes=1 << 62)
+    plan = Plan(command, pair.sources, files)
+    facts, warnings = pair.preflight.facts, pair.preflight.warnings
+    preview = AdapterReport(out, facts, warnings, rank, len(matrices), rest, dry_run=dry_run)
 
     def describe(folder: Path, result: ExecutionResult) -> OutputDescription[AdapterReport]:
-        report = _with_residual(preview, result, matrices, preparation.fitted, options)
-        (folder / ADAPTER_CONFIG).write_text(json.dumps(_config(model, matrices, rank, transposed), indent=2) + "\n")
+        report = _with_residual(preview, result, matrices, pair.aligned, options)
+        config = _config(pair.base, matrices, rank, transposed)
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         return OutputDescription(report, report.summary(), _card(report), kind="adapter")
 
     return write_checkpoint(
-        plan, out, options, describe=describe, preflight=preflight, dry_run_report=preview if dry_run else None
+        plan, out, options, describe=describe, preflight=pair.preflight, dry_run_report=preview if dry_run else None
     )
 
 
@@ -149,7 +140,7 @@ def _card(report: AdapterReport) -> CardContent:
 
 
 def low_rank(tensors: Sequence[Tensor], *, rank: int, seed: int, transposed: bool) -> tuple[Tensor, Tensor]:
-    """(A, B) with B·A the best rank-r approximation of v = θ_tuned − θ_base (of vᵀ where `transposed`).
+    """Return (A, B) with B·A the best rank-r approximation of v = θ_tuned − θ_base (of vᵀ where `transposed`).
 
     tuned, base: (out, in) → A: (r, in), B: (out, r). Randomised subspace iteration (arXiv 0909.4061, algorithm 4.4),
     exact where the rank plus its oversampling covers the smaller side.
@@ -168,14 +159,14 @@ def low_rank(tensors: Sequence[Tensor], *, rank: int, seed: int, transposed: boo
 
 
 def measure_low_rank(tensors: Sequence[Tensor], stored: Tensor, *, rank: int, seed: int, transposed: bool) -> Sums:
-    """Σv², and Σ(v − v·V·Vᵀ)² where `stored` is A, whose rows are V's directions: what the factors lose.
+    """Return Σv², and Σ(v − v·V·Vᵀ)² where `stored` is A, whose rows are V's directions: what the factors lose.
 
     The difference is taken before it is squared: Σv² − ΣS² would drown a small residual in rounding.
     """
     tuned, base = tensors
     v = (tuned - base).T if transposed else tuned - base
     squares = (v * v).sum(dtype=torch.float64)
-    if stored.shape[1] != v.shape[1]:  # B, which would tell the same
+    if stored.shape[1] != v.shape[1]:  # B, which would give the same sum again
         return squares, torch.zeros_like(squares)
     directions = torch.nn.functional.normalize(stored, eps=torch.finfo(stored.dtype).tiny)
     lost = v - (v @ directions.T) @ directions
@@ -185,8 +176,8 @@ def measure_low_rank(tensors: Sequence[Tensor], stored: Tensor, *, rank: int, se
 LOW_RANK = Kernel("low_rank", low_rank, "whole", ("squares_v", "lost"), measure_low_rank)
 
 
-def _split(moved: Sequence[str], model: Checkpoint) -> tuple[list[str], list[str], bool]:
-    """(matrices that LoRA can hold, the rest, whether they are stored (in, out))."""
+def _split(changed: Sequence[str], model: Checkpoint) -> tuple[list[str], list[str], bool]:
+    """Return the matrices that LoRA can hold, the other names, and whether matrices are stored (in, out)."""
     structure = model_structure(model)
     if structure.stack is not None and "." not in structure.stack:
         raise SurgeryError(
@@ -195,27 +186,27 @@ def _split(moved: Sequence[str], model: Checkpoint) -> tuple[list[str], list[str
             where=model.ref,
             hint="Save it once with transformers 5 (from_pretrained, save_pretrained) and extract from that.",
         )
-    experts = {name for held in structure.experts.values() for name in held.names}
-    # Some routers are modules that PEFT cannot wrap; and it takes every module that is called as an expert's part is
-    # (a dense layer's or shared expert's gate_proj) for one of the fused experts, and would drop its factors unsaid.
-    routers = {name for held in structure.experts.values() for name in held.routers}
-    taken = {_module(name) for name in experts}
+    experts = {name for layer in structure.experts.values() for name in layer.names}
+    # Some routers are modules that PEFT cannot wrap. It also takes every module that has the name of an expert's part
+    # (a dense layer's or shared expert's gate_proj) for one of the fused experts, and would drop its factors silently.
+    routers = {name for layer in structure.experts.values() for name in layer.routers}
+    expert_modules = {_module(name) for name in experts}
     outside = experts | routers | set(structure.token_embeddings) | set(structure.lm_heads)
     matrices = [
         name
-        for name in moved
+        for name in changed
         if name.endswith(".weight")
         and len(model.tensors[name].shape) == 2
         and structure.layer_of(name) is not None
         and name not in outside
-        and _module(name) not in taken
+        and _module(name) not in expert_modules
     ]
     transposed = any(heads.transposed for heads in structure.output_projections.values())
-    return matrices, [name for name in moved if name not in set(matrices)], transposed
+    return matrices, [name for name in changed if name not in set(matrices)], transposed
 
 
 def _module(name: str) -> str:
-    """The last component of a weight's module: "gate_proj" of model.layers.0.mlp.gate_proj.weight."""
+    """Return the last component of a weight's module: "gate_proj" of model.layers.0.mlp.gate_proj.weight."""
     return name.removesuffix(".weight").rpartition(".")[2]
 
 
@@ -223,27 +214,28 @@ def _factors(
     name: str, shape: tuple[int, ...], inputs: tuple[TensorInput, ...], rank: int, transposed: bool
 ) -> list[PlannedTensor]:
     rows, columns = shape[::-1] if transposed else shape
-    held = min(rank, rows, columns)
+    # A matrix smaller than the rank has that many directions at most; `_config` records its rank apart.
+    actual_rank = min(rank, rows, columns)
     params = {"rank": rank, "seed": zlib.crc32(name.encode()), "transposed": transposed}
     module = PREFIX + name.removesuffix(".weight")
     return [
-        PlannedTensor(f"{module}.lora_A.weight", "F32", (held, columns), inputs, LOW_RANK, params, part=0),
-        PlannedTensor(f"{module}.lora_B.weight", "F32", (rows, held), inputs, LOW_RANK, params, part=1),
+        PlannedTensor(f"{module}.lora_A.weight", "F32", (actual_rank, columns), inputs, LOW_RANK, params, part=0),
+        PlannedTensor(f"{module}.lora_B.weight", "F32", (rows, actual_rank), inputs, LOW_RANK, params, part=1),
     ]
 
 
 def _with_residual(
     report: AdapterReport,
-    outcome: ExecutionResult,
+    result: ExecutionResult,
     matrices: Sequence[str],
-    fitted: Mapping[str, tuple[TensorInput, ...]],
+    aligned: Mapping[str, tuple[TensorInput, ...]],
     options: ExecutionOptions,
 ) -> AdapterReport:
     keys = [f"{PREFIX}{name.removesuffix('.weight')}.lora_A.weight" for name in matrices]
-    squares = math.fsum(outcome.sums[key]["squares_v"] for key in keys)
-    lost = math.fsum(outcome.sums[key]["lost"] for key in keys)
+    squares = math.fsum(result.sums[key]["squares_v"] for key in keys)
+    lost = math.fsum(result.sums[key]["lost"] for key in keys)
     rest = reduce_tensors(
-        {name: [source.tensor for source in fitted[name]] for name in report.rest},
+        {name: [source.tensor for source in aligned[name]] for name in report.rest},
         lambda pair: (torch.dot(pair[0] - pair[1], pair[0] - pair[1]),),
         label="Measuring the residual",
         threads=options.threads,
@@ -257,7 +249,7 @@ def _with_residual(
 
 
 def _config(model: Checkpoint, matrices: Sequence[str], rank: int, transposed: bool) -> dict[str, object]:
-    """adapter_config.json as PEFT reads it; lora_alpha = r makes the scale 1."""
+    """Return adapter_config.json as PEFT reads it; lora_alpha = r makes the scale 1."""
     smaller = {
         name.removesuffix(".weight"): min(model.tensors[name].shape)
         for name in matrices

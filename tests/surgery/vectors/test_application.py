@@ -16,9 +16,10 @@ from torch import Tensor
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.verification import verify
 from surgery.errors import SurgeryError
-from surgery.vectors.application import apply, open_vector, transfer
+from surgery.vectors.application import apply, transfer
 from surgery.vectors.extraction import extract
 from surgery.vectors.kernels import add_difference, add_vector, difference
+from surgery.vectors.task_vector import open_vector
 
 PROMISED = (
     "llama",

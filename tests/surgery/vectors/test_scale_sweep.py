@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.preflight import Preflight
 from surgery.errors import SurgeryError
-from surgery.vectors.align import AlignedModel, align_tensors, aligned_model
-from surgery.vectors.application import apply, open_vector
+from surgery.vectors.align import align_tensors, aligned_model
+from surgery.vectors.application import apply
 from surgery.vectors.extraction import extract
-from surgery.vectors.masks import Mask
-from surgery.vectors.scale_sweep import SweepReport, _Bench, matched_noise, parse_grid, sweep
+from surgery.vectors.scale_sweep import SweepReport, _EditedModel, matched_noise, parse_grid, sweep
+from surgery.vectors.selection import TensorSelection
+from surgery.vectors.task_vector import open_vector
 
 pytest.importorskip("lm_eval")
 
@@ -63,21 +64,21 @@ def test_the_model_in_memory_is_the_one_that_apply_writes(vector: Path, tmp_path
     scale_for = {"*.layers.1.*": 0.5}
     apply(str(vector), "lab:instruct", tmp_path / "out", scale=0.6, exclude=["*norm*"], scale_for={"*.layers.1.*": 0.3})
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
-    mask = Mask(1.0, exclude=("*norm*",), scale_for=scale_for)
+    selection = TensorSelection(1.0, exclude=("*norm*",), scale_for=scale_for)
     opened = open_vector(vector)
     model = open_checkpoint("lab:instruct")
     fitted = align_tensors(
         Preflight(),
         aligned_model(model),
-        [AlignedModel(opened.checkpoint, opened.donor)],
-        mask,
+        [opened.model],
+        selection,
         "strict",
         zero=opened.zero,
     )
-    with _Bench(model, {name: inputs[0] for name, inputs in fitted.items()}, mask, "cpu") as bench:
-        bench.set(-2.0)  # what came before leaves no trace
-        bench.set(0.6)
-        live = bench.loaded.model.state_dict()
+    with _EditedModel(model, {name: inputs[0] for name, inputs in fitted.items()}, selection, "cpu") as edited:
+        edited.set_scale(-2.0)  # what came before leaves no trace
+        edited.set_scale(0.6)
+        live = edited.loaded.model.state_dict()
     assert live.keys() == written.keys()
     assert all(torch.equal(live[name], written[name]) for name in live)
 

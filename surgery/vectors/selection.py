@@ -1,6 +1,6 @@
-"""Which tensors an edit touches and how strongly: globs over tensor names.
+"""Select the tensors that an edit changes, and their scales, by globs over tensor names.
 
-A glob is matched against the whole name as in a shell: `*` stands for any run of characters, dots included
+A glob is matched against the whole name as in a shell: `*` matches any run of characters, dots included
 (`*.mlp.*`, `model.layers.1?.*`, `lm_head.weight`).
 """
 
@@ -10,15 +10,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from surgery.errors import listing, usage_error
 
 
 @dataclass(frozen=True)
-class Mask:
-    """m and α of θ + α·(m ⊙ v), per tensor.
+class TensorSelection:
+    """The mask m and the scale α of θ + α·(m ⊙ v), per tensor.
 
-    A tensor is edited when it matches one of `include` (none given: all) and none of `exclude`. Its scale is that of
+    A tensor is selected when it matches one of `include` (none given: all) and none of `exclude`. Its scale is that of
     the last glob of `scale_for` that matches it, else `scale`.
     """
 
@@ -28,18 +29,28 @@ class Mask:
     scale_for: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for where, value in (
-            ("--scale", self.scale),
-            *((f"--scale-for {k}", v) for k, v in self.scale_for.items()),
-        ):
+        named_scales = [("--scale", self.scale), *((f"--scale-for {glob}", v) for glob, v in self.scale_for.items())]
+        for option, value in named_scales:
             if not math.isfinite(value):
-                raise usage_error(f"got {value}, expected a finite number", where=where)
+                raise usage_error(f"got {value}, expected a finite number", where=option)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The command-line options that give this selection, as manifests record them."""
+        return {
+            "scale": self.scale,
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "scale_for": dict(self.scale_for),
+        }
+
+    def selects(self, name: str) -> bool:
+        """Return whether the globs select the tensor `name`, whatever its scale."""
+        return (not self.include or _matches(name, self.include)) and not _matches(name, self.exclude)
 
     def scale_of(self, name: str) -> float:
-        """α for the tensor `name`; 0 where the mask leaves it alone."""
-        if self.include and not _matches(name, self.include):
-            return 0.0
-        if _matches(name, self.exclude):
+        """Return α for the tensor `name`; 0 where it is not selected."""
+        if not self.selects(name):
             return 0.0
         scale = self.scale
         for glob, special in self.scale_for.items():
@@ -47,8 +58,8 @@ class Mask:
                 scale = special
         return scale
 
-    def check(self, names: Iterable[str]) -> None:
-        """Raises SurgeryError where a glob matches none of `names`, or all globs together leave none."""
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raise SurgeryError where a glob matches none of `names`, or all globs together select none."""
         every = list(names)
         for option, globs in (
             ("--include", self.include),
@@ -64,17 +75,13 @@ class Mask:
         if not any(self.selects(name) for name in every):
             raise usage_error(f"leave none of {len(every)} tensors to edit", where="--include and --exclude")
 
-    def selects(self, name: str) -> bool:
-        """Whether the globs let `name` through, whatever its scale."""
-        return (not self.include or _matches(name, self.include)) and not _matches(name, self.exclude)
-
 
 def parse_scale_globs(texts: Sequence[str]) -> dict[str, float]:
-    """`GLOB=α` options → {glob: α}. Raises SurgeryError."""
+    """Parse `GLOB=α` options to {glob: α}. Raises SurgeryError."""
     scales: dict[str, float] = {}
     for text in texts:
         glob, separator, number = text.rpartition("=")
-        scales.pop(glob, None)  # the last one counts, so it must also stand last
+        scales.pop(glob, None)  # of two entries the later one counts, so it must also come later in the dict
         try:
             scales[glob] = float(number)
         except ValueError:

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from surgery.errors import WRONG_USAGE, SurgeryError
-from surgery.vectors.masks import Mask, parse_scale_globs
+from surgery.vectors.selection import TensorSelection, parse_scale_globs
 
 NAMES = [
     "lm_head.weight",
@@ -16,20 +16,22 @@ NAMES = [
 ]
 
 
-def scales(mask: Mask) -> dict[str, float]:
-    return {name.removesuffix(".weight"): mask.scale_of(name) for name in NAMES if mask.scale_of(name)}
+def scales(selection: TensorSelection) -> dict[str, float]:
+    return {name.removesuffix(".weight"): selection.scale_of(name) for name in NAMES if selection.scale_of(name)}
 
 
-def failure(mask: Mask) -> str:
+def failure(selection: TensorSelection) -> str:
     with pytest.raises(SurgeryError) as caught:
-        mask.check(NAMES)
+        selection.check_names(NAMES)
     assert caught.value.exit_code == WRONG_USAGE
     return str(caught.value)
 
 
-def test_empty_mask_edits_everything_at_its_scale() -> None:
-    assert all(Mask().scale_of(name) == 1.0 and Mask(-0.5).scale_of(name) == -0.5 for name in NAMES)
-    Mask().check(NAMES)
+def test_empty_selection_edits_everything_at_its_scale() -> None:
+    assert all(
+        TensorSelection().scale_of(name) == 1.0 and TensorSelection(-0.5).scale_of(name) == -0.5 for name in NAMES
+    )
+    TensorSelection().check_names(NAMES)
 
 
 @pytest.mark.parametrize(
@@ -43,14 +45,14 @@ def test_empty_mask_edits_everything_at_its_scale() -> None:
     ],
 )
 def test_glob_matches_whole_names(glob: str, selected: list[str]) -> None:
-    assert list(scales(Mask(include=(glob,)))) == selected
-    left = scales(Mask(exclude=(glob,)))
+    assert list(scales(TensorSelection(include=(glob,)))) == selected
+    left = scales(TensorSelection(exclude=(glob,)))
     assert set(left) == {name.removesuffix(".weight") for name in NAMES} - set(selected)
 
 
 @pytest.mark.parametrize("glob", ["mlp", "model.layers.0", "LM_HEAD.weight", "norm.weight"])
 def test_part_of_a_name_and_other_case_do_not_match(glob: str) -> None:
-    message = failure(Mask(include=(glob,)))
+    message = failure(TensorSelection(include=(glob,)))
     assert message == (
         f"--include '{glob}': matches none of 8 tensors, such as "
         "lm_head.weight, model.layers.0.mlp.up_proj.weight, model.layers.0.self_attn.q_proj.weight and 5 more"
@@ -58,40 +60,40 @@ def test_part_of_a_name_and_other_case_do_not_match(glob: str) -> None:
 
 
 def test_exclude_wins_over_include() -> None:
-    mask = Mask(2.0, include=("*.mlp.*", "lm_head*"), exclude=("*.0.*",))
-    assert scales(mask) == {"lm_head": 2.0, "model.layers.1.mlp.up_proj": 2.0, "model.layers.10.mlp.up_proj": 2.0}
+    selection = TensorSelection(2.0, include=("*.mlp.*", "lm_head*"), exclude=("*.0.*",))
+    assert scales(selection) == {"lm_head": 2.0, "model.layers.1.mlp.up_proj": 2.0, "model.layers.10.mlp.up_proj": 2.0}
 
 
 def test_last_matching_scale_counts() -> None:
-    mask = Mask(1.0, scale_for={"model.*": 2.0, "*.mlp.*": 3.0, "*.0.*": 4.0})
-    assert mask.scale_of("lm_head.weight") == 1.0
-    assert mask.scale_of("model.norm.weight") == 2.0
-    assert mask.scale_of("model.layers.1.mlp.up_proj.weight") == 3.0
-    assert mask.scale_of("model.layers.0.mlp.up_proj.weight") == 4.0
+    selection = TensorSelection(1.0, scale_for={"model.*": 2.0, "*.mlp.*": 3.0, "*.0.*": 4.0})
+    assert selection.scale_of("lm_head.weight") == 1.0
+    assert selection.scale_of("model.norm.weight") == 2.0
+    assert selection.scale_of("model.layers.1.mlp.up_proj.weight") == 3.0
+    assert selection.scale_of("model.layers.0.mlp.up_proj.weight") == 4.0
 
 
 def test_scale_for_does_not_bring_back_what_the_globs_leave_out() -> None:
-    mask = Mask(include=("*.mlp.*",), exclude=("*.0.*",), scale_for={"*": 5.0})
-    assert scales(mask) == {"model.layers.1.mlp.up_proj": 5.0, "model.layers.10.mlp.up_proj": 5.0}
-    assert not mask.selects("model.layers.0.mlp.up_proj.weight")
+    selection = TensorSelection(include=("*.mlp.*",), exclude=("*.0.*",), scale_for={"*": 5.0})
+    assert scales(selection) == {"model.layers.1.mlp.up_proj": 5.0, "model.layers.10.mlp.up_proj": 5.0}
+    assert not selection.selects("model.layers.0.mlp.up_proj.weight")
 
 
 def test_tensor_at_scale_zero_is_still_selected() -> None:
-    mask = Mask(scale_for={"lm_head*": 0.0})
-    assert mask.scale_of("lm_head.weight") == 0.0 and mask.selects("lm_head.weight")
-    mask.check(NAMES)
+    selection = TensorSelection(scale_for={"lm_head*": 0.0})
+    assert selection.scale_of("lm_head.weight") == 0.0 and selection.selects("lm_head.weight")
+    selection.check_names(NAMES)
 
 
 @pytest.mark.parametrize("option", ["include", "exclude", "scale_for"])
 def test_every_glob_must_match_something(option: str) -> None:
     globs = {"*": 1.0, "*.moe.*": 1.0} if option == "scale_for" else ("lm_head*", "*.moe.*")
-    assert failure(Mask(**{option: globs})).startswith(  # type: ignore[arg-type]
+    assert failure(TensorSelection(**{option: globs})).startswith(  # type: ignore[arg-type]
         f"--{option.replace('_', '-')} '*.moe.*': matches none of 8 tensors, such as lm_head.weight, "
     )
 
 
 def test_globs_that_leave_nothing_are_refused() -> None:
-    assert failure(Mask(include=("*.mlp.*",), exclude=("model.*",))) == (
+    assert failure(TensorSelection(include=("*.mlp.*",), exclude=("model.*",))) == (
         "--include and --exclude: leave none of 8 tensors to edit"
     )
 
@@ -99,10 +101,10 @@ def test_globs_that_leave_nothing_are_refused() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_scales_must_be_finite(value: float) -> None:
     with pytest.raises(SurgeryError, match=rf"^--scale: got {value}, expected a finite number$") as caught:
-        Mask(value)
+        TensorSelection(value)
     assert caught.value.exit_code == WRONG_USAGE
     with pytest.raises(SurgeryError, match=rf"^--scale-for x: got {value}, expected a finite number$"):
-        Mask(scale_for={"x": value})
+        TensorSelection(scale_for={"x": value})
 
 
 def test_scale_options_are_parsed_in_order() -> None:
@@ -112,7 +114,7 @@ def test_scale_options_are_parsed_in_order() -> None:
 
 
 def test_last_option_counts_where_a_glob_is_given_twice() -> None:
-    assert Mask(scale_for=parse_scale_globs(["a*=1", "ab=2", "a*=3"])).scale_of("ab") == 3.0
+    assert TensorSelection(scale_for=parse_scale_globs(["a*=1", "ab=2", "a*=3"])).scale_of("ab") == 3.0
 
 
 @pytest.mark.parametrize("text", ["", "0.5", "=0.5", "x=", "x=big", "x", "x=1,5"])

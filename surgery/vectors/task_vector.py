@@ -1,0 +1,114 @@
+"""Task vectors: on disk as a folder, or as the difference of two models.
+
+A vector folder holds `vector.safetensors` (or shards with an index) with one delta per tensor, fp32 unless asked
+otherwise; tensors whose delta is zero are not stored but listed. `surgery.json` has the format's version, that list,
+and the hashes of both donors. `donor/` has the tuned model's config and tokenizer, and a sketch of its base (see
+`surgery.engine.preflight.sketch`), with which a target's ancestry is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.checkpoint.resolve import open_checkpoint
+from surgery.engine.kernel import Kernel
+from surgery.engine.manifest import read_manifest
+from surgery.engine.preflight import sketch
+from surgery.errors import usage_error
+from surgery.io.atomic import MANIFEST
+from surgery.io.json_io import read_json
+from surgery.vectors.align import AlignedModel, aligned_model
+from surgery.vectors.kernels import ADD_DIFFERENCE, ADD_VECTOR
+
+FORMAT = 1
+STEM = "vector"
+DONOR = "donor"
+SKETCH = "sketch.safetensors"
+
+
+@dataclass(frozen=True)
+class TaskVector:
+    """A task vector on disk.
+
+    zero: names of the tensors whose delta is zero, which are not stored. donor: the folder with the tuned model's side
+    files.
+    """
+
+    checkpoint: Checkpoint
+    zero: frozenset[str]
+    donor: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def ref(self) -> str:
+        """The reference that the vector was opened by."""
+        return self.checkpoint.ref
+
+    @property
+    def model(self) -> AlignedModel:
+        """The deltas as a model to align, with the tuned model's tokenizer."""
+        return AlignedModel(self.checkpoint, self.donor)
+
+    def sketch(self) -> dict[str, Tensor]:
+        """Read the sketch of the donors' base."""
+        return load_file(self.donor / SKETCH)
+
+
+def open_vector(ref: str | Path) -> TaskVector:
+    """Open a vector folder. Raises SurgeryError where `ref` is none."""
+    folder = Path(ref).expanduser()
+    if not folder.is_dir():
+        raise usage_error("no such vector folder", where=ref, hint="`surgery vector extract` writes one.")
+    if not (folder / MANIFEST).is_file():
+        raise usage_error(
+            "is not a vector: it has no surgery.json",
+            where=ref,
+            hint="To use the difference of two models at once, give both to `surgery vector transfer`.",
+        )
+    manifest = read_manifest(folder)
+    if manifest.get("kind") != "vector" or manifest.get("vector", {}).get("format") != FORMAT:
+        raise usage_error(f"holds a {manifest.get('kind')}, expected a vector of format {FORMAT}", where=ref)
+    # The donor's config is in a subfolder, or tools would take the vector's folder for a model.
+    config = read_json(folder / DONOR / "config.json", missing={})
+    checkpoint = replace(open_checkpoint(folder), ref=str(ref), config=config)
+    return TaskVector(checkpoint, frozenset(manifest["vector"]["zero"]), folder / DONOR, manifest)
+
+
+@dataclass(frozen=True)
+class VectorInput:
+    """The vector v of θ + α·v as inputs of a kernel.
+
+    models: role → model, in the order of the kernel's inputs after the target. kernel: computes θ + α·v. config: the
+    donors' config.json. read_sketch: reads a sketch of the donors' base. zero: names of the tensors whose delta is
+    known to be zero.
+    """
+
+    models: Mapping[str, AlignedModel]
+    kernel: Kernel
+    config: Mapping[str, Any]
+    read_sketch: Callable[[], Mapping[str, Tensor]]
+    zero: Collection[str] = ()
+
+    @property
+    def checkpoints(self) -> dict[str, Checkpoint]:
+        """Role → checkpoint."""
+        return {role: model.checkpoint for role, model in self.models.items()}
+
+
+def stored_vector(vector: TaskVector) -> VectorInput:
+    """Return the vector on disk as kernel inputs."""
+    return VectorInput({"vector": vector.model}, ADD_VECTOR, vector.checkpoint.config, vector.sketch, vector.zero)
+
+
+def model_difference(tuned: Checkpoint, base: Checkpoint) -> VectorInput:
+    """Return θ_tuned − θ_base, which is never stored, as kernel inputs."""
+    models = {"tuned": aligned_model(tuned), "base": aligned_model(base)}
+    return VectorInput(models, ADD_DIFFERENCE, base.config, partial(sketch, base))
