@@ -1,4 +1,4 @@
-"""The model card of a merge: what was merged by which method, where its layers come from, and the config."""
+"""Write the model card of a merge: its models and method, where its layers come from, and the config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from surgery.errors import listing
 from surgery.reporting.report import Table
 
 _ARXIV = "arXiv:"
-_MOST_MODELS = 6
+_MOST_MODELS = 6  # named in the first sentence; the table has all
 
 
 def card(
@@ -24,7 +24,7 @@ def card(
     steps: Mapping[str, Mapping[str, Any]],
     text: str,
 ) -> CardContent:
-    """The card of a finished merge.
+    """Return the model card of a finished merge.
 
     Args:
         steps: name → manifest of the documents whose results it was made from.
@@ -45,11 +45,11 @@ def card(
         parts.append(f"Vocabulary: {report.preflight['vocabulary']}.")
     if text:
         parts.append(f"## Config\n\n```yaml\n{text.strip()}\n```")
-    return CardContent("Merged model", f"{sentence} {_work(report)}", ("merge", method.name), "\n\n".join(parts))
+    return CardContent("Merged model", f"{sentence} {_computed(report)}", ("merge", method.name), "\n\n".join(parts))
 
 
 def layers_table(config: MergeConfig, layout: Layout) -> Table:
-    """Which layers of which models each run of the output's layers is made from."""
+    """Return which layers of which models each run of the output's layers is made from."""
     rows = []
     first = 0
     for section in config.sections:
@@ -82,7 +82,7 @@ def _source(paper: str) -> str:
     return f" (<https://{paper}>)"
 
 
-def _work(report: MergeReport) -> str:
+def _computed(report: MergeReport) -> str:
     if not report.merged:
         return f"All {report.tensors} tensors are copies, byte for byte."
     rest = report.tensors - report.merged

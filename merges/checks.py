@@ -1,8 +1,8 @@
-"""What is checked of a merge's models before a byte is written: family, vocabulary, and that all values are finite."""
+"""Check the models of a merge before anything is written: architecture, vocabulary, and that all values are finite."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
@@ -14,52 +14,33 @@ from surgery.engine.workers import run_shared
 from surgery.errors import SurgeryError, listing
 
 ALIGN = "Say `tokenizer_source: union`, `base` or a model: rows are then aligned by token."
-_EXAMPLES = 3
-_AT_ONCE = 8  # segments that a worker looks at for NaN in one go
-
-
-class TensorFaults:
-    """Faults of single tensors; one that many tensors share becomes one sentence."""
-
-    def __init__(self) -> None:
-        self._names: dict[tuple[str, str], list[str]] = defaultdict(list)
-
-    def add(self, name: str, what: str, advice: str) -> None:
-        """Notes that the tensor `name` is, or has, `what`; `advice` is the sentence that says what to do."""
-        self._names[what, advice].append(name)
-
-    def sentences(self) -> list[str]:
-        """One for each kind of fault, in the order in which they were found."""
-        found = []
-        for (what, advice), names in self._names.items():
-            quoted = listing([f'"{name}"' for name in names], _EXAMPLES)
-            some = "" if len(names) == 1 else f"{len(names):,} tensors: "
-            found.append(f"{some}{quoted}: {what}. {advice}")
-        return found
+_EXAMPLES = 3  # tokens or tensors named in a message
+# To look at a segment for NaN takes less time than to hand it to a worker: so several at once.
+_SEGMENTS_PER_TASK = 8
 
 
 def check_models(preflight: Preflight, template: Checkpoint, checkpoints: Iterable[Checkpoint]) -> None:
-    """Adds faults for models of another architecture than the template's. Layers are counted in `merges.layout`."""
+    """Add errors for models of another architecture than the template's. Layers are counted in `merges.layout`."""
     for checkpoint in checkpoints:
         if checkpoint is not template:
             check_config(preflight, template, checkpoint.config, checkpoint.ref, any_depth=True)
 
 
 def check_vocabularies(preflight: Preflight, checkpoints: Sequence[Checkpoint]) -> None:
-    """Adds a fault where two models use one id for different tokens, or one token under different ids.
+    """Add an error where two models use one id for different tokens, or one token under different ids.
 
     Tokens that only some of the models have are allowed: nothing else stands in their rows.
     """
     known: list[tuple[str, Vocabulary]] = []
-    lacking = []
+    unknown = []
     for checkpoint in checkpoints:
-        found = read_vocabulary(checkpoint.folder) if checkpoint.folder else None
-        if found is None:
-            lacking.append(checkpoint.ref)
+        vocabulary = read_vocabulary(checkpoint.folder) if checkpoint.folder else None
+        if vocabulary is None:
+            unknown.append(checkpoint.ref)
         else:
-            known.append((checkpoint.ref, found))
-    if lacking:
-        preflight.facts["vocabulary"] = f"not compared: no tokenizer files in {listing(lacking, _EXAMPLES)}"
+            known.append((checkpoint.ref, vocabulary))
+    if unknown:
+        preflight.facts["vocabulary"] = f"not compared: no tokenizer files in {listing(unknown, _EXAMPLES)}"
     if not known:
         return
     first_ref, first = known[0]
@@ -73,27 +54,29 @@ def check_vocabularies(preflight: Preflight, checkpoints: Sequence[Checkpoint]) 
             )
         alone |= first.ids.keys() ^ other.ids.keys()
     if alone:
-        shown = listing([repr(token) for token in sorted(alone)], _EXAMPLES)
+        examples = listing([repr(token) for token in sorted(alone)], _EXAMPLES)
         preflight.warnings.append(
-            f"{len(alone):,} tokens are not in all models ({shown}); their rows are merged as they lie."
+            f"{len(alone):,} tokens are not in all models ({examples}); their rows are merged as they lie."
         )
-    elif not lacking:
+    elif not unknown:
         preflight.facts["vocabulary"] = f"the same {len(first.ids):,} tokens in all models"
 
 
 def check_finite(tensors: Mapping[str, Sequence[StoredTensor]], options: ExecutionOptions) -> None:
-    """Raises SurgeryError where a source holds NaN or infinite values; reads every one of them once.
+    """Raise SurgeryError where a source has NaN or infinite values. Reads every tensor once.
 
-    tensors: model → the tensors that are read of it.
+    Args:
+        tensors: model → the tensors that are read of it.
     """
-    held = [(ref, tensor) for ref, stored in tensors.items() for tensor in stored if tensor.is_float]
-    parts = [(number, list(segments(tensor.n_elements))) for number, (_, tensor) in enumerate(held)]
-    # Looking at a segment takes less time than handing it to a worker: so several at once, and told by number.
-    units = [(number, bounds[i : i + _AT_ONCE]) for number, bounds in parts for i in range(0, len(bounds), _AT_ONCE)]
+    float_tensors = [(ref, tensor) for ref, stored in tensors.items() for tensor in stored if tensor.is_float]
+    parts = [(number, list(segments(tensor.n_elements))) for number, (_, tensor) in enumerate(float_tensors)]
+    # Tensors go by number: names would be sent to every rank and back.
+    step = _SEGMENTS_PER_TASK
+    tasks = [(number, bounds[i : i + step]) for number, bounds in parts for i in range(0, len(bounds), step)]
 
-    def look(unit: tuple[int, list[tuple[int, int]]], reader: TensorReader) -> tuple[int, int, int]:
-        number, bounds = unit
-        tensor = held[number][1]
+    def count_bad(task: tuple[int, list[tuple[int, int]]], reader: TensorReader) -> tuple[int, int, int]:
+        number, bounds = task
+        tensor = float_tensors[number][1]
         size = count = 0
         for begin, end in bounds:
             data = reader.raw(tensor, begin, end, "look")
@@ -103,24 +86,26 @@ def check_finite(tensors: Mapping[str, Sequence[StoredTensor]], options: Executi
 
     counts = Counter[int]()
     with (
-        SourceFiles({tensor.file for _, tensor in held}) as files,
-        options.progress("Checking", sum(tensor.n_bytes for _, tensor in held)) as advance,
+        SourceFiles({tensor.file for _, tensor in float_tensors}) as files,
+        options.progress("Checking", sum(tensor.n_bytes for _, tensor in float_tensors)) as advance,
     ):
-        for number, size, count in run_shared(units, look, files, threads=options.threads):
+        for number, size, count in run_shared(tasks, count_bad, files, threads=options.threads):
             advance(size)
             counts[number] += count
-    bad = {(held[number][0], held[number][1].name): count for number, count in counts.items() if count}
+    bad = {
+        (float_tensors[number][0], float_tensors[number][1].name): count for number, count in counts.items() if count
+    }
     if bad:
-        found = [f'{count:,} in "{name}" of {ref}' for (ref, name), count in sorted(bad.items())]
+        examples = [f'{count:,} in "{name}" of {ref}' for (ref, name), count in sorted(bad.items())]
         raise SurgeryError(
-            f"NaN or infinite values: {listing(found, _EXAMPLES)}",
+            f"NaN or infinite values: {listing(examples, _EXAMPLES)}",
             where="sources",
             hint="They would spread through the merge. --allow-nonfinite merges them all the same.",
         )
 
 
 def _clashes(a: Vocabulary, b: Vocabulary) -> list[str]:
-    """Rows that hold different tokens, and tokens in different rows: a line for each, by row."""
+    """Describe rows with different tokens, and tokens in different rows, one text each, by row."""
     by_row = {row: token for token, row in b.ids.items()}
     clashes = []
     for token, row in sorted(a.ids.items(), key=lambda item: item[1]):

@@ -1,9 +1,9 @@
-"""Which tensors meet in a merge: every output tensor with the tensors of its sources, found by structure.
+"""Match the tensors of a merge's models: for every output tensor those of its sources, found by structure.
 
 No architecture is listed. A model's layers are the numbered stack that `surgery.checkpoint.structure` finds in its
-names; a section's layers are renumbered into the output's stack, and tensors meet that have the same name inside their
-layers. What lies outside the layers meets by its full name: embeddings by the first section, final norm and head by the
-last, and so do layers beyond the stack, which only predict further tokens ahead.
+names; a section's layers are renumbered into the output's stack, and tensors are merged that have the same name inside
+their layers. Tensors outside the layers are matched by their full names: embeddings by the first section, final norm
+and head by the last, as are layers beyond the stack, which only predict further tokens ahead.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from merges.checks import TensorFaults
 from merges.config.schema import MergeConfig, MergeSection
 from merges.config.settings import EDGE_POSITION, layer_position
 from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
@@ -27,8 +26,11 @@ FINAL_NORM, LM_HEAD, BEYOND = "final norm", "lm_head", "beyond"
 class Slot:
     """One output tensor.
 
-    group: the part of the model that it is reported under. t: where its layer stands in the section, for gradients.
-    inputs: one per source of the section, in their order. per_token: whether it has one row per token.
+    Args:
+        group: the part of the model that it is reported under.
+        t: position of its layer in the section, for gradients; see `layer_position`.
+        inputs: one per source of the section, in their order.
+        per_token: whether it has one row per token.
     """
 
     name: str
@@ -41,12 +43,14 @@ class Slot:
 
 @dataclass(frozen=True)
 class Layout:
-    """All slots, and for each output layer the number of the layer that stands for it in the config: the template's
-    own, or the first source's where the template has no share in it.
+    """Every output tensor of a merge.
 
-    template: the model whose config, names and side files the output gets. left_out: tensors that it does not get,
-    because not all models have them and nothing says what they are. outside: model → full name → tensor, of what lies
-    in no layer.
+    Args:
+        template: the model whose config, names and side files the output gets.
+        layers: for each output layer the number of the layer whose entries in the config it gets: the template's own,
+            or the first source's where the template has no share in it.
+        left_out: tensors that the output does not get, as not all models have them and nothing says what they are.
+        outside: model → full name → tensor, of the tensors in no layer.
     """
 
     template: Checkpoint
@@ -57,60 +61,59 @@ class Layout:
 
 
 class _Models:
-    """The merge's models, their anatomies, and their tensors by the place they take."""
+    """The models of a merge, their structures, and their tensors by position."""
 
     def __init__(self, checkpoints: Mapping[str, Checkpoint], template: str) -> None:
         self.checkpoints = checkpoints
-        self.anatomies: dict[str, ModelStructure] = {
+        self.structures: dict[str, ModelStructure] = {
             ref: model_structure(checkpoint) for ref, checkpoint in checkpoints.items()
         }
-        self.stack = self.anatomies[template].stack or ""
+        self.stack = self.structures[template].stack or ""
         self.template = template
         self.layers: dict[str, list[dict[str, str]]] = {}
-        for ref, shape in self.anatomies.items():
+        for ref, shape in self.structures.items():
             self.layers[ref] = [
                 {name.removeprefix(f"{_start(shape.stack)}{layer.index}."): name for name in layer.names}
                 for layer in shape.blocks
             ]
-        # Under every name by which one of the models stores a head, or a final norm.
-        self.heads = sorted({head for shape in self.anatomies.values() for head in shape.lm_heads})
+        # Models store a head, or a final norm, under different names: each of them counts for all.
+        self.heads = sorted({head for shape in self.structures.values() for head in shape.lm_heads})
         self.ends: dict[str, str] = {}
-        for shape in self.anatomies.values():
+        for shape in self.structures.values():
             self.ends |= {name: part for name, part in shape.group_by_name.items() if part in (FINAL_NORM, LM_HEAD)}
 
     def in_layer(self, ref: str, index: int) -> dict[str, StoredTensor]:
-        """Name inside the layer → tensor."""
+        """Return the tensors of one layer by their names inside it."""
         tensors = self.checkpoints[ref].tensors
         return {inner: tensors[name] for inner, name in self.layers[ref][index].items()}
 
     def beyond(self, ref: str, name: str) -> tuple[int, str] | None:
-        """For a tensor of a layer behind the last that counts: how far behind it is, from 0, and its inner name."""
-        start, held = _start(self.anatomies[ref].stack), len(self.layers[ref])
+        """Return, for a tensor of a layer behind the model's last, how far behind (from 0), and its name inside it."""
+        start, n_layers = _start(self.structures[ref].stack), len(self.layers[ref])
         number, _, inner = name.removeprefix(start).partition(".")
-        if not held or not name.startswith(start) or not NUMBER.fullmatch(number):
+        if not n_layers or not name.startswith(start) or not NUMBER.fullmatch(number):
             return None
-        return int(number) - held, inner
+        return int(number) - n_layers, inner
 
     def outside(self, ref: str) -> dict[str, StoredTensor]:
-        """Full name → tensor, of what lies in no layer; a tied head is there as well where another model's is not."""
-        shape, tensors = self.anatomies[ref], self.checkpoints[ref].tensors
-        found = {name: tensor for name, tensor in tensors.items() if shape.layer_of(name) is None}
+        """Return the tensors in no layer by name, with a tied head under the name of another model's untied one."""
+        shape, tensors = self.structures[ref], self.checkpoints[ref].tensors
+        outside = {name: tensor for name, tensor in tensors.items() if shape.layer_of(name) is None}
         if shape.tied and len(shape.token_embeddings) == 1:
-            found |= {head: tensors[shape.token_embeddings[0]] for head in self.heads if head not in found}
-        return found
+            outside |= {head: tensors[shape.token_embeddings[0]] for head in self.heads if head not in outside}
+        return outside
 
 
 def lay_out(preflight: Preflight, config: MergeConfig, checkpoints: Mapping[str, Checkpoint]) -> Layout:
-    """The slots of a merge; what does not fit goes to the faults of `preflight`."""
+    """Return the slots of a merge; what does not match is added to the errors of `preflight`."""
     template = config.base_model or config.sections[0].sources[0].model
     models = _Models(checkpoints, template)
-    builder = _Builder(preflight, models)
-    builder.begin(config.sections[0])
+    builder = _LayoutBuilder(preflight, models)
+    builder.add_embeddings(config.sections[0])
     layers: list[int] = []
     for section in config.sections:
-        layers += builder.layers(section, first=len(layers))
-    builder.end(config.sections[-1], len(layers))
-    builder.settle()
+        layers += builder.add_layers(section, first=len(layers))
+    builder.add_ends(config.sections[-1], len(layers))
     return Layout(
         checkpoints[template],
         tuple(builder.slots),
@@ -120,14 +123,15 @@ def lay_out(preflight: Preflight, config: MergeConfig, checkpoints: Mapping[str,
     )
 
 
-class _Builder:
+class _LayoutBuilder:
+    """Collects slots: embeddings, then layers, then final norm and head."""
+
     def __init__(self, preflight: Preflight, models: _Models) -> None:
         self.preflight = preflight
         self.models = models
         self.slots: list[Slot] = []
         self.left_out: set[str] = set()
-        self.missing = TensorFaults()
-        for ref, shape in models.anatomies.items():
+        for ref, shape in models.structures.items():
             numbers = [layer.index for layer in shape.blocks]
             if numbers != list(range(len(numbers))):
                 preflight.errors.add(
@@ -135,15 +139,15 @@ class _Builder:
                     "Give the whole."
                 )
 
-    def layers(self, section: MergeSection, *, first: int) -> list[int]:
-        """Adds the slots of a section's layers, numbered from `first`; returns what `Layout.layers` says of them."""
+    def add_layers(self, section: MergeSection, *, first: int) -> list[int]:
+        """Add the slots of a section's layers, numbered from `first`; return their entries of `Layout.layers`."""
         ranges = []
         for source in section.sources:
-            held = len(self.models.layers[source.model])
-            begin, end = source.layer_range or (0, held)
-            if end > held:
+            n_layers = len(self.models.layers[source.model])
+            begin, end = source.layer_range or (0, n_layers)
+            if end > n_layers:
                 self.preflight.errors.add(
-                    f"layer_range [{begin}, {end}] of {source.model} reaches beyond its {held} layers."
+                    f"layer_range [{begin}, {end}] of {source.model} reaches beyond its {n_layers} layers."
                 )
                 return []
             ranges.append(range(begin, end))
@@ -156,26 +160,28 @@ class _Builder:
         refs = [source.model for source in section.sources]
         n = len(ranges[0])
         for i in range(n):
-            found = [self.models.in_layer(ref, one[i]) for ref, one in zip(refs, ranges, strict=True)]
-            self.meet(section, found, layer_position(i, n), self.prefix(first + i), f"layer {first + i}")
+            tensors = [self.models.in_layer(ref, one[i]) for ref, one in zip(refs, ranges, strict=True)]
+            self.match(section, tensors, layer_position(i, n), self.prefix(first + i), f"layer {first + i}")
         at = refs.index(self.models.template) if self.models.template in refs else 0
         return list(ranges[at])
 
-    def begin(self, section: MergeSection) -> None:
-        """Adds the slots of what comes before the layers, and of what is beside them."""
-        found = [
+    def add_embeddings(self, section: MergeSection) -> None:
+        """Add the slots of the tensors before the layers, and beside them."""
+        tensors = [
             {name: tensor for name, tensor in self.models.outside(ref).items() if self.end_of(ref, name) is None}
             for ref in (source.model for source in section.sources)
         ]
-        self.meet(section, found, EDGE_POSITION)
+        self.match(section, tensors, EDGE_POSITION)
 
-    def end(self, section: MergeSection, layers: int) -> None:
-        """Adds the slots of what comes after the output's `layers` layers: final norm, head, and layers beyond."""
+    def add_ends(self, section: MergeSection, layers: int) -> None:
+        """Add the slots of the tensors after the output's `layers` layers: final norm, head, and layers beyond."""
         refs = [source.model for source in section.sources]
         for part in (FINAL_NORM, LM_HEAD):
-            found = [{n: t for n, t in self.models.outside(ref).items() if self.end_of(ref, n) == part} for ref in refs]
-            self.meet(section, found, EDGE_POSITION)
-        beyond: list[dict[str, StoredTensor]] = []
+            tensors_of_part = [
+                {n: t for n, t in self.models.outside(ref).items() if self.end_of(ref, n) == part} for ref in refs
+            ]
+            self.match(section, tensors_of_part, EDGE_POSITION)
+        beyond: list[dict[str, StoredTensor]] = []  # numbered on from the output's last layer, as in their own model
         for ref in refs:
             places = {name: self.models.beyond(ref, name) for name in self.models.outside(ref)}
             tensors = self.models.checkpoints[ref].tensors
@@ -186,58 +192,56 @@ class _Builder:
                     if at is not None
                 }
             )
-        self.meet(section, beyond, EDGE_POSITION)
+        self.match(section, beyond, EDGE_POSITION)
 
     def end_of(self, ref: str, name: str) -> str | None:
-        """What comes after the layers that a tensor is part of: the final norm, the head, more layers; else None."""
+        """Return which end of the model a tensor is part of: final norm, head, or layers beyond; None for others."""
         if self.models.beyond(ref, name) is not None:
             return BEYOND
         return self.models.ends.get(name)
 
     def prefix(self, layer: int) -> str:
-        """What the names of an output layer's tensors begin with."""
+        """Return the start of the names of an output layer's tensors."""
         return f"{_start(self.models.stack)}{layer}."
 
-    def meet(
+    def match(
         self,
         section: MergeSection,
-        found: Sequence[Mapping[str, StoredTensor]],
+        tensors: Sequence[Mapping[str, StoredTensor]],
         t: float,
         prefix: str = "",
         group: str | None = None,
     ) -> None:
-        """Adds a slot for every name that all sources of the section have in `found`.
+        """Add a slot for every name that all sources of the section have.
 
-        group: the slots' part of the model; None for what the first source calls it.
+        Args:
+            tensors: per source, its tensors by the names to match.
+            prefix: of the slots' names, before the matched name.
+            group: the slots' part of the model; None for the one it has in the first source.
         """
         refs = [source.model for source in section.sources]
-        shape = self.models.anatomies[refs[0]]
-        for name in dict.fromkeys(name for tensors in found for name in tensors):
-            holders = [tensors.get(name) for tensors in found]
+        shape = self.models.structures[refs[0]]
+        for name in dict.fromkeys(name for one in tensors for name in one):
+            holders = [one.get(name) for one in tensors]
             inputs = tuple(tensor for tensor in holders if tensor is not None)
             if len(inputs) < len(holders):
-                self.miss(prefix + name, holders, refs)
+                self.report_missing(prefix + name, holders, refs)
                 continue
             per_token = group is None and inputs[0].name in shape.token_rows
             part = group or self.models.ends.get(name) or shape.group_of(inputs[0].name)
             self.slots.append(Slot(prefix + name, part, section, t, inputs, per_token))
 
-    def miss(self, name: str, holders: Sequence[StoredTensor | None], refs: Sequence[str]) -> None:
-        """Notes a tensor that only some of the sources have: a fault, unless nobody can tell what it is."""
+    def report_missing(self, name: str, holders: Sequence[StoredTensor | None], refs: Sequence[str]) -> None:
+        """Report a tensor that only some of the sources have: an error, unless its role in the model is unknown."""
         have = [(ref, tensor) for ref, tensor in zip(refs, holders, strict=True) if tensor is not None]
-        if all(tensor.name in self.models.anatomies[ref].not_understood for ref, tensor in have):
+        if all(tensor.name in self.models.structures[ref].not_understood for ref, tensor in have):
             self.left_out.add(name)
             return
-        held = listing(ref for ref, _ in have)
-        lack = listing(ref for ref, tensor in zip(refs, holders, strict=True) if tensor is None)
-        self.missing.add(name, f"in {held} and not in {lack}", "Merge models of one layout.")
-
-    def settle(self) -> None:
-        """Adds the faults of single tensors to those of the whole."""
-        for error in self.missing.sentences():
-            self.preflight.errors.add(error)
+        present = listing(ref for ref, _ in have)
+        absent = listing(ref for ref, tensor in zip(refs, holders, strict=True) if tensor is None)
+        self.preflight.errors.add_tensor(name, f"in {present} and not in {absent}", "Merge models of one layout.")
 
 
 def _start(stack: str | None) -> str:
-    """What stands before a layer's number in the names of a stack."""
+    """Return the part of a stack's tensor names before the layer number."""
     return f"{stack}." if stack else ""

@@ -1,4 +1,4 @@
-"""What lies beside the merged weights: config, generation config, tokenizer and chat template."""
+"""The files beside the merged weights: config, generation config, tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SideFiles:
     written: Mapping[str, bytes] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Writes what is not copied."""
+        """Write the files that are not copies."""
         for name, content in self.written.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,11 +48,11 @@ def side_files(
     *,
     chat_template: str | None,
 ) -> SideFiles:
-    """The files of a merge's output; what its config cannot say, and a chat template that is not there, are faults.
+    """Return the output's files; layers that no config can describe, and a missing chat template, are errors.
 
     Args:
         checkpoints: every model of the merge, and the one that `tokens` has its tokenizer from.
-        chat_template: what the merge's config says, None for the template's own.
+        chat_template: as in the merge's config; None for the template's own.
     """
     template = layout.template
     shape = model_structure(template)
@@ -70,7 +70,7 @@ def side_files(
         generation = read_json(template.folder / GENERATION, missing={}) if template.folder else {}
         if generation:
             written[GENERATION] = _json(renumber(generation, GENERATION))
-    if config and config != template.config:
+    if config and config != template.config:  # else it is copied, to the byte
         written[CONFIG] = _json(config)
     tokenizer = None if tokens is None else tokens.files
     if chat_template is not None:
@@ -88,7 +88,7 @@ def _with_chat_template(
     tokens: TokenPlan | None,
     checkpoints: Mapping[str, Checkpoint],
 ) -> Mapping[str, bytes] | None:
-    """The tokenizer's files with the chat template that is `wanted`; None where that is a fault."""
+    """Return the tokenizer's files with the chat template `wanted`; None where that is an error."""
     folders = {ref: checkpoint.folder for ref, checkpoint in checkpoints.items() if checkpoint.folder is not None}
     vocabulary = tokens.vocabulary if tokens else template.folder and read_vocabulary(template.folder)
     if not vocabulary or template.folder is None:
@@ -105,7 +105,7 @@ def _with_chat_template(
 
 
 class _Renumbering:
-    """Gives the ids in the template's files the numbers that their tokens have in the output."""
+    """Renumbers token ids in the template's configs for the output's vocabulary."""
 
     def __init__(self, preflight: Preflight, template: Checkpoint, tokens: TokenPlan, donor: Checkpoint) -> None:
         self._preflight = preflight

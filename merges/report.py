@@ -1,4 +1,4 @@
-"""What a merge did, model by model: how far each is from the base and from the result, and how much of it was kept."""
+"""Report a merge model by model: distance from the base and from the result, and how much of it was kept."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from surgery.reporting.report import Column, Figure, Table
 
 
 def methods_table(specs: Iterable[MethodSpec]) -> Table:
-    """What there is to merge by: parameters with their defaults (those without one are required), and sources."""
+    """Return the merge methods: parameters with their defaults (those without one are required), and sources."""
 
-    def spelled(parameter: ParameterSpec) -> str:
+    def signature(parameter: ParameterSpec) -> str:
         default = "" if parameter.default is None else f"={as_written(parameter.default)}"
         return f"{parameter.name}{'*' if parameter.per_model else ''}{default}"
 
@@ -26,7 +26,7 @@ def methods_table(specs: Iterable[MethodSpec]) -> Table:
         (
             s.name,
             s.base if s.base != "none" else None,
-            ", ".join(map(spelled, s.parameters)),
+            ", ".join(map(signature, s.parameters)),
             s.summary,
             s.paper or None,
         )
@@ -44,9 +44,13 @@ def methods_table(specs: Iterable[MethodSpec]) -> Table:
 class ModelShare:
     """One merged model.
 
-    weight: the mean over its tensors; None where the method has none. norm: ‖x‖. update: ‖x − base‖/‖base‖, None
-    without a base. kept: share of its elements that the method let through. distance: ‖OUT − x‖/‖x‖, OUT as stored;
-    layers: the same per part of the model.
+    Args:
+        weight: the mean over its tensors; None where the method has no weights.
+        norm: ‖x‖.
+        update: ‖x − base‖/‖base‖; None without a base.
+        kept: share of its elements that the method let through.
+        distance: ‖OUT − x‖/‖x‖, OUT as stored.
+        layers: the same per part of the model.
     """
 
     model: str
@@ -60,7 +64,7 @@ class ModelShare:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """`merged` of `tensors` tensors went through the method's kernel; the rest are copies."""
+    """The result of a merge: the method computed `merged` of `tensors` tensors; the rest are copies."""
 
     out: Path
     method: str
@@ -73,11 +77,11 @@ class MergeReport:
     dry_run: bool = False
 
     def summary(self) -> dict[str, Any]:
-        """What the manifest keeps: independent of where and in how many goes the job ran."""
+        """Return the manifest's report, which does not depend on where, and in how many runs, the job was done."""
         return {"method": self.method, "merged": self.merged, "tensors": self.tensors, "models": list(self.models)}
 
     def table(self) -> Table:
-        """One row per model."""
+        """Return a table with one row per model."""
         return Table(
             "What went into the merge",
             [
@@ -93,7 +97,7 @@ class MergeReport:
         )
 
     def figure(self) -> Figure:
-        """How far the result is from each model, layer by layer."""
+        """Return a figure of the result's distance from each model, layer by layer."""
         from surgery.reporting.plots import distances
 
         groups = list(dict.fromkeys(group for share in self.models for group in share.layers))
@@ -102,22 +106,22 @@ class MergeReport:
         return distances(f"How far the merge is from each model ({self.method})", groups, series)
 
 
-def with_outcome(report: MergeReport, merged: Iterable[MergedTensor], outcome: ExecutionResult) -> MergeReport:
-    """`report` with the numbers of `outcome`."""
+def with_result(report: MergeReport, merged: Iterable[MergedTensor], result: ExecutionResult) -> MergeReport:
+    """Return `report` with the numbers measured in `result`."""
     sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     layers: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
     weights: dict[str, list[float]] = defaultdict(list)
     for tensor in merged:
-        measured = outcome.sums.get(tensor.planned.name, {})
+        measured = result.sums.get(tensor.planned.name, {})
         for i, model in enumerate(tensor.models):
             if f"squares.{i}" not in measured:
-                continue  # copied: nothing was computed, so nothing was measured
-            mine = sums[model]
+                continue  # a copy: nothing was computed, so nothing was measured
+            own = sums[model]
             for what in ("squares", "distance", "update", "kept"):
-                mine[what] += measured.get(f"{what}.{i}", 0.0)
-            mine["base"] += measured.get("base", 0.0)
-            mine["based"] += tensor.based
-            mine["elements"] += math.prod(tensor.planned.shape)
+                own[what] += measured.get(f"{what}.{i}", 0.0)
+            own["base"] += measured.get("base", 0.0)
+            own["based"] += tensor.based
+            own["elements"] += math.prod(tensor.planned.shape)
             layers[model][tensor.group][0] += measured[f"distance.{i}"]
             layers[model][tensor.group][1] += measured[f"squares.{i}"]
             if tensor.weights:
@@ -126,27 +130,27 @@ def with_outcome(report: MergeReport, merged: Iterable[MergedTensor], outcome: E
         ModelShare(
             model,
             math.fsum(weights[model]) / len(weights[model]) if weights[model] else None,
-            math.sqrt(mine["squares"]),
-            _ratio(mine["update"], mine["base"]) if mine["based"] else None,
-            mine["kept"] / mine["elements"] if mine["elements"] else 1.0,
-            _ratio(mine["distance"], mine["squares"]),
+            math.sqrt(own["squares"]),
+            _ratio(own["update"], own["base"]) if own["based"] else None,
+            own["kept"] / own["elements"] if own["elements"] else 1.0,
+            _ratio(own["distance"], own["squares"]),
             {group: _ratio(*pair) for group, pair in layers[model].items()},
         )
-        for model, mine in sums.items()
+        for model, own in sums.items()
     ]
-    return replace(report, models=shares, resumed_bytes=outcome.resumed_bytes)
+    return replace(report, models=shares, resumed_bytes=result.resumed_bytes)
 
 
 def _short(refs: Sequence[str]) -> list[str]:
-    """References by the fewest of their last parts that tell them apart."""
+    """Shorten references to the fewest last parts that tell them apart."""
     parts = [ref.rstrip("/").split("/") for ref in refs]
-    for kept in range(1, max(map(len, parts), default=0)):
-        names = ["/".join(part[-kept:]) for part in parts]
+    for n_parts in range(1, max(map(len, parts), default=0)):
+        names = ["/".join(part[-n_parts:]) for part in parts]
         if len(set(names)) == len(names):
             return names
     return list(refs)
 
 
 def _ratio(above: float, below: float) -> float:
-    """√(above/below); 0 where both are 0."""
+    """Return √(above/below); 0 where both are 0."""
     return math.sqrt(above / below) if below else (math.inf if above else 0.0)

@@ -1,11 +1,11 @@
-"""The logit ensemble: one checkpoint whose logits are the mean of its members', written as byte copies of theirs.
+"""Write a logit ensemble: one checkpoint whose logits are the mean of its members', made of byte copies of theirs.
 
-After logit averaging in arXiv 2507.07129. In come models that give every token the same id; out comes a folder with
+This is logit averaging as in arXiv 2507.07129. The members must give every token the same id. The folder has
 
-* `model*.safetensors`: the members' tensors as `members.<i>.<name>`; what an earlier member has too is stored once;
-* `config.json` and `ensemble_model.py`: what transformers loads it with (see `merges.ensemble.ensemble_model`);
+* `model*.safetensors`: the members' tensors as `members.<i>.<name>`; a tensor of several members is stored once;
+* `config.json` and `ensemble_model.py`: for transformers to load it (see `merges.ensemble.ensemble_model`);
 * `members/<i>/`: the member's config, tokenizer and other side files; `members/<i>.json`: its name, and the header of
-  each of its weight files. From these `merges.ensemble.unpack` restores the members to the bit;
+  each of its weight files. From these `merges.ensemble.unpack` restores the members byte for byte;
 * tokenizer, chat template and generation config of the first member.
 """
 
@@ -15,8 +15,8 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,18 +27,19 @@ from merges.ensemble.shared_tensors import Shared, find_shared
 from merges.ensemble.tune import Tuned, TuneWhat, check_tuning, tune_members
 from surgery.checkpoint.checkpoint import ADAPTER_CONFIG, Checkpoint, read_file
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.engine.card import CardContent, write_card
-from surgery.engine.execution import execute
-from surgery.engine.manifest import build_manifest, command_record, write_manifest
+from surgery.engine.card import CardContent
+from surgery.engine.checkpoint_writer import OutputDescription, check_destination, write_checkpoint
+from surgery.engine.manifest import command_record
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.plan import Plan, check_output, copy_tensor, plan_files
+from surgery.engine.plan import Plan, copy_tensor, plan_files
 from surgery.engine.preflight import Preflight, check_quantised, check_space
 from surgery.engine.result import ExecutionResult
 from surgery.errors import usage_error
-from surgery.io.atomic import MANIFEST, check_free
+from surgery.io.atomic import MANIFEST
 from surgery.reporting.report import Column, Table, format_value
 from surgery.runtime.environment import n_processes
 
+COMMAND = "merge logits"
 CONFIG = "config.json"
 CARD = "README.md"
 MODEL_FILE = Path(ensemble_model.__file__)
@@ -63,7 +64,7 @@ class MemberReport:
 
 @dataclass(frozen=True)
 class LogitsReport:
-    """What was, or with `dry_run` would be, written. `vocab_size`: rows that all members have."""
+    """The ensemble that was, or with `dry_run` would be, written. `vocab_size`: rows that all members have."""
 
     out: Path
     preflight: Mapping[str, str]
@@ -78,7 +79,7 @@ class LogitsReport:
     dry_run: bool = False
 
     def table(self) -> Table:
-        """The members, one row each."""
+        """Return the members, one row each."""
         columns = [
             Column("member"),
             Column("kind"),
@@ -102,7 +103,7 @@ def average_logits(
     dry_run: bool = False,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> LogitsReport:
-    """Writes the ensemble of `models` to the folder `out` (arXiv 2507.07129, "logit averaging").
+    """Write the ensemble of `models` to the folder `out` (arXiv 2507.07129, "logit averaging").
 
     Args:
         weights: one per model, of any positive sum; None for equal ones.
@@ -116,66 +117,121 @@ def average_logits(
         SurgeryError: fewer than two models; one of them is no causal language model, needs code of its own or is
             quantised; they disagree on tokens; the weights make no mean; `tune` cannot be used; `out` exists.
     """
-    given = check_weights(weights, len(models), mode)
+    normalized = check_weights(weights, len(models), mode)
     checkpoints = [open_checkpoint(model) for model in models]
     sources = {f"{MEMBERS}.{i}": checkpoint for i, checkpoint in enumerate(checkpoints)}
-    check_output(out, sources)
-    if not dry_run:
-        check_free(out, overwrite=options.overwrite)
+    check_destination(out, sources, options, dry_run=dry_run)
     if tune and n_processes() > 1:
         raise usage_error("runs in one process", where="--tune", hint="Start it without accelerate launch.")
-    rows = check_tuning(tune, tune_what, mode, given) if tune else None
+    rows = check_tuning(tune, tune_what, mode, normalized) if tune else None
     preflight = Preflight()
     check_quantised(preflight, checkpoints)
     members = find_members(preflight, checkpoints)
-    preflight.errors.raise_if_any("merge logits")
+    preflight.errors.raise_if_any(COMMAND)
     vocab_size = check_vocabularies(preflight, members)
-    preflight.errors.raise_if_any("merge logits")
+    preflight.errors.raise_if_any(COMMAND)
     shared = find_shared([checkpoint.tensors for checkpoint in checkpoints], options)
-    chosen = {"tune": str(tune), "tune_what": tune_what} if tune else {}
-    command = command_record("merge logits", models, weight=list(weights or ()), mode=mode, **chosen)
-    config = _config(members, given, mode, vocab_size, shared)
-    plan = _plan(command, members, sources, shared)
-    check_space(preflight, plan, out, options.threads)
-    preflight.errors.raise_if_any("merge logits")
-    report = _report(out, preflight, members, config, shared, plan)
+    tuning_options = {"tune": str(tune), "tune_what": tune_what} if tune else {}
+    command = command_record(COMMAND, models, weight=list(weights or ()), mode=mode, **tuning_options)
+    config = _config(members, normalized, mode, vocab_size, shared)
+    draft = _Draft(command, preflight, members, sources, shared, config)
+    check_space(preflight, draft.plan, out, options.threads)
+    preflight.errors.raise_if_any(COMMAND)
     if dry_run:
-        return replace(report, dry_run=True)
-    with ExitStack() as stack:
-        if rows is not None:
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            tuned = tune_members(
-                config,
-                [member.checkpoint for member in members],
-                rows,
-                tune_what,
-                scratch,
-                device=options.device,
-                progress=options.progress,
+        return replace(draft.report(out), dry_run=True)
+    if rows is None:
+        return _write(draft, out, options)
+    with tempfile.TemporaryDirectory() as scratch:  # until the fitted head has been copied from it
+        tuned = tune_members(
+            config, checkpoints, rows, tune_what, Path(scratch), device=options.device, progress=options.progress
+        )
+        return _write(draft.tuned(tuned), out, options)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """An ensemble before it is written. `config` is its config.json."""
+
+    command: Mapping[str, Any]
+    preflight: Preflight
+    members: Sequence[EnsembleMember]
+    sources: Mapping[str, Checkpoint]
+    shared: Shared
+    config: Mapping[str, Any]
+    tuning: Tuned | None = None
+
+    def tuned(self, tuning: Tuned) -> _Draft:
+        """Return the ensemble with the weights, or the head, that were fitted."""
+        config = {**self.config, "weights": list(tuning.weights), "fused_head": tuning.fused_head}
+        head = {} if tuning.head is None else {HEAD: read_file(tuning.head)}
+        return replace(self, config=config, sources={**self.sources, **head}, tuning=tuning)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Copies of every member's tensors and files; tensors that an earlier member has are left out."""
+        planned = [
+            replace(copy_tensor(tensor), name=f"{role}.{name}")
+            for role, checkpoint in self.sources.items()
+            for name, tensor in checkpoint.tensors.items()
+            if f"{role}.{name}" not in self.shared
+        ]
+        # Code of the first member's would shadow the ensemble's own, and an adapter's config would make it one.
+        side_files = {
+            path.name: path
+            for path in self.members[0].checkpoint.side_files
+            if path.name not in (CONFIG, ADAPTER_CONFIG) and path.suffix != ".py"
+        }
+        for i, member in enumerate(self.members):
+            side_files |= {f"{MEMBERS}/{i}/{path.name}": path for path in kept_files(member.checkpoint)}
+        return Plan(self.command, self.sources, plan_files(planned), side_files)
+
+    def report(self, out: Path) -> LogitsReport:
+        """Return the report of the ensemble as it would be written now."""
+        rows = []
+        for i, (member, weight) in enumerate(zip(self.members, self.config["weights"], strict=True)):
+            tensors = member.checkpoint.tensors
+            stored = [t.n_bytes for name, t in tensors.items() if f"{MEMBERS}.{i}.{name}" not in self.shared]
+            kind, total = str(member.config.model_type), member.checkpoint.n_bytes
+            rows.append(
+                MemberReport(member.name, member.checkpoint.ref, kind, weight, len(tensors), total, sum(stored))
             )
-            config = {**config, "weights": list(tuned.weights), "fused_head": tuned.fused_head}
-            if tuned.head is not None:
-                sources |= {HEAD: read_file(tuned.head)}
-                plan = _plan(command, members, sources, shared)
-            report = replace(_report(out, preflight, members, config, shared, plan), tuning=tuned)
+        saved = sum(row.n_bytes - row.stored_bytes for row in rows)
+        facts = {
+            **self.preflight.facts,
+            "members": f"{len(rows)}, {format_value(sum(row.n_bytes for row in rows), 'bytes')} in all",
+            "shared": f"{len(self.shared)} tensors stored once, {format_value(saved, 'bytes')} saved",
+        }
+        return LogitsReport(
+            out,
+            facts,
+            self.preflight.warnings,
+            rows,
+            self.config["mode"],
+            self.config["vocab_size"],
+            len(self.shared),
+            saved,
+            self.plan.output_bytes,
+            self.tuning,
+        )
 
-        def finish(folder: Path, outcome: ExecutionResult) -> None:
-            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            shutil.copyfile(MODEL_FILE, folder / MODEL_FILE.name)
-            for i, member in enumerate(members):
-                (folder / MEMBERS / f"{i}.json").write_text(json.dumps(_record(member)) + "\n", encoding="utf-8")
-            manifest = build_manifest(plan, outcome, kind="ensemble", report=_summary(report))
-            write_manifest(folder, manifest)
-            write_card(folder, manifest, sources, _card(report))
 
-        execute(plan, out, options, finish=finish)
-    return report
+def _write(draft: _Draft, out: Path, options: ExecutionOptions) -> LogitsReport:
+    report = draft.report(out)
+
+    def describe(folder: Path, _: ExecutionResult) -> OutputDescription[LogitsReport]:
+        (folder / CONFIG).write_text(json.dumps(draft.config, indent=2) + "\n", encoding="utf-8")
+        shutil.copyfile(MODEL_FILE, folder / MODEL_FILE.name)
+        for i, member in enumerate(draft.members):
+            (folder / MEMBERS / f"{i}.json").write_text(json.dumps(_record(member)) + "\n", encoding="utf-8")
+        return OutputDescription(report, _summary(report), _card(report), kind="ensemble")
+
+    return write_checkpoint(draft.plan, out, options, describe=describe)
 
 
 def _config(
     members: Sequence[EnsembleMember], weights: Sequence[float], mode: str, vocab_size: int, shared: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What config.json of the ensemble says. Token ids are the first member's."""
+    """Return the ensemble's config.json. Token ids are the first member's."""
     first = members[0].config.get_text_config(decoder=True)
     module = MODEL_FILE.stem
     return {
@@ -196,34 +252,15 @@ def _config(
     }
 
 
-def _plan(
-    command: Mapping[str, Any], members: Sequence[EnsembleMember], sources: Mapping[str, Checkpoint], shared: Shared
-) -> Plan:
-    planned = [
-        replace(copy_tensor(tensor), name=f"{role}.{name}")
-        for role, checkpoint in sources.items()
-        for name, tensor in checkpoint.tensors.items()
-        if f"{role}.{name}" not in shared
-    ]
-    side_files = {
-        path.name: path
-        for path in members[0].checkpoint.side_files
-        if path.name not in (CONFIG, ADAPTER_CONFIG) and path.suffix != ".py"
-    }
-    for i, member in enumerate(members):
-        side_files |= {f"{MEMBERS}/{i}/{path.name}": path for path in kept_files(member.checkpoint)}
-    return Plan(command, sources, plan_files(planned), side_files)
-
-
 def kept_files(checkpoint: Checkpoint) -> list[Path]:
-    """All files beside the weights that `unpack` restores: side files, index, manifest, model card."""
+    """Return all files beside the weights that `unpack` restores: side files, index, manifest, model card."""
     folder = cast(Path, checkpoint.folder)
     extra = [folder / MANIFEST, folder / CARD, *sorted(folder.glob("*.safetensors.index.json"))]
     return [*checkpoint.side_files, *(path for path in extra if path.is_file())]
 
 
 def _record(member: EnsembleMember) -> dict[str, Any]:
-    """What `unpack` needs beside the files: each weight file's header, to the byte."""
+    """Return what `unpack` needs beside the files: the member's name and each weight file's header, byte for byte."""
     checkpoint = member.checkpoint
     files = plan_files([copy_tensor(tensor) for tensor in checkpoint.tensors.values()], like=checkpoint)
     return {
@@ -234,39 +271,8 @@ def _record(member: EnsembleMember) -> dict[str, Any]:
     }
 
 
-def _report(
-    out: Path,
-    preflight: Preflight,
-    members: Sequence[EnsembleMember],
-    config: Mapping[str, Any],
-    shared: Shared,
-    plan: Plan,
-) -> LogitsReport:
-    rows = []
-    for i, (member, weight) in enumerate(zip(members, config["weights"], strict=True)):
-        tensors = member.checkpoint.tensors
-        stored = [t.n_bytes for name, t in tensors.items() if f"{MEMBERS}.{i}.{name}" not in shared]
-        kind = str(member.config.model_type)
-        whole = member.checkpoint.n_bytes
-        rows.append(MemberReport(member.name, member.checkpoint.ref, kind, weight, len(tensors), whole, sum(stored)))
-    saved = sum(row.n_bytes - row.stored_bytes for row in rows)
-    preflight.facts["members"] = f"{len(rows)}, {format_value(sum(row.n_bytes for row in rows), 'bytes')} in all"
-    preflight.facts["shared"] = f"{len(shared)} tensors stored once, {format_value(saved, 'bytes')} saved"
-    return LogitsReport(
-        out,
-        preflight.facts,
-        preflight.warnings,
-        rows,
-        config["mode"],
-        config["vocab_size"],
-        len(shared),
-        saved,
-        plan.output_bytes,
-    )
-
-
 def _summary(report: LogitsReport) -> dict[str, Any]:
-    """What the manifest keeps."""
+    """Return the manifest's report."""
     return {
         "mode": report.mode,
         "vocab_size": report.vocab_size,

@@ -1,4 +1,4 @@
-"""Which models can be members of one ensemble, and with which weights: every check that comes before the first byte."""
+"""Check which models can be members of one ensemble, and with which weights, before anything is written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Mode = Literal["logits", "logprobs", "probs"]
 
 @dataclass(frozen=True)
 class EnsembleMember:
-    """A model in the ensemble. `rows`: of its embedding; `config`: as transformers' own object."""
+    """A model in the ensemble. `rows`: of its embedding; `config`: transformers' config object."""
 
     name: str
     checkpoint: Checkpoint
@@ -33,7 +33,7 @@ class EnsembleMember:
 
 
 def check_weights(weights: Sequence[float] | None, count: int, mode: str) -> list[float]:
-    """`weights` divided by their sum. Raises SurgeryError where they, or the mode, make no mean of `count` models."""
+    """Return `weights` divided by their sum. Raises SurgeryError where they, or `mode`, define no mean of `count`."""
     if mode not in get_args(Mode):
         raise usage_error(f"got {mode!r}, expected one of {', '.join(get_args(Mode))}", where="--mode")
     if count < 2:
@@ -54,7 +54,7 @@ def check_weights(weights: Sequence[float] | None, count: int, mode: str) -> lis
 
 
 def check_vocabularies(preflight: Preflight, members: Sequence[EnsembleMember]) -> int:
-    """Rows that every member has. Adds faults where tokens differ between members, or one lacks rows for some."""
+    """Return the number of rows that every member has. Differing tokens, and missing rows, are errors."""
     known = [member for member in members if member.vocabulary is not None]
     rows = min(member.rows for member in members)
     sizes = ", ".join(f"{member.name} {member.rows:,}" for member in members)
@@ -93,13 +93,13 @@ def check_vocabularies(preflight: Preflight, members: Sequence[EnsembleMember]) 
 
 
 def find_members(preflight: Preflight, checkpoints: Sequence[Checkpoint]) -> list[EnsembleMember]:
-    """`checkpoints` as members, named after their references; adds a fault for each that cannot be one."""
+    """Return `checkpoints` as members, named after their references; each that cannot be one is an error."""
     names = _names([checkpoint.ref for checkpoint in checkpoints])
     members = []
     for name, checkpoint in zip(names, checkpoints, strict=True):
-        fault, config = _native_config(checkpoint)
-        if fault:
-            preflight.errors.add(f"{checkpoint.ref} {fault}")
+        reason, config = _native_config(checkpoint)
+        if reason:
+            preflight.errors.add(f"{checkpoint.ref} {reason}")
             continue
         folder = checkpoint.folder
         vocabulary = read_vocabulary(folder) if folder is not None else None
@@ -110,7 +110,7 @@ def find_members(preflight: Preflight, checkpoints: Sequence[Checkpoint]) -> lis
 
 
 def _native_config(checkpoint: Checkpoint) -> tuple[str | None, Any]:
-    """Why transformers' own code cannot run `checkpoint` as a causal language model, or None; and its config."""
+    """Return why transformers' own code cannot run `checkpoint` as a causal language model, or None; and its config."""
     values = checkpoint.config
     if checkpoint.folder is None or not values:
         return "has no config.json, so nothing says how to run it. Give the whole folder.", None
@@ -136,7 +136,7 @@ def _native_config(checkpoint: Checkpoint) -> tuple[str | None, Any]:
 
 
 def _names(refs: Sequence[str]) -> list[str]:
-    """A folder name for each member: the end of its reference, made unique."""
+    """Return a folder name for each member: the end of its reference, made unique."""
     names: list[str] = []
     for ref in refs:
         stem = re.sub(r"[^\w.+-]", "-", ref.rstrip("/").rpartition("/")[2]).lstrip(".") or "member"

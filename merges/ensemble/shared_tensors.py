@@ -1,4 +1,4 @@
-"""Which tensors of several checkpoints are the same to the bit, so that they need to be stored only once."""
+"""Find tensors that several checkpoints have in common, byte for byte, so that they are stored only once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from surgery.checkpoint.reader import SourceFiles, TensorReader, digest, hash_te
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.workers import run_shared
 
-SKETCH = 4096  # elements; tensors that differ at all nearly always differ here, and need no reading as a whole
+SKETCH = 4096  # elements; tensors that differ at all nearly always differ here, and need not be read as a whole
 
 Shared = Mapping[str, str]  # members.<i>.<name> → members.<j>.<name>, j < i, which is stored
 Key = tuple[int, str]
@@ -18,18 +18,18 @@ Groups = list[list[Key]]
 
 
 def find_shared(members: Sequence[Mapping[str, StoredTensor]], options: ExecutionOptions) -> Shared:
-    """For every tensor that an earlier member has too, which of that member's it is; same names first.
+    """Return, for every tensor that an earlier member has too, that member's tensor; one of the same name if possible.
 
     Equal means dtype, shape and bytes. Equal tensors within one member (two norms at 1) stay apart, and so does what
     an adapter changes.
     """
     tensors = {
         (i, name): tensor
-        for i, held in enumerate(members)
-        for name, tensor in held.items()
+        for i, member in enumerate(members)
+        for name, tensor in member.items()
         if tensor.update is None and tensor.n_bytes
     }
-    groups = _across([list(tensors)], lambda key: (tensors[key].dtype, tensors[key].shape))
+    groups = _split([list(tensors)], lambda key: (tensors[key].dtype, tensors[key].shape))
     candidates = {key: tensors[key] for group in groups for key in group}
     paths = {tensor.file for tensor in candidates.values()}
 
@@ -42,29 +42,29 @@ def find_shared(members: Sequence[Mapping[str, StoredTensor]], options: Executio
 
     with SourceFiles(paths) as files:
         sketches = dict(run_shared(list(candidates), sketch, files, threads=options.threads))
-        groups = _across(groups, sketches.__getitem__)
+        groups = _split(groups, sketches.__getitem__)
         likely = [key for group in groups for key in group]
         hashes = {}
         with options.progress("Comparing", sum(candidates[key].n_bytes for key in likely)) as advance:
-            for key, found in run_shared(likely, whole, files, threads=options.threads):
-                hashes[key] = found
+            for key, hash_value in run_shared(likely, whole, files, threads=options.threads):
+                hashes[key] = hash_value
                 advance(candidates[key].n_bytes)
-    return {alias: name for group in _across(groups, hashes.__getitem__) for alias, name in _aliases(group)}
+    return {alias: name for group in _split(groups, hashes.__getitem__) for alias, name in _aliases(group)}
 
 
-def _across(groups: Groups, property_of: Callable[[Key], Hashable]) -> Groups:
-    """Each group split by a property of its tensors; only those parts that span several members."""
-    found = []
+def _split(groups: Groups, property_of: Callable[[Key], Hashable]) -> Groups:
+    """Split each group by a property of its tensors; keep the parts that span several members."""
+    groups_of_several = []
     for group in groups:
         parts: dict[Hashable, list[Key]] = defaultdict(list)
         for key in group:
             parts[property_of(key)].append(key)
-        found += [part for part in parts.values() if len({member for member, _ in part}) > 1]
-    return found
+        groups_of_several += [part for part in parts.values() if len({member for member, _ in part}) > 1]
+    return groups_of_several
 
 
 def _aliases(group: Sequence[Key]) -> Iterator[tuple[str, str]]:
-    """Pairs (alias, stored) within a group of equal tensors, which is in the order of members."""
+    """Yield pairs (alias, stored) of a group of equal tensors, which is in the order of members."""
     first = group[0][0]
     stored = [name for member, name in group if member == first]
     for member, name in group:

@@ -1,7 +1,7 @@
-"""Fitting how an ensemble combines its members on held-out text: one weight per member, or a matrix of its own.
+"""Fit how an ensemble combines its members: one weight per member, or a matrix on their hidden states.
 
-The members stay as they are; what is fitted starts exactly at the average. A fifth of the rows is not trained on: where
-the fitted ensemble is no better there, the average is kept.
+The members are frozen; the fit starts exactly at the average. A fifth of the rows is not trained on: where the fitted
+ensemble is no better there, the average is kept.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,21 +26,22 @@ from surgery.models.loading import load_tokenizer
 from surgery.runtime.progress import Advance, Progress
 
 TuneWhat = Literal["weights", "head"]
-HELD_OUT = 0.2  # share of the rows
+HELD_OUT = 0.2  # share of the rows, on which the fitted ensemble is compared with the average
 EPOCHS = 3
 BATCH = 8  # rows
 MAX_TOKENS = 512  # of a row; what comes after is cut
 RATES = {"weights": 0.1, "head": 1e-4}  # Adam's: softmax logits move by whole units, matrices by little
 IGNORED = -100
 HEAD_FILE = "head.safetensors"
-EXACT = 1e-3  # of the largest logit: above the rounding of bf16 heads lies only arithmetic that is not W·h + b
-# What some families do to logits after their head: no matrix can.
+# Relative to the largest logit. A greater error is no rounding of a bf16 head: the logits are then not W·h + b.
+EXACT = 1e-3
+# Config keys of operations on the logits after the head, which no matrix can express.
 AFTER_THE_HEAD = ("final_logit_softcapping",)
 
 
 @dataclass(frozen=True)
 class TuningRow:
-    """One example; only `response` is learnt. Plain text is a response without prompt."""
+    """One example; only `response` is trained on. Plain text is a response without a prompt."""
 
     prompt: str
     response: str
@@ -48,9 +49,13 @@ class TuningRow:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What fitting found. Losses are mean cross-entropies per token (nats) on the `held_out` rows.
+    """The result of fitting. Losses are mean cross-entropies per token (nats) on the `held_out` rows.
 
-    kept: whether the fitted ensemble was better, and so is what is written. head: its file, where there is one.
+    Args:
+        before: loss of the average.
+        after: loss of the fitted ensemble.
+        kept: whether the fitted ensemble was better, and is written.
+        head: the file of the fitted head, where there is one.
     """
 
     what: str
@@ -64,19 +69,19 @@ class Tuned:
     head: Path | None = None
 
     def sentence(self) -> str:
-        """The finding in words."""
+        """Return the result in words, for the model card."""
         losses = f"held-out loss {self.before:.4f} with the average, {self.after:.4f} fitted"
         fitted = f"{self.what} fitted on {self.rows} rows, {losses} ({self.held_out} rows)"
         return f"{fitted}." if self.kept else f"{fitted}: no better, so the average was kept."
 
     def summary(self) -> dict[str, Any]:
-        """What the manifest keeps."""
+        """Return the manifest's entry."""
         return {key: getattr(self, key) for key in ("what", "rows", "held_out", "before", "after", "kept")}
 
 
 @dataclass(frozen=True)
 class TuningBatch:
-    """Token ids, mask and labels, each (B, T); labels of what is not learnt are `IGNORED`."""
+    """Token ids, mask and labels, each (B, T); labels of tokens that are not trained on are `IGNORED`."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -87,7 +92,7 @@ Logits = Callable[[TuningBatch], Tensor]
 
 
 def check_tuning(path: Path, what: str, mode: str, weights: Sequence[float]) -> list[TuningRow]:
-    """The rows in `path`. Raises SurgeryError where they, or what is asked for, cannot be used."""
+    """Return the rows in `path`. Raises SurgeryError where they, or the options, cannot be used."""
     if what not in get_args(TuneWhat):
         raise usage_error(f"got {what!r}, expected one of {', '.join(get_args(TuneWhat))}", where="--tune-what")
     if what == "head" and mode != "logits":
@@ -100,7 +105,7 @@ def check_tuning(path: Path, what: str, mode: str, weights: Sequence[float]) -> 
 
 
 def read_rows(path: Path) -> list[TuningRow]:
-    """The examples in a file of JSON lines, each with "text", or with "prompt" and "response".
+    """Return the examples in a file of JSON lines, each with "text", or with "prompt" and "response".
 
     Raises:
         SurgeryError: the file cannot be read; a line is no such object; there are fewer than two rows.
@@ -129,7 +134,7 @@ def tune_members(
     device: str,
     progress: Progress,
 ) -> Tuned:
-    """Loads the members, fits, and leaves a fused head in `scratch`; `config` is the ensemble's config.json.
+    """Load the members, fit, and write a fused head to `scratch`; `config` is the ensemble's config.json.
 
     Raises:
         SurgeryError: a member cannot be loaded; the first has no tokenizer; no row has a token to learn.
@@ -151,54 +156,54 @@ def tune(
     progress: Progress,
     seed: int = 0,
 ) -> Tuned:
-    """Fits weights or head of `model`, an ensemble without fused head; it is not changed itself.
+    """Fit weights or head of `model`, an ensemble without fused head; it is not changed itself.
 
     Raises:
         SurgeryError: no row has a token to learn; a member's logits are not W·h + b.
     """
     generator = torch.Generator().manual_seed(seed)
     order = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
-    n_held = max(1, round(HELD_OUT * len(rows)))
+    n_held_out = max(1, round(HELD_OUT * len(rows)))
     longest = min([MAX_TOKENS, *(_context(one.config) for one in model.models)])
-    held, train = (list(_batches(part, tokenizer, longest, model.device)) for part in (order[:n_held], order[n_held:]))
-    start = torch.tensor(model.config.weights, device=model.device)
-    plain: Logits = lambda batch: combine(  # noqa: E731  # a name for the type checker
-        model.member_logits(batch.input_ids, batch.attention_mask), model.config.weights, model.config.mode
+    held_out, train = (
+        list(_batches(part, tokenizer, longest, model.device)) for part in (order[:n_held_out], order[n_held_out:])
     )
-    if what == "weights":
-        theta = start.log().requires_grad_()
-        parameters = [theta]
-        fitted: Logits = lambda batch: combine(  # noqa: E731
-            model.member_logits(batch.input_ids, batch.attention_mask), theta.softmax(0), model.config.mode
-        )
-    else:
-        head = average_head(model, held[0])
-        parameters = list(head.parameters())
-        fitted = lambda batch: head(model.hidden_states(batch.input_ids, batch.attention_mask))  # noqa: E731
-    steps = EPOCHS * len(train) + 2 * len(held)
-    with progress("Fitting", steps, "steps") as advance:
-        before = _mean_loss(plain, held, advance)
-        optimizer = torch.optim.Adam(parameters, lr=RATES[what])
+
+    def mean_logits(batch: TuningBatch, weights: Tensor | Sequence[float]) -> Tensor:
+        return combine(model.member_logits(batch.input_ids, batch.attention_mask), weights, model.config.mode)
+
+    theta = torch.tensor(model.config.weights, device=model.device).log().requires_grad_()  # of a softmax: sums to 1
+    head = average_head(model, held_out[0]) if what == "head" else None
+
+    def fitted(batch: TuningBatch) -> Tensor:
+        if head is None:
+            return mean_logits(batch, theta.softmax(0))
+        logits: Tensor = head(model.hidden_states(batch.input_ids, batch.attention_mask))
+        return logits
+
+    optimizer = torch.optim.Adam([theta] if head is None else head.parameters(), lr=RATES[what])
+    with progress("Fitting", EPOCHS * len(train) + 2 * len(held_out), "steps") as advance:
+        before = _mean_loss(lambda batch: mean_logits(batch, model.config.weights), held_out, advance)
         for _ in range(EPOCHS):
             for i in torch.randperm(len(train), generator=generator).tolist():
                 optimizer.zero_grad()
                 _loss(fitted(train[i]), train[i], "mean").backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 advance(1)
-        after = _mean_loss(fitted, held, advance)
-    numbers = len(rows) - n_held, n_held, before, after
-    if not after < before:
-        return Tuned(what, *numbers, False, tuple(model.config.weights))
-    if what == "weights":
-        return Tuned(what, *numbers, True, tuple(theta.detach().double().softmax(0).tolist()))
+        after = _mean_loss(fitted, held_out, advance)
+    is_better = after < before  # not where it is NaN
+    tuned = Tuned(what, len(rows) - n_held_out, n_held_out, before, after, is_better, tuple(model.config.weights))
+    if not is_better:
+        return tuned
+    if head is None:
+        return replace(tuned, weights=tuple(theta.detach().double().softmax(0).tolist()))
     path = scratch / HEAD_FILE
     save_file({name: value.cpu().contiguous() for name, value in head.state_dict().items()}, path, {"format": "pt"})
-    kind = "linear" if head.bias is None else "affine"
-    return Tuned(what, *numbers, True, tuple(model.config.weights), kind, path)
+    return replace(tuned, fused_head="linear" if head.bias is None else "affine", head=path)
 
 
 def average_head(model: LogitEnsembleForCausalLM, batch: TuningBatch) -> nn.Linear:
-    """concat(wᵢ·Wᵢ), Σ wᵢ·bᵢ in fp32: (V, Σ Hᵢ), (V,); on the members' hidden states it gives the mean of logits.
+    """Return concat(wᵢ·Wᵢ), Σ wᵢ·bᵢ in fp32: (V, Σ Hᵢ), (V,). On the members' hidden states it gives the mean logits.
 
     Raises:
         SurgeryError: on `batch` it does not: a member does more to its logits than a matrix can.
@@ -267,25 +272,24 @@ def _context(config: Any) -> int:
 
 
 def _batches(rows: Sequence[TuningRow], tokenizer: Any, longest: int, device: torch.device) -> Iterator[TuningBatch]:
-    """Rows as tokens, cut at `longest` and padded on the right; rows with nothing to learn are left out."""
+    """Yield rows as tokens, cut at `longest`, padded on the right; rows without a token to train on are left out."""
     examples = []
     for row in rows:
-        given = tokenizer(row.prompt)["input_ids"] if row.prompt else []
-        learnt = tokenizer(row.response, add_special_tokens=not row.prompt)["input_ids"]
-        tokens = torch.tensor((given + learnt)[:longest])
-        wanted = tokens.clone()
-        wanted[: max(len(given), 1)] = IGNORED  # nothing predicts the first token
-        if (wanted != IGNORED).any():
-            examples.append((tokens, wanted))
+        prompt = tokenizer(row.prompt)["input_ids"] if row.prompt else []
+        response = tokenizer(row.response, add_special_tokens=not row.prompt)["input_ids"]
+        tokens = torch.tensor((prompt + response)[:longest])
+        labels = tokens.clone()
+        labels[: max(len(prompt), 1)] = IGNORED  # nothing predicts the first token
+        if (labels != IGNORED).any():
+            examples.append((tokens, labels))
     if not examples:
         raise SurgeryError(f"none of {len(rows)} row(s) has a token to learn within {longest} tokens", where="--tune")
     for begin in range(0, len(examples), BATCH):
         chosen = examples[begin : begin + BATCH]
-        ids, labels = [ids for ids, _ in chosen], [labels for _, labels in chosen]
-        mask = [torch.ones_like(one) for one in ids]
+        mask = [torch.ones_like(tokens) for tokens, _ in chosen]
+        columns = ([tokens for tokens, _ in chosen], 0), (mask, 0), ([labels for _, labels in chosen], IGNORED)
         padded = (
-            nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=value).to(device)
-            for part, value in ((ids, 0), (mask, 0), (labels, IGNORED))
+            nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=value).to(device) for part, value in columns
         )
         yield TuningBatch(*padded)
 

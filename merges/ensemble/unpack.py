@@ -1,4 +1,4 @@
-"""An ensemble's folder → its members, each file as it was: same shards, same headers, same bytes."""
+"""Restore the members of an ensemble, each file as it was: same shards, same headers, same bytes."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ MEMBERS = "members"
 
 @dataclass(frozen=True)
 class UnpackReport:
-    """`members`: name → bytes of its weight files, as written to `out`/<name>."""
+    """The members that were written: name → bytes of its weight files in `out`/<name>."""
 
     out: Path
     members: Mapping[str, int]
 
 
 def unpack(ensemble: str, out: Path, *, options: ExecutionOptions = ExecutionOptions()) -> UnpackReport:
-    """Writes the members of `ensemble` to `out`/<name>: weights, configs and tokenizers to the bit.
+    """Write the members of `ensemble` to `out`/<name>: weights, configs and tokenizers, byte for byte.
 
-    A member that was given as BASE+ADAPTER comes out as the merged model.
+    A member that was given as BASE+ADAPTER is written as the merged model.
 
     Raises:
         SurgeryError: `ensemble` is something else, or was saved by transformers since; `out` exists.
@@ -46,7 +46,8 @@ def unpack(ensemble: str, out: Path, *, options: ExecutionOptions = ExecutionOpt
     if folder is None or checkpoint.config.get("model_type") != MODEL_TYPE:
         raise usage_error("is no logit ensemble", where=ensemble, hint="`surgery merge logits` writes one.")
     check_output(out, {"ensemble": checkpoint})
-    check_free(out, overwrite=False)  # without a manifest of its own, nothing tells that we wrote it
+    # Never overwritten: the folder gets no manifest, by which it would be known to be ours.
+    check_free(out, overwrite=False)
     count = len(checkpoint.config["members"])
     records = [_read_record(folder / MEMBERS / f"{i}.json") for i in range(count)]
     files: list[PlannedFile] = []
@@ -56,13 +57,16 @@ def unpack(ensemble: str, out: Path, *, options: ExecutionOptions = ExecutionOpt
         planned = _files(record, checkpoint, f"{MEMBERS}.{i}.", folder / MEMBERS / f"{i}.json")
         files += planned
         sizes[record["name"]] = sum(file.size for file in planned)
-        kept = folder / MEMBERS / str(i)
-        side_files |= {f"{record['name']}/{path.name}": path for path in sorted(kept.iterdir()) if path.is_file()}
+        files_of_member = folder / MEMBERS / str(i)
+        side_files |= {
+            f"{record['name']}/{path.name}": path for path in sorted(files_of_member.iterdir()) if path.is_file()
+        }
     command = command_record("merge unpack", [ensemble])
     plan = Plan(command, {"ensemble": checkpoint}, tuple(files), side_files)
 
-    def finish(partial: Path, outcome: ExecutionResult) -> None:
-        # The folder holds models, and is none itself; each member has the index that it came with.
+    # Not by `write_checkpoint`: `out` is a folder of models, and no model with a manifest and card itself.
+    def finish(partial: Path, _: ExecutionResult) -> None:
+        # Each member has the index that it came with, under its own folder.
         (partial / plan.index_name).unlink(missing_ok=True)
 
     execute(plan, out, options, finish=finish)
@@ -84,7 +88,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _are_files(files: object) -> bool:
-    """Whether `files` is a list of weight files whose names stay inside the member's folder."""
+    """Return whether `files` is a list of weight files whose names do not leave the member's folder."""
     return (
         isinstance(files, list)
         and bool(files)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merges.checks import TensorFaults, check_finite, check_vocabularies
+from merges.checks import check_finite, check_vocabularies
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.preflight import Preflight
-from surgery.errors import SurgeryError
+from surgery.errors import ErrorList, SurgeryError
 
 
 def model(folder: Path, *tokens: str) -> Checkpoint:
@@ -31,12 +31,12 @@ def compared(*checkpoints: Checkpoint) -> Preflight:
     return preflight
 
 
-def test_a_fault_that_tensors_share_is_one_sentence() -> None:
-    faults = TensorFaults()
+def test_an_error_that_tensors_share_is_one_sentence() -> None:
+    errors = ErrorList()
     for i in range(5):
-        faults.add(f"w{i}", "too wide", "Cut it.")
-    faults.add("v", "too tall", "Cut it.")
-    assert faults.sentences() == [
+        errors.add_tensor(f"w{i}", "too wide", "Cut it.")
+    errors.add_tensor("v", "too tall", "Cut it.")
+    assert list(errors) == [
         '5 tensors: "w0", "w1", "w2" and 2 more: too wide. Cut it.',
         '"v": too tall. Cut it.',
     ]
