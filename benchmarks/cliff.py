@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from probes.model.ablation import all_heads
-from probes.refusal.edit import EffectOptions, HeadSelection, MeasuredEffects, edit_heads
+from probes.refusal.edit import EffectOptions, HeadSelection, edit_heads
+from probes.refusal.edit_effects import HeadEffects
 from probes.refusal.findings import Findings
 from probes.refusal.run import probe_refusal
 from surgery import lab
@@ -92,7 +93,7 @@ def study(name: str, seed: int) -> Row:
     )
 
 
-def _scaled(folder: Path, out: Path, run: Path, heads: Sequence[Head]) -> MeasuredEffects:
+def _scaled(folder: Path, out: Path, run: Path, heads: Sequence[Head]) -> HeadEffects:
     names = [str(head) for head in heads]
     repair = edit_heads(
         str(folder), out, choice=HeadSelection(run=run, heads=names), measuring=EffectOptions(force=True, examples=200)

@@ -381,15 +381,15 @@ def _show_experts(findings: ExpertFindings, run: Path, *, as_json: bool) -> None
 def _show(findings: Findings, run: Path, *, as_json: bool, last: int = 0) -> None:
     """The tables, or only the last ones."""
     from probes.data.records import REPORT
-    from probes.refusal.report import summary_sentences, tables
+    from probes.refusal.tables import refusal_sentences, refusal_tables
 
     if as_json:
         console.show_json(findings.model_dump(mode="json"))
         return
     for warning in findings.warnings:
         console.warn(warning)
-    console.show(*tables(findings)[-last:])
-    for sentence in summary_sentences(findings)[-last:]:
+    console.show(*refusal_tables(findings)[-last:])
+    for sentence in refusal_sentences(findings)[-last:]:
         console.tell(sentence)
     console.tell(f"Report: {run / REPORT}")
 

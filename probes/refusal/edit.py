@@ -1,8 +1,8 @@
-"""Heads scaled in a checkpoint, and the result measured before it is kept (arXiv 2510.06036, baked instead of hooked).
+"""Scale heads in a checkpoint, or replace them by their means, and measure the result before it is committed.
 
-In come a model and which heads: by name, or the lowest of a run's findings; out comes the edited checkpoint of
-`surgery.edits.heads`, with what the edit did in its card: refusals, KL and perplexity against the original. A result in
-which refusal of harmful prompts fell is not kept, unless that is asked for.
+Heads are chosen by name, or as the lowest or the proven ones of a run's findings. The edited checkpoint is that of
+`surgery.edits.heads` (arXiv 2510.06036, in the weights instead of by hooks), and its card reports the measured effects
+(`probes.refusal.edit_effects`).
 """
 
 from __future__ import annotations
@@ -12,48 +12,34 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from probes.data.markers import never_closed
-from probes.data.preparation import GenerationOptions, make_labeler, open_model, options_from_findings, resolve_markers
+from probes.data.examples import Example
+from probes.data.preparation import GenerationOptions, options_from_findings
 from probes.data.reader import read_data
 from probes.data.records import check_model, parse_top, read_examples
+from probes.refusal.edit_effects import EffectMeasurement, HeadEffects
 from probes.refusal.findings import HEADS, Findings, read_findings
-from probes.side_effects.compare import (
-    TOPICS,
-    EffectRow,
-    bare_prompts,
-    counts_text,
-    divergence_by_topic,
-    divergence_rows,
-    effects_table,
-    generate_answers,
-    manifest_record,
-    share_text,
-    should_measure,
-)
-from probes.side_effects.effects import Rate, refusal_rates
-from surgery.checkpoint.checkpoint import Checkpoint
+from probes.side_effects.compare import bare_prompts, should_measure
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Head, parse_head_scales
-from surgery.edits.common import EditNotes, Measure
 from surgery.edits.heads import mean_heads, scale_heads
 from surgery.engine.edit_report import EditReport
 from surgery.engine.options import ExecutionOptions
-from surgery.errors import SurgeryError, usage_error
-from surgery.reporting.report import Table
+from surgery.errors import usage_error
 
 EditMode = Literal["scale", "mean"]
 
 
 @dataclass(frozen=True)
 class HeadSelection:
-    """Which heads, and what becomes of them.
+    """Which heads to edit, and how.
 
     Args:
-        run: a folder with findings of the model; its examples are measured on, too.
+        run: a folder with findings of the model; effects are measured on its examples, too.
         top: the lowest heads of the run, as a share or a count.
         proven: the set that `surgery probe heads` grew instead.
         heads: heads by name, each L12H7 or L12H7=γ.
-        scale: γ of heads that do not name one. mode: mean puts the run's mean outputs in their place.
+        scale: γ of heads that do not name one.
+        mode: scale multiplies the heads' outputs by γ; mean replaces them by the run's means.
     """
 
     run: Path | None = None
@@ -66,13 +52,14 @@ class HeadSelection:
 
 @dataclass(frozen=True)
 class EffectOptions:
-    """What the result is measured on.
+    """How the effects of an edit are measured.
 
     Args:
-        data: examples that say which topic they are of; None takes the run's.
-        wanted: False leaves measuring out, and the card says so.
+        data: examples with a topic; None takes the run's.
+        wanted: False leaves measuring out, and the card reports that.
         examples: prompts of each topic at most.
         force: keep a result in which refusal of harmful prompts fell.
+        asking: how answers are generated; None takes the run's options.
     """
 
     data: str | None = None
@@ -83,34 +70,12 @@ class EffectOptions:
 
 
 @dataclass(frozen=True)
-class MeasuredEffects:
-    """An edited model beside its original: topic → refusals, KL and perplexity; and thinking that never closed."""
-
-    refusal: Mapping[str, tuple[Rate, Rate]]
-    kl: Mapping[str, tuple[float, float, float]]
-    perplexity: Mapping[str, tuple[float, float]]
-    never_closed: tuple[Rate, Rate]
-
-    def table(self) -> Table:
-        """Before and after, a row per measure."""
-        rows: list[EffectRow] = []
-        for topic, (before, after) in self.refusal.items():
-            rows.append(
-                (f"refusal of {topic} prompts", share_text(before), share_text(after), counts_text(before, after))
-            )
-        rows += divergence_rows(self.kl, self.perplexity)
-        before, after = self.never_closed
-        rows.append(("thinking never closed", share_text(before), share_text(after), counts_text(before, after)))
-        return effects_table(rows)
-
-
-@dataclass(frozen=True)
 class HeadEditResult:
-    """What an edit of heads did to the weights, and to the model; `measured` is None where that was not looked at."""
+    """What an edit of heads changed: the weights, head → γ, and the measured effects, None if not measured."""
 
     report: EditReport
     heads: Mapping[str, float]
-    measured: MeasuredEffects | None
+    measured: HeadEffects | None
 
 
 def edit_heads(
@@ -123,11 +88,15 @@ def edit_heads(
     dry_run: bool = False,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> HeadEditResult:
-    """Writes `model` with the chosen heads scaled, or replaced by their means, to `out`; measures it before it is kept.
+    """Write `model` with the chosen heads scaled, or replaced by their means, to `out`, after measuring the effects.
+
+    Args:
+        dtype: that the models compute in while they are measured.
+        options: its device is that of measuring.
 
     Raises:
         SurgeryError: no heads, or heads that are not there; findings of another model; means without a bias to hold
-            them; refusal of harmful prompts fell; else as `surgery.edits.heads.scale_heads`.
+            them; refusal of harmful prompts fell; otherwise as `surgery.edits.heads.scale_heads`.
     """
     measured = should_measure(
         "edit heads", wanted=measuring.wanted, dry_run=dry_run, run=choice.run, data=measuring.data
@@ -136,26 +105,29 @@ def edit_heads(
     findings = None if choice.run is None else read_findings(choice.run)
     if findings is not None and choice.run is not None:
         check_model(findings, checkpoint, choice.run, options=options)
-    scales = _chosen(choice, findings)
-    kept: list[MeasuredEffects] = []
+    scales = select_heads(choice, findings)
     measure = None
     if measured:
-        measure = _measure(model, checkpoint, choice.run, findings, measuring, dtype, options, kept)
-    # The device is the models': scaling a few columns is no work for it.
+        prompts = _prompts(choice.run, measuring)
+        generation = measuring.asking or (options_from_findings(findings.settings) if findings else GenerationOptions())
+        measure = EffectMeasurement(
+            model, checkpoint.ref, prompts, generation, dtype=dtype, force=measuring.force, options=options
+        )
+    # On the CPU: scaling a few columns is faster than moving them to the device, which is for measuring.
     writing = replace(options, device="cpu")
     if choice.mode == "mean":
-        assert choice.run is not None  # `_chosen` saw to it
+        assert choice.run is not None  # `select_heads` requires it
         report = mean_heads(
             model, out, heads=scales, means=choice.run / HEADS, measure=measure, dry_run=dry_run, options=writing
         )
     else:
         report = scale_heads(model, out, scales=scales, measure=measure, dry_run=dry_run, options=writing)
     named = {str(head): scale for head, scale in sorted(scales.items())}
-    return HeadEditResult(report, named, kept[0] if kept else None)
+    return HeadEditResult(report, named, None if measure is None else measure.effects)
 
 
-def _chosen(choice: HeadSelection, findings: Findings | None) -> dict[Head, float]:
-    """Head → γ. Raises SurgeryError for a choice that says nothing, or two things."""
+def select_heads(choice: HeadSelection, findings: Findings | None) -> dict[Head, float]:
+    """Return head → γ. Raises SurgeryError if no heads are chosen, or in two ways."""
     ways = [name for name, on in (("--head", choice.heads), ("--top", choice.top), ("--proven", choice.proven)) if on]
     if len(ways) > 1:
         raise usage_error(f"{' and '.join(ways)} all choose heads: give one of them.")
@@ -212,21 +184,13 @@ def _lowest(choice: HeadSelection, top: str, findings: Findings) -> dict[Head, f
     return {row.name: choice.scale for row in lowest}
 
 
-def _measure(
-    model: str,
-    checkpoint: Checkpoint,
-    run: Path | None,
-    findings: Findings | None,
-    measuring: EffectOptions,
-    dtype: str,
-    options: ExecutionOptions,
-    kept: list[MeasuredEffects],
-) -> Measure:
-    asking = measuring.asking or (options_from_findings(findings.settings) if findings else GenerationOptions())
+def _prompts(run: Path | None, measuring: EffectOptions) -> list[Example]:
+    """Return the prompts to measure on: those of `measuring.data`, or of the run."""
+    examples: Sequence[Example]
     if measuring.data is not None:
-        examples = list(read_data(measuring.data).examples)
+        examples = read_data(measuring.data).examples
     else:
-        assert run is not None
+        assert run is not None  # `should_measure` requires one of the two
         examples = read_examples(run)
     prompts = bare_prompts(examples, measuring.examples)
     if not any(example.topic == "harmful" for example in prompts):
@@ -235,42 +199,4 @@ def _measure(
             where=measuring.data or run,
             hint="Give data with labels, or --no-measure.",
         )
-    judge = make_labeler(asking, device=options.device, progress=options.progress)
-
-    def measure(folder: Path) -> EditNotes:
-        before = open_model(model, device=options.device, dtype=dtype)
-        after = open_model(folder, device=options.device, dtype=dtype, name="the edited model")
-        markers = resolve_markers(before, asking)
-        answers = [generate_answers(live, prompts, asking, markers, options) for live in (before, after)]
-        lost = [{example.key for example in never_closed(rows)} for rows in answers]
-        judged = [judge([row for row in rows if row.key not in gone]) for rows, gone in zip(answers, lost, strict=True)]
-        rates = [refusal_rates(rows) for rows in judged]
-        refusal = {
-            topic: (rates[0][topic], rates[1][topic]) for topic in TOPICS if topic in rates[0] and topic in rates[1]
-        }
-        away = divergence_by_topic(before, after, judged[0], markers, options)
-        flags = [[row.key in gone for row in rows] for rows, gone in zip(answers, lost, strict=True)]
-        found = MeasuredEffects(refusal, *away, never_closed=(Rate.of(flags[0]), Rate.of(flags[1])))
-        if not measuring.force:
-            _refuse_a_fall(found, checkpoint.ref)
-        kept[:] = [found]
-        return EditNotes(manifest_record(found), found.table().to_markdown())
-
-    return measure
-
-
-def _refuse_a_fall(found: MeasuredEffects, ref: str) -> None:
-    before, after = found.refusal.get("harmful", (None, None))
-    if before is None or after is None:
-        raise SurgeryError(
-            "no harmful prompt came to an answer in both models, so that it cannot be seen whether refusal fell",
-            where=ref,
-            hint="Raise --max-new-tokens, or add --force.",
-        )
-    if after.value < before.value:
-        raise SurgeryError(
-            f"refusal of harmful prompts fell from {before.value:.1%} to {after.value:.1%} (n = {after.n}), so the "
-            "result is not kept",
-            where=ref,
-            hint="These heads hold refusal up: choose others, or add --force.",
-        )
+    return prompts

@@ -1,15 +1,15 @@
-"""What probing a model found, as a folder: RUN/results.json, the tensors beside it, the examples, the report.
+"""The findings of a refusal run, and the files in its folder.
 
     results.json         `Findings`: everything that tables are made of
-    probes.safetensors   one probe per depth (`linear.Probes`)
+    probes.safetensors   one probe per depth (`probes.refusal.linear.probes.Probes`)
     traces.safetensors   `scores`: the last depth's refusal score of every token, one example after the other (fp32);
                          `all`: the same at every depth (fp16, tokens × depths); `ends`: (N, 4) ends of the segments
     heads.safetensors    `exact` and `paper`: (N, layers, heads), NaN where a layer has none; `layer.{l}`: (heads,
                          head_dim) the mean input of the output projection at the last token before the answer
     examples.jsonl       the examples with thinking, response and verdict, in the order of all tensors
-    report.html          tables and pictures
+    report.html          tables and figures
 
-Findings are of one model: its weights' hash is among them, and an edit of another model refuses them.
+Findings are of one model: they have the hash of its weights, and an edit of another model rejects them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PROBES, TRACES, HEADS = "probes.safetensors", "traces.safetensors", "heads.safet
 
 
 class ProbeRecord(FindingsRecord):
-    """How well the probe of one depth tells refusals from answers, out of fold."""
+    """Out-of-fold metrics of the probe of one depth; see `LayerMetrics`."""
 
     depth: int
     auroc: IntervalRecord
@@ -37,7 +37,7 @@ class ProbeRecord(FindingsRecord):
 
 
 class CliffRecord(FindingsRecord):
-    """The cliffs of one cell; see `cliffs.CellCliffs`."""
+    """The mean measures of one cell's cliffs; see `CellCliffs`."""
 
     cell: str
     n: int
@@ -50,7 +50,7 @@ class CliffRecord(FindingsRecord):
 
 
 class HeadRecord(FindingsRecord):
-    """A head's attribution: mean over the examples that heads were scored on, with a bootstrap interval.
+    """A head's mean attribution over the examples that heads were scored on, with a bootstrap interval.
 
     exact: in units of the probe's logit. paper: along the unit probe direction, norm not folded in.
     """
@@ -66,7 +66,11 @@ class HeadRecord(FindingsRecord):
 
 
 class GreedyStepRecord(FindingsRecord):
-    """A set of ablated heads: what it does to the probe, to answers, and to harmless text."""
+    """What ablating a set of heads does to the probe's score, to answers, and to harmless text.
+
+    score: mean p(refused) at the last token before the answer. refusal, harmless_refusal: shares of answers that
+    refuse. kl: on harmless answers, in nats per token. None where it was not measured.
+    """
 
     heads: list[str]
     score: IntervalRecord
@@ -85,7 +89,11 @@ class EffectRecord(FindingsRecord):
 
 
 class CausalRecord(FindingsRecord):
-    """The causal proof: single heads, greedy sets, and random sets of the same sizes as the control."""
+    """What `prove_heads` measured: single heads, greedy sets, and random sets of the same sizes as the control.
+
+    effects: of single heads. spearman: rank correlation of attribution and effect. base: without ablation.
+    steps: greedy sets of 1, 2, … heads. stopped: why no larger set was tried.
+    """
 
     ablation: str
     positions: str
@@ -103,7 +111,7 @@ class CausalRecord(FindingsRecord):
 
 
 class Findings(FindingsRecord):
-    """Everything that one probing run found. `settings` are the options it ran with."""
+    """All findings of a run. `settings` are the options it ran with; `causal` is added by `prove_heads`."""
 
     model: ModelRecord
     data: DataRecord
@@ -130,21 +138,21 @@ class Findings(FindingsRecord):
 
     @property
     def ranked(self) -> list[HeadRecord]:
-        """The heads, those that most suppress refusal first."""
+        """The heads, lowest attribution first: those that most suppress refusal."""
         return sorted(self.heads, key=lambda row: (self.score_of(row), row.name))
 
     def score_of(self, row: HeadRecord) -> float:
-        """The attribution that heads are ranked by: below 0 it writes against refusal."""
-        chosen = row.exact if self.attribution == "exact" else row.paper
-        assert chosen is not None and chosen.value is not None
-        return chosen.value
+        """Return the attribution that heads are ranked by; below 0 the head writes against refusal."""
+        score = row.exact if self.attribution == "exact" else row.paper
+        assert score is not None and score.value is not None
+        return score.value
 
 
 def read_findings(run: Path) -> Findings:
-    """The findings in the folder `run`. Raises SurgeryError where it holds none, or something else."""
+    """Read the findings in the folder `run`. Raises SurgeryError if it has none, or those of another kind."""
     return read_record(run, KIND, Findings)
 
 
 def write_findings(folder: Path, findings: Findings) -> None:
-    """Writes them into `folder`, whole or not at all."""
+    """Write the findings into `folder` atomically."""
     write_record(folder, KIND, findings, findings.model)

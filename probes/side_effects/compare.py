@@ -1,12 +1,9 @@
-"""An edited model beside its original: both answer the same prompts on their own, and what differs is measured.
-
-In come two live models and examples; out come their answers from the bare prompts on, and KL and perplexity on the
-original's answers.
-"""
+"""Compare an edited model with its original: answers to the same prompts, KL divergence, perplexity, and a table."""
 
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,32 +24,37 @@ from surgery.runtime.environment import n_processes
 
 TOPICS = ("harmful", "harmless")
 EffectRow = tuple[str, str, str, str | None]  # measure, original, edited, prompts
-ALL = "all"  # the topic of examples that do not say theirs
+ALL = "all"  # the topic of examples without one
 
 
 def bare_prompts(examples: Sequence[Example], most: int, *, any_topic: bool = False) -> list[Example]:
-    """The prompts alone, each once, of each topic the first `most`; those without one only with `any_topic`."""
+    """Return the examples without thinking and response, each prompt once, the first `most` of each topic.
+
+    Examples without a topic are left out unless `any_topic`.
+    """
     seen: set[tuple[str | None, str]] = set()
-    found: list[Example] = []
+    n_of_topic: Counter[str | None] = Counter()
+    prompts: list[Example] = []
     for example in examples:
         key = (example.topic, str(example.messages))
-        taken = sum(one.topic == example.topic for one in found)
-        if (example.topic is None and not any_topic) or key in seen or taken >= most:
+        if (example.topic is None and not any_topic) or key in seen or n_of_topic[example.topic] >= most:
             continue
         seen.add(key)
-        found.append(replace(example, thinking=None, closing=None, response=None, refused=None))
-    return found
+        n_of_topic[example.topic] += 1
+        prompts.append(replace(example, thinking=None, closing=None, response=None, refused=None))
+    return prompts
 
 
 def generate_answers(
     live: LoadedModel,
     prompts: Sequence[Example],
-    asking: GenerationOptions,
+    generation: GenerationOptions,
     markers: Markers | None,
     options: ExecutionOptions,
 ) -> list[Example]:
-    """What the model makes of bare prompts, thinking included."""
-    settings = generation_settings(live, prompts, markers, asking, model_id=live.name)
+    """Return the prompts completed by the model, with thinking and response."""
+    settings = generation_settings(live, prompts, markers, generation, model_id=live.name)
+    # `complete_examples` needs a cache; these answers belong to weights that may never be committed.
     with tempfile.TemporaryDirectory() as folder:
         return complete_examples(
             live.loaded,
@@ -71,7 +73,11 @@ def divergence_by_topic(
     markers: Markers | None,
     options: ExecutionOptions,
 ) -> tuple[dict[str, tuple[float, float, float]], dict[str, tuple[float, float]]]:
-    """Topic → KL(original ‖ edited) with its interval, and perplexities, on the original's answers."""
+    """Compare the models on the original's answers.
+
+    Returns:
+        Topic → KL(original ‖ edited) in nats per token with its interval; topic → perplexities of both models.
+    """
     kl: dict[str, tuple[float, float, float]] = {}
     perplexity: dict[str, tuple[float, float]] = {}
     for topic in (*TOPICS, ALL):
@@ -81,29 +87,29 @@ def divergence_by_topic(
         sequences = build_sequences(
             before.tokenizer, rows, markers, max_tokens=context_length(before.model), where=before.name
         )
-        found = measure_divergence(
+        divergence = measure_divergence(
             ComparedModel(before), {"edit": ComparedModel(after)}, sequences, progress=options.progress
         )["edit"]
-        mean = found.mean_kl([example.group for example in rows])
+        mean = divergence.mean_kl([example.group for example in rows])
         kl[topic] = (mean.value, mean.low, mean.high)
-        perplexity[topic] = found.perplexities
+        perplexity[topic] = divergence.perplexities
     return kl, perplexity
 
 
-def manifest_record(found: Any) -> dict[str, Any]:
-    """What was measured, as the manifest keeps it."""
-    record = jsonable(found)
+def manifest_record(effects: Any) -> dict[str, Any]:
+    """Return measured effects, a dataclass, as they are written to the manifest."""
+    record = jsonable(effects)
     assert isinstance(record, dict)
     return record
 
 
 def counts_text(before: Rate, after: Rate) -> str:
-    """How many prompts two rates are of."""
+    """Return the number of prompts of two rates, or both numbers where they differ."""
     return f"{before.n}" if before.n == after.n else f"{before.n} / {after.n}"
 
 
 def share_text(rate: Rate) -> str:
-    """A share with its interval, in percent."""
+    """Return a share with its interval in percent, or a dash where it is of no prompts."""
     if not rate.n:
         return "–"
     return f"{100 * rate.value:.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
@@ -112,7 +118,7 @@ def share_text(rate: Rate) -> str:
 def divergence_rows(
     kl: Mapping[str, tuple[float, float, float]], perplexity: Mapping[str, tuple[float, float]]
 ) -> list[EffectRow]:
-    """What `divergence_by_topic` found, as rows of `effects_table`."""
+    """Return the results of `divergence_by_topic` as rows of `effects_table`."""
     rows: list[EffectRow] = []
     for topic, (value, low, high) in kl.items():
         rows.append((f"KL on {_answers_on(topic)} (nats/token)", "0", f"{value:.4g} [{low:.4g}, {high:.4g}]", None))
@@ -122,7 +128,7 @@ def divergence_rows(
 
 
 def effects_table(rows: Sequence[EffectRow]) -> Table:
-    """The original beside the edited model, a row per measure."""
+    """Return a table of the original beside the edited model, a row per measure."""
     columns = [Column("measure"), Column("original"), Column("edited"), Column("prompts")]
     note = (
         "In brackets: 95 % intervals. Answers are the models' own, greedy, from the prompt on; KL and perplexity are "
@@ -136,10 +142,10 @@ def _answers_on(topic: str) -> str:
 
 
 def should_measure(command: str, *, wanted: bool, dry_run: bool, run: Path | None, data: str | None) -> bool:
-    """Whether an edit measures what it does before it is kept: it must be wanted, and there must be prompts.
+    """Return whether an edit is measured before it is committed: if that is `wanted` and there are prompts.
 
     Raises:
-        SurgeryError: data are given and measuring is not wanted; several processes would measure.
+        SurgeryError: `data` are given though measuring is not wanted; the job runs in several processes.
     """
     measured = wanted and not dry_run and (run is not None or data is not None)
     if measured and n_processes() > 1:

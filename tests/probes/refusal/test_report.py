@@ -15,7 +15,8 @@ from probes.data.records import REPORT, IntervalRecord
 from probes.refusal.findings import CausalRecord, Findings, read_findings, write_findings
 from probes.refusal.heads.ablation_study import ProofOptions
 from probes.refusal.heads.causal_proof import prove_heads
-from probes.refusal.report import PICTURES, read_traces, summary_sentences, tables, write_report
+from probes.refusal.report import FIGURES, read_traces, write_report
+from probes.refusal.tables import refusal_sentences, refusal_tables
 from surgery.reporting.report import Table
 
 
@@ -35,11 +36,11 @@ def found(run: Path) -> Findings:
 
 
 def titled(findings: Findings, word: str) -> Table:
-    return next(table for table in tables(findings) if word in table.title)
+    return next(table for table in refusal_tables(findings) if word in table.title)
 
 
 def test_the_tables_hold_the_findings(found: Findings) -> None:
-    assert [table.title for table in tables(found)] == [
+    assert [table.title for table in refusal_tables(found)] == [
         "Examples",
         "Probes, by depth",
         "Cliffs",
@@ -57,16 +58,16 @@ def test_the_tables_hold_the_findings(found: Findings) -> None:
 
 def test_a_second_data_set_has_a_table_of_its_own(found: Findings) -> None:
     both = found.model_copy(update={"transfer": found.probes, "transfer_data": found.data})
-    assert tables(both)[2].title == f"The same probes on {found.data.ref}"
+    assert refusal_tables(both)[2].title == f"The same probes on {found.data.ref}"
 
 
 def test_the_page_holds_every_picture_and_table_and_nothing_from_elsewhere(run: Path, found: Findings) -> None:
     page = (run / REPORT).read_text(encoding="utf-8")
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    stored = {(run / f"{name}.png").read_bytes() for name in PICTURES}
+    stored = {(run / f"{name}.png").read_bytes() for name in FIGURES}
     assert len(pictures) == 6 and {base64.b64decode(picture) for picture in pictures} == stored
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)
-    for table in tables(found):
+    for table in refusal_tables(found):
         assert table.title in page
     assert found.model.xxh3 in page and found.data.xxh3 in page
 
@@ -75,7 +76,7 @@ def test_pictures_of_an_earlier_report_do_not_stay(run: Path, found: Findings, t
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     write_findings(copy, found.model_copy(update={"causal": None}))
     write_report(copy, name="run")
-    assert {path.stem for path in copy.glob("*.png")} == set(PICTURES) - {"cumulative", "screen"}
+    assert {path.stem for path in copy.glob("*.png")} == set(FIGURES) - {"cumulative", "screen"}
     assert "Heads ablated" not in (copy / REPORT).read_text(encoding="utf-8")
 
 
@@ -88,7 +89,7 @@ def test_traces_are_read_with_their_segments(run: Path) -> None:
 
 
 def test_the_sentences_tell_cliff_head_and_proof(found: Findings) -> None:
-    probe, cliff, calm, head, proof = summary_sentences(found)
+    probe, cliff, calm, head, proof = refusal_sentences(found)
     assert probe.startswith("The probe after the final norm tells refused from complied with an AUROC of ")
     assert cliff.startswith("On harmful/complied examples (n = 6) refusal stands at ")
     assert cliff.endswith("just before the answer; it falls at the last token before the answer.")
@@ -105,7 +106,7 @@ def test_the_sentences_tell_cliff_head_and_proof(found: Findings) -> None:
 )
 def test_an_onset_is_told_in_words(onset: float, text: str, found: Findings) -> None:
     rows = [row.model_copy(update={"onset": onset}) for row in found.cliffs]
-    assert text in summary_sentences(found.model_copy(update={"cliffs": rows}))[1]
+    assert text in refusal_sentences(found.model_copy(update={"cliffs": rows}))[1]
 
 
 def test_without_a_head_against_refusal_none_is_named(found: Findings) -> None:
@@ -113,7 +114,7 @@ def test_without_a_head_against_refusal_none_is_named(found: Findings) -> None:
         row.model_copy(update={"exact": IntervalRecord(value=0.5), "paper": IntervalRecord(value=0.5)})
         for row in found.heads
     ]
-    said = summary_sentences(found.model_copy(update={"heads": rows, "causal": None}))
+    said = refusal_sentences(found.model_copy(update={"heads": rows, "causal": None}))
     assert said[-1] == "No head writes against refusal there."
 
 
@@ -122,14 +123,14 @@ def test_a_model_without_heads_has_a_report_all_the_same(run: Path, found: Findi
     bare = found.model_copy(update={"heads": [], "skipped_layers": [0, 1, 2], "causal": None})
     write_findings(copy, bare)
     write_report(copy, name="run")
-    assert not (copy / "heads.png").exists() and summary_sentences(bare)[-1] == "No head is understood."
+    assert not (copy / "heads.png").exists() and refusal_sentences(bare)[-1] == "No head is understood."
     assert "Layers without heads that are understood, skipped: 0, 1, 2." in (copy / REPORT).read_text(encoding="utf-8")
 
 
 def test_a_proof_without_a_set_says_why(found: Findings) -> None:
     assert found.causal is not None
     none = found.causal.model_copy(update={"steps": [], "control": [], "stopped": "L1H2 would take KL to 2, over 0.1"})
-    said = summary_sentences(found.model_copy(update={"causal": none}))
+    said = refusal_sentences(found.model_copy(update={"causal": none}))
     assert said[-1] == "No set of heads was found: L1H2 would take KL to 2, over 0.1."
 
 
@@ -137,5 +138,5 @@ def test_where_answers_were_not_judged_the_score_is_told(found: Findings) -> Non
     causal = found.causal
     assert isinstance(causal, CausalRecord)
     base = causal.base.model_copy(update={"refusal": None})
-    said = summary_sentences(found.model_copy(update={"causal": causal.model_copy(update={"base": base})}))
+    said = refusal_sentences(found.model_copy(update={"causal": causal.model_copy(update={"base": base})}))
     assert "raises the probe's score to" in said[-1]

@@ -22,7 +22,7 @@ from probes.refusal.fitted_probes import decision_states
 from probes.refusal.heads.ablation_study import ProofOptions
 from probes.refusal.heads.causal_proof import NO_BUDGET_NOTE, prove_heads
 from probes.refusal.linear.probes import Probes
-from probes.refusal.report import summary_sentences
+from probes.refusal.tables import refusal_sentences
 from surgery.checkpoint.selectors import Head
 from surgery.errors import SurgeryError
 
@@ -111,7 +111,7 @@ def test_a_budget_of_nothing_stops_before_the_first_head_and_the_report_says_so(
     found = prove(model, run, replace(SMALL, budget=0.0))
     assert found.steps == [] and found.control == []
     assert found.stopped.startswith("L1H2 would take KL to") and found.stopped.endswith(", over 0")
-    assert found.stopped in summary_sentences(read_findings(run))[-1]
+    assert found.stopped in refusal_sentences(read_findings(run))[-1]
 
 
 def test_no_set_goes_over_its_budget(model: Path, run: Path) -> None:
