@@ -6,12 +6,14 @@ module.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
 from cli.commands import edit, grow, lab, merge, models, probe, vector
+from surgery.errors import SurgeryError, did_you_mean, usage_error
 
 
 class StoppedError(Exception):
@@ -24,6 +26,25 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as stopped:
             raise StoppedError from stopped
+        except typer.BadParameter as error:
+            raise _wrong_choice(error) or error from error
+
+
+# What Typer says of a value that is none of a `Literal`'s; all of its versions have these words.
+_WRONG_CHOICE = re.compile(r"'(?P<value>.*)' is not one of (?P<allowed>'.*')")
+
+
+def _wrong_choice(error: typer.BadParameter) -> SurgeryError | None:
+    """Return `error` in the words of our own errors, with the nearest value, if it is about one of a few choices."""
+    match = _WRONG_CHOICE.search(error.message)
+    if match is None or error.param is None:
+        return None
+    allowed = re.findall("'(.*?)'", match["allowed"])
+    return usage_error(
+        f"got {match['value']!r}, expected {', '.join(allowed[:-1])} or {allowed[-1]}",
+        where=max(error.param.opts, key=len),
+        hint=did_you_mean(match["value"], allowed),
+    )
 
 
 app = typer.Typer(

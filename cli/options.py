@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from surgery.checkpoint.dtypes import ComputeDtype, OutputDtype
 from surgery.io.command_line import option_flag
+from surgery.vectors.choices import VocabPolicy
 
 if TYPE_CHECKING:
     from surgery.engine.options import ExecutionOptions
@@ -36,7 +36,7 @@ ScaleFor = Annotated[
     typer.Option(metavar="GLOB=α", help="α for the tensors that match; the last match counts; may be repeated."),
 ]
 Vocab = Annotated[
-    str,
+    VocabPolicy,
     typer.Option(help="Where tokenizers differ: strict (refuse), by-token (align rows), skip-embeddings."),
 ]
 Unrelated = Annotated[bool, typer.Option("--allow-unrelated", help="Go on where the models share no ancestor.")]
@@ -48,9 +48,12 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an OUT tha
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Write NaN and infinite values instead of stopping.")
 ]
-OutputDtype = Annotated[
-    str | None,
+Dtype = Annotated[
+    OutputDtype | None,
     typer.Option("--dtype", help="Store float tensors as float32, bfloat16, …; by default as in TARGET."),
+]
+ModelDtype = Annotated[
+    ComputeDtype, typer.Option("--dtype", help="What the model computes in: auto (as stored), float32, bfloat16, …")
 ]
 
 
@@ -62,20 +65,6 @@ def options(
     from surgery.runtime.progress import terminal
 
     return ExecutionOptions(threads, device, overwrite, allow_nonfinite, terminal)
-
-
-def choice(value: str, allowed: Sequence[str], name: str) -> str:
-    """`value`, which must be one of `allowed`. Raises SurgeryError with the nearest one."""
-    from surgery.errors import usage_error
-
-    if value in allowed:
-        return value
-    near = difflib.get_close_matches(value, allowed, n=1)
-    raise usage_error(
-        f"got {value!r}, expected {', '.join(allowed[:-1])} or {allowed[-1]}",
-        where=option_flag(name),
-        hint=f"Did you mean {near[0]}?" if near else None,
-    )
 
 
 def count(value: str, name: str) -> int:

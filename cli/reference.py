@@ -8,11 +8,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cli.app import app
-from cli.signatures import Parameter, Signature, signatures
+from cli.main import app
+from cli.signatures import Signature, signatures
+from surgery.recipes.types import CommandParameter, ParameterKind
 
 INDEX = "README.md"
-METAVARS: dict[type, str] = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
+METAVARS: dict[ParameterKind, str] = {"whole": "N", "number": "X", "path": "PATH", "text": "TEXT"}
 
 
 def pages() -> dict[str, str]:
@@ -34,8 +35,8 @@ def _index(commands: list[Signature]) -> str:
 
 
 def _page(command: Signature) -> str:
-    arguments = [each for each in command.parameters if not each.flags]
-    options = [each for each in command.parameters if each.flags]
+    arguments = [each for each in command.parameters if each.flag is None]
+    options = [each for each in command.parameters if each.flag]
     usage = " ".join(["surgery", command.name, *map(_argument, arguments), "[OPTIONS]"])
     parts = [f"# surgery {command.name}", command.help, f"```\n{usage}\n```"]
     if arguments:
@@ -47,21 +48,23 @@ def _page(command: Signature) -> str:
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-def _table(what: str, rows: list[tuple[str, Parameter]]) -> str:
+def _table(what: str, rows: list[tuple[str, CommandParameter]]) -> str:
     lines = [f"| {what} | | default |", "|---|---|---|"]
     return "\n".join([*lines, *(f"| {_cell(name)} | {_cell(each.help)} | {_default(each)} |" for name, each in rows)])
 
 
-def _argument(parameter: Parameter) -> str:
+def _argument(parameter: CommandParameter) -> str:
     return parameter.metavar or parameter.name.upper()
 
 
-def _option(parameter: Parameter) -> str:
-    names = ", ".join(f"`{name}`" for name in (*parameter.flags, parameter.off) if name)
-    return names if parameter.kind is bool else f"{names} {parameter.metavar or METAVARS[parameter.kind]}"
+def _option(parameter: CommandParameter) -> str:
+    names = ", ".join(f"`{name}`" for name in (parameter.short, parameter.flag, parameter.off) if name)
+    if parameter.kind == "flag":
+        return names
+    return f"{names} {parameter.metavar or '|'.join(parameter.choices) or METAVARS[parameter.kind]}"
 
 
-def _default(parameter: Parameter) -> str:
+def _default(parameter: CommandParameter) -> str:
     if parameter.required:
         return "needed"
     return "" if parameter.default is None or parameter.default is False else f"`{parameter.default}`"

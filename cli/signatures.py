@@ -1,7 +1,8 @@
-"""What the command line takes: every command with its arguments and options, from the functions that it is made of.
+"""The commands of the command line with their arguments and options, read from the functions that they are.
 
-Read from their signatures (`Annotated[…, typer.Option(…)]`), as Typer reads them, and not from the objects that it
-makes of them for parsing, which are others in every version. Recipes and the documentation's pages are made from it.
+The functions' signatures (`Annotated[type, typer.Option(…)]`) are read as Typer reads them. The objects that Typer
+makes of them for parsing differ from version to version, so they are not used. Recipes, their JSON Schema and the pages
+in docs/commands are made from what this module returns.
 """
 
 from __future__ import annotations
@@ -11,33 +12,14 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from typer.models import ArgumentInfo, OptionInfo
 
-KINDS: tuple[type, ...] = (str, Path, int, float, bool)
+from surgery.recipes.types import CommandParameter, NamesInput, ParameterKind
 
-
-@dataclass(frozen=True)
-class Parameter:
-    """An argument, which has no `flags`, or an option: `-o`, `--out`.
-
-    name: that of the function's parameter. kind: one of `KINDS`; of the items where it takes `many`. off: what switches
-    a flag off. least, most: of numbers.
-    """
-
-    name: str
-    kind: type
-    many: bool
-    required: bool
-    default: Any
-    help: str
-    metavar: str | None
-    flags: tuple[str, ...] = ()
-    off: str | None = None
-    least: float | None = None
-    most: float | None = None
+KINDS: dict[type, ParameterKind] = {str: "text", Path: "path", int: "whole", float: "number", bool: "flag"}
 
 
 @dataclass(frozen=True)
@@ -47,71 +29,84 @@ class Signature:
     name: str
     help: str
     example: str
-    parameters: tuple[Parameter, ...]
+    parameters: tuple[CommandParameter, ...]
 
 
 def signatures(app: typer.Typer) -> Iterator[Signature]:
-    """Every command of `app`, in the order of `--help`."""
-    yield from _of(app, ())
+    """Yield every command of `app`, in the order of `--help`."""
+    yield from _signatures(app, ())
 
 
-def _of(app: typer.Typer, path: tuple[str, ...]) -> Iterator[Signature]:
+def _signatures(app: typer.Typer, groups: tuple[str, ...]) -> Iterator[Signature]:
     for info in app.registered_commands:
         callback = info.callback
         assert callback is not None, "a command is a function"
         name = info.name or _dashed(callback.__name__)
         yield Signature(
-            " ".join((*path, name)),
+            " ".join((*groups, name)),
             inspect.getdoc(callback) or "",
             str(info.epilog or "").removeprefix("Example: "),
             tuple(_parameters(callback)),
         )
     for group in app.registered_groups:
         assert group.typer_instance is not None and group.name is not None, "a group has a name"
-        yield from _of(group.typer_instance, (*path, group.name))
+        yield from _signatures(group.typer_instance, (*groups, group.name))
 
 
-def _parameters(callback: Callable[..., Any]) -> Iterator[Parameter]:
-    hints = get_type_hints(callback, include_extras=True)
-    for name, parameter in inspect.signature(callback).parameters.items():
-        of, info = _split(hints[name])
-        many = get_origin(of) is list
-        kind = get_args(of)[0] if many else of
-        assert kind in KINDS, f"{callback.__name__}: {name}: {kind} has no meaning in a recipe"
+def _parameters(callback: Callable[..., Any]) -> Iterator[CommandParameter]:
+    for name, parameter in inspect.signature(callback, eval_str=True).parameters.items():
+        where = f"{callback.__name__}: {name}"
+        annotated, metadata = _split(parameter.annotation, where)
+        many = get_origin(annotated) is list
+        item = get_args(annotated)[0] if many else annotated
+        choices = get_args(item) if get_origin(item) is Literal else ()
+        kind = KINDS[str if choices else item]
+        info = next(each for each in metadata if isinstance(each, OptionInfo | ArgumentInfo))
         required = parameter.default is inspect.Parameter.empty
-        flags, off = _flags(name, kind, info) if isinstance(info, OptionInfo) else ((), None)
-        yield Parameter(
-            name,
-            kind,
-            many,
-            required,
-            None if required else parameter.default,
-            info.help or "",
-            info.metavar,
-            flags,
-            off,
-            info.min,
-            info.max,
+        default = None if required else parameter.default
+        names = _option_names(name, kind, info) if isinstance(info, OptionInfo) else _OptionNames(None)
+        yield CommandParameter(
+            name=name if names.flag is None else names.flag.removeprefix("--"),
+            kind=kind,
+            help=info.help or "",
+            flag=names.flag,
+            short=names.short,
+            off=names.off,
+            required=required,
+            many=many,
+            default=str(default) if isinstance(default, Path) else default,
+            least=info.min,
+            most=info.max,
+            choices=choices,
+            metavar=info.metavar,
+            names=next((each.kind for each in metadata if isinstance(each, NamesInput)), None),
         )
 
 
-def _split(hint: Any) -> tuple[Any, OptionInfo | ArgumentInfo]:
-    """The type of `Annotated[type, info]`, without `None`, and what Typer is told of it."""
-    assert get_origin(hint) is Annotated, "every parameter of a command says what it is"
-    of, *said = get_args(hint)
-    if get_origin(of) in (Union, types.UnionType):
-        [of] = [each for each in get_args(of) if each is not types.NoneType]
-    return of, next(each for each in said if isinstance(each, OptionInfo | ArgumentInfo))
+def _split(hint: Any, where: str) -> tuple[Any, list[Any]]:
+    """Return the type of `Annotated[type, …]` without `None`, and what else it is annotated with."""
+    assert get_origin(hint) is Annotated, f"{where} has no typer.Option or typer.Argument"
+    annotated, *metadata = get_args(hint)
+    if get_origin(annotated) in (Union, types.UnionType):
+        [annotated] = [each for each in get_args(annotated) if each is not types.NoneType]
+    return annotated, metadata
 
 
-def _flags(name: str, kind: type, info: OptionInfo) -> tuple[tuple[str, ...], str | None]:
-    """How an option is typed, and what switches it off."""
-    # In `Annotated` the first name that is given stands where a default would.
+@dataclass(frozen=True)
+class _OptionNames:
+    flag: str | None
+    short: str | None = None
+    off: str | None = None
+
+
+def _option_names(name: str, kind: ParameterKind, info: OptionInfo) -> _OptionNames:
+    # Within `Annotated`, Typer takes the first name that is given for the default.
     given = [each for each in (info.default, *(info.param_decls or ())) if isinstance(each, str)]
     if given:
-        return tuple(given), None
-    flag = f"--{_dashed(name)}"
-    return (flag,), f"--no-{_dashed(name)}" if kind is bool else None
+        flag = next(each for each in given if each.startswith("--"))
+        return _OptionNames(flag, next((each for each in given if each != flag), None))
+    dashed = _dashed(name)
+    return _OptionNames(f"--{dashed}", off=f"--no-{dashed}" if kind == "flag" else None)
 
 
 def _dashed(name: str) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli import console
 from cli import options as o
+from probes.choices import EditMode
+from surgery.checkpoint.dtypes import ComputeDtype
 
 if TYPE_CHECKING:
     from probes.experts.edit import ExpertEditResult
@@ -23,7 +25,7 @@ app = typer.Typer(
 NoMeasure = Annotated[
     bool, typer.Option("--no-measure", help="Keep the result without measuring what it does; the card says so.")
 ]
-MeasureDtype = Annotated[str, typer.Option(help="What models compute in while measuring: auto, float32, …")]
+MeasureDtype = Annotated[ComputeDtype, typer.Option(help="What models compute in while measuring: auto, float32, …")]
 
 
 @app.command(epilog="Example: surgery edit heads lab:cliff --from cliff --top 3 -o repaired")
@@ -43,7 +45,7 @@ def heads(
     ] = None,
     scale: Annotated[float, typer.Option(help="γ: what the heads' outputs are multiplied by; 0 removes them.")] = 0.0,
     mode: Annotated[
-        str, typer.Option(help="scale, or mean: RUN's mean outputs in place of the heads' (needs biases).")
+        EditMode, typer.Option(help="scale, or mean: RUN's mean outputs in place of the heads' (needs biases).")
     ] = "scale",
     data: Annotated[
         str | None, typer.Option(metavar="DATA", help="Labelled prompts to measure on; by default those of RUN.")
@@ -61,7 +63,7 @@ def heads(
     as_json: o.Json = False,
 ) -> None:
     """Scale attention heads in the checkpoint, exactly, and measure refusals, KL and perplexity before keeping it."""
-    from probes.refusal.edit import EditMode, EffectOptions, HeadSelection, edit_heads
+    from probes.refusal.edit import EffectOptions, HeadSelection, edit_heads
 
     repair = edit_heads(
         model,
@@ -72,7 +74,7 @@ def heads(
             proven=proven,
             heads=head or (),
             scale=scale,
-            mode=cast("EditMode", o.choice(mode, ("scale", "mean"), "mode")),
+            mode=mode,
         ),
         measuring=EffectOptions(data=data, wanted=not no_measure, examples=examples, force=force),
         dtype=dtype,

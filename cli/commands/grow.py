@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli import console
 from cli import options as o
+from surgery.checkpoint.dtypes import OutputDtype
+from surgery.growth.choices import BaselineBudget, BaselineEmbedding, EmbeddingKind, LayerInit, LayerPosition
 
 if TYPE_CHECKING:
-    from surgery.growth.baseline import Budgets, Embeddings
-    from surgery.growth.embedding.build import Kind
     from surgery.growth.layers.add import AddReport
     from surgery.growth.layers.init_model import InitReport
     from surgery.growth.options import RunOptions
-    from surgery.growth.plan import Init, LayerPosition
     from surgery.growth.prepare import PreparedRun
     from surgery.growth.results import Growth
 
@@ -50,7 +49,7 @@ def embed(
     tokenizer: Annotated[str, typer.Argument(metavar="TOKENIZER", help="A folder, org/name on the Hub, or lab:NAME.")],
     out: o.Out,
     kind: Annotated[
-        str, typer.Option(help="glyphs (pictures of the tokens), bits (of their ids), random, or table.")
+        EmbeddingKind, typer.Option(help="glyphs (pictures of the tokens), bits (of their ids), random, or table.")
     ] = "glyphs",
     width: Annotated[int | None, typer.Option(min=1, help="Entries of a row; a table keeps its own.")] = None,
     rows: Annotated[
@@ -74,13 +73,13 @@ def embed(
     as_json: o.Json = False,
 ) -> None:
     """Write a frozen embedding, a row per token, with its hash and a report on rows that tokens share."""
-    from surgery.growth.embedding.build import KINDS, make_embedding
+    from surgery.growth.embedding.build import make_embedding
     from surgery.runtime.progress import terminal
 
     report = make_embedding(
         tokenizer,
         out,
-        kind=cast("Kind", o.choice(kind, KINDS, "kind")),
+        kind=kind,
         width=width,
         rows=rows,
         font=font,
@@ -149,7 +148,7 @@ def init(
     layers: Annotated[int, typer.Option(min=0, help="Random layers to begin with.")] = 0,
     config: Annotated[Path | None, typer.Option(metavar="JSON", help="A config.json to take the rest from.")] = None,
     seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Store weights as float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[OutputDtype, typer.Option(help="Store weights as float32, bfloat16 or float16.")] = "float32",
     dry_run: o.DryRun = False,
     overwrite: o.Overwrite = False,
     as_json: o.Json = False,
@@ -190,11 +189,11 @@ def add(
     layers: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
     at: Annotated[str, typer.Option(metavar="top|middle|K", help="Where; K: before layer K.")] = "top",
     init: Annotated[
-        str, typer.Option(help="identity (the model computes what it did), random, or copy (of those below).")
+        LayerInit, typer.Option(help="identity (the model computes what it did), random, or copy (of those below).")
     ] = "identity",
     seed: Annotated[int, typer.Option(help="Of random layers.")] = 0,
     dtype: Annotated[
-        str | None, typer.Option(help="Store float tensors as float32, bfloat16, …; by default as in MODEL.")
+        OutputDtype | None, typer.Option(help="Store float tensors as float32, bfloat16, …; by default as in MODEL.")
     ] = None,
     dry_run: o.DryRun = False,
     overwrite: o.Overwrite = False,
@@ -203,18 +202,13 @@ def add(
 ) -> None:
     """Write a model of any family with layers added; every other tensor keeps its bytes."""
     from surgery.growth.layers.add import add_layers
-    from surgery.growth.plan import INITS
     from surgery.runtime.collectives import map_over_ranks
 
-    place, begins, options = (
-        _place(at),
-        cast("Init", o.choice(init, INITS, "init")),
-        o.options(threads, overwrite=overwrite),
-    )
+    place, options = _layer_position(at), o.options(threads, overwrite=overwrite)
 
     def make(_: None) -> AddReport:
         return add_layers(
-            model, out, layers=layers, at=place, init=begins, seed=seed, dtype=dtype, dry_run=dry_run, options=options
+            model, out, layers=layers, at=place, init=init, seed=seed, dtype=dtype, dry_run=dry_run, options=options
         )
 
     # Random layers are drawn in one process, whatever shares the writing.
@@ -258,8 +252,8 @@ def run(
 def baseline(
     plan: PlanRef,
     out: Run,
-    budget: Annotated[str, typer.Option(help="As in the growth: tokens, flops, or both.")] = "both",
-    embedding: Annotated[str, typer.Option(help="frozen, trained, or both.")] = "both",
+    budget: Annotated[BaselineBudget, typer.Option(help="As in the growth: tokens, flops, or both.")] = "both",
+    embedding: Annotated[BaselineEmbedding, typer.Option(help="frozen, trained, or both.")] = "both",
     embed: Embed = None,
     corpus: Corpus = None,
     tokens: Tokens = None,
@@ -275,18 +269,26 @@ def baseline(
     from surgery.growth.baseline import train_baselines
 
     begun, doing = _begin(plan, out, embed, corpus, tokens, seed, device, threads, save_every, tensorboard)
-    chosen = cast("Budgets", o.choice(budget, ("tokens", "flops", "both"), "budget"))
-    of = cast("Embeddings", o.choice(embedding, ("frozen", "trained", "both"), "embedding"))
     if dry_run:
         _nothing_done(begun, as_json=as_json)
     else:
-        _show(train_baselines(begun, budget=chosen, embedding=of, options=doing), out, as_json=as_json)
+        _show(train_baselines(begun, budget=budget, embedding=embedding, options=doing), out, as_json=as_json)
 
 
-def _place(text: str) -> LayerPosition:
+def _layer_position(text: str) -> LayerPosition:
+    from surgery.errors import did_you_mean, usage_error
+
     if text.isdecimal():
         return int(text)
-    return cast("LayerPosition", o.choice(text, ("top", "middle"), "at"))
+    if text == "top":
+        return "top"
+    if text == "middle":
+        return "middle"
+    raise usage_error(
+        f"got {text!r}, expected top or middle, or a layer's number",
+        where="--at",
+        hint=did_you_mean(text, ("top", "middle")),
+    )
 
 
 def _begin(

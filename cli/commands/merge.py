@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from cli import console
 from cli import options as o
+from merges.choices import AveragingMode, Compat, TuneWhat
+from surgery.checkpoint.dtypes import OutputDtype
 from surgery.io.command_line import option_flag, option_words
 
 if TYPE_CHECKING:
-    from merges.config.schema import Compat, MergeConfig
+    from merges.config.schema import MergeConfig
     from merges.report import MergeReport
 
 WEIGHTS = "weights"  # the command behind `surgery merge CONFIG.yml` and `surgery merge METHOD A B`
@@ -86,12 +88,10 @@ def weights(
     filter_wise: Annotated[bool | None, typer.Option(help="model_stock: an angle per row.")] = None,
     nuslerp_flatten: Annotated[bool | None, typer.Option(help="nuslerp: one angle for the whole tensor.")] = None,
     nuslerp_row_wise: Annotated[bool | None, typer.Option(help="nuslerp, not flat: an angle per column.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Store float tensors as float32, bfloat16, …")] = None,
+    dtype: Annotated[OutputDtype | None, typer.Option(help="Store float tensors as float32, bfloat16, …")] = None,
     tokenizer_source: Annotated[str | None, typer.Option(metavar="union|base|MODEL", help="Align tokens.")] = None,
     chat_template: Annotated[str | None, typer.Option(help="auto, chatml, llama3, … or a Jinja text.")] = None,
-    compat: Annotated[
-        str | None, typer.Option(metavar="mergekit|paper", help="Whose arithmetic, where they differ.")
-    ] = None,
+    compat: Annotated[Compat | None, typer.Option(help="Whose arithmetic, where they differ.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of methods that draw at random; 0 by default.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw how far OUT is from each model.")] = None,
     dry_run: o.DryRun = False,
@@ -179,13 +179,13 @@ def logits(
         list[float] | None,
         typer.Option(help="One per model, in order; divided by their sum. By default all are equal."),
     ] = None,
-    mode: Annotated[str, typer.Option(help="What is averaged: logits, logprobs or probs.")] = "logits",
+    mode: Annotated[AveragingMode, typer.Option(help="What is averaged: logits, logprobs or probs.")] = "logits",
     tune: Annotated[
         Path | None,
         typer.Option(metavar="JSONL", help="Fit the combination on its `text`, or `prompt` and `response`."),
     ] = None,
     tune_what: Annotated[
-        str, typer.Option(help="What --tune fits: weights, or head (a matrix on all hidden states).")
+        TuneWhat, typer.Option(help="What --tune fits: weights, or head (a matrix on all hidden states).")
     ] = "weights",
     dry_run: o.DryRun = False,
     overwrite: o.Overwrite = False,
@@ -195,16 +195,14 @@ def logits(
 ) -> None:
     """Write one model whose logits are the mean of the models' logits (arXiv 2507.07129)."""
     from merges.ensemble import average as ensembles
-    from merges.ensemble.members import Mode
-    from merges.ensemble.tune import TuneWhat
 
     report = ensembles.average_logits(
         models,
         out,
         weights=weight,
-        mode=cast("Mode", mode),
+        mode=mode,
         tune=tune,
-        tune_what=cast("TuneWhat", tune_what),
+        tune_what=tune_what,
         dry_run=dry_run,
         options=o.options(threads, device, overwrite=overwrite),
     )
@@ -260,7 +258,6 @@ def _config(
         name: [_value(option_flag(name), text) for text in given] if isinstance(given, list) else [given]
         for name, given in parameters.items()
     }
-    compat = cast("Compat", settings.get("compat", "mergekit"))
     return config_for_method(
         method,
         models,
@@ -271,7 +268,7 @@ def _config(
         tokenizer_source=settings.get("tokenizer_source"),
         chat_template=settings.get("chat_template"),
         seed=settings.get("seed", 0),
-        compat=compat,
+        compat=settings.get("compat", "mergekit"),
     )
 
 

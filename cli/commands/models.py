@@ -11,6 +11,7 @@ import typer
 
 from cli import console
 from cli import options as o
+from probes.choices import Phase
 from surgery.io.command_line import option_flag, option_words
 from surgery.runtime.environment import is_main
 
@@ -90,7 +91,8 @@ def evaluate(
     ] = None,
     scale: Annotated[float | None, typer.Option(help="With --reinforce: β; 64 by default.")] = None,
     phase: Annotated[
-        str | None, typer.Option(help="With --reinforce: all positions (the default), or only generated ones.")
+        Phase | None,
+        typer.Option(help="With --reinforce: all positions (the default), or only generated ones."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N examples of each task or text.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 64,
@@ -117,7 +119,7 @@ def evaluate(
     strength: Any = {
         "top": 2 if top is None else top,
         "scale": 64.0 if scale is None else scale,
-        "phase": o.choice(phase or "all", ("all", "generated"), "phase"),
+        "phase": phase or "all",
     }
     if not task and not perplexity:
         raise usage_error("nothing to score the models on.", hint="Add --task TASK, --perplexity TEXT, or both.")

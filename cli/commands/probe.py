@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli import console
 from cli import options as o
+from probes.choices import AblationKind, AttributionForm, Engine, Phase, RowStyle, ScalingMethod, TrainingCells
 from surgery.io.command_line import option_flag
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ app = typer.Typer(
 
 Run = Annotated[Path, typer.Option("--from", metavar="RUN", help="A folder that `surgery probe refusal` wrote.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N examples.")]
-Dtype = Annotated[str, typer.Option(help="What the model computes in: auto (as stored), float32, bfloat16, …")]
 BatchTokens = Annotated[
     int | None, typer.Option(min=1, help="Tokens of a batch, padding included; by default what fits.")
 ]
@@ -54,10 +54,11 @@ def refusal(
         str | None, typer.Option(metavar="DATA", help="A second data set that the probes are tested on.")
     ] = None,
     cells: Annotated[
-        str, typer.Option(help="Train on all four cells, or paper: harmful/refused against harmless/complied.")
+        TrainingCells,
+        typer.Option(help="Train on all four cells, or paper: harmful/refused against harmless/complied."),
     ] = "all",
     attribution: Annotated[
-        str, typer.Option(help="How heads are scored: exact (final norm folded in), or paper.")
+        AttributionForm, typer.Option(help="How heads are scored: exact (final norm folded in), or paper.")
     ] = "exact",
     folds: Annotated[int, typer.Option(min=2, help="Of the grouped cross-validation.")] = 5,
     strength: Annotated[float, typer.Option(help="C of the logistic regression: inverse penalty.")] = 1.0,
@@ -68,7 +69,7 @@ def refusal(
     max_new_tokens: NewTokens = None,
     temperature: Annotated[float, typer.Option(min=0, help="Of generation; 0 is greedy.")] = 0.0,
     generation_batch: GenerationBatch = 16,
-    engine: Annotated[str, typer.Option(help="What generates: transformers or vllm.")] = "transformers",
+    engine: Annotated[Engine, typer.Option(help="What generates: transformers or vllm.")] = "transformers",
     refusal_phrases: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="One phrase per line that marks a refusal, for the built-in list."),
@@ -83,7 +84,7 @@ def refusal(
     ] = None,
     run: Annotated[Path | None, typer.Option("--from", metavar="RUN", help="With --live: whose probe.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of folds, bootstrap and draws.")] = 0,
-    dtype: Dtype = "auto",
+    dtype: o.ModelDtype = "auto",
     batch_tokens: BatchTokens = None,
     overwrite: o.Overwrite = False,
     threads: o.Threads = None,
@@ -105,10 +106,8 @@ def refusal(
         raise usage_error(
             "what is to be probed, and where do the findings go?", hint="Add --data DATA and -o RUN (or --live PROMPT)."
         )
-    from probes.data.generation_engines import Engine
     from probes.data.preparation import GenerationOptions
-    from probes.refusal.analysis import AttributionForm
-    from probes.refusal.fitted_probes import ProbeTraining, TrainingCells
+    from probes.refusal.fitted_probes import ProbeTraining
     from probes.refusal.run import probe_refusal
 
     asking = GenerationOptions(
@@ -119,12 +118,12 @@ def refusal(
         temperature=temperature,
         seed=seed,
         batch_size=generation_batch,
-        engine=cast("Engine", o.choice(engine, ("transformers", "vllm"), "engine")),
+        engine=engine,
         phrases=refusal_phrases,
         guard=guard,
     )
     training = ProbeTraining(
-        cells=cast("TrainingCells", o.choice(cells, ("all", "paper"), "cells")),
+        cells=cells,
         folds=folds,
         strength=strength,
         seed=seed,
@@ -136,7 +135,7 @@ def refusal(
         transfer=transfer,
         asking=asking,
         training=training,
-        attribution=cast("AttributionForm", o.choice(attribution, ("exact", "paper"), "attribution")),
+        attribution=attribution,
         limit=limit,
         dtype=dtype,
         batch_tokens=batch_tokens,
@@ -157,7 +156,7 @@ def heads(
         ),
     ] = "5%",
     ablate: Annotated[
-        str, typer.Option(help="z ← γ·z (scale), its mean (mean), or a harmless example's (resample).")
+        AblationKind, typer.Option(help="z ← γ·z (scale), its mean (mean), or a harmless example's (resample).")
     ] = "scale",
     scale: Annotated[float, typer.Option(help="γ of --ablate scale; 0 removes.")] = 0.0,
     positions: Annotated[
@@ -169,19 +168,19 @@ def heads(
     controls: Annotated[int, typer.Option(min=0, help="Random sets as the control.")] = 5,
     examples: Annotated[int, typer.Option(min=1, help="Examples of each kind at most.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Of the random sets.")] = 0,
-    dtype: Dtype = "auto",
+    dtype: o.ModelDtype = "auto",
     batch_tokens: BatchTokens = None,
     threads: o.Threads = None,
     device: o.Device = "cpu",
     as_json: o.Json = False,
 ) -> None:
     """Prove by ablation which of the screened heads suppress refusal: alone, in sets, and against random sets."""
-    from probes.refusal.heads.ablation_study import AblationKind, ProofOptions
+    from probes.refusal.heads.ablation_study import ProofOptions
     from probes.refusal.heads.causal_proof import prove_heads
 
     proof = ProofOptions(
         top=top,
-        kind=cast("AblationKind", o.choice(ablate, ("scale", "mean", "resample"), "ablate")),
+        kind=ablate,
         scale=scale,
         positions=None if positions == "all" else o.count(positions, "positions"),
         budget=kl_budget,
@@ -204,9 +203,9 @@ def judge(
     data: Annotated[str, typer.Option(metavar="POOL", help=DATA)],
     top: Annotated[str, typer.Option(metavar="SHARE|COUNT", help="How many of the pool to keep.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The .jsonl file to write.")],
-    style: Annotated[str, typer.Option(help="Rows for trl (messages) or llama-factory (alpaca).")] = "trl",
+    style: Annotated[RowStyle, typer.Option(help="Rows for trl (messages) or llama-factory (alpaca).")] = "trl",
     limit: Limit = None,
-    dtype: Dtype = "auto",
+    dtype: o.ModelDtype = "auto",
     batch_tokens: BatchTokens = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
     threads: o.Threads = None,
@@ -222,7 +221,7 @@ def judge(
         data,
         out,
         top=top,
-        style=cast("cliff_judge.RowStyle", o.choice(style, ("trl", "llama-factory"), "style")),
+        style=style,
         limit=limit,
         dtype=dtype,
         batch_tokens=batch_tokens,
@@ -260,13 +259,13 @@ def experts(
         typer.Option(min=1, help="With --sweep: how many of the ranked experts are reinforced; 2 by default."),
     ] = None,
     way: Annotated[
-        str | None,
+        ScalingMethod | None,
         typer.Option(
             help="With --sweep: weight (the default), renormalised, logit or forced; only weight can be baked."
         ),
     ] = None,
     phase: Annotated[
-        str | None, typer.Option(help="With --sweep: all positions (the default), or only generated ones.")
+        Phase | None, typer.Option(help="With --sweep: all positions (the default), or only generated ones.")
     ] = None,
     controls: Annotated[
         int | None,
@@ -286,7 +285,7 @@ def experts(
     max_new_tokens: NewTokens = None,
     generation_batch: GenerationBatch = 16,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap and the controls.")] = 0,
-    dtype: Dtype = "auto",
+    dtype: o.ModelDtype = "auto",
     batch_tokens: BatchTokens = None,
     overwrite: o.Overwrite = False,
     threads: o.Threads = None,
@@ -298,7 +297,6 @@ def experts(
     from probes.experts.run import probe_experts
     from probes.experts.scoring import Support
     from probes.experts.sweep import BetaGrid, parse_betas
-    from probes.model.expert_scaling import Phase, ScalingMethod
     from surgery.errors import usage_error
 
     if (sweep is None) != (not task):
@@ -308,13 +306,12 @@ def experts(
         raise usage_error("goes with --sweep", where=option_flag(stray[0]))
     grid = None
     if sweep is not None:
-        ways, phases = ("weight", "renormalised", "logit", "forced"), ("all", "generated")
         grid = BetaGrid(
             parse_betas(sweep),
             task or (),
             top=2 if top is None else top,
-            way=cast("ScalingMethod", o.choice(way or "weight", ways, "way")),
-            phase=cast("Phase", o.choice(phase or "all", phases, "phase")),
+            way=way or "weight",
+            phase=phase or "all",
             controls=5 if controls is None else controls,
             limit=task_limit,
             batch_size=generation_batch,

@@ -11,14 +11,12 @@ import typer
 from cli import console
 from cli import options as o
 from cli.app import app
-from cli.signatures import signatures
+from cli.signatures import Signature, signatures
+from surgery.recipes.types import Command
 
 if TYPE_CHECKING:
-    from cli.signatures import Parameter as Taken
-    from cli.signatures import Signature
     from surgery.recipes.run.preview import RunPreview
     from surgery.recipes.run.scheduler import RunReport
-    from surgery.recipes.types import Command, CommandParameter, Kind
 
 EPILOG = "Example: surgery run reasoning-vector --set scale=0.5 -o runs/half"
 FILE = Path("recipes.yaml")
@@ -34,7 +32,6 @@ CHANGING = {"probe heads": "from", "grow baseline": "out"}
 # Commands whose folder fills while they work.
 FILLING = frozenset({"grow run", "grow baseline"})
 FILE_SUFFIX = ".jsonl"  # of the results that are no folders
-KINDS: dict[type, Kind] = {str: "text", Path: "path", int: "whole", float: "number", bool: "flag"}
 
 
 def run(
@@ -100,46 +97,23 @@ def run(
 
 
 def commands() -> dict[str, Command]:
-    """The commands that a step may name, from the functions that the command line is made of."""
+    """Return the commands that a step may name, from the functions that the command line is made of."""
     return {each.name: _command(each) for each in signatures(app) if each.name not in NO_STEPS}
 
 
-def _command(said: Signature) -> Command:
-    from surgery.recipes.types import Command
-
-    name = said.name
-    all_of = {each.name: each for each in map(_parameter, said.parameters)}
-    changes = CHANGING.get(name)
-    own = {key: each for key, each in all_of.items() if key not in ENGINES or key == changes}
-    is_file = any(each.name == "out" and each.metavar == "FILE" for each in said.parameters)
+def _command(signature: Signature) -> Command:
+    parameters = {each.name: each for each in signature.parameters}
+    changes = CHANGING.get(signature.name)
+    writes_file = any(each.name == "out" and each.metavar == "FILE" for each in signature.parameters)
     return Command(
-        name,
-        said.help,
-        own,
-        writes="out" if "out" in all_of else changes,
+        signature.name,
+        signature.help,
+        {key: each for key, each in parameters.items() if key not in ENGINES or key == changes},
+        writes="out" if "out" in parameters else changes,
         changes=changes,
-        goes_on=name in FILLING,
-        plots=all_of["plot"].flag if "plot" in all_of else None,
-        suffix=FILE_SUFFIX if is_file else "",
-    )
-
-
-def _parameter(said: Taken) -> CommandParameter:
-    from surgery.recipes.types import CommandParameter
-
-    flag = next((name for name in said.flags if name.startswith("--")), None)
-    default = said.default
-    return CommandParameter(
-        name=flag.removeprefix("--") if flag else said.name,
-        kind=KINDS[said.kind],
-        help=said.help,
-        flag=flag,
-        off=said.off,
-        required=said.required,
-        many=said.many,
-        default=str(default) if isinstance(default, Path) else default,
-        least=said.least,
-        most=said.most,
+        goes_on=signature.name in FILLING,
+        plots=parameters["plot"].flag if "plot" in parameters else None,
+        suffix=FILE_SUFFIX if writes_file else "",
     )
 
 

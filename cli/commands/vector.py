@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli import console
 from cli import options as o
+from surgery.checkpoint.dtypes import OutputDtype
 
 if TYPE_CHECKING:
     from surgery.engine.edit_report import EditReport
-    from surgery.vectors.align import VocabPolicy
     from surgery.vectors.extraction import ExtractReport
     from surgery.vectors.to_lora import AdapterReport
 
@@ -35,7 +35,7 @@ def extract(
     base: Base,
     out: o.Out,
     dtype: Annotated[
-        str, typer.Option(help="float32 restores TUNED bit for bit; bfloat16 halves the size.")
+        OutputDtype, typer.Option(help="float32 restores TUNED bit for bit; bfloat16 halves the size.")
     ] = "float32",
     rank: Annotated[
         int | None,
@@ -79,7 +79,7 @@ def extract(
             dtype=dtype,
             include=include or (),
             exclude=exclude or (),
-            vocab=cast("VocabPolicy", vocab),
+            vocab=vocab,
             allow_unrelated=allow_unrelated,
             dry_run=dry_run,
             options=options,
@@ -103,7 +103,7 @@ def apply(
     exclude: o.Exclude = None,
     scale_for: o.ScaleFor = None,
     vocab: o.Vocab = "strict",
-    dtype: o.OutputDtype = None,
+    dtype: o.Dtype = None,
     allow_unrelated: o.Unrelated = False,
     dry_run: o.DryRun = False,
     overwrite: o.Overwrite = False,
@@ -124,7 +124,7 @@ def apply(
         include=include or (),
         exclude=exclude or (),
         scale_for=parse_scale_globs(scale_for or ()),
-        vocab=cast("VocabPolicy", vocab),
+        vocab=vocab,
         dtype=dtype,
         allow_unrelated=allow_unrelated,
         dry_run=dry_run,
@@ -144,7 +144,7 @@ def transfer(
     exclude: o.Exclude = None,
     scale_for: o.ScaleFor = None,
     vocab: o.Vocab = "strict",
-    dtype: o.OutputDtype = None,
+    dtype: o.Dtype = None,
     allow_unrelated: o.Unrelated = False,
     dry_run: o.DryRun = False,
     overwrite: o.Overwrite = False,
@@ -166,7 +166,7 @@ def transfer(
         include=include or (),
         exclude=exclude or (),
         scale_for=parse_scale_globs(scale_for or ()),
-        vocab=cast("VocabPolicy", vocab),
+        vocab=vocab,
         dtype=dtype,
         allow_unrelated=allow_unrelated,
         dry_run=dry_run,
@@ -233,7 +233,7 @@ def sweep(
         include=include or (),
         exclude=exclude or (),
         scale_for=parse_scale_globs(scale_for or ()),
-        vocab=cast("VocabPolicy", vocab),
+        vocab=vocab,
         limit=limit,
         batch_size=batch_size,
         seed=seed,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from merges.choices import Compat
 from merges.config.read import read_document
-from merges.config.schema import Compat, MergeConfig
+from merges.config.schema import MergeConfig
 from merges.config.settings import MethodSpec
 from merges.config.tolerant import ReadContext
 from surgery.io.command_line import option_flag

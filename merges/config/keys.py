@@ -21,7 +21,7 @@ from pydantic import (
     WrapValidator,
 )
 
-from merges.config.schema import Compat
+from merges.choices import Compat
 from merges.config.settings import ParameterSpec, as_written
 from merges.config.tolerant import Keys, NodeDict, ReadContext, nearest
 from surgery.checkpoint.dtypes import TORCH_NAMES

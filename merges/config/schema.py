@@ -18,14 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from merges.choices import Compat
 from merges.config.settings import MethodSpec, ParameterSpec, Scalar, Setting, resolve
 from surgery.errors import usage_error
 
-Compat = Literal["mergekit", "paper"]
 Settings = Mapping[str, Setting]
 
 UNION, BASE = "union", "base"  # tokenizers that are no model's name

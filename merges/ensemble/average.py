@@ -20,11 +20,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+from merges.choices import AveragingMode, TuneWhat
 from merges.ensemble import ensemble_model
 from merges.ensemble.ensemble_model import MODEL_TYPE
-from merges.ensemble.members import EnsembleMember, Mode, check_vocabularies, check_weights, find_members
+from merges.ensemble.members import EnsembleMember, check_vocabularies, check_weights, find_members
 from merges.ensemble.shared_tensors import Shared, find_shared
-from merges.ensemble.tune import Tuned, TuneWhat, check_tuning, tune_members
+from merges.ensemble.tune import Tuned, check_tuning, tune_members
 from surgery.checkpoint.checkpoint import ADAPTER_CONFIG, Checkpoint, read_file
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.card import CardContent
@@ -97,7 +98,7 @@ def average_logits(
     out: Path,
     *,
     weights: Sequence[float] | None = None,
-    mode: Mode = "logits",
+    mode: AveragingMode = "logits",
     tune: Path | None = None,
     tune_what: TuneWhat = "weights",
     dry_run: bool = False,

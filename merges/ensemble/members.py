@@ -7,18 +7,17 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
+from merges.choices import AveragingMode
 from merges.ensemble.ensemble_model import MODEL_TYPE, member_config
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.vocabulary import Vocabulary, differences, read_vocabulary
 from surgery.engine.preflight import Preflight
 from surgery.errors import usage_error
-
-Mode = Literal["logits", "logprobs", "probs"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class EnsembleMember:
 
 def check_weights(weights: Sequence[float] | None, count: int, mode: str) -> list[float]:
     """Return `weights` divided by their sum. Raises SurgeryError where they, or `mode`, define no mean of `count`."""
-    if mode not in get_args(Mode):
-        raise usage_error(f"got {mode!r}, expected one of {', '.join(get_args(Mode))}", where="--mode")
+    if mode not in get_args(AveragingMode):
+        raise usage_error(f"got {mode!r}, expected one of {', '.join(get_args(AveragingMode))}", where="--mode")
     if count < 2:
         raise usage_error(f"got {count} model(s), expected two or more", where="merge logits")
     given = [1.0] * count if not weights else [float(weight) for weight in weights]

@@ -11,13 +11,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from merges.choices import TuneWhat
 from merges.ensemble.ensemble_model import LogitEnsembleConfig, LogitEnsembleForCausalLM, combine, head_of
 from surgery.checkpoint.checkpoint import Checkpoint, loadable_folder
 from surgery.engine.computation import torch_device
@@ -25,7 +26,6 @@ from surgery.errors import SurgeryError, usage_error
 from surgery.models.loading import load_tokenizer
 from surgery.runtime.progress import Advance, Progress
 
-TuneWhat = Literal["weights", "head"]
 HELD_OUT = 0.2  # share of the rows, on which the fitted ensemble is compared with the average
 EPOCHS = 3
 BATCH = 8  # rows

@@ -13,18 +13,18 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from probes.choices import Engine
 from surgery.errors import SurgeryError, usage_error
 from surgery.io.hashing import hash_text
 from surgery.models.loading import ModelAndTokenizer
 from surgery.runtime.environment import n_processes
 from surgery.runtime.quiet import quiet
 
-Engine = Literal["transformers", "vllm"]
 # vLLM makes batches of its own, and is fast only with many prompts at a time.
 VLLM_PROMPTS = 256
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from probes.choices import Engine
 from probes.data.examples import MAX_REPORTED, DataSet, Example, TokenSequence
 from probes.data.generation import complete_examples, context_length, remaining_tokens
 from probes.data.generation_engines import GenerationSettings
@@ -60,7 +61,7 @@ class GenerationOptions:
     temperature: float = 0.0
     seed: int = 0
     batch_size: int = 16
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Engine = "transformers"
     phrases: Path | Sequence[str] | None = None
     guard: str | None = None
 

@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
+from probes.choices import Phase
 from probes.data.records import check_model
 from probes.experts.edit import ExpertSelection, select_experts
 from probes.experts.findings import read_expert_findings
-from probes.model.expert_scaling import ExpertScaling, Phase, scaled_routing
+from probes.model.expert_scaling import ExpertScaling, scaled_routing
 from probes.model.routers import find_routers
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.engine.options import ExecutionOptions

@@ -12,11 +12,12 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from probes.choices import Phase, ScalingMethod
 from probes.data.generation import DEFAULT_MAX_NEW_TOKENS, generate_texts, remaining_tokens
 from probes.data.records import IntervalRecord, interval_record
 from probes.experts.findings import ExpertRecord, PointRecord, SweepRecord
 from probes.experts.repetition import is_repetitive
-from probes.model.expert_scaling import ExpertScaling, Phase, ScalingMethod, scaled_routing
+from probes.model.expert_scaling import ExpertScaling, scaled_routing
 from probes.model.routers import Router
 from probes.side_effects.effects import Rate
 from surgery.checkpoint.selectors import Expert

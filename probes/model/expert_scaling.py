@@ -13,19 +13,18 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from probes.choices import Phase, ScalingMethod
 from probes.model.routers import Router, intercept_routing, run_trial_forward
 from surgery.checkpoint.selectors import Expert
 from surgery.errors import usage_error
 from surgery.models.loaded_model import LoadedModel, hooks
 
-ScalingMethod = Literal["weight", "renormalised", "logit", "forced"]
-Phase = Literal["all", "generated"]
 # Renormalised weights have the same sum at every token, up to this share of it, which rounding may leave.
 SAME_SUM = 1e-2
 

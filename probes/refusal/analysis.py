@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
+from probes.choices import AttributionForm
 from probes.data.examples import Example
 from probes.data.preparation import PreparedData
 from probes.data.probe_run import ProbeRun
@@ -18,7 +18,6 @@ from probes.refusal.fitted_probes import FittedProbes, ProbeTraining, fit_probes
 from probes.refusal.heads.attribution import HeadAttribution, attribute_heads
 from probes.refusal.linear.probes import LayerMetrics
 
-AttributionForm = Literal["exact", "paper"]
 # A mean over fewer examples than this would rank heads by the accidents of one prompt.
 LEAST_SCORED = 3
 # Heads are scored where suppression can be seen: on harmful prompts that were answered, if there are enough of them.

@@ -9,10 +9,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from probes.choices import RowStyle
 from probes.data.examples import DataSet, Example
 from probes.data.markers import Markers, split_responses
 from probes.data.preparation import PreparedData, options_from_findings, prepare, resolve_markers
@@ -29,7 +30,6 @@ from surgery.io.hashing import hash_text
 from surgery.reporting.report import Column, Table
 from surgery.runtime.collectives import on_main
 
-RowStyle = Literal["trl", "llama-factory"]
 TABLE_ROWS = 10
 
 

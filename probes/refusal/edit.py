@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
+from probes.choices import EditMode
 from probes.data.examples import Example
 from probes.data.preparation import GenerationOptions, options_from_findings
 from probes.data.reader import read_data
@@ -25,8 +25,6 @@ from surgery.edits.heads import mean_heads, scale_heads
 from surgery.engine.edit_report import EditReport
 from surgery.engine.options import ExecutionOptions
 from surgery.errors import usage_error
-
-EditMode = Literal["scale", "mean"]
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ Findings are of one model: they have the hash of its weights, and an edit of ano
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from probes.choices import AttributionForm
 from probes.data.records import DataRecord, FindingsRecord, IntervalRecord, ModelRecord, read_record, write_record
 from surgery.checkpoint.selectors import Head
 
@@ -131,7 +132,7 @@ class Findings(FindingsRecord):
     heads_cell: str
     heads_n: int
     heads: list[HeadRecord]
-    attribution: Literal["exact", "paper"]
+    attribution: AttributionForm
     unexplained: float | None
     skipped_layers: list[int]
     causal: CausalRecord | None = None

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from probes.choices import TrainingCells
 from probes.data.examples import Example, TokenSequence
 from probes.model.activations import hidden_states_at, project_hidden_states
 from probes.refusal.linear.probes import LayerMetrics, Probes
@@ -21,7 +21,6 @@ from surgery.errors import usage_error
 from surgery.models.loaded_model import LoadedModel
 from surgery.runtime.progress import Progress, silent
 
-TrainingCells = Literal["all", "paper"]
 PAPER_CELLS = ("harmful/refused", "harmless/complied")
 
 

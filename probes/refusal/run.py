@@ -14,9 +14,10 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+from probes.choices import AttributionForm
 from probes.data.preparation import GenerationOptions, refusal_phrases
 from probes.data.probe_run import open_run
-from probes.refusal.analysis import AttributionForm, RefusalSettings, analyse
+from probes.refusal.analysis import RefusalSettings, analyse
 from probes.refusal.findings import Findings
 from probes.refusal.fitted_probes import ProbeTraining
 from probes.refusal.results import to_findings, write_run

@@ -10,6 +10,10 @@ from typing import Literal
 from surgery.errors import usage_error
 
 Kind = Literal["float", "integer", "boolean", "opaque"]
+OutputDtype = Literal["float64", "float32", "bfloat16", "float16"]
+"""What float tensors of an output can be stored in, by the names that torch and users give them."""
+ComputeDtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
+"""What a model computes in; `auto` is the dtype that it is stored in."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ DTYPES: dict[str, Dtype] = {
     )
 }
 
-# The formats that outputs can be asked for, by the names that torch and users give them.
+# `OutputDtype` → its safetensors name.
 TORCH_NAMES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 

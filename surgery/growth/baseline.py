@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Literal
 
 from torch import Tensor
 
 from surgery.checkpoint.checkpoint import read_folder
 from surgery.checkpoint.structure import model_structure
 from surgery.errors import usage_error
+from surgery.growth.choices import BaselineBudget, BaselineEmbedding
 from surgery.growth.layers.random_init import part_seed
 from surgery.growth.options import RunOptions
 from surgery.growth.plan import GrowthStage
@@ -38,9 +38,6 @@ from surgery.growth.training.job import RunContext, TrainingJob
 from surgery.growth.training.schedule import WindowSource
 from surgery.growth.training.stage_runner import train_checkpoint
 from surgery.io.hashing import hash_text
-
-Budgets = Literal["tokens", "flops", "both"]
-Embeddings = Literal["frozen", "trained", "both"]
 
 
 class ReplayedWindows:
@@ -76,8 +73,8 @@ class ReplayedWindows:
 def train_baselines(
     prepared: PreparedRun,
     *,
-    budget: Budgets = "both",
-    embedding: Embeddings = "both",
+    budget: BaselineBudget = "both",
+    embedding: BaselineEmbedding = "both",
     options: RunOptions = RunOptions(),
 ) -> Growth:
     """Train and measure the baselines that do not exist yet, and add them to results and report.

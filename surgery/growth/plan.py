@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from surgery.errors import listing, usage_error
+from surgery.growth.choices import LayerInit, LayerPosition
 from surgery.io.json_records import Strict
 from surgery.io.yaml_models import dump_yaml, n_bytes, parse_model, read_text
 
-Init = Literal["identity", "random", "copy"]
-INITS: tuple[str, ...] = get_args(Init)
 TrainableParts = Literal["new", "head", "norm", "lora", "embedding", "all"]
-LayerPosition = Literal["top", "middle"] | int
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # In YAML, a list of one name may be written without brackets.
@@ -95,7 +93,7 @@ class GrowthStage(Strict):
 
     add: Annotated[int, Field(ge=0)] = 1
     at: LayerPosition = "top"
-    init: Init = "identity"
+    init: LayerInit = "identity"
     train: Annotated[tuple[TrainableParts, ...], _LISTED] = ("new", "head", "norm")
     tokens: PositiveInt
     plateau: Plateau | None = None

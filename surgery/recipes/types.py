@@ -9,19 +9,34 @@ from typing import Literal
 
 Scalar = str | int | float | bool
 Value = Scalar | None | tuple[Scalar, ...]
-Kind = Literal["text", "path", "whole", "number", "flag"]
+ParameterKind = Literal["text", "path", "whole", "number", "flag"]
+InputKind = Literal["model", "tokenizer", "data", "corpus", "text", "path", "plan", "merge", "task"]
+
+
+@dataclass(frozen=True)
+class NamesInput:
+    """Annotation of a command's parameter whose value names something that must be there before the command runs.
+
+    kind: "model", "tokenizer", "data" (labelled prompts), "corpus" and "text" (plain texts): what those commands open,
+    local or on the Hub or of the lab. "path": a local file or folder. "plan": a growth plan. "merge": a merge config or
+    method. "task": a task of the evaluation harness.
+    """
+
+    kind: InputKind
 
 
 @dataclass(frozen=True)
 class CommandParameter:
     """An argument or option of a command, by the name that it has on the command line without dashes.
 
-    name: `scale-for`, `models`. flag: how it is typed, `--scale-for`; None for an argument. off: what switches a flag
-    off (`--no-rescale`). many: takes a list.
+    name: `scale-for`, `models`. kind: of one item where it takes `many`. flag: how it is typed, `--scale-for`; None for
+    an argument. short: `-o`. off: what switches a flag off (`--no-rescale`). least, most: bounds of numbers. choices:
+    every value that is allowed; empty where any is. metavar: what help pages call the value. names: what the value
+    names, if that must exist.
     """
 
     name: str
-    kind: Kind
+    kind: ParameterKind
     help: str = ""
     flag: str | None = None
     off: str | None = None
@@ -31,6 +46,9 @@ class CommandParameter:
     least: float | None = None
     most: float | None = None
     choices: tuple[str, ...] = ()
+    short: str | None = None
+    metavar: str | None = None
+    names: InputKind | None = None
 
 
 @dataclass(frozen=True)

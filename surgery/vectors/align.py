@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -21,9 +21,9 @@ from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.checkpoint.vocabulary import Vocabulary, align_rows, differences, read_vocabulary
 from surgery.engine.preflight import Preflight, check_names, check_quantised
 from surgery.errors import usage_error
+from surgery.vectors.choices import VocabPolicy
 from surgery.vectors.selection import TensorSelection
 
-VocabPolicy = Literal["strict", "by-token", "skip-embeddings"]
 POLICIES: tuple[VocabPolicy, ...] = get_args(VocabPolicy)
 OTHER_POLICIES = "--vocab by-token aligns rows by token; --vocab skip-embeddings leaves the embeddings as they are."
 

@@ -21,7 +21,8 @@ from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, PlannedTensor, copy_tensor, plan_files
 from surgery.engine.preflight import Preflight, check_ancestor, check_config
 from surgery.engine.result import ExecutionResult
-from surgery.vectors.align import VectorSettings, VocabPolicy, aligned_model, check_and_align
+from surgery.vectors.align import VectorSettings, aligned_model, check_and_align
+from surgery.vectors.choices import VocabPolicy
 from surgery.vectors.selection import TensorSelection
 from surgery.vectors.task_vector import VectorInput, model_difference, open_vector, stored_vector
 

@@ -25,7 +25,8 @@ from surgery.engine.result import ExecutionResult
 from surgery.engine.workers import run_shared
 from surgery.errors import SurgeryError
 from surgery.reporting.report import Column, Table
-from surgery.vectors.align import VectorSettings, VocabPolicy, aligned_model, check_and_align
+from surgery.vectors.align import VectorSettings, aligned_model, check_and_align
+from surgery.vectors.choices import VocabPolicy
 from surgery.vectors.kernels import DIFFERENCE
 from surgery.vectors.selection import TensorSelection
 from surgery.vectors.task_vector import DONOR, FORMAT, SKETCH, STEM

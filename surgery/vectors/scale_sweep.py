@@ -31,7 +31,8 @@ from surgery.models.loading import load_model
 from surgery.reporting.plots import scale_curve
 from surgery.reporting.report import Column, Figure, Report, Table
 from surgery.runtime.collectives import on_main
-from surgery.vectors.align import VectorSettings, VocabPolicy, aligned_model, check_and_align
+from surgery.vectors.align import VectorSettings, aligned_model, check_and_align
+from surgery.vectors.choices import VocabPolicy
 from surgery.vectors.kernels import ADD_VECTOR
 from surgery.vectors.selection import TensorSelection
 from surgery.vectors.task_vector import TaskVector, open_vector

@@ -87,7 +87,7 @@ def test_every_command_has_help_with_an_example() -> None:
 def test_the_list_of_commands_and_options_is_frozen() -> None:
     import typer
 
-    from cli.app import app
+    from cli.main import app
 
     root = typer.main.get_command(app)
     found: dict[str, list[str]] = {}
@@ -262,7 +262,7 @@ BAD_USAGE = [
     ([*TRANSFER, "out", "--scale", "nan"], "--scale: got nan, expected a finite number"),
     ([*TRANSFER, "base/out"], "lies inside the base base"),
     ([*TRANSFER, "tuned"], "lies inside the tuned tuned"),
-    ([*TRANSFER, "out", "--vocab", "hope"], "--vocab: got 'hope', expected one of strict"),
+    ([*TRANSFER, "out", "--vocab", "hope"], "--vocab: got 'hope', expected strict, by-token or skip-embeddings"),
     ([*TRANSFER, "out", "--scale-for", "mlp"], "--scale-for: got 'mlp', expected GLOB=NUMBER"),
     (["vector", "apply", "base", "target", "-o", "out"], "is not a vector"),
     (["vector", "apply", "nowhere", "target", "-o", "out"], "no such vector folder"),

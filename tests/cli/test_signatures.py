@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from cli.app import app
+from cli.main import app
 from cli.signatures import signatures
 
 
@@ -21,15 +21,14 @@ def parsers(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any
 
 def test_every_command_argument_and_option_is_the_parsers() -> None:
     parsed = dict(parsers(typer.main.get_command(app)))
-    said = {each.name: each for each in signatures()}
+    said = {each.name: each for each in signatures(app)}
     assert list(said) == list(parsed)
     for name, command in parsed.items():
         assert said[name].help.split() == command.help.split()
         # Typer puts arguments and options in the order of the function, and so do we.
-        found = [(p.name, list(p.flags), p.off, p.required, p.many) for p in said[name].parameters]
+        found = [([n for n in (p.short, p.flag) if n], p.off, p.required, p.many) for p in said[name].parameters]
         wanted = [
             (
-                p.name,
                 list(p.opts) if p.param_type_name == "option" else [],
                 next(iter(p.secondary_opts), None),
                 p.required,
@@ -41,7 +40,7 @@ def test_every_command_argument_and_option_is_the_parsers() -> None:
 
 
 def test_limits_defaults_and_examples_come_from_the_functions() -> None:
-    said = {each.name: each for each in signatures()}
+    said = {each.name: each for each in signatures(app)}
     cell = next(each for each in said["grow embed"].parameters if each.name == "cell")
-    assert (cell.kind, cell.least, cell.most, cell.default) == (int, 8, 128, 32)
+    assert (cell.kind, cell.least, cell.most, cell.default) == ("whole", 8, 128, 32)
     assert all(each.example.startswith("surgery ") for each in said.values())

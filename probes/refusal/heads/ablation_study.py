@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from probes.choices import AblationKind
 from probes.data.examples import Example, TokenSequence
 from probes.data.generation import context_length
 from probes.data.preparation import make_labeler, options_from_findings
@@ -33,7 +34,6 @@ from surgery.engine.options import ExecutionOptions
 from surgery.errors import usage_error
 from surgery.evaluation.statistics import bootstrap_mean
 
-AblationKind = Literal["scale", "mean", "resample"]
 HARMLESS = "harmless/complied"
 # A head that adds less than this share of what the set has gained already is not worth its side effects.
 LEAST_GAIN = 0.05

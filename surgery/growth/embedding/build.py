@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from surgery.checkpoint.vocabulary import CONFIG
 from surgery.checkpoint.write_table import Table, write_table
 from surgery.engine.manifest import build_manifest_of_files, command_record, write_manifest
 from surgery.errors import usage_error
+from surgery.growth.choices import EmbeddingKind
 from surgery.growth.embedding import tables
 from surgery.growth.embedding.embedding_folder import KIND, TENSOR, WEIGHTS
 from surgery.growth.embedding.from_model import embedding_rows
@@ -33,8 +34,6 @@ from surgery.models.loading import save_tokenizer
 from surgery.runtime.progress import Progress, silent
 
 # The values are the CLI's choices and entries of manifests.
-Kind = Literal["glyphs", "bits", "random", "table"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 COLLISIONS = "collisions.json"
 SPECIMEN = "specimen.png"
 CELL = 32  # pixels on a side, as in the paper
@@ -55,7 +54,7 @@ def make_embedding(
     tokenizer: str,
     out: Path,
     *,
-    kind: Kind = "glyphs",
+    kind: EmbeddingKind = "glyphs",
     width: int | None = None,
     rows: int | None = None,
     font: Path | None = None,
@@ -111,7 +110,7 @@ def make_embedding(
 class _Settings:
     """The arguments of `make_embedding` that decide the table."""
 
-    kind: Kind
+    kind: EmbeddingKind
     width: int | None
     rows: int | None
     font: Path | None
@@ -143,8 +142,8 @@ class _Settings:
     def check(self) -> None:
         """Raise SurgeryError for options that do not exist or do not fit each other."""
         kind, width = self.kind, self.width
-        if kind not in KINDS:
-            raise usage_error(f"got {kind!r}, expected one of {', '.join(KINDS)}", where="--kind")
+        if kind not in get_args(EmbeddingKind):
+            raise usage_error(f"got {kind!r}, expected one of {', '.join(get_args(EmbeddingKind))}", where="--kind")
         if self.font is not None and kind != "glyphs":
             raise usage_error(f"only glyphs are drawn, got kind {kind}", where="--font")
         if (self.source is not None) != (kind == "table"):

@@ -31,16 +31,16 @@ from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, plan_files
 from surgery.engine.result import ExecutionResult
 from surgery.errors import listing, usage_error
+from surgery.growth.choices import LayerInit, LayerPosition
 from surgery.growth.layers.plan_layers import COMMAND, LayerInsertionPlan
 from surgery.growth.layers.random_init import temporary_folder, transformers_version
-from surgery.growth.plan import Init, LayerPosition
 from surgery.io.atomic import write_file
 from surgery.reporting.report import Column, Table
 
 MODEL, NEW = "model", "new layers"
 CONFIG = "config.json"
 # Sentences of the model card.
-_PAPERS: dict[Init, str] = {
+_PAPERS: dict[LayerInit, str] = {
     "identity": "identities: what they write is zero (block expansion, arXiv:2401.02415)",
     "copy": "copies of their neighbours (depth up-scaling, arXiv:2312.15166)",
     "random": "random, as transformers initialises them (arXiv:2507.07129)",
@@ -59,7 +59,7 @@ class AddReport:
     out: Path
     preflight: Mapping[str, str]
     warnings: Sequence[str]
-    init: Init
+    init: LayerInit
     new: tuple[int, ...]
     origins: tuple[int | None, ...]
     layers_before: int
@@ -103,7 +103,7 @@ def add_layers(
     *,
     layers: int = 1,
     at: LayerPosition = "top",
-    init: Init = "identity",
+    init: LayerInit = "identity",
     seed: int = 0,
     dtype: str | None = None,
     dry_run: bool = False,
@@ -162,8 +162,8 @@ def add_layers(
 def _check_arguments(layers: int, init: str) -> None:
     if layers < 1:
         raise usage_error(f"got {layers}, expected 1 or more", where="--layers")
-    if init not in get_args(Init):
-        raise usage_error(f"got {init!r}, expected one of {', '.join(get_args(Init))}", where="--init")
+    if init not in get_args(LayerInit):
+        raise usage_error(f"got {init!r}, expected one of {', '.join(get_args(LayerInit))}", where="--init")
 
 
 def _plan(insertion: LayerInsertionPlan, command: Mapping[str, Any], sources: Mapping[str, Checkpoint]) -> Plan:

@@ -27,10 +27,10 @@ from surgery.engine.kernel import Kernel
 from surgery.engine.plan import PlannedTensor, copy_tensor
 from surgery.engine.preflight import Preflight, check_quantised
 from surgery.errors import SurgeryError, listing, usage_error
+from surgery.growth.choices import LayerInit, LayerPosition
 from surgery.growth.layers.compatibility import layer_changes
 from surgery.growth.layers.random_init import LayerSpec, RandomLayers, layer_prefix, random_layers, text_config
 from surgery.growth.layers.residual_writes import LayerTensors, layer_key, layer_tensors, prove_identity
-from surgery.growth.plan import Init, LayerPosition
 
 COMMAND = "grow add"
 
@@ -69,7 +69,7 @@ class LayerInsertionPlan:
     structure: ModelStructure
     layers: int
     at: LayerPosition
-    init: Init
+    init: LayerInit
     stored_as: str | None = None
     preflight: Preflight = field(default_factory=Preflight)
     config: dict[str, Any] = field(init=False)

@@ -24,7 +24,8 @@ from support.moe import (
 )
 from torch import Tensor, nn
 
-from probes.model.expert_scaling import ExpertScaling, Phase, ScalingMethod, scaled_routing
+from probes.choices import Phase, ScalingMethod
+from probes.model.expert_scaling import ExpertScaling, scaled_routing
 from probes.model.routers import find_routers
 from surgery.checkpoint.selectors import Expert
 from surgery.edits.experts import scale_experts
