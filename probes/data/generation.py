@@ -54,6 +54,7 @@ def complete_examples(
             context has no room for `max_new_tokens` more, a response came without its thinking; or vLLM is missing, or
             the memory too small.
     """
+    # First, so that a given response with its thinking inside counts as complete.
     examples = split_responses(examples, markers)
     requests = _requests(loaded, examples, markers, settings)
     store = GenerationCache(cache)
@@ -109,6 +110,7 @@ def remaining_tokens(model: Any, prompt: int, most: int = DEFAULT_MAX_NEW_TOKENS
 def end_token_ids(loaded: ModelAndTokenizer) -> tuple[int, ...]:
     """Return the tokens that end a completion: those of the generation config, and the tokenizer's."""
     config = getattr(loaded.model, "generation_config", None)
+    # A number, a list or None: chat models often have a second end token that their tokenizer does not declare.
     configured = getattr(config, "eos_token_id", None)
     ids = configured if isinstance(configured, (list, tuple)) else [configured]
     return tuple(sorted({int(token) for token in (*ids, loaded.tokenizer.eos_token_id) if token is not None}))
@@ -124,6 +126,7 @@ def _requests(
     with quiet():
         for index, example in enumerate(examples):
             with errors.collect(f"example {example.key}", usage=True):
+                # A thinking that never closed is a known outcome, not an error of the data.
                 if markers and not never_closed([example]):
                     validate_split(example, markers)
                 if example.response is not None:
@@ -146,6 +149,7 @@ def _requests(
 def _completed(example: Example, markers: Markers | None, completion: Completion) -> Example:
     if markers is None:
         return replace(example, response=completion.text)
+    # The prompt ended with the closing template: the text is the response alone.
     if example.thinking is not None:
         return replace(example, closing=example.closing or markers.closing, response=completion.text)
     thinking, closing, response = split_completion(completion.text, markers)
@@ -175,6 +179,7 @@ def _generate(
             end = next((index for index, token in enumerate(new_ids) if token in stop_ids), None)
             text = _text_after(loaded.tokenizer, request.ids, new_ids[:end])
             completions[request.key] = Completion(text, end is not None)
+        # Stored batch by batch: a killed run loses one batch at most.
         if store:
             store.add(completions)
         return completions
@@ -190,5 +195,6 @@ def _text_after(tokenizer: Any, prompt: Sequence[int], new_ids: Sequence[int]) -
     def decode(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
+    # Decoding may merge bytes across the border; then the new ids are decoded alone after all.
     before, whole = decode(prompt), decode([*prompt, *new_ids])
     return whole[len(before) :] if whole.startswith(before) else decode(new_ids)

@@ -102,6 +102,7 @@ def _transformers_engine(
     pad = loaded.tokenizer.pad_token_id
     # Any token will do: padding is masked before the prompt, and cut off behind an end token.
     pad = next(iter(stop_ids), 0) if pad is None else pad
+    # Never `do_sample`: transformers draws from one generator per batch, so results would depend on the batches.
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens, do_sample=False, eos_token_id=list(stop_ids) or None, pad_token_id=pad
     )
@@ -134,6 +135,7 @@ def _vllm_engine(loaded: ModelAndTokenizer, settings: GenerationSettings, stop_i
         raise usage_error("vllm is not installed", where="engine", hint="Install it: pip install vllm") from error
     if n_processes() > 1:
         raise usage_error("vllm makes processes of its own", where="engine", hint="Start it in one process.")
+    # vLLM cannot take a loaded model: it reads the folder again, with kernels of its own.
     engine = LLM(model=loaded.tokenizer.name_or_path, seed=settings.seed)
 
     def complete_batch(batch: Sequence[Request]) -> list[list[int]]:
@@ -166,6 +168,7 @@ class _GumbelSampler:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(N, T) ids and (N, V) logits → (N, V)."""
+        # On the CPU: generators of different devices draw different numbers.
         noise = torch.empty(scores.shape)
         for row, generator in zip(noise, self.generators, strict=True):
             row.exponential_(generator=generator)

@@ -119,6 +119,7 @@ def make_labeler(generation: GenerationOptions, *, device: str, progress: Progre
     Raises:
         SurgeryError: at once, not when the function is called, if the phrase file or the guard's folder is wrong.
     """
+    # Everything that can be wrong is checked here: labelling comes after hours of generation.
     if generation.guard is None:
         phrases = refusal_phrases(generation)
         return lambda examples: label_by_keywords(examples, phrases)
@@ -160,6 +161,7 @@ def generation_settings(
                     text = text_before_answer(live.tokenizer, row, markers)
                     longest = max(longest, len(encode(live.tokenizer, text)))
         errors.raise_if_any(limit=MAX_REPORTED)
+        # One limit for all prompts, so that long ones are not cut earlier than short ones.
         limit = remaining_tokens(live.model, longest)
     return GenerationSettings(
         model_id, limit, generation.temperature, generation.seed, generation.batch_size, generation.engine
@@ -192,6 +194,7 @@ def prepare(
     settings = generation_settings(live, rows, markers, generation, model_id=model_id)
     incomplete = sum(row.response is None or (row.thinking is None and markers is not None) for row in rows)
     completed = complete_examples(live.loaded, rows, markers=markers, cache=cache, settings=settings, progress=progress)
+    # Left out rather than labelled: without an answer there is neither a refusal nor a compliance.
     unfinished = {example.key for example in never_closed(completed)}
     examples = label([example for example in completed if example.key not in unfinished])
     if not examples:

@@ -67,6 +67,7 @@ def read_data(source: str, *, limit: int | None = None) -> DataSet:
     source_rows = read_rows(source, errors, limit=limit)
     if not source_rows.rows and not errors:
         raise usage_error("has no rows", where=source)
+    # All rows are parsed before any error is raised: users see what is wrong in one run.
     examples = []
     for row in source_rows.rows:
         parser = _RowParser(row)
@@ -138,6 +139,7 @@ class _RowParser:
 
     def _text(self, name: str) -> str | None:
         value = self.row.record.get(name)
+        # Groups are often numbered. `bool` is a subclass of `int`, and no number of a group.
         if name == "group" and isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         if value is None or (isinstance(value, str) and _is_encodable(value)):
@@ -179,6 +181,7 @@ class _RowParser:
 
     def _messages(self, given: object) -> list[Mapping[str, Any]]:
         """Return the messages without their null fields; none at all if one of them is wrong."""
+        # A cell of a CSV file cannot be a list: there, messages are JSON in a text.
         if isinstance(given, str):
             try:
                 given = json.loads(given)
@@ -202,6 +205,7 @@ class _RowParser:
             if not isinstance(content, str) or not _is_encodable(content):
                 self._add(f"messages[{index}].content is {_quoted(content)}, expected text")
                 valid = False
+            # Parquet gives every message the fields of all of them, null where absent; templates test for presence.
             messages.append({name: value for name, value in message.items() if value is not None})
         return messages if valid else []
 

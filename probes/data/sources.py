@@ -50,6 +50,7 @@ def read_rows(source: str, errors: ErrorList, *, limit: int | None = None) -> So
             `data` is needed and not installed; the slice is empty.
     """
     path = existing_path(source)
+    # Files first: a file may have a name that also reads as a Hub repository.
     if path is not None and path.is_dir():
         raise usage_error("is a folder, expected a file", where=source)
     if path is not None:
@@ -59,6 +60,7 @@ def read_rows(source: str, errors: ErrorList, *, limit: int | None = None) -> So
     hub_reference = hub_data.parse(source)
     if hub_reference is not None:
         return _read_hub(hub_reference, limit)
+    # A data set without split: a better error than "no such file".
     if hub.is_repo_id(source) and not source.lower().endswith(tuple(_READERS)):
         raise hub_data.no_split(source)
     raise usage_error(

@@ -79,6 +79,7 @@ def render_prompt(tokenizer: Any, example: Example, markers: Markers | None) -> 
         if opened:
             raise usage_error(f"the chat template begins a thinking with {opened}", hint=f"Drop {NONE_OPTION}.")
         return text
+    # Some templates switch thinking off by an empty pair of markers, whatever they are asked for.
     if tail.endswith(markers.close):
         raise usage_error(
             f"the chat template ends the thinking before it begins, with {markers.close}",
@@ -131,6 +132,7 @@ def build_sequences(
         with errors.collect(f"{where}: example {example.key}", usage=True):
             prompt = render_prompt(tokenizer, example, markers)
             texts.append((example, _segments(tokenizer, prompt, example, markers, answer=answer)))
+    # The same for all texts: what a tokenizer adds in front does not depend on the text.
     prefix = _prefix(tokenizer, texts[0][1].whole) if texts else ()
     sequences = []
     cuts = _cut_all(tokenizer, [text for _, text in texts])

@@ -99,6 +99,7 @@ class _Analyser:
         first = self._score(self.run.prepare())
         transfer = self.run.prepare_transfer()
         second = None if transfer is None else self._score(transfer)
+        # Ratios and sweep use the first data set alone; the second only tests the ranking.
         experts = self._with_norm_ratios(_expert_records(first), first)
         sweep = None if self.settings.grid is None else self._sweep(self.settings.grid, experts, first)
         return ExpertAnalysis(self.run, self.settings, markers, first, second, experts, sweep)
@@ -127,6 +128,7 @@ class _Analyser:
             max_tokens=self.settings.batch_tokens,
             progress=self.run.options.progress,
         )
+        # The others keep None: "not measured" must not look like "adds nothing".
         return [row.model_copy(update={"norm_ratio": ratios.get(row.name)}) for row in experts]
 
     def _sweep(self, grid: BetaGrid, experts: Sequence[ExpertRecord], data: ScoredData) -> SweepRecord:
@@ -152,6 +154,7 @@ def _parse_markers(tokens: Sequence[str], tokenizer: Any) -> list[Marker]:
 
 
 def _expert_records(data: ScoredData) -> list[ExpertRecord]:
+    # Column 0 counts all positions; those of the markers are among them.
     total = int(data.counts.positions[..., 0].sum())
     return [
         ExpertRecord(

@@ -31,6 +31,7 @@ def npmi(together: ArrayLike, marker: ArrayLike, fires: ArrayLike, total: ArrayL
     Source: arXiv 2505.14681, equation 2.
     """
     k, m, f, t = (np.asarray(counts, dtype=np.float64) for counts in (together, marker, fires, total))
+    # log₂ 0 and 0/0 are expected: the edge values replace them below.
     with np.errstate(divide="ignore", invalid="ignore"):
         # A logarithm of each count rather than of the quotients: those have the shape that all four broadcast to.
         log_k, log_m, log_f, log_t = np.log2(k), np.log2(m), np.log2(f), np.log2(t)
@@ -58,6 +59,7 @@ class CountTable:
 
     def weighted(self, weights_BG: Floats) -> CountTable:
         """Return the sums over blocks under each row of weights: (G, …) → (B, …)."""
+        # `optimize` makes it a matrix product, which is far faster than einsum's own loops.
         together = np.einsum("bg,gmx->bmx", weights_BG, self.together, optimize=True)
         return CountTable(together, weights_BG @ self.marker, weights_BG @ self.fires, weights_BG @ self.total)
 

@@ -102,6 +102,7 @@ def edit_experts(
     report = scale_experts(
         model, out, scales=scales, measure=measure, dry_run=dry_run, options=replace(options, device="cpu")
     )
+    # By name and in order, as the command prints them and --json has them.
     named = {str(expert): scale for expert, scale in sorted(scales.items())}
     return ExpertEditResult(report, named, None if measure is None else measure.effects)
 
@@ -116,6 +117,7 @@ def select_experts(choice: ExpertSelection, findings: ExpertFindings | None) -> 
         raise usage_error("no experts were given.", hint="Name them (--expert L12E45), or give --from RUN --top 2.")
     ranked = findings.ranked
     count = DEFAULT_TOP if choice.top is None else choice.top
+    # Unranked experts are not used as a substitute: their scores may be chance.
     if count > len(ranked):
         raise usage_error(
             f"{len(ranked)} experts have evidence enough to be ranked, {count} were asked for",

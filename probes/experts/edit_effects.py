@@ -92,6 +92,7 @@ class EffectMeasurement:
         edited_answers = generate_answers(edited, self.prompts, self.generation, markers, self.options)
         unfinished = {row.key for row in never_closed(answers)}
         finished = [row for row in answers if row.key not in unfinished]
+        # On the original's answers: the edited model's own would hide where it has gone astray.
         kl, perplexity = divergence_by_topic(original, edited, finished, markers, self.options)
         # Both models' answers are tokenised by the original's tokenizer, so that their lengths can be compared.
         effects = ExpertEffects(
@@ -120,6 +121,7 @@ def _reject_loops(effects: ExpertEffects, ref: str) -> None:
 
 def _generated_ids(live: LoadedModel, row: Example) -> list[int]:
     text = f"{row.thinking or ''}{row.closing or ''}{row.response or ''}"
+    # Without special tokens: a BOS would count as a token of every answer.
     ids: list[int] = live.tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 

@@ -57,8 +57,10 @@ def _score(
     checkpoint = scaled.get(loaded.name)
     if checkpoint is None:
         return measure(loaded)
+    # The harness has loaded the weights already; only the names of their parts are missing.
     live = attach_structure(loaded, checkpoint)
     with scaled_routing(live, find_routers(live), scaling) as applied:
         scores = measure(loaded)
+    # With phase `generated`, tasks scored in one pass would report the unchanged model as the scaled one.
     applied.check(", ".join(dict.fromkeys(score.task for score in scores)))
     return scores

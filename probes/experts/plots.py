@@ -73,7 +73,9 @@ def expert_map(
     largest = float(np.nanmax(np.abs(grid[np.isfinite(grid)]))) or 1.0
     canvas, axes = titled_axes(title, height=min(8.5, 1.5 + max(2.2, 0.15 * n_layers)))
     axes.grid(visible=False)
+    # Masked cells let the patch show through: hatched, so that "no expert" is not taken for "0".
     axes.patch.set(facecolor="white", hatch="////", edgecolor=LINE)
+    # Symmetric limits keep white at 0; not up to the ends of the colour map, whose tones are nearly black.
     image = axes.imshow(
         np.ma.masked_invalid(grid),
         cmap="RdBu",
@@ -94,6 +96,7 @@ def expert_map(
     axes.set_ylabel("layer")
     bar = canvas.figure.colorbar(image, ax=axes, pad=0.015, fraction=0.04)
     bar.outline.set_visible(False)
+    # The colour map's limits are wider than the values; the bar shows only those that occur.
     bar.ax.set_ylim(-largest, largest)
     bar.ax.tick_params(colors=INK, labelsize=8.5, length=0)
     bar.set_label(measure, color=INK, fontsize=9, parse_math=False)
@@ -134,6 +137,7 @@ def _mark_cells(axes: Axes, centres: Sequence[tuple[int, int]], *, small: bool) 
 def _write_values(axes: Axes, grid: Floats, largest: float) -> None:
     for row, expert in zip(*np.nonzero(np.isfinite(grid)), strict=True):
         value = float(grid[row, expert])
+        # Beyond 60 % the colour map is too dark for black text.
         dark = abs(value) > 0.6 * largest
         text: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8, "color": "white" if dark else INK}
         axes.text(expert, row, f"{value:.2f}".replace("-", "−"), **text)
@@ -172,6 +176,7 @@ def ranking(
     rows = range(len(drawn))
     canvas, axes = titled_axes(title, height=1.6 + 0.27 * len(drawn))
     for row, estimate in zip(rows, drawn, strict=True):
+        # With a single block of texts there are no intervals: the dot stands alone.
         if math.isfinite(estimate.low) and math.isfinite(estimate.high):
             axes.plot([estimate.low, estimate.high], [row, row], color=BLUE, linewidth=1.8, solid_capstyle="butt")
     axes.scatter([e.value for e in drawn], rows, s=40, color=BLUE, lw=0, zorder=3, label="smoothed, 95 % interval")
@@ -181,6 +186,7 @@ def ranking(
         # Above the rows: no place within them is free for all scores.
         key: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": 2, "borderaxespad": 0.2}
         axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, handletextpad=0.2, columnspacing=1.2, **key)
+    # After the data are drawn, which set the limits.
     left, right = axes.get_xlim()
     if left <= 0 <= right:
         axes.axvline(0, color=SOFT, linewidth=0.8)
@@ -239,6 +245,7 @@ def beta_curve(
     if two_panels:
         shares = [math.nan if share is None else 100 * share for share in collapsed]
         label = _draw_by_beta(panels[1], x_of, shares, "collapsed", ORANGE)
+        # A little beyond 0 and 100 %, or markers at the ends would be cut in half.
         panels[1].set_ylim(-4, 104)
         panels[1].set_ylabel("answers that loop  (%)")
         name_lines(panels[1], [label], spacing=1.6 * LABEL_HEIGHT)

@@ -41,6 +41,7 @@ def expert_sentences(findings: ExpertFindings) -> list[str]:
         f"{first.name} goes most with the markers: nPMI {first.npmi:.3f} as published, {first.smoothed.text()} "
         f"smoothed; it fires at {first.rate:.1%} of all positions."
     ]
+    # The published score favours rare experts; readers who know the paper will look for its first.
     published = min(findings.experts, key=lambda row: row.published_rank)
     if published.name != first.name:
         sentences.append(
@@ -112,6 +113,7 @@ def _figures(findings: ExpertFindings) -> dict[str, Figure]:
 
 def _beta_curve(sweep: SweepRecord, task: str) -> Figure:
     grid = sorted((p for p in sweep.points if p.control is None and p.part == "choice"), key=lambda p: p.beta)
+    # The band spans the random sets themselves: with a handful of them an interval would claim too much.
     controls = [p for p in sweep.points if p.control is not None]
     values = [p.scores[task].value or 0.0 for p in controls]
     band = None
@@ -214,6 +216,7 @@ def _sweep_sentence(sweep: SweepRecord) -> str:
     before, after = tested(1.0).scores[task], tested(sweep.best).scores[task]
     randoms = [p.scores[task].value or 0.0 for p in sweep.points if p.control is not None]
     control = f"; random experts of the same layers give {min(randoms):.1%} to {max(randoms):.1%}" if randoms else ""
+    # Nothing helped: the report shows what a strong β does instead.
     if sweep.best == 1:
         other = next((p for p in sweep.points if p.part == "test" and p.beta != 1), None)
         strong = f"; β = {other.beta:g} gives {other.scores[task].text('.1%')}" if other is not None else ""
@@ -233,6 +236,7 @@ def _experts_text(point: PointRecord) -> str:
 
 def _npmi_grid(findings: ExpertFindings) -> Floats:
     row_of = {layer: row for row, layer in enumerate(findings.layers)}
+    # NaN where a layer has fewer experts than the widest.
     values = np.full((len(findings.layers), max(findings.n_experts)), np.nan)
     for row in findings.experts:
         values[row_of[row.layer], row.expert] = row.npmi

@@ -60,6 +60,7 @@ def _warnings(analysis: ExpertAnalysis) -> list[str]:
             f"{len(unfinished)} examples were left out: their thinking never closed. Raise --max-new-tokens."
         )
     for column, marker in enumerate(analysis.markers, start=1):
+        # Templates write <think> themselves: such a marker is no decision of the model.
         by_part = analysis.first.counts.positions[..., column].sum(0)
         if int(by_part[PARTS.index("prompt")]) == int(by_part.sum()):
             warnings.append(

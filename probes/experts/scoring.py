@@ -45,6 +45,7 @@ class Support:
     rate: the largest share of false discoveries among those that are ranked.
     """
 
+    # With less, high scores are common by chance: an expert that fires once, at one of 30 markers, scores 0.7.
     fires: int = 50
     at_marker: int = 10
     blocks: int = 3
@@ -152,24 +153,18 @@ def score_experts(
     _check(counts, markers, support, smoothing, parts, resamples)
     blocks, names = count_table(counts, parts)
     pooled = blocks.pooled()
-    absent = [marker.text for marker, positions in zip(markers, pooled.marker, strict=True) if not positions]
-    if absent:
-        raise usage_error(f"{absent[0]!r} never occurs in {listing(parts)}", where="--token")
+    _check_present(markers, pooled, parts)
     weights = np.array([marker.weight for marker in markers], dtype=np.float64)
     main = int(np.argmax(weights))
     by_marker, smoothed = pooled.npmi(), pooled.smoothed(weights, smoothing)
     published = weights @ by_marker
     p = np.maximum(jackknife_p_values(blocks, smoothed, weights, smoothing), fisher_p_values(pooled, main))
     q = false_discovery_rates(p)
-    blocks_at_marker = (blocks.together[:, main] > 0).sum(0)
-    why = [
-        support.lacking(markers[main].text, int(fires), int(k), int(n), float(rate))
-        for fires, k, n, rate in zip(pooled.fires, pooled.together[main], blocks_at_marker, q, strict=True)
-    ]
-    by_score = sorted(range(len(names)), key=lambda x: (-smoothed[x], -published[x], names[x]))
-    ranked = [x for x in by_score if why[x] is None]
-    others = [x for x in range(len(names)) if why[x] is not None]
-    others.sort(key=lambda x: (-published[x], names[x]))
+    why = _lacking(support, markers[main].text, main, blocks, pooled, q)
+    # Ties are broken by the published score and then by the expert's number: the order must not depend on sorting.
+    experts = range(len(names))
+    ranked = sorted((x for x in experts if why[x] is None), key=lambda x: (-smoothed[x], -published[x], names[x]))
+    others = sorted((x for x in experts if why[x] is not None), key=lambda x: (-published[x], names[x]))
     scores = _Scores(
         names=names,
         counts=pooled,
@@ -236,10 +231,12 @@ def ranking_overlap(a: Sequence[ExpertScores], b: Sequence[ExpertScores], top: i
     if top < 1:
         raise usage_error(f"got {top}, expected a number of experts from 1 on", where="--top")
     first, second = ({row.name: row.smoothed for row in rows} for rows in (a, b))
+    # Rankings of different models have different experts, and a rank correlation over some of them means nothing.
     if first.keys() != second.keys():
         raise SurgeryError(f"scores of {len(first)} and {len(second)} experts that are not the same cannot be compared")
     best, other = ([row.name for row in rows if row.rank is not None and row.rank <= top] for rows in (a, b))
     shared = [name for name in best if name in other]
+    # By inclusion and exclusion: fewer than `top` experts may be ranked in either.
     either = len(best) + len(other) - len(shared)
     return RankingOverlap(
         top,
@@ -261,6 +258,23 @@ def check_markers(markers: Sequence[Marker]) -> None:
             where="--token",
             hint="Name a marker at which the experts that you look for fire more often.",
         )
+
+
+def _check_present(markers: Sequence[Marker], pooled: CountTable, parts: Sequence[str]) -> None:
+    absent = [marker.text for marker, positions in zip(markers, pooled.marker, strict=True) if not positions]
+    if absent:
+        raise usage_error(f"{absent[0]!r} never occurs in {listing(parts)}", where="--token")
+
+
+def _lacking(
+    support: Support, marker: str, main: int, blocks: CountTable, pooled: CountTable, q: Floats
+) -> list[str | None]:
+    """Return what each expert lacks to be ranked: (X,), None for those with support."""
+    blocks_at_marker = (blocks.together[:, main] > 0).sum(0)
+    return [
+        support.lacking(marker, int(fires), int(k), int(n), float(rate))
+        for fires, k, n, rate in zip(pooled.fires, pooled.together[main], blocks_at_marker, q, strict=True)
+    ]
 
 
 def _check(

@@ -43,8 +43,10 @@ def jackknife_p_values(blocks: CountTable, smoothed: Floats, weights: Floats, sm
         return np.ones_like(smoothed)
     # One block at a time, not all in one call: G copies of the whole table need not fit the memory.
     without = np.stack([blocks.weighted(row[None]).smoothed(weights, smoothing)[0] for row in 1.0 - np.eye(n)])
+    # (n − 1)/n · Σ (leave-one-out − mean)²: the jackknife's variance.
     error = np.sqrt((n - 1) * without.var(axis=0))
     error[error < ROUNDING] = 0.0
+    # Without any error between blocks a total above 0 is certain: t is infinite, and p 0.
     with np.errstate(divide="ignore", invalid="ignore"):
         p: Floats = np.where(smoothed > ROUNDING, stdtr(n - 1, -smoothed / error), 1.0)
     return p
@@ -91,6 +93,7 @@ def bootstrap_intervals(
     low, high = np.full(n_experts, math.nan), np.full(n_experts, math.nan)
     if n < 2:
         return ScoreIntervals(low, high, [])
+    # How often each block is drawn, (B, G), is all that sums over drawn blocks depend on.
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
     quantiles = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     # (B, M, X) numbers of a wide model do not fit the memory: a slice of the experts at a time.

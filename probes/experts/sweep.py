@@ -128,17 +128,12 @@ def sweep_beta(
             unknown, or has too few samples to be halved; lm-evaluation-harness is missing; phase `generated` does not
             reach a task.
     """
-    if len(ranked) < grid.top:
-        raise usage_error(
-            f"{len(ranked)} experts have evidence enough to be ranked, {grid.top} were asked for",
-            where="--top",
-            hint="Ask for fewer, lower --fires or --at-marker, or leave --sweep out.",
-        )
-    chosen = [row.name for row in ranked[: grid.top]]
+    chosen = _best(ranked, grid.top)
+    # 1 is always tried: it is what every other β is compared with.
     betas = list(dict.fromkeys([1.0, *grid.betas]))
+    # Tasks are loaded and controls drawn first, so that what is missing is reported before hours of scoring.
     evaluator = _Evaluator.create(live, routers, grid, prompts, max_new_tokens)
-    rngs = [random.Random(f"{grid.seed}/{number}/experts") for number in range(grid.controls)]
-    controls = [matched_controls(chosen, every, rng) for rng in rngs]
+    controls = _draw_controls(chosen, every, grid)
     with progress("Sweeping β", len(betas) + 2 + grid.controls, "steps") as advance:
         points = []
         for beta in betas:
@@ -147,6 +142,7 @@ def sweep_beta(
         # Of equally good ones that nearest to 1, which changes the model least.
         best = max(points, key=lambda point: (_mean(point.scores), -_strength(point.beta))).beta
         tested = best if best != 1 else max(betas, key=_strength)
+        # The unchanged model is scored on this half, too: the halves differ in difficulty.
         for beta in dict.fromkeys((1.0, tested)):
             points.append(evaluator.evaluate(beta, chosen, "test"))
             advance(1)
@@ -163,6 +159,22 @@ def sweep_beta(
     )
 
 
+def _best(ranked: Sequence[ExpertRecord], count: int) -> list[Expert]:
+    if len(ranked) < count:
+        raise usage_error(
+            f"{len(ranked)} experts have evidence enough to be ranked, {count} were asked for",
+            where="--top",
+            hint="Ask for fewer, lower --fires or --at-marker, or leave --sweep out.",
+        )
+    return [row.name for row in ranked[:count]]
+
+
+def _draw_controls(chosen: Sequence[Expert], every: Sequence[ExpertRecord], grid: BetaGrid) -> list[list[Expert]]:
+    # A generator for each set: the number of controls does not change the sets that are drawn before.
+    rngs = [random.Random(f"{grid.seed}/{number}/experts") for number in range(grid.controls)]
+    return [matched_controls(chosen, every, rng) for rng in rngs]
+
+
 def matched_controls(chosen: Sequence[Expert], every: Sequence[ExpertRecord], rng: random.Random) -> list[Expert]:
     """Return, for each chosen expert, another of its layer that fires about as often; each is drawn once.
 
@@ -175,6 +187,7 @@ def matched_controls(chosen: Sequence[Expert], every: Sequence[ExpertRecord], rn
         others = [name for name in rates if name.layer == expert.layer and name not in (*chosen, *controls)]
         if not others:
             raise SurgeryError(f"layer {expert.layer} has no other expert left to be the control of {expert}")
+        # The name breaks ties, so that equal rates give the same controls on every machine.
         others.sort(key=lambda name: (abs(rates[name] - rates[expert]), name))
         controls.append(rng.choice(others[:NEAREST]))
     return controls
@@ -217,6 +230,7 @@ class _Evaluator:
         for measure in self.measures[part]:
             with scaled_routing(self.live, self.routers, scaling) as applied:
                 scores += measure(self.live.loaded)
+            # Phase `generated` may not have reached the task; its scores would be those of the unchanged model.
             applied.check(scores[-1].task)
         collapsed = None
         if control is None and part == "choice":
@@ -244,6 +258,7 @@ class _Evaluator:
             label="Looking for repetition",
         )
         tokenizer = self.live.tokenizer
+        # The texts are tokenised again: generation returns them without the ids.
         rate = Rate.of([is_repetitive(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts])
         return interval_record(rate, rate.n)
 

@@ -124,6 +124,7 @@ def ablated_heads(
         factor[projection.block(head.index)] = 0.0 if means is not None else scale
     handles = []
     for layer, factor in factors.items():
+        # Only the ablated heads' slices of the mean; the others keep their own output.
         addend = None if means is None else means[layer].cpu() * (factor == 0)
         module = live.projections[layer].module
         handles.append(module.register_forward_pre_hook(_affine_hook(factor, addend), with_kwargs=True))
@@ -144,11 +145,13 @@ def _check(
     if not heads:
         raise usage_error("no head was given.")
     _check_heads(live, heads)
+    # Ablation ends before the answer, so the answer's tokens do not count.
     shortest = min(len(sequence.before_answer) for sequence in sequences)
     if last is not None and not 0 < last <= shortest:
         raise usage_error(f"got {last}, expected 1 to {shortest}, the tokens of the shortest example", where="last")
     if ablation.values is None:
         return
+    # Per-position values of the last K positions have no meaning at the others.
     if last is None and any(rows.shape[1] != 1 for rows in ablation.values.values()):
         raise usage_error("values for the last positions cannot stand for all positions", where="ablation")
     for layer in sorted({head.layer for head in heads}):

@@ -52,7 +52,9 @@ class HeadEdit:
         """Hook the projection so that row i of the batch has head i edited; return the handle."""
 
         def edit(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+            # Cloned: the edit is in place, and other modules may read the same tensor.
             z = hidden_in(arguments, keywords).clone()
+            # Behind a cached prefix z has only the last positions: all of them are edited.
             first = 0 if self.last is None else max(z.shape[1] - self.last, 0)
             for row, head in enumerate(heads):
                 block = projection.block(head.index)

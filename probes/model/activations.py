@@ -64,10 +64,12 @@ def make_batches(
     sequences: Sequence[Sequence[int]], *, max_tokens: int, pad_id: int = 0, padding: Padding = "right"
 ) -> list[TokenBatch]:
     """Batch sequences of ids, longest first, with at most `max_tokens` tokens (or one longer sequence) each."""
+    # Ties are broken by number: all processes must make the same batches.
     order = sorted(range(len(sequences)), key=lambda number: (-len(sequences[number]), number))
     batches = []
     start = 0
     while start < len(order):
+        # Sorted by length, the first of a batch is its longest: padding is counted in.
         count = max(1, max_tokens // max(len(sequences[order[start]]), 1))
         numbers = order[start : start + count]
         batches.append(_pad(numbers, [sequences[number] for number in numbers], pad_id, padding))
@@ -88,6 +90,7 @@ def token_budget(live: LoadedModel, longest: int, trial: Callable[[int], object]
     Raises:
         SurgeryError: not even one sequence fits.
     """
+    # Main memory is not tried: running out of it ends the process instead of raising an error.
     if live.device.type != "cuda":
         return max(start or CPU_TOKENS, longest)
 
@@ -141,6 +144,7 @@ def run_with_hooks(
         SurgeryError: the model keeps no residual stream of one vector per token (Gemma 3n has several).
     """
     wanted = range(live.n_depths) if depths is None else depths
+    # Checked at every depth: a family with several streams would silently give rows of the wrong token.
     expected = (*batch.ids.shape, live.width)
 
     def checked(depth: int, hidden: Tensor) -> None:
@@ -248,7 +252,9 @@ def _projections(live: LoadedModel, weights: Tensor, biases: Tensor, batch: Toke
     lengths = batch.mask.sum(1).tolist()
     firsts = batch.firsts.tolist()
     return [
-        scores_NTL[row, first : first + n].clone() for row, (first, n) in enumerate(zip(firsts, lengths, strict=True))
+        # Cloned: a view would keep the whole batch in memory.
+        scores_NTL[row, first : first + n].clone()
+        for row, (first, n) in enumerate(zip(firsts, lengths, strict=True))
     ]
 
 

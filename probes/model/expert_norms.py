@@ -106,4 +106,5 @@ class _Measurement:
 def _mean(sums: Sequence[_RatioSum]) -> float | None:
     if not sums:
         return None
+    # A mean over tokens, not over batches: batches differ in how often the expert fires.
     return sum(part.total for part in sums) / sum(part.count for part in sums)

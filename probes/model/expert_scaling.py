@@ -55,6 +55,7 @@ class ExpertScaling:
             raise usage_error(f"got {self.way!r}, expected {' or '.join(get_args(ScalingMethod))}", where="--way")
         if self.phase not in get_args(Phase):
             raise usage_error(f"got {self.phase!r}, expected {' or '.join(get_args(Phase))}", where="--phase")
+        # log 0 cannot be added to a logit: the smallest allowed β is then the smallest positive number.
         least = 0.0 if self.way != "logit" else math.ulp(0.0)
         for expert, scale in self.scales.items():
             if not (math.isfinite(scale) and scale >= least):
@@ -93,6 +94,7 @@ def scaled_routing(live: LoadedModel, routers: Sequence[Router], scaling: Expert
     """
     check_experts(routers, scaling.scales, live.name)
     by_layer: dict[int, dict[int, float]] = {}
+    # Sorted, because `forced` places experts one after the other: the result must not depend on the user's order.
     for expert, scale in sorted(scaling.scales.items()):
         by_layer.setdefault(expert.layer, {})[expert.index] = scale
     scaled = [router for router in routers if router.layer in by_layer]
@@ -153,6 +155,7 @@ def _scaled_decisions(
     way: ScalingMethod, scales: Mapping[int, float], index: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the routing decisions, index and weights (T, k), with the experts scaled."""
+    # In float16 a large β would become infinite, and the layer's output NaN.
     largest = torch.finfo(weights.dtype).max
     if too_large := [scale for scale in scales.values() if scale > largest]:
         raise usage_error(f"β = {too_large[0]:g} does not fit the routing weights' dtype, {weights.dtype}")
@@ -160,6 +163,7 @@ def _scaled_decisions(
         index = _with_forced(scales, index, weights)
     changed = weights
     for expert, scale in scales.items():
+        # Not in place: the same tensor may be read elsewhere, such as for the auxiliary loss.
         changed = torch.where(index == expert, changed * scale, changed)
     if way == "renormalised":
         before, after = (each.sum(1, keepdim=True, dtype=torch.float32) for each in (weights, changed))
@@ -174,6 +178,7 @@ def _with_forced(scales: Mapping[int, float], index: Tensor, weights: Tensor) ->
     # Rows are not always sorted by weight: the weakest is searched for.
     index = index.clone()
     for expert in scales:
+        # A place taken by another expert of `scales` must not be taken away again.
         free = torch.stack([index != other for other in scales]).all(0)
         weakest = weights.masked_fill(~free, math.inf).argmin(1, keepdim=True)
         absent = ~(index == expert).any(1, keepdim=True)
@@ -188,6 +193,7 @@ def _check_renormalises(live: LoadedModel, routers: Sequence[Router]) -> None:
     def see(layer: int, index: Tensor, weights: Tensor) -> None:
         sums.append(weights.sum(1, dtype=torch.float32))
 
+    # Measured rather than read from the config, where families name it differently.
     with intercept_routing(routers, see):
         run_trial_forward(live)
     if any(bool(total.max() - total.min() > SAME_SUM * total.abs().max()) for total in sums):

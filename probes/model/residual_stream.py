@@ -177,6 +177,7 @@ def _find_writes(layer: _LayerRecord, width: int, tolerance: float) -> tuple[Res
     consumed = {id(tensor) for call in calls for tensor in call.inputs}
     writes = []
     for call in calls:
+        # What another module takes in is not added itself; the layer's input, handed through, is not written by it.
         if id(call.output) in consumed or call.output.shape[-1:] != (width,) or call.output is layer.input:
             continue
         chain, folds, current = [call.module], [], call
@@ -234,6 +235,7 @@ def _attention_write(
     writes: tuple[ResidualWrite, ...], layer: _LayerRecord, projection: nn.Module, tolerance: float
 ) -> ResidualWrite | None:
     """Return the write whose block contains the output projection; None if the block outputs something else than it."""
+    # The block is a layer's child; the projection may be anywhere inside of it.
     own = next((write for write in writes if projection in set(write.block.modules())), None)
     if own is None:
         return None

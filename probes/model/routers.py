@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from surgery.errors import usage_error
 from surgery.models.loaded_model import LoadedModel, hooks
 
-TRIAL_TOKENS = 7  # odd and small: no number of experts, heads or widths is mistaken for it
+# Odd and small: no number of experts, heads or widths is mistaken for it.
+TRIAL_TOKENS = 7
 
 # (layer, indices, weights), both (tokens, k) → what the experts get instead; None leaves them unchanged.
 Rewrite = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor] | None]
@@ -96,6 +97,7 @@ def find_routers(live: LoadedModel) -> tuple[Router, ...]:
 @torch.inference_mode()
 def run_trial_forward(live: LoadedModel) -> None:
     """Run one forward pass over `TRIAL_TOKENS` tokens."""
+    # From 1: 0 is the padding of many vocabularies, and its embedding may be all zeros.
     tokens = torch.arange(1, TRIAL_TOKENS + 1, device=live.device).unsqueeze(0)
     live.body(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
 
@@ -124,6 +126,7 @@ def _router_of(layer: int, module: nn.Module, arguments: tuple[Any, ...], keywor
         if isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] == TRIAL_TOKENS
     }
     for index, numbers in candidates.items():
+        # A boolean mask of this shape is no list of experts.
         if numbers.is_floating_point() or numbers.dtype == torch.bool:
             continue
         for place, weights in candidates.items():

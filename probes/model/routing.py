@@ -85,15 +85,18 @@ def parse_marker(text: str, tokenizer: Any) -> Marker:
     Raises:
         SurgeryError: the text is empty, the weight no number, or the vocabulary cannot spell it.
     """
+    # A minus is the weight's sign, not part of the marker: no model writes -<think>.
     sign, rest = (-1.0, text[1:]) if text.startswith("-") else (1.0, text.removeprefix("+"))
     factor, star, word = rest.partition("*")
     try:
         weight, word = (sign * float(factor), word) if star else (sign, rest)
     except ValueError:
-        weight, word = sign, rest  # a star that belongs to the marker
+        # The star belongs to the marker: what is before it is no number.
+        weight, word = sign, rest
     if not word.strip():
         raise usage_error(f"got {text!r}, expected a marker such as '<think>' or '-</think>'", where="--token")
     spellings: list[tuple[int, ...]] = []
+    # Most vocabularies have one token for a word at the start of a line and another for it after a space.
     for spelled in (word, f" {word}"):
         ids = tuple(tokenizer(spelled, add_special_tokens=False)["input_ids"])
         if ids and tokenizer.unk_token_id not in ids and ids not in spellings:
@@ -200,6 +203,7 @@ class _RoutingCounter:
     def result(self) -> RoutingCounts:
         """Return the counts, summed over all ranks."""
         empty = torch.zeros(self.n_classes * (self.widest + 1), dtype=torch.int64)
+        # A rank without batches has no counts, and a layer may be on another device: zeros, and all on the CPU.
         hits = all_reduce_sum(torch.stack([self.hits.get(r.layer, empty).cpu() for r in self.routers]))
         shape = (len(PARTS), self.n_columns)
         by_block = hits.view(len(self.routers), self.n_blocks, *shape, self.widest + 1)[..., : self.widest]
@@ -230,6 +234,7 @@ class _RoutingCounter:
             for segment in SEGMENTS:
                 span = sequence.span(segment)
                 part_T[span.start : span.stop] = PART_OF[segment]
+            # The sequence's own number, not its place in the batch: batches must not change the blocks.
             class_T = (number % self.n_blocks * len(PARTS) + part_T) * self.n_columns
             positions = [torch.arange(len(sequence.ids))]
             positions += [torch.tensor(m.positions(sequence.ids), dtype=torch.int64) for m in self.markers]
