@@ -24,7 +24,7 @@ from support.moe import (
 from probes.data.preparation import open_model
 from probes.data.records import IntervalRecord
 from probes.experts.findings import ExpertRecord, SweepRecord
-from probes.experts.report import _verdict
+from probes.experts.report import _sweep_sentence
 from probes.experts.sweep import CHOICE, NEAREST, TEST, BetaGrid, check_tasks, matched_controls, parse_betas, sweep_beta
 from probes.model.routers import find_routers
 from surgery.checkpoint.selectors import Expert
@@ -107,7 +107,7 @@ def test_the_best_of_one_half_is_tested_on_the_other(live: LoadedModel, monkeypa
     assert [a.part for a in asked] == [CHOICE] * 4 + [TEST] * 5
     assert hook_count(live) == before and torch.equal(logits_of(live, IDS), plain)
     assert found == run(live, BetaGrid([2, 4, 8], ["t"], controls=3))  # by its seed
-    assert "β = 4, chosen on one half of t, takes the other from 40.0%" in _verdict(found)
+    assert "β = 4, chosen on one half of t, takes the other from 40.0%" in _sweep_sentence(found)
 
 
 def test_of_equally_good_ones_the_nearest_to_1_is_chosen(live: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def test_where_nothing_is_better_the_strongest_shows_what_random_experts_do(
     found = run(live, BetaGrid([2, 4], ["t"], controls=2))
     assert found.best == 1
     assert [(p.beta, p.control) for p in found.points if p.part == "test"] == [(1, None), (4, None), (4, 0), (4, 1)]
-    said = _verdict(found)
+    said = _sweep_sentence(found)
     assert "No β of the grid is better than leaving t as it is (60.0%" in said
     assert "β = 4 gives 20.0%" in said and "random experts of the same layers give 20.0% to 20.0%" in said
 
