@@ -39,8 +39,8 @@ def reproduce(
 
 def _run(words: Sequence[str]) -> int:
     """Runs one of our commands in a process of its own; what it says to people is passed on."""
-    from surgery.recipes.run.subprocesses import program, surroundings
+    from surgery.recipes.run.subprocesses import child_environment, surgery_command
 
     console.tell(f"$ surgery {shlex.join(words)}")
-    done = subprocess.run(program(words), stdout=subprocess.DEVNULL, env=surroundings(), check=False)
+    done = subprocess.run(surgery_command(words), stdout=subprocess.DEVNULL, env=child_environment(), check=False)
     return done.returncode

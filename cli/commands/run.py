@@ -78,7 +78,7 @@ def run(
             jobs=jobs,
             from_step=from_step,
             dry_run=dry_run,
-            say=console.tell,
+            notify=console.tell,
             bars=sys.stderr.isatty(),
             show=(lambda seen: None) if as_json else _show,
         )
@@ -89,7 +89,7 @@ def run(
         console.show_json(_record(report, folder))
     elif dry_run:
         console.tell("Nothing done (--dry-run).")
-    fault = report.fault(folder, again=again)
+    fault = report.error(folder, again=again)
     if report.report is not None:
         console.tell(f"Report: {report.report}")
     if fault is not None:
@@ -145,22 +145,22 @@ def _show(seen: RunPreview) -> None:
 def _record(report: RunReport, folder: Path) -> dict[str, Any]:
     seen = report.preview
     steps = {
-        step.node.name: {
-            "command": step.node.command.name,
+        step.step.name: {
+            "command": step.step.command.name,
             "was_done": step.is_done,
             "memory": step.estimate.memory,
             "disk": step.estimate.disk,
-            "state": report.endings.get(step.node.name),
+            "state": report.statuses.get(step.step.name),
             **(
                 {"output": known.output, "seconds": known.seconds}
-                if (known := report.steps.get(step.node.name))
+                if (known := report.steps.get(step.step.name))
                 else {}
             ),
         }
         for step in seen.steps
     }
     return {
-        "recipe": seen.program.recipe,
+        "recipe": seen.pipeline.recipe,
         "run": folder,
         "steps": steps,
         "downloads": seen.downloads,

@@ -16,7 +16,7 @@ from support.architectures import add_tokenizer, build, sibling
 from cli.commands.run import commands
 from surgery.recipes.run.paths import MANIFEST
 from surgery.recipes.run.subprocesses import StepProcess
-from surgery.recipes.run.subprocesses import program as line_of
+from surgery.recipes.run.subprocesses import surgery_command as line_of
 from surgery.recipes.types import Command, CommandParameter, Given, Pipeline, Push, RecipeStep, StepOutput
 
 RECIPE = """
@@ -117,10 +117,10 @@ class Fakes:
         self.words: dict[str, Sequence[str]] = {}
 
     def __call__(self, job: StepProcess) -> Fake:
-        name = job.node.name
+        name = job.step.name
         self.beside[name] = set(self.started) - set(self.ended)
         self.started.append(name)
-        self.words[name] = job.words
+        self.words[name] = job.arguments
         return Fake(self, job)
 
 
@@ -132,30 +132,30 @@ class Fake:
     def poll(self) -> int | None:
         self.left -= 1
         if self.code is None and self.left <= 0:
-            name = self.job.node.name
+            name = self.job.step.name
             self.code = self.of.codes.get(name, 0)
             if self.code == 0:
                 self.of.work(self.job)
             else:
-                self.job.place.log.write_text("looked\nerror: it is broken\n", encoding="utf-8")
+                self.job.paths.log.write_text("looked\nerror: it is broken\n", encoding="utf-8")
             self.of.ended.append(name)
         return self.code
 
     def signal(self, number: int) -> None:
-        self.of.signals.append((self.job.node.name, number))
+        self.of.signals.append((self.job.step.name, number))
         self.code = -number
 
 
 def write_output(job: StepProcess) -> None:
     """What a made-up step does: it prints its words, and writes them into its folder."""
-    job.place.text.write_text(" ".join(job.words), encoding="utf-8")
-    if job.node.command.writes is not None:
-        out = job.place.out
+    job.paths.text.write_text(" ".join(job.arguments), encoding="utf-8")
+    if job.step.command.writes is not None:
+        out = job.paths.out
         if out.suffix:
             out.write_text("made", encoding="utf-8")
             return
         out.mkdir(exist_ok=True)
-        (out / "result.txt").write_text(f"{job.node.name} made this", encoding="utf-8")
+        (out / "result.txt").write_text(f"{job.step.name} made this", encoding="utf-8")
 
 
 # Python imports a module of this name before anything else: in the process of the step it writes who it is, and waits.

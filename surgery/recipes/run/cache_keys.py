@@ -1,8 +1,8 @@
-"""A step's key: one hash of all that decides what it makes, so that an unchanged step need not be done again.
+"""Compute a step's cache key: one hash of everything that decides its output.
 
-In go the tool's version, the command, and the value of every option, defaults too. A value that names something counts
-by its content: a file or folder by its hash, `lab:NAME` by its recipe, a repository on the Hub by its commit, another
-step by that step's key and the hash of what it made.
+A step whose key is unchanged is not run again. The key covers the tool's version, the command, and the value of every
+option, defaults too. A value that names something counts by its content: a file or folder by its hash, `lab:NAME` by
+its recipe, a repository on the Hub by its commit, another step by that step's key and the hash of its output.
 """
 
 from __future__ import annotations
@@ -15,66 +15,66 @@ from importlib.metadata import PackageNotFoundError, version
 from surgery.io.hashing import hash_text
 from surgery.recipes.run.estimates import GROWING
 from surgery.recipes.run.inputs import InputResolver
-from surgery.recipes.run.paths import plain, scalars
+from surgery.recipes.run.paths import scalars, to_text
 from surgery.recipes.types import CommandParameter, RecipeStep, Scalar, StepOutput
 
 # Options that change no byte of a result: how many processors work, how often a training saves what it goes on from,
 # and whether it also writes TensorBoard's logs. `device` is not among them: a GPU rounds otherwise; nor are the threads
 # of a training, which split its sums.
 THREADS = "threads"
-FREE = frozenset({THREADS, "save-every", "tensorboard"})
+IGNORED = frozenset({THREADS, "save-every", "tensorboard"})
 # Parameters whose values may be globs of files; those of others match names of tensors.
 GLOBS = frozenset({"corpus"})
 
 
 @dataclass(frozen=True)
 class KeyedOutput:
-    """What a step that is done made: its key, and the hash of its output."""
+    """The key of a step that is done, and the hash of its output."""
 
     key: str
     output: str
 
 
-def cache_key(node: RecipeStep, done: Mapping[str, KeyedOutput], things: InputResolver) -> str | None:
-    """The key of `node`; None where a step that it needs is not among those that are `done`.
+def cache_key(step: RecipeStep, done: Mapping[str, KeyedOutput], inputs: InputResolver) -> str | None:
+    """Return the key of `step`; None if a step that it depends on is not among those that are `done`.
 
     Raises:
         SurgeryError: the lab has nothing of a name; a file cannot be read.
     """
-    if any(name not in done for name in node.after):
+    if any(name not in done for name in step.after):
         return None
     values: dict[str, object] = {}
-    for name, parameter in node.command.parameters.items():
-        if name in FREE and not (name == THREADS and node.command.name in GROWING):
+    for name, parameter in step.command.parameters.items():
+        if name in IGNORED and not (name == THREADS and step.command.name in GROWING):
             continue
-        found: list[object] = []
-        for value in scalars(node.given.get(name, parameter.default)):
+        items: list[object] = []
+        for value in scalars(step.given.get(name, parameter.default)):
             if isinstance(value, StepOutput):
                 if value.step not in done:
                     return None
-                maker = done[value.step]
-                found.append({"key": maker.key, "output": maker.output, "inside": value.inside})
+                source = done[value.step]
+                items.append({"key": source.key, "output": source.output, "inside": value.inside})
             else:
-                found.append(_known_by(parameter, value, things))
-        values[name] = found
-    after = {name: done[name].output for name in sorted(node.after)}
-    record = {"version": _version(), "command": node.command.name, "values": values, "after": after}
+                items.append(_identity(parameter, value, inputs))
+        values[name] = items
+    after = {name: done[name].output for name in sorted(step.after)}
+    record = {"version": _version(), "command": step.command.name, "values": values, "after": after}
     return hash_text(json.dumps(record, sort_keys=True))
 
 
-def _known_by(parameter: CommandParameter, value: Scalar, things: InputResolver) -> object:
-    """A value as it is typed, and the content of what it names."""
+def _identity(parameter: CommandParameter, value: Scalar, inputs: InputResolver) -> object:
+    """Return what a value counts as: the content of what it names, else the value itself."""
     if parameter.kind == "flag":
         return bool(value)
     if parameter.kind in ("whole", "number"):
         return float(value)
-    text = plain(value)
-    thing = things.of(text) or (things.matching(text) if parameter.name in GLOBS else None)
-    if thing is None:
+    text = to_text(value)
+    resolved = inputs.resolve(text) or (inputs.resolve_glob(text) if parameter.name in GLOBS else None)
+    if resolved is None:
         return text
-    inside = [each.content for each in things.inside(text)]
+    inside = [each.content for each in inputs.resolve_config(text)]
     # A folder is known by its content alone: it may have been moved.
-    return {"content": thing.content, "inside": inside} if thing.content is not None else text
+    return {"content": resolved.content, "inside": inside} if resolved.content is not None else text
 
 
 def _version() -> str:

@@ -1,6 +1,6 @@
-"""What files hold, as hashes that are kept: a file is read again only where its size, time or inode changed.
+"""Hash files and outputs, and cache the hashes: a file is read again only if its size, time or inode has changed.
 
-A `.safetensors` file is known by its tensors, not by its header's metadata, which may say where and when it was made.
+A `.safetensors` file counts by its tensors, not by its header's metadata, which may say where and when it was made.
 """
 
 from __future__ import annotations
@@ -24,49 +24,49 @@ from surgery.recipes.run.paths import STEPS, StepPaths
 
 WEIGHTS = ".safetensors"
 RESULTS = "results.json"
-# What people and `surgery eval` write into a finished folder, without making another model of it.
+# Files that people and `surgery eval` write into a finished folder: the model in it stays the same.
 DESCRIBING = ("README.md", "scores.json")
 SCHEMA = 1
 _CHUNK = 1 << 24
-# What a terminal's table adds to what it says: blanks, and lines between rows.
+# What the layout of a table adds to its text: blanks, and lines between rows. It depends on the terminal's width.
 _LAYOUT = re.compile(r"[\s─━╌╍│┃]+")
 
 
 class FileHashCache:
-    """Hashes of files, kept in the file `kept` (None: for as long as this object lives)."""
+    """Hashes of files, stored in the JSON file `path` (None: in memory only)."""
 
-    def __init__(self, kept: Path | None = None) -> None:
-        self._kept = kept
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
         self._known: dict[str, list[Any]] = {}
         self._changed = False
-        if kept is not None and kept.is_file():
+        if path is not None and path.is_file():
             try:
-                record = read_json(kept)
+                record = read_json(path)
             except SurgeryError:
-                record = {}  # it is a memory, not a result: what it held is hashed again
+                record = {}  # only a cache: the files are hashed again
             files = record.get("files") if record.get("schema") == SCHEMA else None
             self._known = files if isinstance(files, dict) else {}
 
-    def of_file(self, path: Path) -> str:
-        """The hash of a file: of a .safetensors' tensors, of another's bytes. Raises SurgeryError."""
-        place, stamp = _stamp(path)
-        known = self._known.get(place)
+    def hash_file(self, path: Path) -> str:
+        """Return the hash of a file: of a .safetensors' tensors, of another's bytes. Raises SurgeryError."""
+        key, stamp = _stamp(path)
+        known = self._known.get(key)
         if known is not None and known[:3] == stamp:
             return str(known[3])
-        return self._put(place, stamp, _tensors_hash(path) if path.suffix == WEIGHTS else _bytes_hash(path))
+        return self._put(key, stamp, _tensors_hash(path) if path.suffix == WEIGHTS else _bytes_hash(path))
 
-    def of_content(self, path: Path) -> str:
-        """The hash of a file, or of all files in a folder but those that only describe it. Raises SurgeryError."""
-        return hash_tensors(self.of_files(path))
+    def hash_content(self, path: Path) -> str:
+        """Return the hash of a file, or of all files in a folder except those that describe it. Raises SurgeryError."""
+        return hash_tensors(self.hash_files(path))
 
-    def of_files(self, path: Path) -> dict[str, str]:
-        """The hash of each file of a folder, by its path in it; of a file alone under its name's place, "."."""
+    def hash_files(self, path: Path) -> dict[str, str]:
+        """Return the hash of each file of a folder, by its path in it; of a file alone under its name's place, "."."""
         if path.is_dir():
-            return {name: self.of_file(file) for name, file in sorted(_files(path))}
-        return {".": self.of_file(path)}
+            return {name: self.hash_file(file) for name, file in sorted(_files(path))}
+        return {".": self.hash_file(path)}
 
-    def trust(self, out: Path) -> None:
-        """Takes the hashes of tensors from the manifests in `out`, which has just been written, for those they list."""
+    def load_manifest_hashes(self, out: Path) -> None:
+        """Take the hashes of tensors from the manifests in `out`, which has just been written, for those they list."""
         for manifest in sorted(out.rglob(MANIFEST)) if out.is_dir() else ():
             try:
                 listed = read_json(manifest).get("tensors")
@@ -75,54 +75,54 @@ class FileHashCache:
             if not isinstance(listed, dict):
                 continue
             for path in sorted(manifest.parent.glob(f"*{WEIGHTS}")):
-                found = _listed_hash(path, listed)
-                if found is not None:
-                    place, stamp = _stamp(path)
-                    self._put(place, stamp, found)
+                digest = _listed_hash(path, listed)
+                if digest is not None:
+                    key, stamp = _stamp(path)
+                    self._put(key, stamp, digest)
 
     def is_intact(self, path: Path, files: Mapping[str, str]) -> bool:
-        """Whether `path` holds what it held when `files` was taken by `of_files`; what came later does not matter."""
+        """Whether the files hashed in `files` by `hash_files` are unchanged; files added since do not matter."""
         try:
             return path.exists() and all(
-                self.of_file(path if name == "." else path / name) == found for name, found in files.items()
+                self.hash_file(path if name == "." else path / name) == digest for name, digest in files.items()
             )
         except SurgeryError:
             return False
 
     def save(self) -> None:
-        """Keeps what was found. Raises SurgeryError where it cannot be written."""
-        if self._changed and self._kept is not None:
-            alive = {place: entry for place, entry in sorted(self._known.items()) if Path(place).exists()}
-            write_file(self._kept, to_json({"schema": SCHEMA, "files": alive}))
+        """Store the hashes, if there are new ones. Raises SurgeryError if the file cannot be written."""
+        if self._changed and self._path is not None:
+            alive = {key: entry for key, entry in sorted(self._known.items()) if Path(key).exists()}
+            write_file(self._path, to_json({"schema": SCHEMA, "files": alive}))
             self._changed = False
 
-    def _put(self, place: str, stamp: list[int], found: str) -> str:
-        self._known[place] = [*stamp, found]
+    def _put(self, key: str, stamp: list[int], digest: str) -> str:
+        self._known[key] = [*stamp, digest]
         self._changed = True
-        return found
+        return digest
 
 
-def output_hash(place: StepPaths, files: Mapping[str, str], *, run_folder: Path) -> str:
-    """What a step made, as one hash: the same for two runs of a recipe, wherever they lie.
+def output_hash(paths: StepPaths, files: Mapping[str, str], *, run_folder: Path) -> str:
+    """Return the hash of a step's output: the same for two runs of a recipe, in whatever folders.
 
     Over the tensors of every .safetensors file and the findings of every probe that it wrote; else over the file that
     it wrote; else over what it printed, but for blanks, lines and the place of the run's own folders.
 
     Args:
-        files: of its output, by `FileHashCache.of_files`.
+        files: of its output, by `FileHashCache.hash_files`.
 
     Raises:
         SurgeryError: what it printed cannot be read.
     """
-    told = {name: found for name, found in files.items() if name.endswith(WEIGHTS) or _is_findings(name, files)}
-    if told:
-        return hash_tensors(told)
-    if place.out.is_file():
+    results = {name: digest for name, digest in files.items() if name.endswith(WEIGHTS) or _is_findings(name, files)}
+    if results:
+        return hash_tensors(results)
+    if paths.out.is_file():
         return files["."]
     try:
-        text = place.text.read_text(encoding="utf-8", errors="replace")
+        text = paths.text.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise SurgeryError(f"cannot be read ({error.strerror})", where=place.text) from error
+        raise SurgeryError(f"cannot be read ({error.strerror})", where=paths.text) from error
     steps = "|".join(re.escape(f"{run}/{STEPS}/") for run in (run_folder.absolute(), run_folder))
     return hash_text(_LAYOUT.sub("", re.sub(rf"(?<![\w./-])({steps})", "", text)))
 

@@ -1,4 +1,4 @@
-"""How a run looks while it runs: one live table on a terminal, one line per event elsewhere."""
+"""Show a run while it runs: a live table on a terminal, one line per event elsewhere."""
 
 from __future__ import annotations
 
@@ -15,18 +15,12 @@ from surgery.runtime.progress import ProgressEvent, read_progress, short
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-Say = Callable[[str], None]
-REFRESH = 0.2  # seconds
-SHOWN = 30  # rows; of longer runs, those that matter most
+Notify = Callable[[str], None]
+REFRESH_SECONDS = 0.2
+MOST_ROWS = 30  # of longer runs, the rows that matter most
 BAR = 20  # characters
-ORDER = (
-    "running",
-    "failed",
-    "left out",
-    "waiting",
-    "done",
-    "unchanged",
-)  # of rows that are shown, where not all can be
+# Of rows, where not all can be shown: what a person waits for or must see comes first.
+ORDER = ("running", "failed", "left out", "waiting", "done", "unchanged")
 STYLES = {
     "running": "bold",
     "failed": "red",
@@ -38,58 +32,58 @@ STYLES = {
 
 
 class Display(Protocol):
-    """Is told what happens, and asked now and then to look."""
+    """Shows the states of a run's steps."""
 
-    def started(self, name: str, told: Path) -> None:
-        """A step begins; it will tell how far it is in the file `told`."""
+    def started(self, name: str, progress: Path) -> None:
+        """Show that a step has started, which writes its progress to the file `progress`."""
 
     def ended(self, name: str, state: str, seconds: float) -> None:
-        """A step is done, unchanged, failed, or left out."""
+        """Show that a step is done, unchanged, failed or left out."""
 
-    def look(self) -> None:
-        """Some time has gone by."""
+    def refresh(self) -> None:
+        """Show the progress of running steps, if some time has gone by."""
 
 
 @contextmanager
-def display(names: Sequence[str], say: Say) -> Iterator[Display]:
+def display(names: Sequence[str], notify: Notify) -> Iterator[Display]:
     """A live table on stderr where that is a terminal; else `say` is called with each event."""
     from rich.console import Console
 
     console = Console(file=sys.stderr)
     if not console.is_terminal:
-        yield LineDisplay(say)
+        yield LineDisplay(notify)
         return
     from rich.live import Live
 
-    # It refreshes when we say so: a thread of its own would be in the way of starting processes.
+    # Without a thread that refreshes: starting a process by fork is safe only while no other thread runs.
     with Live(console=console, auto_refresh=False) as live:
         table = BarDisplay(names, console)
 
-        def refresh() -> None:
+        def draw() -> None:
             live.update(table.render(), refresh=True)
 
-        table.refresh = refresh
+        table.on_change = draw
         try:
             yield table
         finally:
-            table.refresh = None
+            table.on_change = None
             live.update(table.render(), refresh=True)
 
 
 class LineDisplay:
-    """One line when a step begins, and one when it ends."""
+    """Prints one line when a step starts, and one when it ends."""
 
-    def __init__(self, say: Say) -> None:
-        self._say = say
+    def __init__(self, notify: Notify) -> None:
+        self._notify = notify
 
-    def started(self, name: str, told: Path) -> None:
-        self._say(f"{name}: started")
+    def started(self, name: str, progress: Path) -> None:
+        self._notify(f"{name}: started")
 
     def ended(self, name: str, state: str, seconds: float) -> None:
         took = f" ({seconds:.1f} s)" if state in ("done", "failed") else ""
-        self._say(f"{name}: {state}{took}")
+        self._notify(f"{name}: {state}{took}")
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         pass
 
 
@@ -100,29 +94,29 @@ class BarDisplay:
         self._states = dict.fromkeys(names, "waiting")
         self._seconds: dict[str, float] = {}
         self._since: dict[str, float] = {}
-        self._told: dict[str, Path] = {}
-        self._shown = 0.0
-        self.refresh: Callable[[], None] | None = None
+        self._progress: dict[str, Path] = {}
+        self._drawn_at = 0.0
+        self.on_change: Callable[[], None] | None = None
 
-    def started(self, name: str, told: Path) -> None:
-        self._states[name], self._since[name], self._told[name] = "running", time.monotonic(), told
+    def started(self, name: str, progress: Path) -> None:
+        self._states[name], self._since[name], self._progress[name] = "running", time.monotonic(), progress
         self._draw()
 
     def ended(self, name: str, state: str, seconds: float) -> None:
         self._states[name], self._seconds[name] = state, seconds
         self._draw()
 
-    def look(self) -> None:
-        if time.monotonic() - self._shown >= REFRESH:
+    def refresh(self) -> None:
+        if time.monotonic() - self._drawn_at >= REFRESH_SECONDS:
             self._draw()
 
     def _draw(self) -> None:
-        self._shown = time.monotonic()
-        if self.refresh is not None:
-            self.refresh()
+        self._drawn_at = time.monotonic()
+        if self.on_change is not None:
+            self.on_change()
 
     def render(self) -> RenderableType:
-        """The table as it is now."""
+        """Return the table as it is now."""
         from rich import box
         from rich.table import Table
         from rich.text import Text
@@ -130,36 +124,36 @@ class BarDisplay:
         table = Table(box=box.SIMPLE_HEAD)
         for heading in ("step", "state", "time", "how far"):
             table.add_column(heading, overflow="ellipsis", no_wrap=True)
-        shown = list(self._states)
-        if len(shown) > SHOWN:
-            most = sorted(shown, key=lambda name: ORDER.index(self._states[name]))[:SHOWN]
-            shown = [name for name in shown if name in most]
-        for name in shown:
+        names = list(self._states)
+        if len(names) > MOST_ROWS:
+            most = sorted(names, key=lambda name: ORDER.index(self._states[name]))[:MOST_ROWS]
+            names = [name for name in names if name in most]
+        for name in names:
             state = self._states[name]
             running = state == "running"
             seconds = time.monotonic() - self._since[name] if running else self._seconds.get(name)
-            far = how_far(read_progress(self._told[name])) if running else ""
+            far = format_progress(read_progress(self._progress[name])) if running else ""
             clock = "" if seconds is None else f"{seconds:.0f} s"
             table.add_row(Text(name), Text(state, style=STYLES.get(state, "")), Text(clock), Text(far))
-        hidden = len(self._states) - len(shown)
+        hidden = len(self._states) - len(names)
         if hidden:
             table.caption = f"and {hidden} more: {_counts(self._states)}"
         return table
 
 
-def how_far(said: ProgressEvent | None) -> str:
-    """What a step tells of its progress, in a line."""
-    if said is None:
+def format_progress(event: ProgressEvent | None) -> str:
+    """Return a step's progress as one line; empty if it has reported none."""
+    if event is None:
         return ""
-    share = min(1.0, said.done / said.total) if said.total > 0 else 0.0
+    share = min(1.0, event.done / event.total) if event.total > 0 else 0.0
     bar = ("━" * round(BAR * share)).ljust(BAR, "╌")
-    if said.unit == "bytes":
-        amount = f"{format_value(said.done, 'bytes')} of {format_value(said.total, 'bytes')}"
-    elif said.unit == "tokens":
-        amount = f"{short(said.done)} of {short(said.total)} tokens"
+    if event.unit == "bytes":
+        amount = f"{format_value(event.done, 'bytes')} of {format_value(event.total, 'bytes')}"
+    elif event.unit == "tokens":
+        amount = f"{short(event.done)} of {short(event.total)} tokens"
     else:
-        amount = f"{said.done:,} of {said.total:,}"
-    return " ".join(part for part in (bar, amount, said.label, said.note) if part)
+        amount = f"{event.done:,} of {event.total:,}"
+    return " ".join(part for part in (bar, amount, event.label, event.note) if part)
 
 
 def _counts(states: Mapping[str, str]) -> str:

@@ -1,21 +1,20 @@
-"""What a step will take before it runs: memory, room on the disk, and what must be downloaded first.
+"""Estimate what a step takes before it runs: memory, disk, and what must be downloaded first.
 
-In come a `RecipeStep`, what its values name and the estimates of the steps before it; out comes an `ResourceEstimate`.
 From headers and listings alone: bounds that keep parallel steps from pushing each other out of memory, not
 measurements.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
+
+import psutil
 
 from surgery.errors import SurgeryError
 from surgery.recipes.run.inputs import InputResolver, ResolvedInput
-from surgery.recipes.run.paths import plain, scalars
+from surgery.recipes.run.paths import scalars, to_text
 from surgery.recipes.types import RecipeStep, StepOutput
 
 MB, GB = 10**6, 10**9
@@ -25,7 +24,7 @@ LOADED = 1.3  # bytes in memory per byte of a checkpoint
 TRAINED = 16  # bytes per parameter: the weight, its gradient and AdamW's two moments, in fp32
 FLOAT32 = 4  # bytes
 SMALL = 50 * MB  # of results, pictures and tables
-SHARE = 0.8  # of the memory that is free now
+MEMORY_SHARE = 0.8  # of the memory that is free now: the rest is for what starts meanwhile
 
 LOADING = ("eval", "probe", "edit heads", "edit experts", "vector sweep")
 GROWING = ("grow run", "grow baseline")
@@ -36,10 +35,14 @@ LAYERS = 12  # times the width squared: entries of a layer's matrices
 
 @dataclass(frozen=True)
 class ResourceEstimate:
-    """What a step takes, in bytes, and what it makes.
+    """What a step takes.
 
-    memory: at most, as far as that is known. disk: of its output. n_parameters: of the model that it makes. notes: what
-    is not known. downloads: repository → bytes that are not in the cache.
+    Attributes:
+        memory: bytes at most, as far as that is known.
+        disk: bytes of its output.
+        n_parameters: of the model that it writes.
+        notes: what is not known.
+        downloads: repository → bytes that are not in the cache.
     """
 
     memory: int
@@ -51,40 +54,33 @@ class ResourceEstimate:
 
 @dataclass(frozen=True)
 class _Model:
-    """One of the models that a step is given."""
+    """A model among the inputs of a step."""
 
     parameter: str
     n_bytes: int | None
     n_parameters: int | None
 
 
-def estimate(node: RecipeStep, before: Mapping[str, ResourceEstimate], things: InputResolver) -> ResourceEstimate:
-    """What `node` takes. Raises SurgeryError as `InputResolver.of`."""
-    named = list(_named(node, things))
-    models = list(_models(node, before, named))
-    parameters = _parameters(node, models)
-    memory = _memory(node, models, parameters) if node.memory is None else node.memory
-    notes = [thing.note for _, thing in named if thing.note]
-    if node.memory is None and _loads(node) and not any(model.n_bytes for model in models):
-        notes.append(f"{node.name}: how large its models are is not known")
-    downloads = {thing.repo: thing.missing for _, thing in named if thing.repo and thing.missing}
-    return ResourceEstimate(memory, _disk(node, models, parameters), parameters, tuple(dict.fromkeys(notes)), downloads)
+def estimate(step: RecipeStep, before: Mapping[str, ResourceEstimate], inputs: InputResolver) -> ResourceEstimate:
+    """Estimate what `step` takes. Raises SurgeryError as `InputResolver.resolve`."""
+    named = list(_named(step, inputs))
+    models = list(_models(step, before, named))
+    parameters = _parameters(step, models)
+    memory = _memory(step, models, parameters) if step.memory is None else step.memory
+    notes = [resolved.note for _, resolved in named if resolved.note]
+    if step.memory is None and _loads(step) and not any(model.n_bytes for model in models):
+        notes.append(f"{step.name}: how large its models are is not known")
+    downloads = {resolved.repo: resolved.missing for _, resolved in named if resolved.repo and resolved.missing}
+    return ResourceEstimate(memory, _disk(step, models, parameters), parameters, tuple(dict.fromkeys(notes)), downloads)
 
 
-def free_memory() -> int | None:
-    """Bytes of memory that can be had now; None where the system does not say."""
-    try:
-        psutil = import_module("psutil")  # a dependency of accelerate, not ours
-    except ImportError:
-        try:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (ValueError, OSError):
-            return None
+def free_memory() -> int:
+    """Return the bytes of memory that are available now."""
     return int(psutil.virtual_memory().available)
 
 
 def check_disk(run: Path, needed: int, free: int) -> None:
-    """Raises SurgeryError where the outputs of the steps that are to be done do not fit."""
+    """Raise SurgeryError if the outputs of the steps that are to be done do not fit on the disk."""
     from surgery.reporting.report import format_value
 
     if needed > free:
@@ -96,50 +92,50 @@ def check_disk(run: Path, needed: int, free: int) -> None:
         )
 
 
-def _named(node: RecipeStep, things: InputResolver) -> Iterator[tuple[str, ResolvedInput]]:
-    for name, parameter in node.command.parameters.items():
+def _named(step: RecipeStep, inputs: InputResolver) -> Iterator[tuple[str, ResolvedInput]]:
+    for name, parameter in step.command.parameters.items():
         if parameter.kind not in ("text", "path"):
             continue
-        for value in scalars(node.given.get(name)):
+        for value in scalars(step.given.get(name)):
             if isinstance(value, StepOutput):
                 continue
-            text = plain(value)
-            for thing in (things.of(text), *things.inside(text)):
-                if thing is not None:
-                    yield name, thing
+            text = to_text(value)
+            for resolved in (inputs.resolve(text), *inputs.resolve_config(text)):
+                if resolved is not None:
+                    yield name, resolved
 
 
 def _models(
-    node: RecipeStep, before: Mapping[str, ResourceEstimate], named: list[tuple[str, ResolvedInput]]
+    step: RecipeStep, before: Mapping[str, ResourceEstimate], named: list[tuple[str, ResolvedInput]]
 ) -> Iterator[_Model]:
-    for name, given in node.given.items():
+    for name, given in step.given.items():
         for value in scalars(given):
             if isinstance(value, StepOutput) and value.step in before:
-                made = before[value.step]
-                yield _Model(name, made.disk, made.n_parameters)
-    for name, thing in named:
-        if thing.n_bytes is not None:
-            yield _Model(name, thing.n_bytes, thing.n_parameters)
+                source = before[value.step]
+                yield _Model(name, source.disk, source.n_parameters)
+    for name, resolved in named:
+        if resolved.n_bytes is not None:
+            yield _Model(name, resolved.n_bytes, resolved.n_parameters)
 
 
-def _loads(node: RecipeStep) -> bool:
-    command = node.command.name
-    tunes = command == "merge logits" and node.given.get("tune") is not None
-    measures = node.given.get("no-measure") is not True
+def _loads(step: RecipeStep) -> bool:
+    command = step.command.name
+    tunes = command == "merge logits" and step.given.get("tune") is not None
+    measures = step.given.get("no-measure") is not True
     return tunes or (measures and any(command == each or command.startswith(f"{each} ") for each in LOADING))
 
 
-def _memory(node: RecipeStep, models: list[_Model], parameters: int | None) -> int:
-    if node.command.name in GROWING:
+def _memory(step: RecipeStep, models: list[_Model], parameters: int | None) -> int:
+    if step.command.name in GROWING:
         return PROGRAM + TRAINED * (parameters or 0)
-    if _loads(node):
+    if _loads(step):
         return PROGRAM + round(LOADED * max((model.n_bytes or 0 for model in models), default=0))
     return WEIGHT_JOB
 
 
-def _disk(node: RecipeStep, models: list[_Model], parameters: int | None) -> int:
-    """Bytes of the output; of a model that is edited, those of its original."""
-    command, given = node.command.name, node.given
+def _disk(step: RecipeStep, models: list[_Model], parameters: int | None) -> int:
+    """Return the bytes of the output; for an edited model, those of its original."""
+    command, given = step.command.name, step.given
     largest = max((model.n_bytes or 0 for model in models), default=0)
     if command == "vector extract":
         if given.get("rank") is not None:
@@ -157,36 +153,36 @@ def _disk(node: RecipeStep, models: list[_Model], parameters: int | None) -> int
         return 2 * FLOAT32 * (parameters or 0) + SMALL
     if command in ("grow embed", "grow init"):
         return FLOAT32 * (parameters or 0)
-    return SMALL if node.command.writes else MB
+    return SMALL if step.command.writes else MB
 
 
-def _parameters(node: RecipeStep, models: list[_Model]) -> int | None:
-    """How many values the model has that a step makes."""
-    command = node.command.name
+def _parameters(step: RecipeStep, models: list[_Model]) -> int | None:
+    """Return how many values the model has that a step writes."""
+    command = step.command.name
     if command in GROWING or command in ("grow embed", "grow init"):
-        return _grown(node, models)
+        return _grown(step, models)
     if command in ("merge logits", "merge unpack"):
         return sum(model.n_parameters or 0 for model in models) or None
     return max((model.n_parameters or 0 for model in models), default=0) or None
 
 
-def _grown(node: RecipeStep, models: list[_Model]) -> int:
-    """Parameters of an embedding, of the model that is begun on it, or of the last stage of a growth."""
-    begun = max((model.n_parameters or 0 for model in models), default=0)
-    width = _whole(node, "width") or _whole(node, "hidden") or WIDTH
-    if node.command.name == "grow embed":
-        return max(begun, EMBEDDING_ROWS * width)
-    layers = _whole(node, "layers") or 0
-    plan = node.given.get("plan")
+def _grown(step: RecipeStep, models: list[_Model]) -> int:
+    """Return the parameters of an embedding, of the model built on it, or of the last stage of a growth."""
+    known = max((model.n_parameters or 0 for model in models), default=0)
+    width = _integer(step, "width") or _integer(step, "hidden") or WIDTH
+    if step.command.name == "grow embed":
+        return max(known, EMBEDDING_ROWS * width)
+    layers = _integer(step, "layers") or 0
+    plan = step.given.get("plan")
     if isinstance(plan, str):
         from surgery.growth.plan import read_plan
 
-        read, _ = read_plan(plan)
-        layers = (read.model.layers if read.model else 0) + sum(stage.add for stage in read.expanded)
-        width = (read.model.hidden if read.model else None) or width
-    return (begun or EMBEDDING_ROWS * width) + layers * LAYERS * width * width
+        growth, _ = read_plan(plan)
+        layers = (growth.model.layers if growth.model else 0) + sum(stage.add for stage in growth.expanded)
+        width = (growth.model.hidden if growth.model else None) or width
+    return (known or EMBEDDING_ROWS * width) + layers * LAYERS * width * width
 
 
-def _whole(node: RecipeStep, name: str) -> int | None:
-    value = node.given.get(name)
+def _integer(step: RecipeStep, name: str) -> int | None:
+    value = step.given.get(name)
     return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -1,7 +1,6 @@
-"""What the values of a recipe name: files and folders, models and data of the lab, repositories on the Hub.
+"""Resolve the values of a recipe: files and folders, models and data of the lab, repositories on the Hub.
 
-In comes a text as it is typed, out comes a `ResolvedInput`: which content it stands for now, and how large that is; or
-None, where it names nothing. Each text is looked up once. Nothing is loaded, trained or downloaded.
+Each text is looked up once. Nothing is loaded, trained or downloaded.
 """
 
 from __future__ import annotations
@@ -31,11 +30,15 @@ CONFIG_BYTES = 1_000_000  # larger JSON files are data, not configs that name mo
 
 @dataclass(frozen=True)
 class ResolvedInput:
-    """What a text names.
+    """What a text of a recipe names.
 
-    content: what its content is known by; None where that cannot be found out. n_bytes: of its weights. n_parameters:
-    of its stored values; None where the headers cannot be seen. missing: bytes to download. repo: the repository it
-    comes from. note: what people should know of it.
+    Attributes:
+        content: what its content is known by (a hash, a commit); None if that cannot be found out.
+        n_bytes: of its weights.
+        n_parameters: of its stored values; None if the headers cannot be read.
+        missing: bytes to download.
+        repo: the repository that it comes from.
+        note: what people should know about it.
     """
 
     content: str | None
@@ -47,31 +50,31 @@ class ResolvedInput:
 
 
 class InputResolver:
-    """Looks up what texts name; hashes of files come from `hashes`."""
+    """Finds out what texts name; hashes of files come from `hashes`."""
 
     def __init__(self, hashes: FileHashCache) -> None:
         self._hashes = hashes
         self._known: dict[str, ResolvedInput | None] = {}
 
-    def of(self, text: str) -> ResolvedInput | None:
-        """What `text` names; None where it names nothing.
+    def resolve(self, text: str) -> ResolvedInput | None:
+        """Return what `text` names; None if it names nothing.
 
         Raises:
             SurgeryError: the lab has nothing of that name; a file cannot be read.
         """
         if text not in self._known:
-            self._known[text] = self._look(text)
+            self._known[text] = self._resolve(text)
         return self._known[text]
 
-    def matching(self, pattern: str) -> ResolvedInput | None:
-        """The files and folders that a glob matches, as one; None where it matches none. Raises SurgeryError."""
+    def resolve_glob(self, pattern: str) -> ResolvedInput | None:
+        """Return the files and folders that a glob matches, as one input; None if it matches none."""
         # As corpora are matched: a pattern may be absolute, which Path.glob refuses.
         paths = sorted(glob(pattern, recursive=True)) if has_magic(pattern) else []  # noqa: PTH207
-        contents = {path: self._hashes.of_content(Path(path)) for path in paths}
+        contents = {path: self._hashes.hash_content(Path(path)) for path in paths}
         return ResolvedInput(hash_tensors(contents)) if contents else None
 
-    def inside(self, text: str) -> list[ResolvedInput]:
-        """What the strings in the config file `text` name, in their order; nothing for other texts."""
+    def resolve_config(self, text: str) -> list[ResolvedInput]:
+        """Return what the strings in the config file `text` name, in their order; nothing for other texts."""
         path = existing_path(text)
         if path is None or not path.is_file() or path.suffix not in CONFIGS or path.stat().st_size > CONFIG_BYTES:
             return []
@@ -80,42 +83,44 @@ class InputResolver:
         except (SurgeryError, OSError, UnicodeDecodeError):
             return []  # the command itself says what is wrong with its file
         strings = dict.fromkeys(each for node in nodes for each in _strings(node.plain) if "\n" not in each)
-        return [thing for each in strings if each != text and (thing := self._config_thing(each)) is not None]
+        return [
+            resolved for each in strings if each != text and (resolved := self._resolve_config_text(each)) is not None
+        ]
 
-    def _config_thing(self, text: str) -> ResolvedInput | None:
+    def _resolve_config_text(self, text: str) -> ResolvedInput | None:
         try:
-            return self.of(text)
+            return self.resolve(text)
         except SurgeryError:
             return None  # a text of a config may begin with anything
 
-    def _look(self, text: str) -> ResolvedInput | None:
+    def _resolve(self, text: str) -> ResolvedInput | None:
         path = existing_path(text)
         if path is not None:
-            return self._path(path)
+            return self._resolve_path(path)
         if text.startswith(lab.PREFIX):
-            return _lab(text)
+            return _resolve_lab(text)
         base, _, adapter = text.rpartition("+")
         if base and adapter:
-            parts = [self.of(base), self.of(adapter)]
-            return _both([part for part in parts if part is not None]) if None not in parts else None
-        if asked := hub_data.parse(text):
-            return _data(asked)
-        return _hub(text) if hub.is_repo_id(text) else None
+            parts = [self.resolve(base), self.resolve(adapter)]
+            return _combine([part for part in parts if part is not None]) if None not in parts else None
+        if data := hub_data.parse(text):
+            return _resolve_data(data)
+        return _resolve_hub(text) if hub.is_repo_id(text) else None
 
-    def _path(self, path: Path) -> ResolvedInput:
-        content = self._hashes.of_content(path)
+    def _resolve_path(self, path: Path) -> ResolvedInput:
+        content = self._hashes.hash_content(path)
         if path.is_dir() and is_adapter(path):
             try:
-                below = self.of(base_of(path))
+                below = self.resolve(base_of(path))
             except SurgeryError:
                 below = None
             own = ResolvedInput(content, *_sizes(path))
-            return _both([own, below]) if below is not None else own
+            return _combine([own, below]) if below is not None else own
         return ResolvedInput(content, *_sizes(path))
 
 
 def _sizes(path: Path) -> tuple[int | None, int | None]:
-    """Bytes of the weights, and how many values they are; None for what holds no weights."""
+    """Return the bytes of the weights at `path`, and how many values they are; None if there are none."""
     files = [path] if path.is_file() else list(path.rglob(f"*{WEIGHTS}"))
     files = [file for file in files if file.suffix == WEIGHTS]
     if not files:
@@ -127,7 +132,7 @@ def _sizes(path: Path) -> tuple[int | None, int | None]:
         return sum(file.stat().st_size for file in files), None
 
 
-def _lab(text: str) -> ResolvedInput:
+def _resolve_lab(text: str) -> ResolvedInput:
     name, _, kind = text.removeprefix(lab.PREFIX).partition("/")
     if name == python_text.NAME:
         return ResolvedInput(f"{python_text.key()}/{kind}")
@@ -138,24 +143,24 @@ def _lab(text: str) -> ResolvedInput:
     return ResolvedInput(content, LAB_BYTES, LAB_PARAMETERS, note=f"{text} is trained first")
 
 
-def _hub(text: str) -> ResolvedInput | None:
+def _resolve_hub(text: str) -> ResolvedInput | None:
     try:
-        seen = hub.list_repository(*hub.parse_repo_ref(text))
+        repo = hub.list_repository(*hub.parse_repo_ref(text))
     except SurgeryError as error:
         # Whether the text is a model's at all is the command's to say.
         return ResolvedInput(None, repo=text, note=f"{text}: {error.what}")
-    return ResolvedInput(f"hub/{seen.repo_id}@{seen.revision}", seen.weights, None, seen.missing, seen.repo_id)
+    return ResolvedInput(f"hub/{repo.repo_id}@{repo.revision}", repo.weights, None, repo.missing, repo.repo_id)
 
 
-def _data(asked: hub_data.HubData) -> ResolvedInput:
+def _resolve_data(data: hub_data.HubData) -> ResolvedInput:
     try:
-        return ResolvedInput(f"data/{asked.repo}@{hub_data.pin(asked)}", repo=asked.repo)
+        return ResolvedInput(f"data/{data.repo}@{hub_data.pin(data)}", repo=data.repo)
     except SurgeryError as error:
-        return ResolvedInput(None, repo=asked.repo, note=f"{asked.ref}: {error.what}")
+        return ResolvedInput(None, repo=data.repo, note=f"{data.ref}: {error.what}")
 
 
-def _both(parts: list[ResolvedInput]) -> ResolvedInput:
-    """A model and the adapter on it, as one."""
+def _combine(parts: list[ResolvedInput]) -> ResolvedInput:
+    """Return a model and the adapter on it as one input."""
     contents = [part.content for part in parts]
     known = [part.n_bytes for part in parts if part.n_bytes is not None]
     values = [part.n_parameters for part in parts if part.n_parameters is not None]

@@ -1,7 +1,7 @@
-"""A run under a launcher: every process walks the same steps one at a time, and starts its own share of each.
+"""Run a pipeline under a launcher: every rank goes through the same steps, one at a time, and starts its share of each.
 
-The first process decides, and the others learn it from there. A share that fails stops those of the other processes,
-which see so by a file beside the step: a process that waits for another's answer in vain would not end by itself.
+Rank 0 decides which steps run. A share that fails stops those of the other ranks, which learn of it from a file beside
+the step: a process that waits for the answer of one that is gone would not end by itself.
 """
 
 from __future__ import annotations
@@ -11,81 +11,84 @@ import time
 from pathlib import Path
 
 from surgery.recipes.run.display import Display
-from surgery.recipes.run.paths import RunPaths, words
+from surgery.recipes.run.paths import RunPaths, cli_arguments
 from surgery.recipes.run.step_runner import StepRunner
-from surgery.recipes.run.subprocesses import POLL, Runner, RunningStep, StepProcess, stop
+from surgery.recipes.run.subprocesses import POLL_SECONDS, Runner, RunningStep, StepProcess, stop
 from surgery.recipes.types import Pipeline, RecipeStep
-from surgery.runtime.collectives import map_over_ranks
+from surgery.runtime.collectives import map_over_ranks, on_main
 from surgery.runtime.environment import n_processes, rank
 
-# torchrun keeps a store of its own at the launcher's port; at a step's port the step's first process must open one.
-AT_OWN_PORT = {"TORCHELASTIC_USE_AGENT_STORE": "False"}
-STOPPED = -1000  # of a share that was stopped because another one failed: no signal has this number
+# torchrun keeps a store of its own at the launcher's port; at a step's port the step's rank 0 must open one.
+OWN_STORE = {"TORCHELASTIC_USE_AGENT_STORE": "False"}
+STOPPED = -1000  # exit code of a share that was stopped because another one failed: no signal has this number
+FAILED_MARKER = "failed"  # the file beside a step that says that a share of it failed
 
 
 def run_steps_on_all_ranks(
-    program: Pipeline, places: RunPaths, runner: Runner, *, working: StepRunner | None, shown: Display | None
+    pipeline: Pipeline, paths: RunPaths, runner: Runner, *, step_runner: StepRunner | None, view: Display | None
 ) -> None:
-    """Does the steps of `program` in all processes; `working` and `shown` are those of the first.
+    """Run the steps of `pipeline` on all ranks; `step_runner` and `view` are those of rank 0, None elsewhere.
 
     Raises:
-        SurgeryError: the first process cannot read or write a file.
+        SurgeryError: rank 0 cannot read or write a file.
     """
-    for node in program.nodes:
-
-        def decide(item: int, node: RecipeStep = node) -> int | None:
-            assert working is not None, "only the first process is asked"
-            return _decide(working, node, shown)
-
-        port = map_over_ranks([0], decide)[0]
+    for step in pipeline.nodes:
+        # Off rank 0 `on_main` calls nothing, so that the arguments may be None there.
+        port = on_main(_begin, step_runner, step, view)
         if port is None:
             continue
-        place = places.of(node.name)
-        marker = place.folder / "failed"
-        environment = {"MASTER_PORT": str(port), **AT_OWN_PORT}
         since = time.monotonic()
-        child = runner(StepProcess(node, words(node, places), place, environment))
-        code = _wait(child, marker, shown)
-
-        def own(item: int, code: int = code) -> int:
-            return code
-
-        codes = map_over_ranks(range(n_processes()), own)
-        if working is not None and shown is not None:
+        code = _run_share(step, paths, runner, port, view)
+        codes = map_over_ranks([code] * n_processes(), _own)
+        if step_runner is not None and view is not None:
             seconds = time.monotonic() - since
-            # One that failed by itself says why; the others were stopped for its sake.
-            number = next((at for at, each in enumerate(codes) if each not in (0, STOPPED)), 0)
-            working.end(node, codes[number], seconds, log=place.log_of(number))
-            shown.ended(node.name, working.endings[node.name], seconds)
+            # One that failed by itself says why; the others were stopped because of it.
+            failed = next((number for number, each in enumerate(codes) if each not in (0, STOPPED)), 0)
+            step_runner.end(step, codes[failed], seconds, log=paths.of(step.name).log_of(failed))
+            view.ended(step.name, step_runner.statuses[step.name], seconds)
 
 
-def _decide(working: StepRunner, node: RecipeStep, shown: Display | None) -> int | None:
-    """The port at which the processes of `node` meet; None where it is not to be done."""
-    if working.is_blocked(node):
-        working.leave_out(node)
-    elif working.begin(node):
-        place = working.places.of(node.name)
-        (place.folder / "failed").unlink(missing_ok=True)
-        if shown is not None:
-            shown.started(node.name, place.told)
+def _own(code: int) -> int:
+    """Return `code`: `map_over_ranks` gives item n of a list to rank n, so that this gathers every rank's own."""
+    return code
+
+
+def _begin(step_runner: StepRunner | None, step: RecipeStep, view: Display | None) -> int | None:
+    """Make `step` ready on rank 0; return the port at which its processes meet, or None if it is not to be run."""
+    assert step_runner is not None, "only rank 0 has one"
+    if step_runner.is_blocked(step):
+        step_runner.leave_out(step)
+    elif step_runner.begin(step):
+        paths = step_runner.paths.of(step.name)
+        (paths.folder / FAILED_MARKER).unlink(missing_ok=True)
+        if view is not None:
+            view.started(step.name, paths.progress)
         with socket.socket() as free:
             free.bind(("", 0))
             return int(free.getsockname()[1])
-    if shown is not None:
-        shown.ended(node.name, working.endings[node.name], 0.0)
+    if view is not None:
+        view.ended(step.name, step_runner.statuses[step.name], 0.0)
     return None
 
 
-def _wait(child: RunningStep, marker: Path, shown: Display | None) -> int:
-    """The exit code of this process's share, once it has ended by itself or for the sake of another that failed."""
+def _run_share(step: RecipeStep, paths: RunPaths, runner: Runner, port: int, view: Display | None) -> int:
+    """Run this rank's share of `step`, and return its exit code."""
+    step_paths = paths.of(step.name)
+    environment = {"MASTER_PORT": str(port), **OWN_STORE}
+    child = runner(StepProcess(step, cli_arguments(step, paths), step_paths, environment))
+    return _wait(child, step_paths.folder / FAILED_MARKER, view)
+
+
+def _wait(child: RunningStep, marker: Path, view: Display | None) -> int:
+    """Wait until this rank's share has ended, by itself or because another one failed; return its exit code."""
     try:
         while (code := child.poll()) is None:
             if marker.exists():
                 stop([child])
                 return STOPPED
-            time.sleep(POLL)
-            if shown is not None:
-                shown.look()
+            time.sleep(POLL_SECONDS)
+            if view is not None:
+                view.refresh()
     except BaseException:
         stop([child])
         raise

@@ -1,4 +1,4 @@
-"""Where a run keeps its files, and how a step is typed: `RecipeStep` → its folder and its command-line words."""
+"""Paths of a run's files, and the command line of a step."""
 
 from __future__ import annotations
 
@@ -20,127 +20,130 @@ STEPS = "steps"
 
 @dataclass(frozen=True)
 class StepPaths:
-    """A step's own folder, and what lies in it.
-
-    out: what the step makes. text: what it printed. log: what it told people. picture: where its command draws one.
-    key: whose work lies here, finished or not. told: how far it is.
-    """
+    """Paths of the files in a step's own folder; `out` is what its command writes."""
 
     folder: Path
     out: Path
 
     @property
     def partial(self) -> Path:
+        """The staging folder in which the command writes before `out` is complete."""
         return partial_path(self.out)
 
     @property
     def text(self) -> Path:
+        """What the command printed on stdout."""
         return self.folder / "output.txt"
 
     @property
     def log(self) -> Path:
+        """What the command wrote to stderr: warnings, errors, progress in lines."""
         return self.folder / "log.txt"
 
     def log_of(self, process: int) -> Path:
-        """What process `process` of a launcher's told; the first writes the log, and the others print nothing else."""
+        """The log of rank `process` under a launcher; that of rank 0 is `log`."""
         return self.log if process == 0 else self.folder / f"log.{process}.txt"
 
     @property
     def picture(self) -> Path:
+        """The picture that the command draws, where it has an option for one."""
         return self.folder / "picture.png"
 
     @property
     def key(self) -> Path:
+        """The cache key of the work in this folder, finished or not."""
         return self.folder / "key"
 
     @property
-    def told(self) -> Path:
+    def progress(self) -> Path:
+        """How far the command is, see `surgery.runtime.progress`."""
         return self.folder / "progress.json"
 
 
 class RunPaths:
-    """The places of a program's steps in the folder `run`."""
+    """The paths of a pipeline's steps in the folder `run`."""
 
-    def __init__(self, program: Pipeline, run: Path) -> None:
+    def __init__(self, pipeline: Pipeline, run: Path) -> None:
         self.run = run
-        self._of = {node.name: _place(node, run / STEPS / node.name) for node in program.nodes}
+        self._of = {
+            step.name: StepPaths(run / STEPS / step.name, run / STEPS / step.name / f"out{step.command.suffix}")
+            for step in pipeline.nodes
+        }
 
-    def of(self, node: str) -> StepPaths:
-        """The place of the step `node`."""
-        return self._of[node]
+    def of(self, step: str) -> StepPaths:
+        """Return the paths of the step named `step`."""
+        return self._of[step]
 
-    def made(self, made: StepOutput) -> Path:
-        """Where what `made` names lies, or will lie."""
-        out = self._of[made.step].out
-        return out / made.inside if made.inside else out
-
-
-def _place(node: RecipeStep, folder: Path) -> StepPaths:
-    return StepPaths(folder, folder / f"out{node.command.suffix}")
+    def output_path(self, output: StepOutput) -> Path:
+        """Return the path of `output`, which need not exist yet."""
+        out = self._of[output.step].out
+        return out / output.inside if output.inside else out
 
 
-def words(node: RecipeStep, places: RunPaths) -> list[str]:
-    """What follows `surgery` on the command line: arguments in their order, then options."""
-    command, place = node.command, places.of(node.name)
-    given: dict[str, Given] = dict(node.given)
+def cli_arguments(step: RecipeStep, paths: RunPaths) -> list[str]:
+    """Return what follows `surgery` on the command line: arguments in their order, then options."""
+    command, step_paths = step.command, paths.of(step.name)
+    given: dict[str, Given] = dict(step.given)
     if command.changes is not None:
-        given[command.changes] = str(place.out)  # a copy of what the recipe names
+        given[command.changes] = str(step_paths.out)  # a copy of what the recipe names
     arguments: list[str] = []
     options: list[str] = []
     for parameter in command.parameters.values():
-        texts = list(_texts(parameter, given.get(parameter.name), places.made))
+        texts = list(_texts(parameter, given.get(parameter.name), paths.output_path))
         if parameter.flag is None:
             arguments += texts
         elif parameter.kind == "flag":
             options += texts
         else:
             for text in texts:
+                # As one word: else a value such as -0.5 would be taken for an option.
                 options += [f"{parameter.flag}={text}"] if text.startswith("-") else [parameter.flag, text]
     if command.writes is not None and command.writes != command.changes:
-        options += [f"--{command.writes}", str(place.out)]
+        options += [f"--{command.writes}", str(step_paths.out)]
     if command.plots is not None:
-        options += [command.plots, str(place.picture)]
+        options += [command.plots, str(step_paths.picture)]
+    # After `--` nothing is an option, so that an argument may begin with a dash.
     if any(text.startswith("-") for text in arguments):
         return [*command.name.split(), *options, "--", *arguments]
     return [*command.name.split(), *arguments, *options]
 
 
-def typed(node: RecipeStep, places: RunPaths) -> str:
-    """The step as a person would type it."""
-    return shlex.join(["surgery", *words(node, places)])
+def command_line(step: RecipeStep, paths: RunPaths) -> str:
+    """Return the step as a person would type it."""
+    return shlex.join(["surgery", *cli_arguments(step, paths)])
 
 
 def scalars(given: Given) -> Iterator[Scalar | StepOutput]:
-    """What a value holds, one by one; nothing of None."""
+    """Yield the values of a list, or the value itself; nothing for None."""
     if isinstance(given, tuple):
         yield from given
     elif given is not None:
         yield given
 
 
-def makers(node: RecipeStep) -> Iterator[tuple[str, StepOutput]]:
-    """Every output of another step that a step is given, with the parameter it is given to."""
-    for name, given in node.given.items():
+def step_outputs(step: RecipeStep) -> Iterator[tuple[str, StepOutput]]:
+    """Yield every output of another step that `step` takes, with the name of the parameter that takes it."""
+    for name, given in step.given.items():
         for value in scalars(given):
             if isinstance(value, StepOutput):
                 yield name, value
 
 
-def needs(node: RecipeStep) -> tuple[str, ...]:
-    """The steps that must be done before this one, in the order in which they are named."""
-    return tuple(dict.fromkeys([*node.after, *(made.step for _, made in makers(node))]))
+def dependencies(step: RecipeStep) -> tuple[str, ...]:
+    """Return the steps that must be done before this one, in the order in which they are named."""
+    return tuple(dict.fromkeys([*step.after, *(output.step for _, output in step_outputs(step))]))
 
 
-def followers(program: Pipeline, first: set[str]) -> set[str]:
-    """`first`, and every step that needs one of them, directly or not."""
+def dependents(pipeline: Pipeline, first: set[str]) -> set[str]:
+    """Return `first` and every step that depends on one of them, directly or not."""
     found = set(first)
-    for node in program.nodes:  # in an order in which each comes after those it needs
-        if found & set(needs(node)):
-            found.add(node.name)
+    for step in pipeline.nodes:  # in an order in which each comes after those it needs
+        if found & set(dependencies(step)):
+            found.add(step.name)
     return found
 
 
-def _texts(parameter: CommandParameter, given: Given, place_of: Callable[[StepOutput], Path]) -> Iterator[str]:
+def _texts(parameter: CommandParameter, given: Given, path_of: Callable[[StepOutput], Path]) -> Iterator[str]:
     for value in scalars(given):
         if parameter.kind == "flag":
             if value is True and parameter.flag is not None:
@@ -148,18 +151,18 @@ def _texts(parameter: CommandParameter, given: Given, place_of: Callable[[StepOu
             elif value is False and parameter.off is not None:
                 yield parameter.off
         elif isinstance(value, StepOutput):
-            yield str(place_of(value))
+            yield str(path_of(value))
         else:
-            yield plain(value)
+            yield to_text(value)
 
 
-def plain(value: Scalar) -> str:
-    """A value as it is typed."""
+def to_text(value: Scalar) -> str:
+    """Return a value as it is typed."""
     if isinstance(value, bool):
         return "true" if value else "false"
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def by_name(program: Pipeline) -> Mapping[str, RecipeStep]:
-    """The steps by their names."""
-    return {node.name: node for node in program.nodes}
+def by_name(pipeline: Pipeline) -> Mapping[str, RecipeStep]:
+    """Return the steps by their names."""
+    return {step.name: step for step in pipeline.nodes}

@@ -1,44 +1,40 @@
-"""A run before it runs: which steps are done already, what the others take, and what must be downloaded.
-
-In come a `Pipeline`, the record of its run and what its values name; out comes an `RunPreview`. Nothing is written.
-"""
+"""Preview a run: completed steps, estimates of memory and disk, and downloads. Nothing is written."""
 
 from __future__ import annotations
 
-import difflib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.errors import usage_error
+from surgery.errors import did_you_mean, usage_error
 from surgery.recipes.run.cache_keys import KeyedOutput, cache_key
 from surgery.recipes.run.content_hashes import FileHashCache
 from surgery.recipes.run.estimates import ResourceEstimate, estimate
 from surgery.recipes.run.inputs import InputResolver
-from surgery.recipes.run.paths import RunPaths, followers, makers, needs
+from surgery.recipes.run.paths import RunPaths, dependencies, dependents, step_outputs
 from surgery.recipes.run.state import RunRecord, StepRecord
 from surgery.recipes.types import Pipeline, RecipeStep
 from surgery.reporting.report import Column, Table, Value, format_value
 
 # Commands that write into the folders of the models they are given: their scores, for the model card.
-MARKING = ("eval",)
+SCORING = ("eval",)
 
 
 @dataclass(frozen=True)
 class StepPreview:
-    """One step: what it will take, and whether it is done already."""
+    """What one step will take, and whether it is done already."""
 
-    node: RecipeStep
+    step: RecipeStep
     estimate: ResourceEstimate
     is_done: bool
 
 
 @dataclass(frozen=True)
 class RunPreview:
-    """The whole run. free: bytes on the disk that RUN is on."""
+    """Preview of a whole run; `free` is in bytes, on the disk that RUN is on."""
 
-    program: Pipeline
+    pipeline: Pipeline
     run: Path
     steps: tuple[StepPreview, ...]
     free: int
@@ -46,35 +42,35 @@ class RunPreview:
     @property
     def to_do(self) -> tuple[StepPreview, ...]:
         """The steps that are to be done."""
-        return tuple(step for step in self.steps if not step.is_done)
+        return tuple(each for each in self.steps if not each.is_done)
 
     @property
     def disk(self) -> int:
-        """Bytes that these will write."""
-        return sum(step.estimate.disk for step in self.to_do)
+        """Bytes that the steps in `to_do` will write."""
+        return sum(each.estimate.disk for each in self.to_do)
 
     @property
     def downloads(self) -> Mapping[str, int]:
         """Repository → bytes that must be fetched first."""
-        return {repo: size for step in self.to_do for repo, size in step.estimate.downloads.items()}
+        return {repo: size for each in self.to_do for repo, size in each.estimate.downloads.items()}
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is not known, or happens on the way."""
-        return tuple(dict.fromkeys(note for step in self.to_do for note in step.estimate.notes))
+        """What is not known, or happens before a step: one line each."""
+        return tuple(dict.fromkeys(note for each in self.to_do for note in each.estimate.notes))
 
     def table(self) -> Table:
-        """One row per step."""
+        """Return the preview as a table with one row per step."""
         rows: list[list[Value]] = [
             [
-                step.node.name,
-                step.node.command.name,
-                ", ".join(needs(step.node)) or None,
-                step.estimate.memory,
-                step.estimate.disk,
-                "done" if step.is_done else "to do",
+                each.step.name,
+                each.step.command.name,
+                ", ".join(dependencies(each.step)) or None,
+                each.estimate.memory,
+                each.estimate.disk,
+                "done" if each.is_done else "to do",
             ]
-            for step in self.steps
+            for each in self.steps
         ]
         columns = [
             Column("step"),
@@ -84,12 +80,12 @@ class RunPreview:
             Column("writes about", "bytes"),
             Column("state"),
         ]
-        said = self.program.needs
+        stated = self.pipeline.needs
         note = ". ".join(
             part
             for part in (
-                f"Needs, as the recipe says: {', '.join(f'{name} {text}' for name, text in said.items())}"
-                if said
+                f"Needs, as the recipe says: {', '.join(f'{name} {text}' for name, text in stated.items())}"
+                if stated
                 else "",
                 f"To be written: about {format_value(self.disk, 'bytes')}, free: {format_value(self.free, 'bytes')}",
                 *(f"To be downloaded: {repo}, {format_value(size, 'bytes')}" for repo, size in self.downloads.items()),
@@ -97,69 +93,72 @@ class RunPreview:
             )
             if part
         )
-        return Table(f"{self.program.recipe} in {self.run}", columns, rows, note=f"{note}.")
+        return Table(f"{self.pipeline.recipe} in {self.run}", columns, rows, note=f"{note}.")
 
 
 def preview_run(
-    program: Pipeline,
-    places: RunPaths,
+    pipeline: Pipeline,
+    paths: RunPaths,
     record: RunRecord,
     forced: set[str],
     *,
     hashes: FileHashCache,
-    things: InputResolver,
+    inputs: InputResolver,
 ) -> RunPreview:
-    """What a run of `program` will do, as things are now. Raises SurgeryError as `cache_key`."""
+    """Return what a run of `pipeline` will do, as its inputs are now. Raises SurgeryError as `cache_key`."""
     done: dict[str, KeyedOutput] = {}
     estimates: dict[str, ResourceEstimate] = {}
-    again: set[str] = set()  # whose outputs will be made anew
+    again: set[str] = set()  # steps that will be done again
     steps = []
-    for node in program.nodes:
-        estimates[node.name] = estimate(node, estimates, things)
-        key = cache_key(node, done, things)
-        known = record.steps[node.name]
+    for step in pipeline.nodes:
+        estimates[step.name] = estimate(step, estimates, inputs)
+        key = cache_key(step, done, inputs)
+        known = record.steps[step.name]
         is_same = key is not None and key == known.key and known.output is not None
         is_done = (
             is_same
-            and node.name not in forced
-            and not is_marking(node, again)
-            and is_whole(known, places, node, hashes=hashes)
+            and step.name not in forced
+            and not must_score_again(step, again)
+            and is_intact(known, paths, step, hashes=hashes)
         )
-        if is_same and key is not None and known.output is not None and node.name not in forced:
-            # Made again from the same, it will be the same, and what follows need not be done again.
-            done[node.name] = KeyedOutput(key, known.output)
+        if is_same and key is not None and known.output is not None and step.name not in forced:
+            # Done again with the same key it gives the same output, so what depends on it need not be done again.
+            done[step.name] = KeyedOutput(key, known.output)
         if not is_done:
-            again.add(node.name)
-        steps.append(StepPreview(node, estimates[node.name], is_done))
-    return RunPreview(program, places.run, tuple(steps), _free(places.run))
+            again.add(step.name)
+        steps.append(StepPreview(step, estimates[step.name], is_done))
+    return RunPreview(pipeline, paths.run, tuple(steps), _free(paths.run))
 
 
-def is_whole(known: StepRecord, places: RunPaths, node: RecipeStep, *, hashes: FileHashCache) -> bool:
-    """Whether a step is done, and all that it made is there as it was."""
-    place = places.of(node.name)
-    there = node.command.writes is None or place.out.exists()
-    return known.state == "done" and there and hashes.is_intact(place.folder, known.files)
+def is_intact(known: StepRecord, paths: RunPaths, step: RecipeStep, *, hashes: FileHashCache) -> bool:
+    """Whether a step is done, and everything that it wrote is still there unchanged."""
+    step_paths = paths.of(step.name)
+    exists = step.command.writes is None or step_paths.out.exists()
+    return known.state == "done" and exists and hashes.is_intact(step_paths.folder, known.files)
 
 
-def is_marking(node: RecipeStep, again: set[str]) -> bool:
-    """Whether a step must be done because a folder that it writes into is new."""
-    return node.command.name in MARKING and any(made.step in again for _, made in makers(node))
+def must_score_again(step: RecipeStep, again: set[str]) -> bool:
+    """Whether a step must be done because it writes scores into the output of a step in `again`, which is new."""
+    return step.command.name in SCORING and any(output.step in again for _, output in step_outputs(step))
 
 
-def forced_by(program: Pipeline, step: str | None) -> set[str]:
-    """The steps that `--from STEP` does again: it (all of a matrix), and those that follow. Raises SurgeryError."""
-    if step is None:
+def steps_to_repeat(pipeline: Pipeline, name: str | None) -> set[str]:
+    """Return the steps that `--from NAME` does again: NAME (all of a matrix) and its dependents.
+
+    Raises:
+        SurgeryError: there is no step of that name.
+    """
+    if name is None:
         return set()
-    first = {node.name for node in program.nodes if step in (node.step, node.name)}
+    first = {step.name for step in pipeline.nodes if name in (step.step, step.name)}
     if not first:
-        names = list(dict.fromkeys(name for node in program.nodes for name in (node.step, node.name)))
-        near = difflib.get_close_matches(step, names, n=1)
+        names = list(dict.fromkeys(each for step in pipeline.nodes for each in (step.step, step.name)))
         raise usage_error(
-            f"no step is called {step!r}",
+            f"no step is called {name!r}",
             where="--from",
-            hint=f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(n.step for n in program.nodes)}.",
+            hint=did_you_mean(name, names) or f"There are {', '.join(step.step for step in pipeline.nodes)}.",
         )
-    return followers(program, first)
+    return dependents(pipeline, first)
 
 
 def _free(run: Path) -> int:

@@ -1,7 +1,6 @@
-"""The report of a run: one page with every step's line, what it printed and told, and the pictures that it made.
+"""Write RUN/report.html: every step's command line, output, log and pictures, on one self-contained page.
 
-In come the program, the record of its run and what became of each step; out comes RUN/report.html, complete in itself.
-A step's own report is a link, relative to the page, and its pictures stand here too.
+A step's own report is a link, relative to the page, and its pictures are repeated here.
 """
 
 from __future__ import annotations
@@ -15,20 +14,20 @@ from pathlib import Path
 
 from surgery.errors import SurgeryError
 from surgery.io.atomic import write_file
-from surgery.recipes.run.paths import STEPS, RunPaths, StepPaths, words
+from surgery.recipes.run.paths import STEPS, RunPaths, StepPaths, cli_arguments
 from surgery.recipes.run.state import RunRecord, last_lines
 from surgery.recipes.types import Pipeline, RecipeStep
 from surgery.reporting.report import Column, Figure, PreformattedText, Report, Table, Value, format_value
 
 PICTURES = "*.png"
-OWN = "report.html"
-PRINTED = 200_000  # characters of what a step printed that the page shows
-TOLD = 20  # lines of what it told people that the page shows
-LINE = 105  # characters of a line that fit on the page
-MANY = 24  # pictures of a step that the page shows
-LARGEST = 8_000_000  # bytes of one
+STEP_REPORT = "report.html"
+MOST_CHARACTERS = 200_000  # characters of what a step printed that the page shows
+LOG_LINES = 20  # last lines of its log that the page shows
+LINE_WIDTH = 105  # characters that fit on the page
+MOST_PICTURES = 24  # pictures of a step that the page shows
+LARGEST_PICTURE = 8_000_000  # bytes; the page holds them all, in base64
 _IMAGE = re.compile(r'<img alt="(?P<alt>[^"]*)" src="data:image/png;base64,(?P<data>[A-Za-z0-9+/=]+)">')
-SAID = {
+STATUS_NOTES = {
     "done": "Done in this run.",
     "unchanged": "Done before, and unchanged since: not done again.",
     "failed": "Failed.",
@@ -37,27 +36,27 @@ SAID = {
 
 
 def write_report(
-    program: Pipeline, places: RunPaths, record: RunRecord, endings: Mapping[str, str], path: Path
+    pipeline: Pipeline, paths: RunPaths, record: RunRecord, statuses: Mapping[str, str], path: Path
 ) -> Path:
-    """Writes the page. Raises SurgeryError where it cannot be written."""
-    report = Report(program.recipe, program.about)
-    report.add(_table(program, record, endings))
-    for node in program.nodes:
-        place, known = places.of(node.name), record.steps[node.name]
-        note = " ".join(part for part in (SAID[endings[node.name]], known.error or "") if part)
-        line, text = _folded(words(node, places)), _said(place, places.run)
-        report.add(PreformattedText(node.name, line, text, note, dict(_links(place, path.parent))))
-        for figure in _figures(node, place):
+    """Write the page to `path`, and return it. Raises SurgeryError if it cannot be written."""
+    report = Report(pipeline.recipe, pipeline.about)
+    report.add(_table(pipeline, record, statuses))
+    for step in pipeline.nodes:
+        step_paths, known = paths.of(step.name), record.steps[step.name]
+        note = " ".join(part for part in (STATUS_NOTES[statuses[step.name]], known.error or "") if part)
+        line, text = _wrap(cli_arguments(step, paths)), _output_text(step_paths, paths.run)
+        report.add(PreformattedText(step.name, line, text, note, dict(_links(step_paths, path.parent))))
+        for figure in _figures(step, step_paths):
             report.add(figure)
-    report.add(PreformattedText("The recipe, with the values of this run", text=program.text))
+    report.add(PreformattedText("The recipe, with the values of this run", text=pipeline.text))
     return write_file(path, report.to_html().encode())
 
 
-def _table(program: Pipeline, record: RunRecord, endings: Mapping[str, str]) -> Table:
+def _table(pipeline: Pipeline, record: RunRecord, statuses: Mapping[str, str]) -> Table:
     rows: list[list[Value]] = []
-    for node in program.nodes:
-        known = record.steps[node.name]
-        rows.append([node.name, node.command.name, endings[node.name], known.seconds, known.output])
+    for step in pipeline.nodes:
+        known = record.steps[step.name]
+        rows.append([step.name, step.command.name, statuses[step.name], known.seconds, known.output])
     columns = [
         Column("step"),
         Column("command"),
@@ -65,16 +64,16 @@ def _table(program: Pipeline, record: RunRecord, endings: Mapping[str, str]) -> 
         Column("seconds", "number"),
         Column("hash of its output"),
     ]
-    seconds = sum(record.steps[node.name].seconds or 0.0 for node in program.nodes)
+    seconds = sum(record.steps[step.name].seconds or 0.0 for step in pipeline.nodes)
     note = f"All steps together took {format_value(float(seconds), 'number')} s when they were done."
     return Table("Steps", columns, rows, note=note)
 
 
-def _folded(words: Sequence[str]) -> str:
-    """A step as a person would type it, over as many lines as the page needs."""
+def _wrap(arguments: Sequence[str]) -> str:
+    """Return a command line as a person would type it, broken into lines that fit on the page."""
     lines = ["surgery"]
-    for word in map(shlex.quote, words):
-        if len(lines[-1]) + len(word) >= LINE and lines[-1].strip():
+    for word in map(shlex.quote, arguments):
+        if len(lines[-1]) + len(word) >= LINE_WIDTH and lines[-1].strip():
             lines[-1] += " \\"
             lines.append(f"   {word}")
         else:
@@ -82,56 +81,60 @@ def _folded(words: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _said(place: StepPaths, run: Path) -> str:
-    """What a step printed, and then what it told people (warnings, and what the tables amount to) with paths in RUN."""
-    told = last_lines(place.log, TOLD).replace(f"{run}/{STEPS}/", f"{STEPS}/")
-    return "\n\n".join(part for part in (_printed(place).rstrip(), told) if part)
+def _output_text(step_paths: StepPaths, run: Path) -> str:
+    """Return what a step printed, then the end of its log, with paths relative to RUN."""
+    log = last_lines(step_paths.log, LOG_LINES).replace(f"{run}/{STEPS}/", f"{STEPS}/")
+    return "\n\n".join(part for part in (_printed(step_paths).rstrip(), log) if part)
 
 
-def _printed(place: StepPaths) -> str:
+def _printed(step_paths: StepPaths) -> str:
     try:
-        text = place.text.read_text(encoding="utf-8", errors="replace")
+        text = step_paths.text.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-    return text if len(text) <= PRINTED else f"{text[:PRINTED]}\n… ({len(text):,} characters in {place.text.name})"
+    return (
+        text
+        if len(text) <= MOST_CHARACTERS
+        else f"{text[:MOST_CHARACTERS]}\n… ({len(text):,} characters in {step_paths.text.name})"
+    )
 
 
-def _links(place: StepPaths, root: Path) -> Iterator[tuple[str, str]]:
-    own = _reports(place)
-    for each in own:
-        inside = each.relative_to(place.out).as_posix()
-        yield "its own report" if len(own) == 1 else inside, each.relative_to(root).as_posix()
-    if place.log.is_file() and place.log.stat().st_size:
-        yield "log", place.log.relative_to(root).as_posix()
+def _links(step_paths: StepPaths, root: Path) -> Iterator[tuple[str, str]]:
+    reports = _reports(step_paths)
+    for each in reports:
+        inside = each.relative_to(step_paths.out).as_posix()
+        yield "its own report" if len(reports) == 1 else inside, each.relative_to(root).as_posix()
+    if step_paths.log.is_file() and step_paths.log.stat().st_size:
+        yield "log", step_paths.log.relative_to(root).as_posix()
 
 
-def _reports(place: StepPaths) -> list[Path]:
-    return sorted(place.out.rglob(OWN)) if place.out.is_dir() else []
+def _reports(step_paths: StepPaths) -> list[Path]:
+    return sorted(step_paths.out.rglob(STEP_REPORT)) if step_paths.out.is_dir() else []
 
 
-def _figures(node: RecipeStep, place: StepPaths) -> Iterator[Figure]:
-    """The pictures that a step drew: its command's, those in its folder, and those inside its own reports."""
+def _figures(step: RecipeStep, step_paths: StepPaths) -> Iterator[Figure]:
+    """Yield the pictures of a step: its command's, those in its output, and those inside its own reports."""
     seen: set[bytes] = set()
     count = 0
-    for title, png in _pictures(place):
-        if png in seen or len(png) > LARGEST or count == MANY:
+    for title, png in _pictures(step_paths):
+        if png in seen or len(png) > LARGEST_PICTURE or count == MOST_PICTURES:
             continue
         seen.add(png)
         count += 1
-        what = f"{node.name}: {title}" if title else node.name
+        what = f"{step.name}: {title}" if title else step.name
         yield Figure(what, what, png)
 
 
-def _pictures(place: StepPaths) -> Iterator[tuple[str, bytes]]:
-    files = [place.picture] if place.picture.is_file() else []
-    files += sorted(place.out.rglob(PICTURES)) if place.out.is_dir() else []
+def _pictures(step_paths: StepPaths) -> Iterator[tuple[str, bytes]]:
+    files = [step_paths.picture] if step_paths.picture.is_file() else []
+    files += sorted(step_paths.out.rglob(PICTURES)) if step_paths.out.is_dir() else []
     for path in files:
-        title = "" if path == place.picture else path.stem.replace("-", " ").replace("_", " ")
+        title = "" if path == step_paths.picture else path.stem.replace("-", " ").replace("_", " ")
         try:
             yield title, path.read_bytes()
         except OSError as error:
             raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
-    for path in _reports(place):
+    for path in _reports(step_paths):
         for image in _IMAGE.finditer(path.read_text(encoding="utf-8", errors="replace")):
             try:
                 yield image["alt"], base64.b64decode(image["data"], validate=True)

@@ -1,11 +1,11 @@
-"""run.json: which steps of a run are done, under which keys, and what they made; and the lock on its folder."""
+"""Read and write run.json, the record of a run's steps, and lock a run's folder."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,7 +18,7 @@ from surgery.recipes.run.paths import LOCK, MANIFEST
 from surgery.recipes.types import Pipeline
 
 SCHEMA = 1
-# Seconds that what is left of a killed run may take to be gone.
+# Seconds that the steps of a killed run may take to end: they hold its lock until then.
 PATIENCE = 5.0
 
 State = Literal["waiting", "running", "done", "failed"]
@@ -28,8 +28,12 @@ State = Literal["waiting", "running", "done", "failed"]
 class StepRecord:
     """One step in run.json.
 
-    line: as it is typed. seconds: that its last work took. output: hash of what it made. files: path in the step's
-    folder → hash. error: the last lines that it told people before it failed.
+    Attributes:
+        line: its command line.
+        seconds: that its last run took.
+        output: the hash of its output.
+        files: path in the step's folder → hash.
+        error: the last lines of its log before it failed.
     """
 
     step: str
@@ -44,27 +48,27 @@ class StepRecord:
 
 @dataclass
 class RunRecord:
-    """run.json: `steps` are those of the recipe as it is now, `earlier` those that it had before, by their names."""
+    """Contents of run.json: `steps` of the recipe as it is now, and `earlier` ones that it had before, by name."""
 
-    program: Pipeline
+    pipeline: Pipeline
     run: Path
     steps: dict[str, StepRecord] = field(default_factory=dict)
     earlier: dict[str, StepRecord] = field(default_factory=dict)
     pushes: list[Mapping[str, Any]] = field(default_factory=list)
 
     def write(self) -> None:
-        """Writes it, whole or not at all. Raises SurgeryError."""
-        program = self.program
+        """Write run.json, whole or not at all. Raises SurgeryError."""
+        pipeline = self.pipeline
         write_file(
             self.run / MANIFEST,
             to_json(
                 {
                     "schema": SCHEMA,
-                    "recipe": program.recipe,
-                    "about": program.about,
-                    "settings": program.settings,
-                    "needs": program.needs,
-                    "steps": {node.name: self.steps[node.name] for node in program.nodes},
+                    "recipe": pipeline.recipe,
+                    "about": pipeline.about,
+                    "settings": pipeline.settings,
+                    "needs": pipeline.needs,
+                    "steps": {step.name: self.steps[step.name] for step in pipeline.nodes},
                     "pushes": self.pushes,
                     "earlier": self.earlier,
                 }
@@ -72,11 +76,11 @@ class RunRecord:
         )
 
 
-def read_record(program: Pipeline, run: Path, lines: Mapping[str, str]) -> RunRecord:
-    """What `run` says of the steps of `program`; steps that are new wait.
+def read_record(pipeline: Pipeline, run: Path, lines: Mapping[str, str]) -> RunRecord:
+    """Read the record of the steps of `pipeline` in `run`; steps that are new wait.
 
     Args:
-        lines: step → how it is typed.
+        lines: step → its command line.
 
     Raises:
         SurgeryError: the folder holds something else, or the run of another recipe.
@@ -92,16 +96,16 @@ def read_record(program: Pipeline, run: Path, lines: Mapping[str, str]) -> RunRe
         value = read_json(path)
         if value.get("schema") != SCHEMA or not isinstance(value.get("steps"), dict):
             raise usage_error(f"has schema {value.get('schema')!r}, this version reads {SCHEMA}", where=path)
-        if value.get("recipe") != program.recipe:
+        if value.get("recipe") != pipeline.recipe:
             raise usage_error(
-                f"holds a run of the recipe {value.get('recipe')!r}, not of {program.recipe!r}",
+                f"holds a run of the recipe {value.get('recipe')!r}, not of {pipeline.recipe!r}",
                 where=run,
                 hint="Choose another folder with -o.",
             )
         known = {name: _step(each, path) for name, each in {**value.get("earlier", {}), **value["steps"]}.items()}
-    steps = {node.name: known.get(node.name) or StepRecord(node.step, lines[node.name]) for node in program.nodes}
+    steps = {step.name: known.get(step.name) or StepRecord(step.step, lines[step.name]) for step in pipeline.nodes}
     earlier = {name: each for name, each in known.items() if name not in steps}
-    return RunRecord(program, run, steps, earlier)
+    return RunRecord(pipeline, run, steps, earlier)
 
 
 def _step(value: Any, path: Path) -> StepRecord:
@@ -114,7 +118,7 @@ def _step(value: Any, path: Path) -> StepRecord:
 
 @contextmanager
 def locked(run: Path) -> Iterator[int]:
-    """The folder `run` for this process and its children alone; gives the lock's descriptor.
+    """Lock the folder `run` for this process and its children; yield the lock's descriptor.
 
     Raises:
         SurgeryError: another run is at work there; the folder cannot be made.
@@ -126,7 +130,7 @@ def locked(run: Path) -> Iterator[int]:
     except OSError as error:
         raise disk_error(error, path) from error
     try:
-        _take(descriptor, run)
+        _acquire(descriptor, run)
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield descriptor
@@ -134,7 +138,7 @@ def locked(run: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _take(descriptor: int, run: Path) -> None:
+def _acquire(descriptor: int, run: Path) -> None:
     end = time.monotonic() + PATIENCE
     while True:
         try:
@@ -142,8 +146,8 @@ def _take(descriptor: int, run: Path) -> None:
             return
         except BlockingIOError as error:
             holder = os.pread(descriptor, 20, 0).decode("ascii", errors="replace").strip()
-            # One that lives will not be gone soon; of one that was killed, the steps are about to end.
-            if _lives(holder) or time.monotonic() > end:
+            # A run that lives will not end soon; the steps of one that was killed are about to.
+            if _is_alive(holder) or time.monotonic() > end:
                 who = f" (process {holder})" if holder else ""
                 raise usage_error(
                     f"another run is at work here{who}",
@@ -153,7 +157,7 @@ def _take(descriptor: int, run: Path) -> None:
         time.sleep(0.05)
 
 
-def _lives(process: str) -> bool:
+def _is_alive(process: str) -> bool:
     try:
         os.kill(int(process), 0)
     except (ValueError, ProcessLookupError):
@@ -164,10 +168,10 @@ def _lives(process: str) -> bool:
 
 
 def last_lines(log: Path, count: int = 5) -> str:
-    """The last lines of a step's log that say something."""
+    """Return the last `count` lines of a step's log that are not blank."""
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    said: Sequence[str] = [line.rstrip() for line in lines if line.strip()]
-    return "\n".join(said[-count:])
+    filled = [line.rstrip() for line in lines if line.strip()]
+    return "\n".join(filled[-count:])

@@ -1,7 +1,6 @@
-"""Steps as processes: started without a shell in a session of their own, told to stop, and gone when their parent is.
+"""Start steps as processes, without a shell and in sessions of their own, and stop them.
 
-In comes a `StepProcess`, out comes a `RunningStep` that can be asked whether it is done. What it prints and tells lies
-in the step's folder.
+What a step prints and logs goes to files in its folder. It ends when its parent does.
 """
 
 from __future__ import annotations
@@ -25,25 +24,28 @@ from surgery.recipes.types import RecipeStep
 from surgery.runtime import progress
 from surgery.runtime.environment import rank
 
-POLL = 0.05  # seconds between two looks at the children
-# Seconds that a child is given after Ctrl-C to leave in order, and after being told more firmly.
-GRACE = ((signal.SIGINT, 20.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
-# By these, rich takes a file for a terminal.
-COLOURING = frozenset({"FORCE_COLOR", "TTY_COMPATIBLE"})
+POLL_SECONDS = 0.05  # between two polls of the children
+# Signals that end a child, and the seconds it is given after each: Ctrl-C first, so that it can save its state.
+STOP_SIGNALS = ((signal.SIGINT, 20.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
+# With these variables rich takes a file for a terminal, and would write colour codes into it.
+COLOUR_VARIABLES = frozenset({"FORCE_COLOR", "TTY_COMPATIBLE"})
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 
 @dataclass(frozen=True)
 class StepProcess:
-    """What is to be started: the words that follow `surgery`, and what the environment says besides.
+    """What to start.
 
-    locks: descriptors that the child holds too, so that the run stays locked until its last process is gone.
+    Attributes:
+        arguments: what follows `surgery` on the command line.
+        environment: variables in addition to those of this process.
+        locks: descriptors that the child inherits, so that the run stays locked until its last process is gone.
     """
 
-    node: RecipeStep
-    words: Sequence[str]
-    place: StepPaths
+    step: RecipeStep
+    arguments: Sequence[str]
+    paths: StepPaths
     environment: Mapping[str, str] = field(default_factory=dict)
     locks: tuple[int, ...] = ()
 
@@ -52,48 +54,51 @@ class RunningStep(Protocol):
     """A step that was started."""
 
     def poll(self) -> int | None:
-        """Its exit code; None while it works."""
+        """Return its exit code; None while it runs."""
 
     def signal(self, number: int) -> None:
-        """Sends a signal to all of its processes."""
+        """Send a signal to all of its processes."""
 
 
 Runner = Callable[[StepProcess], RunningStep]
 
 
-def program(words: Sequence[str]) -> list[str]:
-    """What starts the command line of this program in another process, given what follows `surgery`."""
-    # -P: else a folder `cli` where the user stands would be taken for ours.
-    return [sys.executable, "-P", "-m", "cli.main", *words]
+def surgery_command(arguments: Sequence[str]) -> list[str]:
+    """Return the command that runs `surgery ARGUMENTS…` in another process."""
+    # -P: else a folder `cli` in the current directory would be imported instead of ours.
+    return [sys.executable, "-P", "-m", "cli.main", *arguments]
 
 
-def surroundings() -> dict[str, str]:
-    """The environment of such a process: ours, without what would make it colour what it writes into files."""
-    return {name: text for name, text in os.environ.items() if name not in COLOURING} | _paths()
+def child_environment() -> dict[str, str]:
+    """Return the environment of such a process: that of this one, without what makes it colour its output files."""
+    return {name: text for name, text in os.environ.items() if name not in COLOUR_VARIABLES} | _python_path()
 
 
-def start(job: StepProcess) -> RunningStep:
-    """The `Runner` of real runs."""
-    place = job.place
-    place.told.unlink(missing_ok=True)
-    text = place.text if rank() == 0 else place.log_of(rank()).with_suffix(".out.txt")
-    with text.open("wb") as out, place.log_of(rank()).open("wb") as log:
+def start(step: StepProcess) -> RunningStep:
+    """Start a step as a process of this program; the `Runner` of real runs."""
+    paths = step.paths
+    paths.progress.unlink(missing_ok=True)
+    text = paths.text if rank() == 0 else paths.log_of(rank()).with_suffix(".out.txt")
+    with text.open("wb") as out, paths.log_of(rank()).open("wb") as log:
         process = subprocess.Popen(
-            program(job.words),
+            surgery_command(step.arguments),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=log,
-            env={**surroundings(), **job.environment, progress.FILE: str(place.told.absolute())},
+            env={**child_environment(), **step.environment, progress.FILE: str(paths.progress.absolute())},
             start_new_session=True,
-            pass_fds=job.locks,
-            # Nothing of ours runs threads at this point, so that a function may run between fork and exec.
-            preexec_fn=_dying_with(os.getpid()) if sys.platform == "linux" else None,
+            pass_fds=step.locks,
+            # A function may run between fork and exec only where no other thread can hold a lock: we run none here.
+            preexec_fn=_die_with_parent(os.getpid()) if sys.platform == "linux" else None,
         )
     return _Process(process)
 
 
-def stop(children: Collection[RunningStep], *, grace: Sequence[tuple[int, float]] = GRACE) -> None:
-    """Ends all `children`, the longer they take the more firmly; returns once they are gone. Ctrl-C hurries it."""
+def stop(children: Collection[RunningStep], *, grace: Sequence[tuple[int, float]] = STOP_SIGNALS) -> None:
+    """End all `children` by stronger and stronger signals; return once they are gone.
+
+    Another Ctrl-C goes on to the next signal at once.
+    """
     for number, seconds in grace:
         alive = [child for child in children if child.poll() is None]
         for child in alive:
@@ -101,7 +106,7 @@ def stop(children: Collection[RunningStep], *, grace: Sequence[tuple[int, float]
         end = time.monotonic() + seconds
         try:
             while any(child.poll() is None for child in alive) and time.monotonic() < end:
-                time.sleep(POLL)
+                time.sleep(POLL_SECONDS)
         except KeyboardInterrupt:
             continue
 
@@ -118,11 +123,11 @@ class _Process:
             os.killpg(self._process.pid, number)
 
 
-def _dying_with(parent: int) -> Callable[[], None]:
+def _die_with_parent(parent: int) -> Callable[[], None]:
     prctl, number, getppid, leave = _LIBC.prctl, int(signal.SIGKILL), os.getppid, os._exit
 
     def die() -> None:
-        # It must not write on when its parent was killed: the same command may be at work again already.
+        # It must not write on after its parent was killed: the same command may already run again.
         prctl(_PR_SET_PDEATHSIG, number)
         if getppid() != parent:
             leave(1)
@@ -130,8 +135,8 @@ def _dying_with(parent: int) -> Callable[[], None]:
     return die
 
 
-def _paths() -> dict[str, str]:
-    """Where Python finds us, run from a source tree that was not installed."""
+def _python_path() -> dict[str, str]:
+    """Return the PYTHONPATH of a child: needed only in a source tree that is not installed."""
     try:
         version("model-surgery")
         return {}

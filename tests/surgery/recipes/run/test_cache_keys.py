@@ -115,7 +115,7 @@ def test_the_files_that_a_corpus_matches_count(tmp_path: Path) -> None:
 
 def test_a_lab_model_counts_by_its_recipe_and_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SURGERY_CACHE", str(tmp_path))
-    thing = InputResolver(FileHashCache()).of("lab:grpo")
+    thing = InputResolver(FileHashCache()).resolve("lab:grpo")
     assert thing is not None and thing.content is not None
     assert lab.path_of("grpo").parent.name in thing.content
     assert "trained first" in thing.note
@@ -133,7 +133,7 @@ def test_a_repository_counts_by_its_commit(server: HubServer, tmp_path: Path) ->
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"x" * 100)
     server.add("org/model", folder)
-    seen = InputResolver(FileHashCache()).of("org/model")
+    seen = InputResolver(FileHashCache()).resolve("org/model")
     assert seen is not None and seen.content is not None and seen.content.startswith("hub/org/model@")
     assert (seen.n_bytes, seen.missing) == (100, 102)
     assert of(text="org/model") != of(text="org/other")
@@ -141,7 +141,7 @@ def test_a_repository_counts_by_its_commit(server: HubServer, tmp_path: Path) ->
 
 def test_what_cannot_be_looked_up_counts_as_it_is_typed_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    thing = InputResolver(FileHashCache()).of("org/surely-not-cached")
+    thing = InputResolver(FileHashCache()).resolve("org/surely-not-cached")
     assert thing is not None and thing.content is None
     assert "no complete copy in the cache" in thing.note
 
@@ -152,7 +152,7 @@ def test_weights_are_known_by_their_tensors_not_by_their_metadata(tmp_path: Path
     save_file(tensors, tmp_path / "2.safetensors")
     save_file({"a": torch.arange(6.0).reshape(3, 2)}, tmp_path / "3.safetensors")
     hashes = FileHashCache()
-    one, two, three = (hashes.of_file(tmp_path / f"{n}.safetensors") for n in (1, 2, 3))
+    one, two, three = (hashes.hash_file(tmp_path / f"{n}.safetensors") for n in (1, 2, 3))
     assert one == two != three
 
 
@@ -160,21 +160,21 @@ def test_a_kept_hash_is_used_until_the_file_changes(tmp_path: Path, monkeypatch:
     kept, file = tmp_path / "hashes.json", tmp_path / "file"
     file.write_text("one")
     hashes = FileHashCache(kept)
-    found = hashes.of_file(file)
+    found = hashes.hash_file(file)
     hashes.save()
     reads: list[Path] = []
     monkeypatch.setattr("surgery.recipes.run.content_hashes._bytes_hash", lambda path: reads.append(path) or "new")
-    assert FileHashCache(kept).of_file(file) == found
+    assert FileHashCache(kept).hash_file(file) == found
     assert not reads
     file.write_text("two!")
-    assert FileHashCache(kept).of_file(file) == "new"
+    assert FileHashCache(kept).hash_file(file) == "new"
 
 
 def test_a_damaged_memory_of_hashes_is_forgotten(tmp_path: Path) -> None:
     kept, file = tmp_path / "hashes.json", tmp_path / "file"
     file.write_text("one")
     kept.write_text("{")
-    assert FileHashCache(kept).of_file(file) == FileHashCache().of_file(file)
+    assert FileHashCache(kept).hash_file(file) == FileHashCache().hash_file(file)
 
 
 def test_a_byte_that_flips_is_noticed_though_size_and_name_stay(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_byte_that_flips_is_noticed_though_size_and_name_stay(tmp_path: Path) 
     path.parent.mkdir()
     save_file({"a": torch.arange(6.0)}, path)
     hashes = FileHashCache()
-    files = hashes.of_files(path.parent)
+    files = hashes.hash_files(path.parent)
     assert hashes.is_intact(path.parent, files)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

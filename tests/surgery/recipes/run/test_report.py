@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 from support.recipe_runs import Fakes, make, node, program, write_output
 
-from surgery.recipes.run.display import SHOWN, BarDisplay, LineDisplay, how_far
-from surgery.recipes.run.report import _folded
+from surgery.recipes.run.display import MOST_ROWS, BarDisplay, LineDisplay, format_progress
+from surgery.recipes.run.report import _wrap
 from surgery.recipes.run.scheduler import run_recipe
 from surgery.recipes.run.subprocesses import StepProcess
 from surgery.recipes.types import StepOutput
@@ -29,14 +29,14 @@ OTHER = PNG + b"other"
 
 def work(job: StepProcess) -> None:
     write_output(job)
-    job.place.log.write_text("said\n")
-    if job.node.name == "a":
-        (job.place.out / "curve.png").write_bytes(PNG)
+    job.paths.log.write_text("said\n")
+    if job.step.name == "a":
+        (job.paths.out / "curve.png").write_bytes(PNG)
         Report("Own", "").add(Figure("again", "", PNG)).add(Figure("heads", "", OTHER)).write(
-            job.place.out / "report.html"
+            job.paths.out / "report.html"
         )
-    if job.node.command.plots:
-        job.place.picture.write_bytes(PNG)
+    if job.step.command.plots:
+        job.paths.picture.write_bytes(PNG)
 
 
 @pytest.fixture
@@ -84,9 +84,9 @@ def test_the_recipe_ends_the_page(page: str) -> None:
     assert page.rindex("recipes: {tried: {}}") > page.index("<h2>c</h2>")
 
 
-def test_a_long_line_is_folded_as_a_shell_reads_it() -> None:
+def test_a_long_line_is_wrap_as_a_shell_reads_it() -> None:
     words = ["make", "x" * 60, "--text", "two words", "y" * 120, "z"]
-    text = _folded(words)
+    text = _wrap(words)
     assert shlex.split(text.replace("\\\n", "")) == ["surgery", *words]
     assert [len(line) > 107 for line in text.split("\n")] == [False, True, False]
 
@@ -94,8 +94,8 @@ def test_a_long_line_is_folded_as_a_shell_reads_it() -> None:
 def test_what_a_step_told_people_stands_below_what_it_printed(tmp_path: Path) -> None:
     def telling(job: StepProcess) -> None:
         write_output(job)
-        job.place.text.write_text("a table\n" if job.node.name == "a" else "")
-        job.place.log.write_text("\n".join(f"line {n}" for n in range(30)))
+        job.paths.text.write_text("a table\n" if job.step.name == "a" else "")
+        job.paths.log.write_text("\n".join(f"line {n}" for n in range(30)))
 
     report = run_recipe(program(node("a"), node("b")), tmp_path / "run", runner=Fakes(work=telling), jobs=1)
     assert report.report is not None
@@ -104,7 +104,7 @@ def test_what_a_step_told_people_stands_below_what_it_printed(tmp_path: Path) ->
 
 
 def test_a_table_of_many_steps_shows_those_that_matter(tmp_path: Path) -> None:
-    rows = BarDisplay([f"s{n}" for n in range(SHOWN + 9)], Console(file=io.StringIO()))
+    rows = BarDisplay([f"s{n}" for n in range(MOST_ROWS + 9)], Console(file=io.StringIO()))
     for n, state in enumerate([*["done"] * 20, "failed", "left out", "unchanged"]):
         rows.ended(f"s{n}", state, 1.0)
     rows.started("s30", tmp_path)
@@ -132,7 +132,7 @@ def test_a_child_tells_its_progress_through_a_file(tmp_path: Path, monkeypatch: 
         advance(4, "loss 2.0")
         advance(6)
         assert read_progress(file) == ProgressEvent("Writing", 10, 10, "steps", "loss 2.0")
-    assert how_far(read_progress(file)) == f"{'━' * 20} 10 of 10 Writing loss 2.0"
+    assert format_progress(read_progress(file)) == f"{'━' * 20} 10 of 10 Writing loss 2.0"
     assert [path.name for path in tmp_path.iterdir()] == ["progress.json"]
 
 
@@ -147,4 +147,4 @@ def test_a_child_that_nobody_listens_to_writes_nothing(tmp_path: Path, monkeypat
 def test_a_file_that_says_nothing_readable_is_no_progress(tmp_path: Path) -> None:
     (tmp_path / "progress.json").write_text('{"label": ')
     assert read_progress(tmp_path / "progress.json") is None
-    assert how_far(None) == ""
+    assert format_progress(None) == ""

@@ -34,8 +34,8 @@ from surgery.recipes.run import scheduler as engine
 from surgery.recipes.run.preview import RunPreview
 from surgery.recipes.run.scheduler import RunReport, run_recipe
 from surgery.recipes.run.state import locked
-from surgery.recipes.run.subprocesses import StepProcess, start, surroundings
-from surgery.recipes.run.subprocesses import program as line_of
+from surgery.recipes.run.subprocesses import StepProcess, child_environment, start
+from surgery.recipes.run.subprocesses import surgery_command as line_of
 from surgery.recipes.types import Pipeline, Push, StepOutput
 
 GB = 10**9
@@ -53,7 +53,7 @@ CHAIN = program(
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Made-up children are done at once: there is nothing to wait for."""
-    monkeypatch.setattr(engine, "POLL", 0.0)
+    monkeypatch.setattr(engine, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(engine, "free_memory", lambda: 100 * GB)
 
 
@@ -64,7 +64,7 @@ def go(run: Path, what: Pipeline = CHAIN, fakes: Fakes | None = None, **more: ob
 
 def test_steps_run_after_those_they_need_and_beside_the_others(tmp_path: Path) -> None:
     report, fakes = go(tmp_path / "run")
-    assert set(report.endings.values()) == {"done"}
+    assert set(report.statuses.values()) == {"done"}
     assert [fakes.ended.index(name) for name in "abc"] == sorted(fakes.ended.index(name) for name in "abc")
     assert fakes.beside["d"] == {"a"}
     assert "a" not in fakes.beside["b"] and "b" not in fakes.beside["c"]
@@ -80,7 +80,7 @@ def test_an_unchanged_step_is_not_done_again(tmp_path: Path) -> None:
     first, _ = go(tmp_path / "run")
     again, fakes = go(tmp_path / "run")
     assert fakes.started == []
-    assert set(again.endings.values()) == {"unchanged"}
+    assert set(again.statuses.values()) == {"unchanged"}
     assert {n: s.output for n, s in again.steps.items()} == {n: s.output for n, s in first.steps.items()}
 
 
@@ -164,8 +164,8 @@ def test_scores_are_measured_again_when_the_folder_that_holds_them_is_new(tmp_pa
 
 def test_what_does_not_depend_on_a_failed_step_goes_on(tmp_path: Path) -> None:
     report, _ = go(tmp_path / "run", fakes=Fakes(codes={"b": 1}))
-    assert dict(report.endings) == {"a": "done", "b": "failed", "c": "left out", "d": "done"}
-    fault = report.fault(tmp_path / "run")
+    assert dict(report.statuses) == {"a": "done", "b": "failed", "c": "left out", "d": "done"}
+    fault = report.error(tmp_path / "run")
     assert fault is not None and fault.exit_code == 1
     assert "step b failed:\n  looked\n  it is broken" in str(fault)
     assert str(tmp_path / "run" / "steps" / "b" / "log.txt") in str(fault)
@@ -175,8 +175,8 @@ def test_what_does_not_depend_on_a_failed_step_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_step_that_writes_nothing_fails(tmp_path: Path) -> None:
-    report, _ = go(tmp_path / "run", program(node("a")), Fakes(work=lambda job: job.place.text.write_text("")))
-    assert report.endings["a"] == "failed"
+    report, _ = go(tmp_path / "run", program(node("a")), Fakes(work=lambda job: job.paths.text.write_text("")))
+    assert report.statuses["a"] == "failed"
     assert "wrote nothing" in (report.steps["a"].error or "")
 
 
@@ -184,12 +184,12 @@ def test_a_step_that_failed_goes_on_from_its_partial_work_but_not_from_that_of_o
     seen: list[bool] = []
 
     def work(job: StepProcess) -> None:
-        seen.append((job.place.folder / "out.partial").exists())
+        seen.append((job.paths.folder / "out.partial").exists())
         write_output(job)
 
     class Half(Fakes):
         def __call__(self, job: StepProcess):  # type: ignore[no-untyped-def]
-            (job.place.folder / "out.partial").mkdir(exist_ok=True)
+            (job.paths.folder / "out.partial").mkdir(exist_ok=True)
             return super().__call__(job)
 
     go(tmp_path / "run", program(node("a")), Half(codes={"a": 1}))
@@ -201,15 +201,15 @@ def test_a_step_that_failed_goes_on_from_its_partial_work_but_not_from_that_of_o
 
 def test_a_command_that_changes_a_folder_works_on_a_copy(tmp_path: Path) -> None:
     def work(job: StepProcess) -> None:
-        job.place.out.mkdir(exist_ok=True)
+        job.paths.out.mkdir(exist_ok=True)
         for name in ("m.safetensors", "log.jsonl"):
-            path = job.place.out / name
+            path = job.paths.out / name
             if not path.exists():
                 path.write_bytes(b"first\n")
             elif name == "log.jsonl":
                 with path.open("ab") as file:
                     file.write(b"second\n")
-        job.place.text.write_text("")
+        job.paths.text.write_text("")
 
     changing = make("change", writes="from", changes="from")
     what = program(node("a"), node("b", {"from": StepOutput("a")}, command=changing))
@@ -233,15 +233,15 @@ def test_a_folder_to_be_changed_that_is_not_there_is_an_error_before_anything_ru
 def test_a_step_does_not_take_its_files_for_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("KEPT", "1")
-    assert "FORCE_COLOR" not in surroundings() and surroundings()["KEPT"] == "1"
+    assert "FORCE_COLOR" not in child_environment() and child_environment()["KEPT"] == "1"
 
 
 def test_a_dry_run_shows_everything_and_writes_nothing(tmp_path: Path) -> None:
     seen: list[RunPreview] = []
     report, fakes = go(tmp_path / "run", dry_run=True, show=seen.append)
     assert not (tmp_path / "run").exists()
-    assert fakes.started == [] and report.endings == {}
-    assert [(step.node.name, step.is_done) for step in seen[0].steps] == [(name, False) for name in "abcd"]
+    assert fakes.started == [] and report.statuses == {}
+    assert [(each.step.name, each.is_done) for each in seen[0].steps] == [(name, False) for name in "abcd"]
 
 
 def test_too_small_a_disk_is_an_error_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +276,7 @@ def test_ctrl_c_stops_the_children_and_the_next_run_goes_on(tmp_path: Path) -> N
     class Pressed(Fakes):
         def __call__(self, job: StepProcess):  # type: ignore[no-untyped-def]
             child = super().__call__(job)
-            if job.node.name == "c":
+            if job.step.name == "c":
                 raise KeyboardInterrupt
             return child
 
@@ -295,9 +295,9 @@ def test_what_the_recipe_pushes_goes_up_with_the_recipe_once_all_is_done(
 ) -> None:
     def work(job: StepProcess) -> None:
         write_output(job)
-        if job.node.name == "a":
-            shutil.rmtree(job.place.out)
-            copy_of(out, job.place.out)
+        if job.step.name == "a":
+            shutil.rmtree(job.paths.out)
+            copy_of(out, job.paths.out)
 
     what = program(node("a"), node("b"), pushes=[Push("a", REPO, message="made")])
     failing, _ = go(tmp_path / "run", what, Fakes(work=work, codes={"b": 1}))
@@ -398,7 +398,7 @@ def test_a_real_child_gets_no_shell_no_input_and_its_own_files(tmp_path: Path) -
     odd = "$(touch gone); *"
     what = program(node("a", {"inputs": (odd,)}, command=make("inspect", writes=None)))
     report = run_recipe(what, tmp_path / "run", runner=start, jobs=1)
-    assert report.endings["a"] == "failed"
+    assert report.statuses["a"] == "failed"
     assert odd in (report.steps["a"].error or "")
     assert not (tmp_path / "gone").exists()
 
