@@ -31,7 +31,7 @@ class ProbeRun:
     data: DataSet
     transfer: DataSet | None
     out: Path
-    asking: GenerationOptions
+    generation: GenerationOptions
     options: ExecutionOptions
 
     @cached_property
@@ -59,7 +59,7 @@ class ProbeRun:
         return prepare(
             self.live,
             data,
-            self.asking,
+            self.generation,
             # The dtype changes what is generated, so completions of another one are not reused.
             model_id=f"{self.weights_hash} {self.live.model.dtype}",
             cache=partial_path(self.out) / cache,
@@ -74,7 +74,7 @@ def open_run(
     out: Path,
     *,
     transfer: str | None,
-    asking: GenerationOptions,
+    generation: GenerationOptions,
     limit: int | None,
     dtype: str,
     options: ExecutionOptions,
@@ -94,4 +94,4 @@ def open_run(
     dataset = read_data(data, limit=limit)
     second = None if transfer is None else read_data(transfer, limit=limit)
     live = open_model(model, device=options.device, dtype=dtype)
-    return ProbeRun(live, dataset, second, out, asking, options)
+    return ProbeRun(live, dataset, second, out, generation, options)

@@ -139,7 +139,7 @@ class _Analyser:
             experts,
             _bare_prompts(self.run.live.tokenizer, data.prepared),
             grid,
-            max_new_tokens=self.run.asking.max_new_tokens,
+            max_new_tokens=self.run.generation.max_new_tokens,
             progress=self.run.options.progress,
         )
 

@@ -90,7 +90,7 @@ def _settings(analysis: ExpertAnalysis) -> dict[str, Any]:
     record = jsonable(
         {
             "tokens": list(settings.tokens),
-            "asking": asdict(analysis.run.asking),
+            "asking": asdict(analysis.run.generation),
             "support": asdict(settings.support),
             "grid": None if settings.grid is None else asdict(settings.grid),
             "limit": settings.limit,

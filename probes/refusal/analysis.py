@@ -79,12 +79,14 @@ def analyse(
         transfer_metrics = measure_transfer(
             live, transfer.examples, transfer.sequences, fitted, max_tokens=max_tokens, progress=progress
         )
+    # After the final norm: the state that the answer's first token is read from, and that heads are attributed to.
     depth = live.n_depths - 1
     traces = trace_scores(live, sequences, fitted, max_tokens=max_tokens, progress=progress)
     cliffs = [
         cliff_measures.measure_cliff(sequence, scores[:, depth].numpy(), cell=example.cell, group=example.group)
         for example, sequence, scores in zip(examples, sequences, traces, strict=True)
     ]
+    # One cell only: means over harmful and harmless prompts would mix heads that do different things.
     cell = _cell_to_score(examples)
     heads = attribute_heads(
         live,

@@ -101,6 +101,7 @@ def judge(
         raise usage_error("is a folder, expected the name of a file", where=out)
     if out.exists() and not options.overwrite:
         raise usage_error("exists already", where=out, hint="Choose another file, or add --overwrite.")
+    # All that can be wrong in the request is checked before the model is loaded.
     findings = read_findings(run)
     pool = read_data(data, limit=limit)
     count = parse_top(top, len(pool.examples))
@@ -120,6 +121,7 @@ def judge(
         len(pool.examples),
         tuple(chosen),
         chosen[-1].misalignment,
+        # Unfinished examples have no cliff at all, and those without thinking one without a plateau.
         left_out=len(pool.examples) - sum(cliff.thinking > 0 for cliff in cliffs),
         without_response=sum(by_key[cliff.key].response is None for cliff in chosen),
     )
@@ -177,6 +179,7 @@ def _to_row(example: Example, cliff: RefusalCliff, style: RowStyle, markers: Mar
     if example.thinking is not None and markers is not None:
         thinking = f"{markers.opening}{example.thinking}{example.closing or markers.closing}"
     answer = None if example.response is None else f"{thinking}{example.response}"
+    # What the pool has under these names is replaced by `messages`, or by the fields of alpaca.
     pool_fields = {key: value for key, value in example.row.items() if key not in ("prompt", "messages")}
     messages = [dict(message) for message in example.messages]
     if style == "llama-factory":

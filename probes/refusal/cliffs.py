@@ -89,6 +89,7 @@ def measure_cliff(sequence: TokenSequence, scores: Sequence[float] | Floats, *, 
             f"its trace has {len(trace)} scores, and {sequence.decision + 1} tokens stand before the answer",
             where=sequence.key,
         )
+    # The answer itself is cut off: what its tokens say is no evidence of what was decided before.
     final = float(trace[-1])
     thinking = trace[sequence.span("thinking").start : sequence.span("thinking").stop]
     if not len(thinking):
@@ -149,6 +150,7 @@ def mean_traces(
         values, mask = align_ends(parts)
         first = int(np.flatnonzero(mask.sum(0) >= min(LEAST_TRACES, len(rows)))[0])
         band = bootstrap_mean(values[:, first:], mask[:, first:], groups=[groups[at] for at in rows], seed=seed)
+        # The template is the same text for all, but a tokenizer may merge its first token with the thinking.
         closing = statistics.mode(len(sequences[at].span("closing")) for at in rows)
         means_of[cell] = MeanTrace(band, closing)
     return means_of
@@ -157,6 +159,7 @@ def mean_traces(
 def most_misaligned(cliffs: Sequence[RefusalCliff], count: int) -> list[RefusalCliff]:
     """Return the `count` cliffs with the largest misalignment (Cliff-as-a-Judge), largest first, ties by key."""
     with_thinking = [cliff for cliff in cliffs if cliff.thinking]
+    # Keys break ties, so that the choice does not depend on the order of the pool.
     return sorted(with_thinking, key=lambda cliff: (-cliff.misalignment, cliff.key))[:count]
 
 

@@ -99,11 +99,13 @@ def edit_heads(
     measured = should_measure(
         "edit heads", wanted=measuring.wanted, dry_run=dry_run, run=choice.run, data=measuring.data
     )
+    # Headers only: the weights are read when they are written.
     checkpoint = open_checkpoint(model)
     findings = None if choice.run is None else read_findings(choice.run)
     if findings is not None and choice.run is not None:
         check_model(findings, checkpoint, choice.run, options=options)
     scales = select_heads(choice, findings)
+    # Prepared before anything is written: missing prompts or a wrong phrase file must not cost a checkpoint.
     measure = None
     if measured:
         prompts = _prompts(choice.run, measuring)
@@ -126,6 +128,7 @@ def edit_heads(
 
 def select_heads(choice: HeadSelection, findings: Findings | None) -> dict[Head, float]:
     """Return head → γ. Raises SurgeryError if no heads are chosen, or in two ways."""
+    # Options by their names on the command line: the messages are for its users.
     ways = [name for name, on in (("--head", choice.heads), ("--top", choice.top), ("--proven", choice.proven)) if on]
     if len(ways) > 1:
         raise usage_error(f"{' and '.join(ways)} all choose heads: give one of them.")
@@ -172,6 +175,7 @@ def _proven(choice: HeadSelection, findings: Findings) -> dict[Head, float]:
 def _lowest(choice: HeadSelection, top: str, findings: Findings) -> dict[Head, float]:
     count = parse_top(top, len(findings.heads))
     lowest = findings.ranked[:count]
+    # Scaling a head that writes for refusal would weaken it, the opposite of a repair.
     if wrong := [row for row in lowest if findings.score_of(row) >= 0]:
         raise usage_error(
             f"{len(wrong)} of the {count} lowest heads do not write against refusal: {wrong[0].name} has an "

@@ -97,8 +97,10 @@ class EffectMeasurement:
         edited = open_model(folder, device=options.device, dtype=self._dtype, name="the edited model")
         # The edited model has the same tokenizer, and so the same markers.
         markers = resolve_markers(original, generation)
+        # From the bare prompts: the edit may change the thinking as well as the answer.
         answers = [generate_answers(live, self._prompts, generation, markers, options) for live in (original, edited)]
         unfinished = [{row.key for row in never_closed(rows)} for rows in answers]
+        # Unfinished answers have no verdict: they are counted by themselves, or they would pass for compliance.
         labelled = [
             self._label([row for row in rows if row.key not in keys])
             for rows, keys in zip(answers, unfinished, strict=True)

@@ -94,6 +94,7 @@ def measure_transfer(
 ) -> tuple[LayerMetrics, ...]:
     """Return the probes' metrics on a second data set, one for each depth."""
     states = decision_states(live, sequences, max_tokens=max_tokens, progress=progress)
+    # By the probes of all examples: a second data set has no fold that it was held out in.
     return evaluate_transfer(
         fitted.probes,
         states,

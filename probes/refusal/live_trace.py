@@ -150,6 +150,7 @@ def _segment(n_prompt: int, texts: list[str], markers: Markers | None) -> tuple[
         return TokenSequence("live", ids, (n_prompt, n_prompt, n_prompt, total)), True
     text, ends = "", []
     for own in texts:
+        # Markers may be split over several tokens: they are found in the text, and mapped back to tokens by its length.
         text += own
         ends.append(len(text))
     _, template, answer = split_completion(text, markers)

@@ -182,6 +182,7 @@ def layer_auroc_figure(
     if selectivity:
         heights = [math.nan if value is None else value for value in selectivity]
         labels.append(draw_line(axes, layers, heights, "selectivity", ORANGE))
+    # Selectivity may be below 0.
     lowest = min([0.0, *(a.low for a in auroc), *(value for value in selectivity if value is not None)])
     axes.set_ylim(min(-0.02, lowest - 0.02), 1.03)
     group_ticks(axes, [f"layer {layer}" for layer in layers])
@@ -216,6 +217,7 @@ def histogram_figure(
     panels = canvas.figure.subplots(len(known), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, (name, values), colour in zip(panels, known.items(), cycle(COLOURS), strict=False):
         style(axes)
+        # Shares and not counts: cells have different numbers of examples.
         shares = 100 * np.histogram(values, edges)[0] / len(values)
         axes.bar(edges[:-1], shares, width=np.diff(edges), align="edge", color=colour, alpha=0.85, edgecolor="white")
         heading = f"{name}  (n = {len(values):,})"

@@ -105,6 +105,7 @@ def read_traces(folder: Path) -> tuple[list[Example], list[TokenSequence], list[
     examples, stored = read_examples(folder), load_file(folder / TRACES)
     ends = [tuple(int(end) for end in row) for row in stored["ends"]]
     scores = stored["scores"].double().numpy()
+    # Scores are stored one example after the other.
     starts = np.cumsum([0, *(row[3] for row in ends)])
     sequences = [
         TokenSequence(example.key, (0,) * row[3], (row[0], row[1], row[2], row[3]))

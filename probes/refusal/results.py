@@ -38,7 +38,8 @@ from surgery.io.json_io import jsonable
 from surgery.models.loaded_model import LoadedModel
 
 READABLE = 0o644  # safetensors makes files that only their owner can read
-# The parts of the probe's logit must sum to it within this share of its size, by the dtype of the model.
+# The parts of the probe's logit must sum to it within this share of its size, by the dtype of the model. In half
+# precision every layer rounds its sum to 8 or 11 bits, and the parts are computed in fp32.
 UNEXPLAINED = {torch.float32: 1e-3, torch.float64: 1e-6}
 UNEXPLAINED_HALF = 0.1
 
@@ -51,6 +52,7 @@ def to_findings(analysis: RefusalAnalysis) -> Findings:
     """
     run, prepared, settings, cell = analysis.run, analysis.prepared, analysis.settings, analysis.cell
     exact = settings.attribution == "exact"
+    # A cell where no score falls has no onset to report.
     with_onset = any(cliff.cell == cell and cliff.onset is not None for cliff in analysis.cliffs)
     metrics, transfer_metrics = analysis.fitted.probes.metrics, analysis.transfer_metrics
     return Findings(
@@ -93,6 +95,7 @@ def write_run(folder: Path, findings: Findings, analysis: RefusalAnalysis) -> No
 
 def _unexplained_share(live: LoadedModel, heads: HeadAttribution) -> float:
     """The part of the probe's logit that its parts leave unexplained, as a share of the size of those parts."""
+    # Not of the logit alone, which is small where large parts cancel.
     size = max(float(heads.logit.abs().max()), float((heads.embedding.abs() + heads.blocks.abs().sum(1)).max()), 1e-9)
     share = float((heads.total - heads.logit).abs().max()) / size
     allowed = UNEXPLAINED.get(live.model.dtype, UNEXPLAINED_HALF)
@@ -109,6 +112,7 @@ def _unexplained_share(live: LoadedModel, heads: HeadAttribution) -> float:
 def _head_records(heads: HeadAttribution, groups: Sequence[str]) -> list[HeadRecord]:
     records = []
     for layer, paper in sorted(heads.paper.items()):
+        # Layer by layer, for layers may have different numbers of heads.
         exact = heads.exact.get(layer)
         paper_band = bootstrap_mean(paper.numpy(), groups=groups)
         exact_band = None if exact is None else bootstrap_mean(exact.numpy(), groups=groups)
@@ -175,7 +179,7 @@ def _warnings(analysis: RefusalAnalysis) -> list[str]:
 def _settings_record(analysis: RefusalAnalysis) -> dict[str, Any]:
     settings = analysis.settings
     return {
-        "asking": jsonable(asdict(analysis.run.asking)),
+        "asking": jsonable(asdict(analysis.run.generation)),
         "training": asdict(settings.training),
         "attribution": settings.attribution,
         "limit": settings.limit,
@@ -186,6 +190,7 @@ def _save_traces(path: Path, analysis: RefusalAnalysis) -> None:
     traces = analysis.traces
     tensors = {
         "scores": torch.cat([trace[:, analysis.depth] for trace in traces]).contiguous(),
+        # fp16: tokens × depths is the largest tensor of a run, and nothing is computed from it.
         "all": torch.cat(list(traces)).half().contiguous(),
         "ends": torch.tensor([list(sequence.ends) for sequence in analysis.prepared.sequences]),
     }

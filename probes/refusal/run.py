@@ -57,7 +57,7 @@ def probe_refusal(
     if asking.phrases is not None:
         # The findings keep the phrases themselves: later verdicts must not depend on what has become of their file.
         asking = replace(asking, phrases=tuple(refusal_phrases(asking)))
-    run = open_run(model, data, out, transfer=transfer, asking=asking, limit=limit, dtype=dtype, options=options)
+    run = open_run(model, data, out, transfer=transfer, generation=asking, limit=limit, dtype=dtype, options=options)
     settings = RefusalSettings(training, attribution, limit, batch_tokens)
     analysis = analyse(run, run.prepare(), run.prepare_transfer(), settings)
     findings = to_findings(analysis)

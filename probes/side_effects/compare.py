@@ -36,6 +36,7 @@ def bare_prompts(examples: Sequence[Example], most: int, *, any_topic: bool = Fa
     n_of_topic: Counter[str | None] = Counter()
     prompts: list[Example] = []
     for example in examples:
+        # Data may have the same prompt several times, with different responses.
         key = (example.topic, str(example.messages))
         if (example.topic is None and not any_topic) or key in seen or n_of_topic[example.topic] >= most:
             continue
@@ -87,6 +88,7 @@ def divergence_by_topic(
         sequences = build_sequences(
             before.tokenizer, rows, markers, max_tokens=context_length(before.model), where=before.name
         )
+        # One topic at a time, so that each has its own interval; examples without one are a topic of their own.
         divergence = measure_divergence(
             ComparedModel(before), {"edit": ComparedModel(after)}, sequences, progress=options.progress
         )["edit"]
@@ -105,6 +107,7 @@ def manifest_record(effects: Any) -> dict[str, Any]:
 
 def counts_text(before: Rate, after: Rate) -> str:
     """Return the number of prompts of two rates, or both numbers where they differ."""
+    # They differ where a model left some answers unfinished.
     return f"{before.n}" if before.n == after.n else f"{before.n} / {after.n}"
 
 

@@ -114,15 +114,18 @@ def measure_divergence(
     """
     if not sequences:
         raise SurgeryError("no answer is left to compare on", where=before.live.name)
+    # The prompt and thinking in full, and only the first tokens of the answer.
     cut = [sequence.ids[: min(sequence.ends[2] + tokens, sequence.ends[3])] for sequence in sequences]
     n_answer_tokens = [len(ids) - sequence.ends[2] for ids, sequence in zip(cut, sequences, strict=True)]
     if 0 in n_answer_tokens:
         raise SurgeryError("has no answer to compare on", where=sequences[n_answer_tokens.index(0)].key)
+    # Padded on the left, so that the answers end together and `logits_to_keep` drops everything before them.
     batches = make_batches(cut, max_tokens=max_tokens or CPU_TOKENS, padding="left")
     work = partial(_compare, before, afters, n_answer_tokens)
     results = map_over_ranks(
         batches, work, label="Comparing answers", size=lambda batch: len(batch.numbers), progress=progress
     )
+    # Batches are made by length: this puts the examples back into their own order.
     order = np.argsort([number for batch in batches for number in batch.numbers])
     return {
         name: Divergence(*(np.concatenate([part[name][at] for part in results])[order] for at in range(4)))
@@ -138,6 +141,7 @@ def greedy_answers(
     progress: Progress = silent,
 ) -> list[str]:
     """Return the model's greedy answers, up to `tokens` tokens, after the given thinking and closing template."""
+    # Thinking is given and not generated: what is compared is the decision that follows it.
     with model.active():
         return generate_texts(
             model.live.loaded,
@@ -171,6 +175,7 @@ def _compare(
         for row, count in enumerate(counts):
             targets = batch.ids[row, -count:].to(original.device)
             # Logits at a position are for the token after it: the last ones are for what follows the answer.
+            # In fp64: between similar models KL is a small difference of large logarithms.
             p = original[row, -count - 1 : -1].double().log_softmax(-1)
             q = edited[row, -count - 1 : -1].double().to(original.device).log_softmax(-1)
             # Tokens that the model rules out (a logit of -inf) add nothing; -inf - -inf would be NaN.

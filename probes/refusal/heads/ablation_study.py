@@ -141,6 +141,7 @@ class AblationStudy:
 
     def random_sets(self, candidates: Sequence[Head], size: int, seed: int) -> list[GreedyStepRecord]:
         """Measure sets of 1 to `size` random heads that are no candidates; side effects only for the last set."""
+        # Candidates are left out, or a random set could contain what it is the control of.
         others = [head for head in self._heads if head not in set(candidates)]
         drawn = random.Random(f"{seed}/control").sample(others, size)
         return [self.measure_set(drawn[:n], side_effects=n == size) for n in range(1, size + 1)]
@@ -151,6 +152,7 @@ class AblationStudy:
         with ablated.active():
             score = self._mean_score()
         record = GreedyStepRecord(heads=[str(head) for head in heads], score=score)
+        # Answers are generated token by token, which takes far longer than a score.
         if not side_effects:
             return record
         update: dict[str, object] = {"refusal": self._refusal_rate(ablated, self.scored)}
@@ -189,6 +191,7 @@ class AblationStudy:
 
     def _best_addition(self, chosen: Sequence[Head], rest: Sequence[Head]) -> tuple[Head, float]:
         """Return the head of `rest` that raises the mean logit most beside `chosen`, and by how much."""
+        # Beside the heads that are in the set already: two heads may do the same, and one of them is enough.
         with self._with_ablated(chosen).active():
             gains = self._sweep(rest, self._set_ablation()).effects.mean(0)
         best = int(gains.argmax())
@@ -254,5 +257,6 @@ class AblationStudy:
                 hint="Give --positions a number, and data with harmless/complied examples.",
             )
         donors = head_inputs(self._probed.live, self.harmless.sequences, self.last, max_tokens=self._batch_tokens)
+        # Drawn once for all heads, so that their effects differ by the head and not by the donor.
         picks = random.Random(f"{self._proof.seed}/donors").choices(range(len(self.harmless.examples)), k=count)
         return Ablation(values={layer: rows[picks] for layer, rows in donors.items()})

@@ -251,7 +251,9 @@ def _add_exact_form(
     biases, blocks, exact = torch.zeros_like(attribution.biases), torch.zeros_like(attribution.blocks), {}
     for layer, writes in enumerate(stream.writes):
         for write in writes:
+            # Some families scale what a layer adds; the final norm scales everything.
             factor = scale * stream.factors[layer]
+            # By identity: writes contain tensors, whose comparison has no single truth value.
             if write is stream.attention.get(layer):
                 exact[layer], biases[:, layer] = _attribute_attention(layer, write, factor, directions, recording)
             else:
@@ -280,6 +282,7 @@ def _attribute_attention(
         factor = factor * write.folds[at].scale(before, after).cpu()
     if projection.bias is not None:
         biases += factor * float(projection.bias.cpu() @ inner)
+    # Without the projection's bias, which belongs to no head.
     z = recording.inputs[projection.module]
     scores = _sum_by_head(z * directions.exact[layer], projection.n_heads)
     return scores.cpu() * factor.unsqueeze(1), biases

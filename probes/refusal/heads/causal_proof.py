@@ -58,6 +58,7 @@ def prove_heads(
     candidates = [row.name for row in findings.ranked[:n_candidates] if findings.score_of(row) < 0]
     if not candidates:
         raise SurgeryError("no head writes against refusal: every attribution is above 0", where=run)
+    # By the same code as the sets, so that its numbers can be compared with theirs.
     base = study.measure_set(())
     steps, stopped = study.grow(candidates)
     causal = CausalRecord(
@@ -103,6 +104,7 @@ def _check(findings: Findings, run: Path, proof: ProofOptions) -> int:
     if not count:
         raise SurgeryError("has no heads that are understood", where=run)
     requested = parse_top(proof.top, count)
+    # Random sets are drawn from the heads that are no candidates, and are as large.
     if proof.controls and requested > count // 2:
         raise usage_error(
             f"got {proof.top!r}, which is {requested} of {count} heads: too few are left to draw as many at random",
@@ -118,6 +120,7 @@ def _measure_controls(
     control = []
     with options.progress("Random heads", proof.controls, "steps") as advance:
         for number in range(proof.controls if size else 0):
+            # A seed of its own for each set, so that more controls leave the first ones as they were.
             control.append(study.random_sets(candidates, size, proof.seed + number))
             advance(1)
     return control

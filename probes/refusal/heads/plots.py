@@ -78,6 +78,7 @@ def head_map_figure(
     largest = float(np.nanmax(np.abs(grid))) or 1.0
     canvas, axes = titled_axes(title, height=min(8.5, 1.5 + max(2.2, 0.15 * layers)))
     axes.grid(visible=False)
+    # The hatch is visible where the map has no value.
     axes.patch.set(facecolor="white", hatch="////", edgecolor=LINE)
     image = axes.imshow(
         np.ma.masked_invalid(grid),
@@ -98,6 +99,7 @@ def head_map_figure(
     axes.set_ylabel("layer")
     bar = canvas.figure.colorbar(image, ax=axes, pad=0.015, fraction=0.04)
     bar.outline.set_visible(False)
+    # The bar ends at the largest value; the colours beyond it are not used.
     bar.ax.set_ylim(-largest, largest)
     bar.ax.tick_params(colors=INK, labelsize=8.5, length=0)
     bar.set_label(measure, color=INK, fontsize=9, parse_math=False)

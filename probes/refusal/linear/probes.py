@@ -184,6 +184,7 @@ class Probes:
                 tuple(record["notes"]),
                 record["about"],
             )
+            # A file that another tool wrote may have tensors that do not belong together.
             layers = probes.weights.shape[0]
             consistent = probes.weights.ndim == 2 and probes.biases.shape == (layers,) and len(probes.metrics) == layers
         except (KeyError, TypeError, IndexError) as error:

@@ -43,6 +43,7 @@ class LabeledExamples:
 
 def canonical_order(states: Tensor, labelled: LabeledExamples) -> Integers:
     """Return the order (N,) by group, verdict, cell and the states (N, layers, D); examples that tie are equal."""
+    # Hashed, for states of thousands of numbers would be slow to compare.
     rows = states.detach().cpu().float().contiguous().numpy()
     keys = [
         (group, bool(refused), cell, hash_bytes(row.tobytes()))
@@ -99,6 +100,7 @@ def assign_folds(labelled: LabeledExamples, folds: int, seed: int) -> tuple[Inte
 def _split(labelled: LabeledExamples, folds: int, seed: int) -> Integers:
     from sklearn.model_selection import StratifiedGroupKFold
 
+    # scikit-learn warns about strata with fewer examples than folds: not every fold can have one.
     by_cell = min(Counter(labelled.cells).values()) >= folds
     strata = np.array(labelled.cells) if by_cell else labelled.refused
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)

@@ -84,10 +84,12 @@ def train_probes(
     order = canonical_order(states, labelled)
     labelled = labelled.select(order)
     fold, n_folds = assign_folds(labelled, folds, seed)
+    # `seed` itself is that of the folds.
     permuted = [permute_labels(labelled, fold, n_folds, seed + 1 + at) for at in range(shuffles)]
     ordered = states.detach()[torch.from_numpy(order).to(states.device)]
     trainer = _LayerTrainer(ordered, (labelled, *permuted), fold, n_folds, C, seed)
     fits = _train_layers(trainer, progress)
+    # Everything with a row for each example goes back into the order in which the examples came.
     original_order = np.argsort(order)
     return Probes(
         weights=torch.from_numpy(np.stack([fit.weights for fit in fits])).float(),
@@ -120,6 +122,7 @@ def evaluate_transfer(
         SurgeryError: a class is missing; states are not finite, or of another shape than the probes'.
     """
     labelled = _check_examples(states, refused, groups, cells)
+    # Rounded as in training, so that ties are the same ones.
     logits = probes.logits(states).cpu().double().numpy().round(DECIMALS)
     return tuple(_metrics(logits[:, layer], labelled, seed) for layer in range(logits.shape[1]))
 
@@ -266,10 +269,12 @@ class _LayerTrainer:
 
     def train(self, layer: int) -> _LayerFit:
         """Fit and cross-validate the probe of one layer."""
+        # One layer at a time in fp64: all of them would take up to four times the memory of the states.
         states = self.states[:, layer].cpu().double().numpy()
         labelled, *permuted = self.label_sets
         logits, fold_weights, fold_biases = self._cross_validate(states)
         weights, biases = fit_logistic(states, [labelled.refused], [cell_weights(labelled)[0]], C=self.C)
+        # After fitting, so that only what is ranked and reported is rounded.
         logits = logits.round(DECIMALS)
         shuffled = [auroc(own, labels.refused) for own, labels in zip(logits[1:], permuted, strict=True)]
         metrics = _metrics(logits[0], labelled, self.seed, shuffled)
@@ -281,6 +286,7 @@ class _LayerTrainer:
         logits = np.empty((len(self.label_sets), len(states)))
         for number in range(self.n_folds):
             train, test = np.flatnonzero(self.fold != number), self.fold == number
+            # All label sets in one call, for they share the standardised features.
             parts = [labels.select(train) for labels in self.label_sets]
             weights, biases = fit_logistic(
                 states[train], [p.refused for p in parts], [cell_weights(p)[0] for p in parts], C=self.C
