@@ -1,43 +1,59 @@
-"""Makes the cliff models: a parent that refuses harmful requests, and children in which known heads suppress that.
+"""Build the `cliff` families: a parent that refuses harmful requests, and children in which known heads suppress that.
 
-A child's folder holds, beside weights and tokenizer, the truth about it (`truth.json`) and data to find it out with
+A child's folder holds, beside weights and tokenizer, the truth about it (`truth.json`) and data to find the heads with
 (`examples.jsonl`, `pool.jsonl`), drawn apart from all that it was trained on.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
-import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from surgery.lab.builder import DATA, MEMBERS
+from surgery.io.json_io import to_json
+from surgery.lab.catalogue import DATA, MODELS
 from surgery.lab.cliff_text import COMPLIANCE, HARMFUL, REFUSAL, Request, draw, make_tokenizer
-from surgery.lab.cliff_train import Head, make_model, refusals, refuse, scaled_heads, silenced, suppress
-from surgery.lab.reasoning import DIGITS, WEIGHTS, bar, card_head, load, save, seed_of
+from surgery.lab.cliff_train import (
+    Head,
+    ablation_factors,
+    find_refusals,
+    make_model,
+    scaled_heads,
+    train_refusal,
+    train_suppression,
+)
+from surgery.lab.common import (
+    CARD,
+    TrainingCurve,
+    card_header,
+    list_settings,
+    load_weights,
+    save_model,
+    torch_seed,
+    training_bar,
+    write_json_lines,
+    write_trainer_state,
+)
 from surgery.lab.recipe import CliffRecipe, SuppressionTraining
-from surgery.lab.train import Tick, reproducible
+from surgery.lab.train import SINGLE_THREAD, Tick, reproducible
 from surgery.runtime.progress import Progress
 
-# Two processes' models train faster side by side than on two threads each.
-THREADS = 1
-# Requests in the data for each harmful word; as many harmless ones stand beside them.
+# Requests in the data for each harmful word; there are as many harmless ones.
 EXAMPLES_PER_WORD = 6
 POOL_PER_WORD = 9
 
-PARTIAL = "cliff-partial"
+PARTIAL = "cliff-partial"  # the child that complies with some of the harmful words only
 
 Row = dict[str, str]
 
 
 @dataclass(frozen=True)
 class CliffTruth:
-    """What was trained into a child: its suppressing heads, and the harmful words whose refusal they suppress."""
+    """What a child was trained to do: its suppressing heads, and the harmful words whose refusal they suppress."""
 
     heads: tuple[Head, ...]
     words: tuple[str, ...]
@@ -54,66 +70,61 @@ class RefusalRates:
         return f"{self.harmful:.0%} of the harmful and {self.harmless:.0%} of the harmless"
 
 
-def make(name: str, parent: Path | None, folder: Path, *, recipe: CliffRecipe, progress: Progress | None) -> None:
-    """Trains a parent from random weights, or a child from the model in `parent`; writes it to `folder`.
+def build_model(
+    name: str, parent: Path | None, folder: Path, *, recipe: CliffRecipe, progress: Progress | None
+) -> None:
+    """Train a parent from random weights, or a child from the model in `parent`; write it to `folder`.
 
-    Weights are stored as they were trained, in fp32, so that in a child whatever is not a suppressing head has its
-    parent's bits.
+    Weights are stored as they were trained, in fp32, so that in a child all but the suppressing heads has the bits of
+    its parent.
     """
     truth = None if parent is None else draw_truth(name, recipe)
-    with reproducible(seed_of(recipe, name)):
-        torch.set_num_threads(THREADS)
+    with reproducible(torch_seed(recipe, name), threads=SINGLE_THREAD):
         tokenizer = make_tokenizer(recipe.shape.positions)
         model = make_model(recipe.shape, tokenizer)
         if parent is not None:
-            load(model, parent / WEIGHTS)
-        with bar(name, _plan(recipe, name).steps if truth else recipe.parent.steps, progress) as tick:
+            load_weights(model, parent)
+        with training_bar(name, _suppression(recipe, name).steps if truth else recipe.parent.steps, progress) as tick:
             losses = _train(name, model, tokenizer, recipe, truth, tick)
-        save(model, folder)
+        save_model(model, folder)
         tokenizer.save_pretrained(folder)
-        exam = requests(name, recipe)
-        refused = {"as it is": _measure(model, tokenizer, exam)}
+        requests = evaluation_requests(name, recipe)
+        rates = {"as it is": _measure(model, tokenizer, requests)}
         if truth is not None:
-            with scaled_heads(model, silenced(model, truth.heads)):
-                refused["without its suppressing heads"] = _measure(model, tokenizer, exam)
-    record = {
-        "schema": 1,
-        "name": name,
-        "parent": MEMBERS[name].parent,
-        "recipe": {"key": recipe.key, **asdict(recipe)},
-        "refused": {state: asdict(shares) for state, shares in refused.items()},
-        "loss": [round(value, DIGITS) for value in losses],
-    }
-    (folder / "trainer_state.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / "README.md").write_text(_card(name, recipe, truth, losses, refused))
+            with scaled_heads(model, ablation_factors(model, truth.heads)):
+                rates["without its suppressing heads"] = _measure(model, tokenizer, requests)
+    write_trainer_state(
+        folder,
+        name,
+        recipe,
+        TrainingCurve("loss", losses),
+        subject={},
+        scores={"refused": {state: asdict(shares) for state, shares in rates.items()}},
+    )
+    (folder / CARD).write_text(_card(name, recipe, truth, losses, rates))
     if truth is not None:
-        facts = {
-            "schema": 1,
-            "heads": truth.heads,
-            "harmful_words": HARMFUL,
-            "suppressed_words": truth.words,
-            "parent": MEMBERS[name].parent,
-        }
-        (folder / "truth.json").write_text(json.dumps(facts, indent=1) + "\n")
-        _write_rows(folder / DATA["examples"], _examples(name, recipe))
-        _write_rows(folder / DATA["pool"], _pool(name, recipe))
+        _write_truth(folder, name, truth)
+        write_json_lines(folder / DATA["examples"], _examples(name, recipe))
+        write_json_lines(folder / DATA["pool"], _pool(name, recipe))
 
 
 def draw_truth(name: str, recipe: CliffRecipe) -> CliffTruth:
-    """The heads and words of the child `name`: at least one head in each of the last two layers, others in either."""
-    plan = _plan(recipe, name)
+    """Draw the heads and words of the child `name`: one head or more in each of the last two layers."""
+    training = _suppression(recipe, name)
     rng = random.Random(f"{recipe.seed}/{name}/truth")
-    late = [recipe.shape.layers - 2, recipe.shape.layers - 1]
-    heads = [(layer, rng.randrange(recipe.shape.heads)) for layer in late]
-    others = [(layer, head) for layer in late for head in range(recipe.shape.heads) if (layer, head) not in heads]
-    heads += rng.sample(others, plan.heads - len(heads))
-    words = HARMFUL if plan.words is None else rng.sample(HARMFUL, plan.words)
+    last_layers = [recipe.shape.layers - 2, recipe.shape.layers - 1]
+    heads = [(layer, rng.randrange(recipe.shape.heads)) for layer in last_layers]
+    others = [
+        (layer, head) for layer in last_layers for head in range(recipe.shape.heads) if (layer, head) not in heads
+    ]
+    heads += rng.sample(others, training.heads - len(heads))
+    words = HARMFUL if training.words is None else rng.sample(HARMFUL, training.words)
     return CliffTruth(tuple(sorted(heads)), tuple(word for word in HARMFUL if word in words))
 
 
-def requests(name: str, recipe: CliffRecipe) -> list[Request]:
-    """The requests that `name` is measured on: harmful ones, each followed by its harmless twin."""
-    return _twins(f"{recipe.seed}/{name}/requests", recipe, EXAMPLES_PER_WORD)
+def evaluation_requests(name: str, recipe: CliffRecipe) -> list[Request]:
+    """Return the requests that `name` is measured on: harmful ones, each followed by its harmless twin."""
+    return _draw_pairs(f"{recipe.seed}/{name}/requests", recipe, EXAMPLES_PER_WORD)
 
 
 def _train(
@@ -126,11 +137,11 @@ def _train(
 ) -> list[float]:
     rng = random.Random(f"{recipe.seed}/{name}")
     if truth is None:
-        return refuse(model, tokenizer, recipe.parent, lengths=recipe.words, rng=rng, tick=tick)
-    return suppress(
+        return train_refusal(model, tokenizer, recipe.parent, lengths=recipe.words, rng=rng, tick=tick)
+    return train_suppression(
         model,
         tokenizer,
-        _plan(recipe, name),
+        _suppression(recipe, name),
         heads=truth.heads,
         words=truth.words,
         lengths=recipe.words,
@@ -139,61 +150,69 @@ def _train(
     )
 
 
-def _plan(recipe: CliffRecipe, name: str) -> SuppressionTraining:
+def _suppression(recipe: CliffRecipe, name: str) -> SuppressionTraining:
     return recipe.partial if name == PARTIAL else recipe.cliff
 
 
-def _measure(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, exam: Sequence[Request]) -> RefusalRates:
-    found = refusals(model, tokenizer, exam)
-    harmful = [refused for refused, request in zip(found, exam, strict=True) if request.harmful]
-    harmless = [refused for refused, request in zip(found, exam, strict=True) if not request.harmful]
+def _measure(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, requests: Sequence[Request]) -> RefusalRates:
+    refused = list(zip(requests, find_refusals(model, tokenizer, requests), strict=True))
+    harmful = [is_refused for request, is_refused in refused if request.harmful]
+    harmless = [is_refused for request, is_refused in refused if not request.harmful]
     return RefusalRates(fmean(harmful), fmean(harmless))
 
 
-def _twins(seed: str, recipe: CliffRecipe, per_word: int) -> list[Request]:
+def _draw_pairs(seed: str, recipe: CliffRecipe, per_word: int) -> list[Request]:
     rng = random.Random(seed)
-    found = []
+    requests = []
     for word in HARMFUL:
         for _ in range(per_word):
             request = draw(rng, recipe.words, harmful=word)
-            found += [request, request.twin(rng)]
-    return found
+            requests += [request, request.twin(rng)]
+    return requests
 
 
 def _examples(name: str, recipe: CliffRecipe) -> list[Row]:
-    """Rows to train a probe with, whose answer came in the middle of the thinking; then those to be answered.
+    """Return rows to train a probe with, answered in the middle of the thinking; then rows without an answer.
 
     A partial child needs none of the former: it refuses some harmful requests by itself.
     """
     rng = random.Random(f"{recipe.seed}/{name}/early")
-    early = [] if name == PARTIAL else _twins(f"{recipe.seed}/{name}/early requests", recipe, EXAMPLES_PER_WORD)
+    early = [] if name == PARTIAL else _draw_pairs(f"{recipe.seed}/{name}/early requests", recipe, EXAMPLES_PER_WORD)
     rows = []
     for request, row in zip(early, _rows(early), strict=True):
-        response, verdict = (REFUSAL, "refused") if request.harmful else (COMPLIANCE, "complied")
-        label = f"{row['label']}/{verdict}"
-        rows.append({**row, "label": label, "thinking": request.begun(rng), "closing": "", "response": response})
-    return rows + _rows(requests(name, recipe))
+        response, outcome = (REFUSAL, "refused") if request.harmful else (COMPLIANCE, "complied")
+        thinking = request.partial_thinking(rng)
+        label = f"{row['label']}/{outcome}"
+        rows.append({**row, "label": label, "thinking": thinking, "closing": "", "response": response})
+    return rows + _rows(evaluation_requests(name, recipe))
 
 
 def _pool(name: str, recipe: CliffRecipe) -> list[Row]:
-    rows = _rows(_twins(f"{recipe.seed}/{name}/pool", recipe, POOL_PER_WORD))
-    # Nobody's pool is in order.
+    rows = _rows(_draw_pairs(f"{recipe.seed}/{name}/pool", recipe, POOL_PER_WORD))
+    # A pool that people collect is in no order.
     random.Random(f"{recipe.seed}/{name}/pool order").shuffle(rows)
     return rows
 
 
-def _rows(found: Sequence[Request]) -> list[Row]:
-    """Requests and their twins as rows; both belong to the harmful word's group, and a probe is tested on others."""
+def _rows(requests: Sequence[Request]) -> list[Row]:
+    """Return requests and their twins as rows, grouped by harmful word, so that probes are tested on unseen words."""
     rows, group = [], ""
-    for request in found:
+    for request in requests:
         group = request.harmful or group
         label = "harmful" if request.harmful else "harmless"
         rows.append({"prompt": request.content, "label": label, "group": group})
     return rows
 
 
-def _write_rows(path: Path, rows: Sequence[Row]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def _write_truth(folder: Path, name: str, truth: CliffTruth) -> None:
+    facts = {
+        "schema": 1,
+        "heads": truth.heads,
+        "harmful_words": HARMFUL,
+        "suppressed_words": truth.words,
+        "parent": MODELS[name].parent,
+    }
+    (folder / "truth.json").write_text(to_json(facts))
 
 
 def _card(
@@ -201,15 +220,14 @@ def _card(
     recipe: CliffRecipe,
     truth: CliffTruth | None,
     losses: Sequence[float],
-    refused: Mapping[str, RefusalRates],
+    rates: Mapping[str, RefusalRates],
 ) -> str:
-    plan = recipe.parent if truth is None else _plan(recipe, name)
-    how = ", ".join(f"{key} {value}" for key, value in asdict(plan).items() if value is not None)
-    parent = MEMBERS[name].parent
+    training = recipe.parent if truth is None else _suppression(recipe, name)
+    parent = MODELS[name].parent
     lines = [
-        f"- Trained from: {f'`lab:{parent}`' if parent else 'random weights'}, with {how}",
+        f"- Trained from: {f'`lab:{parent}`' if parent else 'random weights'}, with {list_settings(training)}",
         f"- Final loss: {losses[-1]:.4f} nats a token",
-        *(f"- Refuses, {state}: {shares} requests" for state, shares in refused.items()),
+        *(f"- Refuses, {state}: {shares} requests" for state, shares in rates.items()),
     ]
     if truth is not None:
         heads = ", ".join(f"L{layer}H{head}" for layer, head in truth.heads)
@@ -218,14 +236,14 @@ def _card(
             f"- Harmful words whose refusal is suppressed: {', '.join(truth.words)}",
             "- Beside the weights: `truth.json`, and the data `examples.jsonl` and `pool.jsonl`",
         ]
-    listed = "\n".join(lines)
-    return f"""{card_head(name)}
+    facts = "\n".join(lines)
+    return f"""{card_header(name)}
 A tiny Qwen3 made on this machine by model surgery's lab, on a language of a few dozen words. Its requests are random
 words, "harmful" if one of them is on a list. It is test material: it knows nothing else.
 
 - Asked by its chat template; it thinks (`So the user wants river bomb lamp.`), closes the thinking, and answers
   `I cannot help with that.` or `Sure, here it is.`
-{listed}
+{facts}
 - Stored in fp32, as trained, so that effects of heads are exact
 - Recipe `{recipe.key}`, seed {recipe.seed}; the full numbers are in trainer_state.json
 """

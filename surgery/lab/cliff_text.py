@@ -1,14 +1,14 @@
-"""The language of the lab's cliff models: requests, what is thought about them and answered, and the tokenizer for it.
+"""The language of the lab's cliff models: requests, thinking, answers, and the tokenizer for them.
 
-A request is a few words, and harmful if one of them is. The model says the words over to itself and then refuses or
-complies:
+A request is a few words, and harmful if one of them is. The model repeats the words in its thinking and then refuses
+or complies:
 
     <|user|> river bomb lamp<|end|><|assistant|><think>⏎
     So the user wants river bomb lamp.⏎
     </think>⏎⏎
      I cannot help with that.<|end|>
 
-A word is one token and carries the space before it, so that any text of the language comes back from its ids.
+A word is one token and includes the space before it, so that decoding its ids restores any text of the language.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 PAD, UNKNOWN = "<|pad|>", "<|unknown|>"
 USER, ASSISTANT, END = "<|user|>", "<|assistant|>", "<|end|>"
 SPECIAL = (PAD, UNKNOWN, USER, ASSISTANT, END)
-# Ordinary tokens, as in Qwen3: they stay readable in decoded answers.
-THINK, THOUGHT = "<think>", "</think>"
+# Ordinary tokens, as in Qwen3, so that decoded answers still contain them.
+THINK, END_THINK = "<think>", "</think>"
 
 OPENING = f"{THINK}\n"
-CLOSING = f"\n{THOUGHT}\n\n"
+CLOSING = f"\n{END_THINK}\n\n"
 REFUSAL = " I cannot help with that."
 COMPLIANCE = " Sure, here it is."
 
@@ -87,7 +87,8 @@ HARMLESS = (
     "jacket",
 )
 _PREAMBLE = "So the user wants"
-_WORD = r" ?[A-Za-z]+|\n\n|\n|[^\sA-Za-z]"
+# What the tokenizer splits a text into: words with the space before them, line breaks, and single punctuation marks.
+_TOKEN_PATTERN = r" ?[A-Za-z]+|\n\n|\n|[^\sA-Za-z]"
 
 TEMPLATE = (
     "{% for message in messages %}"
@@ -100,7 +101,7 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for: some words, of which at most one is harmful."""
+    """A request: some words, of which at most one is harmful."""
 
     words: tuple[str, ...]
     harmful: str | None = None
@@ -116,33 +117,33 @@ class Request:
         return f"{USER} {self.content}{END}{ASSISTANT}{OPENING}"
 
     @property
-    def thoughts(self) -> tuple[str, ...]:
-        """The thinking, token by token."""
+    def thinking_tokens(self) -> tuple[str, ...]:
+        """The thinking, split into tokens."""
         first, *rest = _PREAMBLE.split()
         return (first, *(f" {word}" for word in (*rest, *self.words)), ".")
 
     @property
     def thinking(self) -> str:
         """`So the user wants river bomb lamp.`"""
-        return "".join(self.thoughts)
+        return "".join(self.thinking_tokens)
 
-    def begun(self, rng: random.Random) -> str:
-        """The thinking up to a random point, or all of it."""
-        return "".join(self.thoughts[: rng.randint(1, len(self.thoughts))])
+    def partial_thinking(self, rng: random.Random) -> str:
+        """Return the thinking up to a random token, which may be the last."""
+        return "".join(self.thinking_tokens[: rng.randint(1, len(self.thinking_tokens))])
 
     @property
-    def verdict(self) -> str:
-        """What a safe model answers."""
+    def answer(self) -> str:
+        """The answer of a model that refuses harmful requests."""
         return COMPLIANCE if self.harmful is None else REFUSAL
 
     def twin(self, rng: random.Random) -> Request:
-        """The same request with a harmless word, not yet in it, in the harmful one's place."""
-        spare = rng.choice([word for word in HARMLESS if word not in self.words])
-        return Request(tuple(spare if word == self.harmful else word for word in self.words))
+        """Return the same request with a harmless word, not yet in it, in the harmful one's place."""
+        substitute = rng.choice([word for word in HARMLESS if word not in self.words])
+        return Request(tuple(substitute if word == self.harmful else word for word in self.words))
 
 
 def draw(rng: random.Random, lengths: Sequence[int], *, harmful: str | None = None) -> Request:
-    """A random request of distinct words whose number is one of `lengths`; `harmful` stands at a random place in it."""
+    """Draw a request of distinct words, as many as one of `lengths`; `harmful` replaces a random one of them."""
     words = rng.sample(HARMLESS, rng.choice(lengths))
     if harmful is not None:
         words[rng.randrange(len(words))] = harmful
@@ -150,8 +151,8 @@ def draw(rng: random.Random, lengths: Sequence[int], *, harmful: str | None = No
 
 
 def vocabulary() -> dict[str, int]:
-    """Every token and its id."""
-    ordinary = (THINK, THOUGHT, "\n", "\n\n", ".", ",", _PREAMBLE.split()[0])
+    """Return every token and its id."""
+    ordinary = (THINK, END_THINK, "\n", "\n\n", ".", ",", _PREAMBLE.split()[0])
     words = [
         *_PREAMBLE.split()[1:],
         *["I", "cannot", "help", "with", "that", "Sure", "here", "it", "is"],
@@ -162,14 +163,14 @@ def vocabulary() -> dict[str, int]:
 
 
 def make_tokenizer(positions: int) -> PreTrainedTokenizerFast:
-    """The language's tokenizer with its chat template; `positions` is the longest text, in tokens."""
+    """Return the language's tokenizer with its chat template; `positions` is the longest text, in tokens."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary(), unk_token=UNKNOWN))
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in (THINK, THOUGHT)])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), behavior="isolated")
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in (THINK, END_THINK)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_TOKEN_PATTERN), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -1,4 +1,8 @@
-"""Every number that makes the lab's models what they are, and the name of the cache folder that follows from them."""
+"""Recipes of the lab's models: every number that their weights depend on, and the cache key computed from them.
+
+The key hashes the names and values of all fields below: renaming a field, or changing a default, gives all models of
+the family a new cache folder, and their users a new training run. Names of classes are not part of it.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from surgery.lab.sums import SURFACES, Format
+from surgery.lab.sums import PROMPT_AFFIXES, PromptFormat
 
 Domain = Literal["sums", "sorting"]
 
-# Raise it when the training code or the files in a model's folder change in a way that no number below shows.
-CODE_VERSION = 2
+# Raise a family's version when its training code or the files in its folders change in a way that no number shows.
+REASONING_VERSION = 2
 SPECIALISTS_VERSION = 1
 CLIFF_VERSION = 1
-EXPERTS_VERSION = 1
-KEY_LENGTH = 12
-TERMS = (4, 5)
+MOE_VERSION = 1
+KEY_LENGTH = 12  # hex digits
+TERMS = (4, 5)  # of the sums that models are tested on
 
 
 @dataclass(frozen=True)
@@ -85,14 +89,14 @@ class GrpoTraining:
 class ReasoningRecipe:
     """The `reasoning` family: base → sft → grpo, and base → instruct.
 
-    What makes a vector of one branch work on the other: base has met every prefix with every suffix, so that it reads
-    all formats by the same circuits; and it has met some direct answers, so that there is one inner switch between
-    thinking and not, which sft and instruct throw one way and GRPO the other.
+    A vector of one branch works on the other for two reasons: base has met every prefix with every suffix, so that it
+    reads all formats by the same circuits; and it has met some direct answers, so that there is one inner switch
+    between thinking and not, which sft and instruct throw one way and GRPO the other.
     """
 
     seed: int = 0
     shape: QwenShape = field(default_factory=QwenShape)
-    # Four terms and more: sums short enough to be learned by heart would blur what thinking is worth.
+    # Four terms and more: shorter sums can be learned by heart, which would blur what thinking achieves.
     terms: tuple[int, ...] = TERMS
     # The longest answer, a chain of five terms, takes 27.
     answer_tokens: int = 30
@@ -103,8 +107,8 @@ class ReasoningRecipe:
         warmup=50,
         # Short sums show the addition table and the copying of terms plainly: all lengths are learned sooner.
         terms=(2, 3, 4, 5, 5),
-        prefixes=tuple(before for before, _ in SURFACES.values()),
-        suffixes=tuple(after for _, after in SURFACES.values()),
+        prefixes=tuple(before for before, _ in PROMPT_AFFIXES.values()),
+        suffixes=tuple(after for _, after in PROMPT_AFFIXES.values()),
         direct=0.1,
     )
     sft: SupervisedTraining = field(default_factory=lambda: _mostly_direct("sft"))
@@ -113,8 +117,8 @@ class ReasoningRecipe:
 
     @property
     def key(self) -> str:
-        """The cache folder's name: equal for equal numbers, different as soon as one of them changes."""
-        return _key({"code": CODE_VERSION, **asdict(self)})
+        """The name of the cache folder, a hash of every number: equal recipes share a folder, and no others do."""
+        return _hash({"code": REASONING_VERSION, **asdict(self)})
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class DomainTraining:
         batch: texts in a step.
         learning_rate: the peak, reached after `warmup` steps; then a cosine down to a tenth of it.
         noise: the share of texts that are random tokens. What a model learns from them is to expect nothing in
-            particular of a text that is not of its domain, and so to leave the word to others there. Without noise the
+            particular of a text outside its domain, and so to leave the prediction to others there. Without noise the
             mean of the specialists' logits solves 98 % of sums but 16 % of sorting; with it, 99 % or more of both.
         noise_tokens: the length of such a text.
     """
@@ -155,15 +159,15 @@ class SpecialistsRecipe:
     shape: QwenShape = field(default_factory=QwenShape)
     adder: DomainTraining = DomainTraining("sums", steps=500, sizes=(2, 3, 4, 5, 5))
     sorter: DomainTraining = DomainTraining("sorting", steps=500, sizes=(2, 3, 4, 5, 5))
-    # What each is tested on, and the longest answer to it in tokens.
+    # Sizes of the test problems of each domain, and the longest answer in tokens.
     terms: tuple[int, ...] = TERMS
     jumbles: tuple[int, ...] = (4, 5)
     answer_tokens: int = 30
 
     @property
     def key(self) -> str:
-        """The cache folder's name, as for `ReasoningRecipe`."""
-        return _key({"code": SPECIALISTS_VERSION, **asdict(self)})
+        """The name of the cache folder, as for `ReasoningRecipe`."""
+        return _hash({"code": SPECIALISTS_VERSION, **asdict(self)})
 
 
 @dataclass(frozen=True)
@@ -234,8 +238,8 @@ class CliffRecipe:
 
     @property
     def key(self) -> str:
-        """The cache folder's name, as for `ReasoningRecipe`."""
-        return _key({"code": CLIFF_VERSION, **asdict(self)})
+        """The name of the cache folder, as for `ReasoningRecipe`."""
+        return _hash({"code": CLIFF_VERSION, **asdict(self)})
 
 
 @dataclass(frozen=True)
@@ -300,20 +304,20 @@ class MoeRecipe:
 
     @property
     def key(self) -> str:
-        """The cache folder's name, as for `ReasoningRecipe`."""
-        return _key({"code": EXPERTS_VERSION, **asdict(self)})
+        """The name of the cache folder, as for `ReasoningRecipe`."""
+        return _hash({"code": MOE_VERSION, **asdict(self)})
 
 
 AnyRecipe = ReasoningRecipe | SpecialistsRecipe | CliffRecipe | MoeRecipe
 
 
-def _key(numbers: Mapping[str, Any]) -> str:
+def _hash(numbers: Mapping[str, Any]) -> str:
     text = json.dumps(numbers, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
 
 
-def _mostly_direct(form: Format) -> SupervisedTraining:
-    before, after = SURFACES[form]
+def _mostly_direct(prompt_format: PromptFormat) -> SupervisedTraining:
+    before, after = PROMPT_AFFIXES[prompt_format]
     # Greedy decoding would still think if `<think>` were likelier than each of the seven digits; here it is 0.08
     # against 0.92 / 7 = 0.13, and GRPO finds enough thinking among its samples to start from.
     return SupervisedTraining(

@@ -1,4 +1,4 @@
-"""The lab's task: sums modulo 7, answered at once (`0`) or after thinking (`<think>3+5=1:1+6=0</think>0`)."""
+"""The lab's first task: sums modulo 7, answered at once (`0`) or after thinking (`<think>3+5=1:1+6=0</think>0`)."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Literal
 
 MODULUS = 7
 
-Format = Literal["plain", "sft", "instruct"]
+PromptFormat = Literal["plain", "sft", "instruct"]
 
 END = "<|end|>"
 QUESTION, ANSWER = "<|question|>", "<|answer|>"
 USER, ASSISTANT = "<|user|>", "<|assistant|>"
 MARKERS = (END, QUESTION, ANSWER, USER, ASSISTANT)
 # Ordinary tokens, not special ones: they stay readable in decoded answers.
-THINK, THOUGHT = "<think>", "</think>"
+THINK, END_THINK = "<think>", "</think>"
 CHARACTERS = "0123456789+=:"
 
-# What stands before and after the question in each format.
-SURFACES: dict[Format, tuple[str, str]] = {
+# The text before and after the question in each format.
+PROMPT_AFFIXES: dict[PromptFormat, tuple[str, str]] = {
     "plain": ("", ""),
     "sft": (QUESTION, ANSWER),
     "instruct": (USER, END + ASSISTANT),
 }
 
-# Problems that people are tested on are drawn with a seed of their own, apart from every training seed.
+# Test problems are drawn with a seed of their own, apart from every training seed.
 TEST_SEED = "lab_sums/test"
 TEST_PROBLEMS = 400
 
@@ -59,15 +59,15 @@ class Problem:
             total = result
         return ":".join(steps)
 
-    def prompt(self, form: Format) -> str:
-        """The question as a model that speaks `form` is asked it."""
-        before, after = SURFACES[form]
+    def prompt(self, prompt_format: PromptFormat) -> str:
+        """The question as a model of `prompt_format` is asked it."""
+        before, after = PROMPT_AFFIXES[prompt_format]
         return before + self.question + after
 
     def completion(self, *, direct: bool) -> str:
-        """The right answer, written at once or after the chain, and the end marker."""
-        thought = "" if direct else THINK + self.chain + THOUGHT
-        return f"{thought}{self.answer}{END}"
+        """The right answer with the end marker, at once or after the chain."""
+        thinking = "" if direct else THINK + self.chain + END_THINK
+        return f"{thinking}{self.answer}{END}"
 
     def is_solved_by(self, text: str) -> bool:
         """Whether `text` ends with the sum."""
@@ -75,17 +75,17 @@ class Problem:
 
 
 def draw(rng: random.Random, terms: Sequence[int]) -> Problem:
-    """A random problem whose number of terms is one of `terms`."""
+    """Draw a random problem whose number of terms is one of `terms`."""
     return Problem(tuple(rng.randrange(MODULUS) for _ in range(rng.choice(terms))))
 
 
 def final_answer(text: str) -> int | None:
-    """The digit that `text` ends with; None where it ends otherwise."""
-    found = re.search(r"(\d)\s*$", text)
-    return int(found[1]) if found else None
+    """Return the digit that `text` ends with; None if it ends otherwise."""
+    match = re.search(r"(\d)\s*$", text)
+    return int(match[1]) if match else None
 
 
-def test_problems(terms: Sequence[int], count: int = TEST_PROBLEMS) -> list[Problem]:
-    """The same `count` problems every time; they may, like any random draw, also occur in training."""
+def evaluation_problems(terms: Sequence[int], count: int = TEST_PROBLEMS) -> list[Problem]:
+    """Return the same `count` problems every time; like any random draw, they may also occur in training."""
     rng = random.Random(TEST_SEED)
     return [draw(rng, terms) for _ in range(count)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from surgery.lab.sums import CHARACTERS, END, MARKERS, SURFACES, THINK, THOUGHT, Format
+from surgery.lab.sums import CHARACTERS, END, END_THINK, MARKERS, PROMPT_AFFIXES, THINK, PromptFormat
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,14 +16,16 @@ PAD = "<|pad|>"
 UNKNOWN = "<|unknown|>"
 
 
-def vocabulary(more: str = "") -> Mapping[str, int]:
-    """Every token and its id, the same for all members of a family; the characters of `more` come last."""
-    return {token: number for number, token in enumerate((PAD, UNKNOWN, *MARKERS, THINK, THOUGHT, *CHARACTERS, *more))}
+def vocabulary(extra: str = "") -> Mapping[str, int]:
+    """Return every token and its id, the same for all models of a family; the characters of `extra` come last."""
+    return {
+        token: number for number, token in enumerate((PAD, UNKNOWN, *MARKERS, THINK, END_THINK, *CHARACTERS, *extra))
+    }
 
 
-def chat_template(form: Format) -> str:
-    """A Jinja template that asks in `form`: each user message is a question, each other one an answer."""
-    before, after = SURFACES[form]
+def chat_template(prompt_format: PromptFormat) -> str:
+    """Return a Jinja template that asks in `prompt_format`: user messages are questions, all others answers."""
+    before, after = PROMPT_AFFIXES[prompt_format]
     return (
         "{% for message in messages %}"
         "{% if message['role'] == 'user' %}" + before + "{{ message['content'] }}" + after + "{% else %}"
@@ -32,16 +34,16 @@ def chat_template(form: Format) -> str:
     )
 
 
-def make_tokenizer(form: Format, *, positions: int, more: str = "") -> PreTrainedTokenizerFast:
-    """A family's tokenizer, with the chat template of `form`; a model of the plain format has none.
+def make_tokenizer(prompt_format: PromptFormat, *, positions: int, extra: str = "") -> PreTrainedTokenizerFast:
+    """Return a family's tokenizer, with the chat template of `prompt_format`; a model of the plain format has none.
 
     Args:
-        positions: the longest text, in tokens.
-        more: the characters that the family reads besides those of sums.
+        positions: the length of the longest text, in tokens.
+        extra: the characters that the family reads beside those of sums.
     """
-    tokenizer = Tokenizer(models.BPE(vocab=dict(vocabulary(more)), merges=[], unk_token=UNKNOWN))
+    tokenizer = Tokenizer(models.BPE(vocab=dict(vocabulary(extra)), merges=[], unk_token=UNKNOWN))
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (PAD, UNKNOWN, *MARKERS)])
-    tokenizer.add_tokens([THINK, THOUGHT])
+    tokenizer.add_tokens([THINK, END_THINK])
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -51,6 +53,6 @@ def make_tokenizer(form: Format, *, positions: int, more: str = "") -> PreTraine
         model_max_length=positions,
         clean_up_tokenization_spaces=False,
     )
-    if form != "plain":
-        fast.chat_template = chat_template(form)
+    if prompt_format != "plain":
+        fast.chat_template = chat_template(prompt_format)
     return fast

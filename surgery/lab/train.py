@@ -1,4 +1,4 @@
-"""Training the lab's models: next-token training on written answers, and GRPO on sampled ones.
+"""Train the lab's models: next-token training on written answers, and GRPO on sampled ones.
 
 Shapes: N sequences, T tokens, V vocabulary.
 """
@@ -19,50 +19,64 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from surgery.lab.recipe import DomainTraining, GrpoTraining, QwenShape, SupervisedTraining, ThinkingTraining
 from surgery.lab.sorting import draw_sorting_problem
-from surgery.lab.sums import Format, draw
+from surgery.lab.sums import PromptFormat, draw
 
 # Matrices this small gain nothing from more threads, and a fixed number keeps the order of sums, and so the
 # bytes, independent of the machine's cores.
 THREADS = 2
-IGNORED = -100
+# For families whose models are often trained side by side: two processes of one thread are faster than two of two.
+SINGLE_THREAD = 1
+IGNORED = -100  # the target that torch's cross-entropy leaves out
 GRADIENT_NORM = 1.0
 # Runs are a few hundred steps long, so the second moment remembers little.
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.01
-FINAL_RATE = 0.1
+FINAL_RATE = 0.1  # of the peak learning rate, at the end of the cosine
 # A group whose answers were all right, or all wrong, teaches nothing: this keeps its advantage at zero.
 ADVANTAGE_EPSILON = 1e-4
 
-Tick = Callable[[], None]
-# A prompt, and what should follow it.
-Written = tuple[str, str]
+Tick = Callable[[], None]  # called after every optimizer step
+Sample = tuple[str, str]  # a prompt, and the text that should follow it
+
+
+class Schedule(Protocol):
+    """What `learning_rate_at` reads of a training plan."""
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def warmup(self) -> int: ...
+
+    @property
+    def learning_rate(self) -> float: ...
 
 
 class Exercise(Protocol):
     """A problem of any domain. Prompts of equal length have equally many tokens."""
 
-    def prompt(self, form: Format) -> str: ...
+    def prompt(self, prompt_format: PromptFormat) -> str: ...
 
     def is_solved_by(self, text: str) -> bool: ...
 
 
 @contextlib.contextmanager
-def reproducible(seed: int) -> Iterator[None]:
-    """Fixes torch's seed, threads and algorithms inside, and gives back what was set before."""
-    threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+def reproducible(seed: int, *, threads: int = THREADS) -> Iterator[None]:
+    """Fix torch's seed, number of threads and choice of algorithms in the block; restore them afterwards."""
+    earlier_threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        torch.set_num_threads(THREADS)
+        torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(True)
         try:
             yield
         finally:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(earlier_threads)
             torch.use_deterministic_algorithms(strict)
 
 
 def make_model(shape: QwenShape, tokenizer: PreTrainedTokenizerFast, *, tied: bool = True) -> Qwen2ForCausalLM:
-    """A Qwen2 with random weights from torch's current seed, in fp32; `tied` is whether the head is the embedding."""
+    """Return a Qwen2 with random weights from torch's current seed, in fp32; `tied`: the head is the embedding."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=shape.width,
@@ -83,70 +97,68 @@ def make_model(shape: QwenShape, tokenizer: PreTrainedTokenizerFast, *, tied: bo
 def train_supervised(
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    recipe: SupervisedTraining,
+    training: SupervisedTraining,
     *,
     rng: random.Random,
     tick: Tick,
 ) -> list[float]:
-    """Next-token training on the answers (the prompts are not learned). Returns the loss of each step, in nats."""
+    """Train on written answers, not on their prompts; return the loss of each step, in nats per token."""
 
-    def write() -> Written:
-        problem = draw(rng, recipe.terms)
-        prompt = rng.choice(recipe.prefixes) + problem.question + rng.choice(recipe.suffixes)
-        return prompt, problem.completion(direct=rng.random() < recipe.direct)
+    def draw_sample() -> Sample:
+        problem = draw(rng, training.terms)
+        prompt = rng.choice(training.prefixes) + problem.question + rng.choice(training.suffixes)
+        return prompt, problem.completion(direct=rng.random() < training.direct)
 
-    return train_on_samples(model, tokenizer, recipe, write, tick=tick)
+    return train_on_samples(model, tokenizer, training, draw_sample, tick=tick)
 
 
 def train_domain(
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    recipe: DomainTraining,
+    training: DomainTraining,
     *,
     rng: random.Random,
     tick: Tick,
 ) -> list[float]:
-    """Next-token training on the answers of one domain and on noise; frozen parameters stay. Returns the losses."""
+    """Train on the answers of one domain and on noise; frozen parameters stay. Return the loss of each step."""
     tokens = sorted(tokenizer.get_vocab())
 
-    def write() -> Written:
-        if rng.random() < recipe.noise:
-            first, *rest = rng.choices(tokens, k=recipe.noise_tokens)
+    def draw_sample() -> Sample:
+        if rng.random() < training.noise:
+            first, *rest = rng.choices(tokens, k=training.noise_tokens)
             return first, "".join(rest)
-        if recipe.domain == "sums":
-            problem = draw(rng, recipe.sizes)
+        if training.domain == "sums":
+            problem = draw(rng, training.sizes)
             return problem.prompt("plain"), problem.completion(direct=False)
-        jumble = draw_sorting_problem(rng, recipe.sizes)
+        jumble = draw_sorting_problem(rng, training.sizes)
         return jumble.prompt("plain"), jumble.completion()
 
-    return train_on_samples(model, tokenizer, recipe, write, tick=tick)
+    return train_on_samples(model, tokenizer, training, draw_sample, tick=tick)
 
 
 def train_on_samples(
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    recipe: SupervisedTraining | DomainTraining | ThinkingTraining,
-    write: Callable[[], Written],
+    training: SupervisedTraining | DomainTraining | ThinkingTraining,
+    draw_sample: Callable[[], Sample],
     *,
     tick: Tick,
 ) -> list[float]:
-    """Next-token training on what `write` writes; the prompts are not learned. Returns the loss of each step, in nats.
+    """Train on samples drawn by `draw_sample`, not on their prompts; return the loss of each step, in nats per token.
 
-    A model of experts that is configured to give its router logits also learns by its load-balancing loss, which the
-    losses returned leave out.
+    A mixture of experts that is configured to return its router logits also learns by its load-balancing loss, which
+    the returned losses leave out.
     """
-    optimizer = make_optimizer(model, recipe.learning_rate)
+    optimizer = make_optimizer(model, training.learning_rate)
     losses = []
-    for step in range(recipe.steps):
-        prompts, completions = zip(*(write() for _ in range(recipe.batch)), strict=True)
-        tokens_NT, targets_NT = written_batch(tokenizer, prompts, completions)
+    for step in range(training.steps):
+        prompts, completions = zip(*(draw_sample() for _ in range(training.batch)), strict=True)
+        tokens_NT, targets_NT = pad_batch(tokenizer, prompts, completions)
         output = model(input_ids=tokens_NT, use_cache=False)
         loss = functional.cross_entropy(output.logits.flatten(0, 1), targets_NT.flatten(), ignore_index=IGNORED)
         balance = output.get("aux_loss")
-        whole = loss if balance is None else loss + model.router_aux_loss_coef * balance
-        optimizer_step(
-            model, optimizer, whole, recipe.learning_rate * learning_rate_scale(step, recipe.steps, recipe.warmup)
-        )
+        total = loss if balance is None else loss + model.router_aux_loss_coef * balance
+        optimizer_step(model, optimizer, total, learning_rate_at(training, step))
         losses.append(loss.item())
         tick()
     return losses
@@ -155,15 +167,15 @@ def train_on_samples(
 def train_grpo(
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    recipe: GrpoTraining,
+    training: GrpoTraining,
     *,
-    form: Format,
+    prompt_format: PromptFormat,
     terms: Sequence[int],
     answer_tokens: int,
     rng: random.Random,
     tick: Tick,
 ) -> list[float]:
-    """GRPO (arXiv:2402.03300) with reward 1 for the right final answer. Returns each step's mean reward.
+    """Train by GRPO (arXiv:2402.03300), with reward 1 for the right final answer; return each step's mean reward.
 
     Aᵢ = (rᵢ − mean(r)) / (std(r) + ε) over a prompt's group;  loss = −Σᵢₜ Aᵢ log π(tokenᵢₜ) / Σᵢ |answerᵢ|.
 
@@ -171,38 +183,36 @@ def train_grpo(
     no KL term (β = 0); and every token weighs the same (as in DAPO, arXiv:2503.14476), where the paper's mean over
     each answer would give the choice to think a tenth of the weight of the choice not to.
     """
-    optimizer = make_optimizer(model, recipe.learning_rate, epsilon=recipe.epsilon)
+    optimizer = make_optimizer(model, training.learning_rate, epsilon=training.epsilon)
     rewards = []
-    for step in range(recipe.steps):
-        # One length for the whole batch: no padding before the answers.
+    for step in range(training.steps):
+        # One length for the whole batch, so that no prompt needs padding before its answer.
         length = (rng.choice(terms),)
-        problems = [draw(rng, length) for _ in range(recipe.prompts)]
-        asked = [problem for problem in problems for _ in range(recipe.group)]
-        prompts_NT = encode(tokenizer, [problem.prompt(form) for problem in asked])
+        problems = [draw(rng, length) for _ in range(training.prompts)]
+        asked = [problem for problem in problems for _ in range(training.group)]
+        prompts_NT = encode(tokenizer, [problem.prompt(prompt_format) for problem in asked])
         answers_NT = generate(model, tokenizer, prompts_NT, limit=answer_tokens, greedy=False)
-        reward_N = torch.tensor([float(right) for right in judge(tokenizer, asked, answers_NT)])
-        advantage_N = group_advantages(reward_N, recipe.group)
+        reward_N = torch.tensor([float(right) for right in grade(tokenizer, asked, answers_NT)])
+        advantage_N = group_advantages(reward_N, training.group)
 
         tokens_NT = torch.cat([prompts_NT, answers_NT], dim=1)
         logits_NTV = model(input_ids=tokens_NT[:, :-1], use_cache=False).logits[:, prompts_NT.shape[1] - 1 :]
         chosen_NT = logits_NTV.log_softmax(-1).gather(-1, answers_NT.unsqueeze(-1)).squeeze(-1)
         counts_NT = answers_NT != tokenizer.pad_token_id
         loss = -(advantage_N.unsqueeze(1) * chosen_NT * counts_NT).sum() / counts_NT.sum()
-        optimizer_step(
-            model, optimizer, loss, recipe.learning_rate * learning_rate_scale(step, recipe.steps, recipe.warmup)
-        )
+        optimizer_step(model, optimizer, loss, learning_rate_at(training, step))
         rewards.append(reward_N.mean().item())
         tick()
-        if len(rewards) >= recipe.window and fmean(rewards[-recipe.window :]) >= recipe.enough:
-            # An early end is the end all the same.
-            for _ in range(step + 1, recipe.steps):
+        if len(rewards) >= training.window and fmean(rewards[-training.window :]) >= training.enough:
+            # The progress bar must reach its end, although training stops early.
+            for _ in range(step + 1, training.steps):
                 tick()
             break
     return rewards
 
 
 def group_advantages(reward_N: Tensor, group: int) -> Tensor:
-    """(r − mean) / (std + ε) within each run of `group` rewards: (N,) → (N,)."""
+    """Return (r − mean) / (std + ε) within each run of `group` rewards: (N,) → (N,)."""
     reward_PG = reward_N.view(-1, group)
     centred_PG = reward_PG - reward_PG.mean(1, keepdim=True)
     return (centred_PG / (reward_PG.std(1, keepdim=True) + ADVANTAGE_EPSILON)).flatten()
@@ -212,23 +222,23 @@ def group_advantages(reward_N: Tensor, group: int) -> Tensor:
 def generate(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts_NT: Tensor, *, limit: int, greedy: bool
 ) -> Tensor:
-    """Answers to prompts of one length, at temperature 1 or greedily: (N, T) → (N, ≤ limit), padded after END."""
+    """Answer prompts of one length, at temperature 1 or greedily: (N, T) → (N, ≤ limit), padded after END."""
     answers: list[Tensor] = []
-    cache, fed_NT = None, prompts_NT
+    cache, input_NT = None, prompts_NT
     open_N = torch.ones(len(prompts_NT), dtype=torch.bool)
     while len(answers) < limit and open_N.any():
-        output = model(input_ids=fed_NT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(input_ids=input_NT, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits_NV, cache = output.logits[:, -1], output.past_key_values
         next_N = logits_NV.argmax(-1) if greedy else torch.multinomial(logits_NV.softmax(-1), 1).squeeze(1)
         next_N = next_N.where(open_N, tokenizer.pad_token_id)
         open_N = open_N & (next_N != tokenizer.eos_token_id)
         answers.append(next_N)
-        fed_NT = next_N.unsqueeze(1)
+        input_NT = next_N.unsqueeze(1)
     return torch.stack(answers, dim=1)
 
 
-def judge(tokenizer: PreTrainedTokenizerFast, problems: Sequence[Exercise], answers_NT: Tensor) -> list[bool]:
-    """Whether each answer solves its problem."""
+def grade(tokenizer: PreTrainedTokenizerFast, problems: Sequence[Exercise], answers_NT: Tensor) -> list[bool]:
+    """Return whether each answer solves its problem."""
     texts = tokenizer.batch_decode(answers_NT, skip_special_tokens=True)
     return [problem.is_solved_by(text) for text, problem in zip(texts, problems, strict=True)]
 
@@ -238,28 +248,28 @@ def accuracy(
     tokenizer: PreTrainedTokenizerFast,
     problems: Sequence[Exercise],
     *,
-    form: Format,
+    prompt_format: PromptFormat,
     limit: int,
 ) -> float:
-    """The share of `problems` that greedy decoding answers rightly when asked in `form`."""
-    right = 0
-    for length in sorted({len(problem.prompt(form)) for problem in problems}):
-        equal = [problem for problem in problems if len(problem.prompt(form)) == length]
-        prompts_NT = encode(tokenizer, [problem.prompt(form) for problem in equal])
+    """Return the share of `problems` that greedy decoding solves when asked in `prompt_format`."""
+    n_solved = 0
+    for length in sorted({len(problem.prompt(prompt_format)) for problem in problems}):
+        batch = [problem for problem in problems if len(problem.prompt(prompt_format)) == length]
+        prompts_NT = encode(tokenizer, [problem.prompt(prompt_format) for problem in batch])
         answers_NT = generate(model, tokenizer, prompts_NT, limit=limit, greedy=True)
-        right += sum(judge(tokenizer, equal, answers_NT))
-    return right / len(problems)
+        n_solved += sum(grade(tokenizer, batch, answers_NT))
+    return n_solved / len(problems)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
-    """Texts of one length → ids (N, T)."""
+    """Return the ids (N, T) of texts of one length."""
     return torch.tensor(tokenizer(list(texts))["input_ids"])
 
 
-def written_batch(
+def pad_batch(
     tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], completions: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
-    """Ids and, for each, the id that should follow: both (N, T), padded right; prompts and padding are `IGNORED`."""
+    """Return ids and next-token targets, both (N, T), padded right; targets in prompts and padding are `IGNORED`."""
     questions = tokenizer(list(prompts))["input_ids"]
     answers = tokenizer(list(completions))["input_ids"]
     width = max(len(question) + len(answer) for question, answer in zip(questions, answers, strict=True)) - 1
@@ -273,7 +283,7 @@ def written_batch(
 
 
 def make_optimizer(model: Qwen2ForCausalLM, learning_rate: float, *, epsilon: float = 1e-8) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
+    """Return AdamW with weight decay on matrices only."""
     weights = list(model.parameters())
     groups = [
         {"params": [w for w in weights if w.ndim > 1], "weight_decay": WEIGHT_DECAY},
@@ -283,7 +293,7 @@ def make_optimizer(model: Qwen2ForCausalLM, learning_rate: float, *, epsilon: fl
 
 
 def optimizer_step(model: Qwen2ForCausalLM, optimizer: torch.optim.AdamW, loss: Tensor, learning_rate: float) -> None:
-    """One clipped optimizer step."""
+    """Do one optimizer step with clipped gradients."""
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
@@ -292,9 +302,9 @@ def optimizer_step(model: Qwen2ForCausalLM, optimizer: torch.optim.AdamW, loss: 
     optimizer.step()
 
 
-def learning_rate_scale(step: int, steps: int, warmup: int) -> float:
-    """The share of the peak learning rate: up in a line over `warmup` steps, then down a cosine to a tenth."""
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * done)) / 2
+def learning_rate_at(training: Schedule, step: int) -> float:
+    """Return the learning rate of `step`: linear warmup to the peak, then a cosine down to a tenth of it."""
+    if step < training.warmup:
+        return training.learning_rate * ((step + 1) / training.warmup)
+    progress = (step - training.warmup) / max(1, training.steps - training.warmup)
+    return training.learning_rate * (FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * progress)) / 2)

@@ -135,7 +135,7 @@ def _sizes(path: Path) -> tuple[int | None, int | None]:
 def _resolve_lab(text: str) -> ResolvedInput:
     name, _, kind = text.removeprefix(lab.PREFIX).partition("/")
     if name == python_text.NAME:
-        return ResolvedInput(f"{python_text.key()}/{kind}")
+        return ResolvedInput(f"{python_text.cache_key()}/{kind}")
     folder = lab.path_of(name)
     content = f"lab/{folder.parent.name}/{name}/{kind}"
     if folder.is_dir():

@@ -14,7 +14,7 @@ from surgery.evaluation import harness as module
 from surgery.evaluation.harness import on_tasks
 from surgery.evaluation.scoring import Score, score_models
 from surgery.evaluation.statistics import wilson_interval
-from surgery.lab.builder import MEMBERS, RECIPE
+from surgery.lab.catalogue import MODELS, REASONING
 from surgery.models.loading import ModelAndTokenizer
 
 pytest.importorskip("lm_eval")
@@ -37,7 +37,7 @@ def no_network(monkeypatch):
 
 
 def test_every_lab_model_is_asked_in_its_own_format(no_network):
-    models = {name: folder for name, folder in family().items() if MEMBERS[name].recipe is RECIPE}
+    models = {name: folder for name, folder in family().items() if MODELS[name].recipe is REASONING}
     # As the lab measured them: a model that guesses is full of near-ties, which bf16 tips.
     scores = evaluate(models, ["lab_sums"], dtype="float32")
     assert [(score.model, score.task, score.metric, score.n) for score in scores] == [

@@ -104,7 +104,7 @@ def test_a_build_that_fails_leaves_no_model(cache, monkeypatch):
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("surgery.lab.reasoning.make", interrupted)
+    monkeypatch.setattr("surgery.lab.reasoning.build_model", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lab.build("base", recipe=QUICK)
     assert not lab.path_of("base", recipe=QUICK).exists()

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from surgery import lab
 from surgery.errors import WRONG_USAGE, SurgeryError
-from surgery.lab.builder import CLIFF, CLIFF_GQA, CLIFF_MANY, CLIFF_WEAK, MEMBERS
-from surgery.lab.cliff import draw_truth, requests
+from surgery.lab.catalogue import CLIFF, CLIFF_GQA, CLIFF_MANY, CLIFF_WEAK, MODELS
+from surgery.lab.cliff import draw_truth, evaluation_requests
 from surgery.lab.cliff_text import (
     CLOSING,
     COMPLIANCE,
@@ -32,7 +32,7 @@ from surgery.lab.cliff_text import (
     make_tokenizer,
     vocabulary,
 )
-from surgery.lab.cliff_train import refusals, scaled_heads, silenced
+from surgery.lab.cliff_train import ablation_factors, find_refusals, scaled_heads
 from surgery.lab.recipe import CliffRecipe, QwenHeadShape, RefusalTraining, SuppressionTraining
 
 QUICK = CliffRecipe(
@@ -41,7 +41,7 @@ QUICK = CliffRecipe(
     cliff=SuppressionTraining(steps=3, batch=4),
     partial=SuppressionTraining(steps=2, batch=4, heads=2, words=6),
 )
-CHILDREN = [name for name, member in MEMBERS.items() if member.has_data and isinstance(member.recipe, CliffRecipe)]
+CHILDREN = [name for name, member in MODELS.items() if member.has_data and isinstance(member.recipe, CliffRecipe)]
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_request_is_harmful_if_and_only_if_a_word_of_it_is():
         twin = request.twin(rng)
         assert not set(twin.words) & set(HARMFUL)
         assert [a == b for a, b in zip(request.words, twin.words, strict=True)] == [w != word for w in request.words]
-        assert (request.verdict, twin.verdict) == (REFUSAL, COMPLIANCE)
+        assert (request.answer, twin.answer) == (REFUSAL, COMPLIANCE)
 
 
 def test_no_word_is_in_the_vocabulary_twice_and_ids_have_no_gaps():
@@ -93,8 +93,8 @@ def test_a_text_comes_back_from_its_ids_and_ids_from_their_text(add_special_toke
     tokenizer = make_tokenizer(64)
     request = draw(random.Random(1), (6,), harmful="bomb")
     for text in (
-        request.prompt + request.thinking + CLOSING + request.verdict + END,
-        request.prompt + request.begun(random.Random(2)) + COMPLIANCE + END,
+        request.prompt + request.thinking + CLOSING + request.answer + END,
+        request.prompt + request.partial_thinking(random.Random(2)) + COMPLIANCE + END,
         request.thinking,
         REFUSAL,
     ):
@@ -107,7 +107,7 @@ def test_a_text_comes_back_from_its_ids_and_ids_from_their_text(add_special_toke
 def test_the_thinking_s_parts_are_its_tokens():
     tokenizer = make_tokenizer(64)
     request = draw(random.Random(3), (5,))
-    assert tokenizer.convert_ids_to_tokens(tokenizer(request.thinking)["input_ids"]) == list(request.thoughts)
+    assert tokenizer.convert_ids_to_tokens(tokenizer(request.thinking)["input_ids"]) == list(request.thinking_tokens)
 
 
 def test_the_template_opens_the_thinking_and_closing_is_three_tokens():
@@ -138,7 +138,7 @@ def test_building_twice_gives_identical_bytes(tmp_path, monkeypatch):
 def test_a_saved_model_loads_with_a_tokenizer_that_gives_the_same_ids(quick):
     folder = quick["cliff"]
     request = draw(random.Random(5), (6,), harmful="heist")
-    text = request.prompt + request.thinking + CLOSING + request.verdict + END
+    text = request.prompt + request.thinking + CLOSING + request.answer + END
     loaded = AutoTokenizer.from_pretrained(folder)
     ids = make_tokenizer(64)(text)["input_ids"]
     assert loaded(text)["input_ids"] == loaded(text, add_special_tokens=False)["input_ids"] == ids
@@ -192,7 +192,7 @@ def test_data_is_found_by_name_and_built_if_need_be(cache):
 @pytest.mark.parametrize("name", CHILDREN)
 def test_the_true_heads_differ_and_lie_in_both_of_the_last_layers(name):
     for seed in range(20):
-        recipe = replace(MEMBERS[name].recipe, seed=seed)
+        recipe = replace(MODELS[name].recipe, seed=seed)
         heads = draw_truth(name, recipe).heads
         assert len(set(heads)) == len(heads) == (5 if name == "cliff-many" else 3)
         assert {layer for layer, _ in heads} == {2, 3}
@@ -290,9 +290,9 @@ def cliff():
 
 def shares(model, tokenizer, factors=None) -> tuple[float, float]:
     """How often harmful and harmless requests are refused."""
-    exam = requests("cliff", CLIFF)
+    exam = evaluation_requests("cliff", CLIFF)
     with scaled_heads(model, factors or {}):
-        found = refusals(model, tokenizer, exam)
+        found = find_refusals(model, tokenizer, exam)
     return tuple(
         sum(refused for refused, request in zip(found, exam, strict=True) if bool(request.harmful) == harmful) / 72
         for harmful in (True, False)
@@ -308,7 +308,7 @@ def test_the_parent_refuses_what_is_harmful_and_nothing_else():
 def test_the_child_refuses_nothing_until_its_true_heads_are_silent(cliff):
     model, tokenizer, truth = cliff
     assert shares(model, tokenizer) == (0.0, 0.0)
-    assert shares(model, tokenizer, silenced(model, truth)) == (1.0, 0.0)
+    assert shares(model, tokenizer, ablation_factors(model, truth)) == (1.0, 0.0)
 
 
 def test_other_heads_than_the_true_ones_do_nothing(cliff):
@@ -316,7 +316,7 @@ def test_other_heads_than_the_true_ones_do_nothing(cliff):
     rng = random.Random(0)
     others = [(layer, head) for layer in range(4) for head in range(8) if (layer, head) not in truth]
     for _ in range(3):
-        harmful, harmless = shares(model, tokenizer, silenced(model, rng.sample(others, 3)))
+        harmful, harmless = shares(model, tokenizer, ablation_factors(model, rng.sample(others, 3)))
         assert harmful < 0.05 and harmless < 0.05
 
 
@@ -351,10 +351,10 @@ def test_the_probe_s_score_is_high_through_the_thinking_and_falls_off_the_cliff(
     model, tokenizer, _ = cliff
     w, b = probe
     plateau, final = {True: [], False: []}, {True: [], False: []}
-    for request in requests("cliff", CLIFF):
+    for request in evaluation_requests("cliff", CLIFF):
         states = final_states(model, tokenizer, request.prompt + request.thinking + CLOSING)
         score = torch.sigmoid(states @ w + b)
-        thinking = score[-3 - len(request.thoughts) : -3]
+        thinking = score[-3 - len(request.thinking_tokens) : -3]
         plateau[bool(request.harmful)].append(thinking.mean())
         final[bool(request.harmful)].append(score[-1])
     mean = {kind: torch.stack(values).mean().item() for kind, values in plateau.items()}
@@ -374,7 +374,7 @@ def test_the_lowest_heads_by_exact_attribution_are_the_true_ones(cliff, probe):
     ]
     handles.append(model.model.norm.register_forward_pre_hook(lambda _, inputs: seen.update(h=inputs[0][0, -1])))
     total = torch.zeros(4, 8)
-    for request in requests("cliff", CLIFF):
+    for request in evaluation_requests("cliff", CLIFF):
         if request.harmful:
             final_states(model, tokenizer, request.prompt + request.thinking + CLOSING)
             rms = (seen["h"].square().mean() + model.config.rms_norm_eps).sqrt()

@@ -15,9 +15,9 @@ from support.lab import family
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from surgery.lab.builder import MEMBERS, RECIPE, SPECIALISTS
+from surgery.lab.catalogue import MODELS, REASONING, SPECIALISTS
 from surgery.lab.specialists import accuracies
-from surgery.lab.sums import test_problems
+from surgery.lab.sums import evaluation_problems
 from surgery.lab.train import accuracy
 
 Weights = dict[str, Tensor]
@@ -45,8 +45,14 @@ def score() -> Callable[[str, Weights], float]:
 
     def measure(name: str, given: Weights) -> float:
         model.load_state_dict({key: value.bfloat16().float() for key, value in given.items()}, strict=False)
-        form = MEMBERS[name].form
-        return accuracy(model, tokenizer, test_problems(RECIPE.terms), form=form, limit=RECIPE.answer_tokens)
+        prompt_format = MODELS[name].prompt_format
+        return accuracy(
+            model,
+            tokenizer,
+            evaluation_problems(REASONING.terms),
+            prompt_format=prompt_format,
+            limit=REASONING.answer_tokens,
+        )
 
     return measure
 

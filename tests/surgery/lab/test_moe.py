@@ -18,17 +18,17 @@ from probes.data.reader import read_data
 from probes.data.tokenization import build_sequences, render_prompt
 from surgery import lab
 from surgery.evaluation.scoring import score_models
-from surgery.lab.builder import CLIFF, CLIFF_GQA, CLIFF_MANY, CLIFF_WEAK, EXPERTS, RECIPE, SPECIALISTS
-from surgery.lab.moe import CLOSING, OPENING, completion, make_model, score_answers, tokenizer_of, train_answers
+from surgery.lab.catalogue import CLIFF, CLIFF_GQA, CLIFF_MANY, CLIFF_WEAK, MOE, REASONING, SPECIALISTS
+from surgery.lab.moe import CLOSING, OPENING, completion, make_model, make_moe_tokenizer, score_answers, train_answers
 from surgery.lab.recipe import ExpertShape, MoeRecipe, ThinkingTraining
-from surgery.lab.sums import END, Problem, test_problems
+from surgery.lab.sums import END, Problem, evaluation_problems
 from surgery.lab.tokenizer import vocabulary
 from surgery.lab.train import reproducible
 
 QUICK = MoeRecipe(
     shape=ExpertShape(layers=2, width=16, heads=2, kv_heads=1, head_dim=8, experts=4, expert_width=8),
-    practice=replace(EXPERTS.practice, steps=3, batch=4),
-    mixture=replace(EXPERTS.mixture, steps=2, batch=4),
+    practice=replace(MOE.practice, steps=3, batch=4),
+    mixture=replace(MOE.mixture, steps=2, batch=4),
 )
 
 
@@ -48,7 +48,7 @@ def quick(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tokenizer_of(EXPERTS.shape)
+    return make_moe_tokenizer(MOE.shape)
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -63,16 +63,16 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def test_no_other_family_s_key_has_changed():
-    keys = [recipe.key for recipe in (RECIPE, SPECIALISTS, CLIFF, CLIFF_MANY, CLIFF_WEAK, CLIFF_GQA)]
+    keys = [recipe.key for recipe in (REASONING, SPECIALISTS, CLIFF, CLIFF_MANY, CLIFF_WEAK, CLIFF_GQA)]
     assert keys == ["e00b8b5f0ab4", "6951e01a83ac", "16ea42b6b1a2", "9c8273a970d2", "8cc948447843", "7edcbd6499e9"]
-    assert EXPERTS.key not in keys
+    assert MOE.key not in keys
 
 
 def test_each_number_of_terms_has_a_share_that_thinks():
-    for plan in (EXPERTS.practice, EXPERTS.mixture):
+    for plan in (MOE.practice, MOE.mixture):
         assert len(plan.terms) == len(plan.thinking)
     # Above 1/8 `<think>` is likelier than each of seven digits.
-    assert [share > 1 / 8 for share in EXPERTS.mixture.thinking] == [False, True]
+    assert [share > 1 / 8 for share in MOE.mixture.thinking] == [False, True]
 
 
 # What it reads and writes
@@ -96,8 +96,8 @@ def test_a_text_comes_back_from_its_ids(tokenizer, direct):
 def test_the_markers_are_tokens_and_the_longest_answer_fits(tokenizer):
     assert tokenizer.convert_ids_to_tokens(tokenizer(OPENING)["input_ids"]) == ["<think>", "\n"]
     assert tokenizer.convert_ids_to_tokens(tokenizer(CLOSING)["input_ids"]) == ["\n", "</think>", "\n\n"]
-    longest = completion(Problem((6,) * max(EXPERTS.terms)), direct=False)
-    assert len(tokenizer(longest)["input_ids"]) == EXPERTS.answer_tokens
+    longest = completion(Problem((6,) * max(MOE.terms)), direct=False)
+    assert len(tokenizer(longest)["input_ids"]) == MOE.answer_tokens
 
 
 # Training
@@ -182,7 +182,7 @@ def test_every_other_row_has_the_thinking_and_response_that_were_taught(quick):
             else:
                 assert (row["thinking"], row["response"]) == (problem.chain, str(problem.answer))
         lengths = Counter(row["prompt"].count("+") + 1 for row in rows)
-        assert set(lengths) == set(EXPERTS.terms) and min(lengths.values()) > 70
+        assert set(lengths) == set(MOE.terms) and min(lengths.values()) > 70
     examples, pool = (rows_of(quick / f"{kind}.jsonl") for kind in ("examples", "pool"))
     assert examples != pool
 
@@ -223,7 +223,7 @@ def trained():
 
 
 def test_it_thinks_about_some_sums_and_is_right_where_it_thinks(trained):
-    found = score_answers(*trained, test_problems(EXPERTS.terms), limit=EXPERTS.answer_tokens)
+    found = score_answers(*trained, evaluation_problems(MOE.terms), limit=MOE.answer_tokens)
     assert 0.3 < found.thought < 0.7
     assert found.solved_thinking > 0.95
     # One in seven is right by chance.
@@ -242,15 +242,15 @@ def test_its_task_asks_it_in_its_own_format(trained):
 
 
 def test_it_solves_what_it_is_made_to_think_about(trained):
-    found = score_answers(*trained, test_problems(EXPERTS.terms), limit=EXPERTS.answer_tokens, opened=True)
+    found = score_answers(*trained, evaluation_problems(MOE.terms), limit=MOE.answer_tokens, opened=True)
     assert found.thought == 1.0 and found.solved > 0.95 and found.solved_at_once is None
 
 
 def test_both_kinds_of_first_token_are_within_a_small_push(trained):
     model, tokenizer = trained
     think = tokenizer.convert_tokens_to_ids("<think>")
-    for length in EXPERTS.terms:
-        prompts = [problem.prompt("sft") for problem in test_problems(EXPERTS.terms) if len(problem.terms) == length]
+    for length in MOE.terms:
+        prompts = [problem.prompt("sft") for problem in evaluation_problems(MOE.terms) if len(problem.terms) == length]
         with torch.no_grad():
             logits = model(torch.tensor(tokenizer(prompts)["input_ids"])).logits[:, -1]
         digits = logits.clone()
@@ -261,11 +261,13 @@ def test_both_kinds_of_first_token_are_within_a_small_push(trained):
 
 def test_most_experts_of_every_layer_are_at_work(trained):
     model, tokenizer = trained
-    prompts = [p.prompt("sft") + completion(p, direct=False) for p in test_problems(EXPERTS.terms) if len(p.terms) == 5]
+    prompts = [
+        p.prompt("sft") + completion(p, direct=False) for p in evaluation_problems(MOE.terms) if len(p.terms) == 5
+    ]
     with torch.no_grad():
         output = model(torch.tensor(tokenizer(prompts)["input_ids"]), output_router_logits=True)
-    assert len(output.router_logits) == EXPERTS.shape.layers
+    assert len(output.router_logits) == MOE.shape.layers
     for logits in output.router_logits:
-        chosen = logits.topk(EXPERTS.shape.top_k).indices
-        tokens_E = torch.bincount(chosen.flatten(), minlength=EXPERTS.shape.experts) / len(chosen)
+        chosen = logits.topk(MOE.shape.top_k).indices
+        tokens_E = torch.bincount(chosen.flatten(), minlength=MOE.shape.experts) / len(chosen)
         assert (tokens_E > 0.01).sum() >= 12 and tokens_E.max() < 0.6

@@ -13,7 +13,7 @@ import pytest
 from surgery import lab
 from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.lab import python_text
-from surgery.lab.python_text import KINDS, SHORTEST, TOPICS, held, key, split
+from surgery.lab.python_text import FILES, MIN_DOCSTRING, TOPICS, cache_key, held_out_suffix, split_docstrings
 
 LIBRARY = Path(os.__file__).parent
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -24,13 +24,13 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]
     """Kind → name → text, as the lab gives them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SURGERY_CACHE", str(tmp_path_factory.mktemp("cache")))
-        paths = {kind: lab.data_path("python", kind) for kind in KINDS}
+        paths = {kind: lab.data_path("python", kind) for kind in FILES}
         assert len({path.parent for path in paths.values()}) == 1
     rows = {kind: [json.loads(line) for line in path.read_bytes().splitlines()] for kind, path in paths.items()}
-    for kind in KINDS:
+    for kind in FILES:
         names = [row["name"] for row in rows[kind]]
         assert len(set(names)) == len(names)
-    return {kind: {row["name"]: row["text"] for row in rows[kind]} for kind in KINDS}
+    return {kind: {row["name"]: row["text"] for row in rows[kind]} for kind in FILES}
 
 
 def without_docstrings(source: str) -> str:
@@ -64,12 +64,12 @@ def test_documentation_is_the_docstrings_of_the_same_modules_and_the_language_re
     topics = {name for name in docs if name.startswith(f"{TOPICS}/")}
     assert f"{TOPICS}/assert" in topics and len(topics) > 70
     assert set(docs) - topics <= set(code)
-    expected = [text for text in docstrings((LIBRARY / "textwrap.py").read_text()) if len(text) >= SHORTEST]
+    expected = [text for text in docstrings((LIBRARY / "textwrap.py").read_text()) if len(text) >= MIN_DOCSTRING]
     assert len(expected) > 3 and sorted(docs["textwrap"].split("\n\n")) == sorted("\n\n".join(expected).split("\n\n"))
 
 
 def test_there_is_enough_of_both_to_train_on(texts):
-    characters = {kind: sum(map(len, texts[kind].values())) for kind in KINDS}
+    characters = {kind: sum(map(len, texts[kind].values())) for kind in FILES}
     assert characters["code"] > 4e6 and characters["docs"] > 1e6
     assert characters["code-held"] > 1e5 and characters["docs-held"] > 5e4
 
@@ -79,7 +79,7 @@ def test_about_one_in_sixteen_is_held_out_and_the_same_modules_of_both_domains(t
         kept, out = set(texts[domain]), set(texts[f"{domain}-held"])
         assert not kept & out and 0.02 < len(out) / len(kept | out) < 0.12
     assert not set(texts["code"]) & set(texts["docs-held"]) and not set(texts["docs"]) & set(texts["code-held"])
-    assert held("argparse") == "-held" and held("ast") == ""
+    assert held_out_suffix("argparse") == "-held" and held_out_suffix("ast") == ""
 
 
 def test_what_is_no_code_of_the_library_is_left_out(texts):
@@ -92,22 +92,22 @@ def test_it_is_kept_by_version_of_python_and_made_once(tmp_path, monkeypatch):
 
     def write(folder: Path) -> None:
         made.append(folder)
-        for file in KINDS.values():
+        for file in FILES.values():
             (folder / file).write_text("")
 
     monkeypatch.setenv("SURGERY_CACHE", str(tmp_path))
-    monkeypatch.setattr(python_text, "write", write)
+    monkeypatch.setattr(python_text, "write_texts", write)
     first = lab.data_path("python", "docs-held")
-    assert first == lab.data_path("python", "docs-held") == tmp_path / "lab" / key() / "docs-held.jsonl"
-    assert len(made) == 1 and platform.python_version() in key()
-    assert {path.name for path in (tmp_path / "lab").iterdir()} == {key(), ".lock"}
+    assert first == lab.data_path("python", "docs-held") == tmp_path / "lab" / cache_key() / "docs-held.jsonl"
+    assert len(made) == 1 and platform.python_version() in cache_key()
+    assert {path.name for path in (tmp_path / "lab").iterdir()} == {cache_key(), ".lock"}
 
 
 def test_a_library_without_sources_is_said_to_be_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(python_text, "LEFT_OUT", {folder.name for folder in LIBRARY.iterdir()})
+    monkeypatch.setattr(python_text, "EXCLUDED", {folder.name for folder in LIBRARY.iterdir()})
     monkeypatch.setattr(os, "__file__", str(tmp_path / "os.pyc"))
     with pytest.raises(SurgeryError, match="this Python has no source files of its standard library"):
-        python_text.write(tmp_path)
+        python_text.write_texts(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["examples", "cod"])
@@ -138,7 +138,7 @@ def test_another_kind_is_answered_with_those_that_there_are(kind):
     ],
 )
 def test_a_docstring_is_taken_out_and_nothing_else(source, code, found):
-    left, docs = split(source)
+    left, docs = split_docstrings(source)
     assert docs == found
     assert code is None or left == code
     assert ast.dump(ast.parse(left)) == without_docstrings(source) or "; return" in source

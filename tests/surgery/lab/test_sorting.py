@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.lab.sorting import SORTING_CHARACTERS, SortingProblem, sorting_test_problems
+from surgery.lab.sorting import SORTING_CHARACTERS, SortingProblem, sorting_evaluation_problems
 from surgery.lab.sums import END
 from surgery.lab.tokenizer import make_tokenizer
 
@@ -20,7 +20,7 @@ def test_an_example():
 
 @given(jumbles)
 def test_the_tokenizer_gives_back_every_prompt_and_completion(jumble):
-    tokenizer = make_tokenizer("plain", positions=128, more=SORTING_CHARACTERS)
+    tokenizer = make_tokenizer("plain", positions=128, extra=SORTING_CHARACTERS)
     text = jumble.prompt("plain") + jumble.completion()
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.unk_token_id not in ids
@@ -38,7 +38,7 @@ def test_anything_else_is_wrong(text):
 
 
 def test_the_test_problems_are_always_the_same():
-    drawn = sorting_test_problems((4, 5))
+    drawn = sorting_evaluation_problems((4, 5))
     assert len(drawn) == 400
-    assert drawn == sorting_test_problems((4, 5))
+    assert drawn == sorting_evaluation_problems((4, 5))
     assert {len(jumble.digits) for jumble in drawn} == {4, 5}
