@@ -9,6 +9,7 @@ import typer
 
 from surgery.checkpoint.dtypes import ComputeDtype, OutputDtype
 from surgery.io.command_line import option_flag
+from surgery.recipes.types import NamesInput
 from surgery.vectors.choices import VocabPolicy
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="Folder, .safetensors file, org/name[@revision], adapter or lab:NAME."),
+    NamesInput("model"),
 ]
 Out = Annotated[
     Path,

@@ -12,6 +12,7 @@ from cli import console
 from cli import options as o
 from probes.choices import EditMode
 from surgery.checkpoint.dtypes import ComputeDtype
+from surgery.recipes.types import NamesInput
 
 if TYPE_CHECKING:
     from probes.experts.edit import ExpertEditResult
@@ -33,7 +34,9 @@ def heads(
     model: o.Model,
     out: o.Out,
     run: Annotated[
-        Path | None, typer.Option("--from", metavar="RUN", help="Findings of this model, by `surgery probe refusal`.")
+        Path | None,
+        typer.Option("--from", metavar="RUN", help="Findings of this model, by `surgery probe refusal`."),
+        NamesInput("path"),
     ] = None,
     top: Annotated[
         str | None, typer.Option(metavar="SHARE|COUNT", help="The heads of RUN that write most against refusal.")
@@ -48,7 +51,9 @@ def heads(
         EditMode, typer.Option(help="scale, or mean: RUN's mean outputs in place of the heads' (needs biases).")
     ] = "scale",
     data: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Labelled prompts to measure on; by default those of RUN.")
+        str | None,
+        typer.Option(metavar="DATA", help="Labelled prompts to measure on; by default those of RUN."),
+        NamesInput("data"),
     ] = None,
     no_measure: NoMeasure = False,
     examples: Annotated[int, typer.Option(min=1, help="Prompts of each topic to measure on, at most.")] = 64,
@@ -90,7 +95,9 @@ def experts(
     model: o.Model,
     out: o.Out,
     run: Annotated[
-        Path | None, typer.Option("--from", metavar="RUN", help="Findings of this model, by `surgery probe experts`.")
+        Path | None,
+        typer.Option("--from", metavar="RUN", help="Findings of this model, by `surgery probe experts`."),
+        NamesInput("path"),
     ] = None,
     top: Annotated[int | None, typer.Option(min=1, help="The first experts of RUN's ranking; 2 by default.")] = None,
     expert: Annotated[
@@ -102,7 +109,9 @@ def experts(
         typer.Option(help="β: what the experts' outputs are multiplied by; 0 removes them; powers of two are exact."),
     ] = 64.0,
     data: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Prompts to measure on; by default those of RUN.")
+        str | None,
+        typer.Option(metavar="DATA", help="Prompts to measure on; by default those of RUN."),
+        NamesInput("data"),
     ] = None,
     no_measure: NoMeasure = False,
     examples: Annotated[int, typer.Option(min=1, help="Prompts to measure on, at most.")] = 64,
@@ -135,7 +144,9 @@ def experts(
 @app.command(epilog="Example: surgery edit undo repaired -o original")
 def undo(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A folder that `surgery edit heads` or `experts` wrote.")
+        str,
+        typer.Argument(metavar="MODEL", help="A folder that `surgery edit heads` or `experts` wrote."),
+        NamesInput("model"),
     ],
     out: o.Out,
     overwrite: o.Overwrite = False,

@@ -11,6 +11,7 @@ from cli import console
 from cli import options as o
 from surgery.checkpoint.dtypes import OutputDtype
 from surgery.growth.choices import BaselineBudget, BaselineEmbedding, EmbeddingKind, LayerInit, LayerPosition
+from surgery.recipes.types import NamesInput
 
 if TYPE_CHECKING:
     from surgery.growth.layers.add import AddReport
@@ -24,11 +25,16 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-PlanRef = Annotated[str, typer.Argument(metavar="PLAN", help="A YAML file; or small, one-by-one, three-by-three.")]
-Embed = Annotated[str | None, typer.Option(metavar="EMB", help="A frozen embedding, in place of the plan's.")]
+PlanRef = Annotated[
+    str, typer.Argument(metavar="PLAN", help="A YAML file; or small, one-by-one, three-by-three."), NamesInput("plan")
+]
+Embed = Annotated[
+    str | None, typer.Option(metavar="EMB", help="A frozen embedding, in place of the plan's."), NamesInput("path")
+]
 Corpus = Annotated[
     list[str] | None,
     typer.Option(metavar="TEXT", help="In place of the plan's: a file, folder, glob, or org/name:split; repeatable."),
+    NamesInput("corpus"),
 ]
 Tokens = Annotated[int | None, typer.Option(min=1, help="Of every stage, in place of the plan's.")]
 Seed = Annotated[int | None, typer.Option(help="In place of the plan's.")]
@@ -41,12 +47,18 @@ TrainDevice = Annotated[
     str | None, typer.Option("--device", help="cpu or cuda[:N]; by default a GPU where there is one.")
 ]
 Field = Annotated[str, typer.Option(help="The column of records that holds the text.")]
-Texts = Annotated[list[str], typer.Argument(metavar="CORPUS…", help="Files, folders, globs, org/name:split.")]
+Texts = Annotated[
+    list[str], typer.Argument(metavar="CORPUS…", help="Files, folders, globs, org/name:split."), NamesInput("corpus")
+]
 
 
 @app.command(epilog="Example: surgery grow embed tok --kind glyphs --width 256 -o emb")
 def embed(
-    tokenizer: Annotated[str, typer.Argument(metavar="TOKENIZER", help="A folder, org/name on the Hub, or lab:NAME.")],
+    tokenizer: Annotated[
+        str,
+        typer.Argument(metavar="TOKENIZER", help="A folder, org/name on the Hub, or lab:NAME."),
+        NamesInput("tokenizer"),
+    ],
     out: o.Out,
     kind: Annotated[
         EmbeddingKind, typer.Option(help="glyphs (pictures of the tokens), bits (of their ids), random, or table.")
@@ -56,13 +68,17 @@ def embed(
         int | None, typer.Option(min=1, help="Rows; by default as many as the tokenizer has ids, more are unused.")
     ] = None,
     font: Annotated[
-        Path | None, typer.Option(help="For glyphs: a .ttf, .otf, or Unifont's .hex; else DejaVu Sans Mono.")
+        Path | None,
+        typer.Option(help="For glyphs: a .ttf, .otf, or Unifont's .hex; else DejaVu Sans Mono."),
+        NamesInput("path"),
     ] = None,
     cell: Annotated[
         int, typer.Option(min=8, max=128, help="For glyphs: pixels along an edge of the picture; even.")
     ] = 32,
     source: Annotated[
-        str | None, typer.Option("--from", metavar="MODEL", help="For table: the model whose embedding is taken.")
+        str | None,
+        typer.Option("--from", metavar="MODEL", help="For table: the model whose embedding is taken."),
+        NamesInput("model"),
     ] = None,
     normalise: Annotated[
         bool | None, typer.Option(help="Give rows norm 1; by default for glyphs and random ones.")
@@ -139,14 +155,18 @@ def tokenizer(
 @app.command(epilog="Example: surgery grow init --embed emb --heads 8 --context 256 -o m0")
 def init(
     out: o.Out,
-    embed: Annotated[str, typer.Option(metavar="EMB", help="A folder that `surgery grow embed` wrote.")],
+    embed: Annotated[
+        str, typer.Option(metavar="EMB", help="A folder that `surgery grow embed` wrote."), NamesInput("path")
+    ],
     hidden: Annotated[int | None, typer.Option(min=1, help="The width, which must be the embedding's.")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Query heads; by default one per 64 of the width.")] = None,
     kv_heads: Annotated[int | None, typer.Option(min=1, help="Key-value heads; by default as many.")] = None,
     mlp: Annotated[int | None, typer.Option(min=1, help="The MLP's inner width; by default 8/3 of the width.")] = None,
     context: Annotated[int | None, typer.Option(min=1, help="Positions; 1024 by default.")] = None,
     layers: Annotated[int, typer.Option(min=0, help="Random layers to begin with.")] = 0,
-    config: Annotated[Path | None, typer.Option(metavar="JSON", help="A config.json to take the rest from.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="JSON", help="A config.json to take the rest from."), NamesInput("path")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
     dtype: Annotated[OutputDtype, typer.Option(help="Store weights as float32, bfloat16 or float16.")] = "float32",
     dry_run: o.DryRun = False,

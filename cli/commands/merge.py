@@ -14,6 +14,7 @@ from cli import options as o
 from merges.choices import AveragingMode, Compat, TuneWhat
 from surgery.checkpoint.dtypes import OutputDtype
 from surgery.io.command_line import option_flag, option_words
+from surgery.recipes.types import NamesInput
 
 if TYPE_CHECKING:
     from merges.config.schema import MergeConfig
@@ -59,10 +60,14 @@ Values = list[str] | None
     epilog="Example: surgery merge weights slerp lab:grpo --base lab:sft --t '[0, 0.5, 1]' --dtype bfloat16 -o out",
 )
 def weights(
-    what: Annotated[str, typer.Argument(metavar="CONFIG.yml | METHOD", help="See `surgery merge methods`.")],
+    what: Annotated[
+        str, typer.Argument(metavar="CONFIG.yml | METHOD", help="See `surgery merge methods`."), NamesInput("merge")
+    ],
     out: o.Out,
-    models: Annotated[list[str] | None, typer.Argument(metavar="A B …", help="The models, after a METHOD.")] = None,
-    base: Annotated[str | None, typer.Option(metavar="MODEL", help="The base model.")] = None,
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="A B …", help="The models, after a METHOD."), NamesInput("model")
+    ] = None,
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help="The base model."), NamesInput("model")] = None,
     weight: Annotated[
         Values, _parameter("One for all models, or one per model; a list is a gradient over depth.")
     ] = None,
@@ -173,7 +178,9 @@ def methods(as_json: o.Json = False) -> None:
 
 @app.command(epilog="Example: surgery merge logits lab:sft lab:grpo -o ensemble")
 def logits(
-    models: Annotated[list[str], typer.Argument(metavar="A B …", help="Models with one and the same tokenizer.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="A B …", help="Models with one and the same tokenizer."), NamesInput("model")
+    ],
     out: o.Out,
     weight: Annotated[
         list[float] | None,
@@ -183,6 +190,7 @@ def logits(
     tune: Annotated[
         Path | None,
         typer.Option(metavar="JSONL", help="Fit the combination on its `text`, or `prompt` and `response`."),
+        NamesInput("path"),
     ] = None,
     tune_what: Annotated[
         TuneWhat, typer.Option(help="What --tune fits: weights, or head (a matrix on all hidden states).")
@@ -218,7 +226,9 @@ def logits(
 
 @app.command(epilog="Example: surgery merge unpack ensemble -o members")
 def unpack(
-    ensemble: Annotated[str, typer.Argument(metavar="ENSEMBLE", help="A folder that `merge logits` wrote.")],
+    ensemble: Annotated[
+        str, typer.Argument(metavar="ENSEMBLE", help="A folder that `merge logits` wrote."), NamesInput("model")
+    ],
     out: o.Out,
     threads: o.Threads = None,
     as_json: o.Json = False,

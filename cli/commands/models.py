@@ -13,6 +13,7 @@ from cli import console
 from cli import options as o
 from probes.choices import Phase
 from surgery.io.command_line import option_flag, option_words
+from surgery.recipes.types import NamesInput
 from surgery.runtime.environment import is_main
 
 if TYPE_CHECKING:
@@ -40,8 +41,12 @@ def inspect(model: o.Model, as_json: o.Json = False) -> None:
 
 
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="A model; see `surgery --help` for what that can be.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="The model to compare with it.")],
+    a: Annotated[
+        str,
+        typer.Argument(metavar="A", help="A model; see `surgery --help` for what that can be."),
+        NamesInput("model"),
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="The model to compare with it."), NamesInput("model")],
     plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw how far each layer moved.")] = None,
     top: Annotated[int, typer.Option(min=0, help="Print the tensors that moved most.")] = 20,
     threads: o.Threads = None,
@@ -73,18 +78,23 @@ def verify(model: o.Model, threads: o.Threads = None, as_json: o.Json = False) -
 
 
 def evaluate(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Models to score, side by side.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL…", help="Models to score, side by side."), NamesInput("model")
+    ],
     task: Annotated[
         list[str] | None,
         typer.Option(help="An lm-evaluation-harness task, or lab_sums, or lab_sorting; may be repeated."),
+        NamesInput("task"),
     ] = None,
     perplexity: Annotated[
         list[Path] | None,
         typer.Option(metavar="TEXT", help='A text to predict: a file, or a .jsonl with "text"; may be repeated.'),
+        NamesInput("text"),
     ] = None,
     reinforce: Annotated[
         Path | None,
         typer.Option(metavar="RUN", help="Score each model also with the experts of RUN reinforced, without writing."),
+        NamesInput("path"),
     ] = None,
     top: Annotated[
         int | None, typer.Option(min=1, help="With --reinforce: how many of RUN's ranked experts; 2 by default.")

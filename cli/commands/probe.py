@@ -11,6 +11,7 @@ from cli import console
 from cli import options as o
 from probes.choices import AblationKind, AttributionForm, Engine, Phase, RowStyle, ScalingMethod, TrainingCells
 from surgery.io.command_line import option_flag
+from surgery.recipes.types import NamesInput
 
 if TYPE_CHECKING:
     from probes.experts.findings import ExpertFindings
@@ -26,7 +27,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-Run = Annotated[Path, typer.Option("--from", metavar="RUN", help="A folder that `surgery probe refusal` wrote.")]
+Run = Annotated[
+    Path, typer.Option("--from", metavar="RUN", help="A folder that `surgery probe refusal` wrote."), NamesInput("path")
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N examples.")]
 BatchTokens = Annotated[
     int | None, typer.Option(min=1, help="Tokens of a batch, padding included; by default what fits.")
@@ -46,12 +49,14 @@ DATA = "A .jsonl, .json, .csv, .parquet or .txt file, org/name[@revision]:split[
 @app.command(epilog="Example: surgery probe refusal lab:cliff --data lab:cliff -o cliff")
 def refusal(
     model: o.Model,
-    data: Annotated[str | None, typer.Option(metavar="DATA", help=DATA)] = None,
+    data: Annotated[str | None, typer.Option(metavar="DATA", help=DATA), NamesInput("data")] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="RUN", help="The folder for results, report and pictures.")
     ] = None,
     transfer: Annotated[
-        str | None, typer.Option(metavar="DATA", help="A second data set that the probes are tested on.")
+        str | None,
+        typer.Option(metavar="DATA", help="A second data set that the probes are tested on."),
+        NamesInput("data"),
     ] = None,
     cells: Annotated[
         TrainingCells,
@@ -73,16 +78,20 @@ def refusal(
     refusal_phrases: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="One phrase per line that marks a refusal, for the built-in list."),
+        NamesInput("path"),
     ] = None,
     guard: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="A guard model that judges answers, given prompt and whole answer."),
+        NamesInput("model"),
     ] = None,
     live: Annotated[
         str | None,
         typer.Option(metavar="PROMPT", help="Watch one prompt being answered, with the probe of --from RUN."),
     ] = None,
-    run: Annotated[Path | None, typer.Option("--from", metavar="RUN", help="With --live: whose probe.")] = None,
+    run: Annotated[
+        Path | None, typer.Option("--from", metavar="RUN", help="With --live: whose probe."), NamesInput("path")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of folds, bootstrap and draws.")] = 0,
     dtype: o.ModelDtype = "auto",
     batch_tokens: BatchTokens = None,
@@ -200,7 +209,7 @@ def heads(
 def judge(
     model: o.Model,
     run: Run,
-    data: Annotated[str, typer.Option(metavar="POOL", help=DATA)],
+    data: Annotated[str, typer.Option(metavar="POOL", help=DATA), NamesInput("data")],
     top: Annotated[str, typer.Option(metavar="SHARE|COUNT", help="How many of the pool to keep.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The .jsonl file to write.")],
     style: Annotated[RowStyle, typer.Option(help="Rows for trl (messages) or llama-factory (alpaca).")] = "trl",
@@ -239,20 +248,24 @@ def judge(
 )
 def experts(
     model: o.Model,
-    data: Annotated[str, typer.Option(metavar="DATA", help=DATA)],
+    data: Annotated[str, typer.Option(metavar="DATA", help=DATA), NamesInput("data")],
     token: Annotated[
         list[str],
         typer.Option(metavar="[±][w*]TEXT", help="A marker of thinking, -TEXT for one that ends it; may be repeated."),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="RUN", help="The folder for results, report, pictures.")],
     transfer: Annotated[
-        str | None, typer.Option(metavar="DATA", help="A second data set, to hold the ranking against.")
+        str | None,
+        typer.Option(metavar="DATA", help="A second data set, to hold the ranking against."),
+        NamesInput("data"),
     ] = None,
     sweep: Annotated[
         str | None, typer.Option(metavar="β,β,…", help="A grid such as 1,2,4,…,512 to try on --task, with controls.")
     ] = None,
     task: Annotated[
-        list[str] | None, typer.Option(help="An lm-evaluation-harness task for --sweep; may be repeated.")
+        list[str] | None,
+        typer.Option(help="An lm-evaluation-harness task for --sweep; may be repeated."),
+        NamesInput("task"),
     ] = None,
     top: Annotated[
         int | None,

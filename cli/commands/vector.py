@@ -10,6 +10,7 @@ import typer
 from cli import console
 from cli import options as o
 from surgery.checkpoint.dtypes import OutputDtype
+from surgery.recipes.types import NamesInput
 
 if TYPE_CHECKING:
     from surgery.engine.edit_report import EditReport
@@ -22,11 +23,15 @@ app = typer.Typer(
 )
 
 Tuned = Annotated[
-    str, typer.Argument(metavar="TUNED", help="The model that was trained, by reinforcement learning say.")
+    str,
+    typer.Argument(metavar="TUNED", help="The model that was trained, by reinforcement learning say."),
+    NamesInput("model"),
 ]
-Base = Annotated[str, typer.Argument(metavar="BASE", help="The model it was trained from.")]
-Target = Annotated[str, typer.Argument(metavar="TARGET", help="The model to add the vector to.")]
-VectorFolder = Annotated[str, typer.Argument(metavar="V", help="A folder that `vector extract` wrote.")]
+Base = Annotated[str, typer.Argument(metavar="BASE", help="The model it was trained from."), NamesInput("model")]
+Target = Annotated[str, typer.Argument(metavar="TARGET", help="The model to add the vector to."), NamesInput("model")]
+VectorFolder = Annotated[
+    str, typer.Argument(metavar="V", help="A folder that `vector extract` wrote."), NamesInput("path")
+]
 
 
 @app.command(epilog="Example: surgery vector extract lab:grpo lab:sft -o reasoning")
@@ -177,7 +182,9 @@ def transfer(
 
 @app.command(epilog="Example: surgery vector compare math-vector code-vector --plot similarity.png")
 def compare(
-    vectors: Annotated[list[str], typer.Argument(metavar="V1 V2 …", help="Folders that `vector extract` wrote.")],
+    vectors: Annotated[
+        list[str], typer.Argument(metavar="V1 V2 …", help="Folders that `vector extract` wrote."), NamesInput("path")
+    ],
     plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw the cosines per layer.")] = None,
     threads: o.Threads = None,
     as_json: o.Json = False,
@@ -200,7 +207,9 @@ def compare(
 def sweep(
     vector: VectorFolder,
     target: Target,
-    task: Annotated[list[str], typer.Option(help="An lm-evaluation-harness task, or lab_sums; may be repeated.")],
+    task: Annotated[
+        list[str], typer.Option(help="An lm-evaluation-harness task, or lab_sums; may be repeated."), NamesInput("task")
+    ],
     scale: Annotated[str, typer.Option(metavar="α,α,…", help="The grid.")] = "-1,0,0.25,0.5,0.75,1",
     out: Annotated[
         Path | None,

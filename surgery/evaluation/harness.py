@@ -10,7 +10,7 @@ import contextlib
 import difflib
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -163,6 +163,17 @@ def _metrics(row: Mapping[str, Any]) -> list[str]:
 
 def _wants_chat(tasks: Mapping[str, Any]) -> bool:
     return all(bool((task.get_config("metadata") or {}).get("chat_template")) for task in tasks.values())
+
+
+def task_names() -> Collection[str]:
+    """Return the names of all tasks, groups and tags, which takes seconds. Raises SurgeryError without `eval`."""
+    names: Collection[str] = _index(True).all_tasks
+    return names
+
+
+def lab_task_names() -> set[str]:
+    """Return the names of the lab's tasks, without asking the harness."""
+    return {path.stem for path in TASK_FOLDER.glob("*.yaml")}
 
 
 def _find_tasks(tasks: Sequence[str]) -> TaskManager:

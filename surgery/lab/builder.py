@@ -78,6 +78,17 @@ def data_path(name: str, kind: str = "examples", *, recipe: AnyRecipe | None = N
     Raises:
         SurgeryError: there is no model of this name, it has no data, or none of this kind.
     """
+    file = _data_file(name, kind)
+    return (_python_text() if name == python_text.NAME else resolve(name, recipe=recipe)) / file
+
+
+def check_data_ref(ref: str) -> None:
+    """Check that `lab:NAME[/KIND]` names data of the lab, without making it. Errors as in `data_path`."""
+    name, _, kind = ref.removeprefix(PREFIX).partition("/")
+    _data_file(name, kind or "examples")
+
+
+def _data_file(name: str, kind: str) -> str:
     is_text = name == python_text.NAME
     if not is_text and not find_model(name).has_data:
         with_data = [*(other for other, model in MODELS.items() if model.has_data), python_text.NAME]
@@ -87,7 +98,7 @@ def data_path(name: str, kind: str = "examples", *, recipe: AnyRecipe | None = N
         raise usage_error(
             f"the lab has no data called {kind!r}.", where=f"{PREFIX}{name}", hint=f"There is {listing(files)}."
         )
-    return (_python_text() if is_text else resolve(name, recipe=recipe)) / files[kind]
+    return files[kind]
 
 
 def _python_text() -> Path:

@@ -13,6 +13,7 @@ from typing import cast
 from surgery.errors import listing, usage_error
 from surgery.io.yaml_nodes import YamlNode
 from surgery.recipes.parse.file import Reference, children, meaning, nearest
+from surgery.recipes.parse.inputs import input_error, task_errors
 from surgery.recipes.parse.scalars import convert, expected, key_of, scalar_fault, shown, text_of
 from surgery.recipes.parse.variables import StepInstance, StepTemplate, VariableScope
 from surgery.recipes.types import Command, CommandParameter, Given, Scalar, StepOutput
@@ -39,6 +40,14 @@ class ArgumentResolver:
     scope: VariableScope
     needed: dict[str, list[str]] = field(default_factory=dict)
     n_values: int = 0
+    tasks: list[tuple[YamlNode, str, str]] = field(default_factory=list)
+
+    def check_tasks(self) -> None:
+        """Add an error for each value that should name a task of the evaluation harness, and does not."""
+        errors = task_errors(task for _, task, _ in self.tasks) if self.tasks else {}
+        for node, task, source in self.tasks:
+            if task in errors:
+                self.scope.faults.add(node, f"got {shown(task)}{source}: {errors[task]}")
 
     def count(self, n_values: int) -> None:
         """Raises SurgeryError once there are too many."""
@@ -203,9 +212,17 @@ class _Option:
         if self.parameter is None:
             return (value,)
         try:
-            return (convert(value, self.parameter),)
+            converted = convert(value, self.parameter)
         except ValueError as error:
             return self.fault(node, f"got {shown(value)}{of}, {error}")
+        kind = self.parameter.names
+        # What a step that is left out names need not be there.
+        if kind is not None and isinstance(converted, str) and self.instance.kept:
+            if kind == "task":
+                self.filling.tasks.append((node, converted, of))
+            elif what := input_error(converted, kind):
+                return self.fault(node, f"got {shown(converted)}{of}: {what}")
+        return (converted,)
 
     def wrong(self, node: YamlNode, got: str) -> Items:
         return self.fault(node, f"got {got}, expected {expected(self.parameter) if self.parameter else 'a value'}")

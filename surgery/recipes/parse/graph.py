@@ -47,6 +47,7 @@ def build_pipeline(
     nodes = _nodes(scope, filling)
     pushes = _pushes(scope, filling)
     _refuse_cycles(scope, filling.needed)
+    filling.check_tasks()
     scope.refuse_unused()
     source.faults.settle()
     return Pipeline(
