@@ -17,6 +17,7 @@ from surgery.reporting.report import (
     Column,
     Figure,
     Format,
+    PreformattedText,
     Report,
     Table,
     Value,
@@ -115,6 +116,26 @@ def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     assert "<title>T &lt;&amp;&gt;</title>" in page
     assert "marks&lt;/b&gt;<br>and a second line" in page
     assert page.count("<section>") == page.count("</section>") == 1 + len(figures())
+
+
+def test_sections_have_the_bytes_that_published_reports_have() -> None:
+    marked = Table("""It's "a" <b>""", ("", Column("n", "count")), [("x", 1), ("y", None)], note="one\ntwo")
+    assert marked.to_html() == (
+        "<section><h2>It&#x27;s &quot;a&quot; &lt;b&gt;</h2>"
+        '<div class="wide"><table><thead><tr><th></th><th class="n">n</th></tr></thead>'
+        '<tbody><tr><td>x</td><td class="n">1</td></tr>\n<tr><td>y</td><td class="n">–</td></tr></tbody></table></div>'
+        '<p class="note">one<br>two</p></section>'
+    )
+    text = PreformattedText("Step", line="surgery <x>", text=" a\n  b", links={"log & text": "a b/log.txt", "out": "o"})
+    assert text.to_html() == (
+        '<section><h2>Step</h2><div class="wide"><pre class="line">surgery &lt;x&gt;</pre></div>'
+        '<div class="wide"><pre> a\n  b</pre></div>'
+        '<p class="note"><a href="a%20b/log.txt">log &amp; text</a> · <a href="o">out</a></p></section>'
+    )
+    assert Table("", ("",), []).to_html() == (
+        '<section><h2></h2><div class="wide"><table><tbody></tbody></table></div></section>'
+    )
+    assert Report("T", "").to_html().endswith("<main>\n<h1>T</h1>\n\n\n</main>\n</body>\n</html>\n")
 
 
 def test_a_page_replaces_the_old_one_or_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
