@@ -1,9 +1,10 @@
-"""What a merge config says, once read: our own types, the same for `models:`, `slices:` and `modules:`.
+"""A merge config after it was read: the same types for `models:`, `slices:` and `modules:`.
 
-A merge is a row of sections. Each section is a run of the output's layers, made from equally long runs of layers of its
-sources; `models:` is one section over all layers. `SettingScope` looks up what a parameter is for one output tensor.
+A merge is a sequence of sections. Each section is a run of the output's layers, made from equally long runs of layers
+of its sources; `models:` is one section over all layers. `SettingScope` looks up a parameter's value for one output
+tensor.
 
-Seen by running mergekit 0.1.5 (`linear` of a model of zeros and one of ones, in float32), and the same here:
+Checked by running mergekit 0.1.5 (`linear` of a model of zeros and one of ones, in float32), and the same here:
 
 - t is i/(n−1) for layer i of a section's n, and 1 where n is 1. Embeddings have t = 0 and the first section's
   parameters; the final norm and the head have t = 0 and the last section's.
@@ -27,11 +28,11 @@ from surgery.errors import usage_error
 
 Settings = Mapping[str, Setting]
 
-UNION, BASE = "union", "base"  # tokenizers that are no model's name
+UNION, BASE = "union", "base"  # values of the tokenizer's source that are no model
 
 
 class Frozen(BaseModel):
-    """The base of all types here: they do not change, and know only their own fields."""
+    """Base of all types here: immutable, without unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -50,10 +51,10 @@ class MergeSource(Frozen):
 
 
 class MergeSection(Frozen):
-    """A run of output layers, and what each is made from.
+    """A run of output layers, and the sources of each.
 
     `base_model` is the one in effect here, whether the slice or the document names it. `module` is the part of a
-    composite model that `modules:` speaks of, None for the whole model.
+    composite model that `modules:` names, None for the whole model.
     """
 
     sources: tuple[MergeSource, ...]
@@ -64,7 +65,7 @@ class MergeSection(Frozen):
 
     @property
     def base_index(self) -> int | None:
-        """Which of the sources is the base model; None where none is."""
+        """Index of the base model among the sources; None where it is not one of them."""
         return next((i for i, source in enumerate(self.sources) if source.model == self.base_model), None)
 
 
@@ -83,7 +84,7 @@ class ModelToken(Frozen):
 class TokenRule(Frozen):
     """Where models that lack a token get its embedding, all models if `force`; a str is the model with the same token.
 
-    `source` None: as for tokens that no rule speaks of.
+    `source` None: as for tokens without a rule.
     """
 
     source: str | ModelToken | ZeroToken | None = None
@@ -91,7 +92,7 @@ class TokenRule(Frozen):
 
 
 class TokenizerRule(Frozen):
-    """Which tokenizer the result gets: "union", "base", or that of a model reference."""
+    """The result's tokenizer: "union", "base", or that of a model reference."""
 
     source: str = "union"
     tokens: Mapping[str, TokenRule] = {}
@@ -127,7 +128,7 @@ class MergeConfig(Frozen):
         return tuple(dict.fromkeys(ref for ref in (self.base_model, *named) if ref is not None))
 
     def scope(self, section: MergeSection) -> SettingScope:
-        """Where parameters of this section's tensors are looked up."""
+        """Return the scope in which parameters of this section's tensors are looked up."""
         return SettingScope(self, section)
 
 
@@ -139,11 +140,11 @@ class SettingScope:
     section: MergeSection
 
     def value(self, spec: ParameterSpec, tensor_name: str, t: float, *, source: int | None = None) -> Scalar:
-        """What `spec` is for one tensor, as a float, int, bool or str by its kind.
+        """Return the value of `spec` for one tensor, as a float, int, bool or str by its kind.
 
         Args:
             tensor_name: of the output tensor; for a per-model parameter, of the source's own tensor.
-            t: where its layer stands, from `settings.layer_position`; `settings.EDGE_POSITION` outside the layers.
+            t: position of its layer, from `settings.layer_position`; `settings.EDGE_POSITION` outside the layers.
             source: which of the section's sources a per-model parameter is for.
 
         Raises:
@@ -165,7 +166,7 @@ class SettingScope:
     def values(
         self, method: MethodSpec, tensor_name: str, t: float, input_names: Sequence[str] | None = None
     ) -> dict[str, Scalar | tuple[Scalar, ...]]:
-        """All parameters of `method` for one output tensor: one value each, a tuple for those that are per model.
+        """Return all parameters of `method` for one output tensor: one value each, or a tuple for those per model.
 
         A tuple is in the order of the sources, the base left out where the method sets it apart.
 
@@ -185,7 +186,7 @@ class SettingScope:
         }
 
     def _places(self, spec: ParameterSpec, source: int | None) -> Iterator[Settings]:
-        """Where a value is looked for, innermost first."""
+        """Yield the settings in which a value is looked up, innermost first."""
         if spec.per_model and source is not None:
             yield self.section.sources[source].parameters
         yield self.section.parameters
@@ -194,6 +195,6 @@ class SettingScope:
 
 
 def merged_sources(method: MethodSpec, section: MergeSection) -> tuple[int, ...]:
-    """The indices of the sources that have per-model parameters: all, but the base of a method that sets it apart."""
+    """Return the indices of the sources with per-model parameters: all but the base of a method that sets it apart."""
     apart = None if method.base == "none" else section.base_index
     return tuple(i for i in range(len(section.sources)) if i != apart)

@@ -1,10 +1,10 @@
-"""The parameter language of merge configs: what a method's parameters are, and a setting's value for one tensor.
+"""The parameters of merge methods: how they are specified, and a setting's value for one tensor.
 
-A setting is written as a scalar, a list (numbers: a gradient over the layers; other scalars: picked by position), one
-`{filter, value}` or a list of them. All of these become one form here: a tuple of `Rule`s, of which the first that
+A config writes a setting as a scalar, a list (numbers: a gradient over the layers; other scalars: picked by position),
+one `{filter, value}` or a list of them. All of these become one form: a tuple of `Rule`s, of which the first that
 applies to a tensor's name counts. A scalar is a list of one.
 
-Where a layer stands is a number t in [0, 1]: see `layer_position`.
+A layer's position is a number t in [0, 1]: see `layer_position`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BaseModel = Literal["required", "optional", "none"]
 
 EVERYTHING = "*"
 MAX_SHOWN = 60  # characters of a wrong value in an error
-# Embeddings, final norm and head lie in no layer; mergekit gives them the start of every gradient.
+# Embeddings, final norm and head are in no layer; mergekit gives them the start of every gradient.
 EDGE_POSITION = 0.0
 
 _TRUE = frozenset({"true", "yes", "on", "1"})
@@ -35,7 +35,7 @@ class Rule:
     filter: str | None = None
 
     def applies(self, tensor_name: str) -> bool:
-        """Whether this rule speaks about the tensor."""
+        """Return whether this rule is for the tensor."""
         return self.filter is None or self.filter == EVERYTHING or self.filter in tensor_name
 
 
@@ -65,7 +65,7 @@ class ParameterSpec:
 
     @property
     def rule(self) -> str:
-        """What a value must be, for people: `a number in (0, 1]`."""
+        """Describe the allowed values: `a number in (0, 1]`."""
         if self.kind == "boolean":
             return "true or false"
         if self.kind == "text":
@@ -81,7 +81,7 @@ class ParameterSpec:
         return noun
 
     def read(self, value: object) -> Scalar:
-        """`value` as this parameter's kind: a float, int, bool or str.
+        """Return `value` as this parameter's kind: a float, int, bool or str.
 
         Numbers may be written as text (YAML 1.1 reads `1e-5` as text), whole numbers as `10.0`, and truth as 0 or 1
         or one of the words that YAML knows, as mergekit takes them.
@@ -113,7 +113,7 @@ class ParameterSpec:
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """What the config of one merge method may say.
+    """What a config may set for one merge method.
 
     Args:
         base: "required" and "optional" methods set the base model apart from the models they merge, and give it no
@@ -134,27 +134,27 @@ class MethodSpec:
     joins_base: bool = False
 
     def parameter(self, name: str) -> ParameterSpec | None:
-        """The parameter called `name`, or None."""
+        """Return the parameter called `name`, or None."""
         return next((spec for spec in (*self.parameters, INT8_MASK) if spec.name == name), None)
 
 
-# Taken from every config and without effect: masks here take no memory that would be worth saving.
+# Accepted in every config, without effect: masks are computed piece by piece here, so there is no memory to save.
 INT8_MASK = ParameterSpec("int8_mask", "boolean", False, summary="Without effect: masks are never kept")
 
 
 def layer_position(index: int, n_layers: int) -> float:
-    """t of layer `index` of the `n_layers` of one section: from 0 at its first layer to 1 at its last.
+    """Return t of layer `index` of the `n_layers` of one section: from 0 at its first layer to 1 at its last.
 
-    The only layer of a section stands at 1, as in mergekit 0.1.5 (seen by running it).
+    The only layer of a section has t = 1, as in mergekit 0.1.5 (checked by running it).
     """
     return index / (n_layers - 1) if n_layers > 1 else 1.0
 
 
 def resolve(setting: Setting, tensor_name: str, t: float) -> Scalar | None:
-    """The value that `setting` gives the tensor at position t in [0, 1]; None where no rule applies to it.
+    """Return the value that `setting` gives the tensor at position t in [0, 1]; None where no rule applies to it.
 
     The n values of a rule are spread evenly over [0, 1]. Numbers are interpolated linearly, whole ones then rounded;
-    of booleans and texts it is the value at int(t·(n−1)).
+    of booleans and texts the value at int(t·(n−1)) counts.
     """
     for rule in setting:
         if rule.applies(tensor_name):
@@ -163,7 +163,7 @@ def resolve(setting: Setting, tensor_name: str, t: float) -> Scalar | None:
 
 
 def as_written(value: object) -> str:
-    """`value` as a config writes it, on one line, cut where it is long."""
+    """Return `value` as a config writes it, on one line, cut at `MAX_SHOWN` characters."""
     text = " ".join(_written(value).split())
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
 

@@ -1,4 +1,4 @@
-"""Methods that need one element of each model at a time: weighted means, copies, and swaps of what is near."""
+"""Elementwise methods: weighted means, copies, and swaps of values that are close."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from merges.config.settings import MethodSpec, ParameterSpec
-from merges.methods.measures import measured
+from merges.methods.measures import measured_kernel
 from merges.methods.registry import Params, register
 from surgery.engine.kernel import Kernel, Parameter, TensorSlice
 
@@ -27,7 +27,7 @@ def weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Te
 def linear(
     tensors: Sequence[Tensor], place: TensorSlice, *, weight: Sequence[float], normalize: bool, **_: Parameter
 ) -> Tensor:
-    """Σᵢ aᵢ xᵢ, over Σᵢ aᵢ where `normalize` says so (model soups, arXiv 2203.05482).   k × (…) → (…)"""
+    """Σᵢ aᵢ xᵢ, over Σᵢ aᵢ with `normalize` (model soups, arXiv 2203.05482).   k × (…) → (…)"""
     total = sum(weight) if normalize else 1.0
     return weighted_sum(tensors, [a / total for a in weight])
 
@@ -48,7 +48,7 @@ def nearswap(tensors: Sequence[Tensor], place: TensorSlice, *, t: float, **_: Pa
 
 
 def _build(params: Params, models: int, based: bool, *, name: str, fn: Callable[..., Tensor]) -> Kernel:
-    return measured(name, fn, models, based=based)
+    return measured_kernel(name, fn, models, based=based)
 
 
 register(

@@ -1,4 +1,4 @@
-"""What every merge measures of its models while it writes: norms, distances, and how much of each was kept."""
+"""Measure the models of a merge while it is written: norms, distances, and how much of each was kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from surgery.checkpoint.dtypes import n_elements
 from surgery.engine.kernel import Kernel, Pass, Sums, TensorSlice
 
-KEPT = "kept"  # in `TensorSlice.pass_results`: per model, how many of its elements the method let through
+KEPT = "kept"  # in `TensorSlice.pass_results`: per model, how many of its elements the method kept
 
 Count = Callable[..., Tensor | float]
 
@@ -35,14 +35,15 @@ class Measures:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What `measure` returns, in its order."""
+        """The names of the sums that `measure` returns, in its order."""
         kinds = ("squares", "distance", "update", "kept") if self.based else ("squares", "distance", "kept")
         per_model = [f"{kind}.{i}" for i in range(self.models) for kind in kinds]
         return (*(("base",) if self.based else ()), *per_model)
 
     def measure(self, tensors: Sequence[Tensor], stored: Tensor, place: TensorSlice, **params: Any) -> Sums:
-        """The sums over one piece; `stored` is the merged, rounded piece."""
+        """Return the sums over one piece; `stored` is the merged, rounded piece."""
         base, models = (tensors[0], tensors[1:]) if self.based else (None, tensors)
+        # Passes count over the whole tensor; each piece reports its share, and the shares add up to the count.
         share = stored.numel() / max(n_elements(place.shape), 1)
         kept: Tensor | float
         sums: list[Tensor | float] = [] if base is None else [torch.dot(base, base)]
@@ -59,7 +60,7 @@ class Measures:
         return sums
 
 
-def measured(
+def measured_kernel(
     name: str,
     fn: Callable[..., Tensor],
     models: int,
@@ -69,7 +70,7 @@ def measured(
     passes: tuple[Pass, ...] = (),
     count: Count | None = None,
 ) -> Kernel:
-    """A merge method's kernel: knows its place and measures its models. The other arguments are the kernel's own."""
+    """Return a merge method's kernel, which measures its models. The other arguments are those of `Kernel`."""
     measures = Measures(models, based, count)
     return Kernel(
         name,

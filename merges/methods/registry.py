@@ -1,4 +1,4 @@
-"""Merge methods by name: what a config may say of each, and the kernel that does it."""
+"""The merge methods by name: what a config may set for each, and how its kernel is built."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Build = Callable[[Params, int, bool], Kernel]
 
 @dataclass(frozen=True)
 class Method:
-    """A way of merging.
+    """A merge method.
 
     build: `build(params, models, based)` → the kernel for one tensor, where `models` counts the models beside the
         base, which is the kernel's first input where `based`. `params` go to the kernel: parameters of the spec by
@@ -25,7 +25,7 @@ class Method:
     build: Build
 
     def kernel(self, params: Params, models: int, *, based: bool) -> Kernel:
-        """The kernel that merges `models` models with these parameters."""
+        """Return the kernel that merges `models` models with these parameters."""
         return self.build(params, models, based)
 
 
@@ -33,11 +33,11 @@ METHODS: dict[str, Method] = {}
 
 
 def register(spec: MethodSpec, build: Build) -> None:
-    """Adds a method. A second one of the same name is a bug."""
+    """Add a method. A second one of the same name is a bug."""
     assert spec.name not in METHODS, f"{spec.name} is registered twice"
     METHODS[spec.name] = Method(spec, build)
 
 
 def argument(parameter: str) -> str:
-    """What a kernel calls a parameter: its name, unless Python keeps that for itself."""
+    """Return a parameter's name as a keyword argument of kernels: its own, unless Python reserves that."""
     return "lambda_" if parameter == "lambda" else parameter

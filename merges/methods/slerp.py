@@ -1,9 +1,9 @@
 """Methods that treat tensors as vectors with a direction: slerp and its kin, Karcher means, model stock.
 
-What all of these compute lies in the span of the models: Σᵢ cᵢ vᵢ. The coefficients follow from the vectors' inner
+The result of each of these is in the span of the models: Σᵢ cᵢ vᵢ. The coefficients follow from the vectors' inner
 products alone, so one streaming pass finds the Gram matrix G = (vᵢ·vⱼ), the geometry is done on k numbers in fp64, and
-a second pass adds the models up. Where each row or column has an angle of its own the same is done for all of them at
-once: G then has a last axis, and so have the coefficients.
+a second pass adds the models up. With an angle per row or column the same is done for all of them at once: G then has
+a last axis, and so have the coefficients.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from merges.config.settings import MethodSpec, ParameterSpec
 from merges.methods.linear import weighted_sum
-from merges.methods.measures import measured
+from merges.methods.measures import measured_kernel
 from merges.methods.registry import Params, register
 from surgery.engine.kernel import Kernel, Pass, TensorSlice
 from surgery.errors import SurgeryError
@@ -32,7 +32,7 @@ Axis = Literal["whole", "rows", "columns"]
 COEFFICIENTS = "coefficients"
 _SAME_DIRECTION = 0.9995  # |cos| above which slerp is a straight line
 _PARALLEL = 1e-12  # sin² of the angle up to which nuslerp takes two vectors to lie on one line
-_TINY = 1e-8  # a length up to this is no direction to slerp
+_TINY = 1e-8  # a vector up to this length has no direction for slerp, as in mergekit
 
 
 def combine(
@@ -48,8 +48,10 @@ def combine(
     if axis == "whole":
         total = weighted_sum(vectors, place.pass_results[COEFFICIENTS].tolist())
     else:
-        found = formula(gram(vectors, axis), place, **params) if axis == "rows" else place.pass_results[COEFFICIENTS]
-        shaped = torch.from_numpy(found).to(vectors[0]).unsqueeze(2 if axis == "rows" else 1)
+        # Rows are whole in every piece, and need no pass; columns are not.
+        by_row = axis == "rows"
+        values = formula(gram(vectors, axis), place, **params) if by_row else place.pass_results[COEFFICIENTS]
+        shaped = torch.from_numpy(values).to(vectors[0]).unsqueeze(2 if by_row else 1)
         total = vectors[0] * shaped[0]
         for vector, coefficient in zip(vectors[1:], shaped[1:], strict=True):
             total.addcmul_(vector, coefficient)
@@ -57,9 +59,9 @@ def combine(
 
 
 def gram(vectors: Sequence[Tensor], axis: Axis) -> Matrix:
-    """Inner products in fp64: (k, k), with a last axis over rows or columns.   k × (…) or k × (rows, width)"""
+    """Return inner products in fp64: (k, k), with a last axis over rows or columns.   k × (…) or k × (rows, width)"""
     k = len(vectors)
-    # Directions that cancel leave only what the products were rounded by: in fp32 that would be seen in the result.
+    # Where directions cancel, only the rounding errors of the products are left: those of fp32 would be in the result.
     exact = [vector.double() for vector in vectors]
     products: list[list[Any]] = [[None] * k for _ in range(k)]
     for i in range(k):
@@ -69,7 +71,7 @@ def gram(vectors: Sequence[Tensor], axis: Axis) -> Matrix:
 
 
 def _axis_of(axis: Axis, place: TensorSlice) -> Axis:
-    """A vector is one row; its columns are single numbers, which have no angle."""
+    """Return the axis to use: a vector is one row, as its columns are single numbers, which have no angle."""
     return "rows" if axis == "columns" and len(place.shape) < 2 else axis
 
 
@@ -108,7 +110,7 @@ def nuslerp(g: Matrix, place: TensorSlice, *, weight: Sequence[float], **_: Any)
 def multislerp(
     g: Matrix, place: TensorSlice, *, weight: Sequence[float], normalize_weights: bool, eps: float, **_: Any
 ) -> Matrix:
-    """Directions' weighted mean m; their tangents at m, averaged; back to the sphere; times the mean length.
+    """The exponential map, at the directions' weighted mean, of their mean tangent there, times the mean length.
 
     One model alone stays as it is, and vectors that are all zero (tensors that no model changed) stay zero.
 
@@ -121,8 +123,8 @@ def multislerp(
     if normalize_weights:
         a /= a.sum()
     lengths = np.sqrt(np.diagonal(g))
-    reach = lengths + eps
-    unit = np.diag(np.where(reach > 0, 1 / np.where(reach > 0, reach, 1), 0))  # row i: direction i's coefficients
+    padded = lengths + eps
+    unit = np.diag(np.where(padded > 0, 1 / np.where(padded > 0, padded, 1), 0))  # row i: direction i's coefficients
     mean = a @ unit
     size = _length(mean, g)
     if size <= eps:
@@ -144,9 +146,9 @@ def multislerp(
 def karcher(g: Matrix, place: TensorSlice, *, max_iter: int, tol: float, **_: Any) -> Matrix:
     """The point on the sphere whose tangents towards all directions cancel, times the mean length.
 
-    Steps along the mean tangent until it is shorter than `tol`, at most `max_iter` times. All models count alike, as
-    in mergekit; those no longer than `tol` have no direction but count for the mean length, and where all are such
-    their mean is taken (mergekit: zero). No way to a direction opposite to the point is the shortest: it does not pull.
+    Follows the mean tangent until it is shorter than `tol`, at most `max_iter` times. All models count alike, as in
+    mergekit; those no longer than `tol` have no direction but count for the mean length, and if all are such their mean
+    is taken (mergekit: zero). A direction opposite to the point has no shortest way to it, and adds no tangent.
     """
     k = len(g)
     lengths = np.sqrt(np.diagonal(g))
@@ -157,18 +159,18 @@ def karcher(g: Matrix, place: TensorSlice, *, max_iter: int, tol: float, **_: An
     units[np.arange(len(valid)), valid] = 1 / lengths[valid]
     mean = units.mean(axis=0)
     size = _length(mean, g)
-    mean = units[0] if size < tol else mean / size
+    mean = units[0] if size < tol else mean / size  # where directions cancel, any of them will do to start from
     for _step in range(max_iter):
         cos = np.clip(units @ g @ mean, -1, 1)
         theta = np.arccos(cos)
-        pulls = np.sin(theta) >= tol
-        pull = np.where(pulls, theta / np.where(pulls, np.sin(theta), 1), 0) / len(valid)
-        tangent = pull @ (units - np.outer(cos, mean))
+        has_tangent = np.sin(theta) >= tol  # neither at the point nor opposite to it
+        scale = np.where(has_tangent, theta / np.where(has_tangent, np.sin(theta), 1), 0) / len(valid)
+        tangent = scale @ (units - np.outer(cos, mean))
         step = _length(tangent, g)
         if step < tol:
             break
         mean = np.cos(step) * mean + np.sin(step) / step * tangent
-        mean /= _length(mean, g)
+        mean /= _length(mean, g)  # back onto the sphere, before rounding errors add up
     result: Matrix = mean * lengths.mean()
     return result
 
@@ -210,7 +212,7 @@ def _gather(tensors: Sequence[Tensor], place: TensorSlice, *, origin: bool, axis
     return gram(list(models) if base is None else [model - base for model in models], _axis_of(axis, place))
 
 
-def _settle(
+def _reduce(
     gathered: Sequence[Matrix], place: TensorSlice, *, formula: Coefficients, **params: Any
 ) -> Mapping[str, Any]:
     return {COEFFICIENTS: formula(np.sum(gathered, axis=0), place, **params)} if gathered else {}
@@ -220,8 +222,8 @@ def _kernel(
     name: str, formula: Coefficients, models: int, based: bool, *, origin: bool, axis: Axis = "whole"
 ) -> Kernel:
     fixed: dict[str, Any] = {"origin": origin, "axis": axis, "formula": formula}
-    one = Pass(partial(_gather, origin=origin, axis=axis), partial(_settle, formula=formula))
-    return measured(
+    one = Pass(partial(_gather, origin=origin, axis=axis), partial(_reduce, formula=formula))
+    return measured_kernel(
         name,
         partial(combine, **fixed),
         models,

@@ -1,10 +1,11 @@
-"""Which elements of a task vector δ are kept: by magnitude, between outliers, by chance, by chance and magnitude.
+"""Sparsify task vectors δ: keep elements by magnitude, without outliers, at random, or at random by magnitude.
 
-Every sparsifier works in two steps. Streaming passes find what must be known of the whole tensor: cuts in the order of
-magnitudes, and Σ|δ| before and after where what is kept is rescaled by it. Then `sparsified` does any piece on its own.
+Every sparsifier has two steps. Streaming passes find what must be known of the whole tensor: thresholds in the order
+of magnitudes, and Σ|δ| before and after where the result is rescaled by them. Then `sparsified` treats any piece by
+itself.
 
-Chance is dealt in steps of 1/`LEVELS`, and never less than one step: a probability is met to half a step, and what is
-divided by it is divided by the probability that was dealt.
+Probabilities are multiples of 1/`LEVELS`, and at least one such step: they are exact to half a step, and elements are
+divided by the probability as rounded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from merges.methods.measures import KEPT, Count
-from merges.methods.topk import CUTS, as_floats, topk_passes
+from merges.methods.topk import THRESHOLDS, as_floats, topk_passes
 from surgery.checkpoint.dtypes import n_elements
 from surgery.engine.kernel import Pass, TensorSlice
 from surgery.io.hashing import hash_text
@@ -31,13 +32,13 @@ _LOW_HALF, _HIGH_HALF = (0, 1) if np.little_endian else (1, 0)
 
 
 def passes(kind: Sparsifier, density: Sequence[float], *, rescale: bool, paper: bool) -> tuple[Pass, ...]:
-    """The passes that `sparsified` needs for these densities; none where nothing is dropped."""
+    """Return the passes that `sparsified` needs for these densities; none where nothing is dropped."""
     if kind == "none" or not any(0 < d < 1 for d in density):
         return ()
     if kind in ("random", "ranked"):
-        return (Pass(_gather_norms, _settle_norms),) if rescale and not paper else ()
+        return (Pass(_gather_norms, _reduce_norms),) if rescale and not paper else ()
     ordered = topk_passes(_magnitudes, _wanted)
-    return (*ordered, Pass(_gather_norms, _settle_norms)) if rescale else ordered
+    return (*ordered, Pass(_gather_norms, _reduce_norms)) if rescale else ordered
 
 
 def sparsified(
@@ -51,27 +52,27 @@ def sparsified(
     paper: bool,
     **params: Any,
 ) -> Tensor:
-    """The piece of δᵢ at `place` with what is dropped set to zero and, with `rescale`, the rest made larger.
+    """Return the piece of δᵢ at `place` with dropped elements set to zero and, with `rescale`, the rest scaled up.
 
-    What chance kept is divided by its probability where `paper` says so; else all of it is multiplied by Σ|δ| before
-    over Σ|δ| after. Overwrites `delta`.
+    With `paper`, elements that were kept at random are divided by their probability; else all are multiplied by Σ|δ|
+    before over Σ|δ| after. Overwrites `delta`.   (…) → (…)
     """
     if kind == "none" or density[i] >= 1:
         return delta
     if density[i] <= 0:
         return delta.zero_()
-    by_chance = kind in ("random", "ranked")
-    inverse = by_chance and rescale and paper
-    kept = delta.mul_(_chosen(delta, i, place, kind=kind, density=density, inverse=inverse, **params))
-    return kept.mul_(place.pass_results[SCALES][i]) if rescale and not inverse else kept
+    is_random = kind in ("random", "ranked")
+    inverse = is_random and rescale and paper
+    sparse = delta.mul_(_factors(delta, i, place, kind=kind, density=density, inverse=inverse, **params))
+    return sparse.mul_(place.pass_results[SCALES][i]) if rescale and not inverse else sparse
 
 
 def counter(kind: Sparsifier, needed: Sequence[Pass]) -> Count | None:
-    """`Measures.count` for a sparsifier; where passes are needed these have counted already."""
+    """Return `Measures.count` for a sparsifier; None where its passes have counted already."""
     return partial(_count_kept, kind=kind) if kind != "none" and not needed else None
 
 
-def _chosen(
+def _factors(
     delta: Tensor,
     i: int,
     place: TensorSlice,
@@ -81,35 +82,35 @@ def _chosen(
     inverse: bool = False,
     **params: Any,
 ) -> Tensor:
-    """1 for what is kept, or with `inverse` one over the probability that chance gave it; 0 for the rest."""
+    """Return 1 for elements that are kept, or with `inverse` one over their probability; 0 for the rest."""
     if kind == "ranked":
         return _ranked(delta, i, place, density=density, inverse=inverse, **params).to(delta.device)
     if kind == "random":
         limit = _limit(density[i])
-        mask = _dealt(delta, i, place, **params) < limit
+        mask = _piece_uniforms(delta, i, place, **params) < limit
         factor = LEVELS / limit if inverse else 1
     else:
-        scores, cuts, factor = as_floats(delta.abs()), place.pass_results[CUTS][i], 1
-        mask = cuts[0].largest(scores, place.begin)
+        scores, thresholds, factor = as_floats(delta.abs()), place.pass_results[THRESHOLDS][i], 1
+        mask = thresholds[0].largest(scores, place.begin)
         if kind == "outliers":
-            mask ^= cuts[1].largest(scores, place.begin)  # what is dropped again lies among the largest
+            mask ^= thresholds[1].largest(scores, place.begin)  # the outliers are among the largest
     chosen = torch.from_numpy(mask.view(np.uint8)).to(delta.device).view(delta.shape)
     return chosen.to(delta.dtype).mul_(factor) if inverse else chosen
 
 
 def _limit(probability: float) -> int:
-    """How many of the LEVELS numbers that are dealt mean "kept"."""
+    """Return below which of the LEVELS numbers an element is kept."""
     return max(round(probability * LEVELS), 1)
 
 
 def _limits(width: int, density: float, epsilon: float) -> npt.NDArray[np.uint32]:
-    """`_limit` by rank in the row, from the smallest: d − ε + 2ε·rank/(width − 1).   (width,)"""
+    """Return `_limit` by rank in the row, from the smallest: d − ε + 2ε·rank/(width − 1).   (width,)"""
     share = np.arange(width) / (width - 1) if width > 1 else np.full(1, 0.5)
     # In 32 bits, because LEVELS itself, which means "always", has no place in 16.
     return np.maximum(np.rint((density - epsilon + 2 * epsilon * share) * LEVELS), 1).astype(np.uint32)
 
 
-def _dealt(delta: Tensor, i: int, place: TensorSlice, *, seed: int, **_: Any) -> npt.NDArray[np.uint16]:
+def _piece_uniforms(delta: Tensor, i: int, place: TensorSlice, *, seed: int, **_: Any) -> npt.NDArray[np.uint16]:
     return uniforms(seed, place.tensor, i, place.begin, place.begin + delta.numel())
 
 
@@ -123,12 +124,13 @@ def _ranked(
     inverse: bool,
     **params: Any,
 ) -> Tensor:
-    """DELLA's choice for whole rows: 1 for what is kept, or with `inverse` one over its probability; 0 for the rest.
+    """Return DELLA's factors for whole rows: as `_factors`, with probabilities that grow with the rank in the row.
 
     (rows, width) → the same, on the CPU
     """
     rows, width = delta.shape
-    # The bits of a non-negative float order as it does; the column below them makes equals differ, and comes back.
+    # One sort of 64-bit keys in place of an argsort: the bits of a non-negative float are ordered as it is, and the
+    # column number below them orders equal values, and is read back as the permutation.
     keys = np.empty((rows, width), np.uint64)
     halves = keys.view(np.uint32)
     halves[:, _HIGH_HALF::2] = as_floats(delta.abs()).view(np.uint32).reshape(rows, width)
@@ -136,8 +138,8 @@ def _ranked(
     keys.sort(axis=1)
     columns = torch.from_numpy(halves[:, _LOW_HALF::2].astype(np.int64))
     limits = _limits(width, density[i], epsilon[i])
-    # Uniform numbers are independent, so that it is all one whether they are dealt by column or by rank.
-    kept = torch.from_numpy((_dealt(delta, i, place, **params).reshape(rows, width) < limits).view(np.uint8))
+    # Uniform numbers are independent, so they may be assigned by rank instead of by column.
+    kept = torch.from_numpy((_piece_uniforms(delta, i, place, **params).reshape(rows, width) < limits).view(np.uint8))
     factors = kept * torch.from_numpy(LEVELS / limits).to(delta.dtype) if inverse else kept
     return torch.empty_like(factors).scatter_(1, columns, factors)
 
@@ -145,16 +147,16 @@ def _ranked(
 def _count_kept(
     delta: Tensor, i: int, place: TensorSlice, *, kind: Sparsifier, density: Sequence[float], **params: Any
 ) -> int:
-    """How many of the elements from `place.begin` on are kept: all, none, or what chance deals, whatever δ is."""
+    """Count the elements from `place.begin` on that are kept, which does not depend on the values of δ."""
     if not 0 < density[i] < 1:
         return delta.numel() if density[i] >= 1 else 0
-    assert kind in ("random", "ranked"), "cuts have passes, and those count"
-    dealt = _dealt(delta, i, place, **params)
+    assert kind in ("random", "ranked"), "the others have passes, which count"
+    drawn = _piece_uniforms(delta, i, place, **params)
     if kind == "random":
-        return int(np.count_nonzero(dealt < _limit(density[i])))
+        return int(np.count_nonzero(drawn < _limit(density[i])))
     width = place.width
     limits = np.roll(_limits(width, density[i], params["epsilon"][i]), -(place.begin % width))
-    return int(np.count_nonzero(dealt < np.resize(limits, len(dealt))))
+    return int(np.count_nonzero(drawn < np.resize(limits, len(drawn))))
 
 
 def _magnitudes(
@@ -167,14 +169,14 @@ def _magnitudes(
 def _wanted(
     place: TensorSlice, positive: Sequence[int], *, kind: Sparsifier, density: Sequence[float], **params: Any
 ) -> list[tuple[int, ...]]:
-    """How many of the largest |δ| are kept; for "outliers", how many of those are dropped again."""
+    """Return how many of the largest |δ| are kept; for "outliers", also how many of those are dropped again."""
     n = n_elements(place.shape)
     if kind == "magnitude":
         return [(max(1, int(d * n)) if 0 < d < 1 else n * (d >= 1),) for d in density]
     wanted: list[tuple[int, ...]] = []
     for d, gamma in zip(density, params["gamma"], strict=True):
         kept = n if d >= 1 else max(0, int(d * n))
-        # Where γ and d leave no room for both, fewer outliers are dropped: the density is what was asked for.
+        # Where γ + d > 1, fewer outliers are dropped: the density comes first.
         smallest = max(0, n - kept - int(gamma * n))
         wanted.append((n - smallest, n - smallest - kept))
     return wanted
@@ -189,22 +191,22 @@ def _gather_norms(
     paper: bool,
     **params: Any,
 ) -> list[tuple[float, float, int]]:
-    """Per model of the piece: Σ|δ| before and after, where either is needed, and how many elements are kept."""
+    """Return per model, of the piece: Σ|δ| before and after, where needed, and the number of kept elements."""
     base, *models = tensors
-    found = []
+    norms = []
     for i, model in enumerate(models):
         if not 0 < density[i] < 1:
-            found.append((0.0, 0.0, base.numel() if density[i] >= 1 else 0))
+            norms.append((0.0, 0.0, base.numel() if density[i] >= 1 else 0))
             continue
         magnitude = (model - base).abs_()
         before = magnitude.sum().item()
-        chosen = _chosen(magnitude, i, place, density=density, **params)
-        kept = int(np.count_nonzero(chosen.cpu().numpy()))
-        found.append((before, magnitude.mul_(chosen).sum().item(), kept))
-    return found
+        factors = _factors(magnitude, i, place, density=density, **params)
+        kept = int(np.count_nonzero(factors.cpu().numpy()))
+        norms.append((before, magnitude.mul_(factors).sum().item(), kept))
+    return norms
 
 
-def _settle_norms(
+def _reduce_norms(
     gathered: Sequence[list[tuple[float, float, int]]], place: TensorSlice, **_: Any
 ) -> Mapping[str, Any]:
     scales, counts = [], []
@@ -216,14 +218,15 @@ def _settle_norms(
 
 
 LEVELS = 1 << 16  # a uniform number is one of so many: a probability is met to 1 / 131,072
-_PER_WORD = 4  # 16-bit numbers in what the generator makes at once
+_PER_WORD = 4  # 16-bit numbers in one 64-bit word of the generator
 
 
 def uniforms(seed: int, tensor: str, model: int, begin: int, end: int) -> npt.NDArray[np.uint16]:
-    """Independent uniform numbers from {0, …, LEVELS − 1} for the elements [begin, end) of a tensor: (end − begin,)."""
+    """Return uniform random numbers from {0, …, LEVELS − 1} for a tensor's elements [begin, end): (end − begin,)."""
     generator = np.random.PCG64(int(hash_text(f"{seed}/{model}/{tensor}"), 16))
     first = begin // _PER_WORD
+    # A piece thus has the same numbers wherever, and on whichever thread, it is computed.
     generator.advance(first)
     words = generator.random_raw(-(-end // _PER_WORD) - first)
-    # Little-endian on every machine, or the same seed would mean another mask.
+    # Little-endian on every machine, or the same seed would give another mask.
     return words.astype("<u8", copy=False).view("<u2")[begin - first * _PER_WORD : end - first * _PER_WORD]

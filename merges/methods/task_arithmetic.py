@@ -1,17 +1,16 @@
-"""Task arithmetic and what grew from it: w + λ·Σᵢ aᵢ·sparse(δᵢ) with δᵢ = xᵢ − w, with or without a vote on signs.
+"""Task arithmetic and its variants: w + λ·Σᵢ aᵢ·sparse(δᵢ) with δᵢ = xᵢ − w, with or without a vote on signs.
 
 | method | sparse(δ) | vote | paper |
 |---|---|---|---|
 | task_arithmetic | δ | no | arXiv 2212.04089 |
 | ties | the d·n largest | yes | arXiv 2306.01708 |
 | dare_linear, dare_ties | each kept with probability d | no, yes | arXiv 2311.03099 |
-| breadcrumbs, breadcrumbs_ties | the largest but the γ·n very largest | no, yes | arXiv 2312.06795 |
+| breadcrumbs, breadcrumbs_ties | the largest except the γ·n very largest | no, yes | arXiv 2312.06795 |
 | della_linear, della | kept with a probability that grows with its rank in the row | no, yes | arXiv 2406.11617 |
 
-Deviations from the papers, as mergekit has them and people's configs expect (`compat: mergekit`, the default): the vote
-is taken on the weighted δ, and what sparsifying took away is made up for by the ratio of the L1 norms before and after,
-where `rescale` says so. `compat: paper` votes on δ before it is weighted, and divides what chance kept by the
-probability that it had, also where `rescale` says so.
+Deviations from the papers, as in mergekit (`compat: mergekit`, the default): the vote is taken on the weighted δ, and
+with `rescale` the sparse δ is multiplied by the ratio of the L1 norms before and after. `compat: paper` votes on δ
+before it is weighted, and with `rescale` divides elements that were kept at random by their probability.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from merges.config.settings import MethodSpec, ParameterSpec
 from merges.methods.linear import weighted_sum
-from merges.methods.measures import measured
+from merges.methods.measures import measured_kernel
 from merges.methods.registry import Params, register
 from merges.methods.sparsify import Sparsifier, counter, passes, sparsified
 from surgery.engine.kernel import Kernel, Pass, TensorSlice
@@ -44,7 +43,7 @@ def combine(
     paper: bool,
     **sparsifier: Any,
 ) -> Tensor:
-    """w + λ·Σᵢ aᵢ·sparse(δᵢ), over the sum of the weights where `normalize` says so.   w, x₁ … xₖ: (…) → (…)"""
+    """w + λ·Σᵢ aᵢ·sparse(δᵢ), over the sum of the weights with `normalize`.   w, x₁ … xₖ: (…) → (…)"""
     base, *models = tensors
     changes = [sparsified(model - base, i, place, paper=paper, **sparsifier) for i, model in enumerate(models)]
     if not vote:
@@ -53,7 +52,7 @@ def combine(
         if normalize and abs(total) >= _NEGLIGIBLE:
             mixed.div_(total)
     else:
-        if not paper:
+        if not paper:  # the weights then count in the vote, and not a second time in the sum
             changes = [change.mul_(a) for change, a in zip(changes, weight, strict=True)]
         mixed, divisor = elect_sign(changes, weight if paper else [1.0] * len(changes), weight)
         if normalize:
@@ -65,7 +64,7 @@ def _build(params: Params, models: int, based: bool, *, name: str, kind: Sparsif
     density, rescale, paper = params["density"], bool(params["rescale"]), bool(params["paper"])
     assert isinstance(density, tuple)
     needed = passes(kind, [float(d) for d in density], rescale=rescale, paper=paper)
-    return measured(
+    return measured_kernel(
         name,
         partial(combine, vote=vote, kind=kind),
         models,
@@ -167,7 +166,7 @@ _register(
 
 
 def elect_sign(changes: Sequence[Tensor], factors: Sequence[float], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Of the changes whose sign is that of the sum of all: Σ factorᵢ·changeᵢ, and Σ shareᵢ for who divides by it.
+    """Return Σ factorᵢ·changeᵢ and Σ shareᵢ over the changes whose sign is that of the sum of all (TIES' elect).
 
     A sum of 0 counts as positive. A change of 0 has no sign: it agrees with none and adds nothing to the shares.
     Overwrites `changes`.   k × (…) → (…), (…)
@@ -178,7 +177,7 @@ def elect_sign(changes: Sequence[Tensor], factors: Sequence[float], shares: Sequ
     majority.ge_(0).mul_(2).sub_(1)
     mixed, taken = torch.zeros_like(majority), torch.zeros_like(majority)
     for change, factor, share in zip(changes, factors, shares, strict=True):
-        agreeing = change.mul_(majority).relu_()
+        agreeing = change.mul_(majority).relu_()  # |change| where the signs agree, else 0: no mask is needed
         mixed.add_(agreeing, alpha=factor)
         taken.add_(agreeing.sign_(), alpha=share)
     return mixed.mul_(majority), taken

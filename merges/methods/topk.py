@@ -1,9 +1,9 @@
-"""The k largest scores of a tensor, found exactly in two streaming passes and without a sort of the whole.
+"""Find the k largest scores of a tensor, exactly, in two streaming passes and without sorting it: a radix select.
 
 Non-negative fp32 numbers are ordered as their bits are. The first pass counts scores by their upper 16 bits (sign,
-exponent and 7 bits of mantissa), which tells in which bucket the k-th largest lies; the second counts the values inside
-that bucket. Scores that are equal are ordered by position, the first one being the largest. All is compared as bits, so
-that NaN, which would come out as NaN anyway, counts as very large and upsets nothing.
+exponent and 7 bits of mantissa), which gives the bucket of the k-th largest; the second counts the values inside that
+bucket. Equal scores are ordered by position, the first one being the largest. All is compared as bits, so that NaN,
+which stays NaN in the result anyway, counts as very large and does no harm.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from merges.methods.measures import KEPT
 from surgery.engine.kernel import Pass, TensorSlice
 
-CUTS = "cuts"  # in `TensorSlice.pass_results`: per score, one `Threshold` for each wanted count
+THRESHOLDS = "thresholds"  # in `TensorSlice.pass_results`: per score, one `Threshold` for each wanted count
 _BUCKETS = "buckets"
 _LOW_BITS = 16
 _UPPER_HALF = 1 if np.little_endian else 0
@@ -35,10 +35,12 @@ Wanted = Callable[..., Sequence[tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class Threshold:
-    """Where the k largest scores end.
+    """The smallest of the k largest scores.
 
-    value: the smallest of them. Of the scores equal to it those are among the largest that lie in pieces before the one
-    which begins at element `piece`, and the first `equals` in that piece.
+    Args:
+        value: the score. Of those equal to it, the ones in pieces before `piece` are among the k largest, and the
+            first `equals` in that piece.
+        piece: index of the piece's first element.
     """
 
     value: float
@@ -46,7 +48,7 @@ class Threshold:
     equals: int = 0
 
     def largest(self, scores: Floats, begin: int) -> Bools:
-        """Which of the `scores`, the piece from element `begin` on, are among the k largest."""
+        """Return which of the `scores`, the piece from element `begin` on, are among the k largest."""
         value = np.float32(self.value)
         if begin < self.piece:
             return scores >= value
@@ -68,7 +70,7 @@ class _Bucket:
 
 
 def topk_passes(scores: Scores, wanted: Wanted) -> tuple[Pass, Pass]:
-    """The two passes that find cuts.
+    """Return the two passes that find thresholds.
 
     Args:
         scores: `scores(tensors, place, **params)` → per score a tensor of non-negative numbers, as many as the piece
@@ -103,35 +105,35 @@ def topk_passes(scores: Scores, wanted: Wanted) -> tuple[Pass, Pass]:
             )
         return place.begin, found
 
-    def find_cuts(
+    def find_thresholds(
         gathered: Sequence[tuple[int, list[list[Counts | None]]]], place: TensorSlice, **params: Any
     ) -> Mapping[str, Any]:
         begins = [begin for begin, _ in gathered]
 
-        def cut(i: int, j: int, bucket: Threshold | _Bucket) -> Threshold:
+        def threshold(i: int, j: int, bucket: Threshold | _Bucket) -> Threshold:
             if isinstance(bucket, Threshold):
                 return bucket
             pieces = [found for _, piece in gathered if (found := piece[i][j]) is not None]
-            return _cut(pieces, begins, bucket.rank)
+            return _threshold_at(pieces, begins, bucket.rank)
 
         return {
-            CUTS: [
-                tuple(cut(i, j, bucket) for j, bucket in enumerate(buckets))
+            THRESHOLDS: [
+                tuple(threshold(i, j, bucket) for j, bucket in enumerate(buckets))
                 for i, buckets in enumerate(place.pass_results[_BUCKETS])
             ]
         }
 
-    return Pass(count, find_buckets), Pass(look_inside, find_cuts)
+    return Pass(count, find_buckets), Pass(look_inside, find_thresholds)
 
 
 def as_floats(score: Tensor) -> Floats:
-    """Scores as they are compared: 1-D on the CPU; of fp64 ones, those that fp32 cannot tell apart count as equal."""
+    """Return scores as they are compared: fp32, 1-D, on the CPU. fp64 scores that are equal in fp32 count as equal."""
     values: Floats = score.reshape(-1).to("cpu", torch.float32).numpy()
     return values
 
 
 def _upper_bits(values: Floats) -> Counts:
-    # What numpy.unique does, without a second look at what the sort has already copied.
+    # As numpy.unique does, without its second copy.
     bits = np.sort(values.view(np.uint16)[_UPPER_HALF::2])
     starts = np.concatenate([[0], np.flatnonzero(bits[1:] != bits[:-1]) + 1])
     return bits[starts], np.diff(starts, append=len(bits))
@@ -159,7 +161,7 @@ def _bucket(histogram: npt.NDArray[np.int64], k: int) -> Threshold | _Bucket:
 
 
 def _inside(values: Floats, bucket: _Bucket) -> Counts:
-    """The distinct bits of a bucket's values, and how often each occurs."""
+    """Return the distinct bits of a bucket's values, and how often each occurs."""
     bits = values.view(np.uint32)
     low = np.uint32(bucket.upper << _LOW_BITS)
     # Differences of 16-bit numbers have few digits: many are the bucket's first value, so these are only counted.
@@ -168,8 +170,8 @@ def _inside(values: Floats, bucket: _Bucket) -> Counts:
     return np.concatenate([[low], rest]).astype(np.uint32), np.concatenate([[first], counts])
 
 
-def _cut(pieces: Sequence[Counts], begins: Sequence[int], rank: int) -> Threshold:
-    """The cut at the `rank`-th largest of what lies in a bucket, piece by piece."""
+def _threshold_at(pieces: Sequence[Counts], begins: Sequence[int], rank: int) -> Threshold:
+    """Return the threshold at the `rank`-th largest of a bucket's values, which are given piece by piece."""
     bits, where = np.unique(np.concatenate([bits for bits, _ in pieces]), return_inverse=True)
     counts = np.zeros(len(bits), np.int64)
     np.add.at(counts, where, np.concatenate([counts for _, counts in pieces]))

@@ -1,7 +1,7 @@
-"""The chat template of the output: one that a model has, one of five known by name, or Jinja text as it stands.
+"""Set the chat template of the output: that of a model, one of five known by name, or the given Jinja text.
 
 Only text is handled here; no template is run. The named ones follow the formats as their makers published them and are
-written for transformers' Jinja, in which a block tag swallows the line break behind it and the spaces before it.
+written for transformers' Jinja, which removes the line break after a block tag and the spaces before it.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ EXAONE = """\
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template, and the tokens that it takes for granted."""
+    """A chat template, and the tokens that the vocabulary must have for it."""
 
     text: str
     tokens: tuple[str, ...] = ()
@@ -122,12 +122,12 @@ TEMPLATES: Mapping[str, Template] = {
 def set_chat_template(
     files: Mapping[str, bytes], template: str, *, folders: Mapping[str, Path], vocabulary: Vocabulary
 ) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """Tokenizer files with `template` as their only chat template, in chat_template.jinja; and warnings.
+    """Return tokenizer files with `template` as their only chat template, in chat_template.jinja; and warnings.
 
     Args:
         files: path in the output's folder → content, as `tokenizer_files.read_tokenizer_files` gives them.
         template: "auto" for the one that most models have (of equally frequent ones, the first model's); a name in
-            `TEMPLATES`; or Jinja text, which is what holds a brace.
+            `TEMPLATES`; or Jinja text, which is known by its braces.
         folders: model → the folder with its tokenizer, for "auto"; in the order that decides.
         vocabulary: the output's.
 
@@ -153,7 +153,7 @@ def set_chat_template(
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """The template that transformers uses for the tokenizer in `folder`, None where there is none.
+    """Return the template that transformers uses for the tokenizer in `folder`; None where there is none.
 
     chat_template.jinja wins over tokenizer_config.json, and that over a processor's chat_template.json; of several
     templates by name, the one called "default" counts.
@@ -181,14 +181,14 @@ def read_chat_template(folder: Path) -> str | None:
 
 
 def _most_common(folders: Mapping[str, Path]) -> str:
-    found = [text for text in map(read_chat_template, folders.values()) if text is not None]
-    if not found:
+    templates = [text for text in map(read_chat_template, folders.values()) if text is not None]
+    if not templates:
         raise usage_error(
             f"none of {listing(folders)} has a chat template",
             where=WHERE,
             hint=f"Leave it out, or name one: {', '.join(TEMPLATES)}.",
         )
-    return Counter(found).most_common(1)[0][0]  # equal counts keep the order they were first seen in
+    return Counter(templates).most_common(1)[0][0]  # of equal counts the first: Counter keeps the order
 
 
 def _is_template(name: str) -> bool:

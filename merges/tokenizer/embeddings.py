@@ -1,4 +1,4 @@
-"""Token matrices as a merge's inputs, their rows aligned with the output's vocabulary."""
+"""Read embeddings and heads with their rows aligned to the output's vocabulary."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from surgery.errors import SurgeryError
 
 
 class TokenInputs:
-    """What a `TokenPlan` says, as inputs that the engine can read.
+    """Builds inputs for the engine by a `TokenPlan`.
 
     Args:
-        outside: model → tensor's name → tensor, of what lies outside the layers.
+        outside: model → tensor's name → tensor, of the tensors in no layer.
     """
 
     def __init__(self, plan: TokenPlan, outside: Mapping[str, Mapping[str, StoredTensor]]) -> None:
@@ -25,7 +25,7 @@ class TokenInputs:
         self._outside = outside
 
     def align(self, ref: str, name: str, tensor: StoredTensor) -> TensorInput:
-        """`tensor`, which `ref` has for the output tensor `name`, with one row per row of the output.
+        """Return `tensor`, which `ref` has for the output tensor `name`, with one row per row of the output.
 
         Reads `tensor` where some rows are to be the mean of the others.
 
@@ -52,7 +52,7 @@ class TokenInputs:
         return self._outside[ref][name]
 
     def _mean(self, source: TensorInput, without: np.ndarray) -> np.ndarray:
-        """The mean of the rows that are not in `without`: (width,) fp64."""
+        """Return the mean of the rows that are not in `without`: (width,) fp64."""
         rows = source.shape[0]
         width = source.n_elements // rows
         counted = np.ones(rows, bool)
@@ -61,6 +61,7 @@ class TokenInputs:
         step = max(SEGMENT // width, 1)
         with SourceFiles(path for stored in source.tensors for path in stored.files) as files:
             reader = TensorReader(files)
+            # In pieces of a segment: an embedding in fp64 would take four times the memory of its file.
             for begin in range(0, rows, step):
                 end = min(begin + step, rows)
                 piece = reader.values(source, begin * width, end * width, "mean").view(-1, width).double()

@@ -1,4 +1,4 @@
-"""The files of a tokenizer, read and extended as JSON.
+"""Read the files of a tokenizer and extend them with tokens, as JSON.
 
 No tokenizer is run, and transformers is not needed. A tokenizer is extended in its tokenizer.json:
 
@@ -36,7 +36,7 @@ Entry = Mapping[str, bool]
 
 
 def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """The tokenizer's files in `folder`: path in it → content, sorted. Raises SurgeryError for what cannot be read."""
+    """Return the tokenizer's files in `folder`: path in it → content, sorted. Raises SurgeryError for unreadable ones."""
     files = {}
     for path in tokenizer_files(folder):
         try:
@@ -47,22 +47,22 @@ def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
 
 
 def added_tokens(folder: Path) -> dict[str, Entry]:
-    """The added tokens of the tokenizer in `folder`, which `read_vocabulary` could read: token → its flags.
+    """Return the added tokens of the tokenizer in `folder`, which `read_vocabulary` could read: token → its flags.
 
     Flags that no file gives are absent. Those of tokenizer.json win over those of tokenizer_config.json. Where only
     added_tokens.json lists a token, it is special if the settings name it.
     """
     settings = read_json(folder / CONFIG, missing={})
     named = _special_tokens({**settings, **read_json(folder / SPECIAL_TOKENS, missing={})})
-    found: dict[str, Entry] = {
+    tokens: dict[str, Entry] = {
         token: {"special": token in named} for token in read_json(folder / ADDED_TOKENS, missing={})
     }
     decoder = settings.get("added_tokens_decoder") or {}
     listed = read_json(folder / TOKENIZER, missing={}).get("added_tokens") or []
     for entry in [*decoder.values(), *listed]:
         values: dict[str, Any] = {"content": entry} if isinstance(entry, str) else entry
-        found[values["content"]] = {flag: values[flag] for flag in FLAGS if isinstance(values.get(flag), bool)}
-    return found
+        tokens[values["content"]] = {flag: values[flag] for flag in FLAGS if isinstance(values.get(flag), bool)}
+    return tokens
 
 
 def extend_tokenizer(
@@ -73,7 +73,7 @@ def extend_tokenizer(
     *,
     where: Path,
 ) -> dict[str, bytes]:
-    """The tokenizer `files` with more tokens; tables other than tokenizer.json would contradict it, and are left out.
+    """Return tokenizer `files` with more tokens, without tables beside tokenizer.json, which would contradict it.
 
     Args:
         ids: every token of the result; those of `files` keep theirs.
@@ -111,15 +111,15 @@ def extend_tokenizer(
 def _more_pieces(
     pieces: Sequence[Sequence[Any]], ids: Mapping[str, int], ordinary: Sequence[str], where: Path
 ) -> list[tuple[str, float]]:
-    """What Unigram needs behind its own pieces, whose ids are their places, to hold all of `ids`.
+    """Return the pieces to append to a Unigram model, in which ids are positions, for it to have all of `ids`.
 
-    Added tokens need no piece where no ordinary token is new. The score is so low that a new piece never wins over a
-    way through the old ones: that way costs at most the lowest score for each character of the piece, and of one more
+    Added tokens need no piece where no ordinary token is new. The score is so low that a new piece never beats a
+    segmentation into old ones, which costs at most the lowest score for each character of the piece, and of one more
     piece at either end.
     """
     tokens = {row: token for token, row in ids.items()}
-    behind = range(len(pieces), max(tokens) + 1)
-    if empty := [row for row in behind if row not in tokens]:
+    appended = range(len(pieces), max(tokens) + 1)
+    if empty := [row for row in appended if row not in tokens]:
         raise SurgeryError(
             f"leaves id {empty[0]} without a token, so that no more tokens can follow",
             where=where,
@@ -132,11 +132,11 @@ def _more_pieces(
         raise SurgeryError('"model.vocab" holds a piece without its score', where=where, hint=FETCH_AGAIN)
     lowest = min(-1.0, *scores)
     reach = max(map(len, ordinary)) + 2 * max(len(piece) for piece, _ in pieces)
-    return [(tokens[row], lowest * reach - 1) for row in behind]
+    return [(tokens[row], lowest * reach - 1) for row in appended]
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> set[str]:
-    """The tokens that tokenizer_config.json and special_tokens_map.json name: "bos_token": "<s>", lists, entries."""
+    """Return the special tokens of tokenizer_config.json and special_tokens_map.json: texts, lists or entries."""
     named: set[str] = set()
     values = [value for key, value in settings.items() if key.endswith(("_token", "special_tokens"))]
     while values:
@@ -151,5 +151,5 @@ def _special_tokens(settings: Mapping[str, Any]) -> set[str]:
 
 
 def dump(value: object) -> bytes:
-    """`value` as a JSON file."""
+    """Return `value` as the bytes of a JSON file."""
     return (json.dumps(value, indent=2) + "\n").encode()  # ASCII: a lone surrogate, too, survives

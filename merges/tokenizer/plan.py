@@ -1,12 +1,12 @@
-"""One vocabulary out of several: which rows of which models make each row of the output's embedding.
+"""Plan one vocabulary from several: which rows of which models make each row of the output's embedding.
 
-In go the models' tokenizers and what the config says of them, out comes a `TokenPlan`: the output's tokenizer, and for
-each model the rows that align its matrices with it. No tensor is read; the merge method runs on the aligned matrices.
+From the models' tokenizers and the config's rule follows a `TokenPlan`: the output's tokenizer, and for each model the
+rows that align its matrices with it. No tensor is read; the merge method runs on the aligned matrices.
 
-The rules are mergekit's (seen by running 0.1.5):
+The rules are mergekit's (checked by running 0.1.5):
 
 - `base` and a model reference: the output has that model's tokenizer. `union`: it has the base's (without one, the
-  first model's), all ids kept, and behind them the tokens that only others have. A token named under `tokens` that this
+  first model's), all ids kept, and after them the tokens that only others have. A token named under `tokens` that this
   leaves out is added too. Rows beyond the last token are cut off, then padded up to a multiple of `pad_to_multiple_of`.
 - A model that has a token keeps its own row for it. One that lacks it takes what `tokens` says; else the base's row;
   else, where the base lacks it or there is none, the mean of the rows of all models that have it. With `force` every
@@ -20,7 +20,7 @@ Deviations, each where mergekit is wrong or left to chance:
 - A token of `tokens` that the tokenizer's own model lacks takes its row as the rule says; mergekit gives that model
   whatever row of its padding comes next.
 - Rows that no token holds stay as they are where every model has such a row; mergekit overwrites them.
-- A token that lies beyond the matrices of all models gets a mean row and a warning; mergekit crashes.
+- A token whose id is beyond the matrices of all models gets a mean row and a warning; mergekit crashes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from surgery.vectors.align import AlignedModel
 
 UNION = "union"
 BASE = "base"
-EXAMPLES = 5
+EXAMPLES = 5  # tokens or models named in a message
 WHERE = "tokenizer"
 
 Rows = npt.NDArray[np.int64]
@@ -49,7 +49,7 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TokenModel:
-    """One model as this module sees it: where its tokenizer lies, and how many rows its embedding has."""
+    """A model's tokenizer folder and the number of rows of its embedding."""
 
     ref: str
     tokenizer: Path | None
@@ -64,12 +64,13 @@ class TokenPlan:
     `shared[other]` of all others where those are not −1; zeros where there is none. The rows in `averaged` are then
     set to the mean of all rows not in it.
 
-    size: rows of the output's embedding.
-    own: ref → (size,) int64.
-    shared: ref → (size,) int64, the same for all models that use them; who contributes none is absent.
-    averaged: (n,) int64, ascending.
-    donor: the reference of the model whose tokenizer the output has, or extends.
-    files: the output's tokenizer files, by their paths in its folder. It has no others.
+    Args:
+        size: rows of the output's embedding.
+        own: ref → (size,) int64.
+        shared: ref → (size,) int64, the same for all models that use them; who contributes none is absent.
+        averaged: (n,) int64, ascending.
+        donor: the reference of the model whose tokenizer the output has, or extends.
+        files: the output's tokenizer files, by their paths in its folder. It has no others.
     """
 
     size: int
@@ -83,9 +84,9 @@ class TokenPlan:
     warnings: tuple[str, ...]
 
     def contributions(self, ref: str) -> dict[str, Rows]:
-        """Model → (size,) int64: its row that contributes to each row of `ref`'s aligned matrix, −1 for none.
+        """Return model → (size,) int64: its row that contributes to each row of `ref`'s aligned matrix, −1 for none.
 
-        The value is the mean of what contributes. `ref` comes first, always; others are there if they contribute.
+        The aligned row is the mean of the contributing rows. `ref` always comes first; others only if they contribute.
         """
         own = self.own[ref]
         rows = {ref: own}
@@ -104,7 +105,7 @@ class TokenPlan:
 
 
 def token_model(side: AlignedModel) -> TokenModel:
-    """What `plan_tokens` needs to know of a model; of several matrices, the rows that all of them have.
+    """Return a model as `plan_tokens` takes it; of several token matrices, the rows that all of them have.
 
     Raises:
         SurgeryError: no tensor has one row per token.
@@ -118,7 +119,7 @@ def token_model(side: AlignedModel) -> TokenModel:
 def plan_tokens(
     models: Sequence[TokenModel], rule: TokenizerRule, *, base: str | None, donor: TokenModel | None = None
 ) -> TokenPlan:
-    """Decides the output's vocabulary, and which rows align each model with it.
+    """Decide the output's vocabulary, and which rows align each model with it.
 
     Args:
         models: every model of the merge, the base among them; a reference that stands twice counts once.
@@ -132,29 +133,30 @@ def plan_tokens(
     known = {model.ref: model for model in models}
     _check_rule(rule, known, base)
     vocabularies = {ref: _vocabulary(model) for ref, model in known.items()}
+    # The tokenizer that the output's begins with: its tokens keep their ids.
     start = donor or known[_donor(rule.source, list(known), base)]
     origin = vocabularies.get(start.ref) or _vocabulary(start)
     _check_ids(origin, max(model.rows for model in known.values()))
-    taken = _named_rows(rule.tokens, known, vocabularies)
+    named_rows = _named_rows(rule.tokens, known, vocabularies)
 
     extra = rule.tokens if rule.source != UNION else (*_by_id(vocabularies.values()), *rule.tokens)
     new = [token for token in dict.fromkeys(extra) if token not in origin.ids]
     ids = {**origin.ids, **{token: row for row, token in enumerate(new, start=origin.size)}}
     size = _rounded(max(ids.values()) + 1, rule.pad_to_multiple_of)
-    held = np.zeros(size, bool)
-    held[list(ids.values())] = True
+    has_token = np.zeros(size, bool)
+    has_token[list(ids.values())] = True
 
     own = {ref: _own_rows(ids, vocabularies[ref], model.rows, size) for ref, model in known.items()}
     if all((rows == MISSING).all() for rows in own.values()):
         raise usage_error(f"no token of {start.ref} is in any of {listing(known, EXAMPLES)}", where=f"{WHERE}.source")
-    spare = _spare_rows(known, vocabularies, held)
-    for rows in own.values():
+    spare = _spare_rows(known, vocabularies, has_token)
+    for rows in own.values():  # padding that every model has stays as it is, instead of becoming a mean
         rows[spare] = spare
     shared = _shared_rows(own, base)
-    nobodys = np.all([rows == MISSING for rows in own.values()], axis=0)
-    for token, source in taken.items():
+    ownerless = np.all([rows == MISSING for rows in own.values()], axis=0)
+    for token, source in named_rows.items():
         row = ids[token]
-        nobodys[row] = False
+        ownerless[row] = False
         for ref in known:
             shared[ref][row] = source[1] if source and source[0] == ref else MISSING
             own[ref][row] = MISSING if rule.tokens[token].force else own[ref][row]
@@ -162,49 +164,49 @@ def plan_tokens(
         size=size,
         own=own,
         shared={ref: rows for ref, rows in shared.items() if (rows != MISSING).any()},
-        averaged=np.flatnonzero(nobodys),
+        averaged=np.flatnonzero(ownerless),
         donor=start.ref,
         vocabulary=Vocabulary(ids, origin.source),
         files=_files(start, new, ids, known, vocabularies),
         facts=_facts(start.ref, len(ids), len(new), size, known),
-        warnings=_warnings(ids, nobodys),
+        warnings=_warnings(ids, ownerless),
     )
 
 
 def _check_rule(rule: TokenizerRule, known: Mapping[str, TokenModel], base: str | None) -> None:
-    """Raises SurgeryError where `rule` contradicts itself or speaks of a model that is not merged."""
-    faults = []
+    """Raise SurgeryError where `rule` contradicts itself or names a model that is not merged."""
+    errors = []
     if rule.source == BASE and base is None:
-        faults.append("source: says base, and there is no base_model")
+        errors.append("source: says base, and there is no base_model")
     if rule.pad_to_multiple_of is not None and rule.pad_to_multiple_of < 1:
-        faults.append(f"pad_to_multiple_of: got {rule.pad_to_multiple_of}, expected a whole number from 1")
+        errors.append(f"pad_to_multiple_of: got {rule.pad_to_multiple_of}, expected a whole number from 1")
     for token, choice in rule.tokens.items():
         source = choice.source
         if source is None and choice.force:
-            faults.append(
+            errors.append(
                 f"tokens.{token}: force without a source says nothing. Add the source whose row all models take"
             )
         if isinstance(source, ModelToken) and (source.token is None) == (source.token_id is None):
-            faults.append(f"tokens.{token}: expected exactly one of token and token_id")
+            errors.append(f"tokens.{token}: expected exactly one of token and token_id")
         ref = source.model if isinstance(source, ModelToken) else source
         if isinstance(ref, str) and ref not in known:
-            faults.append(f"tokens.{token}: {ref} is none of the merged models, {listing(known, EXAMPLES)}")
-    _refuse(faults)
+            errors.append(f"tokens.{token}: {ref} is none of the merged models, {listing(known, EXAMPLES)}")
+    _raise_if_any(errors)
 
 
 def _named_rows(
     tokens: Mapping[str, TokenRule], known: Mapping[str, TokenModel], vocabularies: Mapping[str, Vocabulary]
 ) -> dict[str, tuple[str, int] | None]:
-    """Token → the model and the row that its rule names, None for zeros; tokens whose rule names nothing are absent."""
-    faults = []
-    found: dict[str, tuple[str, int] | None] = {}
+    """Return token → (model, row) as its rule names them; None for zeros. Tokens whose rule names no row are absent."""
+    errors = []
+    rows_of: dict[str, tuple[str, int] | None] = {}
     for token, choice in tokens.items():
         source = choice.source
         if isinstance(source, ZeroToken):
-            found[token] = None
+            rows_of[token] = None
         elif source is None:
             if not any(token in vocabulary.ids for vocabulary in vocabularies.values()):
-                faults.append(
+                errors.append(
                     f"tokens.{token}: none of the models has this token. Say with source: where its row is from"
                 )
         else:
@@ -212,19 +214,19 @@ def _named_rows(
             rows = known[named.model].rows
             row = vocabularies[named.model].ids.get(named.token) if named.token is not None else named.token_id
             if row is None:
-                faults.append(f"tokens.{token}: {named.model} has no token {named.token!r}")
+                errors.append(f"tokens.{token}: {named.model} has no token {named.token!r}")
             elif not 0 <= row < rows:
                 what = f"token {named.token!r} has id {row}" if named.token is not None else f"got token_id {row}"
-                faults.append(f"tokens.{token}: {what}, but the embedding of {named.model} has {rows:,} rows")
+                errors.append(f"tokens.{token}: {what}, but the embedding of {named.model} has {rows:,} rows")
             else:
-                found[token] = named.model, row
-    _refuse(faults)
-    return found
+                rows_of[token] = named.model, row
+    _raise_if_any(errors)
+    return rows_of
 
 
-def _refuse(faults: Sequence[str]) -> None:
-    if faults:
-        raise usage_error("\n".join(faults), where=WHERE)
+def _raise_if_any(errors: Sequence[str]) -> None:
+    if errors:
+        raise usage_error("\n".join(errors), where=WHERE)
 
 
 def _donor(source: str, refs: Sequence[str], base: str | None) -> str:
@@ -243,7 +245,7 @@ def _vocabulary(model: TokenModel) -> Vocabulary:
 
 
 def _check_ids(vocabulary: Vocabulary, rows: int) -> None:
-    """Raises SurgeryError where the ids ask for a matrix that is mostly padding, which only a damaged file does."""
+    """Raise SurgeryError where the ids would need a matrix that is mostly padding, which only damaged files do."""
     if vocabulary.size > len(vocabulary.ids) + rows:
         token = max(vocabulary.ids, key=vocabulary.ids.__getitem__)
         raise SurgeryError(
@@ -277,17 +279,17 @@ def _rounded(rows: int, multiple: int | None) -> int:
 
 def _own_rows(ids: Mapping[str, int], vocabulary: Vocabulary, n_rows: int, size: int) -> Rows:
     sources = np.fromiter((vocabulary.ids.get(token, MISSING) for token in ids), np.int64, len(ids))
-    sources[sources >= n_rows] = MISSING
+    sources[sources >= n_rows] = MISSING  # a token whose row the matrix does not have is no token of the model
     rows = np.full(size, MISSING, np.int64)
     rows[list(ids.values())] = sources
     return rows
 
 
 def _spare_rows(
-    known: Mapping[str, TokenModel], vocabularies: Mapping[str, Vocabulary], held: npt.NDArray[np.bool_]
+    known: Mapping[str, TokenModel], vocabularies: Mapping[str, Vocabulary], has_token: npt.NDArray[np.bool_]
 ) -> Rows:
-    """The output's rows without a token at which every model has a row without a token, too."""
-    spare = ~held
+    """Return the output's rows without a token at which every model has a row without a token, too."""
+    spare = ~has_token
     for ref, model in known.items():
         spare[model.rows :] = False
         taken = np.fromiter(vocabularies[ref].ids.values(), np.int64)
@@ -296,7 +298,7 @@ def _spare_rows(
 
 
 def _shared_rows(own: Mapping[str, Rows], base: str | None) -> dict[str, Rows]:
-    """What models take for a token that they lack, where no rule names it."""
+    """Return the rows that stand in for a token that a model lacks, where no rule names it."""
     if base is None:
         return {ref: rows.copy() for ref, rows in own.items()}
     at_base = own[base] != MISSING
@@ -310,7 +312,7 @@ def _files(
     known: Mapping[str, TokenModel],
     vocabularies: Mapping[str, Vocabulary],
 ) -> dict[str, bytes]:
-    """Byte for byte those of `start`, unless there are new tokens."""
+    """Return the output's tokenizer files: byte for byte those of `start`, unless there are new tokens."""
     files = read_tokenizer_files(_folder(start))
     if not new:
         return files
@@ -331,8 +333,8 @@ def _facts(donor: str, n_tokens: int, n_new: int, size: int, known: Mapping[str,
     )
 
 
-def _warnings(ids: Mapping[str, int], nobodys: npt.NDArray[np.bool_]) -> tuple[str, ...]:
-    tokens = [repr(token) for token, row in ids.items() if nobodys[row]]
+def _warnings(ids: Mapping[str, int], ownerless: npt.NDArray[np.bool_]) -> tuple[str, ...]:
+    tokens = [repr(token) for token, row in ids.items() if ownerless[row]]
     if not tokens:
         return ()
     return (

@@ -1,4 +1,4 @@
-"""Token ids in config.json and generation_config.json, renumbered for another tokenizer; and the number of rows."""
+"""Renumber token ids in config.json and generation_config.json for another tokenizer, and set the vocabulary's size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
 
 
 def resize_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """config.json with `vocab_size` = `size` rows wherever the language model's numbers stand."""
+    """Return config.json with `vocab_size` = `size` rows wherever the language model's settings are."""
 
     def within(values: Mapping[str, Any]) -> dict[str, Any]:
         inner = {
@@ -30,28 +30,30 @@ def resize_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
 def remap_ids(
     config: Mapping[str, Any], *, before: Vocabulary, after: Vocabulary, donor: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """`config` with the ids that the same tokens have in `after`; and warnings, ready to print.
+    """Return `config` with the ids that the same tokens have in `after`; and warnings, ready to print.
 
-    Which tokens begin, end and pad a text is the tokenizer's affair: where `donor` has a value for one of these, it is
-    taken as it is. A token that `after` lacks leaves null, or leaves its list, with a warning. A number that is no
-    token's id in `before` stays (−1, say).
+    Which tokens begin, end and pad a text is up to the tokenizer: where `donor` has a value for one of these, it is
+    taken as it is. The id of a token that `after` lacks becomes null, or is removed from its list, with a warning. A
+    number that is no token's id in `before` is kept (−1, say).
 
     Args:
         config: config.json or generation_config.json.
-        before: the vocabulary that `config` speaks of.
+        before: the vocabulary that the ids in `config` are of.
         after: the output's vocabulary.
         donor: the same file of the model whose tokenizer the output has, where `config` is another model's.
     """
-    given = {key: donor[key] for key in BOUNDS if key in donor} if donor else {}
+    from_donor = {key: donor[key] for key in BOUNDS if key in donor} if donor else {}
     renumber = _Renumber(before, after)
-    out = {**renumber.within({key: value for key, value in config.items() if key not in given}), **given}
-    lost = [f"{place}: the output has no token {token!r}, so it stands there no more" for place, token in renumber.lost]
-    order = {key: out[key] for key in (*config, *given)}
-    return order, tuple(lost)
+    out = {**renumber.within({key: value for key, value in config.items() if key not in from_donor}), **from_donor}
+    warnings = [
+        f"{place}: the output has no token {token!r}, so it stands there no more" for place, token in renumber.lost
+    ]
+    in_order = {key: out[key] for key in (*config, *from_donor)}
+    return in_order, tuple(warnings)
 
 
 class _Renumber:
-    """Walks a config; `lost` are the places that named a token which is no more, and the token."""
+    """Walks a config. `lost`: the places of ids whose token the new vocabulary lacks, with the token."""
 
     def __init__(self, before: Vocabulary, after: Vocabulary) -> None:
         self._tokens = {row: token for token, row in before.ids.items()}
@@ -68,15 +70,16 @@ class _Renumber:
         return out
 
     def _list(self, values: list[Any], place: str) -> list[Any] | None:
-        """Ids, or lists of ids, of which one that lost an id says something else, and goes as a whole."""
-        kept = []
+        """Renumber ids, or lists of ids; a list inside that lost an id would mean something else, and is removed."""
+        renumbered = []
         for value in values:
             new = self._list(value, place) if isinstance(value, list) else self._id(value, place)
             if new is not None and (not isinstance(value, list) or len(value) == len(new)):
-                kept.append(new)
-        return kept if kept or not values else None
+                renumbered.append(new)
+        return renumbered if renumbered or not values else None
 
     def _id(self, value: Any, place: str) -> Any:
+        # `type`, not isinstance: True is an int, and no token id.
         token = self._tokens.get(value) if type(value) is int else None
         if token is None:
             return value

@@ -16,7 +16,7 @@ from torch import Tensor
 import surgery.engine.journal
 from merges.methods.registry import METHODS
 from merges.methods.sparsify import uniforms
-from merges.methods.topk import CUTS, topk_passes
+from merges.methods.topk import THRESHOLDS, topk_passes
 from surgery.engine.kernel import TensorSlice
 
 Merge = Callable[..., Any]
@@ -138,7 +138,7 @@ def test_the_k_largest_are_found_with_ties_by_position(scores: list[float], k: i
             for at in range(0, n, piece)
         ]
         place = TensorSlice("t", 0, (n,), {**place.pass_results, **one.reduce(gathered, place)})
-    cut = place.pass_results[CUTS][0][0]
+    cut = place.pass_results[THRESHOLDS][0][0]
     found = np.concatenate([cut.largest(values[at : at + piece].numpy(), at) for at in range(0, n, piece)])
     wanted = np.zeros(n, bool)
     wanted[np.lexsort((np.arange(n), -values.numpy()))[:k]] = True

@@ -1,4 +1,4 @@
-"""Methods that pick elements: by variance (sce), by how many models changed them (ram), by importance (fusion)."""
+"""Methods that select elements: by variance (sce), by how many models changed them (ram), by importance (fusion)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from torch import Tensor
 
 from merges.config.settings import MethodSpec, ParameterSpec
 from merges.methods.linear import weighted_sum
-from merges.methods.measures import KEPT, measured
+from merges.methods.measures import KEPT, measured_kernel
 from merges.methods.registry import Params, register
 from merges.methods.task_arithmetic import elect_sign
-from merges.methods.topk import CUTS, as_floats, topk_passes
+from merges.methods.topk import THRESHOLDS, as_floats, topk_passes
 from surgery.checkpoint.dtypes import n_elements
 from surgery.engine.kernel import Kernel, Pass, TensorSlice
 
+# Entries of `TensorSlice.pass_results`.
 _SHARES = "shares"
 _FACTORS = "factors"
 _DIVERGENCES = "divergences"
-_NEGLIGIBLE = 1e-6
+_NEGLIGIBLE = 1e-6  # sums of weights and of energies below this are not divided by, as in mergekit
 _TINY_SHARE = 1e-8  # added to every softmax, as in mergekit: no logarithm of 0
 
 Doubles = npt.NDArray[np.float64]
@@ -45,13 +46,15 @@ def _selected(tensors: Sequence[Tensor], place: TensorSlice, select_topk: float)
     deltas = [model - base for model in models]
     if select_topk >= 1:
         return deltas
-    mask = place.pass_results[CUTS][0][0].largest(as_floats(_variance(deltas)), place.begin)
+    mask = place.pass_results[THRESHOLDS][0][0].largest(as_floats(_variance(deltas)), place.begin)
+    # Booleans as bytes: multiplied at full speed, and without a copy on the way to torch.
     chosen = torch.from_numpy(mask.view(np.uint8)).to(base.device)
     return [delta.mul_(chosen) for delta in deltas]
 
 
 def _variance(deltas: Sequence[Tensor]) -> Tensor:
-    """Of the k values of each element, exactly 0 where they are the same.   k × (…) → (…)"""
+    """Return the variance of each element's k values, exactly 0 where they are equal.   k × (…) → (…)"""
+    # Differences from the first model, not from the mean: the mean of equal values may be rounded to another value.
     # A few additions in cache; torch.var along the first dimension of a stack takes fifty times as long.
     first, *others = deltas
     apart = [delta - first for delta in others]
@@ -85,7 +88,7 @@ def _energy(delta: Tensor) -> float:
     return squares if math.isfinite(squares) else torch.dot(delta.double(), delta.double()).item()
 
 
-def _settle_energies(
+def _reduce_energies(
     gathered: Sequence[list[float]], place: TensorSlice, *, paper: bool, **_: Any
 ) -> Mapping[str, Any]:
     energies = np.sum(gathered, axis=0) / max(n_elements(place.shape), 1)
@@ -93,10 +96,10 @@ def _settle_energies(
     count = np.size(energies)
     # mergekit calls shares even as soon as Σ mean δ² < 1e-6, which fine-tuning seldom exceeds.
     even = total == 0 if paper else total < _NEGLIGIBLE
-    found: dict[str, Any] = {_SHARES: [1 / count] * count if even else list(energies / total)}
+    results: dict[str, Any] = {_SHARES: [1 / count] * count if even else list(energies / total)}
     if KEPT in place.pass_results:
-        found[KEPT] = list(place.pass_results[KEPT]) * count
-    return found
+        results[KEPT] = list(place.pass_results[KEPT]) * count
+    return results
 
 
 def ram(tensors: Sequence[Tensor], place: TensorSlice, *, epsilon: float, **_: Any) -> Tensor:
@@ -116,7 +119,7 @@ def ram(tensors: Sequence[Tensor], place: TensorSlice, *, epsilon: float, **_: A
 
 
 def _changed(tensors: Sequence[Tensor], epsilon: float) -> tuple[list[Tensor], Tensor]:
-    """Each δ with zeros where its model changed nothing, and how many models changed each element."""
+    """Return each δ with zeros where its model changed nothing, and how many models changed each element."""
     base, *models = tensors
     deltas = [torch.nn.functional.hardshrink(model - base, epsilon) for model in models]
     counts = torch.zeros_like(base)
@@ -132,19 +135,19 @@ def _count_changed(delta: Tensor, i: int, place: TensorSlice, *, epsilon: float,
 def _gather_overlap(
     tensors: Sequence[Tensor], place: TensorSlice, *, epsilon: float, **_: Any
 ) -> list[tuple[int, int]]:
-    """Per model, how many elements it changed with others, and how many alone."""
+    """Return per model how many elements it changed with others, and how many alone."""
     deltas, counts = _changed(tensors, epsilon)
     alone = torch.eq(counts, 1, out=counts).view(-1)
-    found = []
+    overlap = []
     for delta in deltas:
         changed = delta.sign_().abs_().view(-1)
         # Sums of ones are exact in fp32 up to 2^24, far beyond a piece on a CPU; a GPU's pieces are a segment.
         unique = int(torch.dot(changed, alone))
-        found.append((int(changed.sum()) - unique, unique))
-    return found
+        overlap.append((int(changed.sum()) - unique, unique))
+    return overlap
 
 
-def _settle_overlap(
+def _reduce_overlap(
     gathered: Sequence[list[tuple[int, int]]], place: TensorSlice, *, r: float, alpha: float, **_: Any
 ) -> Mapping[str, Any]:
     shared, unique = np.sum(gathered, axis=0).T
@@ -178,7 +181,7 @@ def _gather_divergences(tensors: Sequence[Tensor], place: TensorSlice, **_: Any)
     return (p * torch.log(p / q)).sum(dim=-1).clamp_(min=0).abs_().double().cpu().numpy()
 
 
-def _settle_divergences(gathered: Sequence[Doubles], place: TensorSlice, **_: Any) -> Mapping[str, Any]:
+def _reduce_divergences(gathered: Sequence[Doubles], place: TensorSlice, **_: Any) -> Mapping[str, Any]:
     return {_DIVERGENCES: np.concatenate(gathered)}
 
 
@@ -191,17 +194,17 @@ def _count_important(delta: Tensor, i: int, place: TensorSlice, **_: Any) -> int
     width = place.width
     first, end = place.begin // width, place.begin + delta.numel()
     divergence = torch.from_numpy(place.pass_results[_DIVERGENCES][first : -(-end // width)]).to(delta)
-    mine = divergence[:, None].expand(-1, width).reshape(-1)[place.begin - first * width : end - first * width]
-    return int(delta.abs_().mul_(mine).ge_(_threshold(place)).sum())
+    own = divergence[:, None].expand(-1, width).reshape(-1)[place.begin - first * width : end - first * width]
+    return int(delta.abs_().mul_(own).ge_(_threshold(place)).sum())
 
 
 def _threshold(place: TensorSlice) -> float:
-    first, median, third = (float(cut.value) for cut in place.pass_results[CUTS][0])
-    return median + 1.5 * (third - first)
+    first, median, third = (float(one.value) for one in place.pass_results[THRESHOLDS][0])
+    return median + 1.5 * (third - first)  # Tukey's distance for outliers, from the median instead of Q₃
 
 
 def _quartiles(place: TensorSlice, positive: Sequence[int], **_: Any) -> list[tuple[int, ...]]:
-    """Counts from the top whose smallest members stand at ⌊q·(n − 1)⌋ in ascending order."""
+    """Return the ranks from the top of the elements at ⌊q·(n − 1)⌋ in ascending order, for the three quartiles."""
     n = n_elements(place.shape)
     return [tuple(n - int(q * (n - 1)) for q in (0.25, 0.5, 0.75))]
 
@@ -210,21 +213,23 @@ def _build_sce(params: Params, models: int, based: bool) -> Kernel:
     share = params["select_topk"]
     assert isinstance(share, float)
     ordered = topk_passes(_variances, _most_varied) if share < 1 else ()
-    return measured("sce", sce, models, based=based, passes=(*ordered, Pass(_gather_energies, _settle_energies)))
+    return measured_kernel("sce", sce, models, based=based, passes=(*ordered, Pass(_gather_energies, _reduce_energies)))
 
 
 def _build_ram(params: Params, models: int, based: bool) -> Kernel:
-    return measured("ram", ram, models, based=based, count=_count_changed)
+    return measured_kernel("ram", ram, models, based=based, count=_count_changed)
 
 
 def _build_ramplus(params: Params, models: int, based: bool) -> Kernel:
-    overlap = Pass(_gather_overlap, _settle_overlap)
-    return measured("ramplus_tl", ram, models, based=based, passes=(overlap,))
+    overlap = Pass(_gather_overlap, _reduce_overlap)
+    return measured_kernel("ramplus_tl", ram, models, based=based, passes=(overlap,))
 
 
 def _build_fusion(params: Params, models: int, based: bool) -> Kernel:
-    passes = (Pass(_gather_divergences, _settle_divergences), *topk_passes(_importances, _quartiles))
-    return measured("arcee_fusion", arcee_fusion, models, based=based, rows=True, passes=passes, count=_count_important)
+    passes = (Pass(_gather_divergences, _reduce_divergences), *topk_passes(_importances, _quartiles))
+    return measured_kernel(
+        "arcee_fusion", arcee_fusion, models, based=based, rows=True, passes=passes, count=_count_important
+    )
 
 
 _EPSILON = ParameterSpec("epsilon", "number", 1e-5, low=0, summary="ε: a change of up to this is none")
