@@ -36,7 +36,7 @@ Entry = Mapping[str, bool]
 
 
 def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """Return the tokenizer's files in `folder`: path in it → content, sorted. Raises SurgeryError for unreadable ones."""
+    """Return the tokenizer's files in `folder`: path → content, sorted. Raises SurgeryError if one is unreadable."""
     files = {}
     for path in tokenizer_files(folder):
         try:
