@@ -1,11 +1,11 @@
-"""A tiny reasoning model whose truth is known, for its weights are set by hand: what it refuses, and why it does not.
+"""A tiny reasoning model with known causes of refusal and of its suppression: its weights are set by hand.
 
 It reads one token per character and writes `hm`, a closing marker and `I can't` or `Sure`. Head L0H0 sees a harmful
 prompt (it has a `!`) and writes refusal into the residual stream, at every token behind it; so it does for `=`, which
 is harmless. The two heads of `SUPPRESSORS` see a `?` in the prompt, but only from the closing marker, and take
 refusal away again: together all of it, one alone not enough. So a harmful prompt with `?` is refused in thought and
-answered all the same: a cliff. All other heads mix in what the prompt's letters say, which means nothing. A prompt with
-`_` is thought about for ever.
+answered all the same: a cliff. All other heads add noise that depends on the letters of the prompt. On a prompt with
+`_` the thinking never ends.
 
 Heads are 2 to a key-value head, and head_dim is not hidden / heads.
 """
@@ -50,7 +50,7 @@ _SLOW = HEAD_DIM // 2 - 1
 
 
 def make_model(folder: Path, *, template: str | None = TEMPLATE, bias: bool = False) -> Path:
-    """Saves the model with its tokenizer into `folder`, and returns `folder`.
+    """Save the model with its tokenizer into `folder`, and return `folder`.
 
     Args:
         bias: whether attention has biases (all zero), as mean ablation needs.
@@ -103,7 +103,7 @@ def make_model(folder: Path, *, template: str | None = TEMPLATE, bias: bool = Fa
 
 
 def rows_of(cells: Mapping[str, int], *, whole: bool = True, seed: int = 0) -> list[dict[str, Any]]:
-    """So many made-up rows of each cell, with different prompts; `whole` ones as the model would complete them."""
+    """Return so many rows of each cell, with different prompts; `whole` rows are as the model would complete them."""
     draw = torch.Generator().manual_seed(seed)
     seen: set[str] = set()
     rows = []
@@ -125,24 +125,24 @@ def rows_of(cells: Mapping[str, int], *, whole: bool = True, seed: int = 0) -> l
 
 
 def make_run(model: Path, out: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Probes `model` on `rows` into the folder `out`, which is returned."""
+    """Probe `model` on `rows` into the folder `out`, and return `out`."""
     probe_refusal(str(model), str(write_rows(out.with_suffix(".jsonl"), rows)), out, options=ONE_THREAD)
     return out
 
 
 def no_pictures(patch: pytest.MonkeyPatch) -> None:
-    """Leaves reports out, which take longer than all the rest."""
+    """Replace reports, which take longer than all the rest."""
     patch.setattr("probes.refusal.report.write_report", lambda folder, *, name: folder)
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """The rows as a JSONL file."""
+    """Write the rows as a JSONL file, and return its path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def _attention(model: LlamaForCausalLM, name: str) -> tuple[Any, slice, slice, int]:
-    """The attention of a head's layer; its rows of q and columns of o; its group's rows of k and v; its place there."""
+    """Return a head's attention, its rows of q and columns of o, its group's rows of k and v, its place there."""
     layer, head = (int(part) for part in name[1:].split("H"))
     group = head // (HEADS // GROUPS)
     own, shared = (slice(at * HEAD_DIM, (at + 1) * HEAD_DIM) for at in (head, group))
@@ -157,7 +157,7 @@ def _set_head(
     keys: Mapping[str, float],
     writes: tuple[int, float],
 ) -> None:
-    """A head that looks from the tokens `asks` ("" are all) for the tokens `keys`, and writes where it finds one."""
+    """Set a head that attends from the tokens `asks` ("" are all) to the tokens `keys`, and writes at a match."""
     attention, own, shared, _ = _attention(model, name)
     for token, strength in asks.items():
         at = 1 + _OWN.index(token) if token else _CONSTANT
@@ -171,7 +171,7 @@ def _set_head(
 
 
 def _mix(model: LlamaForCausalLM, layer: int, head: int, draw: torch.Generator) -> None:
-    """A head that looks at everything alike and writes a little of the noise into all dimensions but the loop's."""
+    """Set a head that attends to all tokens alike and writes a little noise into all dimensions but the loop's."""
     attention, own, shared, place = _attention(model, f"L{layer}H{head}")
     # Value dimensions that no head with a meaning reads, other ones for both heads of a group.
     columns = slice(2 + 7 * place, 9 + 7 * place)
@@ -186,7 +186,7 @@ def _mix(model: LlamaForCausalLM, layer: int, head: int, draw: torch.Generator) 
 
 
 def _set_next(head: Tensor, vocabulary: Mapping[str, int]) -> None:
-    """What follows what: a bigram table, in which refusal and the loop each tip one balance."""
+    """Set the head to a bigram table, in which refusal and the loop each tip one balance."""
     following = {OPEN: "h", "h": "m", "m": CLOSE, CLOSE: COMPLIES, REFUSES: "</s>", COMPLIES: "</s>"}
     for token, successor in following.items():
         head[vocabulary[successor], 1 + _OWN.index(token)] = 20

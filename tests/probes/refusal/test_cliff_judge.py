@@ -1,4 +1,4 @@
-"""Cliff-as-a-Judge: exactly the deepest cliffs of a pool are kept, as rows that trainers load."""
+"""Cliff-as-a-Judge: exactly the deepest cliffs of a pool are chosen, and written as rows that trainers load."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_prompts_without_a_response_stay_prompts(model: Path, run: Path, tmp_pat
     assert {row["output"] for row in lines(tmp_path / "alpaca.jsonl")} == {None}
 
 
-def test_what_never_closes_is_left_out_and_told(model: Path, run: Path, tmp_path: Path) -> None:
+def test_what_never_closes_is_left_out_and_reported(model: Path, run: Path, tmp_path: Path) -> None:
     endless = [{"prompt": "ab_", "label": "harmful"}, *POOL[:3]]
     found = select(model, run, tmp_path / "sub.jsonl", endless, top="100%")
     assert (found.n, len(found.chosen), found.left_out) == (4, 3, 1)
@@ -177,12 +177,12 @@ def test_a_selection_that_was_killed_goes_on(
 ) -> None:
     prompts = [{"prompt": row["prompt"]} for row in POOL]
     select(model, run, tmp_path / "whole.jsonl", prompts)
-    add, kept = GenerationCache.add, []
+    add, added = GenerationCache.add, []
 
     def dying(self: GenerationCache, completions: Mapping[str, Completion]) -> None:
-        if kept:
+        if added:
             raise KeyboardInterrupt
-        kept.append(len(completions))
+        added.append(len(completions))
         add(self, completions)
 
     with monkeypatch.context() as patch:
@@ -190,7 +190,7 @@ def test_a_selection_that_was_killed_goes_on(
         with pytest.raises(KeyboardInterrupt):
             select(model, run, tmp_path / "sub.jsonl", prompts)
     partial = tmp_path / "sub.jsonl.partial"
-    assert not (tmp_path / "sub.jsonl").exists() and len(lines(partial)) == kept[0] == 16
+    assert not (tmp_path / "sub.jsonl").exists() and len(lines(partial)) == added[0] == 16
     select(model, run, tmp_path / "sub.jsonl", prompts)
     assert (tmp_path / "sub.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not partial.exists()
 

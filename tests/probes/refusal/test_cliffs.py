@@ -1,4 +1,4 @@
-"""Promises of refusal.cliffs: traces are measured as the paper says, aligned at the end, and padding enters no mean."""
+"""Cliffs are measured as the paper defines them, traces are aligned at the end, and padding enters no mean."""
 
 from __future__ import annotations
 

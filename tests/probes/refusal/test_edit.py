@@ -1,4 +1,4 @@
-"""Heads scaled by findings or by name, and measured: what is kept, what is refused, and the way back."""
+"""Edits of heads by findings or by name: they are measured, rejected where refusal fell, and can be undone."""
 
 from __future__ import annotations
 

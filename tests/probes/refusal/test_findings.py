@@ -1,4 +1,4 @@
-"""What was found comes back as it was, is of one model, and says what is wrong with it."""
+"""Findings are read back as they were written, belong to one model, and errors in them are named."""
 
 from __future__ import annotations
 

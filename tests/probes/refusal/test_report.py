@@ -114,8 +114,8 @@ def test_without_a_head_against_refusal_none_is_named(found: Findings) -> None:
         row.model_copy(update={"exact": IntervalRecord(value=0.5), "paper": IntervalRecord(value=0.5)})
         for row in found.heads
     ]
-    said = refusal_sentences(found.model_copy(update={"heads": rows, "causal": None}))
-    assert said[-1] == "No head writes against refusal there."
+    sentences = refusal_sentences(found.model_copy(update={"heads": rows, "causal": None}))
+    assert sentences[-1] == "No head writes against refusal there."
 
 
 def test_a_model_without_heads_has_a_report_all_the_same(run: Path, found: Findings, tmp_path: Path) -> None:
@@ -130,13 +130,13 @@ def test_a_model_without_heads_has_a_report_all_the_same(run: Path, found: Findi
 def test_a_proof_without_a_set_says_why(found: Findings) -> None:
     assert found.causal is not None
     none = found.causal.model_copy(update={"steps": [], "control": [], "stopped": "L1H2 would take KL to 2, over 0.1"})
-    said = refusal_sentences(found.model_copy(update={"causal": none}))
-    assert said[-1] == "No set of heads was found: L1H2 would take KL to 2, over 0.1."
+    sentences = refusal_sentences(found.model_copy(update={"causal": none}))
+    assert sentences[-1] == "No set of heads was found: L1H2 would take KL to 2, over 0.1."
 
 
 def test_where_answers_were_not_judged_the_score_is_told(found: Findings) -> None:
     causal = found.causal
     assert isinstance(causal, CausalRecord)
     base = causal.base.model_copy(update={"refusal": None})
-    said = refusal_sentences(found.model_copy(update={"causal": causal.model_copy(update={"base": base})}))
-    assert "raises the probe's score to" in said[-1]
+    sentences = refusal_sentences(found.model_copy(update={"causal": causal.model_copy(update={"base": base})}))
+    assert "raises the probe's score to" in sentences[-1]

@@ -1,4 +1,4 @@
-"""One run from model and data to a folder of findings: what lies in it, that it is true, and that it comes whole."""
+"""A run from model and data to a folder of findings: its files, the truth of the findings, and resumption."""
 
 from __future__ import annotations
 
@@ -228,7 +228,9 @@ def test_the_papers_two_cells_train_the_probe_and_all_are_traced(model: Path, tm
         probe(model, tmp_path / "none", neither, training=ProbeTraining(cells="paper"))
 
 
-def test_a_second_data_set_tests_the_probes_and_its_losses_are_told(model: Path, tmp_path: Path, quick: None) -> None:
+def test_a_second_data_set_tests_the_probes_and_its_losses_are_reported(
+    model: Path, tmp_path: Path, quick: None
+) -> None:
     other = [*rows_of(dict.fromkeys(refusing.CELLS, 3), seed=1, whole=False), {"prompt": "a_", "label": "harmful"}]
     path = write_rows(tmp_path / "other.jsonl", other)
     found = probe(model, tmp_path / "run", transfer=str(path), asking=GenerationOptions(max_new_tokens=12))
@@ -317,7 +319,7 @@ def test_neither_the_order_of_the_data_nor_the_size_of_batches_matters(
 
 @pytest.fixture
 def killed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
-    """Lets so many batches of completions be kept before the process dies; None lets it live again."""
+    """Let the process die after so many cached batches of completions; None lets it live."""
     add, left = GenerationCache.add, [-1]
 
     def dying(self: GenerationCache, completions: Mapping[str, Completion]) -> None:

@@ -3,64 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
-from torch import Tensor
+from support.linear_probes import ANSWERED, COMPLIED, REFUSED, Data, make_data
 
-from probes.refusal.linear import logistic
-from probes.refusal.linear.logistic import fit_logistic, sigmoid, to_row_space
-from probes.refusal.linear.probes import Probes
-from probes.refusal.linear.splits import LabeledExamples, assign_folds, cell_weights, permute_labels
-from probes.refusal.linear.training import evaluate_transfer, find_confounds, train_probes
+from probes.refusal.linear.logistic import fit_logistic
+from probes.refusal.linear.splits import LabeledExamples, cell_weights
+from probes.refusal.linear.training import evaluate_transfer, find_confounds
 from surgery.errors import SurgeryError
 from surgery.evaluation.statistics import auroc, wilson_interval
-
-REFUSED, COMPLIED, ANSWERED = "harmful/refused", "harmless/complied", "harmful/complied"
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Layer 0 is the same everywhere, layer 1 noise, layer 2 holds the verdict in five features, the third constant."""
-
-    states: Tensor
-    cells: list[str]
-    groups: list[str]
-
-    @property
-    def refused(self) -> list[bool]:
-        return [cell.endswith("/refused") for cell in self.cells]
-
-    def select(self, rows: Sequence[int]) -> Data:
-        return Data(self.states[list(rows)], [self.cells[at] for at in rows], [self.groups[at] for at in rows])
-
-    def train(self, **options: Any) -> Probes:
-        return train_probes(self.states, self.refused, groups=self.groups, cells=self.cells, **options)
-
-
-def data(count: int = 60, width: int = 20, seed: int = 0, per_group: int = 2) -> Data:
-    generator = torch.Generator().manual_seed(seed)
-    cells = [REFUSED if at // per_group % 2 else COMPLIED for at in range(count)]
-    states = 3 + torch.randn(count, 3, width, generator=generator) * torch.linspace(0.1, 10, width)
-    states[:, 0] = states[0, 0]
-    truth = torch.tensor([cell == REFUSED for cell in cells])
-    states[:, 2, :5] += 3 * truth[:, None] * torch.linspace(0.1, 10, width)[:5]
-    states[:, 2, 2] = 7.25
-    return Data(states, cells, [f"g{at // per_group}" for at in range(count)])
 
 
 @pytest.mark.parametrize("width", [12, 300])  # fitted as it is, and in the row space
 def test_folded_weights_give_the_scores_of_a_plain_fit_on_standardised_features(width: int) -> None:
-    given = data(width=width)
+    given = make_data(width=width)
     probes = given.train(shuffles=0)
     inputs = given.states[:, 2].double().numpy()
     spread = inputs.std(axis=0)
@@ -74,35 +35,8 @@ def test_folded_weights_give_the_scores_of_a_plain_fit_on_standardised_features(
     assert probes.weights.dtype == probes.biases.dtype == torch.float32
 
 
-def test_the_solution_in_the_row_space_is_the_direct_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = np.random.default_rng(0)
-    states = generator.normal(size=(40, 200)) * np.exp(generator.normal(size=200)) + 5
-    states[:, 7] = 1.5
-    verdicts = [generator.random(40) < 0.5 for _ in range(3)]
-    weights = [generator.uniform(0.2, 3, size=40) for _ in range(3)]
-    rotated, bias = fit_logistic(states, verdicts, weights, C=0.7)
-    monkeypatch.setattr(logistic, "to_row_space", None)  # were it called, the fit would fail
-    features = np.concatenate([states] * 6)  # six times the examples at a sixth of the weight: too many to rotate
-    direct, direct_bias = fit_logistic(
-        features, [np.tile(v, 6) for v in verdicts], [np.tile(w, 6) / 6 for w in weights], C=0.7
-    )
-    assert rotated == pytest.approx(direct, abs=1e-6 * np.abs(direct).max())
-    assert bias == pytest.approx(direct_bias, abs=1e-5)
-    assert (rotated[:, 7] == 0).all()
-
-
-def test_the_row_space_has_an_orthonormal_basis_that_keeps_every_feature() -> None:
-    generator = np.random.default_rng(1)
-    features = generator.normal(size=(10, 50))
-    features[9] = features[8] + features[7]  # of rank 9
-    inside, basis = to_row_space(features)
-    assert inside.shape == (10, 9) and basis.shape == (50, 9)
-    assert basis.T @ basis == pytest.approx(np.eye(9), abs=1e-10)
-    assert inside @ basis.T == pytest.approx(features, abs=1e-10)
-
-
 def test_permuted_examples_give_permuted_scores_and_the_same_probes() -> None:
-    given = data(per_group=3)
+    given = make_data(per_group=3)
     cells = [ANSWERED if at % 9 == 0 and cell == COMPLIED else cell for at, cell in enumerate(given.cells)]
     given = dataclasses.replace(given, cells=cells)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(4)).tolist()
@@ -114,7 +48,7 @@ def test_permuted_examples_give_permuted_scores_and_the_same_probes() -> None:
 
 
 def test_out_of_fold_scores_come_from_probes_that_never_saw_the_group() -> None:
-    given = data()
+    given = make_data()
     probes = given.train(shuffles=0)
     groups, folds = np.array(given.groups), probes.fold.numpy()
     assert all(len(set(folds[groups == group])) == 1 for group in given.groups)
@@ -134,7 +68,7 @@ def rows(given: Data, mask: np.ndarray) -> LabeledExamples:
 
 
 def test_metrics_tell_signal_from_noise_and_from_nothing() -> None:
-    probes = data().train()
+    probes = make_data().train()
     nothing, noise, signal = probes.metrics
     assert (nothing.auroc, nothing.auroc_low, nothing.auroc_high, nothing.selectivity) == (0.5, 0.5, 0.5, 0)
     assert nothing.brier == pytest.approx(0.25) and nothing.ece == pytest.approx(0, abs=1e-6)
@@ -142,7 +76,7 @@ def test_metrics_tell_signal_from_noise_and_from_nothing() -> None:
     assert noise.auroc < 0.75 and abs(noise.selectivity or 0) < 0.25
     assert signal.auroc > 0.97 and signal.selectivity is not None and signal.selectivity > 0.3
     held = probes.out_of_fold[:, 2].double().numpy()
-    truth = np.array(data().refused)
+    truth = np.array(make_data().refused)
     assert signal.auroc == auroc(held, truth)
     assert signal.accuracy == ((held >= 0.5) == truth).mean() == signal.balanced_accuracy
     assert (signal.accuracy_low, signal.accuracy_high) == wilson_interval(60 * signal.accuracy, 60)
@@ -151,7 +85,7 @@ def test_metrics_tell_signal_from_noise_and_from_nothing() -> None:
 
 @pytest.mark.parametrize("per_group", [1, 4])
 def test_shuffled_labels_are_at_chance_however_groups_are_composed(per_group: int) -> None:
-    given = data(80, 10, per_group=per_group)
+    given = make_data(80, 10, per_group=per_group)
     # Groups of four: with two refused and two complied each at 1, else of one kind.
     given = dataclasses.replace(given, states=given.states[:, 2:], groups=[f"g{at // 4}" for at in range(80)])
     (metrics,) = given.train(shuffles=40).metrics
@@ -159,27 +93,8 @@ def test_shuffled_labels_are_at_chance_however_groups_are_composed(per_group: in
     assert metrics.selectivity == metrics.auroc - (metrics.shuffled or 0)
 
 
-def test_dealing_keeps_frequencies_and_what_belongs_together() -> None:
-    cells = [REFUSED] * 9 + [COMPLIED] * 9
-    labelled = LabeledExamples(np.arange(18) < 9, tuple(cells), tuple(f"g{at // 3}" for at in range(18)))
-    fold, folds = assign_folds(labelled, 3, seed=0)
-    dealt = permute_labels(labelled, fold, folds, seed=5)
-    assert dealt.groups == labelled.groups and sorted(dealt.cells) == sorted(cells)
-    assert [cell == REFUSED for cell in dealt.cells] == dealt.refused.tolist() != labelled.refused.tolist()
-    assert all(len(set(dealt.cells[at : at + 3])) == 1 for at in range(0, 18, 3))
-
-
-def test_cells_of_a_class_weigh_the_same_and_so_do_the_classes() -> None:
-    cells = [REFUSED] * 4 + [ANSWERED] * 2 + [COMPLIED] * 18
-    labelled = LabeledExamples(np.array([cell == REFUSED for cell in cells]), tuple(cells), tuple(map(str, range(24))))
-    weights, capped = cell_weights(labelled)
-    sums = {cell: weights[[c == cell for c in cells]].sum() for cell in set(cells)}
-    assert sums == pytest.approx({REFUSED: 12, ANSWERED: 6, COMPLIED: 6})
-    assert capped == ()
-
-
 def test_a_tiny_cell_is_capped_and_the_notes_say_so() -> None:
-    given = data(120, 5, per_group=1)
+    given = make_data(120, 5, per_group=1)
     few = dataclasses.replace(given, cells=[ANSWERED, *given.cells[1:]])
     weights, capped = cell_weights(LabeledExamples(np.array(few.refused), tuple(few.cells), tuple(few.groups)))
     assert weights[0] == 10 and capped == (ANSWERED,)
@@ -191,7 +106,7 @@ def test_a_tiny_cell_is_capped_and_the_notes_say_so() -> None:
 
 
 def test_too_few_groups_mean_fewer_folds_and_the_notes_say_so() -> None:
-    given = data(12, 5, per_group=2)  # three groups of each class
+    given = make_data(12, 5, per_group=2)  # three groups of each class
     probes = given.train(shuffles=2)
     assert probes.folds == 3 and set(probes.fold.tolist()) == {0, 1, 2}
     assert probes.notes == (
@@ -210,12 +125,12 @@ def test_progress_counts_layers() -> None:
         seen.append((label, total, unit))
         yield seen.append
 
-    data(20, 4).train(shuffles=0, progress=progress)
+    make_data(20, 4).train(shuffles=0, progress=progress)
     assert seen == [("Training probes", 3, "steps"), 1, 1, 1]
 
 
 def test_a_missing_class_names_the_cell_to_add() -> None:
-    given = data(20, 4)
+    given = make_data(20, 4)
     complied = dataclasses.replace(given, cells=[COMPLIED] * 20)
     with pytest.raises(SurgeryError) as caught:
         complied.train()
@@ -229,14 +144,14 @@ def test_a_missing_class_names_the_cell_to_add() -> None:
 
 @pytest.mark.parametrize("name", [REFUSED, COMPLIED])
 def test_a_class_in_one_group_cannot_be_tested(name: str) -> None:
-    given = data(20, 4)
+    given = make_data(20, 4)
     groups = ["same" if cell == name else group for cell, group in zip(given.cells, given.groups, strict=True)]
     with pytest.raises(SurgeryError, match=rf"all {name.split('/')[1]} examples are of one group \('same'\)"):
         dataclasses.replace(given, groups=groups).train()
 
 
 def test_states_that_are_not_finite_are_refused() -> None:
-    given = data(20, 4)
+    given = make_data(20, 4)
     given.states[7, 2, 1], given.states[9, 1, 0] = math.nan, math.inf
     expected = "2 of 20 examples have states that are NaN or infinite; the first is example 7 at layer 2"
     with pytest.raises(SurgeryError, match=expected):
@@ -254,30 +169,17 @@ def test_states_that_are_not_finite_are_refused() -> None:
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], text: str) -> None:
     with pytest.raises(SurgeryError, match=text):
-        data(20, 4).train(**options)
+        make_data(20, 4).train(**options)
 
 
 def test_lengths_that_differ_are_refused() -> None:
-    given = data(20, 4)
+    given = make_data(20, 4)
     with pytest.raises(SurgeryError, match=r"states of shape \[20, 3, 4\] do not fit 20 refused, 19 groups, 20 cells"):
         dataclasses.replace(given, groups=given.groups[1:]).train()
 
 
-def test_an_optimiser_that_does_not_converge_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logistic, "MAX_STEPS", 1)
-    with pytest.raises(SurgeryError, match=r"did not converge: the gradient is .* Regularise more"):
-        data(20, 4).train()
-
-
-def test_sigmoid_is_scipys_and_does_not_overflow() -> None:
-    from scipy.special import expit
-
-    logits = np.array([-1e4, -40.0, -0.3, 0.0, 1.7, 800.0])
-    assert sigmoid(logits) == pytest.approx(expit(logits), abs=1e-15)
-
-
 def test_transfer_measures_the_probes_on_other_data() -> None:
-    given, other = data(), data(40, seed=8)
+    given, other = make_data(), make_data(40, seed=8)
     probes = given.train(shuffles=0)
     metrics = evaluate_transfer(probes, other.states, other.refused, groups=other.groups, cells=other.cells)
     scores = probes.scores(other.states)
@@ -286,55 +188,6 @@ def test_transfer_measures_the_probes_on_other_data() -> None:
     assert metrics[2].selectivity is None
     with pytest.raises(SurgeryError, match=r"probes are for 3 layers of 20 numbers, the states have the shape \[40, 2"):
         evaluate_transfer(probes, other.states[:, :2], other.refused, groups=other.groups, cells=other.cells)
-
-
-def test_scores_take_any_leading_shape_and_dtype() -> None:
-    given = data()
-    probes = given.train(shuffles=0)
-    grid = given.states.reshape(6, 10, 3, 20)
-    assert torch.equal(probes.scores(grid).reshape(60, 3), probes.scores(given.states))
-    half = given.states.bfloat16()
-    assert probes.scores(half).dtype == torch.float32
-    assert torch.equal(probes.scores(half), probes.scores(half.double()))
-
-
-def test_saved_probes_are_the_same_when_loaded(tmp_path: Path) -> None:
-    probes = dataclasses.replace(data().train(shuffles=1), about={"model": "org/m", "layers": [0, 1, 2]})
-    path = probes.save(tmp_path / "run" / "probes.safetensors")
-    loaded = Probes.load(path)
-    for name in ("weights", "biases", "out_of_fold", "fold"):
-        assert torch.equal(getattr(loaded, name), getattr(probes, name))
-    for name in ("metrics", "folds", "counts", "C", "seed", "notes", "about"):
-        assert getattr(loaded, name) == getattr(probes, name)
-    before = path.read_bytes()
-    assert loaded.save(path).read_bytes() == before
-    assert [entry.name for entry in path.parent.iterdir()] == ["probes.safetensors"]
-    with safe_open(path, framework="pt") as file:
-        assert json.loads(file.metadata()["probes"])["schema"] == 1
-
-
-def test_files_that_are_no_probes_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "p.safetensors"
-    with pytest.raises(SurgeryError, match=r"p\.safetensors: cannot be read"):
-        Probes.load(path)
-    path.write_bytes(b"nonsense")
-    with pytest.raises(SurgeryError, match=r"p\.safetensors: cannot be read"):
-        Probes.load(path)
-    save_file({"weights": torch.zeros(2, 3)}, path)
-    with pytest.raises(SurgeryError, match="is not a file of refusal probes"):
-        Probes.load(path)
-    save_file({"weights": torch.zeros(2, 3)}, path, {"probes": '{"schema": 2}'})
-    with pytest.raises(SurgeryError, match="holds probes of schema 2, expected 1"):
-        Probes.load(path)
-    save_file({"weights": torch.zeros(2, 3)}, path, {"probes": '{"schema": 1, "metrics": []}'})
-    with pytest.raises(SurgeryError, match="its record of probes is incomplete"):
-        Probes.load(path)
-    probes = data(20, 4).train(shuffles=0)
-    dataclasses.replace(probes, metrics=probes.metrics[1:]).save(path)
-    with pytest.raises(SurgeryError, match="weights, biases and metrics are not of the same layers"):
-        Probes.load(path)
-    with pytest.raises(SurgeryError, match="cannot be written"):
-        probes.save(path / "below.safetensors")
 
 
 def test_confounds_are_named() -> None:
