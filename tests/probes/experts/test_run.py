@@ -15,7 +15,6 @@ from support.moe import (
     AT_M,
     AT_THINK,
     CLOSING,
-    EXPERTS,
     OPENING,
     THOUGHT,
     make_thinker,
@@ -24,6 +23,7 @@ from support.moe import (
     stub_tasks,
     write_rows,
 )
+from support.moe_families import EXPERTS
 from support.processes import run_ranks
 
 from probes.data.generation_cache import Completion, GenerationCache

@@ -22,7 +22,6 @@ from probes.experts.scoring import (
     ranking_overlap,
     score_experts,
 )
-from probes.experts.significance import false_discovery_rates
 from probes.model.routing import Marker, RoutingCounts
 from surgery.checkpoint.selectors import Expert
 from surgery.errors import SurgeryError
@@ -313,13 +312,6 @@ def test_overlap_of_two_data_sets() -> None:
         ranking_overlap(a, b[1:], 3)
     with pytest.raises(SurgeryError, match="--top: got 0, expected a number of experts from 1 on"):
         ranking_overlap(a, b, 0)
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
-def test_false_discovery_rates_are_those_of_scipy(p: list[float]) -> None:
-    from scipy.stats import false_discovery_control
-
-    assert false_discovery_rates(p) == pytest.approx(false_discovery_control(p), abs=1e-15)
 
 
 def scored(markers: Sequence[Marker] = MARKERS, **settings: object) -> list[ExpertScores]:

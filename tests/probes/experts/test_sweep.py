@@ -10,16 +10,8 @@ import pytest
 import torch
 from support.architectures import add_tokenizer, build
 from support.models import hook_count
-from support.moe import (
-    AT_M,
-    AT_THINK,
-    COLLAPSING,
-    EXPERTS,
-    Asked,
-    logits_of,
-    make_thinker,
-    stub_tasks,
-)
+from support.moe import AT_M, AT_THINK, COLLAPSING, Asked, logits_of, make_thinker, stub_tasks
+from support.moe_families import EXPERTS
 
 from probes.data.preparation import open_model
 from probes.data.records import IntervalRecord

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from support.models import hook_count
-from support.moe import EXPERTS, PLANTED, TOP_K, plant, texts, watch_experts
+from support.moe import PLANTED, plant, texts, watch_experts
+from support.moe_families import EXPERTS, TOP_K
 from torch import Tensor
 
 from probes.model.expert_norms import norm_ratios

@@ -8,20 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from support.models import hook_count, open_folder
-from support.moe import (
-    EXPERTS,
-    FAMILIES,
-    MARKER,
-    PLANTED,
-    TOP_K,
-    Lives,
-    experts_modules,
-    logits_of,
-    plant,
-    planter,
-    texts,
-    watch_experts,
-)
+from support.moe import MARKER, PLANTED, Lives, experts_modules, logits_of, plant, planter, texts, watch_experts
+from support.moe_families import EXPERTS, FAMILIES, TOP_K
 from torch import Tensor, nn
 
 from probes.choices import Phase, ScalingMethod

@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 from support.models import hook_count, make_live, open_folder
-from support.moe import EXPERTS, FAMILIES, TOP_K, Lives, experts_modules, logits_of, planter, texts
+from support.moe import Lives, experts_modules, logits_of, planter, texts
+from support.moe_families import EXPERTS, FAMILIES, TOP_K
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 

@@ -13,19 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support.chat_tokenizer import make_tokenizer
-from support.moe import (
-    EXPERTS,
-    FAMILIES,
-    MARKER,
-    PLANTED,
-    TOP_K,
-    WITH_ZERO_EXPERTS,
-    Lives,
-    plant,
-    planter,
-    texts,
-    watch_experts,
-)
+from support.moe import MARKER, PLANTED, Lives, plant, planter, texts, watch_experts
+from support.moe_families import EXPERTS, FAMILIES, TOP_K, WITH_ZERO_EXPERTS
 from support.processes import run_ranks
 from torch import Tensor
 
