@@ -1,41 +1,52 @@
-"""The number formats of safetensors: how wide each is, and which of them arithmetic may touch."""
+"""The table of safetensors dtypes: width, kind, and the torch dtype that kernels see their bytes as.
+
+Names of torch dtypes are text here, so that command-line options can be read without importing torch;
+`checkpoint.reader.TORCH_DTYPES` has the dtypes themselves.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from surgery.errors import usage_error
 
 Kind = Literal["float", "integer", "boolean", "opaque"]
 OutputDtype = Literal["float64", "float32", "bfloat16", "float16"]
-"""What float tensors of an output can be stored in, by the names that torch and users give them."""
+"""Dtypes in which float tensors of an output can be stored, by torch's names."""
 ComputeDtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
-"""What a model computes in; `auto` is the dtype that it is stored in."""
+"""Dtypes in which a model can compute; `auto` is the one that it is stored in."""
 
 
 @dataclass(frozen=True)
 class Dtype:
-    """One safetensors dtype. `kind` "float" is what kernels compute on; the rest is only ever copied."""
+    """One safetensors dtype.
+
+    bits: the width of a value.
+    kind: kernels compute on "float" alone; tensors of all others are only ever copied.
+    torch: the torch dtype as which bytes of this dtype are read, by name; None if they are never looked into.
+    """
 
     name: str
     bits: int
     kind: Kind
+    torch: str | None = None
 
 
 DTYPES: dict[str, Dtype] = {
     dtype.name: dtype
     for dtype in (
-        Dtype("F64", 64, "float"),
-        Dtype("F32", 32, "float"),
-        Dtype("F16", 16, "float"),
-        Dtype("BF16", 16, "float"),
-        Dtype("F8_E4M3", 8, "float"),
-        Dtype("F8_E5M2", 8, "float"),
-        # Block scales and packed sub-byte values mean nothing without their partners: never computed on.
-        Dtype("F8_E8M0", 8, "opaque"),
+        Dtype("F64", 64, "float", "float64"),
+        Dtype("F32", 32, "float", "float32"),
+        Dtype("F16", 16, "float", "float16"),
+        Dtype("BF16", 16, "float", "bfloat16"),
+        Dtype("F8_E4M3", 8, "float", "float8_e4m3fn"),
+        Dtype("F8_E5M2", 8, "float", "float8_e5m2"),
+        # Block scales and packed sub-byte values mean nothing without their partners: never computed on. Where a kernel
+        # sees them, it sees whole numbers from 0 to 255.
+        Dtype("F8_E8M0", 8, "opaque", "uint8"),
         Dtype("F8_E4M3FNUZ", 8, "opaque"),
         Dtype("F8_E5M2FNUZ", 8, "opaque"),
         Dtype("F6_E2M3", 6, "opaque"),
@@ -49,27 +60,29 @@ DTYPES: dict[str, Dtype] = {
         Dtype("U64", 64, "integer"),
         Dtype("U32", 32, "integer"),
         Dtype("U16", 16, "integer"),
-        Dtype("U8", 8, "integer"),
+        Dtype("U8", 8, "integer", "uint8"),
         Dtype("BOOL", 8, "boolean"),
     )
 }
 
 # `OutputDtype` → its safetensors name.
-TORCH_NAMES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+TORCH_NAMES: dict[str, str] = {
+    name: next(dtype.name for dtype in DTYPES.values() if dtype.torch == name) for name in get_args(OutputDtype)
+}
 
 
 def is_float(dtype: str) -> bool:
-    """Whether kernels may compute on tensors of this dtype."""
+    """Return whether kernels may compute on tensors of this dtype."""
     return DTYPES[dtype].kind == "float"
 
 
 def n_elements(shape: Sequence[int]) -> int:
-    """Number of elements of a shape; 1 for a scalar ()."""
+    """Return the number of elements of a shape; 1 for a scalar ()."""
     return math.prod(shape)
 
 
 def n_bytes(dtype: str, shape: Sequence[int]) -> int:
-    """Bytes that a tensor takes in a safetensors file. Raises ValueError where bits do not fill a byte."""
+    """Return the bytes that a tensor takes in a safetensors file. Raises ValueError if they are not whole."""
     bits = DTYPES[dtype].bits * n_elements(shape)
     if bits % 8:
         raise ValueError(f"{n_elements(shape)} values of {dtype} do not fill whole bytes")
@@ -77,7 +90,7 @@ def n_bytes(dtype: str, shape: Sequence[int]) -> int:
 
 
 def dtype_name(name: str) -> str:
-    """The safetensors name of a dtype as torch and users write it. Raises SurgeryError."""
+    """Return the safetensors name of one of `OutputDtype`. Raises SurgeryError for any other."""
     if name not in TORCH_NAMES:
         raise usage_error(f"got {name!r}, expected one of {', '.join(TORCH_NAMES)}", where="--dtype")
     return TORCH_NAMES[name]

@@ -18,23 +18,16 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoint.checkpoint import StoredTensor
-from surgery.checkpoint.dtypes import n_bytes, n_elements
+from surgery.checkpoint.dtypes import DTYPES, n_bytes, n_elements
 from surgery.errors import SurgeryError
 from surgery.io.hashing import hash_bytes, hash_parts
 
 SEGMENT = 1 << 20  # elements: 2 MiB of bf16, so that a segment's inputs are still in cache when they are used
 BLOCK = 1 << 18  # elements that a kernel sees at once on a CPU: its temporaries stay in the second-level cache
 
+# Safetensors name → the torch dtype as which kernels see a tensor's bytes.
 TORCH_DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    # No floats: packed values and the exponents of block scales, which a few kernels see as whole numbers 0 to 255.
-    "U8": torch.uint8,
-    "F8_E8M0": torch.uint8,
+    dtype.name: getattr(torch, dtype.torch) for dtype in DTYPES.values() if dtype.torch is not None
 }
 
 # Unsigned type of the same width, and the bits of the greatest finite value.

@@ -1,6 +1,6 @@
-"""Parts of layers by name: `L12H7` is head 7 of layer 12, `L12E45` its expert 45; everything is counted from 0.
+"""Select heads and experts by name: `L12H7` is head 7 of layer 12, `L12E45` its expert 45; both counted from 0.
 
-In come texts as people type them, out come parts, and how strongly each is to be scaled.
+Parses names, and names with scale factors (`L12H7=0.5`), as users type them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from surgery.errors import usage_error
 
 @dataclass(frozen=True, order=True)
 class Part:
-    """One part of a layer, of the kind that a subclass names; parts are ordered by layer, then index.
+    """One part of a layer, of a kind that a subclass defines; parts are ordered by layer, then index.
 
-    NOUN: what it is called. SYMBOL: what the factor that scales it is called. EXAMPLE: one of them, as it is typed.
+    NOUN: the name of the kind, and of its option.
+    LETTER: what comes before the index in a name.
+    SYMBOL: the Greek letter of the factor that scales it.
+    EXAMPLE: a name, for error messages.
     """
 
     NOUN: ClassVar[str]
@@ -31,14 +34,14 @@ class Part:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """`L12H7` → Head(12, 7). Raises SurgeryError for anything else."""
-        found = cls._read(text)
-        if found is None:
+        """Return the part that a name stands for: `L12H7` → Head(12, 7). Raises SurgeryError if it is not a name."""
+        part = cls._match(text)
+        if part is None:
             raise usage_error(f"got {text!r}, {cls._expected()}", where=cls.NOUN)
-        return found
+        return part
 
     @classmethod
-    def _read(cls, text: str) -> Self | None:
+    def _match(cls, text: str) -> Self | None:
         # Six digits at most: no model has more, and int() stays cheap.
         match = re.fullmatch(rf"L([0-9]{{1,6}}){cls.LETTER}([0-9]{{1,6}})", text, re.ASCII)
         return None if match is None else cls(int(match[1]), int(match[2]))
@@ -51,57 +54,11 @@ class Part:
         return f"L{self.layer}{self.LETTER}{self.index}"
 
 
-P = TypeVar("P", bound=Part)
-
-
-def parse_factors(kind: type[P], texts: Sequence[str], *, scale: float) -> dict[P, float]:
-    """`L12H7` or `L12H7=0.5` for each of `texts` → part → factor, in the order given; `scale` where a text names none.
-
-    Raises:
-        SurgeryError: a text is of another form, or a part is given twice with different factors; every fault is named.
-    """
-    scales: dict[P, float] = {}
-    faults = []
-    for text in texts:
-        name, separator, number = text.partition("=")
-        part = kind._read(name)
-        try:
-            factor = float(number) if separator else scale
-        except ValueError:
-            part = None
-        if part is None:
-            faults.append(f"got {text!r}, {kind._expected()} or {kind.EXAMPLE}=0.5")
-            continue
-        earlier = scales.setdefault(part, factor)
-        if earlier != factor and not (math.isnan(earlier) and math.isnan(factor)):
-            faults.append(f"{part} is given twice, with {kind.SYMBOL} {earlier:g} and {factor:g}")
-    if faults:
-        raise usage_error("\n  ".join(faults), where=f"--{kind.NOUN}")
-    return scales
-
-
-def by_layer(parts: Iterable[Part]) -> dict[int, tuple[int, ...]]:
-    """Layer → the indices of its parts, both ascending."""
-    found: dict[int, list[int]] = {}
-    for part in sorted(set(parts)):
-        found.setdefault(part.layer, []).append(part.index)
-    return {layer: tuple(indices) for layer, indices in found.items()}
-
-
 @dataclass(frozen=True, order=True)
 class Head(Part):
     """One query head."""
 
     NOUN, LETTER, SYMBOL, EXAMPLE = "head", "H", "γ", "L12H7"
-
-
-def parse_head_scales(texts: Sequence[str], *, scale: float = 0.0) -> dict[Head, float]:
-    """`L12H7` or `L12H7=γ` for each of `texts` → head → γ, in the order given; `scale` where a text names no γ.
-
-    Raises:
-        SurgeryError: a text is of another form, or a head is given twice with different γ; every fault is named.
-    """
-    return parse_factors(Head, texts, scale=scale)
 
 
 @dataclass(frozen=True, order=True)
@@ -111,10 +68,57 @@ class Expert(Part):
     NOUN, LETTER, SYMBOL, EXAMPLE = "expert", "E", "β", "L12E45"
 
 
-def parse_expert_scales(texts: Sequence[str], *, scale: float) -> dict[Expert, float]:
-    """`L12E45` or `L12E45=β` for each of `texts` → expert → β, in the order given; `scale` where a text names no β.
+def parse_head_scales(texts: Sequence[str], *, scale: float = 0.0) -> dict[Head, float]:
+    """Parse `L12H7` or `L12H7=γ` for each of `texts`; return head → γ, in that order; `scale` where no γ is given.
 
     Raises:
-        SurgeryError: a text is of another form, or an expert is given twice with different β; every fault is named.
+        SurgeryError: a text is of another form, or a head is given twice with different γ; every error is named.
+    """
+    return parse_factors(Head, texts, scale=scale)
+
+
+def parse_expert_scales(texts: Sequence[str], *, scale: float) -> dict[Expert, float]:
+    """Parse `L12E45` or `L12E45=β` for each of `texts`; return expert → β, in that order; `scale` where no β is given.
+
+    Raises:
+        SurgeryError: a text is of another form, or an expert is given twice with different β; every error is named.
     """
     return parse_factors(Expert, texts, scale=scale)
+
+
+P = TypeVar("P", bound=Part)
+
+
+def parse_factors(kind: type[P], texts: Sequence[str], *, scale: float) -> dict[P, float]:
+    """Parse `L12H7` or `L12H7=0.5` for each of `texts`; return part → factor; `scale` where none is given.
+
+    Raises:
+        SurgeryError: a text is of another form, or a part is given twice with different factors; every error is named.
+    """
+    factors: dict[P, float] = {}
+    errors = []
+    for text in texts:
+        name, separator, number = text.partition("=")
+        part = kind._match(name)
+        try:
+            factor = float(number) if separator else scale
+        except ValueError:
+            part = None
+        if part is None:
+            errors.append(f"got {text!r}, {kind._expected()} or {kind.EXAMPLE}=0.5")
+            continue
+        earlier = factors.setdefault(part, factor)
+        # NaN differs from itself, but the same text twice is no contradiction.
+        if earlier != factor and not (math.isnan(earlier) and math.isnan(factor)):
+            errors.append(f"{part} is given twice, with {kind.SYMBOL} {earlier:g} and {factor:g}")
+    if errors:
+        raise usage_error("\n  ".join(errors), where=f"--{kind.NOUN}")
+    return factors
+
+
+def by_layer(parts: Iterable[Part]) -> dict[int, tuple[int, ...]]:
+    """Group parts by layer: layer → indices, both ascending."""
+    indices: dict[int, list[int]] = {}
+    for part in sorted(set(parts)):
+        indices.setdefault(part.layer, []).append(part.index)
+    return {layer: tuple(listed) for layer, listed in indices.items()}

@@ -1,48 +1,78 @@
-"""What this process is: a program of ours, which may be forked and keeps what it frees; or one of a launcher's."""
+"""The current process: its rank among those of a launcher, its setup as a command-line program, and its signals."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import signal
+import threading
+from types import FrameType
 
 _LIBC = ctypes.CDLL(None)
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from malloc.h
 
-_state = {"claimed": False}
+_cli_process = False
+
+
+def rank() -> int:
+    """Return the rank of this process, from 0; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def n_processes() -> int:
+    """Return how many processes a launcher (`accelerate launch`, torchrun) has started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def n_local_processes() -> int:
+    """Return how many of them run on this machine; all of them if the launcher does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", n_processes()))
+
+
+def is_main() -> bool:
+    """Return whether this is rank 0, which alone writes files and prints."""
+    return rank() == 0
 
 
 def configure_cli_process() -> None:
-    """Says that this process does nothing beside our jobs. Only programs call this, not the library.
+    """Set up this process as a program that does nothing beside our jobs. For programs, never for the library.
 
-    Kernels allocate and free the same few hundred kilobytes thousands of times; handing these back to the system each
-    time costs a quarter of a job in page faults.
+    From then on workers may be forked, and the allocator keeps what it frees: kernels allocate and free the same few
+    hundred kilobytes thousands of times, and returning these to the system each time costs a quarter of a job in page
+    faults.
     """
-    _state["claimed"] = True
-    if hasattr(_LIBC, "mallopt"):
+    global _cli_process
+    _cli_process = True
+    if hasattr(_LIBC, "mallopt"):  # glibc's own; macOS and musl have none
         _LIBC.mallopt(_M_MMAP_THRESHOLD, 64 << 20)
         _LIBC.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
 
 
 def is_cli_process() -> bool:
-    """Whether `configure_cli_process` was called."""
-    return _state["claimed"]
+    """Return whether `configure_cli_process` was called: whether nobody else's threads or locks are in this process."""
+    return _cli_process
 
 
-def n_processes() -> int:
-    """How many processes share the work; 1 unless a launcher says otherwise."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+class DeferredInterrupt:
+    """A context in which the first Ctrl-C only sets `asked`, so that a step can be finished and saved.
 
+    The second Ctrl-C raises KeyboardInterrupt. Outside the main thread, where Python handles no signals, the context
+    does nothing.
+    """
 
-def n_local_processes() -> int:
-    """How many of them run on this machine, this one included; all of them where the launcher does not say."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", n_processes()))
+    asked = False
 
+    def __enter__(self) -> DeferredInterrupt:
+        self._in_main_thread = threading.current_thread() is threading.main_thread()
+        if self._in_main_thread:
+            self._previous = signal.signal(signal.SIGINT, self._defer)
+        return self
 
-def rank() -> int:
-    """Which of them this one is, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    def __exit__(self, *_: object) -> None:
+        if self._in_main_thread:
+            signal.signal(signal.SIGINT, self._previous)
 
-
-def is_main() -> bool:
-    """Whether this process is the one that writes and talks."""
-    return rank() == 0
+    def _defer(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True

@@ -1,4 +1,9 @@
-"""How long work tells people how far it is: a `Progress` is handed down, and advanced by bytes, steps or tokens."""
+"""Report progress: as bars on the terminal, and as a file that a parent process reads.
+
+Functions take a `Progress` and call it once per stage; the value they enter is called with the bytes, steps or tokens
+done. `terminal` draws bars, `silent` does nothing. A parent process that sets `SURGERY_PROGRESS` to a path also gets
+the latest `ProgressEvent` there as JSON, and reads it with `read_progress`.
+"""
 
 from __future__ import annotations
 
@@ -21,69 +26,126 @@ if TYPE_CHECKING:
 
 Unit = Literal["bytes", "steps", "tokens"]
 
+FILE = "SURGERY_PROGRESS"  # the environment variable with the path of the progress file
+WRITE_INTERVAL = 0.2  # seconds between two writes of the progress file
+
 
 class Advance(Protocol):
-    """Says that so much more is done; `note` is shown beside the label until another one comes."""
+    """Reports that `amount` more is done; `note` is shown beside the label until another one comes."""
 
     def __call__(self, amount: int, note: str = "") -> None: ...
 
 
 class Progress(Protocol):
-    """Opens one bar per stage; the value entered is called with each amount done."""
+    """Opens one bar per stage, of `total` units."""
 
     def __call__(self, label: str, total: int, unit: Unit = "bytes") -> AbstractContextManager[Advance]: ...
 
 
 @contextmanager
 def silent(label: str, total: int, unit: Unit = "bytes") -> Iterator[Advance]:
-    """The `Progress` of a library call: nothing is shown."""
-    yield _nothing
+    """Show nothing: the default `Progress` of library calls."""
+
+    def ignore(amount: int, note: str = "") -> None:
+        pass
+
+    yield ignore
 
 
-# The display that is on the terminal, if any: two would draw over each other.
-_open: list[Display] = []
+# The display on the terminal, if any, as a list of at most one: a second display would draw over the first.
+_open_displays: list[Display] = []
 
 
 @contextmanager
 def terminal(label: str, total: int, unit: Unit = "bytes") -> Iterator[Advance]:
-    """A bar on stderr with rate and time left, below the one that is open; nothing where stderr is not a terminal.
+    """Show a bar on stderr with rate and time left, below one that is open; nothing if stderr is not a terminal.
 
-    A parent process that listens is told the same.
+    Rank 0 also writes the progress file, if a parent process asked for one.
     """
-    teller = ProgressFile(label, total, unit) if is_main() else None
-    if _open:
-        display = _open[-1]
+    file = ProgressFile(label, total, unit) if is_main() else None
+    if _open_displays:
+        display = _open_displays[-1]
         task = display.add_task(label, total=total, unit=unit)
         try:
-            yield _advancing(display, task, label, teller)
+            yield _advance(display, task, label, file)
         finally:
             display.remove_task(task)
         return
-    with _display() as display:
+    with _create_display() as display:
         task = display.add_task(label, total=total, unit=unit)
-        _open.append(display)
+        _open_displays.append(display)
         try:
-            yield _advancing(display, task, label, teller)
+            yield _advance(display, task, label, file)
         finally:
-            _open.pop()
+            _open_displays.pop()
 
 
 def short(number: float) -> str:
-    """A number of tokens as people say it: 950, 12.3k, 4.5M, 1.2B."""
+    """Return a number of tokens in short form: 950, 12.3k, 4.5M, 1.2B."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.1f}{unit}"
     return f"{number:.0f}"
 
 
-def _nothing(amount: int, note: str = "") -> None:
-    pass
+@dataclass(frozen=True)
+class ProgressEvent:
+    """The state of one stage: `done` of `total`, in bytes, steps or tokens."""
+
+    label: str
+    done: int
+    total: int
+    unit: str
+    note: str = ""
 
 
-def _advancing(display: Display, task: TaskID, label: str, teller: ProgressFile | None) -> Advance:
+class ProgressFile:
+    """Writes the state of one stage for a parent process.
+
+    Nothing happens if no parent asked for it or the file cannot be written: reporting must never stop the work.
+    """
+
+    def __init__(self, label: str, total: int, unit: str) -> None:
+        self._path = os.environ.get(FILE)
+        self._label, self._total, self._unit = label, total, unit
+        self._done, self._note, self._last_write = 0, "", 0.0
+        self.advance(0)
+
+    def advance(self, amount: int, note: str = "") -> None:
+        """Report that `amount` more is done."""
+        if not self._path:
+            return
+        self._done += amount
+        self._note = note or self._note
+        now = time.monotonic()
+        if now - self._last_write >= WRITE_INTERVAL or self._done == self._total:
+            self._last_write = now
+            event = ProgressEvent(self._label, self._done, self._total, self._unit, self._note)
+            _write_event(Path(self._path), event)
+
+
+def read_progress(path: Path) -> ProgressEvent | None:
+    """Return the latest event in a progress file; None if there is none yet."""
+    try:
+        return ProgressEvent(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _write_event(path: Path, event: ProgressEvent) -> None:
+    # Renamed into place, so that the reader never sees half an event; not fsynced, since it is of no use after a crash.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(asdict(event)), encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+
+
+def _advance(display: Display, task: TaskID, label: str, file: ProgressFile | None) -> Advance:
     def advance(amount: int, note: str = "") -> None:
-        if teller is not None:
-            teller.advance(amount, note)
+        if file is not None:
+            file.advance(amount, note)
         if note:
             display.update(task, description=f"{label}  {note}")
         display.advance(task, amount)
@@ -91,7 +153,7 @@ def _advancing(display: Display, task: TaskID, label: str, teller: ProgressFile 
     return advance
 
 
-def _display() -> Display:
+def _create_display() -> Display:
     from rich import progress as bars
     from rich.console import Console
     from rich.text import Text
@@ -111,6 +173,8 @@ def _display() -> Display:
             return Text("" if speed is None else f"{short(speed)} tokens/s")
 
     class ByUnit(bars.ProgressColumn):
+        """Shows one of three columns, by the unit of the bar."""
+
         def __init__(
             self, in_bytes: bars.ProgressColumn, in_steps: bars.ProgressColumn, in_tokens: bars.ProgressColumn
         ) -> None:
@@ -120,7 +184,7 @@ def _display() -> Display:
         def render(self, task: Task) -> RenderableType:
             return self.columns[task.fields["unit"]].render(task)
 
-    # The stream as it is now: libraries that are kept quiet meanwhile must not silence the bar.
+    # The stream as it is now: libraries that are silenced meanwhile, by redirecting stderr, must not silence the bar.
     console = Console(file=sys.stderr)
     return bars.Progress(
         bars.TextColumn("{task.description}", markup=False),
@@ -132,56 +196,3 @@ def _display() -> Display:
         transient=True,
         disable=not (console.is_terminal and is_main()),
     )
-
-
-FILE = "SURGERY_PROGRESS"
-BETWEEN = 0.2  # seconds from one time of telling to the next
-
-
-@dataclass(frozen=True)
-class ProgressEvent:
-    """How far a stage of the work is: `done` of `total`, in bytes, steps or tokens."""
-
-    label: str
-    done: int
-    total: int
-    unit: str
-    note: str = ""
-
-
-class ProgressFile:
-    """Tells of one stage. Where no parent listens, or the file cannot be written, nothing happens: work goes on."""
-
-    def __init__(self, label: str, total: int, unit: str) -> None:
-        self._path = os.environ.get(FILE)
-        self._label, self._total, self._unit = label, total, unit
-        self._done, self._note, self._last = 0, "", 0.0
-        self.advance(0)
-
-    def advance(self, amount: int, note: str = "") -> None:
-        """So much more is done."""
-        if not self._path:
-            return
-        self._done += amount
-        self._note = note or self._note
-        now = time.monotonic()
-        if now - self._last >= BETWEEN or self._done == self._total:
-            self._last = now
-            _write(Path(self._path), ProgressEvent(self._label, self._done, self._total, self._unit, self._note))
-
-
-def read_progress(path: Path) -> ProgressEvent | None:
-    """What was told last; None where nothing was."""
-    try:
-        return ProgressEvent(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def _write(path: Path, told: ProgressEvent) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(asdict(told)), encoding="utf-8")
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)

@@ -14,8 +14,8 @@ from typing import Any, get_args
 
 import numpy as np
 
+from surgery.checkpoint.table_file import Table, write_table
 from surgery.checkpoint.vocabulary import CONFIG
-from surgery.checkpoint.write_table import Table, write_table
 from surgery.engine.manifest import build_manifest_of_files, command_record, write_manifest
 from surgery.errors import usage_error
 from surgery.growth.choices import EmbeddingKind

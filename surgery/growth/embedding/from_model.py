@@ -13,8 +13,8 @@ from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
 from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader, hash_tensor, segments
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.structure import model_structure
+from surgery.checkpoint.table_file import Table
 from surgery.checkpoint.vocabulary import differences, read_vocabulary
-from surgery.checkpoint.write_table import Table
 from surgery.engine.manifest import input_entry
 from surgery.errors import SurgeryError, usage_error
 from surgery.growth.embedding.token_strings import OpenTokenizer

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from surgery.checkpoint.write_table import Table
+from surgery.checkpoint.table_file import Table
 from surgery.errors import SurgeryError, usage_error
 from surgery.growth.embedding.pca import CHUNK, Rows, principal_axes, project
 from surgery.io.hashing import hash_bytes

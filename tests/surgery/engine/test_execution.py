@@ -116,7 +116,7 @@ def test_hashes_and_sums_do_not_depend_on_threads_or_forks(
     one = run(plan_transfer(tmp_path), tmp_path / "one", threads=1)
     four = run(plan_transfer(tmp_path), tmp_path / "four", threads=4)
     assert one == four
-    monkeypatch.setitem(process._state, "claimed", True)
+    monkeypatch.setattr(process, "_cli_process", True)
     assert run(plan_transfer(tmp_path), tmp_path / "forked", threads=2) == one
     assert (tmp_path / "forked/target.safetensors").read_bytes() == (tmp_path / "one/target.safetensors").read_bytes()
     assert set(one.source_hashes["tuned"]) == set(SHAPES)

@@ -26,7 +26,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Both kinds of workers; forks where the system has them."""
     if request.param == "forks" and sys.platform != "linux":
         pytest.skip("only Linux forks safely")
-    monkeypatch.setitem(process._state, "claimed", request.param == "forks")
+    monkeypatch.setattr(process, "_cli_process", request.param == "forks")
     return str(request.param)
 
 
@@ -70,7 +70,7 @@ def test_torch_gets_its_threads_back(form: str, files: SourceFiles) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks safely")
 def test_ctrl_c_while_workers_are_forked_is_heard(files: SourceFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python drops what is raised in the callbacks of a fork."""
-    monkeypatch.setitem(process._state, "claimed", True)
+    monkeypatch.setattr(process, "_cli_process", True)
     pressed: list[int] = []
 
     def press() -> None:
@@ -88,7 +88,7 @@ def test_ctrl_c_while_workers_are_forked_is_heard(files: SourceFiles, monkeypatc
 def test_a_worker_that_is_killed_ends_the_job_with_advice(files: SourceFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     if sys.platform != "linux":
         pytest.skip("only Linux forks safely")
-    monkeypatch.setitem(process._state, "claimed", True)
+    monkeypatch.setattr(process, "_cli_process", True)
 
     def work(unit: int, reader: TensorReader) -> None:
         os.kill(os.getpid(), signal.SIGKILL)

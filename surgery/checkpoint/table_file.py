@@ -1,4 +1,4 @@
-"""Writes one table as a safetensors file."""
+"""Write a table of numbers, such as an embedding matrix in memory, as a safetensors file with one float32 tensor."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ Table = npt.NDArray[np.float32]
 
 
 def write_table(path: Path, name: str, table: Table) -> str:
-    """Writes a safetensors file with one tensor; returns its hash, as manifests say it. Raises SurgeryError."""
+    """Write `table` to `path` as the tensor `name`; return the tensor's hash as in manifests. Raises SurgeryError.
+
+    Not atomic by itself: `path` is in a folder that is committed as a whole.
+    """
     header = build_header([(name, "F32", table.shape)], PYTORCH)
     flat = table.reshape(-1)
     digests = []
     try:
         with path.open("wb") as file:
             file.write(header.raw)
+            # Hashed by the segments in which the engine reads it, so that the hash is what `verify` will compute.
             for begin, end in segments(flat.size):
                 part = octets(torch.from_numpy(flat[begin:end]))
                 digests.append(hash_bytes(part))
