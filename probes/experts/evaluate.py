@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 from probes.choices import Phase
 from probes.data.records import check_model
@@ -28,7 +27,7 @@ def add_scaled_models(
     *,
     top: int,
     scale: float,
-    phase: str,
+    phase: Phase,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> tuple[dict[str, Path], list[Measure]]:
     """Return the folders and measures by which `score_models` scores every model also with experts of `run` × `scale`.
@@ -40,7 +39,7 @@ def add_scaled_models(
     for checkpoint in opened.values():
         check_model(findings, checkpoint, run, options=options)
     scales = select_experts(ExpertSelection(run=run, top=top, scale=scale), findings)
-    scaling = ExpertScaling(scales, phase=cast("Phase", phase))
+    scaling = ExpertScaling(scales, phase=phase)
     suffix = f" + {', '.join(map(str, scales))} × {scale:g}"
     # Both entries load the same folder: which of them is scaled is known by its name alone.
     all_folders: dict[str, Path] = {}

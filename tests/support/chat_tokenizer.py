@@ -1,4 +1,4 @@
-"""A tokenizer that chats, for tiny models: one token per character, thinking markers, and a chat template.
+"""Build a chat tokenizer for tiny models: one token per character, thinking markers, and a chat template.
 
 Its 96 tokens are those of `architectures`: <unk>, <pad>, <s>, </s>, then markers and characters. Any text of its
 characters comes back from its ids.
@@ -30,7 +30,7 @@ def make_tokenizer(
     merges: Sequence[tuple[str, str]] = (),
     adds_bos: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer of at most 96 tokens.
+    """Return a tokenizer of at most 96 tokens.
 
     Args:
         marks: tokens that are not special, kept whole.

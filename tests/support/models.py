@@ -1,4 +1,4 @@
-"""Tiny live models of many families, made on the spot, and random token sequences for them.
+"""Build tiny models of many families, loaded with their structure, and random token sequences for them.
 
 `FAMILIES` are the fifteen of `architectures`, some with a sliding window shorter than most prompts; `MORE` are those
 with another residual stream, or layers of other kinds. Weights are fp32 and all moved off their initial values, so that
@@ -141,7 +141,7 @@ def make_live(
     attention: str | None = None,
     **sizes: Any,
 ) -> LoadedModel:
-    """A tiny random model of family `name`, saved into `folder` and loaded.
+    """Return a tiny random model of family `name`, saved into `folder` and loaded.
 
     Args:
         attention: the kernel; None leaves it to transformers.
@@ -151,7 +151,7 @@ def make_live(
 
 
 def save(name: str, folder: Path, *, seed: int = 0, **sizes: Any) -> Path:
-    """Saves such a model in fp32 and returns `folder`."""
+    """Save such a model in fp32, and return `folder`."""
     config = {**FAMILIES, **MORE}[name]()
     for key, value in sizes.items():
         assert hasattr(config, key), key
@@ -169,15 +169,17 @@ def save(name: str, folder: Path, *, seed: int = 0, **sizes: Any) -> Path:
 
 
 def open_folder(folder: Path, *, dtype: torch.dtype = torch.float32, attention: str | None = None) -> LoadedModel:
-    """The model in `folder`, with a tokenizer of one token per character."""
+    """Load the model in `folder`, with a tokenizer of one token per character."""
     chosen = {} if attention is None else {"attn_implementation": attention}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **chosen).eval()
     return attach_structure(ModelAndTokenizer(folder.name, model, make_tokenizer()), open_checkpoint(folder))
 
 
 def make_sequences(lengths: Sequence[int], *, seed: int = 0, answer: int = 0) -> list[TokenSequence]:
-    """Random sequences of so many tokens before the answer, and `answer` more. The last two are a closing template,
-    as many of the others as go are thinking."""
+    """Return random sequences with so many tokens before the answer, and `answer` more.
+
+    The last two before the answer are a closing template, as many others as possible are thinking.
+    """
     draw = random.Random(seed)
     found = []
     for number, length in enumerate(lengths):
@@ -188,7 +190,7 @@ def make_sequences(lengths: Sequence[int], *, seed: int = 0, answer: int = 0) ->
 
 
 def probe_for(live: LoadedModel, seed: int = 0) -> tuple[Tensor, float]:
-    """A random probe on the final norm's output: w (D,) and b."""
+    """Return a random probe on the final norm's output: w (D,) and b."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(live.width, generator=generator), 0.3
 
@@ -197,7 +199,7 @@ Lives = Callable[..., LoadedModel]
 
 
 def maker(folder: Path) -> Lives:
-    """`make_live` that makes each model once, in folders below `folder`."""
+    """Return `make_live` with a cache: each model is built once, in a folder below `folder`."""
     made: dict[str, LoadedModel] = {}
 
     def get(name: str, **how: Any) -> LoadedModel:
@@ -210,7 +212,7 @@ def maker(folder: Path) -> Lives:
 
 
 def hook_count(live: LoadedModel) -> int:
-    """Hooks and replaced forwards on all of its modules. transformers leaves some of its own, once and for all."""
+    """Count hooks and replaced forwards on all modules; transformers installs some of its own permanently."""
     return sum(
         len(module._forward_hooks) + len(module._forward_pre_hooks) + ("forward" in vars(module))
         for module in live.model.modules()

@@ -1,4 +1,4 @@
-"""Tiny mixtures of experts whose truth is known: one expert of one layer is set to fire (almost) only at one token.
+"""Build tiny mixtures of experts with a known answer: one expert of one layer fires (almost) only at one token.
 
 `plant` sets the router of a family's model by hand; `make_thinker` is a Qwen3-MoE that writes, too: `hm</think>S`
 behind every prompt, and `hmhmhm…` for ever once the expert that fires at `m` is scaled enough. Its experts at `<think>`
@@ -38,7 +38,7 @@ _CONSTANT, _OWN = 0, 1
 
 
 def plant(name: str, folder: Path, *, seed: int = 0) -> LoadedModel:
-    """A model of family `name` whose expert `PLANTED` fires at the token `MARKER`, and hardly anywhere else.
+    """Return a model of family `name` whose expert `PLANTED` fires at the token `MARKER`, and hardly anywhere else.
 
     The marker's embedding is large in a dimension that all others lack and the expert's router row reads; the row is
     repelled by a dimension that all tokens have.
@@ -67,7 +67,7 @@ def plant(name: str, folder: Path, *, seed: int = 0) -> LoadedModel:
 
 
 def router_matrices(model: Any) -> list[Tensor]:
-    """The router's weight of each layer, (experts, hidden); of no use where a layer has none."""
+    """Return the router's weight of each layer, (experts, hidden); a dummy where a layer has none."""
     stack = model.base_model.layers
     return [
         next(
@@ -85,7 +85,7 @@ def _is_router(parameter: Tensor) -> bool:
 def texts(
     count: int, *, length: int = 20, seed: int = 0, markers: Sequence[Sequence[int]] = ((MARKER,),)
 ) -> list[TokenSequence]:
-    """Random sequences of about `length` tokens with each of `markers` somewhere, once in every segment by turns."""
+    """Return random sequences of about `length` tokens with each of `markers` at a random position."""
     draw = torch.Generator().manual_seed(seed)
 
     def number(low: int, high: int) -> int:
@@ -114,8 +114,10 @@ _FOLLOWING = {OPENING: "h", "\n": "h", "h": "m", "m": CLOSING, CLOSING: ANSWER, 
 
 
 def make_thinker(folder: Path) -> Path:
-    """Saves the model with its tokenizer into `folder`, and returns `folder`. What a token is followed by depends on
-    nothing but that token, as long as no expert is scaled."""
+    """Save the model with its tokenizer into `folder`, and return `folder`.
+
+    The next token depends on the last one alone, as long as no expert is scaled.
+    """
     tokenizer = make_tokenizer()
     vocabulary = tokenizer.get_vocab()
     config = Qwen3MoeConfig(
@@ -166,7 +168,7 @@ def make_thinker(folder: Path) -> Path:
 
 
 def rows(count: int, *, whole: bool = True, seed: int = 0) -> list[dict[str, str]]:
-    """Prompts of random letters; `whole` ones with the thinking and the answer that the model would write."""
+    """Return prompts of random letters; `whole` ones with the thinking and the answer that the model would write."""
     draw = torch.Generator().manual_seed(seed)
     found = []
     for at in range(count):
@@ -177,7 +179,7 @@ def rows(count: int, *, whole: bool = True, seed: int = 0) -> list[dict[str, str
 
 
 def write_rows(path: Path, listed: Sequence[Mapping[str, Any]]) -> Path:
-    """The rows as a JSONL file."""
+    """Write the rows as a JSONL file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in listed), encoding="utf-8")
     return path
 
@@ -186,7 +188,7 @@ Lives = Callable[[str], LoadedModel]
 
 
 def planter(folder: Path) -> Lives:
-    """`plant` that makes each model once, in folders below `folder`."""
+    """Return `plant` with a cache: each model is built once, in a folder below `folder`."""
     made: dict[str, LoadedModel] = {}
 
     def get(name: str) -> LoadedModel:
@@ -198,7 +200,7 @@ def planter(folder: Path) -> Lives:
 
 
 def experts_modules(live: LoadedModel) -> dict[int, Any]:
-    """Layer → the module that applies its experts, by the name of its class: how tests find it without our help."""
+    """Return layer → the module that applies its experts, found by class name: independent of the tested code."""
     found = {}
     for number, layer in enumerate(live.layers):
         for module in layer.modules():
@@ -208,7 +210,7 @@ def experts_modules(live: LoadedModel) -> dict[int, Any]:
 
 
 def watch_experts(live: LoadedModel, ids: Tensor) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-    """Layer → what its experts are handed in a pass over `ids` (N, T): states, numbers and weights."""
+    """Return layer → the arguments of its experts in a pass over `ids` (N, T): states, indices and weights."""
     seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     handles = []
     for number, module in experts_modules(live).items():
@@ -227,7 +229,7 @@ def watch_experts(live: LoadedModel, ids: Tensor) -> dict[int, tuple[Tensor, Ten
 
 
 def logits_of(live: LoadedModel, ids: Tensor) -> Tensor:
-    """(N, T, vocabulary)"""
+    """Return the logits, (N, T, vocabulary)."""
     with torch.inference_mode():
         logits: Tensor = live.model(ids, use_cache=False).logits
     return logits
@@ -238,7 +240,7 @@ def logits_of(live: LoadedModel, ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a task was asked with: how experts were reinforced, on which part of its samples."""
+    """One evaluation of a task: how experts were scaled, and on which part of its samples."""
 
     task: str
     scales: Mapping[Expert, float]
@@ -248,8 +250,10 @@ class Asked:
 def stub_tasks(
     patch: pytest.MonkeyPatch, score: Callable[[Asked], float], *, known: Sequence[str] = ("t",)
 ) -> list[Asked]:
-    """Puts tasks named `known` in the place of the harness's, scored by `score`; returns all that they are asked. Each
-    runs one pass of the model."""
+    """Replace the harness's tasks by tasks named `known`, scored by `score`; return the list of their evaluations.
+
+    Each runs one pass of the model.
+    """
     from probes.experts import sweep as expert_sweep
 
     now: list[ExpertScaling] = []
@@ -282,5 +286,5 @@ def stub_tasks(
 
 
 def no_pictures(patch: pytest.MonkeyPatch) -> None:
-    """Leaves reports out, which take longer than all the rest."""
+    """Leave reports out, which take longer than everything else."""
     patch.setattr("probes.experts.results.write_expert_report", lambda folder, *, name: folder)
