@@ -57,14 +57,14 @@ def read_rows(source: str, errors: ErrorList, *, limit: int | None = None) -> So
         return SourceRows(_read_file(path, errors, limit))
     if (data := lab.data_of(source)) is not None:
         return SourceRows(_read_file(data, errors, limit))
-    hub_reference = hub_data.parse(source)
+    hub_reference = hub_data.parse_dataset_ref(source)
     if hub_reference is not None:
         return _read_hub(hub_reference, limit)
     # A data set without split: a better error than "no such file".
     if hub.is_repo_id(source) and not source.lower().endswith(tuple(_READERS)):
-        raise hub_data.no_split(source)
+        raise hub_data.missing_split_error(source)
     raise usage_error(
-        f"no such file, and not a Hub data set ({hub_data.SHAPE}) or {lab.PREFIX}NAME",
+        f"no such file, and not a Hub data set ({hub_data.REF_FORMAT}) or {lab.PREFIX}NAME",
         where=source or '""',
         hint="Slices count rows from 0, as in [0:200].",
     )
@@ -166,7 +166,7 @@ def _read_parquet(path: Path, errors: ErrorList) -> Iterator[SourceRow]:
         from pyarrow import ArrowException
         from pyarrow.parquet import read_table
     except ImportError as error:
-        raise hub_data.no_extra(path) from error
+        raise hub_data.missing_extra_error(path) from error
     try:
         records = read_table(path, partitioning=None).to_pylist()
     except (ArrowException, OSError) as error:
@@ -184,10 +184,10 @@ _READERS: dict[str, Callable[[Path, ErrorList], Iterator[SourceRow]]] = {
 }
 
 
-def _read_hub(data: hub_data.HubData, limit: int | None) -> SourceRows:
+def _read_hub(data: hub_data.HubDataset, limit: int | None) -> SourceRows:
     # The branch's commit is looked up first, so that rows and recorded revision cannot differ.
-    commit = hub_data.pin(data)
-    records = hub_data.load(data, commit, limit=limit)
+    commit = hub_data.resolve_commit(data)
+    records = hub_data.load_rows(data, commit, limit=limit)
     rows = [
         SourceRow(str(index), f"{data.name}[{index}]", record) for index, record in enumerate(records, start=data.first)
     ]

@@ -14,7 +14,7 @@ from typing import Any
 from surgery.checkpoint.dtypes import DTYPES, is_float, n_elements
 from surgery.checkpoint.safetensors_header import Entry, Header, read_header
 from surgery.errors import SurgeryError, listing
-from surgery.hub import download as hub
+from surgery.hub.file_selection import DUPLICATES, PICKLE_SUFFIXES
 from surgery.io.atomic import MANIFEST
 from surgery.io.json_io import read_json
 
@@ -151,7 +151,7 @@ def read_folder(folder: Path) -> Checkpoint:
 
 def read_file(path: Path) -> Checkpoint:
     """The weights in the single file `path`; config and tokenizer are not looked for. Raises SurgeryError."""
-    if path.suffix in hub.PICKLES:
+    if path.suffix in PICKLE_SUFFIXES:
         raise _pickle_only(path, path.name)
     shard = Shard(path.name, path, read_header(path))
     return Checkpoint(str(path), None, (shard,), _table((shard,), {}, None))
@@ -211,11 +211,11 @@ def _shards_without_index(folder: Path) -> list[str]:
     if (folder / SINGLE).is_file():
         return [SINGLE]
     names = sorted(path.name for path in folder.glob("*.safetensors"))
-    names = [name for name in names if not fnmatchcase(name, hub.DUPLICATES)] or names
+    names = [name for name in names if not fnmatchcase(name, DUPLICATES)] or names
     if names:
         _check_numbering(names, folder)
         return names
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in hub.PICKLES)
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise _pickle_only(folder, listing(pickles, 3))
     raise SurgeryError("has no .safetensors file", where=folder, hint="Give the folder that holds model.safetensors.")

@@ -11,12 +11,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from surgery.checkpoint.vocabulary import CONFIG, OTHER_FORMATS, SENTENCEPIECE, TOKENIZER
-from surgery.hub.download import TEMPLATES
+from surgery.hub import file_selection
 
 SPECIAL_TOKENS = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
 CHAT_TEMPLATE = "chat_template.jinja"
-CHAT_TEMPLATES = TEMPLATES
+CHAT_TEMPLATES = file_selection.CHAT_TEMPLATES
 LEGACY_CHAT_TEMPLATE = "chat_template.json"
 # Patterns of paths in the folder. What a tokenizer is to do, and what its tokens are.
 SETTINGS = (CONFIG, SPECIAL_TOKENS, CHAT_TEMPLATE, LEGACY_CHAT_TEMPLATE, f"{CHAT_TEMPLATES}/*.jinja")

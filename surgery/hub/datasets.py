@@ -1,7 +1,7 @@
-"""Data sets on the Hub: a reference `org/name[/config][@revision]:split[a:b]` → its rows, all of one commit.
+"""Read data sets of the Hub: `org/name[/config][@revision]:split[a:b]` → its rows, all of one commit.
 
-Whole data sets are fetched into the cache of `datasets` (`load`), large ones are streamed (`stream`). Both need the
-extra `data`.
+`load_rows` fetches a whole data set into the cache of `datasets`; `stream_column` reads a large one without keeping
+it. Both need the extra `data`.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from typing import Any
 
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.hub import download as hub
-from surgery.hub.errors import TOKEN_HINT
+from surgery.hub.errors import TOKEN_HINT, http_error_type
 from surgery.runtime.quiet import quiet
 
-SHAPE = "org/name[/config][@revision]:split[a:b]"
-_SHAPE = re.compile(
+REF_FORMAT = "org/name[/config][@revision]:split[a:b]"
+_REF = re.compile(
     r"(?P<repo>[^/@:\s]+/[^/@:\s]+)(?:/(?P<config>[^/@:\s]+))?(?:@(?P<revision>[^:\s]+))?:(?P<split>[^\[\]:\s]+)"
     r"(?:\[(?P<first>\d*):(?P<stop>\d*)\])?"
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# Rows that are taken from the stream at a time: enough that what is done once for each lot does not count.
-_LOT = 1000
+# Rows taken from a stream at a time: enough that the fixed cost of a batch does not count.
+_BATCH = 1000
 
 
 @dataclass(frozen=True)
-class HubData:
+class HubDataset:
     """Rows [first, stop) of a split; `stop` is None for all. `ref` is what the user typed."""
 
     ref: str
-    repo: str
+    repo_id: str
     config: str | None
     revision: str | None
     split: str
@@ -41,168 +41,171 @@ class HubData:
 
     @property
     def name(self) -> str:
-        """The reference without its slice, which is how errors point at rows: `name[row]`."""
+        """The reference without its slice; errors name rows as `name[row]`, by their number in the split."""
         return self.ref.partition("[")[0]
 
 
-def parse(ref: str) -> HubData | None:
-    """What `ref` asks for, or None where it has another shape; the Hub is not asked."""
-    asked = _SHAPE.fullmatch(ref)
-    if not asked or not hub.is_repo_id(asked["repo"]):
+def parse_dataset_ref(ref: str) -> HubDataset | None:
+    """Parse `ref` without asking the Hub; return None where it is no reference to a data set."""
+    parts = _REF.fullmatch(ref)
+    if not parts or not hub.is_repo_id(parts["repo"]):
         return None
-    stop = int(asked["stop"]) if asked["stop"] else None
-    return HubData(
-        ref, asked["repo"], asked["config"], asked["revision"], asked["split"], int(asked["first"] or 0), stop
+    stop = int(parts["stop"]) if parts["stop"] else None
+    return HubDataset(
+        ref, parts["repo"], parts["config"], parts["revision"], parts["split"], int(parts["first"] or 0), stop
     )
 
 
-def no_split(ref: str) -> SurgeryError:
-    """The error for `org/name` alone."""
-    return usage_error("names no split", where=ref, hint=f"Give it as {SHAPE}, e.g. {ref}:train[0:200].")
+def missing_split_error(ref: str) -> SurgeryError:
+    """Return the error for `org/name` alone."""
+    return usage_error("names no split", where=ref, hint=f"Give it as {REF_FORMAT}, e.g. {ref}:train[0:200].")
 
 
-def no_extra(where: object) -> SurgeryError:
-    """The error where the extra `data` is needed and missing."""
+def missing_extra_error(where: object) -> SurgeryError:
+    """Return the error for a missing extra `data`."""
     return usage_error("needs the extra `data`", where=where, hint="Install it: pip install 'model-surgery[data]'")
 
 
+def missing_column_error(column: str, columns: Sequence[str], *, where: object) -> SurgeryError:
+    """Return the error for rows that have `columns`, but not `column`."""
+    return usage_error(f'has no column "{column}"', where=where, hint=f"It has {listing(columns)}.")
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, without its full stop."""
+    """Return the first line of an error's text, without its full stop."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def pin(asked: HubData) -> str:
-    """The commit that the data set stands at now; the Hub is not asked where the revision is one already.
+def resolve_commit(dataset: HubDataset) -> str:
+    """Return the commit that the data set's revision names now; a commit is returned without asking the Hub.
 
     Raises:
         SurgeryError: there is no such data set or revision, no access, or no connection; the extra is missing.
     """
-    endpoint = _datasets(asked).config.HF_ENDPOINT
-    if asked.revision and _COMMIT.fullmatch(asked.revision):
-        return asked.revision
+    # `datasets` reads HF_ENDPOINT once, at its import, and will fetch the rows from there: ask the same Hub.
+    endpoint = _import_datasets(dataset).config.HF_ENDPOINT
+    if dataset.revision and _COMMIT.fullmatch(dataset.revision):
+        return dataset.revision
     from huggingface_hub import HfApi, errors
 
-    hub.parse_repo_ref(f"{asked.repo}@{asked.revision}" if asked.revision else asked.repo)
+    hub.check_revision(dataset.repo_id, dataset.revision)
     try:
-        info = HfApi(endpoint=endpoint).dataset_info(asked.repo, revision=asked.revision)
+        info = HfApi(endpoint=endpoint).dataset_info(dataset.repo_id, revision=dataset.revision)
     except errors.OfflineModeIsEnabled as error:
         raise usage_error(
             "offline mode is on, so that its commit cannot be looked up",
-            where=asked.ref,
-            hint=f"Give {asked.repo}@COMMIT.",
+            where=dataset.ref,
+            hint=f"Give {dataset.repo_id}@COMMIT.",
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise usage_error(f"has no revision {asked.revision!r}", where=asked.ref) from error
+        raise usage_error(f"has no revision {dataset.revision!r}", where=dataset.ref) from error
+    # Before RepositoryNotFoundError, of which it is a subclass.
     except errors.GatedRepoError as error:
         raise usage_error(
-            "is gated: its authors ask you to accept terms first", where=asked.ref, hint=f"Then {TOKEN_HINT}."
+            "is gated: its authors ask you to accept terms first", where=dataset.ref, hint=f"Then {TOKEN_HINT}."
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise usage_error(
             "no such data set on the Hub, or it is private and needs a token",
-            where=asked.ref,
+            where=dataset.ref,
             hint=f"Check the spelling; for a private one {TOKEN_HINT}.",
         ) from error
-    except (errors.HfHubHTTPError, vars(errors)["HTTPError"], OSError) as error:
+    except (errors.HfHubHTTPError, http_error_type(), OSError) as error:
         # Never its text: it may quote a token.
         status = f"HTTP {error.response.status_code}" if isinstance(error, errors.HfHubHTTPError) else "no connection"
         raise SurgeryError(
-            f"the Hub cannot be asked for its commit ({status})", where=asked.ref, hint="Check the connection."
+            f"the Hub cannot be asked for its commit ({status})", where=dataset.ref, hint="Check the connection."
         ) from error
     return str(info.sha)
 
 
-def load(asked: HubData, commit: str, *, limit: int | None = None) -> list[Mapping[str, Any]]:
-    """The rows asked for at `commit`, the first `limit` of them, as stored: pictures and sounds are not decoded.
+def load_rows(dataset: HubDataset, commit: str, *, limit: int | None = None) -> list[Mapping[str, Any]]:
+    """Return the rows of `dataset` at `commit`, at most `limit`, as stored: pictures and sounds are not decoded.
 
     Raises:
         SurgeryError: there is no such configuration or split, it cannot be loaded, or the slice is empty.
     """
-    table = _opened(asked, commit, streaming=False)
-    stop = min(len(table) if asked.stop is None else asked.stop, len(table))
-    if asked.first >= stop:
-        raise usage_error(f"the slice is empty: the split has {len(table):,} rows", where=asked.ref)
+    table = _load_dataset(dataset, commit, streaming=False)
+    stop = min(len(table) if dataset.stop is None else dataset.stop, len(table))
+    if dataset.first >= stop:
+        raise usage_error(f"the slice is empty: the split has {len(table):,} rows", where=dataset.ref)
     if limit is not None:
-        stop = min(stop, asked.first + limit)
-    records: list[Mapping[str, Any]] = table.with_format("arrow")[asked.first : stop].to_pylist()
+        stop = min(stop, dataset.first + limit)
+    # Arrow, because the default format decodes pictures and sounds, which needs libraries that we do not require.
+    records: list[Mapping[str, Any]] = table.with_format("arrow")[dataset.first : stop].to_pylist()
     return records
 
 
-def stream(asked: HubData, commit: str, column: str) -> Iterator[tuple[int, Any]]:
-    """Number in the split and value of `column`, row by row, at `commit`; nothing is kept on disk.
+def stream_column(dataset: HubDataset, commit: str, column: str) -> Iterator[tuple[int, Any]]:
+    """Yield (row number in the split, value of `column`) for each row at `commit`; nothing is kept on disk.
 
     Raises:
         SurgeryError: there is no such configuration, split or column; the connection breaks off; the slice is empty.
     """
-    if asked.stop is not None and asked.first >= asked.stop:
-        raise usage_error("the slice is empty", where=asked.ref)
-    numbers = count(asked.first) if asked.stop is None else range(asked.first, asked.stop)
-    found = False
-    for pair in zip(numbers, _values(asked, commit, column), strict=False):
-        found = True
-        yield pair
-    if not found:
-        raise usage_error(f"the split has no row {asked.first:,}", where=asked.ref)
+    if dataset.stop is not None and dataset.first >= dataset.stop:
+        raise usage_error("the slice is empty", where=dataset.ref)
+    numbers = count(dataset.first) if dataset.stop is None else range(dataset.first, dataset.stop)
+    empty = True
+    # The numbers come first in zip: otherwise the end of the slice would fetch one more row, perhaps a whole batch.
+    for row in zip(numbers, _column_values(dataset, commit, column), strict=False):
+        empty = False
+        yield row
+    if empty:
+        raise usage_error(f"the split has no row {dataset.first:,}", where=dataset.ref)
 
 
-def _values(asked: HubData, commit: str, column: str) -> Iterator[Any]:
-    datasets = _datasets(asked)
-    rows = _opened(asked, commit, streaming=True)
-    lots = iter((rows.skip(asked.first) if asked.first else rows).with_format("arrow").iter(batch_size=_LOT))
-    done = asked.first
+def _column_values(dataset: HubDataset, commit: str, column: str) -> Iterator[Any]:
+    datasets = _import_datasets(dataset)
+    rows = _load_dataset(dataset, commit, streaming=True)
+    batches = iter((rows.skip(dataset.first) if dataset.first else rows).with_format("arrow").iter(batch_size=_BATCH))
+    done = dataset.first
     while True:
         try:
+            # Around each batch, not around the loop: a generator that pauses inside would silence its caller too.
             with quiet():
-                lot = next(lots, None)
-        except _faults(datasets) as error:
+                batch = next(batches, None)
+        except _load_errors(datasets) as error:
             raise SurgeryError(
                 f"the stream broke off after {done:,} rows ({_reason(error)})",
-                where=asked.ref,
+                where=dataset.ref,
                 hint="Run the same command again.",
             ) from error
-        if lot is None:
+        if batch is None:
             return
-        if column not in lot.column_names:
-            raise no_column(column, lot.column_names, where=asked.ref)
-        yield from lot[column].to_pylist()
-        done += len(lot)
+        if column not in batch.column_names:
+            raise missing_column_error(column, batch.column_names, where=dataset.ref)
+        yield from batch[column].to_pylist()
+        done += len(batch)
 
 
-def no_column(column: str, having: Sequence[str], *, where: object) -> SurgeryError:
-    """The error for rows without `column`."""
-    return usage_error(f'has no column "{column}"', where=where, hint=f"It has {listing(having)}.")
-
-
-def _opened(asked: HubData, commit: str, *, streaming: bool) -> Any:
-    datasets = _datasets(asked)
+def _load_dataset(dataset: HubDataset, commit: str, *, streaming: bool) -> Any:
+    datasets = _import_datasets(dataset)
     try:
         with quiet():
             return datasets.load_dataset(
-                asked.repo, asked.config, split=asked.split, revision=commit, streaming=streaming
+                dataset.repo_id, dataset.config, split=dataset.split, revision=commit, streaming=streaming
             )
-    except _faults(datasets) as error:
-        raise usage_error(f"cannot be loaded ({_reason(error)})", where=asked.ref) from error
+    except _load_errors(datasets) as error:
+        raise usage_error(f"cannot be loaded ({_reason(error)})", where=dataset.ref) from error
 
 
-def _datasets(asked: HubData) -> Any:
+def _import_datasets(dataset: HubDataset) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise no_extra(asked.ref) from error
+        raise missing_extra_error(dataset.ref) from error
     return datasets
 
 
-def _faults(datasets: Any) -> tuple[type[BaseException], ...]:
-    """What `datasets` raises where data is missing, damaged or out of reach."""
-    from huggingface_hub import errors
-
-    return OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, vars(errors)["HTTPError"]
+def _load_errors(datasets: Any) -> tuple[type[BaseException], ...]:
+    """Return what `datasets` raises where data is missing, damaged or out of reach."""
+    return OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, http_error_type()
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, in a few words; of an answer from the net never its text, which may quote a token."""
+    """Return what went wrong in a few words; never the text of an HTTP answer, which may quote a token."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.HfHubHTTPError):
         return f"HTTP {error.response.status_code}"
-    return "no connection" if isinstance(error, vars(errors)["HTTPError"]) else first_line(error)
+    return "no connection" if isinstance(error, http_error_type()) else first_line(error)

@@ -1,8 +1,6 @@
-"""Reading from the Hub: `org/name[@revision]` → a folder in the cache, pinned to one commit.
+"""Fetch repositories from the Hub: `org/name[@revision]` → a folder in the cache, pinned to one commit.
 
-Only what the weights need to be read and used is fetched: safetensors, JSON, tokenizer and chat-template
-files at the top of the repository; or only the files asked for. `huggingface_hub` is imported inside the functions,
-or every command, `--help` too, would wait for it.
+`huggingface_hub` is imported inside the functions, or every command, `--help` too, would wait for it.
 """
 
 from __future__ import annotations
@@ -13,34 +11,23 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.errors import SurgeryError, listing, usage_error
-from surgery.hub.errors import UnreachableError, no_space, translate_errors
-from surgery.hub.settings import cache, endpoint, is_offline, timeout
+from surgery.errors import SurgeryError, usage_error
+from surgery.hub.errors import UnreachableError, no_space_error, translate_errors
+from surgery.hub.file_selection import DUPLICATES, MODEL_FILES, WEIGHTS_SUFFIX, select_files
+from surgery.hub.settings import cache_dir, endpoint, is_offline, request_timeout
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 
-# *.safetensors.index.json is among *.json; *.txt is for merges.txt and vocab.txt, *.model for sentencepiece.
-ALLOWED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
-# The one folder that tokenizers read from. All others hold copies: original/, onnx/, training checkpoints.
-TEMPLATES = "additional_chat_templates"
-# What a logit ensemble keeps of its members besides their weights, to give them back as they were.
-MEMBERS = "members"
-MEMBER_FILES = (*(pattern for pattern in ALLOWED if pattern != "*.safetensors"), "*.md", "LICENSE*", "NOTICE*")
-# Mistral's own format, beside the same weights as model-0000k-of-n.safetensors.
-DUPLICATES = "consolidated*"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-WEIGHTS = ".safetensors"
-
 MAX_ID_LENGTH = 96  # the Hub's own limit
 
 _REPO_ID = re.compile(r"\w[\w.-]*/[\w.-]*\w", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# Characters that git allows in the name of a branch or tag; no leading slash, or it would be an absolute path.
 _REVISION = re.compile(r"[^\s/~^:?*\[\\@\x00-\x1f][^\s~^:?*\[\\\x00-\x1f]*")
 
 
@@ -54,18 +41,19 @@ class HubSnapshot:
 
 
 def is_repo_id(text: str) -> bool:
-    """Whether `text` has the shape `org/name[@revision]`; the Hub is not asked."""
+    """Return whether `text` has the form `org/name[@revision]`, without asking the Hub."""
     repo_id, _, _ = text.partition("@")
     if text.endswith("@") or len(repo_id) > MAX_ID_LENGTH or not _REPO_ID.fullmatch(repo_id):
         return False
+    # The Hub's own rules: "--" separates org and name in the cache's folder names.
     return not any(wrong in repo_id for wrong in ("--", "..")) and not repo_id.endswith(".git")
 
 
 def parse_repo_ref(text: str) -> tuple[str, str | None]:
-    """`org/name[@revision]` → (repository, revision or None for its default branch).
+    """Split `org/name[@revision]` into (repository, revision or None for its default branch).
 
     Raises:
-        SurgeryError: the shape is another, or no branch, tag or commit can have that name.
+        SurgeryError: `text` has another form, or no branch, tag or commit can have that name.
     """
     if not is_repo_id(text):
         raise usage_error(f"got {text!r}, expected org/name or org/name@revision", where="Hub id")
@@ -74,10 +62,21 @@ def parse_repo_ref(text: str) -> tuple[str, str | None]:
     return repo_id, revision or None
 
 
+def check_revision(repo_id: str, revision: str | None) -> None:
+    """Raise SurgeryError where no branch, tag or commit can have the name `revision`."""
+    # The cache keeps refs/<revision> as a path: a revision with ".." would be read outside it.
+    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise usage_error(
+            f"revision {revision!r} cannot be a branch, tag or commit",
+            where=repo_id,
+            hint="Give the name as the model's page shows it, e.g. main.",
+        )
+
+
 def fetch(
-    repo_id: str, revision: str | None = None, *, only: Sequence[str] | None = None, progress: bool = True
+    repo_id: str, revision: str | None = None, *, patterns: Sequence[str] | None = None, progress: bool = True
 ) -> HubSnapshot:
-    """Downloads what is missing of `repo_id` at `revision` into the Hub's cache, and says where it lies.
+    """Download what the Hub's cache lacks of `repo_id` at `revision`, and return where it is.
 
     Under HF_HUB_OFFLINE=1 nothing is asked of the Hub and the cached copy is returned. A commit that is
     already cached is returned too when the Hub cannot be reached; for a branch or tag that would hide newer
@@ -85,19 +84,16 @@ def fetch(
 
     Args:
         revision: a branch, tag or commit; None for the default branch.
-        only: patterns of the files to fetch instead, when no weights are needed; in folders only chat templates.
+        patterns: the files to fetch instead, when no weights are needed; in folders only chat templates.
         progress: whether huggingface_hub draws its bars on stderr.
 
     Raises:
-        SurgeryError: no such repository or revision, no access, no connection, no safetensors (with `only`: no
-            such file), no space.
+        SurgeryError: no such repository or revision, no access, no connection, no safetensors (with `patterns`:
+            no such file), no space.
     """
-    if not is_repo_id(repo_id) or "@" in repo_id:
-        raise usage_error(f"got {repo_id!r}, expected org/name", where="Hub id")
-    check_revision(repo_id, revision)
-    ref = _Ref(repo_id, revision, None if only is None else tuple(only))
+    ref = _checked_ref(repo_id, revision, None if patterns is None else tuple(patterns))
     if is_offline():
-        return _cached(ref)
+        return _cached_snapshot(ref)
     try:
         return _download(ref, progress)
     except UnreachableError:
@@ -108,44 +104,38 @@ def fetch(
 
 @dataclass(frozen=True)
 class RepositoryListing:
-    """A repository at one commit, by its listing: bytes of the weights that would be fetched, and of all that is not in
-    the cache yet."""
+    """Sizes of a repository at one commit, in bytes, read from its listing.
+
+    weight_bytes: of the weights that would be fetched. missing_bytes: of all that would be, and is not cached yet.
+    """
 
     repo_id: str
     revision: str
-    weights: int
-    missing: int
+    weight_bytes: int
+    missing_bytes: int
 
 
 def list_repository(repo_id: str, revision: str | None = None) -> RepositoryListing:
-    """What `fetch` would download, without doing so; offline, what is in the cache. Raises SurgeryError as `fetch`."""
-    if not is_repo_id(repo_id) or "@" in repo_id:
-        raise usage_error(f"got {repo_id!r}, expected org/name", where="Hub id")
-    check_revision(repo_id, revision)
-    ref = _Ref(repo_id, revision)
+    """Return how much `fetch` would download; offline, what is in the cache. Raises SurgeryError as `fetch`."""
+    ref = _checked_ref(repo_id, revision)
     if is_offline():
-        snapshot = _cached(ref)
-        names = _wanted([path.name for path in snapshot.folder.iterdir()], ref)
-        weights = sum((snapshot.folder / name).stat().st_size for name in names if name.endswith(WEIGHTS))
+        snapshot = _cached_snapshot(ref)
+        names = select_files([path.name for path in snapshot.folder.iterdir()], ref)
+        weights = sum((snapshot.folder / name).stat().st_size for name in names if name.endswith(WEIGHTS_SUFFIX))
         return RepositoryListing(repo_id, snapshot.revision, weights, 0)
-    from huggingface_hub import HfApi
-
-    with _asking(ref):
-        info = HfApi(endpoint=endpoint()).model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout())
-        files = info.siblings or []
-        names = _wanted([file.rfilename for file in files], ref)
-        wanted = [file for file in files if file.rfilename in names]
-        weights = sum(file.size or 0 for file in wanted if file.rfilename.endswith(WEIGHTS))
-        return RepositoryListing(repo_id, info.sha or "", weights, _missing(ref, info.sha or "", wanted))
+    with _hub_request(ref):
+        commit, files = _remote_files(ref)
+        weights = sum(file.size or 0 for file in files if file.rfilename.endswith(WEIGHTS_SUFFIX))
+        return RepositoryListing(repo_id, commit, weights, _missing_bytes(ref, commit, files))
 
 
 @dataclass(frozen=True)
-class _Ref:
-    """What is asked for; `only` as in `fetch`."""
+class _SnapshotRef:
+    """A repository, a revision and file patterns, as given to `fetch`; its text is the `where` of errors."""
 
     repo_id: str
     revision: str | None
-    only: tuple[str, ...] | None = None
+    patterns: tuple[str, ...] | None = None
 
     @property
     def is_pinned(self) -> bool:
@@ -155,127 +145,83 @@ class _Ref:
         return f"{self.repo_id}@{self.revision}" if self.revision else self.repo_id
 
 
-def check_revision(repo_id: str, revision: str | None) -> None:
-    """Raises SurgeryError where no branch, tag or commit can have the name `revision`."""
-    # The cache keeps refs/<revision> as a path: a revision with ".." would be read outside it.
-    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
-        raise usage_error(
-            f"revision {revision!r} cannot be a branch, tag or commit",
-            where=repo_id,
-            hint="Give the name as the model's page shows it, e.g. main.",
-        )
+def _checked_ref(repo_id: str, revision: str | None, patterns: tuple[str, ...] | None = None) -> _SnapshotRef:
+    if not is_repo_id(repo_id) or "@" in repo_id:
+        raise usage_error(f"got {repo_id!r}, expected org/name", where="Hub id")
+    check_revision(repo_id, revision)
+    return _SnapshotRef(repo_id, revision, patterns)
 
 
-def _download(ref: _Ref, progress: bool) -> HubSnapshot:
-    from huggingface_hub import HfApi, snapshot_download
+def _download(ref: _SnapshotRef, progress: bool) -> HubSnapshot:
+    from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import tqdm
 
+    # A class, because huggingface_hub can switch its bars off only for the whole process.
     class Silent(tqdm):
         def __init__(self, *args: object, **options: object) -> None:
             super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
 
-    with _asking(ref):
-        info = HfApi(endpoint=endpoint()).model_info(
-            ref.repo_id, revision=ref.revision, files_metadata=True, timeout=timeout()
-        )
-        files = info.siblings or []
-        names = _wanted([file.rfilename for file in files], ref)
-        _check_space(ref, info.sha or "", [file for file in files if file.rfilename in names])
+    with _hub_request(ref):
+        commit, files = _remote_files(ref)
+        _check_space(ref, commit, files)
         folder = Path(
             snapshot_download(
                 ref.repo_id,
+                # The branch, not its commit: the cache then has refs/<branch>, by which it is found offline.
                 revision=ref.revision,
-                cache_dir=cache(),
+                cache_dir=cache_dir(),
                 endpoint=endpoint(),
-                allow_patterns=[glob.escape(name) for name in names],
+                # A file may be called model[1].safetensors, which as a pattern would match another name.
+                allow_patterns=[glob.escape(file.rfilename) for file in files],
                 tqdm_class=None if progress else Silent,
             )
         )
-    if folder.name != info.sha:
+    # The files were selected from one commit's listing and fetched by another request, which may have found a newer.
+    if folder.name != commit:
         raise SurgeryError(
-            f"the Hub named commit {info.sha}, but {folder.name} arrived: the branch moved in between",
+            f"the Hub named commit {commit}, but {folder.name} arrived: the branch moved in between",
             where=ref,
             hint="Run the command again.",
         )
     return HubSnapshot(folder, ref.repo_id, folder.name)
 
 
-def _wanted(names: Sequence[str], ref: _Ref) -> list[str]:
-    """The files of a repository to fetch, sorted. Raises SurgeryError where what is needed is not among them."""
-    if ref.only is not None:
-        near = sorted(name for name in names if name.rpartition("/")[0] in ("", TEMPLATES))
-        chosen = [name for name in near if any(fnmatchcase(name, pattern) for pattern in ref.only)]
-        if not chosen:
-            raise SurgeryError(
-                f"has none of the files that are needed among its {len(names)} files ({listing(sorted(names), 5)})",
-                where=ref,
-            )
-        return chosen
-    wanted = sorted(name for name in names if _is_allowed(name))
-    weights = [name for name in wanted if name.endswith(WEIGHTS)]
-    if not weights:
-        raise _no_weights(names, ref)
-    if all(fnmatchcase(name, DUPLICATES) for name in weights):
-        return wanted
-    return [name for name in wanted if not fnmatchcase(name, DUPLICATES)]
+def _remote_files(ref: _SnapshotRef) -> tuple[str, list[RepoSibling]]:
+    """Ask the Hub for the commit that `ref` names, and return it with its files to fetch."""
+    from huggingface_hub import HfApi
 
-
-def _is_allowed(name: str) -> bool:
-    folder, _, file = name.rpartition("/")
-    if folder == TEMPLATES:
-        return file.endswith(".jinja")
-    if folder == MEMBERS or folder.startswith(f"{MEMBERS}/"):
-        return any(fnmatchcase(file, pattern) for pattern in MEMBER_FILES)
-    return not folder and any(fnmatchcase(file, pattern) for pattern in ALLOWED)
-
-
-def _no_weights(names: Sequence[str], ref: _Ref) -> SurgeryError:
-    pickles = sorted(name for name in names if "/" not in name and name.endswith(PICKLES))
-    if pickles:
-        return SurgeryError(
-            f"holds weights only as Python pickles ({listing(pickles, 3)}), which can run code when opened",
-            where=ref,
-            hint="Look on its page for a pull request that adds safetensors, and give "
-            f"{ref.repo_id}@refs/pr/N; or convert it in a throw-away environment, "
-            f'AutoModelForCausalLM.from_pretrained("{ref.repo_id}").save_pretrained("DIR"), and give DIR.',
-        )
-    nested = sorted(name for name in names if name.endswith(WEIGHTS))
-    if nested:
-        return SurgeryError(
-            f"has its .safetensors files only in subfolders ({listing(nested, 3)})",
-            where=ref,
-            hint="Download the subfolder with `hf download`, and give its path.",
-        )
-    return SurgeryError(
-        f"has no .safetensors file among its {len(names)} files ({listing(sorted(names), 5)})",
-        where=ref,
-        hint="Give a repository that holds a model's weights.",
+    info = HfApi(endpoint=endpoint()).model_info(
+        ref.repo_id, revision=ref.revision, files_metadata=True, timeout=request_timeout()
     )
+    files = info.siblings or []
+    names = select_files([file.rfilename for file in files], ref, ref.patterns)
+    return info.sha or "", [file for file in files if file.rfilename in names]
 
 
-def _missing(ref: _Ref, commit: str, files: Sequence[RepoSibling]) -> int:
-    """Bytes of those files of a commit that are not in the cache."""
+def _missing_bytes(ref: _SnapshotRef, commit: str, files: Sequence[RepoSibling]) -> int:
+    """Return the bytes of those files of a commit that are not in the cache."""
     from huggingface_hub import try_to_load_from_cache
 
     return sum(
         file.size or 0
         for file in files
-        if try_to_load_from_cache(ref.repo_id, file.rfilename, cache_dir=cache(), revision=commit) is None
+        if try_to_load_from_cache(ref.repo_id, file.rfilename, cache_dir=cache_dir(), revision=commit) is None
     )
 
 
-def _check_space(ref: _Ref, commit: str, files: Sequence[RepoSibling]) -> None:
-    folder = cache()
-    needed = _missing(ref, commit, files)
+def _check_space(ref: _SnapshotRef, commit: str, files: Sequence[RepoSibling]) -> None:
+    folder = cache_dir()
+    needed = _missing_bytes(ref, commit, files)
+    # The cache's folder is made by the first download; its disk is that of the nearest folder that is there.
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
-        raise no_space(f"needs {needed:,} bytes in the cache at {folder}, where {free:,} are free", ref)
+        raise no_space_error(f"needs {needed:,} bytes in the cache at {folder}, where {free:,} are free", ref)
 
 
 @contextmanager
-def _asking(ref: _Ref) -> Iterator[None]:
-    """`translate_errors`, and where the Hub cannot be reached, what the cache has instead."""
+def _hub_request(ref: _SnapshotRef) -> Iterator[None]:
+    """Translate errors of the block; where the Hub cannot be reached, name the cached copy that could be used."""
     try:
         with translate_errors(ref):
             yield
@@ -286,18 +232,18 @@ def _asking(ref: _Ref) -> Iterator[None]:
         raise
 
 
-def _cached(ref: _Ref) -> HubSnapshot:
+def _cached_snapshot(ref: _SnapshotRef) -> HubSnapshot:
     snapshot = _find_cached(ref)
     if snapshot is None:
         raise SurgeryError(
-            f"no complete copy in the cache at {cache()}, and offline mode is on",
+            f"no complete copy in the cache at {cache_dir()}, and offline mode is on",
             where=ref,
             hint="Unset HF_HUB_OFFLINE once, so that it can be downloaded.",
         )
     return snapshot
 
 
-def _find_cached(ref: _Ref) -> HubSnapshot | None:
+def _find_cached(ref: _SnapshotRef) -> HubSnapshot | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -306,16 +252,16 @@ def _find_cached(ref: _Ref) -> HubSnapshot | None:
             snapshot_download(
                 ref.repo_id,
                 revision=ref.revision,
-                cache_dir=cache(),
+                cache_dir=cache_dir(),
                 local_files_only=True,
                 # With these, huggingface_hub tells from its listing of the commit whether a file is missing.
-                allow_patterns=list(ref.only or ALLOWED),
+                allow_patterns=list(ref.patterns or MODEL_FILES),
                 ignore_patterns=["*/*", DUPLICATES],
             )
         )
     except LocalEntryNotFoundError:
         return None
     # Without that listing (a cache filled by other programs) the folder may hold as little as a config.
-    needed = ref.only or (f"*{WEIGHTS}",)
-    found = any(path for pattern in needed for path in folder.glob(pattern))
-    return HubSnapshot(folder, ref.repo_id, folder.name) if found else None
+    needed = ref.patterns or (f"*{WEIGHTS_SUFFIX}",)
+    is_complete = any(path for pattern in needed for path in folder.glob(pattern))
+    return HubSnapshot(folder, ref.repo_id, folder.name) if is_complete else None

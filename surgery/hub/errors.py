@@ -1,8 +1,7 @@
-"""What can go wrong while something is fetched from the Hub: each fault in one line, with the next step.
+"""Translate errors of Hub downloads into `SurgeryError`: one line each, with the next step.
 
-In comes what huggingface_hub raises, out comes a `SurgeryError`. Its text is never repeated: it may quote a token.
-What is said of writing stands in `surgery.publish.upload_errors`, which shares the words and the kinds of faults of
-this one.
+The text of what huggingface_hub raises is never repeated, because it may quote a token. The errors of uploads are in
+`surgery.publish.upload_errors`, which uses the helpers of this module.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from surgery.errors import SurgeryError
-from surgery.hub.settings import cache, endpoint
+from surgery.hub.settings import cache_dir, endpoint
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -24,7 +23,7 @@ TOKEN_HINT = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 class Repository(Protocol):
-    """The one that is read or written: its text is the `where` of errors."""
+    """A repository that is read or written; its text becomes the `where` of errors."""
 
     @property
     def repo_id(self) -> str:
@@ -36,85 +35,91 @@ class UnreachableError(SurgeryError):
 
 
 @contextmanager
-def translate_errors(place: Repository) -> Iterator[None]:
-    """Turns what huggingface_hub raises in the block into a `SurgeryError`."""
+def translate_errors(repository: Repository) -> Iterator[None]:
+    """Raise what huggingface_hub raises in the block as a `SurgeryError` about `repository`."""
     from huggingface_hub import errors
 
     try:
         yield
-    except (errors.LocalEntryNotFoundError, OSError, transport_error()) as error:
-        raise _explain(error, place) from error
+    except (errors.LocalEntryNotFoundError, OSError, http_error_type()) as error:
+        raise _translated(error, repository) from error
     except ValueError as error:  # not JSON: a login page of the network, or a wrong HF_ENDPOINT
-        raise _unreachable(place, NOT_A_HUB) from error
+        raise _unreachable(repository, NOT_A_HUB) from error
     except RuntimeError as error:  # hf_xet, which moves large files, has no class of its own for a failed transfer
         raise SurgeryError(
-            "the download broke off", where=place, hint="Run the command again; finished files are kept."
+            "the download broke off", where=repository, hint="Run the command again; finished files are kept."
         ) from error
 
 
-def transport_error() -> type[Exception]:
-    """The base of all that the HTTP library of huggingface_hub raises: httpx, and httpx2 from some version on."""
+def http_error_type() -> type[Exception]:
+    """Return the base class of what huggingface_hub's HTTP library raises: httpx, and httpx2 from some version on."""
     from huggingface_hub import errors
 
+    # Imported by huggingface_hub but not exported, so that type checkers do not find it as an attribute.
     base: type[Exception] = vars(errors)["HTTPError"]
     return base
 
 
-def failure(error: BaseException) -> str:
-    """What kept us from the Hub, by kind: the innermost system error's words, else the exception's name."""
+def connection_failure(error: BaseException) -> str:
+    """Return why the Hub was not reached: the first system error's text in the chain, else the exception's name."""
     name = type(error).__name__
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, OSError) and inner.strerror:
-            return inner.strerror
-        inner = inner.__cause__ or inner.__context__
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
     return name
 
 
-def no_space(what: str, place: Repository) -> SurgeryError:
-    """The error where the cache's disk is too small."""
-    return SurgeryError(what, where=place, hint="Free some space, or set HF_HUB_CACHE to a folder on a larger disk.")
+def no_space_error(what: str, repository: Repository) -> SurgeryError:
+    """Return the error for a cache on a disk that is too small."""
+    hint = "Free some space, or set HF_HUB_CACHE to a folder on a larger disk."
+    return SurgeryError(what, where=repository, hint=hint)
 
 
-def wrong_token(where: object) -> SurgeryError:
-    """The error where the Hub does not know the token that it was given."""
+def invalid_token_error(where: object) -> SurgeryError:
+    """Return the error for a token that the Hub does not know."""
     return SurgeryError(
         "the Hub does not accept your token", where=where, hint=f"To replace it {TOKEN_HINT}; or unset it."
     )
 
 
-def _explain(error: BaseException, place: Repository) -> SurgeryError:
+def _translated(error: BaseException, repository: Repository) -> SurgeryError:
     from huggingface_hub import errors
 
-    if isinstance(error, errors.LocalEntryNotFoundError):  # "could not ask, and nothing is cached": why not?
-        return _explain(error.__cause__, place) if error.__cause__ else _unreachable(place, "no answer")
+    # LocalEntryNotFoundError means "could not ask, and nothing is cached". Why not is in its cause.
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return _translated(error.__cause__, repository) if error.__cause__ else _unreachable(repository, "no answer")
+    # From here on the order matters: HTTP errors and FileMetadataError are OSErrors too.
     if isinstance(error, errors.HfHubHTTPError):
-        return _refused(error, place)
+        return _refused(error, repository)
     if isinstance(error, OSError) and error.errno in NO_SPACE:
-        return no_space(f"the disk filled up while downloading to {cache()}", place)
+        return no_space_error(f"the disk filled up while downloading to {cache_dir()}", repository)
     if isinstance(error, PermissionError):
         return SurgeryError(
-            f"the cache at {cache()} cannot be written",
-            where=place,
+            f"the cache at {cache_dir()} cannot be written",
+            where=repository,
             hint="Set HF_HUB_CACHE to a folder of yours.",
         )
     if isinstance(error, OSError) and "Consistency check failed" in str(error):
         return SurgeryError(
-            "a file arrived with the wrong size", where=place, hint="Run the command again to fetch it anew."
+            "a file arrived with the wrong size", where=repository, hint="Run the command again to fetch it anew."
         )
     if isinstance(error, errors.FileMetadataError):
-        return _unreachable(place, NOT_A_HUB)
-    return _unreachable(place, failure(error))
+        return _unreachable(repository, NOT_A_HUB)
+    return _unreachable(repository, connection_failure(error))
 
 
-def _refused(error: HfHubHTTPError, place: Repository) -> SurgeryError:
-    """What the Hub's refusal means for one who reads."""
+def _refused(error: HfHubHTTPError, repository: Repository) -> SurgeryError:
+    """Return what a refused request means for a download."""
     from huggingface_hub import errors, get_token
 
     status = error.response.status_code
-    page = f"{endpoint()}/{place.repo_id}"
+    page = f"{endpoint()}/{repository.repo_id}"
     if status >= 500:
-        return _unreachable(place, f"HTTP {status}")
+        return _unreachable(repository, f"HTTP {status}")
+    # Classes before the status: the Hub answers 401 also for a repository that is missing, so as not to tell whether a
+    # private one exists. And GatedRepoError is a subclass of RepositoryNotFoundError.
     if isinstance(error, errors.GatedRepoError):
         then = "then ask again" if get_token() else f"then {TOKEN_HINT}"
         what, hint = "is gated: its authors ask you to accept terms first", f"Accept them at {page}, {then}."
@@ -127,7 +132,7 @@ def _refused(error: HfHubHTTPError, place: Repository) -> SurgeryError:
         else:
             what, hint = f"{what} needs a token", f"Check the spelling; for a private model {TOKEN_HINT}."
     elif status == 401:
-        return wrong_token(place)
+        return invalid_token_error(repository)
     elif status == 404:
         what, hint = "a file of its listing is not there (HTTP 404)", "Run the command again."
     elif status == 429:
@@ -135,9 +140,9 @@ def _refused(error: HfHubHTTPError, place: Repository) -> SurgeryError:
         hint = f"Wait some minutes; with a token the limit is higher: {TOKEN_HINT}."
     else:
         what, hint = f"the Hub refuses (HTTP {status})", f"See {page} for the reason."
-    return SurgeryError(what, where=place, hint=hint)
+    return SurgeryError(what, where=repository, hint=hint)
 
 
-def _unreachable(place: Repository, reason: str) -> UnreachableError:
+def _unreachable(repository: Repository, reason: str) -> UnreachableError:
     hint = "Check the connection (and HF_ENDPOINT, if set), or give a local folder."
-    return UnreachableError(f"cannot reach the Hub at {endpoint()} ({reason})", where=place, hint=hint)
+    return UnreachableError(f"cannot reach the Hub at {endpoint()} ({reason})", where=repository, hint=hint)

@@ -1,4 +1,4 @@
-"""Which Hub is asked, whether it may be, and where what it sent is kept, by the environment as it is at each call."""
+"""Hub settings read from the environment at each call: address, offline mode, cache folder, request timeout."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ DEFAULT_ENDPOINT = "https://huggingface.co"
 
 
 def is_offline() -> bool:
-    """Whether HF_HUB_OFFLINE forbids to ask the Hub, now or when huggingface_hub was imported."""
+    """Return whether HF_HUB_OFFLINE is set, now or when huggingface_hub was imported."""
     from huggingface_hub import constants
 
-    # The constant is what the variable said when huggingface_hub was imported.
+    # huggingface_hub reads the variable once, at its import, and refuses every request by that value: setting the
+    # variable later must count too, but unsetting it later cannot help.
     return constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in (
         "1",
         "ON",
@@ -22,12 +23,12 @@ def is_offline() -> bool:
 
 
 def endpoint() -> str:
-    """The Hub's address, without a slash at its end."""
+    """Return the Hub's address, without a slash at its end."""
     return os.environ.get("HF_ENDPOINT", "").rstrip("/") or DEFAULT_ENDPOINT
 
 
-def cache() -> Path:
-    """The folder that everything fetched is kept in."""
+def cache_dir() -> Path:
+    """Return the absolute path of the Hub cache: HF_HUB_CACHE, else HF_HOME/hub, else the client's default."""
     from huggingface_hub import constants
 
     named = os.environ.get("HF_HUB_CACHE")
@@ -36,8 +37,8 @@ def cache() -> Path:
     return Path(os.path.expandvars(named or constants.HF_HUB_CACHE)).expanduser().absolute()
 
 
-def timeout() -> float:
-    """Seconds that a question to the Hub may take."""
+def request_timeout() -> float:
+    """Return the seconds that a metadata request to the Hub may take (HF_HUB_ETAG_TIMEOUT)."""
     from huggingface_hub import constants
 
     return float(constants.HF_HUB_ETAG_TIMEOUT)

@@ -1,7 +1,6 @@
-"""What a push changes in a repository: the files that go up, those that go, and when it may not be.
+"""Plan the commit of a push: the files to add and to delete in the repository, and whether it may be pushed to.
 
-In come a `UploadPackage`, its card, the `Destination` and what is there already, a `Remote`; out come the operations of
-one commit.
+`HubDestination` says where a push goes, `RemoteState` what is there already.
 """
 
 from __future__ import annotations
@@ -15,18 +14,20 @@ from typing import TYPE_CHECKING
 
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.hub import download as hub
+from surgery.hub.file_selection import CHAT_TEMPLATES, MEMBERS
 from surgery.hub.settings import endpoint
 from surgery.io.atomic import MANIFEST
 from surgery.publish.model_card import HubCard
-from surgery.publish.package import ATTRIBUTES, CARD, UploadPackage
+from surgery.publish.package import CARD, GITATTRIBUTES, UploadPackage
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
 MAIN = "main"
 PULL_REQUESTS = "refs/pr/"
-# What a model is read from: after a push, files of these names are those of OUT.
-READ_BY_LOADERS = (
+# What models are loaded from. Where an earlier push left such a file and OUT lacks it, it is deleted: loaders would mix
+# the two.
+LOADER_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
     "config.json",
@@ -41,16 +42,16 @@ READ_BY_LOADERS = (
     "*.model",
     "*.tiktoken",
     "chat_template.*",
-    f"{hub.TEMPLATES}/*.jinja",
-    f"{hub.MEMBERS}/*",
+    f"{CHAT_TEMPLATES}/*.jinja",
+    f"{MEMBERS}/*",
     "donor/*",
     "undo/*",
     "scores.json",
 )
-FOREIGN = ("*.safetensors", "*.safetensors.index.json")
-LARGE_TEXT = 10_000_000  # bytes from which the Hub keeps a file outside git, whatever its name
-# As the Hub writes them into a new repository, and pictures.
-LARGE_KINDS = (
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+LFS_MIN_BYTES = 10_000_000  # from this size on the Hub keeps a file outside git, whatever its name
+# Kept outside git by their extension: those that the Hub lists in a new repository's .gitattributes, and pictures.
+LFS_EXTENSIONS = (
     "7z",
     "arrow",
     "bin",
@@ -87,8 +88,8 @@ LARGE_KINDS = (
 
 
 @dataclass(frozen=True)
-class Destination:
-    """Where a push goes; `revision` is a branch or refs/pr/N, None for main."""
+class HubDestination:
+    """Where a push goes: `revision` is a branch or refs/pr/N, None for main; `pr` opens a pull request."""
 
     repo_id: str
     revision: str | None
@@ -96,7 +97,7 @@ class Destination:
 
     @property
     def branch(self) -> str:
-        """The branch by its name."""
+        """The name of the branch."""
         return self.revision or MAIN
 
     def __str__(self) -> str:
@@ -104,8 +105,8 @@ class Destination:
 
 
 @dataclass(frozen=True)
-class Remote:
-    """What is there: the names of the files of `commit`. `is_new`: the branch is still to be made, from `commit`."""
+class RemoteState:
+    """The repository at `commit`: the names of its files. `is_new`: the branch does not exist yet, and starts there."""
 
     commit: str
     private: bool
@@ -113,8 +114,8 @@ class Remote:
     is_new: bool
 
 
-def destination(repo_id: str, revision: str | None, pr: bool) -> Destination:
-    """`org/name` and what was asked of it. Raises SurgeryError where they cannot be, or not together."""
+def parse_destination(repo_id: str, revision: str | None, pr: bool) -> HubDestination:
+    """Parse `org/name` and the options of a push. Raise SurgeryError where they are wrong, alone or together."""
     if "@" in repo_id:
         raise usage_error(f"got {repo_id!r}, expected org/name", where="Hub id", hint="Name a branch with --revision.")
     if not hub.is_repo_id(repo_id):
@@ -128,69 +129,80 @@ def destination(repo_id: str, revision: str | None, pr: bool) -> Destination:
             where=repo_id,
             hint=f"To add to one that is open, give --revision {PULL_REQUESTS}N alone.",
         )
-    return Destination(repo_id, None if revision == MAIN else revision, pr)
+    return HubDestination(repo_id, None if revision == MAIN else revision, pr)
 
 
-def check_destination(remote: Remote | None, to: Destination, parcel: UploadPackage, private: bool) -> None:
-    """Raises SurgeryError where what is there forbids the push."""
+def check_destination(
+    remote: RemoteState | None, target: HubDestination, package: UploadPackage, private: bool
+) -> None:
+    """Raise SurgeryError where the state of the repository forbids the push."""
     if remote is None:
-        if to.pr or (to.revision or "").startswith(PULL_REQUESTS):
+        if target.pr or (target.revision or "").startswith(PULL_REQUESTS):
             raise usage_error(
                 "there is no such repository, or your token may not see it, so it has no pull requests",
-                where=to,
+                where=target,
                 hint="Push without --pr to make it.",
             )
         return
     if private and not remote.private:
         raise usage_error(
             "is there already, and it is public",
-            where=to,
-            hint=f"Make it private at {endpoint()}/{to.repo_id}/settings, or push without --private.",
+            where=target,
+            hint=f"Make it private at {endpoint()}/{target.repo_id}/settings, or push without --private.",
         )
-    foreign = sorted(name for name in remote.files - parcel.names if "/" not in name and _matches(name, FOREIGN))
+    # Weights under other names, in a repository without our manifest: somebody else's, which a push must not delete.
+    foreign = sorted(name for name in remote.files - package.names if "/" not in name and _matches(name, WEIGHT_FILES))
     if foreign and MANIFEST not in remote.files:
         raise SurgeryError(
             f"holds weights that surgery did not push, and OUT has no files of these names: {listing(foreign, 3)}",
-            where=to,
+            where=target,
             hint="Loaders would mix the two: push to another repository or --revision, or remove them there first.",
         )
 
 
-def removals(parcel: UploadPackage, remote: Remote) -> list[CommitOperationDelete]:
-    """What a push by surgery left there for loaders to read, and OUT has not."""
+def files_to_delete(package: UploadPackage, remote: RemoteState) -> list[CommitOperationDelete]:
+    """Return the deletion of what an earlier push left there for loaders to read, and OUT lacks."""
     from huggingface_hub import CommitOperationDelete
 
+    # Without our manifest the files are not ours to delete.
     if MANIFEST not in remote.files:
         return []
-    stale = sorted(name for name in remote.files - parcel.names if _matches(name, READ_BY_LOADERS))
+    stale = sorted(name for name in remote.files - package.names if _matches(name, LOADER_FILES))
     return [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in stale]
 
 
-def additions(parcel: UploadPackage, card: HubCard, remote: Remote) -> list[CommitOperationAdd]:
-    """The files of OUT, with `card` for its README.md, and .gitattributes where there is none."""
+def files_to_add(package: UploadPackage, card: HubCard, remote: RemoteState) -> list[CommitOperationAdd]:
+    """Return the addition of the files of OUT, with `card` as README.md, and of .gitattributes where there is none."""
     from huggingface_hub import CommitOperationAdd
 
-    content: dict[str, Path | bytes] = {file.name: file.path for file in parcel.files} | {CARD: card.text.encode()}
-    if ATTRIBUTES not in remote.files | parcel.names:
-        content[ATTRIBUTES] = attributes(parcel).encode()
+    content: dict[str, Path | bytes] = {file.name: file.path for file in package.files} | {CARD: card.text.encode()}
+    if GITATTRIBUTES not in remote.files | package.names:
+        content[GITATTRIBUTES] = gitattributes(package).encode()
     return [CommitOperationAdd(name, source) for name, source in sorted(content.items())]
 
 
-def attributes(parcel: UploadPackage) -> str:
-    """The .gitattributes of a repository that has none: which files the Hub keeps outside git."""
+def gitattributes(package: UploadPackage) -> str:
+    """Return the text of .gitattributes for a repository that has none: which files the Hub keeps outside git."""
     large = [
         file.name
-        for file in parcel.files
-        if file.size >= LARGE_TEXT and file.name.rpartition(".")[2] not in LARGE_KINDS
+        for file in package.files
+        if file.size >= LFS_MIN_BYTES and file.name.rpartition(".")[2] not in LFS_EXTENSIONS
     ]
-    patterns = [*(f"*.{kind}" for kind in LARGE_KINDS), "*.lfs.*", "saved_model/**/*", "*.tar.*", "*tfevents*"]
+    patterns = [
+        *(f"*.{extension}" for extension in LFS_EXTENSIONS),
+        "*.lfs.*",
+        "saved_model/**/*",
+        "*.tar.*",
+        "*tfevents*",
+    ]
+    # A pattern ends at the first space.
     names = [name.replace(" ", "[[:space:]]") for name in large]
     return "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in (*patterns, *names))
 
 
-def sizes(parcel: UploadPackage, card: HubCard) -> Mapping[str, int]:
-    """Name → size in bytes of every file of OUT that goes up, sorted by name."""
-    sizes = {file.name: file.size for file in parcel.files} | {CARD: len(card.text.encode())}
+def upload_sizes(package: UploadPackage, card: HubCard) -> Mapping[str, int]:
+    """Return name → size in bytes of every file of OUT that is uploaded, sorted by name."""
+    sizes = {file.name: file.size for file in package.files} | {CARD: len(card.text.encode())}
     return dict(sorted(sizes.items()))
 
 

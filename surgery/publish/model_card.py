@@ -1,7 +1,7 @@
-"""OUT's model card as the Hub wants it: the README.md as it is, below metadata that are completed.
+"""Complete a model card for the Hub: the README.md of an output folder, with the metadata that the Hub reads.
 
-In comes a `UploadPackage`, out comes a `HubCard`. What the card says already stays; the folder's file is not touched.
-The fields are those of https://github.com/huggingface/hub-docs/blob/main/modelcard.md.
+Values and text that the card has already are kept, and the folder's file is not written to. The fields are those of
+https://github.com/huggingface/hub-docs/blob/main/modelcard.md.
 """
 
 from __future__ import annotations
@@ -19,34 +19,35 @@ from surgery.errors import SurgeryError
 from surgery.evaluation.scorecard import read_scores
 from surgery.evaluation.scoring import Score
 from surgery.hub import datasets as hub_data
-from surgery.hub.settings import cache
+from surgery.hub.settings import cache_dir
 from surgery.io.atomic import MANIFEST
 from surgery.publish.package import CARD, UploadPackage
 from surgery.reporting.report import format_value
 
 TAG = "model-surgery"
 TASK = "text-generation"
+# By the manifest's kind. The Hub shows a loading snippet of the library; vectors and embeddings have none.
 LIBRARIES = {"model": "transformers", "ensemble": "transformers", "adapter": "peft"}
 # The Hub knows adapter, merge, quantized and finetune. A vector is, like an adapter, no model but what is added to one.
 RELATIONS = {"vector": "adapter", "adapter": "adapter", "ensemble": "merge"}
-MERGING = ("merge", "vector transfer", "vector apply")
-# The key of a plan under which stands what a model is measured on: it has learned nothing from that.
+MERGE_COMMANDS = ("merge", "vector transfer", "vector apply")
+# The key of a plan with the texts that a model is measured on: it was not trained on those.
 EVALUATE = "evaluate"
-LICENCE = ("license", "license_name", "license_link")
+LICENSE_KEYS = ("license", "license_name", "license_link")
 
-_FRONT = re.compile(r"\A---[ \t]*\n(?P<yaml>.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
+_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(?P<yaml>.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class HubCard:
-    """A README.md: `text` is all of it, `metadata` what its YAML says."""
+    """A README.md: its whole `text`, and the `metadata` of its YAML."""
 
     text: str
     metadata: Mapping[str, Any]
 
 
-def hub_card(parcel: UploadPackage, name: str, *, recipe: tuple[str, str] | None = None) -> HubCard:
-    """The card that goes up with `parcel` as the repository `name`.
+def build_hub_card(package: UploadPackage, name: str, *, recipe: tuple[str, str] | None = None) -> HubCard:
+    """Return the card that is uploaded with `package` to a repository called `name` (without its owner).
 
     Args:
         recipe: name and YAML text of the recipe that it is a step of; the card ends with it.
@@ -54,18 +55,20 @@ def hub_card(parcel: UploadPackage, name: str, *, recipe: tuple[str, str] | None
     Raises:
         SurgeryError: the README.md's metadata are no YAML or not what the Hub can read; scores.json is damaged.
     """
-    written, body = _read(parcel, name)
-    completed = {key: value for key, value in _known(parcel, name).items() if value and key not in written}
-    tags = list(dict.fromkeys([*_listed(written.get("tags")), TAG]))
-    metadata = {**written, **completed, "tags": tags}
+    existing, body = _read_card(package, name)
+    completed = {key: value for key, value in _known_metadata(package, name).items() if value and key not in existing}
+    tags = list(dict.fromkeys([*_as_list(existing.get("tags")), TAG]))
+    # Existing keys first, in their order, so that a card completed twice is the same text.
+    metadata = {**existing, **completed, "tags": tags}
     if recipe is not None:
-        body = f"{body.rstrip()}\n{_recipe(*recipe)}"
+        body = f"{body.rstrip()}\n{_recipe_section(*recipe)}"
     text = f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000).strip()}\n---\n{body}"
-    _check(text, parcel)
+    _check_metadata(text, package)
     return HubCard(text, metadata)
 
 
-def _recipe(name: str, text: str) -> str:
+def _recipe_section(name: str, text: str) -> str:
+    # Longer than any run of backticks in the text, or the text would close the block.
     fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", text))])
     return (
         "\n## The recipe\n\nOf the pipeline that this is a result of. Save it as recipe.yaml, then "
@@ -74,107 +77,111 @@ def _recipe(name: str, text: str) -> str:
     )
 
 
-def _read(parcel: UploadPackage, name: str) -> tuple[dict[str, Any], str]:
-    """The metadata that the folder's card has, and what is below them."""
-    path = parcel.folder / CARD
-    if CARD not in parcel.names:
-        line = parcel.command.get("line")
-        made = f"Made by model-surgery:\n\n```\n{line}\n```\n" if line else "Made by model-surgery.\n"
-        return {}, f"\n# {name}\n\n{made}"
+def _read_card(package: UploadPackage, name: str) -> tuple[dict[str, Any], str]:
+    """Return the metadata of the folder's card, and the text below them."""
+    path = package.folder / CARD
+    if CARD not in package.names:
+        line = package.command.get("line")
+        origin = f"Made by model-surgery:\n\n```\n{line}\n```\n" if line else "Made by model-surgery.\n"
+        return {}, f"\n# {name}\n\n{origin}"
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SurgeryError("is not UTF-8", where=path) from error
     except OSError as error:
         raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
-    front = _FRONT.match(text)
-    if not front:
+    front_matter = _FRONT_MATTER.match(text)
+    if not front_matter:
         return {}, f"\n{text}"
     try:
-        metadata = yaml.safe_load(front["yaml"]) or {}
+        metadata = yaml.safe_load(front_matter["yaml"]) or {}
     except yaml.YAMLError as error:
-        raise _unreadable(parcel, "are no YAML") from error
+        raise _metadata_error(package, "are no YAML") from error
     if not isinstance(metadata, dict):
-        raise _unreadable(parcel, "are no YAML mapping")
-    return metadata, text[front.end() :]
+        raise _metadata_error(package, "are no YAML mapping")
+    return metadata, text[front_matter.end() :]
 
 
-def _known(parcel: UploadPackage, name: str) -> dict[str, Any]:
-    """What the manifest, the scores and the cache tell, by the Hub's names, in the order of the card."""
-    has_base = parcel.kind != "embedding"  # rows of numbers for a tokenizer's tokens: no model it was made from
-    bases = parcel.hub_ids if has_base else []
+def _known_metadata(package: UploadPackage, name: str) -> dict[str, Any]:
+    """Return what manifest, scores and cached cards say, by the Hub's keys, in the order of the card."""
+    has_base = package.kind != "embedding"  # rows of numbers for a tokenizer's tokens: no model it was made from
+    bases = package.hub_ids if has_base else []
     return {
         "base_model": bases,
-        "base_model_relation": _relation(parcel) if bases else None,
-        "datasets": _all_data_sets(parcel),
-        **_licence(parcel if has_base else None),
-        "library_name": LIBRARIES.get(parcel.kind),
-        "pipeline_tag": TASK if parcel.kind in LIBRARIES else None,
-        "model-index": _model_index(parcel, name),
+        "base_model_relation": _relation(package) if bases else None,
+        "datasets": _dataset_ids(package),
+        **_licence(package if has_base else None),
+        "library_name": LIBRARIES.get(package.kind),
+        "pipeline_tag": TASK if package.kind in LIBRARIES else None,
+        "model-index": _model_index(package, name),
     }
 
 
-def _relation(parcel: UploadPackage) -> str:
-    if parcel.kind in RELATIONS:
-        return RELATIONS[parcel.kind]
-    command = str(parcel.command.get("name", ""))
-    merged = len(parcel.hub_ids) > 1 or any(command == each or command.startswith(f"{each} ") for each in MERGING)
+def _relation(package: UploadPackage) -> str:
+    if package.kind in RELATIONS:
+        return RELATIONS[package.kind]
+    command = str(package.command.get("name", ""))
+    merged = len(package.hub_ids) > 1 or any(
+        command == each or command.startswith(f"{each} ") for each in MERGE_COMMANDS
+    )
     return "merge" if merged else "finetune"
 
 
-def _all_data_sets(parcel: UploadPackage) -> list[str]:
-    """The data sets on the Hub that the manifest names, or a plan of which it has the text."""
-    named = [parcel.manifest]
-    for name, text in (parcel.command.get("files") or {}).items():
+def _dataset_ids(package: UploadPackage) -> list[str]:
+    """Return the Hub data sets that are named in the manifest, or in a plan that it has a copy of."""
+    named = [package.manifest]
+    for name, text in (package.command.get("files") or {}).items():
         if name.endswith((".yml", ".yaml")):
             try:
                 named += yaml.safe_load_all(text)
             except yaml.YAMLError as error:
-                raise SurgeryError(f"its copy of {name} is no YAML", where=parcel.folder / MANIFEST) from error
-    return sorted({name for each in named for name in _data_sets(each)})
+                raise SurgeryError(f"its copy of {name} is no YAML", where=package.folder / MANIFEST) from error
+    return sorted({name for each in named for name in _iter_dataset_ids(each)})
 
 
-def _data_sets(value: Any) -> Iterator[str]:
-    """The data sets on the Hub that are named anywhere in `value`, by their references."""
+def _iter_dataset_ids(value: Any) -> Iterator[str]:
+    """Yield the repository of each Hub data set that is named anywhere in `value`."""
     if isinstance(value, str):
-        if asked := hub_data.parse(value):
-            yield asked.repo
+        if dataset := hub_data.parse_dataset_ref(value):
+            yield dataset.repo_id
     elif isinstance(value, Mapping):
         for key, item in value.items():
+            # The table of tensors is long, and its names are no references.
             if key not in ("tensors", EVALUATE):
-                yield from _data_sets(item)
+                yield from _iter_dataset_ids(item)
     elif isinstance(value, list):
         for item in value:
-            yield from _data_sets(item)
+            yield from _iter_dataset_ids(item)
 
 
-def _licence(parcel: UploadPackage | None) -> dict[str, Any]:
-    """The licence that the cached cards of all models it was made from agree on; nothing where one says nothing."""
-    if parcel is None or not all(entry.get("repo_id") for entry in parcel.inputs):
+def _licence(package: UploadPackage | None) -> dict[str, Any]:
+    """Return the licence on which the cached cards of all inputs agree; nothing where a card names none."""
+    if package is None or not all(entry.get("repo_id") for entry in package.inputs):
         return {}
-    found = [_cached_licence(entry["repo_id"], entry.get("revision")) for entry in parcel.inputs]
-    return found[0] if found and all(each == found[0] for each in found) else {}
+    # Only the cache is read: a preview must not ask the Hub.
+    licences = [_cached_licence(entry["repo_id"], entry.get("revision")) for entry in package.inputs]
+    return licences[0] if licences and all(each == licences[0] for each in licences) else {}
 
 
 def _cached_licence(repo_id: str, revision: str | None) -> dict[str, Any]:
     from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(repo_id, CARD, cache_dir=cache(), revision=revision)
+    path = try_to_load_from_cache(repo_id, CARD, cache_dir=cache_dir(), revision=revision)
     if not isinstance(path, str):
         return {}
     try:
-        front = _FRONT.match(Path(path).read_text(encoding="utf-8"))
-        metadata = yaml.safe_load(front["yaml"]) if front else None
+        front_matter = _FRONT_MATTER.match(Path(path).read_text(encoding="utf-8"))
+        metadata = yaml.safe_load(front_matter["yaml"]) if front_matter else None
     except (OSError, ValueError, yaml.YAMLError):
         return {}  # somebody else's card: it is as good as none
-    return {key: metadata[key] for key in LICENCE if metadata.get(key)} if isinstance(metadata, dict) else {}
+    return {key: metadata[key] for key in LICENSE_KEYS if metadata.get(key)} if isinstance(metadata, dict) else {}
 
 
-def _model_index(parcel: UploadPackage, name: str) -> list[dict[str, Any]] | None:
+def _model_index(package: UploadPackage, name: str) -> list[dict[str, Any]] | None:
     from huggingface_hub import EvalResult
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
-    own = read_scores(parcel.folder)
+    card_scores = read_scores(package.folder)
     results = [
         EvalResult(
             task_type=TASK,
@@ -182,34 +189,34 @@ def _model_index(parcel: UploadPackage, name: str) -> list[dict[str, Any]] | Non
             dataset_name=score.task,
             metric_type=score.metric,
             metric_value=score.value,
-            metric_name=_described(score),
+            metric_name=_metric_name(score),
         )
-        for score in (own.scores if own else ())
+        for score in (card_scores.scores if card_scores else ())
         if math.isfinite(score.value)
     ]
     return eval_results_to_model_index(name, results) if results else None
 
 
-def _described(score: Score) -> str:
-    """The metric with what its number is worth, for which the Hub's format has no field."""
+def _metric_name(score: Score) -> str:
+    """Return the metric with its interval and sample size, for which the Hub's format has no field."""
     interval = "" if math.isnan(score.low) else f", 95 % interval {score.low:.4g} to {score.high:.4g}"
     return f"{score.metric}{interval}, n = {format_value(score.n, 'count')}"
 
 
-def _listed(value: Any) -> Iterable[Any]:
+def _as_list(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else [value] if value else []
 
 
-def _check(text: str, parcel: UploadPackage) -> None:
+def _check_metadata(text: str, package: UploadPackage) -> None:
     from huggingface_hub import ModelCard
 
     try:
         ModelCard(text)
     except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        raise _unreadable(parcel, "are not what the Hub can read") from error
+        raise _metadata_error(package, "are not what the Hub can read") from error
 
 
-def _unreadable(parcel: UploadPackage, what: str) -> SurgeryError:
+def _metadata_error(package: UploadPackage, what: str) -> SurgeryError:
     return SurgeryError(
-        f"its metadata {what}", where=parcel.folder / CARD, hint="Mend what stands between the two lines of ---."
+        f"its metadata {what}", where=package.folder / CARD, hint="Mend what stands between the two lines of ---."
     )

@@ -1,6 +1,6 @@
-"""A folder that surgery wrote → the files that leave it, found whole by its surgery.json.
+"""Collect and check the files of an output folder that a push uploads: an `UploadPackage`.
 
-In comes OUT, out comes a `UploadPackage`: what is sent when OUT is pushed. Nothing is written, and nothing is sent.
+The folder is complete if it agrees with its surgery.json. Nothing is written, and nothing is sent.
 """
 
 from __future__ import annotations
@@ -19,30 +19,31 @@ from surgery.engine.manifest import read_manifest
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.workers import run
 from surgery.errors import SurgeryError, listing, usage_error
-from surgery.hub import download as hub
+from surgery.hub.download import is_repo_id
+from surgery.hub.file_selection import WEIGHTS_SUFFIX
 from surgery.io.atomic import MANIFEST, partial_path
 from surgery.io.hashing import KEY
 
 CARD = "README.md"
-ATTRIBUTES = ".gitattributes"
-# What other programs leave beside weights; hidden files stay too.
-LEFT_HERE = ("__pycache__",)
-AGAIN = "Make it again, and push that."
+GITATTRIBUTES = ".gitattributes"
+# What other programs leave beside weights; hidden files (.env, .git, .cache) are never uploaded either.
+EXCLUDED_FOLDERS = ("__pycache__",)
+REDO_HINT = "Make it again, and push that."
 
 
 @dataclass(frozen=True)
 class UploadFile:
-    """A file that leaves: its path in the folder, where it lies, its size in bytes, and when it was written, in ns."""
+    """A file to upload: its name in the repository, its path, its size in bytes, and its modification time in ns."""
 
     name: str
     path: Path
     size: int
-    written: int
+    mtime_ns: int
 
 
 @dataclass(frozen=True)
 class UploadPackage:
-    """What leaves `folder`: its files sorted by name, and its manifest."""
+    """What is uploaded of `folder`: its files, sorted by name, and its manifest."""
 
     folder: Path
     manifest: Mapping[str, Any]
@@ -50,7 +51,7 @@ class UploadPackage:
 
     @property
     def kind(self) -> str:
-        """model, vector, ensemble, adapter, embedding, …"""
+        """The kind of output: model, vector, ensemble, adapter, embedding, …"""
         return str(self.manifest["kind"])
 
     @property
@@ -61,39 +62,39 @@ class UploadPackage:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all files."""
+        """The size of all files, in bytes."""
         return sum(file.size for file in self.files)
 
     @property
     def names(self) -> frozenset[str]:
-        """The paths in the folder."""
+        """The names of the files: their paths in the folder."""
         return frozenset(file.name for file in self.files)
 
     @property
     def hub_ids(self) -> list[str]:
-        """The models on the Hub that it was made from, in the order of its inputs."""
+        """The repositories of the inputs that came from the Hub, in the order of the inputs."""
         ids = (entry.get("repo_id") for entry in self.inputs)
-        return list(dict.fromkeys(text for text in ids if text and hub.is_repo_id(text)))
+        return list(dict.fromkeys(text for text in ids if text and is_repo_id(text)))
 
     @property
     def local_refs(self) -> list[str]:
-        """What it was made from that nobody else has: folders and files of this machine."""
+        """The inputs that nobody else has: folders and files of this machine."""
         refs = (str(entry.get("ref") or "") for entry in self.inputs if not entry.get("repo_id"))
         return list(dict.fromkeys(ref for ref in refs if ref and not ref.startswith("lab:")))
 
     @property
     def inputs(self) -> list[Mapping[str, Any]]:
-        """What the manifest says of each thing that it was made from."""
+        """The manifest's entry of each input."""
         return [entry for entry in (self.manifest.get("inputs") or {}).values() if isinstance(entry, dict)]
 
     def check_unchanged(self) -> None:
-        """Raises SurgeryError where a file was written, replaced or removed since it was looked at."""
+        """Raise SurgeryError where a file was written, replaced or removed since it was collected."""
         for file in self.files:
             try:
                 status = file.path.lstat()
             except OSError:
                 status = None
-            if status is None or (status.st_size, status.st_mtime_ns) != (file.size, file.written):
+            if status is None or (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
                 raise SurgeryError(
                     "changed while it was being pushed, so nothing was committed",
                     where=file.path,
@@ -102,51 +103,52 @@ class UploadPackage:
 
 
 def collect_files(out: Path) -> UploadPackage:
-    """Lists what leaves `out`, and compares its weights with the manifest: files, sizes, tensors, dtypes, shapes.
+    """Collect the files of `out` to upload, and compare files, sizes, tensors, dtypes and shapes with the manifest.
 
     Raises:
         SurgeryError: surgery did not write `out`, it is unfinished, holds no weights, or is not what its manifest says.
     """
-    manifest = read_manifest(_finished(out))
+    manifest = read_manifest(_check_finished(out))
     if not isinstance(manifest.get("tensors"), dict) or not isinstance(manifest.get("files"), dict):
         raise usage_error(
             f"holds a {manifest.get('kind')}, expected weights that surgery wrote",
             where=out,
             hint="Push the model, vector, adapter, ensemble or embedding.",
         )
-    parcel = UploadPackage(out, manifest, tuple(_files(out)))
-    _check_sizes(parcel)
-    _check_table(parcel)
-    return parcel
+    package = UploadPackage(out, manifest, tuple(_list_files(out)))
+    _check_sizes(package)
+    _check_tensors(package)
+    return package
 
 
-def check_hashes(parcel: UploadPackage, *, options: ExecutionOptions = ExecutionOptions()) -> None:
-    """Reads every tensor, and compares its hash with the manifest's. Raises SurgeryError where one differs."""
-    expected = parcel.manifest["tensors"]
+def check_hashes(package: UploadPackage, *, options: ExecutionOptions = ExecutionOptions()) -> None:
+    """Read every tensor and compare its hash with the manifest's. Raise SurgeryError where one differs."""
+    expected = package.manifest["tensors"]
 
-    def work(tensor: StoredTensor, reader: TensorReader) -> tuple[StoredTensor, str]:
+    def hash_of(tensor: StoredTensor, reader: TensorReader) -> tuple[StoredTensor, str]:
         return tensor, hash_tensor(reader, tensor)
 
-    tensors = _tensors(parcel)
+    tensors = _tensors(package)
     changed = []
     paths = {tensor.file for tensor in tensors}
     with (
         SourceFiles(paths) as files,
         options.progress("Verifying", sum(tensor.n_bytes for tensor in tensors)) as advance,
     ):
-        for tensor, found in run(tensors, work, files, threads=options.threads):
+        for tensor, actual in run(tensors, hash_of, files, threads=options.threads):
             advance(tensor.n_bytes)
-            if found != expected[tensor.name][KEY]:
+            if actual != expected[tensor.name][KEY]:
                 changed.append(tensor.name)
     if changed:
         raise SurgeryError(
             f"{len(changed)} tensor(s) are not what {MANIFEST} says: {listing(sorted(changed))}",
-            where=parcel.folder,
-            hint=AGAIN,
+            where=package.folder,
+            hint=REDO_HINT,
         )
 
 
-def _finished(out: Path) -> Path:
+def _check_finished(out: Path) -> Path:
+    """Return `out`. Raise SurgeryError where there is no finished output."""
     if out.name.endswith(partial_path(Path("x")).name.removeprefix("x")):
         raise usage_error(
             "is unfinished: it is what a job has done so far",
@@ -164,14 +166,15 @@ def _finished(out: Path) -> Path:
     raise usage_error("no such folder", where=out, hint="Give the folder that surgery wrote.")
 
 
-def _files(out: Path) -> Iterator[UploadFile]:
-    found = []
+def _list_files(out: Path) -> Iterator[UploadFile]:
+    files = []
     for folder, folders, names in os.walk(out):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in LEFT_HERE]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in EXCLUDED_FOLDERS]
+        # os.walk counts a link to a folder among the folders, and does not follow it.
         for name in (*names, *(name for name in folders if (Path(folder) / name).is_symlink())):
             path = Path(folder) / name
             relative = path.relative_to(out).as_posix()
-            if name.startswith(".") and relative != ATTRIBUTES:
+            if name.startswith(".") and relative != GITATTRIBUTES:
                 continue
             status = path.lstat()
             if not stat.S_ISREG(status.st_mode):
@@ -181,48 +184,49 @@ def _files(out: Path) -> Iterator[UploadFile]:
                     where=path,
                     hint="Put the file itself in its place, or remove it.",
                 )
-            found.append(UploadFile(relative, path, status.st_size, status.st_mtime_ns))
-    yield from sorted(found, key=lambda file: file.name)
+            files.append(UploadFile(relative, path, status.st_size, status.st_mtime_ns))
+    yield from sorted(files, key=lambda file: file.name)
 
 
-def _check_sizes(parcel: UploadPackage) -> None:
-    sizes = {file.name: file.size for file in parcel.files}
-    for name, size in sorted(parcel.manifest["files"].items()):
+def _check_sizes(package: UploadPackage) -> None:
+    sizes = {file.name: file.size for file in package.files}
+    for name, size in sorted(package.manifest["files"].items()):
         if name == CARD:
-            continue  # people may write into it
+            continue  # people may edit the card
         if name not in sizes:
-            raise SurgeryError(f"{MANIFEST} lists it, but it is not there", where=parcel.folder / name, hint=AGAIN)
+            raise SurgeryError(f"{MANIFEST} lists it, but it is not there", where=package.folder / name, hint=REDO_HINT)
         if sizes[name] != size:
             raise SurgeryError(
-                f"has {sizes[name]:,} bytes, {MANIFEST} says {size:,}", where=parcel.folder / name, hint=AGAIN
+                f"has {sizes[name]:,} bytes, {MANIFEST} says {size:,}", where=package.folder / name, hint=REDO_HINT
             )
 
 
-def _check_table(parcel: UploadPackage) -> None:
-    expected = parcel.manifest["tensors"]
-    found = {tensor.name: tensor for tensor in _tensors(parcel)}
+def _check_tensors(package: UploadPackage) -> None:
+    expected = package.manifest["tensors"]
+    actual = {tensor.name: tensor for tensor in _tensors(package)}
     differing = sorted(
         name
-        for name in {*expected, *found}
-        if name not in found
+        for name in {*expected, *actual}
+        if name not in actual
         or name not in expected
-        or (expected[name]["dtype"], expected[name]["shape"]) != (found[name].dtype, list(found[name].shape))
+        or (expected[name]["dtype"], expected[name]["shape"]) != (actual[name].dtype, list(actual[name].shape))
     )
     if differing:
         raise SurgeryError(
             f"{len(differing)} tensor(s) are missing, unlisted, or of another dtype or shape than {MANIFEST} says: "
             f"{listing(differing)}",
-            where=parcel.folder,
-            hint=AGAIN,
+            where=package.folder,
+            hint=REDO_HINT,
         )
 
 
-def _tensors(parcel: UploadPackage) -> list[StoredTensor]:
-    """The tensors of the files that the manifest lists."""
+def _tensors(package: UploadPackage) -> list[StoredTensor]:
+    """Return the tensors of the files that the manifest lists."""
     tensors = []
-    for file in parcel.files:
-        if file.name.endswith(hub.WEIGHTS):
-            header = read_header(file.path)  # also of files that it does not list: those must be whole too
-            if file.name in parcel.manifest["files"]:
+    for file in package.files:
+        if file.name.endswith(WEIGHTS_SUFFIX):
+            # Read also where the manifest does not list the file: it is uploaded, so that it must be whole.
+            header = read_header(file.path)
+            if file.name in package.manifest["files"]:
                 tensors += [stored_tensor(entry, file.path, header) for entry in header.entries]
     return tensors

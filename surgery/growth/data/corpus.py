@@ -78,7 +78,7 @@ class _Files:
 class _Hub:
     """A data set on the Hub at `commit`."""
 
-    data_set: hub_data.HubData
+    data_set: hub_data.HubDataset
     commit: str
     field: str
 
@@ -87,7 +87,7 @@ class _Hub:
         return self.data_set.ref
 
     def documents(self) -> Iterator[Document]:
-        for number, value in hub_data.stream(self.data_set, self.commit, self.field):
+        for number, value in hub_data.stream_column(self.data_set, self.commit, self.field):
             where = f"{self.data_set.name}[{number}]"
             yield Document(where, _text(value, self.field, where))
 
@@ -201,16 +201,16 @@ def _open(ref: str, field: str, commits: Mapping[str, str]) -> _Files | _Hub:
         if not _is_rows(path) and not _holds_text(path):
             raise usage_error("holds zero bytes, so it is no text", where=ref)
         return _Files(ref, path.parent, (path,), field)
-    data_set = hub_data.parse(ref)
+    data_set = hub_data.parse_dataset_ref(ref)
     if data_set is not None:
-        return _Hub(data_set, commits.get(ref) or hub_data.pin(data_set), field)
+        return _Hub(data_set, commits.get(ref) or hub_data.resolve_commit(data_set), field)
     if _WILD & set(ref):
         return _matching_files(ref, field)
     # Almost certainly a data set whose split was forgotten.
     if hub.is_repo_id(ref):
-        raise hub_data.no_split(ref)
+        raise hub_data.missing_split_error(ref)
     raise usage_error(
-        f"no such file or folder, and not a glob, a Hub data set ({hub_data.SHAPE}) or {lab.PREFIX}NAME/KIND",
+        f"no such file or folder, and not a glob, a Hub data set ({hub_data.REF_FORMAT}) or {lab.PREFIX}NAME/KIND",
         where=ref or '""',
         hint="Check the spelling.",
     )
@@ -237,7 +237,7 @@ def _matching_files(ref: str, field: str) -> _Files:
     names = glob.glob(str(pattern), recursive=True)  # noqa: PTH207
     found = [path for path in map(Path, names) if path.is_file()]
     if not found:
-        data_set = f" A Hub data set is given as {hub_data.SHAPE}." if ":" in ref else ""
+        data_set = f" A Hub data set is given as {hub_data.REF_FORMAT}." if ":" in ref else ""
         raise usage_error("matches no file", where=ref, hint=f"Looked in {base.absolute()}.{data_set}")
     # Links may lead to a folder in several ways, or in circles: the shortest way counts.
     ways = {(os.path.realpath(path.parent), path.name): path for path in sorted(found, key=lambda p: -len(p.parts))}
@@ -315,13 +315,13 @@ def _parquet(path: Path, field: str) -> Iterator[Document]:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise hub_data.no_extra(path) from error
+        raise hub_data.missing_extra_error(path) from error
     number = 0
     try:
         # Batch by batch and one column only: files may be larger than memory.
         with ParquetFile(path) as file:
             if field not in file.schema_arrow.names:
-                raise hub_data.no_column(field, file.schema_arrow.names, where=path)
+                raise hub_data.missing_column_error(field, file.schema_arrow.names, where=path)
             for batch in file.iter_batches(batch_size=1000, columns=[field]):
                 for value in batch.column(0).to_pylist():
                     where = f"{path}[{number}]"

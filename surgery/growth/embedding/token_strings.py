@@ -106,7 +106,7 @@ def _locate(ref: str) -> tuple[Path, str | None, str | None]:
     if path is not None:
         return path, None, None
     if hub.is_repo_id(ref):
-        fetched = hub.fetch(*hub.parse_repo_ref(ref), only=FETCHED)
+        fetched = hub.fetch(*hub.parse_repo_ref(ref), patterns=FETCHED)
         return fetched.folder, fetched.repo_id, fetched.revision
     model = open_checkpoint(ref)
     if model.folder is None:

@@ -165,10 +165,10 @@ def _push(entry: YamlNode, scope: VariableScope, filling: ArgumentResolver) -> P
     if "to" not in texts:
         return None
     revision, pr = texts.get("revision"), given.get("pr") is True
-    from surgery.publish.commit_plan import destination
+    from surgery.publish.commit_plan import parse_destination
 
     try:
-        destination(texts["to"], revision, pr)
+        parse_destination(texts["to"], revision, pr)
     except SurgeryError as error:
         scope.faults.add(written["to"], str(error))
     if not isinstance(source, StepOutput) or len(scope.faults.found) > known:

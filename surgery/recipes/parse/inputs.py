@@ -68,18 +68,18 @@ def _adapter(text: str) -> str | None:
 
 
 def _data(text: str) -> str | None:
-    if existing_path(text) is not None or hub_data.parse(text) is not None:
+    if existing_path(text) is not None or hub_data.parse_dataset_ref(text) is not None:
         return None
     if text.startswith(lab.PREFIX):
         check_data_ref(text)
         return None
     if hub.is_repo_id(text) and not Path(text).suffix:
-        return str(hub_data.no_split(text))
-    return _no_file(text, f"a Hub data set ({hub_data.SHAPE}) or lab:NAME")
+        return str(hub_data.missing_split_error(text))
+    return _no_file(text, f"a Hub data set ({hub_data.REF_FORMAT}) or lab:NAME")
 
 
 def _corpus(text: str) -> str | None:
-    if has_magic(text) and existing_path(text) is None and hub_data.parse(text) is None:
+    if has_magic(text) and existing_path(text) is None and hub_data.parse_dataset_ref(text) is None:
         # As corpora are matched: a pattern may be absolute, which Path.glob refuses.
         return None if glob(str(Path(text).expanduser()), recursive=True) else "matches no file"  # noqa: PTH207
     return _data(text)

@@ -103,7 +103,7 @@ class InputResolver:
         if base and adapter:
             parts = [self.resolve(base), self.resolve(adapter)]
             return _combine([part for part in parts if part is not None]) if None not in parts else None
-        if data := hub_data.parse(text):
+        if data := hub_data.parse_dataset_ref(text):
             return _resolve_data(data)
         return _resolve_hub(text) if hub.is_repo_id(text) else None
 
@@ -149,14 +149,16 @@ def _resolve_hub(text: str) -> ResolvedInput | None:
     except SurgeryError as error:
         # Whether the text is a model's at all is the command's to say.
         return ResolvedInput(None, repo=text, note=f"{text}: {error.what}")
-    return ResolvedInput(f"hub/{repo.repo_id}@{repo.revision}", repo.weights, None, repo.missing, repo.repo_id)
+    return ResolvedInput(
+        f"hub/{repo.repo_id}@{repo.revision}", repo.weight_bytes, None, repo.missing_bytes, repo.repo_id
+    )
 
 
-def _resolve_data(data: hub_data.HubData) -> ResolvedInput:
+def _resolve_data(data: hub_data.HubDataset) -> ResolvedInput:
     try:
-        return ResolvedInput(f"data/{data.repo}@{hub_data.pin(data)}", repo=data.repo)
+        return ResolvedInput(f"data/{data.repo_id}@{hub_data.resolve_commit(data)}", repo=data.repo_id)
     except SurgeryError as error:
-        return ResolvedInput(None, repo=data.repo, note=f"{data.ref}: {error.what}")
+        return ResolvedInput(None, repo=data.repo_id, note=f"{data.ref}: {error.what}")
 
 
 def _combine(parts: list[ResolvedInput]) -> ResolvedInput:

@@ -11,19 +11,19 @@ import pytest
 from support.hub_server import HubServer
 
 from surgery.errors import WRONG_USAGE, SurgeryError
-from surgery.hub.datasets import HubData, load, parse, pin, stream
+from surgery.hub.datasets import HubDataset, load_rows, parse_dataset_ref, resolve_commit, stream_column
 
-ROWS = 2500  # more than two lots of the stream
+ROWS = 2500  # more than two batches of the stream
 
 
-def asked(ref: str) -> HubData:
-    found = parse(ref)
+def dataset(ref: str) -> HubDataset:
+    found = parse_dataset_ref(ref)
     assert found is not None
     return found
 
 
 def streamed(ref: str, column: str = "text") -> list[tuple[int, str]]:
-    return list(stream(asked(ref), pin(asked(ref)), column))
+    return list(stream_column(dataset(ref), resolve_commit(dataset(ref)), column))
 
 
 def rows(*texts: str) -> str:
@@ -44,10 +44,10 @@ def hub(data_server: HubServer, tmp_path: Path) -> HubServer:
 @pytest.mark.parametrize(
     ("ref", "expected"),
     [
-        ("org/name:train", HubData("org/name:train", "org/name", None, None, "train")),
-        ("org/name/big@v1:test[2:5]", HubData("org/name/big@v1:test[2:5]", "org/name", "big", "v1", "test", 2, 5)),
-        ("o/n@refs/pr/1:s[:7]", HubData("o/n@refs/pr/1:s[:7]", "o/n", None, "refs/pr/1", "s", 0, 7)),
-        ("o/n:s[3:]", HubData("o/n:s[3:]", "o/n", None, None, "s", 3)),
+        ("org/name:train", HubDataset("org/name:train", "org/name", None, None, "train")),
+        ("org/name/big@v1:test[2:5]", HubDataset("org/name/big@v1:test[2:5]", "org/name", "big", "v1", "test", 2, 5)),
+        ("o/n@refs/pr/1:s[:7]", HubDataset("o/n@refs/pr/1:s[:7]", "o/n", None, "refs/pr/1", "s", 0, 7)),
+        ("o/n:s[3:]", HubDataset("o/n:s[3:]", "o/n", None, None, "s", 3)),
         ("org/name", None),
         ("org/name:train[-5:]", None),
         ("org/name:train[:10%]", None),
@@ -58,16 +58,16 @@ def hub(data_server: HubServer, tmp_path: Path) -> HubServer:
     ],
 )
 def test_a_reference_has_one_shape(ref, expected):
-    assert parse(ref) == expected
+    assert parse_dataset_ref(ref) == expected
 
 
 def test_errors_point_at_rows_by_the_reference_without_its_slice():
-    assert asked("org/name@v1:train[2:5]").name == "org/name@v1:train"
+    assert dataset("org/name@v1:train[2:5]").name == "org/name@v1:train"
 
 
 def test_a_stream_gives_the_rows_that_loading_gives_with_their_numbers(hub):
-    every = asked("lab/data:train")
-    loaded = [row["text"] for row in load(every, pin(every))]
+    every = dataset("lab/data:train")
+    loaded = [row["text"] for row in load_rows(every, resolve_commit(every))]
     assert loaded == [f"t{n}" for n in range(ROWS)]
     assert streamed("lab/data:train") == list(enumerate(loaded))
     assert streamed("lab/data:train[998:2003]") == list(enumerate(loaded))[998:2003]
@@ -76,25 +76,25 @@ def test_a_stream_gives_the_rows_that_loading_gives_with_their_numbers(hub):
 
 
 def test_a_stream_is_lazy(hub):
-    found = stream(asked("lab/data:train"), pin(asked("lab/data:train")), "text")
+    found = stream_column(dataset("lab/data:train"), resolve_commit(dataset("lab/data:train")), "text")
     assert not hub.asked(".jsonl")
     assert next(found) == (0, "t0")
 
 
 def test_all_is_of_the_commit_that_was_pinned(hub, tmp_path):
-    first = pin(asked("lab/data:train"))
+    first = resolve_commit(dataset("lab/data:train"))
     assert first == hub.repos["datasets/lab/data"].revisions["main"]
     (tmp_path / "lab-data" / "train.jsonl").write_text(rows("new"))
     hub.add("datasets/lab/data", tmp_path / "lab-data")
-    assert len(list(stream(asked("lab/data:train"), first, "text"))) == ROWS
+    assert len(list(stream_column(dataset("lab/data:train"), first, "text"))) == ROWS
     fetched = [request.path for request in hub.asked(".jsonl", method="GET")]
     assert fetched and all(f"/resolve/{first}/" in path for path in fetched)
     assert streamed("lab/data:train") == [(0, "new")]
-    assert [row["text"] for row in load(asked("lab/data:train"), first, limit=2)] == ["t0", "t1"]
+    assert [row["text"] for row in load_rows(dataset("lab/data:train"), first, limit=2)] == ["t0", "t1"]
 
 
 def test_a_commit_is_not_looked_up(hub):
-    assert pin(asked(f"lab/data@{'a' * 40}:train")) == "a" * 40
+    assert resolve_commit(dataset(f"lab/data@{'a' * 40}:train")) == "a" * 40
     assert not hub.requests
 
 
@@ -119,7 +119,7 @@ def test_what_the_hub_lacks_is_named(hub, ref, column, message):
 def test_a_hub_that_fails_is_not_quoted(hub):
     hub.fail("/api/datasets/lab/data", 403, times=9, body=b"secret")
     with pytest.raises(SurgeryError, match=re.escape("cannot be asked for its commit (HTTP 403)")) as caught:
-        pin(asked("lab/data:train"))
+        resolve_commit(dataset("lab/data:train"))
     assert "secret" not in str(caught.value)
 
 
@@ -129,7 +129,7 @@ def test_a_stream_that_breaks_off_says_where(hub, tmp_path):
     for part in range(2):
         (folder / f"train-{part:05}-of-00002.jsonl").write_text(rows(*(f"{part} {n}" for n in range(1500))))
     hub.add("datasets/lab/parts", folder)
-    found = stream(asked("lab/parts:train"), pin(asked("lab/parts:train")), "text")
+    found = stream_column(dataset("lab/parts:train"), resolve_commit(dataset("lab/parts:train")), "text")
     assert next(found) == (0, "0 0")
     hub.fail("train-00001", 403, times=99, body=b"secret")
     with pytest.raises(SurgeryError) as caught:
@@ -140,10 +140,10 @@ def test_a_stream_that_breaks_off_says_where(hub, tmp_path):
 
 
 def test_a_hub_that_fails_when_a_stream_is_opened_is_not_quoted(hub):
-    commit = pin(asked("lab/data:train"))
+    commit = resolve_commit(dataset("lab/data:train"))
     hub.fail("train.jsonl", 403, times=99, body=b"secret")
     with pytest.raises(SurgeryError, match=re.escape("lab/data:train: cannot be loaded (HTTP 403)")):
-        list(stream(asked("lab/data:train"), commit, "text"))
+        list(stream_column(dataset("lab/data:train"), commit, "text"))
 
 
 def test_without_the_extra_its_name_is_told(monkeypatch):
@@ -156,5 +156,5 @@ def test_without_the_extra_its_name_is_told(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(SurgeryError) as caught:
-        pin(asked("org/name:train"))
+        resolve_commit(dataset("org/name:train"))
     assert str(caught.value) == "org/name:train: needs the extra `data`. Install it: pip install 'model-surgery[data]'"

@@ -17,7 +17,7 @@ from support.hub_server import HubServer
 
 from surgery.errors import SurgeryError
 from surgery.hub import download as hub
-from surgery.hub.settings import cache as hub_cache
+from surgery.hub.settings import cache_dir
 
 tqdm_module = sys.modules["huggingface_hub.utils.tqdm"]  # the package has a class of the same name
 
@@ -88,7 +88,7 @@ def test_fetch_gets_exactly_the_files_that_weights_need(server: HubServer, model
         assert not server.asked(f"/resolve/{snapshot.revision}/{name}"), name
 
 
-ONLY = ("tokenizer*", "config.json", "additional_chat_templates/*.jinja")
+TOKENIZER_FILES = ("tokenizer*", "config.json", "additional_chat_templates/*.jinja")
 
 
 def test_only_some_files_are_fetched_where_no_weights_are_needed(
@@ -96,23 +96,23 @@ def test_only_some_files_are_fetched_where_no_weights_are_needed(
 ) -> None:
     commit = server.add(REPO, model)
     chosen = ("config.json", "tokenizer.json", "tokenizer.model", "additional_chat_templates/tools.jinja")
-    snapshot = hub.fetch(REPO, only=ONLY, progress=False)
+    snapshot = hub.fetch(REPO, patterns=TOKENIZER_FILES, progress=False)
     assert content(snapshot.folder) == {name: FETCHED[name] for name in chosen}
     assert not any(request.path.endswith(".safetensors") for request in server.requests)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert hub.fetch(REPO, only=ONLY, progress=False) == snapshot
+    assert hub.fetch(REPO, patterns=TOKENIZER_FILES, progress=False) == snapshot
     assert "no complete copy" in failure()
     monkeypatch.delenv("HF_HUB_OFFLINE")
     server.fail(f"/api/models/{REPO}", 503)
-    assert hub.fetch(REPO, commit, only=ONLY, progress=False) == snapshot
+    assert hub.fetch(REPO, commit, patterns=TOKENIZER_FILES, progress=False) == snapshot
     assert content(hub.fetch(REPO, progress=False).folder) == FETCHED
 
 
 def test_files_without_weights_can_be_asked_for_and_must_be_there(server: HubServer, tmp_path: Path) -> None:
     server.add(REPO, folder_of(tmp_path / "tokenizer", {"tokenizer.json": b"{}", "old/tokenizer.json": b"old"}))
-    assert content(hub.fetch(REPO, only=("*.json",), progress=False).folder) == {"tokenizer.json": b"{}"}
+    assert content(hub.fetch(REPO, patterns=("*.json",), progress=False).folder) == {"tokenizer.json": b"{}"}
     with pytest.raises(SurgeryError, match=r"has none of the files that are needed among its 2 files"):
-        hub.fetch(REPO, only=("vocab.txt",), progress=False)
+        hub.fetch(REPO, patterns=("vocab.txt",), progress=False)
 
 
 def test_a_look_counts_weights_once_offline_too(
@@ -171,10 +171,10 @@ def test_a_branch_that_moves_during_the_download_is_an_error(
     server: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.add(REPO, model)
-    whole = hub._check_space
+    check_space = hub._check_space
 
     def move(*args: object) -> None:
-        whole(*args)  # type: ignore[arg-type]
+        check_space(*args)  # type: ignore[arg-type]
         server.commit(REPO, "main", {"model.safetensors": b"new"})
 
     monkeypatch.setattr(hub, "_check_space", move)
@@ -220,7 +220,7 @@ def test_offline_refuses_a_copy_that_lacks_a_file(
 
 def test_a_copy_without_weights_is_no_copy(server: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server.add(REPO, model)
-    huggingface_hub.hf_hub_download(REPO, "config.json", endpoint=server.url, cache_dir=hub_cache())
+    huggingface_hub.hf_hub_download(REPO, "config.json", endpoint=server.url, cache_dir=cache_dir())
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "no complete copy" in failure()
 

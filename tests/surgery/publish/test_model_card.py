@@ -156,10 +156,10 @@ def test_scores_are_the_hub_s_results(server: HubServer, out: Path) -> None:
 
 
 def test_what_the_hub_says_of_the_card_is_passed_on(server: HubServer, out: Path) -> None:
-    told: list[str] = []
+    messages: list[str] = []
     server.card_says = {"warnings": [{"message": "no licence"}]}
-    push(out, REPO, notify=told.append)
-    assert "The Hub says of the card: no licence" in told
+    push(out, REPO, notify=messages.append)
+    assert "The Hub says of the card: no licence" in messages
     server.card_says = {"errors": [{"message": '"license" must be one of …'}]}
     (out / "README.md").write_text("# New words\n")
     assert failure(out).startswith(f'{REPO}: the Hub refuses the card\'s metadata: "license" must be one of')
@@ -174,9 +174,9 @@ def test_a_preview_asks_nothing_and_lists_what_would_go(server: HubServer, out: 
 
 
 def test_who_pushes_is_told_what_nobody_else_has(server: HubServer, out: Path, results: Path) -> None:
-    told: list[str] = []
-    push(out, REPO, notify=told.append)
-    assert told == [
+    messages: list[str] = []
+    push(out, REPO, notify=messages.append)
+    assert messages == [
         "Nobody else has what it was made from, so nobody can make it again: "
         + ", ".join(str(results / name) for name in ("target", "tuned", "base"))
     ]

@@ -79,8 +79,8 @@ def test_every_kind_of_result_is_whole(results: Path, tmp_path: Path) -> None:
     extract(tuned, base, tmp_path / "vector")
     extract_adapter(tuned, base, tmp_path / "adapter", rank=2)
     for kind in ("vector", "adapter"):
-        parcel = collect_files(tmp_path / kind)
-        assert parcel.kind == kind
-        check_hashes(parcel)
-        assert parcel.local_refs == [tuned, base]
+        package = collect_files(tmp_path / kind)
+        assert package.kind == kind
+        check_hashes(package)
+        assert package.local_refs == [tuned, base]
         assert preview_push(tmp_path / kind, REPO).card.metadata["tags"][0] == "model-surgery"

@@ -11,9 +11,10 @@ from support.hub_server import HubServer
 from support.publish import REPO, TOKEN, commits, failure, files_at, folder_with, hashes_of, uploads
 
 from surgery.hub import download as hub
-from surgery.publish import commit_plan as push_changes
+from surgery.publish import commit_plan
 from surgery.publish.package import collect_files
-from surgery.publish.upload import PushResult, push
+from surgery.publish.upload import push
+from surgery.publish.upload_session import PushResult
 
 pytestmark = pytest.mark.usefixtures("writable")
 
@@ -72,12 +73,12 @@ def test_weights_that_the_hub_knows_from_elsewhere_are_not_sent(server: HubServe
 
 def test_the_message_is_the_commit_s_and_names_the_command_by_itself(server: HubServer, out: Path) -> None:
     push(out, REPO)
-    said = json.loads(server.bodies[f"/api/models/{REPO}/commit/main"].splitlines()[0])["value"]["summary"]
-    assert said == "Push model made by vector transfer"
+    summary = json.loads(server.bodies[f"/api/models/{REPO}/commit/main"].splitlines()[0])["value"]["summary"]
+    assert summary == "Push model made by vector transfer"
     (out / "README.md").write_text("# New words\n")
     push(out, REPO, message="A better card")
-    said = json.loads(server.bodies[f"/api/models/{REPO}/commit/main"].splitlines()[0])["value"]["summary"]
-    assert said == "A better card"
+    summary = json.loads(server.bodies[f"/api/models/{REPO}/commit/main"].splitlines()[0])["value"]["summary"]
+    assert summary == "A better card"
 
 
 def test_private(server: HubServer, out: Path) -> None:
@@ -133,9 +134,9 @@ def test_gitattributes_are_written_where_there_are_none(server: HubServer, out: 
 
 
 def test_gitattributes_name_a_large_tokenizer(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "tokenizer.json" not in push_changes.attributes(collect_files(out))
-    monkeypatch.setattr(push_changes, "LARGE_TEXT", 100)
-    assert "tokenizer.json filter=lfs diff=lfs merge=lfs -text\n" in push_changes.attributes(collect_files(out))
+    assert "tokenizer.json" not in commit_plan.gitattributes(collect_files(out))
+    monkeypatch.setattr(commit_plan, "LFS_MIN_BYTES", 100)
+    assert "tokenizer.json filter=lfs diff=lfs merge=lfs -text\n" in commit_plan.gitattributes(collect_files(out))
 
 
 def test_hidden_files_and_caches_stay_here(server: HubServer, out: Path) -> None:
@@ -189,16 +190,16 @@ def test_a_stale_token(server: HubServer, out: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_token_goes_to_the_hub_alone(server: HubServer, out: Path, caplog: pytest.LogCaptureFixture) -> None:
-    told: list[str] = []
+    messages: list[str] = []
     caplog.set_level(logging.DEBUG)
     server.fail("/uploads/", 500, method="PUT")
-    push(out, REPO, notify=told.append)
+    push(out, REPO, notify=messages.append)
     assert all("authorization" not in request.headers for request in uploads(server))
     assert TOKEN.encode() not in b"".join(files_at(server).values())
     assert not any(TOKEN.encode() in body for body in server.bodies.values())
-    assert TOKEN not in caplog.text + "".join(told)
+    assert TOKEN not in caplog.text + "".join(messages)
     shown = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert "s3cret" not in "".join([*shown, *told]), "addresses of uploads are signed"
+    assert "s3cret" not in "".join([*shown, *messages]), "addresses of uploads are signed"
 
 
 def test_an_output_that_holds_the_token_is_not_sent(server: HubServer, out: Path) -> None:

@@ -47,10 +47,10 @@ def test_a_name_that_is_taken_out_of_sight(server: HubServer, out: Path) -> None
 def test_somebody_who_pushes_in_between_costs_one_more_look(server: HubServer, out: Path) -> None:
     push(out, REPO)
     (out / "README.md").write_text("# New words\n")
-    told: list[str] = []
+    messages: list[str] = []
     server.before("/commit/", lambda: server.commit(REPO, "main", {**files_at(server), "theirs.md": b"x"}))
-    push(out, REPO, notify=told.append)
-    assert f"{REPO}: somebody else pushed in between (HTTP 412). Looking again." in told
+    push(out, REPO, notify=messages.append)
+    assert f"{REPO}: somebody else pushed in between (HTTP 412). Looking again." in messages
     assert b"# New words" in files_at(server)["README.md"]
     assert files_at(server)["theirs.md"] == b"x"
 
@@ -73,11 +73,11 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_a_busy_hub_is_waited_for_as_long_as_it_asks(
     server: HubServer, out: Path, slept: list[float], step: str
 ) -> None:
-    told: list[str] = []
+    messages: list[str] = []
     server.fail(step, 429, method="GET" if "who" in step else "POST", headers={"Retry-After": "30"})
-    assert push(out, REPO, notify=told.append).changed
+    assert push(out, REPO, notify=messages.append).changed
     assert slept in ([30], [31])  # the client adds a second
-    assert sum(f"{slept[0]:g} s" in line for line in told) == 1
+    assert sum(f"{slept[0]:g} s" in line for line in messages) == 1
 
 
 def test_a_hub_that_stays_busy_is_an_error(server: HubServer, out: Path, slept: list[float]) -> None:
