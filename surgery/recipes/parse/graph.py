@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import cast
 
@@ -98,37 +99,45 @@ def _node(stage: StepTemplate, command: Command, instance: StepInstance, given: 
 
 
 def _refuse_cycles(scope: VariableScope, needed: Mapping[str, Sequence[str]]) -> None:
-    """Notes steps that need themselves, each such circle once."""
-    left = {name: needed.get(name, ()) for name in scope.stages}
-    while left:
-        free = [name for name, needs in left.items() if not any(need in left for need in needs)]
-        if not free:
-            walk = [next(iter(left))]
-            while walk[-1] not in walk[:-1]:
-                walk.append(next(need for need in left[walk[-1]] if need in left))
-            free = walk[walk.index(walk[-1]) :]
-            scope.faults.add(scope.stages[free[0]].node, f"needs itself: {' needs '.join(free)}")
-        for name in set(free):
-            del left[name]
+    """Add an error for each circle of steps that need each other."""
+    position = {name: index for index, name in enumerate(scope.stages)}
+    remaining = {name: list(needed.get(name, ())) for name in scope.stages}
+    while cycle := _find_cycle(remaining):
+        first = min(range(len(cycle)), key=lambda index: position[cycle[index]])
+        around = [*cycle[first:], *cycle[:first], cycle[first]]
+        scope.faults.add(scope.stages[cycle[first]].node, f"needs itself: {' needs '.join(around)}")
+        # Without this circle, graphlib finds the next one.
+        remaining = {
+            name: [need for need in needs if need not in cycle]
+            for name, needs in remaining.items()
+            if name not in cycle
+        }
+
+
+def _find_cycle(needed: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return steps of which each needs the next, and the last the first; nothing where there is no such circle."""
+    try:
+        TopologicalSorter(needed).prepare()
+    except CycleError as error:
+        found: list[str] = error.args[1][:0:-1]  # graphlib names what is needed first, and one step twice
+        return found
+    return []
 
 
 def _ordered(nodes: Sequence[RecipeStep]) -> tuple[RecipeStep, ...]:
-    """The nodes, which hold no cycle, each after those it needs; else as they are."""
-    place = {node.name: index for index, node in enumerate(nodes)}
-    waiting = [len(node.after) for node in nodes]
-    followers: list[list[int]] = [[] for _ in nodes]
-    for index, node in enumerate(nodes):
-        for need in node.after:
-            followers[place[need]].append(index)
-    ready = [index for index, count in enumerate(waiting) if not count]  # sorted, so a heap
+    """Return the nodes, which hold no cycle, each after those it needs, and otherwise in the order of the file."""
+    position = {node.name: index for index, node in enumerate(nodes)}
+    sorter = TopologicalSorter({node.name: node.after for node in nodes})
+    sorter.prepare()
+    ready: list[int] = []
     found = []
-    while ready:
-        index = heapq.heappop(ready)
-        found.append(nodes[index])
-        for follower in followers[index]:
-            waiting[follower] -= 1
-            if not waiting[follower]:
-                heapq.heappush(ready, follower)
+    while sorter.is_active():
+        for name in sorter.get_ready():
+            heapq.heappush(ready, position[name])
+        # One at a time, the first of the file: graphlib alone would return every ready node before any follower.
+        node = nodes[heapq.heappop(ready)]
+        found.append(node)
+        sorter.done(node.name)
     return tuple(found)
 
 
