@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,12 +12,13 @@ import typer
 from cli import console
 from cli import options as o
 from probes.choices import Phase
-from surgery.io.command_line import option_flag, option_words
+from surgery.io.command_line import option_flag
 from surgery.recipes.types import NamesInput
 from surgery.runtime.environment import is_main
 
 if TYPE_CHECKING:
     from surgery.checkpoint.checkpoint import Checkpoint
+    from surgery.evaluation.evaluation_report import EvaluationVariant
 
 
 def register(app: typer.Typer) -> None:
@@ -114,65 +115,59 @@ def evaluate(
     as_json: o.Json = False,
 ) -> None:
     """Scores of models on tasks and texts, side by side with 95 % intervals; a result's model card gets them too."""
-    from surgery.checkpoint.checkpoint import loadable_folder
-    from surgery.checkpoint.resolve import open_checkpoint
-    from surgery.errors import usage_error
-    from surgery.evaluation import scorecard
-    from surgery.evaluation.harness import on_tasks
-    from surgery.evaluation.perplexity import on_texts, read_text
-    from surgery.evaluation.scoring import score_models
+    from surgery.evaluation.evaluation_report import evaluate_models
     from surgery.runtime.progress import terminal
 
-    given = {"top": top, "scale": scale, "phase": phase}
-    if reinforce is None and (stray := [name for name, value in given.items() if value is not None]):
-        raise usage_error("goes with --reinforce RUN", where=option_flag(stray[0]))
-    strength: Any = {
-        "top": 2 if top is None else top,
-        "scale": 64.0 if scale is None else scale,
-        "phase": phase or "all",
-    }
-    if not task and not perplexity:
-        raise usage_error("nothing to score the models on.", hint="Add --task TASK, --perplexity TEXT, or both.")
-    texts = [read_text(path) for path in perplexity or ()]
-    opened = {model: open_checkpoint(model) for model in models}
-    folders = {model: loadable_folder(checkpoint) for model, checkpoint in opened.items()}
-    # After the models' own faults, which show at once: finding a task takes the harness seconds.
-    measures = on_tasks(task, limit=limit, batch_size=batch_size) if task else []
-    if texts:
-        measures += on_texts(texts, limit=limit, batch_size=batch_size, progress=terminal)
-    _know_ensembles(opened.values())
-    if reinforce is not None:
-        from probes.experts.evaluate import add_scaled_models
-
-        folders, measures = add_scaled_models(opened, folders, measures, reinforce, options=o.options(), **strength)
-    scores = score_models(folders, measures, device=device, progress=terminal)
+    report = evaluate_models(
+        models,
+        tasks=task or (),
+        texts=perplexity or (),
+        limit=limit,
+        batch_size=batch_size,
+        device=device,
+        prepare=_register_ensembles,
+        variant=_reinforced(reinforce, top, scale, phase),
+        progress=terminal,
+    )
     if as_json:
-        console.show_json({"scores": scores})
+        console.show_json({"scores": report.scores})
     else:
-        console.show(scorecard.score_table(scores))
+        console.show(report.table())
     if plot:
-        console.draw(scorecard.score_figure(scores), plot)
-    extra = {} if reinforce is None else {"reinforce": reinforce, **strength}
-    command = _eval_line(models, task or (), perplexity or (), limit, extra)
-    for model in (model for model, checkpoint in opened.items() if scorecard.is_result(checkpoint)):
-        for sentence in scorecard.losses(scores, model):
+        console.draw(report.figure(), plot)
+    for model in report.folders:
+        for sentence in report.losses(model):
             console.tell(f"warning: {sentence}")
         if not no_card and is_main():
-            console.tell(f"Scores are in {scorecard.write_scores(folders[model], scores, command)}")
+            console.tell(f"Scores are in {report.write_card(model)}")
 
 
-def _know_ensembles(checkpoints: Iterable[Checkpoint]) -> None:
-    """Lets transformers load logit ensembles, where there is one: their class is ours."""
-    if any(checkpoint.config.get("model_type") == "logit_ensemble" for checkpoint in checkpoints):
+def _register_ensembles(opened: Mapping[str, Checkpoint]) -> None:
+    """Let transformers load logit ensembles, where there is one: their class is ours."""
+    if any(checkpoint.config.get("model_type") == "logit_ensemble" for checkpoint in opened.values()):
         from merges.ensemble.ensemble_model import register
 
         register()
 
 
-def _eval_line(
-    models: Sequence[str], tasks: Sequence[str], texts: Sequence[Path], limit: int | None, extra: Mapping[str, Any]
-) -> str:
-    """The command line that gives these scores again."""
-    options = {"task": list(tasks), "perplexity": list(texts), "limit": limit, **extra}
-    words = ["surgery", "eval", *models, *option_words(options)]
-    return shlex.join(words)
+def _reinforced(
+    run: Path | None, top: int | None, scale: float | None, phase: Phase | None
+) -> EvaluationVariant | None:
+    """Return what scores each model also with experts of `run` reinforced; None without `--reinforce`."""
+    from surgery.errors import usage_error
+
+    given = {"top": top, "scale": scale, "phase": phase}
+    if run is None:
+        if stray := [name for name, value in given.items() if value is not None]:
+            raise usage_error("goes with --reinforce RUN", where=option_flag(stray[0]))
+        return None
+    from probes.experts.evaluate import add_scaled_models
+    from surgery.evaluation.evaluation_report import EvaluationVariant
+
+    strength: dict[str, Any] = {
+        "top": 2 if top is None else top,
+        "scale": 64.0 if scale is None else scale,
+        "phase": phase or "all",
+    }
+    extend = partial(add_scaled_models, run=run, options=o.options(), **strength)
+    return EvaluationVariant(extend, {"reinforce": run, **strength})

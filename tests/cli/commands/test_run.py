@@ -74,7 +74,7 @@ def test_a_setting_without_a_name_or_value_is_wrong_usage(surgery: Surgery, text
 
 def test_an_unknown_recipe_step_or_variable_names_the_nearest(surgery: Surgery) -> None:
     assert "reasoning" in surgery("run", "reasonin").err
-    assert "Did you mean 'merged'?" in surgery("run", "reasoning", "--from", "mergd", "--dry-run").err
+    assert "Did you mean merged?" in surgery("run", "reasoning", "--from", "mergd", "--dry-run").err
     assert "seed" in surgery("run", "reasoning", "--set", "sed=1").err
 
 
