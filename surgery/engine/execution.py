@@ -132,7 +132,7 @@ class _RankExecution:
         job = WorkerJob(self.plan, self.files, self.writer, self.journal, self.options)
         watch = FailureWatch(self.failure_file) if self.distributed else None
         try:
-            return job.stream(self.rank, machines, watch)
+            return job.run(self.rank, machines, watch)
         except Exception as error:
             if watch is not None:
                 watch.report(error)

@@ -90,10 +90,6 @@ class Journal:
         """What an earlier run wrote of this segment, if it did."""
         return self.records.get((tensor, segment))
 
-    def has(self, record: SegmentRecord) -> bool:
-        """Whether an earlier run journaled exactly this record."""
-        return self.records.get((record.tensor, record.segment)) is record
-
     def append(self, record: SegmentRecord) -> None:
         """Adds one line; it is in the kernel's hands when this returns, so a kill of the process cannot lose it."""
         fields = [record.tensor, record.segment, record.digest, record.inputs, record.sums]
