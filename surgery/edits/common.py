@@ -1,8 +1,7 @@
-"""Parts of layers scaled in the weights: what edits of heads and of experts have in common.
+"""Write edits of heads and experts: the edited model with manifest, model card and undo file.
 
-In comes an `Edit`: which tensors of a model are made anew, by which kernels, and what of them is overwritten. Out comes
-the model in which only these differ, with manifest, model card and the file that undoes it (see
-`surgery.edits.undo_file`); or an error with every fault of the request at once.
+An `Edit` lists the tensors that change, with their kernels and the stored blocks that they overwrite. Only these differ
+in the output; `surgery.edits.undo_file` restores them.
 """
 
 from __future__ import annotations
@@ -34,19 +33,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class EditNotes:
-    """What was measured of an edited model: JSON-able data for the manifest, and Markdown for the model card."""
+    """Measurements of an edited model: JSON-able data for the manifest, and Markdown for the model card."""
 
     measured: Mapping[str, Any]
     markdown: str
 
 
 Measure = Callable[[Path], EditNotes]
-"""Measures the model in a folder (weights, config and tokenizer are there); raises SurgeryError to refuse it."""
+"""Measure the model in a folder with weights, config and tokenizer; raise SurgeryError to reject it."""
 
 
 @dataclass(frozen=True)
 class TensorChange:
-    """One tensor of the edited model, and what of the stored one it overwrites."""
+    """One tensor of the edited model, and the blocks of the stored one that it overwrites."""
 
     planned: PlannedTensor
     blocks: UndoBlocks
@@ -54,11 +53,11 @@ class TensorChange:
 
 @dataclass(frozen=True)
 class EditDescription:
-    """What the model card says of an edit.
+    """The model card's description of an edit.
 
-    title: of the card. what: was done to the model ("… scaled (z ← γ·z) at all positions"). paper: after which. how: in
-    the weights. caution: a sentence that readers must know, or nothing. tags: for the Hub. column: heads the factors in
-    the table of parts. label: takes the place of the factors there.
+    title: of the card. what: the change of the model ("… scaled (z ← γ·z)"). paper: the source of the method. how: the
+    change of the weights. tags: for the Hub. column: header of the factors in the table of parts. caution: a warning to
+    readers, or empty. label: shown instead of the factors.
     """
 
     title: str
@@ -73,10 +72,10 @@ class EditDescription:
 
 @dataclass(frozen=True)
 class Edit:
-    """What is to be done to `base`.
+    """An edit of `base`.
 
-    nouns: what the parts are called: "heads". scales: part → factor, for the parts that change. sources: what else is
-    read. command: the record for the manifest. changes: at most one per tensor. warnings: for the user.
+    nouns: plural name of the parts, "heads". scales: part → factor, for the parts that change. changes: at most one per
+    tensor. command: the manifest's record. sources: role → other checkpoints that are read. warnings: for the user.
     """
 
     base: Checkpoint
@@ -84,14 +83,14 @@ class Edit:
     nouns: str
     scales: Mapping[Part, float]
     changes: Sequence[TensorChange]
-    wording: EditDescription
+    description: EditDescription
     command: Mapping[str, Any]
     sources: Mapping[str, Checkpoint] = field(default_factory=dict)
     warnings: Sequence[str] = ()
 
 
 def require_in_layer(
-    having: Mapping[int, T],
+    by_layer: Mapping[int, T],
     layer: int,
     named: str,
     structure: ModelStructure,
@@ -101,34 +100,34 @@ def require_in_layer(
     what: str,
     why: str = "",
 ) -> T | None:
-    """What `having` holds of `layer`; where it holds nothing the reason goes to `errors`.
+    """Return `by_layer[layer]`; where it has no such layer, add the reason to `errors` and return None.
 
     Args:
-        having: layer → what is sought; layers without it are absent.
-        named: the parts that were asked for.
-        what: what is sought, as in "has no …". why: a layer may lack it, or nothing.
+        by_layer: layer → the module that is needed, for the layers that have it.
+        named: the requested parts, as text.
+        what: the module's name, as in "has no …". why: a layer may lack it, in parentheses, or empty.
     """
     numbers = [block.index for block in structure.blocks]
-    if not having:
+    if not by_layer:
         errors.add(f"{ref} has no {what} in any layer.")
     elif layer not in numbers:
         errors.add(f"{named}: there is no layer {layer}, expected {numbers[0]} to {numbers[-1]}.", usage=True)
-    elif layer not in having:
+    elif layer not in by_layer:
         errors.add(
-            f"{named}: layer {layer} has no {what}{why}; layers that have: {listing(map(str, having))}.", usage=True
+            f"{named}: layer {layer} has no {what}{why}; layers that have: {listing(map(str, by_layer))}.", usage=True
         )
-    return having.get(layer)
+    return by_layer.get(layer)
 
 
 def check_indices(kind: type[P], layer: int, indices: Sequence[int], n: int, errors: ErrorList) -> None:
-    """Adds a fault where one of `indices` is not a part of a layer that has `n` of them."""
+    """Add an error where one of `indices` is not a part of a layer that has `n` of them."""
     outside = [str(kind(layer, index)) for index in indices if not 0 <= index < n]
     if outside:
         errors.add(f"{listing(outside, 3)}: layer {layer} has the {kind.NOUN}s 0 to {n - 1}.", usage=True)
 
 
 def edit_options(scales: Mapping[P, float], noun: str) -> dict[str, Any]:
-    """The options that type the edit again."""
+    """Return the command-line options that repeat the edit."""
     ordered = dict(sorted(scales.items()))
     values = set(ordered.values())
     if len(values) == 1:
@@ -140,16 +139,16 @@ def edit_options(scales: Mapping[P, float], noun: str) -> dict[str, Any]:
 def write_edit(
     edit: Edit, out: Path, *, measure: Measure | None, dry_run: bool, options: ExecutionOptions
 ) -> EditReport:
-    """Writes the edited model to the folder `out`.
+    """Write the edited model to the folder `out`.
 
     Args:
-        measure: judges the result before it is kept: what it returns goes into manifest and card; where it raises
-            SurgeryError nothing is kept.
+        measure: measures the result before it is committed, for manifest and card; where it raises SurgeryError
+            nothing is kept.
         dry_run: stop after the checks; nothing is written.
 
     Raises:
         SurgeryError: `out` exists or lies in a source; NaN or infinite values came out; the disk is full; `measure`
-            refused the result.
+            rejected the result.
     """
     base = edit.base
     sources = {MODEL: base, **edit.sources}
@@ -188,23 +187,23 @@ def write_edit(
 
 
 def record(base: Checkpoint, command: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """How the manifest records an edit of `base`."""
+    """Return the manifest's record of an edit of `base`."""
     return command_record(command, [base.ref], **options)
 
 
 def _card(edit: Edit, report: EditReport, notes: EditNotes | None) -> CardContent:
-    words, name = edit.wording, edit.base.repo_id or edit.base.ref
-    caution = f"{words.caution} " if words.caution else ""
+    text, name = edit.description, edit.base.repo_id or edit.base.ref
+    caution = f"{text.caution} " if text.caution else ""
     method = (
-        f"{name} with {words.what} at all positions, after {words.paper}, in the weights: {words.how}. {caution}"
+        f"{name} with {text.what} at all positions, after {text.paper}, in the weights: {text.how}. {caution}"
         f"{report.edited} of {report.tensors} tensors changed; `{UNDO}` holds what they were, and `surgery edit undo` "
         "puts it back."
     )
     by_factor: dict[str, list[str]] = {}
     for part, scale in sorted(edit.scales.items()):
-        by_factor.setdefault(words.label or f"{scale:g}", []).append(str(part))
+        by_factor.setdefault(text.label or f"{scale:g}", []).append(str(part))
     rows = [f"| {factor} | {', '.join(parts)} |" for factor, parts in by_factor.items()]
-    header = [f"## {edit.nouns.capitalize()}", "", f"| {words.column} | {edit.nouns} |", "|---|---|"]
+    header = [f"## {edit.nouns.capitalize()}", "", f"| {text.column} | {edit.nouns} |", "|---|---|"]
     effects = f"## Side effects\n\n{notes.markdown if notes else NOT_MEASURED}"
     body = "\n\n".join(["\n".join([*header, *rows]), effects, edit_table(report).to_markdown()])
-    return CardContent(words.title, method, words.tags, body)
+    return CardContent(text.title, method, text.tags, body)

@@ -1,11 +1,9 @@
-"""Experts scaled in the weights: what an expert adds to the residual stream times β, as D_e ← β·D_e on disk.
+"""Scale experts in the weights: an expert's contribution to the residual stream times β, as D_e ← β·D_e on disk.
 
 After arXiv 2505.14681, which multiplies the routing weight of chosen experts by β = 64 at run time. An expert's output
-is linear in its down projection: (β·w_e)·D_e·h_e = w_e·(β·D_e)·h_e. In come a model and β per expert; out comes the
-model in which only these experts' down projections (with their biases) differ, with a file that undoes it (see
-`surgery.edits.undo_file`). Where β is a power of two and nothing overflows or falls below the normal numbers, it does
-what the factor on the routing weight does (after selection and renormalisation), to the bit. Shared experts are never
-touched.
+is linear in its down projection: (β·w_e)·D_e·h_e = w_e·(β·D_e)·h_e. Only the named experts' down projections (with
+their biases) change. Where β is a power of two and nothing overflows or becomes subnormal, the effect is that of the
+factor on the routing weight (after selection and renormalisation), to the bit. Shared experts never change.
 
 | stored as | what changes |
 |---|---|
@@ -59,10 +57,10 @@ CAUTION = "β acts on the prompt too, which a factor at run time can leave out."
 
 @dataclass(frozen=True)
 class _Down:
-    """What stores the down projections of `experts`: of all n of a layer in order along the first axis, or of one.
+    """The tensors with the down projections of `experts`: of all n of a layer, along the first axis, or of one.
 
-    scale: the block scales of quantised values; None where the values are the weights. power: why β must be a power of
-    two, or nothing.
+    scale: the block scales of quantised values; None where the values are the weights. power: the reason why β must be
+    a power of two, or empty.
     """
 
     experts: tuple[Expert, ...]
@@ -72,14 +70,15 @@ class _Down:
     power: str = ""
 
     def changes(self, scales: Mapping[Expert, float]) -> Iterable[TensorChange]:
-        """The tensors that multiplying each expert by its β changes."""
+        """Yield the tensors that change where each expert is multiplied by its β."""
         factors = [scales.get(expert, 1.0) for expert in self.experts]
         if self.scale is None:
             yield from _scaled(self.values, factors)
         else:
             yield from _scaled(self.values, [0.0 if factor == 0 else 1.0 for factor in factors])
-            kept = [factor or 1.0 for factor in factors]
-            yield from (_shifted if self.scale.dtype in EXPONENTS else _scaled)(self.scale, kept)
+            # Zero is in the values: not every scale format has one.
+            nonzero = [factor or 1.0 for factor in factors]
+            yield from (_shifted if self.scale.dtype in EXPONENTS else _scaled)(self.scale, nonzero)
         if self.bias is not None:
             yield from _scaled(self.bias, factors)
 
@@ -93,16 +92,16 @@ def scale_experts(
     dry_run: bool = False,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> EditReport:
-    """Writes `model` with D_e ← β·D_e, the down projection and its bias, for every expert of `scales` to `out`.
+    """Write `model` with D_e ← β·D_e, the down projection and its bias, for every expert of `scales` to `out`.
 
     The product is taken in fp32 (fp64 for F64) and rounded once to the stored dtype; every other tensor, and what a
-    tensor holds of other experts, keeps its bytes. `surgery.edits.undo_file.undo` leads back. The report's norms are
-    those of what is stored: of scales where the weights are quantised.
+    tensor stores of other experts, keeps its bytes. `surgery.edits.undo_file.undo` restores the model. The report's
+    norms are those of the stored values: of scales where the weights are quantised.
 
     Args:
         scales: expert → β ≥ 0; 0 removes the expert's contribution, exactly; experts with β = 1 are left alone.
-        measure: judges the result before it is kept: what it returns goes into manifest and card; where it raises
-            SurgeryError nothing is kept.
+        measure: measures the result before it is committed, for manifest and card; where it raises SurgeryError
+            nothing is kept.
         dry_run: stop after the checks; nothing is written.
 
     Raises:
@@ -110,7 +109,7 @@ def scale_experts(
             negative, not finite, or no power of two where exponents store it; an exponent would leave its range;
             nothing would change; the model applies routing weights to experts' inputs or normalises their outputs; it
             is quantised in another way (every fault is named); `out` exists; NaN or infinite values came out; the disk
-            is full; `measure` refused the result.
+            is full; `measure` rejected the result.
     """
     if not scales:
         raise usage_error("no experts were given", where=COMMAND, hint="Name them: --expert L12E45.")
@@ -122,7 +121,7 @@ def scale_experts(
     if not changes:
         raise usage_error("nothing to do: every β is 1.", where=COMMAND)
     changed: dict[Part, float] = {expert: scale for expert, scale in scales.items() if scale != 1}
-    wording = EditDescription(
+    description = EditDescription(
         "Model with experts scaled",
         f"{len(changed)} routed expert(s) scaled (w·E(x) ← β·w·E(x))",
         PAPER,
@@ -135,12 +134,12 @@ def scale_experts(
     if any(down.scale is not None for down in downs):
         warnings.append("the experts' weights are quantised: norms are those of the stored scales or codes.")
     command = record(base, COMMAND, edit_options(scales, Expert.NOUN))
-    edit = Edit(base, structure, "experts", changed, changes, wording, command, warnings=warnings)
+    edit = Edit(base, structure, "experts", changed, changes, description, command, warnings=warnings)
     return write_edit(edit, out, measure=measure, dry_run=dry_run, options=options)
 
 
 def _checked(base: Checkpoint, structure: ModelStructure, scales: Mapping[Expert, float]) -> list[_Down]:
-    """What stores the experts of `scales`. Raises SurgeryError with all that stands against the edit."""
+    """Return the tensors of the experts in `scales`. Raises SurgeryError with all errors of the request."""
     errors = ErrorList()
     for expert, scale in sorted(scales.items()):
         if not math.isfinite(scale) or scale < 0:
@@ -174,9 +173,9 @@ def _check_model(base: Checkpoint) -> ErrorList:
             f"{base.ref} is quantised ({method}): experts are scaled where weights are stored as floats, as FP8 with "
             "block scales, or as MXFP4. Use the unquantised model."
         )
-    # No name or shape tells where the routing weight is applied. The one family that is known to apply it to the
-    # experts' input, Llama 4, is told by its name; others have an option for it.
-    llama4 = any(str(held.get("model_type")).startswith("llama4") for held in (base.config, config))
+    # Neither names nor shapes show where the routing weight is applied. Llama 4 is the one family that always applies
+    # it to the experts' input; others have an option for it.
+    llama4 = any(str(part.get("model_type")).startswith("llama4") for part in (base.config, config))
     if llama4 or any(value for key, value in config.items() if key.endswith("router_weight_on_input")):
         errors.add(
             f"{base.ref} multiplies the experts' inputs by the routing weight, not their outputs, and experts are not "
@@ -186,7 +185,7 @@ def _check_model(base: Checkpoint) -> ErrorList:
 
 
 def _check_norm(structure: ModelStructure, layer: int, named: str, errors: ErrorList) -> None:
-    """Adds a fault where the experts' outputs may be normalised."""
+    """Add an error where the experts' outputs may be normalised."""
     names = next(block.names for block in structure.blocks if block.index == layer)
     for name in names:
         words = parts_of(name)
@@ -198,41 +197,43 @@ def _check_norm(structure: ModelStructure, layer: int, named: str, errors: Error
 
 
 def _downs(base: Checkpoint, wanted: Sequence[Expert], experts: ExpertLayer, errors: ErrorList) -> list[_Down]:
-    """What stores the down projections of `wanted`, experts of one layer, as far as it is understood."""
+    """Return the tensors with the down projections of `wanted`, experts of one layer, where they are recognised."""
     if experts.layout == "per-expert":
-        alone = {_number(name): name for name in experts.down}
-        held: list[tuple[tuple[Expert, ...], str | None]] = [((e,), alone.get(e.index)) for e in wanted]
+        by_number = {_number(name): name for name in experts.down}
+        stored: list[tuple[tuple[Expert, ...], str | None]] = [((e,), by_number.get(e.index)) for e in wanted]
     elif wanted:
         every = tuple(Expert(wanted[0].layer, index) for index in range(experts.n_experts))
-        held = [(every, experts.down[0] if len(experts.down) == 1 else None)]
+        stored = [(every, experts.down[0] if len(experts.down) == 1 else None)]
     else:
         return []
-    if lost := [expert for of, name in held if name is None for expert in (of if len(of) == 1 else wanted)]:
+    if lost := [
+        expert for owners, name in stored if name is None for expert in (owners if len(owners) == 1 else wanted)
+    ]:
         errors.add(
             f"{listing(map(str, lost), 3)}: none of the experts' tensors is recognised as the down projection "
             f"({listing(experts.names, 3)})."
         )
-    found = [_down(base, of, name, errors) for of, name in held if name is not None]
-    return [down for down in found if down is not None]
+    downs = [_down(base, owners, name, errors) for owners, name in stored if name is not None]
+    return [down for down in downs if down is not None]
 
 
 def _down(base: Checkpoint, experts: tuple[Expert, ...], name: str, errors: ErrorList) -> _Down | None:
-    """The tensor `name`, (out, in) of one expert or what the n `experts` have in order, with its bias and scales."""
+    """Return the tensor `name`, (out, in) of one expert or (n, …) of all n `experts`, with its bias and scales."""
     values, packed = base.tensors[name], name.endswith("_blocks")
     stem = name.removesuffix(".weight").removesuffix("_blocks").removesuffix("_weight")
     bias = base.tensors.get(f"{stem}.bias" if name.endswith(".weight") else f"{stem}_bias")
     scale_name = f"{stem}_scales" if packed else f"{name}_scale_inv"
     scale = base.tensors.get(scale_name)
     method, scale_fmt = (_quantisation(base).get(key) for key in ("quant_method", "scale_fmt"))
-    told = f"{name}, {values.dtype} {list(values.shape)}"
+    text = f"{name}, {values.dtype} {list(values.shape)}"
     if scale is None and (packed or (method == "fp8" and values.dtype.startswith("F8"))):
-        errors.add(f"{told}: the scales that belong to it, {scale_name}, are not there.")
+        errors.add(f"{text}: the scales that belong to it, {scale_name}, are not there.")
     elif scale is None and not values.is_float:
-        errors.add(f"{told}: is stored in a way that is not understood.")
+        errors.add(f"{text}: is stored in a way that is not understood.")
     elif scale is not None and not _fits(values, scale, len(experts), packed=packed):
-        errors.add(f"{told}: its scales, {scale.name}, {scale.dtype} {list(scale.shape)}, do not fit it.")
+        errors.add(f"{text}: its scales, {scale.name}, {scale.dtype} {list(scale.shape)}, do not fit it.")
     elif bias is not None and not _is_bias(bias, values, experts):
-        errors.add(f"{told}: its bias, {bias.name}, {bias.dtype} {list(bias.shape)}, does not fit it.")
+        errors.add(f"{text}: its bias, {bias.name}, {bias.dtype} {list(bias.shape)}, does not fit it.")
     else:
         power = ""
         if scale is not None and scale.dtype in EXPONENTS:
@@ -244,7 +245,7 @@ def _down(base: Checkpoint, experts: tuple[Expert, ...], name: str, errors: Erro
 
 
 def _fits(values: StoredTensor, scale: StoredTensor, n: int, *, packed: bool) -> bool:
-    """Whether `scale` can be the scales of n experts' `values`."""
+    """Return whether `scale` can be the scales of n experts' `values`."""
     if packed:
         return values.dtype == "U8" and scale.dtype in EXPONENTS and scale.shape == values.shape[:-1]
     stored = values.dtype.startswith("F8") and (scale.is_float or scale.dtype == "F8_E8M0")
@@ -252,14 +253,14 @@ def _fits(values: StoredTensor, scale: StoredTensor, n: int, *, packed: bool) ->
 
 
 def _is_bias(bias: StoredTensor, values: StoredTensor, experts: Sequence[Expert]) -> bool:
-    """Whether `bias` can be the bias of the experts' `values`: (out,) of one, (n, out) of all."""
+    """Return whether `bias` can be the bias of the experts' `values`: (out,) of one, (n, out) of all."""
     n = len(experts)
     shaped = bias.shape[:-1] in ((), (1,)) if n == 1 else bias.shape[:-1] == (n,)
     return bias.is_float and bias.shape != () and shaped and bias.shape[-1] in values.shape
 
 
 def _check_powers(down: _Down, scales: Mapping[Expert, float], errors: ErrorList) -> None:
-    """Adds a fault for each β that `down` cannot store: no power of two, or out of its exponents' range."""
+    """Add an error for each β that `down` cannot store: no power of two, or out of its exponents' range."""
     for block, expert in enumerate(down.experts):
         scale = scales.get(expert, 1.0)
         if not down.power or down.scale is None or scale in (0, 1) or not math.isfinite(scale) or scale < 0:
@@ -278,7 +279,7 @@ def _check_powers(down: _Down, scales: Mapping[Expert, float], errors: ErrorList
 
 
 def _range(exponents: StoredTensor, block: int, n: int) -> tuple[int, int]:
-    """The smallest and the largest byte of the block `block` of n."""
+    """Return the smallest and the largest byte of the block `block` of n."""
     size = exponents.n_elements // n
     low, high = 255, 0
     with SourceFiles(exponents.files) as files:
@@ -300,30 +301,30 @@ def _shifted(tensor: StoredTensor, factors: Sequence[float]) -> Iterable[TensorC
 def _changed(
     tensor: StoredTensor, kernel: Kernel, factors: Sequence[float], params: Mapping[str, Parameter]
 ) -> Iterable[TensorChange]:
-    """The change of a tensor whose blocks along the first axis are multiplied by `factors`; none where all are 1."""
+    """Yield the change of a tensor whose blocks along the first axis are multiplied by `factors`, if one is not 1."""
     chosen = tuple(block for block, factor in enumerate(factors) if factor != 1)
     if chosen:
-        kept = UndoBlocks(tensor) if len(factors) == 1 else UndoBlocks(tensor, chosen, len(factors), transposed=True)
+        blocks = UndoBlocks(tensor) if len(factors) == 1 else UndoBlocks(tensor, chosen, len(factors), transposed=True)
         yield TensorChange(
-            PlannedTensor(tensor.name, tensor.dtype, tensor.shape, (TensorInput(tensor),), kernel, params), kept
+            PlannedTensor(tensor.name, tensor.dtype, tensor.shape, (TensorInput(tensor),), kernel, params), blocks
         )
 
 
 def _log2(factor: float) -> int:
-    """log₂ of a power of two."""
+    """Return log₂ of a power of two."""
     return math.frexp(factor)[1] - 1
 
 
 def _number(name: str) -> int:
-    """The expert that a tensor belongs to where each has its own."""
+    """Return the number of the expert that a per-expert tensor belongs to."""
     words = parts_of(name)
     return int(words[words.index("experts") + 1])
 
 
 def _quantisation(base: Checkpoint) -> Mapping[str, Any]:
-    """What the config says of how weights are quantised; empty where they are not."""
+    """Return the config's quantisation settings; empty where the weights are not quantised."""
     config = language_config(base.config)
-    said = config.get("quantization_config") or config.get("compression_config") or {}
-    if not isinstance(said, Mapping):
-        return {"quant_method": said}
-    return {**said, "quant_method": said.get("quant_method") or "unknown"} if said else said
+    settings = config.get("quantization_config") or config.get("compression_config") or {}
+    if not isinstance(settings, Mapping):
+        return {"quant_method": settings}
+    return {**settings, "quant_method": settings.get("quant_method") or "unknown"} if settings else settings

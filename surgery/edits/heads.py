@@ -1,10 +1,9 @@
-"""Heads scaled in the weights: z_h ← γ·z_h at every position, as W_h ← γ·W_h in the output projections.
+"""Scale attention heads in the weights: z_h ← γ·z_h at every position, as W_h ← γ·W_h in the output projections.
 
-After arXiv 2510.06036, which sets γ to 0 in forward passes. In come a model and how strongly each head is to be scaled,
-or the mean outputs that take the place of theirs; out comes the model in which only the named layers' output
-projections (and their biases, for means) differ, with a file that undoes it (see `surgery.edits.undo_file`). What a
-head writes into the residual stream is linear in its block of the output projection's columns, so that the edit does
-what a hook on that projection's input does: the same to the bit for γ = 0.
+After arXiv 2510.06036, which sets γ to 0 in forward passes; head outputs can also be replaced by their means. Only the
+named layers' output projections (and their biases, for means) change. A head's contribution to the residual stream is
+linear in its block of the output projection's columns, so the edit has the effect of a hook on that projection's input:
+to the bit for γ = 0.
 """
 
 from __future__ import annotations
@@ -50,8 +49,7 @@ TITLE = "Model with attention heads edited"
 class _Projection:
     """One output projection, (out, n·d) or transposed, with γ per head: (n,).
 
-    bias, means: where its bias lies, and the (n, d) that take the place of the heads' outputs; None where heads are
-    scaled.
+    bias, means: its bias, and the (n, d) means that replace the heads' outputs; None where heads are scaled.
     """
 
     layer: int
@@ -68,6 +66,7 @@ class _Projection:
 
     @property
     def changes(self) -> Iterable[TensorChange]:
+        """The changes of the weight and, for means, of the bias."""
         w, b, mu = self.weight, self.bias, self.means
         scaled: dict[str, Parameter] = {"scales": self.scales, "transposed": self.transposed}
         kept = UndoBlocks(w, self.heads, len(self.scales), self.transposed)
@@ -87,22 +86,22 @@ def scale_heads(
     dry_run: bool = False,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> EditReport:
-    """Writes `model` with W_O[:, h·d:(h+1)·d] ← γ·W_O[:, h·d:(h+1)·d] for every head of `scales` to the folder `out`.
+    """Write `model` with W_O[:, h·d:(h+1)·d] ← γ·W_O[:, h·d:(h+1)·d] for every head of `scales` to the folder `out`.
 
     Heads are query heads: under grouped queries keys and values, which other heads share, are never touched. The
     product is taken in fp32 (fp64 for F64) and rounded once to the stored dtype; other heads' columns, and every other
-    tensor, keep their bytes. `surgery.edits.undo_file.undo` leads back.
+    tensor, keep their bytes. `surgery.edits.undo_file.undo` restores the model.
 
     Args:
         scales: head → γ; 0 removes the head, exactly; heads with γ = 1 are left alone.
-        measure: judges the result before it is kept: what it returns goes into manifest and card; where it raises
-            SurgeryError nothing is kept.
+        measure: measures the result before it is committed, for manifest and card; where it raises SurgeryError
+            nothing is kept.
         dry_run: stop after the checks; nothing is written.
 
     Raises:
         SurgeryError: a head is not there or its layer has none that are recognised, γ is not finite, nothing would
             change, the model is quantised (every fault is named); `out` exists; NaN or infinite values came out; the
-            disk is full; `measure` refused the result.
+            disk is full; `measure` rejected the result.
     """
     edit = _edit(open_checkpoint(model), scales, None)
     return write_edit(edit, out, measure=measure, dry_run=dry_run, options=options)
@@ -118,10 +117,10 @@ def mean_heads(
     dry_run: bool = False,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> EditReport:
-    """Writes `model` with z_h ← μ_h for every head of `heads`: W_h ← 0 and b ← b + Σ_h W_h·μ_h, summed in fp64.
+    """Write `model` with z_h ← μ_h for every head of `heads`: W_h ← 0 and b ← b + Σ_h W_h·μ_h, summed in fp64.
 
-    Possible only where the output projection has a stored bias to hold the constant. Arguments, errors and the way
-    back as in `scale_heads`.
+    Possible only where the output projection has a stored bias to add the constant to. Arguments and errors as in
+    `scale_heads`; `undo` restores the model likewise.
 
     Args:
         means: a safetensors file with μ as `layer.{l}`, (n_heads, head_dim), for every layer l of `heads`.
@@ -136,8 +135,8 @@ def _edit(base: Checkpoint, scales: Mapping[Head, float], means: Checkpoint | No
     structure = model_structure(base)
     projections = _checked(base, structure, scales, means)
     changed: dict[Part, float] = {head: scale for head, scale in scales.items() if scale != 1}
-    typed = edit_options(scales, Head.NOUN)
-    wording = EditDescription(
+    options = edit_options(scales, Head.NOUN)
+    description = EditDescription(
         TITLE,
         f"{len(changed)} attention head(s) scaled (z ← γ·z)",
         PAPER,
@@ -146,9 +145,9 @@ def _edit(base: Checkpoint, scales: Mapping[Head, float], means: Checkpoint | No
         "γ",
     )
     if means is not None:
-        typed = {"head": typed["head"], "means": means.ref}
-        wording = replace(
-            wording,
+        options = {"head": options["head"], "means": means.ref}
+        description = replace(
+            description,
             what=f"the outputs of {len(changed)} attention head(s) replaced by their means (z ← μ)",
             how="zeros in the output projections' columns and W·μ in their biases",
             column="output",
@@ -160,8 +159,8 @@ def _edit(base: Checkpoint, scales: Mapping[Head, float], means: Checkpoint | No
         "heads",
         changed,
         [change for projection in projections for change in projection.changes],
-        wording,
-        record(base, COMMAND, typed),
+        description,
+        record(base, COMMAND, options),
         {} if means is None else {MEANS: means},
     )
 
@@ -169,7 +168,7 @@ def _edit(base: Checkpoint, scales: Mapping[Head, float], means: Checkpoint | No
 def _checked(
     base: Checkpoint, structure: ModelStructure, scales: Mapping[Head, float], means: Checkpoint | None
 ) -> list[_Projection]:
-    """One projection per layer that changes. Raises SurgeryError with all that stands against it."""
+    """Return one projection per layer that changes. Raises SurgeryError with all errors of the request."""
     errors = ErrorList()
     quantised = Preflight()
     check_quantised(quantised, [base])
@@ -179,19 +178,19 @@ def _checked(
             errors.add(f"{head}: got γ = {scale}, expected a finite number.", usage=True)
     if quantised.errors:
         errors.raise_if_any(COMMAND)  # such weights cannot be checked any further
-    found = [
+    projections = [
         projection
         for layer, indices in by_layer(scales).items()
         if (projection := _projection(base, structure, layer, indices, scales, errors)) is not None
     ]
     if means is not None:
-        found = [_with_means(projection, base, means, errors) for projection in found]
-        _refuse_without_bias([projection for projection in found if projection.bias is None], errors)
+        projections = [_with_means(projection, base, means, errors) for projection in projections]
+        _refuse_without_bias([projection for projection in projections if projection.bias is None], errors)
     errors.raise_if_any(COMMAND)
-    found = [projection for projection in found if projection.heads]
-    if not found:
+    projections = [projection for projection in projections if projection.heads]
+    if not projections:
         raise usage_error("nothing to do: every γ is 1.", where=COMMAND)
-    return found
+    return projections
 
 
 def _projection(
@@ -202,7 +201,7 @@ def _projection(
     scales: Mapping[Head, float],
     errors: ErrorList,
 ) -> _Projection | None:
-    """The output projection of a layer, where it is there and cut into a known number of heads."""
+    """Return a layer's output projection, where it exists and the number of its heads is known."""
     named = listing((str(Head(layer, index)) for index in indices), 3)
     heads = require_in_layer(
         structure.output_projections,
@@ -236,16 +235,16 @@ def _with_means(projection: _Projection, base: Checkpoint, means: Checkpoint, er
     if bias is not None and (bias.shape != (outer,) or not bias.is_float):
         bias = None
     key, expected = f"layer.{projection.layer}", (n, inner // n)
-    found = means.tensors.get(key)
-    if found is None:
+    stored = means.tensors.get(key)
+    if stored is None:
         errors.add(f'{means.ref}: has no "{key}" (it has {listing(means.tensors, 3)}).', usage=True)
-    elif found.shape != expected or not found.is_float:
+    elif stored.shape != expected or not stored.is_float:
         errors.add(
-            f'{means.ref}: "{key}" is {found.dtype} {list(found.shape)}, expected floats {list(expected)}: a row per '
+            f'{means.ref}: "{key}" is {stored.dtype} {list(stored.shape)}, expected floats {list(expected)}: a row per '
             "head.",
             usage=True,
         )
-    return replace(projection, bias=bias, means=found)
+    return replace(projection, bias=bias, means=stored)
 
 
 def _refuse_without_bias(projections: Sequence[_Projection], errors: ErrorList) -> None:

@@ -1,10 +1,10 @@
-"""The way back from an edit of heads or experts: what was overwritten is kept beside the result, and put back.
+"""Undo edits of heads or experts: store the overwritten blocks beside the result, and restore them.
 
-`OUT/undo/undo.safetensors` holds, per edited tensor and under its name, the stored bytes of the edited heads' blocks
-in ascending order of the heads: (out, k·d) of an output projection (out, n·d), (k·d, out) of a transposed (n·d, out),
-and a whole bias. Experts that are stored as one tensor, (n, …), are kept as the heads of a transposed one, (k, …); a
-tensor of one expert's own as a whole. Its metadata has "model_surgery_undo", the format's version, and "edits", JSON:
-tensor → {"heads", "n_heads", "transposed", "before", "after"}, the last two being hashes of the tensor's bytes. It lies
+`OUT/undo/undo.safetensors` has, per edited tensor and under its name, the stored bytes of the edited heads' blocks in
+ascending order of the heads: (out, k·d) of an output projection (out, n·d), (k·d, out) of a transposed (n·d, out), and
+a whole bias. Experts that are stored as one tensor, (n, …), are stored as the heads of a transposed one, (k, …); a
+tensor of a single expert as a whole. Its metadata has "model_surgery_undo", the format's version, and "edits", JSON:
+tensor → {"heads", "n_heads", "transposed", "before", "after"}, the last two being hashes of the tensor's bytes. It is
 in a folder of its own because loaders take every safetensors file beside the weights for a shard.
 """
 
@@ -52,7 +52,8 @@ UNDO = Path("undo") / "undo.safetensors"
 VERSION = "1"
 VERSION_KEY = "model_surgery_undo"
 EDITS_KEY = "edits"
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes are moved, never values
+# Integers of each width: bytes are copied, never converted as values would be.
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NO_HASH = "0" * 32
 
 
@@ -70,8 +71,8 @@ class UndoBlocks:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape that the undo file keeps it in."""
-        if self.n_heads == 1:  # and perhaps no axis at all
+        """The shape of the blocks in the undo file."""
+        if self.n_heads == 1:  # a scalar has no axis to cut
             return self.tensor.shape
         axis = 0 if self.transposed else -1
         shape = list(self.tensor.shape)
@@ -80,55 +81,55 @@ class UndoBlocks:
 
     @property
     def params(self) -> dict[str, Any]:
-        """What `RESTORE_BLOCKS` takes."""
+        """The parameters of `RESTORE_BLOCKS`."""
         return {"heads": self.heads, "n_heads": self.n_heads, "transposed": self.transposed}
 
 
-def write_undo(folder: Path, blocks: Sequence[UndoBlocks], outcome: ExecutionResult, *, role: str) -> None:
-    """Writes the undo file of an edit into its folder; a segment of one tensor is in memory at a time.
+def write_undo(folder: Path, blocks: Sequence[UndoBlocks], result: ExecutionResult, *, role: str) -> None:
+    """Write the undo file of an edit into its folder; one segment of one tensor is in memory at a time.
 
     Args:
-        blocks: what the edit overwrote, of the source called `role`. An adapter's update is kept as part of the
-            weight, rounded as a copy of it would be.
-        outcome: the edit's.
+        blocks: what the edit overwrote, of the source `role`. An adapter's update is stored as part of the weight,
+            rounded as a copy of it would be.
+        result: of the edit.
 
     Raises:
         SurgeryError: the source changed since it was edited, or the disk is full.
     """
     path = folder / UNDO
-    before = dict.fromkeys((kept.tensor.name for kept in blocks), _NO_HASH)
+    before = dict.fromkeys((block.tensor.name for block in blocks), _NO_HASH)
     try:
         path.parent.mkdir(exist_ok=True)
-        with SourceFiles(file for kept in blocks for file in kept.tensor.files) as files, path.open("wb") as out:
-            # The hashes that the header tells are known when all is written; they do not change its length.
-            out.write(_header(blocks, before, outcome))
+        with SourceFiles(file for block in blocks for file in block.tensor.files) as files, path.open("wb") as out:
+            # The hashes in the header are known when all is written; their length is fixed, so the header's is too.
+            out.write(_header(blocks, before, result))
             reader = TensorReader(files)
-            for kept in blocks:
+            for block in blocks:
                 digests = []
-                for begin, end in segments(kept.tensor.n_elements):
-                    words = _stored(reader, kept.tensor, begin, end)
+                for begin, end in segments(block.tensor.n_elements):
+                    words = _stored(reader, block.tensor, begin, end)
                     digests.append(digest(words))
-                    place = TensorSlice(kept.tensor.name, begin, kept.tensor.shape)
-                    flags = flags_of(kept.heads, kept.n_heads)
-                    out.write(octets(words[spread(flags, place, end - begin, transposed=kept.transposed)]))
-                before[kept.tensor.name] = hash_parts(digests)
+                    place = TensorSlice(block.tensor.name, begin, block.tensor.shape)
+                    flags = flags_of(block.heads, block.n_heads)
+                    out.write(octets(words[spread(flags, place, end - begin, transposed=block.transposed)]))
+                before[block.tensor.name] = hash_parts(digests)
             out.seek(0)
-            out.write(_header(blocks, before, outcome))
+            out.write(_header(blocks, before, result))
     except OSError as error:
         raise disk_error(error, path) from error
-    for kept in blocks:
-        if kept.tensor.update is None and before[kept.tensor.name] != outcome.source_hashes[role][kept.tensor.name]:
+    for block in blocks:
+        if block.tensor.update is None and before[block.tensor.name] != result.source_hashes[role][block.tensor.name]:
             raise SurgeryError(
-                f'"{kept.tensor.name}" changed while it was being edited',
-                where=kept.tensor.file,
+                f'"{block.tensor.name}" changed while it was being edited',
+                where=block.tensor.file,
                 hint="Run the command again when nothing writes to it.",
             )
 
 
 def undo(model: str, out: Path, *, dry_run: bool = False, options: ExecutionOptions = ExecutionOptions()) -> EditReport:
-    """Writes the model that an edit of heads or experts made `model` from to the folder `out`, bit for bit.
+    """Write the model that `model` was before an edit of heads or experts to the folder `out`, bit for bit.
 
-    The weight files have the bytes that they had, where the edit read a model and no adapter: an adapter's update
+    Where the edit read a model without an adapter the weight files have the same bytes as before; an adapter's update
     stays in the weights.
 
     Args:
@@ -141,12 +142,12 @@ def undo(model: str, out: Path, *, dry_run: bool = False, options: ExecutionOpti
     edited = open_checkpoint(model)
     path = _undo_file(edited)
     edits = _read_edits(path)
-    kept = read_file(path)
+    undo_tensors = read_file(path)
     check_destination(out, {"model": edited}, options, dry_run=dry_run)
-    blocks = {name: _blocks(name, fields, edited, kept) for name, fields in edits.items()}
+    blocks = {name: _blocks(name, fields, edited, undo_tensors) for name, fields in edits.items()}
     _check_edited(edited, blocks, edits, path)
-    sources = {name: _laid_out(blocks[name], kept.tensors[name]) for name in blocks}
-    undone = replace(kept, tensors={name: source.tensor for name, source in sources.items()})
+    sources = {name: _at_their_place(blocks[name], undo_tensors.tensors[name]) for name in blocks}
+    restored = replace(undo_tensors, tensors={name: source.tensor for name, source in sources.items()})
     planned = [
         PlannedTensor(name, t.dtype, t.shape, (TensorInput(t), sources[name]), RESTORE_BLOCKS, blocks[name].params)
         if name in blocks
@@ -155,7 +156,7 @@ def undo(model: str, out: Path, *, dry_run: bool = False, options: ExecutionOpti
     ]
     side_files = {file.name: file for file in edited.side_files}
     command = command_record("edit undo", [model])
-    plan = Plan(command, {"model": edited, "undo": undone}, plan_files(planned, like=edited), side_files)
+    plan = Plan(command, {"model": edited, "undo": restored}, plan_files(planned, like=edited), side_files)
     preflight = Preflight()
     preview = EditReport(out, preflight.facts, preflight.warnings, len(blocks), len(planned), dry_run=dry_run)
 
@@ -170,12 +171,7 @@ def undo(model: str, out: Path, *, dry_run: bool = False, options: ExecutionOpti
 
     def describe(folder: Path, result: ExecutionResult) -> OutputDescription[EditReport]:
         report = edit_report(preview, edited, sorted(blocks), result)
-        method = (
-            f"The edit of {edited.repo_id or edited.ref} is undone: {len(blocks)} of {len(planned)} tensors have the "
-            "bytes again that they had before it."
-        )
-        card = CardContent("Model with an edit undone", method, ("undo",), edit_table(report).to_markdown())
-        return OutputDescription(report, report.summary(), card)
+        return OutputDescription(report, report.summary(), _card(report, edited))
 
     return write_checkpoint(
         plan,
@@ -188,21 +184,29 @@ def undo(model: str, out: Path, *, dry_run: bool = False, options: ExecutionOpti
     )
 
 
-def _header(blocks: Sequence[UndoBlocks], before: Mapping[str, str], outcome: ExecutionResult) -> bytes:
+def _card(report: EditReport, edited: Checkpoint) -> CardContent:
+    method = (
+        f"The edit of {edited.repo_id or edited.ref} is undone: {report.edited} of {report.tensors} tensors have the "
+        "bytes again that they had before it."
+    )
+    return CardContent("Model with an edit undone", method, ("undo",), edit_table(report).to_markdown())
+
+
+def _header(blocks: Sequence[UndoBlocks], before: Mapping[str, str], result: ExecutionResult) -> bytes:
     edits = {
-        kept.tensor.name: {
-            **kept.params,
-            "before": before[kept.tensor.name],
-            "after": outcome.hashes[kept.tensor.name],
+        block.tensor.name: {
+            **block.params,
+            "before": before[block.tensor.name],
+            "after": result.hashes[block.tensor.name],
         }
-        for kept in blocks
+        for block in blocks
     }
     metadata = {"format": "pt", VERSION_KEY: VERSION, EDITS_KEY: json.dumps(edits, separators=(",", ":"))}
-    return build_header(((kept.tensor.name, kept.tensor.dtype, kept.shape) for kept in blocks), metadata).raw
+    return build_header(((block.tensor.name, block.tensor.dtype, block.shape) for block in blocks), metadata).raw
 
 
 def _stored(reader: TensorReader, tensor: StoredTensor, begin: int, end: int) -> torch.Tensor:
-    """Elements [begin, end) as a copy of `tensor` stores them, as integers of the same width."""
+    """Return elements [begin, end) as a copy of `tensor` would store them, as integers of the same width."""
     if tensor.update is None:
         stored = reader.raw(tensor, begin, end, "undo")
     else:
@@ -247,8 +251,9 @@ def _read_edits(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _checked(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of one edit. Raises KeyError, TypeError or ValueError where they are not those of the format."""
+    """Return the fields of one edit. Raises KeyError, TypeError or ValueError where they break the format."""
     heads, n_heads, transposed = tuple(fields["heads"]), fields["n_heads"], fields["transposed"]
+    # `type … is`, since isinstance would accept true and false as numbers.
     numbers = all(type(value) is int for value in (*heads, n_heads)) and type(transposed) is bool
     ordered = list(heads) == sorted(set(heads))
     if not (numbers and heads and ordered and all(0 <= head < n_heads for head in heads)):
@@ -262,26 +267,26 @@ def _checked(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _blocks(name: str, fields: Mapping[str, Any], edited: Checkpoint, kept: Checkpoint) -> UndoBlocks:
-    tensor, found = edited.tensors.get(name), kept.tensors.get(name)
+def _blocks(name: str, fields: Mapping[str, Any], edited: Checkpoint, undo_tensors: Checkpoint) -> UndoBlocks:
+    tensor, stored = edited.tensors.get(name), undo_tensors.tensors.get(name)
     blocks = None
-    if tensor is not None and found is not None and (tensor.shape or fields["n_heads"] == 1):
+    if tensor is not None and stored is not None and (tensor.shape or fields["n_heads"] == 1):
         blocks = UndoBlocks(tensor, fields["heads"], fields["n_heads"], fields["transposed"])
         axis = tensor.shape[0 if blocks.transposed else -1] if tensor.shape else 1
-        fits = axis % blocks.n_heads == 0 and (blocks.shape, tensor.dtype) == (found.shape, found.dtype)
+        fits = axis % blocks.n_heads == 0 and (blocks.shape, tensor.dtype) == (stored.shape, stored.dtype)
         blocks = blocks if fits else None
     if blocks is None:
-        raise _foreign(kept.shards[0].path, [name])
+        raise _foreign(undo_tensors.shards[0].path, [name])
     return blocks
 
 
 def _check_edited(
     edited: Checkpoint, blocks: Mapping[str, UndoBlocks], edits: Mapping[str, Mapping[str, Any]], path: Path
 ) -> None:
-    """Raises SurgeryError where the edited tensors are not those that the undo file was written for."""
+    """Raise SurgeryError where the edited tensors are not those that the undo file was written for."""
     with SourceFiles(edited.files) as files:
         reader = TensorReader(files)
-        foreign = [name for name, kept in blocks.items() if hash_tensor(reader, kept.tensor) != edits[name]["after"]]
+        foreign = [name for name, block in blocks.items() if hash_tensor(reader, block.tensor) != edits[name]["after"]]
     if foreign:
         raise _foreign(path, foreign)
 
@@ -294,8 +299,8 @@ def _foreign(path: Path, names: Sequence[str]) -> SurgeryError:
     )
 
 
-def _laid_out(blocks: UndoBlocks, stored: StoredTensor) -> TensorInput:
-    """What the undo file holds of a tensor, each block where it was and zeros elsewhere; rows have a head's width."""
+def _at_their_place(blocks: UndoBlocks, stored: StoredTensor) -> TensorInput:
+    """Return a tensor's blocks of the undo file, each at its place and zeros elsewhere; rows have a head's width."""
     tensor, n, heads = blocks.tensor, blocks.n_heads, list(blocks.heads)
     if n == 1:
         return TensorInput(stored)

@@ -16,7 +16,7 @@ from surgery.io.hashing import KEY
 
 @dataclass(frozen=True)
 class CardContent:
-    """What the model card says beyond the manifest: a title, a sentence on the method, tags, tables in Markdown."""
+    """The parts of a model card that no manifest has: title, a sentence on the method, tags, tables in Markdown."""
 
     title: str
     method: str
@@ -25,10 +25,10 @@ class CardContent:
 
 
 def write_card(folder: Path, manifest: Mapping[str, Any], sources: Mapping[str, Checkpoint], card: CardContent) -> None:
-    """Writes README.md, a model card as the Hub reads it: metadata, what was done, how to do it again."""
+    """Write README.md into `folder`: metadata for the Hub, the method, the inputs, and how to repeat the command."""
     hub_ids = list(dict.fromkeys(c.repo_id for c in sources.values() if c.repo_id))
     library = "transformers" if manifest["kind"] in ("model", "ensemble") else None
-    # As huggingface_hub's ModelCardData writes it, whose import takes longer than everything else here.
+    # In the form of huggingface_hub's ModelCardData, whose import would take longer than the rest of this function.
     data = {"base_model": hub_ids or None, "library_name": library, "tags": ["model-surgery", *card.tags]}
     metadata = yaml.safe_dump({key: value for key, value in data.items() if value}, sort_keys=False).strip()
     inputs = "\n".join(_input_line(role, entry) for role, entry in manifest["inputs"].items())

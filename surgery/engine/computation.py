@@ -1,7 +1,7 @@
-"""A planned tensor's arithmetic, one segment at a time: reads the inputs, cuts them into pieces, calls the kernel.
+"""Compute one segment of a planned tensor: read the inputs, cut them into pieces, call the kernel.
 
-Pieces are what fits a processor's cache. A kernel that works on whole rows is given the rows that a segment touches;
-of those cut by the segment's ends only the segment's own part is kept.
+A piece fits a processor's cache. A kernel that works on whole rows gets all rows that overlap the segment; of rows
+across the segment's ends only the segment's own part is stored.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from surgery.errors import usage_error
 
 @dataclass(frozen=True)
 class Computed:
-    """A segment of an output tensor: its rounded values (1-D, on the CPU, valid until the reader's next call), its
-    sums [squares, nonfinite, *the kernel's measures], and per input the hash of what was read, "" where it is not
-    what is stored."""
+    """A computed segment of an output tensor.
+
+    values: rounded to the stored dtype, 1-D, on the CPU; valid until the reader's next call. sums: squares, nonfinite
+    and the kernel's measures. input_hashes: per input the hash of the values read, "" where they are not stored so.
+    """
 
     values: Tensor
     sums: list[float]
@@ -34,12 +36,12 @@ class Computed:
 
 
 def bounds(tensor: PlannedTensor, segment: int) -> tuple[int, int]:
-    """The elements [begin, end) of a segment."""
+    """Return the elements [begin, end) of a segment."""
     return segment * SEGMENT, min((segment + 1) * SEGMENT, n_elements(tensor.shape))
 
 
 def kernel_of(tensor: PlannedTensor) -> Kernel:
-    """The kernel of a tensor that is known to have one."""
+    """Return the kernel of a tensor that is known to have one."""
     assert tensor.kernel is not None
     return tensor.kernel
 
@@ -47,7 +49,7 @@ def kernel_of(tensor: PlannedTensor) -> Kernel:
 def compute(
     tensor: PlannedTensor, segment: int, place: TensorSlice, reader: TensorReader, device: torch.device
 ) -> Computed:
-    """One segment of what an elementwise or row-wise kernel makes; `place` is the whole tensor's."""
+    """Compute one segment by an elementwise or row-wise kernel; `place` is the whole tensor."""
     kernel = kernel_of(tensor)
     begin, end = bounds(tensor, segment)
     first, last = _rows_around(tensor, begin, end)
@@ -60,13 +62,13 @@ def compute(
     sums = [0.0] * (2 + len(kernel.measures))
     with _stream_of(device):
         for inputs, here in _pieces(tensor, values, first, place, device):
-            placed = (here,) if kernel.takes_slice else ()
-            stored = kernel.fn(inputs, *placed, **tensor.params).to(out.dtype).reshape(-1)
+            slice_argument = (here,) if kernel.takes_slice else ()
+            stored = kernel.fn(inputs, *slice_argument, **tensor.params).to(out.dtype).reshape(-1)
             skip, stop = max(begin - here.begin, 0), min(end - here.begin, stored.numel())
-            mine = stored[skip:stop]
-            out[here.begin + skip - begin : here.begin + stop - begin].copy_(mine, non_blocking=True)
+            own = stored[skip:stop]  # without the parts of rows that belong to neighbouring segments
+            out[here.begin + skip - begin : here.begin + stop - begin].copy_(own, non_blocking=True)
             flat = [x.reshape(-1)[skip:stop] for x in inputs]
-            back = mine.to(_compute_dtype(tensor))
+            back = own.to(_compute_dtype(tensor))
             for i, value in enumerate(
                 _measure(kernel, tensor.params, flat, back, replace(here, begin=here.begin + skip))
             ):
@@ -79,7 +81,7 @@ def compute(
 def gather(
     tensor: PlannedTensor, segment: int, number: int, place: TensorSlice, reader: TensorReader, device: torch.device
 ) -> list[Any]:
-    """What the kernel's pass `number` gathers of a segment, piece by piece; a row counts to where it begins."""
+    """Return what pass `number` gathers of a segment, piece by piece; a row belongs to the segment it begins in."""
     begin, end = bounds(tensor, segment)
     if kernel_of(tensor).kind == "rows":
         width = row_width(tensor.shape)
@@ -93,7 +95,7 @@ def gather(
 
 
 def compute_whole(tensors: Sequence[PlannedTensor], reader: TensorReader, device: torch.device) -> Iterator[Computed]:
-    """The tensors that one call of a "whole" kernel makes, each in one piece."""
+    """Compute the tensors that one call of a "whole" kernel returns, each in one piece."""
     first = tensors[0]
     kernel = kernel_of(first)
     dtype = _compute_dtype(first)
@@ -108,12 +110,12 @@ def compute_whole(tensors: Sequence[PlannedTensor], reader: TensorReader, device
 
 
 def is_plain(source: TensorInput) -> bool:
-    """Whether what is read is what is stored, in its order, so that its hash is the stored tensor's."""
+    """Return whether the values are read as they are stored, so that their hash is the stored tensor's."""
     return source.rows is None and source.tensor.update is None and is_float(source.tensor.dtype)
 
 
 def torch_device(name: str) -> torch.device:
-    """The device called `name`. Raises SurgeryError where this machine lacks it."""
+    """Return the device called `name`. Raises SurgeryError where this machine lacks it."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -132,7 +134,7 @@ def torch_device(name: str) -> torch.device:
 def _pieces(
     tensor: PlannedTensor, values: Sequence[Tensor], first: int, place: TensorSlice, device: torch.device
 ) -> Iterator[tuple[list[Tensor], TensorSlice]]:
-    """`values`, which begin at element `first`, piece by piece in the compute dtype on the device."""
+    """Yield `values`, which begin at element `first`, piece by piece in the compute dtype on the device."""
     count = values[0].numel()
     dtype = _compute_dtype(tensor)
     rows = kernel_of(tensor).kind == "rows"
@@ -144,7 +146,7 @@ def _pieces(
 
 
 def _rows_around(tensor: PlannedTensor, begin: int, end: int) -> tuple[int, int]:
-    """The elements that the kernel must see for its output's elements [begin, end)."""
+    """Return the elements that the kernel needs for its output's elements [begin, end)."""
     if kernel_of(tensor).kind != "rows":
         return begin, end
     width = row_width(tensor.shape)
@@ -160,15 +162,16 @@ def _measure(
 ) -> list[float]:
     flat = values.reshape(-1)
     squares = torch.dot(flat, flat).item()
-    # One pass finds both; a sum of squares that overflowed is no proof, so then the values are counted.
+    # A finite sum of squares proves that all values are finite, in one pass over them. One that is not may have
+    # overflowed, so then the values are counted.
     nonfinite = 0 if math.isfinite(squares) else flat.numel() - int(torch.isfinite(flat).sum())
-    placed = (place,) if kernel.takes_slice else ()
-    extra = kernel.measure(inputs, values, *placed, **params) if kernel.measure else ()
+    slice_argument = (place,) if kernel.takes_slice else ()
+    extra = kernel.measure(inputs, values, *slice_argument, **params) if kernel.measure else ()
     return [squares, float(nonfinite), *map(float, extra)]
 
 
 def _stream_of(device: torch.device) -> torch.cuda.StreamContext | ExitStack:
-    """Each thread's own CUDA stream, so that copies and arithmetic of several segments overlap."""
+    """Return a CUDA stream of this thread's own, so that copies and arithmetic of several segments overlap."""
     if device.type != "cuda":
         return ExitStack()
     return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]

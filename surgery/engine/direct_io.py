@@ -1,10 +1,9 @@
-"""Writing large files past the page cache, by any number of workers, in any order, at any offset.
+"""Write large files past the page cache, by any number of workers, in any order, at any offset.
 
-A checkpoint is written once and not read back: through the page cache each byte would be copied into memory that the
-system has to find first, at the price of the sources' pages that are about to be read. Direct writes need whole,
-aligned blocks. What a piece of data covers of a block only partly, an `Edge`, is handed to whoever collects the pieces'
-results, and kept there until the neighbours bring the rest; what is still incomplete at the end goes through the page
-cache, when nothing else writes any more.
+A checkpoint is written once and not read back: in the page cache its bytes would displace those of the sources. Direct
+writes need whole, aligned blocks. Where data covers only part of a block, that part, an `Edge`, is returned to the
+process that collects the results, and kept there until the neighbouring pieces complete the block; blocks that are
+still incomplete at the end go through the page cache, when nothing else writes any more.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BLOCK = 4096  # bytes: what direct writes are aligned to, on disks of today
-DIRECT_FROM = 64 << 20  # bytes of a file from which the detour pays
+DIRECT_FROM = 64 << 20  # bytes; for smaller files the page cache is faster
 
 _NOT_SUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
 
@@ -33,7 +32,7 @@ class Edge:
 class DirectFile:
     """A file of known size that is written past the page cache.
 
-    A kill loses of what was written at most the blocks that were still incomplete. `write` may be called from any
+    A kill loses at most the blocks that were still incomplete. `write` may be called from any
     thread, and in a forked process; `complete` and `flush` are for one thread of one process, and `flush` is the last.
     Raises OSError as the system does.
     """
@@ -46,7 +45,7 @@ class DirectFile:
         self._local = threading.local()
 
     def write(self, position: int, data: memoryview) -> list[Edge]:
-        """Writes what of `data`, at `position` bytes from the file's start, covers whole blocks; returns the rest."""
+        """Write the whole blocks of `data`, at `position` bytes from the file's start; return the rest."""
         head = min(-position % BLOCK, len(data))
         body = (len(data) - head) // BLOCK * BLOCK
         if body:
@@ -55,7 +54,7 @@ class DirectFile:
         return [Edge(position + begin, bytes(data[begin:end])) for begin, end in ends if begin < end]
 
     def complete(self, edge: Edge) -> None:
-        """Takes what `write` left, and writes its block if that is whole now."""
+        """Add an edge that `write` returned, and write its block once that is complete."""
         block, offset = divmod(edge.position, BLOCK)
         pieces = self._edges.setdefault(block, {})
         pieces[offset] = edge.data
@@ -64,7 +63,7 @@ class DirectFile:
             self._aligned(block * BLOCK, memoryview(b"".join(pieces[at] for at in sorted(pieces))))
 
     def flush(self) -> None:
-        """Writes what is left of incomplete blocks."""
+        """Write the incomplete blocks, through the page cache."""
         for block, pieces in sorted(self._edges.items()):
             for offset, piece in pieces.items():
                 view = memoryview(piece)
@@ -74,7 +73,7 @@ class DirectFile:
         self._edges.clear()
 
     def _aligned(self, position: int, data: memoryview) -> None:
-        """Writes whole blocks, from memory that begins at a page."""
+        """Write whole blocks from page-aligned memory, as O_DIRECT demands."""
         pages: mmap.mmap | None = getattr(self._local, "pages", None)
         if pages is None or len(pages) < len(data):
             pages = self._local.pages = mmap.mmap(-1, len(data))
@@ -86,7 +85,7 @@ class DirectFile:
 
 
 def open_direct(path: Path) -> int | None:
-    """A descriptor for direct writes to the existing file `path`; None where the system or the disk has none."""
+    """Open the existing file `path` for direct writes; None where the system or the file system has none."""
     if not hasattr(os, "O_DIRECT"):
         return None
     try:

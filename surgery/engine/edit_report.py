@@ -1,4 +1,4 @@
-"""What an edit of a model's weights did, in numbers: the report that every writing command ends with."""
+"""Report an edit of a model's weights in numbers: norms, and how many updates changed the stored value."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class EditReport:
         return self.whole.delivered_fraction if self.whole else 1.0
 
     def summary(self) -> dict[str, Any]:
-        """What the manifest keeps: independent of where and in how many goes the job ran."""
+        """Return what the manifest records, which does not depend on where and in how many runs the job ran."""
         assert self.whole is not None
         return {
             "tensors": self.tensors,
@@ -81,21 +81,21 @@ class EditReport:
         }
 
 
-def edit_report(report: EditReport, model: Checkpoint, edited: Sequence[str], outcome: ExecutionResult) -> EditReport:
-    """`report` with the numbers of `outcome`, per group of `model` and as a whole."""
+def edit_report(report: EditReport, model: Checkpoint, edited: Sequence[str], result: ExecutionResult) -> EditReport:
+    """Return `report` with the numbers of `result`, per group of `model` and as a whole."""
     return replace(
         report,
         groups=[
-            _group(group, [outcome.sums[name] for name in names])
+            _group(group, [result.sums[name] for name in names])
             for group, names in model_structure(model).grouped(edited).items()
         ],
-        whole=_group("whole", [outcome.sums[name] for name in edited]),
-        resumed_bytes=outcome.resumed_bytes,
+        whole=_group("whole", [result.sums[name] for name in edited]),
+        resumed_bytes=result.resumed_bytes,
     )
 
 
 def edit_table(report: EditReport) -> Table:
-    """What the edit did, per part of the model and as a whole."""
+    """Return the numbers per part of the model and as a whole."""
     rows = [*report.groups, *([report.whole] if report.whole else [])]
     return Table(
         "What the edit did",
@@ -113,7 +113,7 @@ def edit_table(report: EditReport) -> Table:
 
 
 def write_config_dtype(folder: Path, dtype: str) -> None:
-    """Makes config.json in `folder` say what the weights are stored in, or loaders would cast them back."""
+    """Set the dtype in `folder`'s config.json to that of the weights, or loaders would cast them back."""
     path = folder / "config.json"
     spelled = next(name for name, stored in TORCH_NAMES.items() if stored == dtype)
     config = read_json(path, missing={})

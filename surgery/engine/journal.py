@@ -1,12 +1,12 @@
-"""What a run has written so far, one line a segment, so that the same command can go on after a kill.
+"""Record each segment that a run has written, one line each, so that the same command can continue after a kill.
 
 `journal.jsonl`: a first line `{"version", "fingerprint"}`, then one line per finished segment:
-`[tensor, segment, digest, [input digests], [sums]]`. A last line cut short by a kill is ignored. A line is a claim, not
-a proof: before a segment is kept its bytes are read back and compared with the digest, so that even a machine that lost
-power between the journal and the data resumes correctly.
+`[tensor, segment, digest, [input digests], [sums]]`. A last line cut short by a kill is ignored. Before a
+segment is kept its bytes are read back and compared with the digest, so that even a machine that lost power between the
+journal and the data resumes correctly.
 
-Of several processes that share a job each has a journal of its own: process 0 this one, process n `journal-<n>.jsonl`.
-Process 0 reads all that lie there, however many the run had that wrote them.
+Each rank has its own journal: rank 0 this one, rank n `journal-<n>.jsonl`. Rank 0 reads all of them, however many ranks
+the run had that wrote them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TRIES, _PAUSE = 40, 0.05  # for the lock; seconds between two tries
 
 @dataclass(frozen=True)
 class SegmentRecord:
-    """One written segment. `digest` and `inputs` are hex; `sums` are the executor's and the kernel's measures."""
+    """One written segment. `digest` and `inputs` (a digest per input) are hex; `sums` as in `Computed.sums`."""
 
     tensor: int
     segment: int
@@ -42,11 +42,10 @@ class SegmentRecord:
 
 
 class Journal:
-    """The journal of one `.partial` folder, held by one process at a time.
+    """The journal of one `.partial` folder, locked by one process at a time.
 
     Raises:
-        SurgeryError: another process is at work in the folder, or what lies there is another job's and `discard`
-            is off.
+        SurgeryError: another process is writing to the folder, or it has another job's output and `discard` is off.
     """
 
     def __init__(self, folder: Path, fingerprint: str, *, discard: bool = False) -> None:
@@ -54,7 +53,7 @@ class Journal:
         self._file = self._path.open("a+b", buffering=0)
         self.records: dict[tuple[int, int], SegmentRecord] = {}
         try:
-            self._begin(folder, _header(fingerprint), discard)
+            self._open(folder, _header(fingerprint), discard)
         except BaseException:
             self._file.close()
             raise
@@ -63,7 +62,7 @@ class Journal:
     def beside(
         cls, folder: Path, fingerprint: str, process: int, records: Mapping[tuple[int, int], SegmentRecord]
     ) -> Journal:
-        """The journal of another process than the first, whose `records` are those of all that lay in the folder."""
+        """Open the journal of the rank `process` > 0; `records` are those of earlier runs, of all ranks."""
         journal = cls.__new__(cls)
         journal._path = folder / f"journal-{process}.jsonl"
         journal._file = journal._path.open("a+b", buffering=0)
@@ -83,32 +82,32 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Lets others have the folder; safe to call twice."""
+        """Release the folder to other processes; safe to call twice."""
         self._file.close()
 
     def record(self, tensor: int, segment: int) -> SegmentRecord | None:
-        """What an earlier run wrote of this segment, if it did."""
+        """Return an earlier run's record of this segment, if there is one."""
         return self.records.get((tensor, segment))
 
     def append(self, record: SegmentRecord) -> None:
-        """Adds one line; it is in the kernel's hands when this returns, so a kill of the process cannot lose it."""
+        """Append a record. Unbuffered: the kernel has it when this returns, so a kill of the process cannot lose it."""
         fields = [record.tensor, record.segment, record.digest, record.inputs, record.sums]
         self._file.write(json.dumps(fields, separators=(",", ":")).encode() + b"\n")
 
     def remove(self) -> None:
-        """Deletes all journals of the folder: the job is done."""
+        """Delete all journals of the folder, once the job is complete."""
         for path in self._path.parent.glob(_OTHERS):
             path.unlink()
         self._path.unlink()  # last: without it the folder would be another job's
 
-    def _begin(self, folder: Path, header: bytes, discard: bool) -> None:
+    def _open(self, folder: Path, header: bytes, discard: bool) -> None:
         _lock(self._file, folder)
         beside = {path: _read_locked(path, folder) for path in sorted(folder.glob(_OTHERS))}
         lines = _lines(self._file)
         if len(lines) > 1 and lines[0] == header:
-            for path, held in {self._path: lines, **beside}.items():
-                if held[0] == header:
-                    self._load(path, held[1:-1])
+            for path, content in {self._path: lines, **beside}.items():
+                if content[0] == header:
+                    self._load(path, content[1:-1])
             self._continue(header, lines)
             return
         others = [path for path in folder.iterdir() if path != self._path]
@@ -120,12 +119,12 @@ class Journal:
                 where=folder,
                 hint="Run that job's command to finish it, remove the folder, or add --overwrite to discard it.",
             )
-        for path in others:  # or they would be committed with what is written now
+        for path in others:  # or they would be committed as part of this output
             _remove(path)
         self._continue(header, [])
 
     def _continue(self, header: bytes, lines: Sequence[bytes]) -> None:
-        """Goes on behind the last whole one of `lines`; begins anew where they are no journal of this job."""
+        """Continue after the last complete one of `lines`; start again where they are not this job's journal."""
         if len(lines) > 1 and lines[0] == header:
             # What follows the last line break is a line cut short: the next one must not be glued to it.
             os.ftruncate(self._file.fileno(), sum(len(line) + 1 for line in lines[:-1]))
@@ -149,20 +148,20 @@ def _header(fingerprint: str) -> bytes:
 
 
 def _lines(file: BinaryIO) -> list[bytes]:
-    """The lines of a journal, and what follows the last line break."""
+    """Return the lines of a journal; the last entry is what follows the last line break."""
     file.seek(0)
     return file.read().split(b"\n")
 
 
 def _read_locked(path: Path, folder: Path) -> list[bytes]:
-    """The lines of another process's journal, once that process has ended."""
+    """Return the lines of another rank's journal, once that process has ended."""
     with path.open("r+b") as file:
         _lock(file, folder)
         return _lines(file)
 
 
 def _lock(file: BinaryIO, folder: Path) -> None:
-    # Forked workers hold the lock too, and outlive a parent that was killed by what their last write takes.
+    # Forked workers share the lock, and outlive a killed parent by the time of their last write: hence several tries.
     for _ in range(_TRIES):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""surgery.json: what an output was made of, by which command, with the hash of every tensor; and its model card."""
+"""Read and write surgery.json: the inputs of an output, its command, and the hash of every tensor."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from surgery.io.json_io import read_json, to_json
 SCHEMA = 1
 
 
-def build_manifest(plan: Plan, outcome: ExecutionResult, *, kind: str, report: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest of an output, as JSON-able data without time or place: the same job gives the same bytes.
+def build_manifest(plan: Plan, result: ExecutionResult, *, kind: str, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an output's manifest as JSON-able data, without time or place: the same job gives the same bytes.
 
     Hashes are those of `surgery.io.hashing`. A tensor's is taken over those of its segments of 2²⁰ elements, a
     checkpoint's over the sorted (name, hash) of the tensors that were read from it, however they are sharded.
@@ -34,7 +34,7 @@ def build_manifest(plan: Plan, outcome: ExecutionResult, *, kind: str, report: M
         "versions": {name: _version(name) for name in ("model-surgery", "torch", "safetensors")}
         | {"python": platform.python_version()},
         "inputs": {
-            role: input_entry(checkpoint, outcome.source_hashes.get(role, {}))
+            role: input_entry(checkpoint, result.source_hashes.get(role, {}))
             for role, checkpoint in plan.sources.items()
         },
         "report": report,
@@ -43,7 +43,7 @@ def build_manifest(plan: Plan, outcome: ExecutionResult, *, kind: str, report: M
             tensor.name: {
                 "dtype": tensor.dtype,
                 "shape": list(tensor.shape),
-                KEY: outcome.hashes[tensor.name],
+                KEY: result.hashes[tensor.name],
                 "edited": tensor.kernel is not None,
             }
             for tensor in sorted(plan.tensors, key=lambda t: t.name)
@@ -61,10 +61,10 @@ def build_manifest_of_files(
     tensors: Mapping[str, tuple[str, tuple[int, ...], str]],
     versions: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The manifest of an output that was made rather than streamed from a plan, in the form of `build_manifest`.
+    """Return the manifest of an output that was not written from a plan, in the form of `build_manifest`.
 
     Args:
-        inputs: role → what it was made of, each with its hash.
+        inputs: role → the input, with its hash.
         files: name → size in bytes.
         tensors: name → dtype, shape and hash.
         versions: of what else decided the bytes.
@@ -78,14 +78,14 @@ def build_manifest_of_files(
         "report": report,
         "files": dict(sorted(files.items())),
         "tensors": {
-            name: {"dtype": dtype, "shape": list(shape), KEY: found}
-            for name, (dtype, shape, found) in sorted(tensors.items())
+            name: {"dtype": dtype, "shape": list(shape), KEY: digest}
+            for name, (dtype, shape, digest) in sorted(tensors.items())
         },
     }
 
 
 def input_entry(checkpoint: Checkpoint, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """How a manifest names a checkpoint, of which the tensors in `hashes` (name → hash) were read."""
+    """Return a manifest's entry for a checkpoint of which the tensors in `hashes` (name → hash) were read."""
     return {
         "ref": checkpoint.ref,
         "repo_id": checkpoint.repo_id,
@@ -97,12 +97,12 @@ def input_entry(checkpoint: Checkpoint, hashes: Mapping[str, str]) -> dict[str, 
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes surgery.json into `folder`."""
+    """Write surgery.json into `folder`."""
     (folder / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest in `folder`. Raises SurgeryError where there is none, or one of another schema."""
+    """Read the manifest in `folder`. Raises SurgeryError where there is none, or one of another schema."""
     path = folder / MANIFEST
     if not path.is_file():
         raise SurgeryError(
@@ -119,7 +119,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def command_record(name: str, arguments: Sequence[str], **options: Any) -> dict[str, Any]:
-    """How the manifest records a command: its name, its options, and the line that types it again."""
+    """Return the manifest's record of a command: name, arguments, options, and the line that repeats it."""
     words = ["surgery", *name.split(), *map(str, arguments), "-o", "OUT", *option_words(options)]
     return {
         "name": name,

@@ -1,4 +1,4 @@
-"""How a plan is executed: threads, device, overwriting, progress."""
+"""Options of an execution: threads, device, overwriting, progress."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from surgery.runtime.progress import Progress, silent
 
 @dataclass(frozen=True)
 class ExecutionOptions:
-    """How a plan is run; none of these changes a byte of the result.
+    """How a plan is executed; none of these changes a byte of the result.
 
     threads: None for one per processor. device: "cpu" or "cuda[:n]". overwrite: replace an OUT that this tool wrote,
     and drop another job's `.partial`. allow_nonfinite: write NaN and infinite values instead of stopping at them.

@@ -1,4 +1,4 @@
-"""What a job will write, decided before any byte is: every output tensor with its kernel and its inputs."""
+"""Plan an output before any byte is written: every tensor with its kernel and inputs, and the files they go to."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class PlannedTensor:
 
     @property
     def passes(self) -> tuple[Pass, ...]:
-        """What must be streamed through before it can be written."""
+        """The passes over its inputs that come before it can be written."""
         return self.kernel.passes if self.kernel else ()
 
 
@@ -54,13 +54,13 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a job writes and reads.
+    """Everything that an execution reads and writes.
 
     Args:
-        command: name and options of the command, as the manifest records them.
+        command: the manifest's record of the command; see `surgery.engine.manifest.command_record`.
         sources: role ("target", "tuned", "base", …) → checkpoint.
         side_files: path inside OUT → file to copy there.
-        index_name: what the index is called where OUT has several weight files.
+        index_name: file name of the index where OUT has several weight files.
     """
 
     command: Mapping[str, Any]
@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def computed(self) -> list[PlannedTensor]:
-        """The output tensors that a kernel makes."""
+        """The output tensors that a kernel computes."""
         return [tensor for tensor in self.tensors if tensor.kernel is not None]
 
     @property
@@ -90,11 +90,11 @@ class Plan:
         return sorted({path for checkpoint in self.sources.values() for path in checkpoint.files})
 
     def memory_bytes(self, threads: int) -> int:
-        """An estimate of the buffers that `threads` threads will hold, in bytes; the interpreter comes on top."""
+        """Return an estimate of the buffers of `threads` threads in bytes, without interpreter and libraries."""
         return threads * max((_working_set(tensor) for tensor in self.tensors), default=0)
 
     def fingerprint(self, stamps: Sequence[tuple[str, int, int]]) -> str:
-        """Hash of all that decides the output's bytes; `stamps` are the source files' sizes and times.
+        """Return a hash of all that decides the output's bytes; `stamps` are the source files' sizes and times.
 
         Two runs with the same fingerprint may continue each other.
         """
@@ -125,7 +125,7 @@ def plan_files(
     shard_bytes: int | None = None,
     stem: str = "model",
 ) -> tuple[PlannedFile, ...]:
-    """Distributes `tensors` over files.
+    """Distribute `tensors` over files.
 
     With `like` and no `shard_bytes`, each tensor stays in the file it has in `like`, and a file whose table comes
     out unchanged keeps its header to the byte: files that nothing touched keep their hash. Else the tensors are laid
@@ -136,25 +136,25 @@ def plan_files(
     by_name = {tensor.name: tensor for tensor in tensors}
     files = []
     for shard in like.shards:
-        held = [by_name.pop(e.name) for e in shard.header.entries if _is_holder(like, e.name, shard.path, by_name)]
-        if not held:
+        own = [by_name.pop(e.name) for e in shard.header.entries if _belongs_to(like, e.name, shard.path, by_name)]
+        if not own:
             continue
-        header = build_header(((t.name, t.dtype, t.shape) for t in held), shard.header.metadata)
+        header = build_header(((t.name, t.dtype, t.shape) for t in own), shard.header.metadata)
         unchanged = header.entries == shard.header.entries
-        files.append(PlannedFile(shard.name, shard.header if unchanged else header, tuple(held)))
+        files.append(PlannedFile(shard.name, shard.header if unchanged else header, tuple(own)))
     assert not by_name, f"planned tensors that {like.ref} does not have: {sorted(by_name)}"
     return tuple(files)
 
 
 def copy_tensor(tensor: StoredTensor, *, dtype: str | None = None) -> PlannedTensor:
-    """`tensor` as it is: its bytes, unless an adapter's update or another float dtype asks for arithmetic."""
+    """Plan a copy of `tensor`: of its bytes, unless an adapter's update or another float dtype needs arithmetic."""
     wanted = dtype if dtype and tensor.is_float else tensor.dtype
     kernel = None if tensor.update is None and wanted == tensor.dtype else IDENTITY
     return PlannedTensor(tensor.name, wanted, tensor.shape, (TensorInput(tensor),), kernel)
 
 
 def write_index(plan: Plan, folder: Path) -> None:
-    """Writes the index that tells loaders which file holds which tensor; one file alone needs none."""
+    """Write the index, tensor name → file, that loaders need where there are several files."""
     if len(plan.files) < 2:
         return
     weight_map = {tensor.name: file.name for file in plan.files for tensor in file.tensors}
@@ -164,7 +164,7 @@ def write_index(plan: Plan, folder: Path) -> None:
 
 
 def check_output(out: Path, sources: Mapping[str, Checkpoint]) -> None:
-    """Raises SurgeryError where writing `out` would write into one of the sources."""
+    """Raise SurgeryError where writing `out` would write into one of the sources."""
     resolved = out.resolve()
     for role, checkpoint in sources.items():
         for path in checkpoint.files:
@@ -178,10 +178,10 @@ def check_output(out: Path, sources: Mapping[str, Checkpoint]) -> None:
                 )
 
 
-def _is_holder(like: Checkpoint, name: str, path: Path, wanted: Mapping[str, object]) -> bool:
+def _belongs_to(like: Checkpoint, name: str, path: Path, wanted: Mapping[str, object]) -> bool:
     # An adapter may have replaced a tensor by one in its own file: it still goes where the base had it.
-    held = like.tensors.get(name)
-    return name in wanted and held is not None and (held.file == path or like.adapter is not None)
+    stored = like.tensors.get(name)
+    return name in wanted and stored is not None and (stored.file == path or like.adapter is not None)
 
 
 def _by_size(
@@ -210,6 +210,7 @@ def _by_size(
 def _working_set(tensor: PlannedTensor) -> int:
     whole = tensor.kernel is not None and tensor.kernel.kind == "whole"
     fp32 = 4
+    # Twice in fp32: the inputs as read and as kernels compute with them.
     count = sum((source.n_elements if whole else min(SEGMENT, source.n_elements)) for source in tensor.inputs)
     return count * 2 * fp32
 

@@ -1,7 +1,7 @@
-"""What is checked before any byte is written: do these checkpoints fit each other, and does the output fit the disk.
+"""Check, before any byte is written, that checkpoints fit each other and that the output fits the disk.
 
-Every fault is collected and reported at once. The fit of two checkpoints is judged by what arXiv 2509.01363 demands of
-donor and target: same tensors and shapes, same vocabulary, same pre-trained ancestor.
+All errors are collected and raised at once. Two checkpoints fit each other where they meet the conditions of arXiv
+2509.01363 on donor and target: same tensors and shapes, same vocabulary, same pre-trained ancestor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SKETCH_ELEMENTS = 1024  # of each matrix, from its middle: enough for a cosine t
 
 @dataclass
 class Preflight:
-    """What the checks found. `facts` are (label, value) for people; `errors` stop the job, `warnings` do not."""
+    """The results of the checks: `facts` (label → value) for people, `errors` that stop the job, `warnings`."""
 
     facts: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Preflight:
 def check_config(
     preflight: Preflight, target: Checkpoint, donor: Mapping[str, object], donor_name: str, *, any_depth: bool = False
 ) -> None:
-    """Compares the two models' architecture; a difference that no shape shows would garble the result.
+    """Compare the configs of two models: a difference that shows in no shape would garble the result.
 
     any_depth: the models may differ in their number of layers.
     """
@@ -72,7 +72,7 @@ def check_config(
 
 
 def check_names(preflight: Preflight, missing: Sequence[str], extra: Sequence[str], target: str, donor: str) -> None:
-    """Adds a fault for tensors that only one side has."""
+    """Add an error for tensors that only one side has."""
     if missing:
         preflight.errors.add(
             f"{len(missing)} tensor(s) of {target} are missing in {donor}: {listing(missing)}. "
@@ -86,7 +86,7 @@ def check_names(preflight: Preflight, missing: Sequence[str], extra: Sequence[st
 
 
 def check_quantised(preflight: Preflight, checkpoints: Iterable[Checkpoint]) -> None:
-    """Adds a fault for weights stored as integers or 8-bit floats with scales beside them: their sums mean nothing."""
+    """Add an error for each quantised model: sums of integers or 8-bit floats without their scales mean nothing."""
     for checkpoint in checkpoints:
         method = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
         if method:
@@ -98,8 +98,10 @@ def check_quantised(preflight: Preflight, checkpoints: Iterable[Checkpoint]) -> 
 
 
 def sketch(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Up to `SKETCH_ELEMENTS` consecutive values from the middle of each float matrix, fp32; what ancestry is
-    judged by where the model itself is no longer at hand."""
+    """Return up to `SKETCH_ELEMENTS` consecutive values, fp32, from the middle of each float matrix.
+
+    Ancestry is checked by them where the model itself is no longer available.
+    """
     with SourceFiles(checkpoint.files) as files:
         reader = TensorReader(files)
         return {
@@ -116,7 +118,7 @@ def check_ancestor(
     *,
     allow_unrelated: bool,
 ) -> None:
-    """Judges by the median cosine of matching matrices whether target and donor grew from one pre-trained model."""
+    """Add an error where the median cosine of matching matrices is too low for models of one pre-trained ancestor."""
     ours = sketch(target)
     cosines = []
     for name in sorted(ours.keys() & donor_sketch.keys()):
@@ -137,13 +139,14 @@ def check_ancestor(
 
 
 def check_space(preflight: Preflight, plan: Plan, out: Path, threads: int | None) -> None:
-    """Compares what the job needs with the disk; what a `.partial` already holds counts as free."""
+    """Add an error where the output does not fit the disk; what a `.partial` already takes counts as free."""
     parent = next(folder for folder in (out.parent, *out.absolute().parents) if folder.exists())
     side = sum(path.stat().st_size for path in plan.side_files.values())
     needed = plan.output_bytes + side
     partial = partial_path(out)
-    held = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file()) if partial.exists() else 0
-    free = shutil.disk_usage(parent).free + held
+    # Blocks, of 512 bytes whatever the file system: a resumed run's files may be sparse.
+    taken = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
+    free = shutil.disk_usage(parent).free + taken
     preflight.facts["disk"] = f"{_size(needed)} needed, {_size(free)} free"
     preflight.facts["memory"] = (
         f"about {_size(plan.memory_bytes(threads or default_threads()))} of buffers beside Python and torch"

@@ -1,4 +1,4 @@
-"""Sums over the values of stored tensors, in one streaming pass that writes nothing."""
+"""Compute sums over the values of stored tensors, in one streaming pass."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def reduce_tensors(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> dict[str, list[float]]:
-    """Adds up `measure` over every piece of every job's tensors.
+    """Sum `measure` over every piece of every job's tensors.
 
     Args:
         jobs: name → tensors of one shape, given to `measure` piece by piece as 1-D fp32 (fp64 for F64).

@@ -1,4 +1,4 @@
-"""What a job did, put together from the records of its segments: hashes of outputs and sources, sums of measures."""
+"""Collect the result of an execution from the records of its segments: hashes of tensors, sums of measures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from surgery.io.hashing import hash_parts
 
 @dataclass(frozen=True)
 class ExecutionResult:
-    """What a job did.
+    """What an execution wrote and read.
 
     hashes: output tensor → hash of its stored bytes.
     source_hashes: role → tensor → hash, of every source tensor that was read.
@@ -31,45 +31,45 @@ class ExecutionResult:
     resumed_bytes: int = 0
 
     def total(self, measure: str) -> float:
-        """The sum of one measure over all computed tensors."""
+        """Return the sum of one measure over all computed tensors."""
         return math.fsum(sums.get(measure, 0.0) for sums in self.sums.values())
 
 
 def collect_result(
     plan: Plan, files: SourceFiles, records: Mapping[tuple[int, int], SegmentRecord], resumed: int
 ) -> ExecutionResult:
-    """The outcome of a job of which all is written; `records` are by (tensor, segment), `resumed` is in bytes."""
+    """Return the result of a completed execution; `records` are by (tensor, segment), `resumed` is in bytes."""
     hashes: dict[str, str] = {}
     sums: dict[str, dict[str, float]] = {}
     known: dict[int, str] = {}
     for index, tensor in enumerate(plan.tensors):
-        mine = [records[index, part] for part, _ in enumerate(segments(n_elements(tensor.shape)))]
-        hashes[tensor.name] = hash_parts(bytes.fromhex(record.digest) for record in mine)
+        own = [records[index, part] for part, _ in enumerate(segments(n_elements(tensor.shape)))]
+        hashes[tensor.name] = hash_parts(bytes.fromhex(record.digest) for record in own)
         if tensor.kernel is not None:
             names = ("squares", "nonfinite", *tensor.kernel.measures)
-            columns = zip(*(record.sums for record in mine), strict=True)
+            columns = zip(*(record.sums for record in own), strict=True)
             totals = [math.fsum(column) for column in columns] or [0.0] * len(names)
             sums[tensor.name] = dict(zip(names, totals, strict=True))
         for slot, source in enumerate(tensor.inputs):
-            if is_plain(source) and all(len(record.inputs) > slot for record in mine):
-                parts = (bytes.fromhex(record.inputs[slot]) for record in mine)
+            if is_plain(source) and all(len(record.inputs) > slot for record in own):
+                parts = (bytes.fromhex(record.inputs[slot]) for record in own)
                 known[id(source.tensor)] = hash_parts(parts)
     return ExecutionResult(hashes, _source_hashes(plan, files, known), sums, resumed)
 
 
 def _source_hashes(plan: Plan, files: SourceFiles, known: dict[int, str]) -> dict[str, dict[str, str]]:
-    """Hashes of all source tensors that entered the plan; those not seen segment by segment are read again."""
-    entered: dict[int, StoredTensor] = {}
+    """Return the hashes of all source tensors in the plan; those not hashed segment by segment are read again."""
+    used: dict[int, StoredTensor] = {}
     for tensor in plan.tensors:
         for source in tensor.inputs:
-            entered |= {id(part): part for stored in source.tensors for part in stored.parts}
+            used |= {id(part): part for stored in source.tensors for part in stored.parts}
     reader = TensorReader(files)
-    for key, stored in entered.items():
+    for key, stored in used.items():
         if key not in known:
             known[key] = hash_tensor(reader, stored)
     by_role: dict[str, dict[str, str]] = {}
     for role, checkpoint in plan.sources.items():
-        held = by_role[role] = {}
+        hashes = by_role[role] = {}
         for stored in checkpoint.tensors.values():
-            held.update({part.name: known[id(part)] for part in stored.parts if id(part) in known})
+            hashes.update({part.name: known[id(part)] for part in stored.parts if id(part) in known})
     return by_role

@@ -26,7 +26,7 @@ from surgery.reporting.report import format_value
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What reading `model` back found; `ok` when nothing is amiss.
+    """The result of reading `model` back; `ok` where everything is as it should be.
 
     hashes_compared: whether there was a manifest to compare with. nonfinite: name → NaN and infinite values. changed,
     missing, unlisted: names whose bytes, or whose presence, are not as the manifest says.
@@ -46,8 +46,8 @@ class VerifyReport:
         return not (self.nonfinite or self.changed or self.missing or self.unlisted)
 
     def sentence(self) -> str:
-        """The finding in words: what is amiss, or what was found in order."""
-        faults = [
+        """Return the result in words."""
+        problems = [
             f"{len(names)} tensor(s) {what}: {listing(names)}"
             for names, what in (
                 (
@@ -60,15 +60,15 @@ class VerifyReport:
             )
             if names
         ]
-        if faults:
-            return f"{self.model}: " + "; ".join(faults)
+        if problems:
+            return f"{self.model}: " + "; ".join(problems)
         hashes = "hashes as in the manifest" if self.hashes_compared else "no manifest, so hashes were not compared"
         size = format_value(self.n_bytes, "bytes")
         return f"{self.model}: {self.tensors} tensors, {size}, readable and finite; {hashes}"
 
 
 def verify(model: str, *, options: ExecutionOptions = ExecutionOptions()) -> VerifyReport:
-    """Reads every byte of `model`'s tensors; compares with surgery.json where the folder has one.
+    """Read every byte of `model`'s tensors, and compare them with surgery.json where the folder has one.
 
     Raises:
         SurgeryError: the checkpoint is damaged so that it cannot be opened or read.
@@ -92,13 +92,13 @@ def verify(model: str, *, options: ExecutionOptions = ExecutionOptions()) -> Ver
     changed, bad = [], {}
     tensors = checkpoint.tensors
     with SourceFiles(checkpoint.files) as files, options.progress("Verifying", checkpoint.n_bytes) as advance:
-        for tensor, found, nonfinite in run_shared(list(tensors.values()), check, files, threads=options.threads):
+        for tensor, tensor_hash, nonfinite in run_shared(list(tensors.values()), check, files, threads=options.threads):
             advance(tensor.n_bytes)
             if nonfinite:
                 bad[tensor.name] = nonfinite
             entry = expected.get(tensor.name)
             if entry and (entry[KEY], entry["dtype"], entry["shape"]) != (
-                found,
+                tensor_hash,
                 tensor.dtype,
                 list(tensor.shape),
             ):
@@ -116,7 +116,7 @@ def verify(model: str, *, options: ExecutionOptions = ExecutionOptions()) -> Ver
 
 
 def weights_hash(checkpoint: Checkpoint, *, options: ExecutionOptions = ExecutionOptions()) -> str:
-    """The hash of all stored tensors, as in manifests: the same however they are sharded, and wherever they lie.
+    """Return the hash of all stored tensors, as in manifests: the same however they are sharded.
 
     Raises:
         SurgeryError: a file cannot be read, or changes while it is read.
@@ -125,7 +125,7 @@ def weights_hash(checkpoint: Checkpoint, *, options: ExecutionOptions = Executio
 
 
 def tensor_hashes(checkpoint: Checkpoint, *, options: ExecutionOptions = ExecutionOptions()) -> dict[str, str]:
-    """The hash of every stored tensor, by name. Errors as in `weights_hash`."""
+    """Return the hash of every stored tensor, by name. Errors as in `weights_hash`."""
 
     def work(tensor: StoredTensor, reader: TensorReader) -> tuple[StoredTensor, str]:
         return tensor, hash_tensor(reader, tensor)
@@ -134,8 +134,8 @@ def tensor_hashes(checkpoint: Checkpoint, *, options: ExecutionOptions = Executi
     hashes = {}
     size = sum(tensor.n_bytes for tensor in tensors.values())
     with SourceFiles(checkpoint.files) as files, options.progress("Hashing the model", size) as advance:
-        for tensor, found in run_shared(list(tensors.values()), work, files, threads=options.threads):
-            hashes[tensor.name] = found
+        for tensor, tensor_hash in run_shared(list(tensors.values()), work, files, threads=options.threads):
+            hashes[tensor.name] = tensor_hash
             advance(tensor.n_bytes)
         files.check_unchanged()
     return hashes

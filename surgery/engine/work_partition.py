@@ -1,7 +1,7 @@
-"""Which process does which piece of a job's work: files are dealt out over machines, and their pieces over processes.
+"""Partition work items over machines and ranks, balanced by bytes: files over machines, their items over ranks.
 
-No two machines write into one file: each keeps pages of it in a memory of its own, and on a network disk the last one
-to write a page back wins, also over what the other one wrote beside it. Processes of one machine share these pages.
+No two machines write into one file: each has its own page cache, and on a network disk the machine that writes a page
+back last overwrites what the other one wrote into the same page. Processes of one machine share the page cache.
 """
 
 from __future__ import annotations
@@ -17,46 +17,45 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True)
 class WorkItem:
-    """What one process does as a whole. file: the number of the output file that it goes to. weight: what it takes,
-    in bytes that are read and written."""
+    """An indivisible part of the work. file: number of the output file. weight: bytes that are read and written."""
 
     file: int
     weight: int
 
 
 def this_machine() -> str:
-    """What the system that this process runs under is known by among those of a network."""
+    """Return an identifier of this machine, unique in its network."""
     if _BOOT.is_file():
         return _BOOT.read_text().strip()
     return f"{platform.node()} {uuid.getnode()}"
 
 
-def partition(pieces: Sequence[WorkItem], machines: Sequence[str]) -> list[list[int]]:
-    """The numbers of the pieces that each process does, ascending; every piece is dealt out once.
+def partition(items: Sequence[WorkItem], machines: Sequence[str]) -> list[list[int]]:
+    """Return the numbers of the items that each rank gets, ascending; every item is assigned once.
 
     Args:
-        pieces: in the order of their bytes, so that a process gets neighbours.
-        machines: per process, the machine that it runs on.
+        items: in the order of their bytes, so that a rank gets neighbours.
+        machines: per rank, the machine that it runs on.
     """
-    processes: dict[str, list[int]] = {}
-    for process, machine in enumerate(machines):
-        processes.setdefault(machine, []).append(process)
+    ranks: dict[str, list[int]] = {}
+    for rank, machine in enumerate(machines):
+        ranks.setdefault(machine, []).append(rank)
     weights: dict[int, int] = {}
-    for piece in pieces:
-        weights[piece.file] = weights.get(piece.file, 0) + piece.weight
-    loads = dict.fromkeys(processes, 0)
-    place: dict[int, str] = {}
-    for file in sorted(weights, key=lambda file: (-weights[file], file)):  # the largest first: what is left is small
-        machine = min(loads, key=lambda one: (loads[one] + weights[file]) / len(processes[one]))
+    for item in items:
+        weights[item.file] = weights.get(item.file, 0) + item.weight
+    loads = dict.fromkeys(ranks, 0)
+    machine_of: dict[int, str] = {}
+    for file in sorted(weights, key=lambda file: (-weights[file], file)):  # largest first: small ones even out the rest
+        machine = min(loads, key=lambda one: (loads[one] + weights[file]) / len(ranks[one]))
         loads[machine] += weights[file]
-        place[file] = machine
-    dealt: list[list[int]] = [[] for _ in machines]
-    before = dict.fromkeys(processes, 0)
-    for number, piece in enumerate(pieces):
-        machine = place[piece.file]
-        held = processes[machine]
-        # Where the middle of the piece lies in all that the machine does.
-        middle, whole = 2 * before[machine] + piece.weight, 2 * max(loads[machine], 1)
-        dealt[held[min(middle * len(held) // whole, len(held) - 1)]].append(number)
-        before[machine] += piece.weight
-    return dealt
+        machine_of[file] = machine
+    assigned: list[list[int]] = [[] for _ in machines]
+    before = dict.fromkeys(ranks, 0)  # machine → weight of its items so far
+    for number, item in enumerate(items):
+        machine = machine_of[item.file]
+        local = ranks[machine]
+        # The rank in whose share of the machine's load the middle of the item is; doubled, to stay in whole numbers.
+        middle, load = 2 * before[machine] + item.weight, 2 * max(loads[machine], 1)
+        assigned[local[min(middle * len(local) // load, len(local) - 1)]].append(number)
+        before[machine] += item.weight
+    return assigned

@@ -1,9 +1,9 @@
-"""The one loop of every job: the same work on many units, on all processors, results as they finish.
+"""Run a function on many units of work in parallel, and yield the results as they finish.
 
 Workers are threads of this process or, where that is a program of ours (`surgery.runtime.environment`), forked from it.
-Threads share an interpreter: with operations of a tenth of a millisecond they wait for its lock as often as for the
-arithmetic, which costs a third of a merge on two processors and more on many. Forked workers share nothing but what was
-there before the fork. A CUDA context does not outlive a fork, and of other systems than Linux not all of their
+Threads share the interpreter lock: with operations of a tenth of a millisecond they wait for it as often as for the
+arithmetic, which costs a third of a merge's time on two processors and more on many. Forked workers share only the
+state from before the fork. A CUDA context does not outlive a fork, and of other systems than Linux not all of their
 libraries do: there threads are used.
 """
 
@@ -36,13 +36,13 @@ Result = TypeVar("Result")
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1  # prctl.h
 
-_worker = threading.local()  # what a worker, be it a thread or a process, holds for all its units: `work` and `reader`
+_worker = threading.local()  # of a worker, a thread or a process: `work` and `reader`, for all its units
 
 
 def default_threads() -> int:
-    """Workers for a job when the user names no number of threads: the processors this process may use.
+    """Return the default number of workers: the processors that this process may use.
 
-    Processes that a launcher started side by side share them.
+    Ranks on one machine share its processors.
     """
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     return max(processors // n_local_processes(), 1)
@@ -56,11 +56,11 @@ def run(
     threads: int | None,
     pinned: bool = False,
 ) -> Iterator[Result]:
-    """Does `work` on every unit on `threads` workers, each with a reader of its own; yields as units finish.
+    """Call `work` on every unit on `threads` workers, each with its own reader; yield results as units finish.
 
-    Units are taken from the front. Where `units` is a deque, whoever takes the results may add to it meanwhile.
-    `work` tells of what it did by its result alone; units and results must be picklable. The first error stops the
-    rest and is raised here.
+    Units are taken from the front. Where `units` is a deque, the consumer of the results may add to it meanwhile.
+    `work` may run in a forked process, so only its result reaches the caller; units and results must be picklable. The
+    first error stops the rest and is raised here.
 
     Args:
         threads: how many workers; None for one per processor.
@@ -77,7 +77,7 @@ def run(
                 # which is taken and given back by such callbacks, would stay locked.
                 with DeferredInterrupt():
                     while queue and len(pending) < 2 * threads:
-                        pending.add(pool.submit(_do, queue.popleft()))
+                        pending.add(pool.submit(_call_work, queue.popleft()))
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield future.result()
@@ -97,35 +97,35 @@ def run_shared(
     *,
     threads: int | None,
 ) -> Iterator[Result]:
-    """As `run`, each process of a launcher's doing some of the units; each gets all results.
+    """As `run`, with the units shared by the ranks; every rank yields all results.
 
-    What another process found comes when all are done. An error in one ends all.
+    Those of other ranks come when all are done. An error on one rank is raised on all.
     """
     if n_active_processes() == 1:
         yield from run(units, work, files, threads=threads)
         return
-    found: list[Result] = []
-    fault: Exception | None = None
+    results: list[Result] = []
+    failure: Exception | None = None
     try:
         for result in run(units[rank() :: n_active_processes()], work, files, threads=threads):
-            found.append(result)
+            results.append(result)
             yield result
     except Exception as error:
-        fault = error
+        failure = error  # raised below, where the other ranks wait: raised here it would leave them waiting
 
-    def told(_: int) -> list[Result]:
-        if fault is not None:
-            raise fault
-        return found
+    def own_results(_: int) -> list[Result]:
+        if failure is not None:
+            raise failure
+        return results
 
-    for process, theirs in enumerate(map_over_ranks(range(n_active_processes()), told)):
+    for process, gathered in enumerate(map_over_ranks(range(n_active_processes()), own_results)):
         if process != rank():
-            yield from theirs
+            yield from gathered
 
 
 @contextmanager
 def one_thread_per_operation() -> Iterator[None]:
-    """Keeps torch from splitting single operations over threads while workers already fill the processors."""
+    """Keep torch from splitting single operations over threads while workers already use all processors."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -136,27 +136,27 @@ def one_thread_per_operation() -> Iterator[None]:
 
 def _pool(count: int, *, forks: bool, start: tuple[Any, ...]) -> Executor:
     if not forks:
-        return ThreadPoolExecutor(count, "surgery", initializer=_begin, initargs=start)
+        return ThreadPoolExecutor(count, "surgery", initializer=_start_worker, initargs=start)
     # A fork inherits `start` as it is: neither the plan nor open files are ever pickled.
     context = multiprocessing.get_context("fork")
-    return ProcessPoolExecutor(count, context, initializer=_begin_forked, initargs=(os.getpid(), *start))
+    return ProcessPoolExecutor(count, context, initializer=_start_forked_worker, initargs=(os.getpid(), *start))
 
 
-def _begin(work: Callable[[Any, TensorReader], Any], files: SourceFiles, pinned: bool) -> None:
-    # OpenMP's team is per calling thread: without this each of our threads would start a team of its own.
+def _start_worker(work: Callable[[Any, TensorReader], Any], files: SourceFiles, pinned: bool) -> None:
+    # OpenMP has a team of threads per calling thread: without this each worker thread would start one.
     torch.set_num_threads(1)
     _worker.work, _worker.reader = work, TensorReader(files, pinned=pinned)
 
 
-def _begin_forked(parent: int, *start: Any) -> None:
-    # Ctrl-C reaches every process of the terminal; the parent hears it too, and ends its workers.
+def _start_forked_worker(parent: int, *start: Any) -> None:
+    # Ctrl-C reaches every process of the terminal, the parent among them, which ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A worker must not write on when its parent was killed: the same command may be at work again already.
+    # A worker must not continue to write when its parent was killed: the same command may already run again.
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    _begin(*start)
+    _start_worker(*start)
 
 
-def _do(unit: Any) -> Any:
+def _call_work(unit: Any) -> Any:
     return _worker.work(unit, _worker.reader)

@@ -1,4 +1,4 @@
-"""Safetensors files whose size is known beforehand, written at any offset in any order, by any number of workers."""
+"""Write safetensors files of known size at any offset, in any order, by any number of workers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 class ShardWriter:
     """The weight files of one output folder, created (or, on resuming, reopened) at their full size.
 
-    Several processes may write into one file, each with a writer of its own; the first one made creates the files.
+    Several processes may write into one file, each with its own writer; the first writer creates the files.
 
     Args:
         create: False where another process has created them.
@@ -49,14 +49,14 @@ class ShardWriter:
         self.close()
 
     def close(self) -> None:
-        """Closes every file; safe to call twice."""
+        """Close every file; safe to call twice."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
         while self._direct_descriptors:
             os.close(self._direct_descriptors.pop())
 
     def complete(self, file: str, edges: Iterable[Edge]) -> None:
-        """Takes what a `write` to `file` left over; for one thread of one process."""
+        """Write the edges that a `write` to `file` returned, once their blocks are whole; for one thread only."""
         for edge in edges:
             try:
                 self._direct[file].complete(edge)
@@ -64,16 +64,16 @@ class ShardWriter:
                 raise disk_error(error, self.folder / file) from error
 
     def begin(self, file: PlannedFile) -> None:
-        """To be called before the first tensor of `file` is written, in the process that does so.
+        """Register the header's last bytes. Call before the first tensor of `file` is written, in the same process.
 
-        The header's last bytes share a block with it: to a direct write that block is then known whole.
+        They share a block with that tensor, and direct writes write whole blocks.
         """
         if file.name in self._direct:
             rest = len(file.header.raw) // BLOCK * BLOCK
             self.complete(file.name, self.write(file.name, rest, memoryview(file.header.raw)[rest:]))
 
     def flush(self) -> None:
-        """Writes what was held back; to be called once, when no process writes to the files any more."""
+        """Write the blocks that are still incomplete; call once, when no process writes to the files any more."""
         for name, direct in self._direct.items():
             try:
                 direct.flush()
@@ -81,7 +81,7 @@ class ShardWriter:
                 raise disk_error(error, self.folder / name) from error
 
     def sync(self) -> None:
-        """Returns once all that this machine holds of the files is on the disk."""
+        """Wait until all pages of the files that this machine has are on the disk."""
         for name, descriptor in self._descriptors.items():
             try:
                 os.fsync(descriptor)
@@ -89,21 +89,22 @@ class ShardWriter:
                 raise disk_error(error, self.folder / name) from error
 
     def is_direct(self, file: str) -> bool:
-        """Whether `file` is written past the page cache, so that what was written is not there to be read yet."""
+        """Return whether `file` is written past the page cache, so that written bytes cannot be read back yet."""
         return file in self._direct
 
     def descriptor(self, file: str) -> int:
-        """The open file descriptor of the file called `file`."""
+        """Return the open file descriptor of `file`."""
         return self._descriptors[file]
 
     def position(self, file: str, tensor: str) -> int:
-        """Where in `file` the bytes of `tensor` begin."""
+        """Return the offset in `file` at which the bytes of `tensor` begin."""
         return self._starts[file][tensor]
 
     def write(self, file: str, position: int, data: memoryview) -> list[Edge]:
-        """Writes `data` at `position` bytes from the start of `file`, and starts it on its way to the disk.
+        """Write `data` at `position` bytes from the start of `file`, and start its writeback to the disk.
 
-        Returns what must be given to `complete`, in the process that made this writer.
+        Returns:
+            What must be given to `complete`, in the process that created this writer.
         """
         descriptor, direct = self._descriptors[file], self._direct.get(file)
         done = 0
@@ -118,7 +119,7 @@ class ShardWriter:
         return []
 
     def copy(self, source: int, source_position: int, file: str, position: int, size: int) -> None:
-        """Copies `size` bytes between files inside the kernel, where the file systems allow it.
+        """Copy `size` bytes between files inside the kernel, where the file systems support it.
 
         Not for files that are written past the page cache.
         """
@@ -162,18 +163,19 @@ class ShardWriter:
 
 
 def start_writeback(descriptor: int, position: int, size: int) -> None:
-    """Starts writing a range to the disk without waiting, so that the fsync at the end finds little left to do.
+    """Start writing a range to the disk without waiting, so that little is left for the fsync at the end.
 
-    A hint: where the system lacks the call nothing is lost but time.
+    Only a hint: a system without the call takes longer at the end.
     """
     if hasattr(_LIBC, "sync_file_range"):
         _LIBC.sync_file_range(descriptor, ctypes.c_int64(position), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE)
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    held = os.fstat(descriptor).st_size
-    if held != size:
+    current = os.fstat(descriptor).st_size
+    if current != size:
         os.ftruncate(descriptor, size)
+    # A full disk shows now, not after an hour of writing.
     if hasattr(os, "posix_fallocate") and size:
         os.posix_fallocate(descriptor, 0, size)
 

@@ -34,20 +34,22 @@ def add_difference(tensors: Sequence[Tensor], *, scale: float) -> Tensor:
 
 
 def measure_vector(tensors: Sequence[Tensor], stored: Tensor, *, scale: float) -> Sums:
-    """`MEASURES` of an edit by a stored vector: how many updates α·v are not zero, how many of those changed the
-    stored value, Σ(α·v)², Σθ_target²."""
+    """Return `MEASURES` of an edit by a stored vector.
+
+    They are: how many updates α·v are not zero, how many of those changed the stored value, Σ(α·v)², Σθ_target².
+    """
     target, vector = tensors
     return _measure(target, vector, stored, scale)
 
 
 def measure_difference(tensors: Sequence[Tensor], stored: Tensor, *, scale: float) -> Sums:
-    """`measure_vector` for an edit whose vector is θ_tuned − θ_base."""
+    """Return `MEASURES` of an edit whose vector is θ_tuned − θ_base."""
     target, tuned, base = tensors
     return _measure(target, tuned - base, stored, scale)
 
 
 def measure_restored(tensors: Sequence[Tensor], stored: Tensor, *, dtype: torch.dtype) -> Sums:
-    """How many elements of θ_tuned are missed by θ_base + v, with v as stored and the sum in `dtype`; Σθ_base²."""
+    """Return how many elements of θ_tuned differ from θ_base + v, with v as stored and the sum in `dtype`; Σθ_base²."""
     tuned, base = tensors
     restored = (base + stored).to(dtype).to(base.dtype)
     return _count((restored - tuned).bool()), torch.dot(base, base)
