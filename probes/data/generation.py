@@ -100,11 +100,11 @@ def context_length(model: Any) -> int | None:
     return None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def remaining_tokens(model: Any, prompt: int, most: int = DEFAULT_MAX_NEW_TOKENS) -> int:
-    """Return how many tokens may follow a prompt of `prompt` tokens: `most`, or what the model's context leaves."""
+def remaining_tokens(model: Any, prompt: int, limit: int = DEFAULT_MAX_NEW_TOKENS) -> int:
+    """Return how many tokens may follow a prompt of `prompt` tokens: `limit`, or what the model's context leaves."""
     context = context_length(model)
     # At least 1: a prompt that fills the context is reported where it is encoded, not as a wrong limit.
-    return most if context is None else max(1, min(most, context - prompt))
+    return limit if context is None else max(1, min(limit, context - prompt))
 
 
 def end_token_ids(loaded: ModelAndTokenizer) -> tuple[int, ...]:

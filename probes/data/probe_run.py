@@ -1,4 +1,4 @@
-"""The frame of a probing run: open the model, read and prepare the data sets, write the folder of findings.
+"""Open the model and the data sets of a probing run, prepare the data, and write the folder with the findings.
 
 `probes.refusal.run.probe_refusal` and `probes.experts.run.probe_experts` share it.
 """

@@ -11,6 +11,7 @@ MIN_TOKENS = 16  # of repeated text in all, so that a number with equal digits i
 
 def is_repetitive(ids: Sequence[int]) -> bool:
     """Return whether token ids end in at least 16 tokens in which a passage is repeated at least four times."""
+    # Only the end counts: a text that found its way out of a loop has not collapsed.
     for period in range(1, min(MAX_PERIOD, len(ids) // MIN_REPEATS) + 1):
         length = max(MIN_REPEATS * period, MIN_TOKENS)
         if length > len(ids):
