@@ -52,6 +52,7 @@ def check_vocabularies(preflight: Preflight, checkpoints: Sequence[Checkpoint]) 
                 f"the vocabularies of {first_ref} and {ref} differ: {len(clashes):,} rows hold different tokens "
                 f"({listing(clashes, _EXAMPLES)}). {ALIGN}"
             )
+        # A difference in both directions: tokens that either of the two lacks.
         alone |= first.ids.keys() ^ other.ids.keys()
     if alone:
         examples = listing([repr(token) for token in sorted(alone)], _EXAMPLES)
@@ -106,6 +107,7 @@ def check_finite(tensors: Mapping[str, Sequence[StoredTensor]], options: Executi
 
 def _clashes(a: Vocabulary, b: Vocabulary) -> list[str]:
     """Describe rows with different tokens, and tokens in different rows, one text each, by row."""
+    # From b's point of view, to find what it has in the row of each of a's tokens.
     by_row = {row: token for token, row in b.ids.items()}
     clashes = []
     for token, row in sorted(a.ids.items(), key=lambda item: item[1]):

@@ -150,6 +150,7 @@ class MergeJob:
                 fingerprint, by which a later run recognises it.
         """
         preview = self.report(planned, out)
+        # Before the first byte is written, as NaN in one tensor would make the whole output useless.
         if not options.allow_nonfinite:
             check_finite(_read_tensors(planned.plan), options)
         extra: dict[str, Any] = {"fingerprint": planned.fingerprint} if steps is None else {}
@@ -191,6 +192,7 @@ class MergeJob:
 
     def _roles(self, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
         """ "base" and "model 1", "model 2", … → checkpoint."""
+        # Roles are keys of the manifest's inputs; references may be long paths, and roles tell the base apart.
         others = [checkpoint for ref, checkpoint in checkpoints.items() if ref != self.config.base_model]
         base = checkpoints.get(self.config.base_model or "")
         return {**({"base": base} if base else {}), **{f"model {i}": one for i, one in enumerate(others, start=1)}}
@@ -228,6 +230,7 @@ class MergeJob:
 
 def _read_tensors(plan: Plan) -> dict[str, list[StoredTensor]]:
     """Return, per model, the tensors that the plan reads of it, including those of an adapter, once each."""
+    # By identity: two models have tensors of one name, and a plan's inputs do not say whose they are.
     owner = {id(tensor): c.ref for c in plan.sources.values() for tensor in c.tensors.values()}
     read: dict[str, dict[int, StoredTensor]] = {}
     for planned in plan.tensors:

@@ -90,6 +90,7 @@ class _Models:
     def beyond(self, ref: str, name: str) -> tuple[int, str] | None:
         """Return, for a tensor of a layer behind the model's last, how far behind (from 0), and its name inside it."""
         start, n_layers = _start(self.structures[ref].stack), len(self.layers[ref])
+        # Such layers are numbered on from the last, in the same stack (DeepSeek's multi-token prediction).
         number, _, inner = name.removeprefix(start).partition(".")
         if not n_layers or not name.startswith(start) or not NUMBER.fullmatch(number):
             return None
@@ -132,6 +133,7 @@ class _LayoutBuilder:
         self.slots: list[Slot] = []
         self.left_out: set[str] = set()
         for ref, shape in models.structures.items():
+            # A shard saved alone, say: its layers would be merged with the wrong ones of other models.
             numbers = [layer.index for layer in shape.blocks]
             if numbers != list(range(len(numbers))):
                 preflight.errors.add(
@@ -144,6 +146,7 @@ class _LayoutBuilder:
         ranges = []
         for source in section.sources:
             n_layers = len(self.models.layers[source.model])
+            # A source under `models:` has no range: all its layers.
             begin, end = source.layer_range or (0, n_layers)
             if end > n_layers:
                 self.preflight.errors.add(
@@ -162,6 +165,7 @@ class _LayoutBuilder:
         for i in range(n):
             tensors = [self.models.in_layer(ref, one[i]) for ref, one in zip(refs, ranges, strict=True)]
             self.match(section, tensors, layer_position(i, n), self.prefix(first + i), f"layer {first + i}")
+        # What the config says of a layer (sliding windows, expert layers) comes from the template if it has a share.
         at = refs.index(self.models.template) if self.models.template in refs else 0
         return list(ranges[at])
 
@@ -227,6 +231,7 @@ class _LayoutBuilder:
             if len(inputs) < len(holders):
                 self.report_missing(prefix + name, holders, refs)
                 continue
+            # Layers have no rows per token; and a head counts under whichever name any of the models stores it.
             per_token = group is None and inputs[0].name in shape.token_rows
             part = group or self.models.ends.get(name) or shape.group_of(inputs[0].name)
             self.slots.append(Slot(prefix + name, part, section, t, inputs, per_token))

@@ -59,6 +59,7 @@ def side_files(
     for error in unsayable(template.config, layout.layers, shape):
         preflight.errors.add(error)
     config = with_layers(template.config, layout.layers, shape)
+    # Merging a tied with an untied model: the head's values then differ from the embedding's.
     if shape.tied and any(slot.group == LM_HEAD for slot in layout.slots):
         config = untied(config)
         preflight.warnings.append("a model has an output head of its own, so the result has one: it is not tied")
@@ -75,6 +76,7 @@ def side_files(
     tokenizer = None if tokens is None else tokens.files
     if chat_template is not None:
         tokenizer = _with_chat_template(preflight, chat_template, template, tokens, checkpoints)
+    # All files of a tokenizer come from one place: a table of another one would contradict them.
     if tokenizer is not None:
         copied = {name: path for name, path in copied.items() if not is_tokenizer_file(name)}
         written |= tokenizer
@@ -111,6 +113,7 @@ class _Renumbering:
         self._preflight = preflight
         self._before = read_vocabulary(template.folder) if template.folder else None
         self._after = tokens.vocabulary
+        # For the template's own tokenizer its own special ids are right already.
         self._donor = donor.folder if donor.ref != template.ref else None
 
     def __call__(self, config: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -84,11 +84,13 @@ class _Planner:
         except SurgeryError as error:
             self.unset.append(str(error))
             return None
+        # The kernel's order: base first, then the models as the config lists them.
         order = [*(() if base is None else (base,)), *merged]
         inputs = self.inputs(slot, [refs[i] for i in order], [slot.inputs[i] for i in order])
         if inputs is None:
             return None
         params: dict[str, Parameter] = {argument(name): value for name, value in values.items()}
+        # Beside the method's own parameters, every kernel gets these two.
         params |= {"seed": self.config.seed, "paper": self.config.compat == "paper"}
         if not self.has_valid_parameters(slot, params):
             return None
@@ -128,6 +130,7 @@ class _Planner:
         density, epsilon = params.get("density"), params.get("epsilon")
         if isinstance(density, tuple) and isinstance(epsilon, tuple):
             for d, e in zip(map(float, density), map(float, epsilon), strict=True):
+                # Densities of 0 and 1 are not random, whatever ε is.
                 if 0 < d < 1 and not 0 < d - e <= d + e < 1:
                     what = f"density {d:g} ± epsilon {e:g} must lie between 0 and 1"
                     self.errors.add_tensor(slot.name, what, "Choose a smaller epsilon.")

@@ -111,6 +111,7 @@ def with_result(report: MergeReport, merged: Iterable[MergedTensor], result: Exe
     sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     layers: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
     weights: dict[str, list[float]] = defaultdict(list)
+    # Sums of squares, not norms, are added over tensors: the norm of a whole model is the root of their sum.
     for tensor in merged:
         measured = result.sums.get(tensor.planned.name, {})
         for i, model in enumerate(tensor.models):

@@ -56,6 +56,7 @@ def merge(
         plans = [one.check(folder, options) for one, folder in zip([*jobs, job], [*folders.values(), out], strict=True)]
         if dry_run:
             return _dry_report(job, out, plans)
+    # Each in its own folder until the last is done: an interrupted run goes on after the last finished step.
     done = {name: _step(one, folders[name], options) for name, one in zip(folders, jobs, strict=True)}
     report = job.run(out, options, steps=done)
     on_main(_remove, steps, folders)
@@ -93,6 +94,7 @@ def _remove(steps: Path, folders: Mapping[str, Path]) -> None:
     """Remove the results of named documents, and nothing else that may be in their folder."""
     for folder in folders.values():
         shutil.rmtree(folder)
+        # Left by a run that was interrupted in the middle of this step.
         shutil.rmtree(partial_path(folder), ignore_errors=True)
     if folders and not any(steps.iterdir()):
         steps.rmdir()

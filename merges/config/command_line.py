@@ -42,6 +42,7 @@ def config_for_method(
     if spec is not None:
         _check_given(spec, base, given, errors)
     shared, own = _distribute(given, len(models), spec, errors)
+    # Errors in the number of values first: with the wrong ones nothing else can be checked.
     errors.settle()
     # Nodes without lines, whose paths are the options: errors then name what was typed.
     entries = [
@@ -56,6 +57,7 @@ def config_for_method(
         "merge_method": YamlNode("METHOD", None, method),
         "models": YamlNode("MODELS", None, tuple(entries)),
         "base_model": YamlNode("--base", None, base),
+        # Its entries have the paths of their own options.
         "parameters": YamlNode("", None, shared),
         "dtype": YamlNode("--dtype", None, dtype),
         "out_dtype": YamlNode("--out-dtype", None, out_dtype),

@@ -27,6 +27,7 @@ def ordered(configs: Sequence[MergeConfig]) -> tuple[MergeConfig, ...]:
     named = {config.name: config for config in configs}
     result = configs[_results([config.name for config in configs], [config.uses for config in configs])[0]]
     needed: dict[str | None, tuple[str, ...]] = {}
+    # From the result back through what it uses: documents that are not reached are not merged.
     waiting: list[str | None] = [result.name]
     while waiting:
         name = waiting.pop()

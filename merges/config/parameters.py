@@ -56,6 +56,7 @@ class ParameterReader:
                 known = [spec.name for spec in (*self.method.parameters, INT8_MASK)]
                 errors.add(node, f"unknown key. {nearest(name, known)}")
             return None
+        # One value for the tensor: mergekit ignores it under a model.
         if in_source and not spec.per_model and spec != INT8_MASK:
             self._without_effect(node, "has no effect for one model. Move it to the parameters of the whole merge")
             return None
@@ -76,6 +77,7 @@ class ParameterReader:
                 text = f"got {as_written(item.plain)} among rules, expected {{filter, value}}"
                 self.context.errors.add(item, text)
                 continue
+            # The first rule that applies counts, so one without a filter ends the list.
             if rules and rules[-1].filter in (None, EVERYTHING):
                 self.context.errors.warn(item, "is never reached: the rule before it holds for every tensor")
             rules.append(self._rule(item, spec))

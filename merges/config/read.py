@@ -98,6 +98,7 @@ class _ConfigBuilder:
         return self.model(keys, "base_model", keys.base_model or NO_MODEL)
 
     def model(self, keys: Keys, key: str, ref: str) -> str:
+        # Names of other documents are checked when all documents have been read.
         self.refs.append((keys.at(key), ref))
         return ref
 
@@ -133,6 +134,7 @@ class _ConfigBuilder:
         self, node: YamlNode, entries: Sequence[ModelEntry], base: str | None, outer: Collection[str]
     ) -> MergeSection:
         sources = [self.source(entry) for entry in entries]
+        # `base_model` alone makes the base a source of `models:`; slices must list it, with its layers.
         if base is not None and all(source.model != base for source in sources) and self.base_joins(node, base):
             sources.append(MergeSource(model=base, implied=True))
         section = MergeSection(sources=tuple(sources), base_model=base)

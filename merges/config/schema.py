@@ -124,6 +124,7 @@ class MergeConfig(Frozen):
     @property
     def models(self) -> tuple[str, ...]:
         """Every model that weights or config are read from, once each: the base first, then as they are written."""
+        # A dict keeps order and drops repetitions; a set's order would change from run to run.
         named = [ref for section in self.sections for ref in (section.base_model, *(s.model for s in section.sources))]
         return tuple(dict.fromkeys(ref for ref in (self.base_model, *named) if ref is not None))
 

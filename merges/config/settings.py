@@ -94,11 +94,13 @@ class ParameterSpec:
             if isinstance(value, str):
                 return value
         elif self.kind == "boolean":
+            # 1.0 → 1, so that a float counts as the whole number that it is.
             word = f"{value:g}" if isinstance(value, float) else str(value).lower()
             if word in _TRUE or word in _FALSE:
                 return word in _TRUE
         else:
             number = _number(value) if self.kind == "number" else _integer(value)
+            # inf and nan are numbers for YAML; a bound would read as if another number were wanted.
             if number is None and isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"got {value}, expected a finite number")
             if number is not None and self._is_inside(number):
@@ -186,9 +188,11 @@ def _at(values: Sequence[Scalar], t: float) -> Scalar:
     place = t * (len(values) - 1)
     below = int(place)
     low, high = values[below], values[min(below + 1, len(values) - 1)]
+    # A switch or a word has no value in between: the nearer to the start counts.
     if isinstance(low, (bool, str)) or isinstance(high, (bool, str)):
         return low
     share = place - below
+    # Exact at both ends, unlike low + share · (high − low).
     between = (1 - share) * low + share * high
     return round(between) if isinstance(low, int) and isinstance(high, int) else between
 

@@ -26,6 +26,7 @@ def check_section(
         method: None where the config names none that is known.
         outer: the names of the parameters that are set around its sources.
     """
+    # A base that joined from `base_model` is not in the list: errors about it are placed at the whole list.
     places = [*entries, *[node] * (len(section.sources) - len(entries))]
     _check_duplicates(places, section, errors)
     lengths = [end - first for first, end in (s.layer_range for s in section.sources if s.layer_range)]
@@ -40,6 +41,7 @@ def _check_duplicates(places: Sequence[YamlNode], section: MergeSection, errors:
     """The same layers of the same model twice are an oversight; which of two base models is meant, nobody knows."""
     seen: dict[tuple[str, object], YamlNode] = {}
     for place, source in zip(places, section.sources, strict=True):
+        # The base may be there once only, whatever its layers; others twice if their layers differ.
         key = source.model, None if source.model == section.base_model else source.layer_range
         if source.model != NO_MODEL and seen.setdefault(key, place) is not place:
             errors.add(place, f"{source.model} stands here a second time; the first is {seen[key].path}")
@@ -55,6 +57,7 @@ def _check_models(node: YamlNode, section: MergeSection, method: MethodSpec, err
         if section.base_model is not None:
             beside = " beside the base"
             if section.base_index is None:
+                # Where a reference could not be read, it may have been this one.
                 if all(ref != NO_MODEL for ref in (section.base_model, *(s.model for s in section.sources))):
                     errors.add(
                         node, f"the base model {section.base_model} is not among them. Add it with its layer_range."

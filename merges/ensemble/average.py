@@ -122,6 +122,7 @@ def average_logits(
     checkpoints = [open_checkpoint(model) for model in models]
     sources = {f"{MEMBERS}.{i}": checkpoint for i, checkpoint in enumerate(checkpoints)}
     check_destination(out, sources, options, dry_run=dry_run)
+    # Every rank would fit its own weights, and they would write different configs.
     if tune and n_processes() > 1:
         raise usage_error("runs in one process", where="--tune", hint="Start it without accelerate launch.")
     rows = check_tuning(tune, tune_what, mode, normalized) if tune else None
@@ -191,6 +192,7 @@ class _Draft:
         rows = []
         for i, (member, weight) in enumerate(zip(self.members, self.config["weights"], strict=True)):
             tensors = member.checkpoint.tensors
+            # What an earlier member has too was left out, and costs this one nothing.
             stored = [t.n_bytes for name, t in tensors.items() if f"{MEMBERS}.{i}.{name}" not in self.shared]
             kind, total = str(member.config.model_type), member.checkpoint.n_bytes
             rows.append(
@@ -234,6 +236,7 @@ def _config(
 ) -> dict[str, Any]:
     """Return the ensemble's config.json. Token ids are the first member's."""
     first = members[0].config.get_text_config(decoder=True)
+    # transformers imports the class from this file in the folder, if the user trusts remote code.
     module = MODEL_FILE.stem
     return {
         "architectures": ["LogitEnsembleForCausalLM"],
@@ -263,6 +266,7 @@ def kept_files(checkpoint: Checkpoint) -> list[Path]:
 def _record(member: EnsembleMember) -> dict[str, Any]:
     """Return what `unpack` needs beside the files: the member's name and each weight file's header, byte for byte."""
     checkpoint = member.checkpoint
+    # Planned like the member itself, so that headers have its own order, padding and metadata.
     files = plan_files([copy_tensor(tensor) for tensor in checkpoint.tensors.values()], like=checkpoint)
     return {
         "name": member.name,

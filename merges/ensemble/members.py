@@ -44,6 +44,7 @@ def check_weights(weights: Sequence[float] | None, count: int, mode: str) -> lis
         )
     if not all(math.isfinite(weight) for weight in given):
         raise usage_error(f"got {_numbers(given)}, expected finite numbers", where="--weight")
+    # Logits may be subtracted (contrastive decoding); a negative probability has no logarithm.
     if mode == "probs" and min(given) < 0:
         raise usage_error(f"got {_numbers(given)}; probabilities need weights of 0 or more", where="--weight")
     total = math.fsum(given)
@@ -126,6 +127,7 @@ def _native_config(checkpoint: Checkpoint) -> tuple[str | None, Any]:
         return f"is no causal language model (model_type {kind!r}).", None
     mapped = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     classes = {one.__name__.lower(): one for one in (mapped if isinstance(mapped, tuple) else (mapped,))}
+    # Sequence classifiers have the same model_type, and no head to generate with.
     named = values.get("architectures") or []
     if named and not any(str(name).lower() in classes for name in named):
         return f"is no causal language model, but {', '.join(map(str, named))}.", None
@@ -138,6 +140,7 @@ def _names(refs: Sequence[str]) -> list[str]:
     """Return a folder name for each member: the end of its reference, made unique."""
     names: list[str] = []
     for ref in refs:
+        # The name becomes a folder of the ensemble: no separators, no leading dot.
         stem = re.sub(r"[^\w.+-]", "-", ref.rstrip("/").rpartition("/")[2]).lstrip(".") or "member"
         number = 1
         name = stem

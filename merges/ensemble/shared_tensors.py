@@ -29,6 +29,7 @@ def find_shared(members: Sequence[Mapping[str, StoredTensor]], options: Executio
         for name, tensor in member.items()
         if tensor.update is None and tensor.n_bytes
     }
+    # Three filters, each more expensive than the one before: shape and dtype, the first bytes, all bytes.
     groups = _split([list(tensors)], lambda key: (tensors[key].dtype, tensors[key].shape))
     candidates = {key: tensors[key] for group in groups for key in group}
     paths = {tensor.file for tensor in candidates.values()}
@@ -66,6 +67,7 @@ def _split(groups: Groups, property_of: Callable[[Key], Hashable]) -> Groups:
 def _aliases(group: Sequence[Key]) -> Iterator[tuple[str, str]]:
     """Yield pairs (alias, stored) of a group of equal tensors, which is in the order of members."""
     first = group[0][0]
+    # Several equal tensors in the first member: the one of the same name is preferred, so that aliases read naturally.
     stored = [name for member, name in group if member == first]
     for member, name in group:
         if member != first:

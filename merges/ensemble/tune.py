@@ -162,8 +162,10 @@ def tune(
         SurgeryError: no row has a token to learn; a member's logits are not W·h + b.
     """
     generator = torch.Generator().manual_seed(seed)
+    # Shuffled, as files are often sorted by topic: the held-out rows are then of the same kinds as the others.
     order = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
     n_held_out = max(1, round(HELD_OUT * len(rows)))
+    # No member may be run beyond the positions that it has.
     longest = min([MAX_TOKENS, *(_context(one.config) for one in model.models)])
     held_out, train = (
         list(_batches(part, tokenizer, longest, model.device)) for part in (order[:n_held_out], order[n_held_out:])
@@ -276,6 +278,7 @@ def _batches(rows: Sequence[TuningRow], tokenizer: Any, longest: int, device: to
     examples = []
     for row in rows:
         prompt = tokenizer(row.prompt)["input_ids"] if row.prompt else []
+        # A prompt has brought the special tokens of a beginning already.
         response = tokenizer(row.response, add_special_tokens=not row.prompt)["input_ids"]
         tokens = torch.tensor((prompt + response)[:longest])
         labels = tokens.clone()
@@ -305,6 +308,7 @@ def _loss(logits: Tensor, batch: TuningBatch, reduction: str) -> Tensor:
 def _mean_loss(logits: Logits, batches: Sequence[TuningBatch], advance: Advance) -> float:
     total, count = [], 0
     for batch in batches:
+        # Sums over tokens, not means over batches: batches have different numbers of tokens.
         total.append(float(_loss(logits(batch), batch, "sum")))
         count += int((batch.labels[:, 1:] != IGNORED).sum())
         advance(1)

@@ -107,6 +107,7 @@ def _are_files(files: object) -> bool:
 def _files(record: Mapping[str, Any], checkpoint: Checkpoint, prefix: str, where: Path) -> list[PlannedFile]:
     files = []
     for file in record["files"]:
+        # The header as it was, to the byte, so that metadata and padding are restored as well.
         body = file["header"].encode("utf-8")
         header = parse_header(struct.pack("<Q", len(body)) + body, file["size"], where)
         tensors = [
@@ -115,6 +116,7 @@ def _files(record: Mapping[str, Any], checkpoint: Checkpoint, prefix: str, where
             )
             for entry in header.entries
         ]
+        # A record that was edited, or an ensemble that was saved again in another dtype, must not give wrong bytes.
         _check_shapes(tensors, where)
         files.append(PlannedFile(f"{record['name']}/{file['name']}", header, tuple(tensors)))
     return files

@@ -37,6 +37,7 @@ def sce(tensors: Sequence[Tensor], place: TensorSlice, *, select_topk: float, **
     is selected; erase minority signs (0 counts as +).   w, x₁ … xₖ: (…) → (…)
     """
     shares = place.pass_results[_SHARES]
+    # The shares are the factors as well as what is divided by: a weighted mean over the models that agree.
     mixed, taken = elect_sign(_selected(tensors, place, select_topk), shares, shares)
     return mixed.div_(taken.clamp_(min=_NEGLIGIBLE)).add_(tensors[0])
 
@@ -46,6 +47,7 @@ def _selected(tensors: Sequence[Tensor], place: TensorSlice, select_topk: float)
     deltas = [model - base for model in models]
     if select_topk >= 1:
         return deltas
+    # The variance is computed a second time rather than stored: a pass must not keep anything of a tensor's size.
     mask = place.pass_results[THRESHOLDS][0][0].largest(as_floats(_variance(deltas)), place.begin)
     # Booleans as bytes: multiplied at full speed, and without a copy on the way to torch.
     chosen = torch.from_numpy(mask.view(np.uint8)).to(base.device)
@@ -110,8 +112,10 @@ def ram(tensors: Sequence[Tensor], place: TensorSlice, *, epsilon: float, **_: A
     """
     base = tensors[0]
     deltas, counts = _changed(tensors, epsilon)
+    # Where one model changed an element the mean is its change alone.
     mixed = weighted_sum(deltas, [1.0] * len(deltas)).div_(counts.clamp(min=1))
     if _FACTORS in place.pass_results:
+        # Masks are numbers of the compute dtype, so that every step is one fused multiplication.
         alone = torch.eq(counts, 1, out=torch.empty_like(counts))
         for delta, factor in zip(deltas, place.pass_results[_FACTORS], strict=True):
             mixed.addcmul_(delta, alone, value=factor - 1)
@@ -176,6 +180,7 @@ def _importance(base: Tensor, model: Tensor, place: TensorSlice) -> Tensor:
 def _gather_divergences(tensors: Sequence[Tensor], place: TensorSlice, **_: Any) -> Doubles:
     """KL(softmax(x) ‖ softmax(w)) of each row.   (rows, width) → (rows,)"""
     base, model = tensors
+    # Rows are whole here, so a softmax over the row is exact in one piece.
     p, q = (torch.softmax(x, dim=-1).add_(_TINY_SHARE) for x in (model, base))
     # Below 0 there is only rounding; scores must not be negative, not even −0.
     return (p * torch.log(p / q)).sum(dim=-1).clamp_(min=0).abs_().double().cpu().numpy()
@@ -212,6 +217,7 @@ def _quartiles(place: TensorSlice, positive: Sequence[int], **_: Any) -> list[tu
 def _build_sce(params: Params, models: int, based: bool) -> Kernel:
     share = params["select_topk"]
     assert isinstance(share, float)
+    # With a share of 1 everything is selected, and no order is needed.
     ordered = topk_passes(_variances, _most_varied) if share < 1 else ()
     return measured_kernel("sce", sce, models, based=based, passes=(*ordered, Pass(_gather_energies, _reduce_energies)))
 

@@ -18,6 +18,7 @@ _NEAREST = 1e-6  # differences below this count as this: t / |w − x| stays fin
 
 def weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
     """Σᵢ cᵢ xᵢ.   x: k × (…), c: (k,) → (…)"""
+    # One accumulator, added to in the models' order: k temporaries would not fit in a CPU's cache.
     total = tensors[0] * coefficients[0]
     for tensor, coefficient in zip(tensors[1:], coefficients[1:], strict=True):
         total.add_(tensor, alpha=coefficient)

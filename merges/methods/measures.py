@@ -54,6 +54,7 @@ class Measures:
             if base is not None:
                 update = model - base
                 sums.append(torch.dot(update, update))
+                # Last, as it may overwrite the update.
                 if self.count is not None:
                     kept = self.count(update, i, place, **params)
             sums.append(kept)

@@ -88,6 +88,7 @@ def slerp(g: Matrix, place: TensorSlice, *, t: float, **_: Any) -> Matrix:
     """
     lengths = np.sqrt(np.diagonal(g))
     scale = np.where(lengths > _TINY, lengths, 1.0)
+    # Rounding can take a cosine beyond ±1, where arccos is NaN.
     cos = np.clip(g[0, 1] / (scale[0] * scale[1]), -1, 1)
     return _between(cos, t, straight=np.abs(cos) > _SAME_DIRECTION)
 
@@ -101,7 +102,9 @@ def nuslerp(g: Matrix, place: TensorSlice, *, weight: Sequence[float], **_: Any)
     g: (2, 2) or (2, 2, vectors) → (2,) or (2, vectors)
     """
     total = sum(weight)
+    # Weights that cancel give no ratio.
     t = 0.5 if abs(total) < 1e-6 else weight[1] / total
+    # A vector of zeros has a cosine of 0 to any other, not 0/0.
     lengths = np.sqrt(np.maximum(np.stack([g[0, 0], g[1, 1]]), 1e-14))
     cos = np.clip(g[0, 1] / (lengths[0] * lengths[1]), -1, 1)
     return _between(cos, t, straight=1 - cos * cos <= _PARALLEL)
@@ -193,6 +196,7 @@ def model_stock(g: Matrix, place: TensorSlice, **_: Any) -> Matrix:
 
 
 def _between(cos: Any, t: float, *, straight: Any) -> Matrix:
+    # Where the line is straight θ is not used; 0 in place of cos keeps sin θ from being 0.
     theta = np.arccos(np.where(straight, 0, cos))
     sin = np.sin(theta)
     return np.stack(
@@ -204,6 +208,7 @@ def _between(cos: Any, t: float, *, straight: Any) -> Matrix:
 
 
 def _length(coefficients: Matrix, g: Matrix) -> float:
+    # The form is never negative, except for rounding.
     return math.sqrt(max(float(coefficients @ g @ coefficients), 0.0))
 
 
@@ -215,6 +220,7 @@ def _gather(tensors: Sequence[Tensor], place: TensorSlice, *, origin: bool, axis
 def _reduce(
     gathered: Sequence[Matrix], place: TensorSlice, *, formula: Coefficients, **params: Any
 ) -> Mapping[str, Any]:
+    # An empty tensor has no pieces, and nothing to merge.
     return {COEFFICIENTS: formula(np.sum(gathered, axis=0), place, **params)} if gathered else {}
 
 

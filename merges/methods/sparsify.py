@@ -36,6 +36,7 @@ def passes(kind: Sparsifier, density: Sequence[float], *, rescale: bool, paper: 
     if kind == "none" or not any(0 < d < 1 for d in density):
         return ()
     if kind in ("random", "ranked"):
+        # At random nothing needs to be known beforehand, unless the norms are to be restored by their measured ratio.
         return (Pass(_gather_norms, _reduce_norms),) if rescale and not paper else ()
     ordered = topk_passes(_magnitudes, _wanted)
     return (*ordered, Pass(_gather_norms, _reduce_norms)) if rescale else ordered
@@ -62,6 +63,7 @@ def sparsified(
     if density[i] <= 0:
         return delta.zero_()
     is_random = kind in ("random", "ranked")
+    # The papers divide by the probability; mergekit measures the norms instead, as for the other kinds.
     inverse = is_random and rescale and paper
     sparse = delta.mul_(_factors(delta, i, place, kind=kind, density=density, inverse=inverse, **params))
     return sparse.mul_(place.pass_results[SCALES][i]) if rescale and not inverse else sparse
@@ -105,6 +107,7 @@ def _limit(probability: float) -> int:
 
 def _limits(width: int, density: float, epsilon: float) -> npt.NDArray[np.uint32]:
     """Return `_limit` by rank in the row, from the smallest: d − ε + 2ε·rank/(width − 1).   (width,)"""
+    # A row of one element has no ranks: it is kept with probability d.
     share = np.arange(width) / (width - 1) if width > 1 else np.full(1, 0.5)
     # In 32 bits, because LEVELS itself, which means "always", has no place in 16.
     return np.maximum(np.rint((density - epsilon + 2 * epsilon * share) * LEVELS), 1).astype(np.uint32)
@@ -155,6 +158,7 @@ def _count_kept(
     if kind == "random":
         return int(np.count_nonzero(drawn < _limit(density[i])))
     width = place.width
+    # Measures get pieces cut anywhere, so the first limit is that of the column in which this piece begins.
     limits = np.roll(_limits(width, density[i], params["epsilon"][i]), -(place.begin % width))
     return int(np.count_nonzero(drawn < np.resize(limits, len(drawn))))
 
@@ -172,6 +176,7 @@ def _wanted(
     """Return how many of the largest |δ| are kept; for "outliers", also how many of those are dropped again."""
     n = n_elements(place.shape)
     if kind == "magnitude":
+        # int() rounds down, as in mergekit; at least one element is kept, so that a small tensor is not erased.
         return [(max(1, int(d * n)) if 0 < d < 1 else n * (d >= 1),) for d in density]
     wanted: list[tuple[int, ...]] = []
     for d, gamma in zip(density, params["gamma"], strict=True):
@@ -199,6 +204,7 @@ def _gather_norms(
             norms.append((0.0, 0.0, base.numel() if density[i] >= 1 else 0))
             continue
         magnitude = (model - base).abs_()
+        # Sums over pieces are Python floats in the pieces' order: the same on any number of threads.
         before = magnitude.sum().item()
         factors = _factors(magnitude, i, place, density=density, **params)
         kept = int(np.count_nonzero(factors.cpu().numpy()))
@@ -212,6 +218,7 @@ def _reduce_norms(
     scales, counts = [], []
     for pieces in zip(*gathered, strict=True):
         before, after, kept = map(sum, zip(*pieces, strict=True))
+        # Where everything was dropped there is nothing to scale, and a ratio would be infinite.
         scales.append(before / after if before >= _NEGLIGIBLE and after >= _NEGLIGIBLE else 1.0)
         counts.append(kept)
     return {SCALES: scales, KEPT: counts}

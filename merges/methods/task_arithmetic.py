@@ -47,6 +47,7 @@ def combine(
     base, *models = tensors
     changes = [sparsified(model - base, i, place, paper=paper, **sparsifier) for i, model in enumerate(models)]
     if not vote:
+        # Without a vote all models take part, so the divisor is the same for every element.
         mixed = weighted_sum(changes, weight)
         total = sum(weight)
         if normalize and abs(total) >= _NEGLIGIBLE:
@@ -54,9 +55,11 @@ def combine(
     else:
         if not paper:  # the weights then count in the vote, and not a second time in the sum
             changes = [change.mul_(a) for change, a in zip(changes, weight, strict=True)]
+        # The paper averages unweighted votes; mergekit weights δ first and then divides by the weights that agreed.
         mixed, divisor = elect_sign(changes, weight if paper else [1.0] * len(changes), weight)
         if normalize:
             mixed.div_(divisor.add_(torch.eq(divisor, 0, out=torch.empty_like(divisor))))  # 0 → 1
+    # A product by 1 is skipped: it changes nothing, and would read and write the piece once more.
     return mixed.mul_(lambda_).add_(base) if lambda_ != 1 else mixed.add_(base)
 
 
@@ -171,9 +174,11 @@ def elect_sign(changes: Sequence[Tensor], factors: Sequence[float], shares: Sequ
     A sum of 0 counts as positive. A change of 0 has no sign: it agrees with none and adds nothing to the shares.
     Overwrites `changes`.   k × (…) → (…), (…)
     """
+    # The sum stands for TIES' comparison of positive and negative mass: it is positive where the first is larger.
     majority = changes[0].clone()
     for change in changes[1:]:
         majority.add_(change)
+    # 0 or 1 → −1 or +1, in place.
     majority.ge_(0).mul_(2).sub_(1)
     mixed, taken = torch.zeros_like(majority), torch.zeros_like(majority)
     for change, factor, share in zip(changes, factors, shares, strict=True):

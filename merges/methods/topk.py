@@ -23,7 +23,9 @@ from surgery.engine.kernel import Pass, TensorSlice
 
 THRESHOLDS = "thresholds"  # in `TensorSlice.pass_results`: per score, one `Threshold` for each wanted count
 _BUCKETS = "buckets"
+# Half of the bits in each of the two passes: a histogram of 65,536 counts is small.
 _LOW_BITS = 16
+# Which 16-bit half of a 32-bit number in memory has its upper bits.
 _UPPER_HALF = 1 if np.little_endian else 0
 
 Floats = npt.NDArray[np.float32]
@@ -90,6 +92,7 @@ def topk_passes(scores: Scores, wanted: Wanted) -> tuple[Pass, Pass]:
         totals = [_total(pieces) for pieces in zip(*gathered, strict=True)]
         counts = wanted(place, [positive for _, positive in totals], **params)
         buckets = [tuple(_bucket(histogram, k) for k in ks) for (histogram, _), ks in zip(totals, counts, strict=True)]
+        # More than two counts are quantiles, not a selection: how many elements are kept is then counted elsewhere.
         if any(len(ks) > 2 for ks in counts):
             return {_BUCKETS: buckets}
         return {_BUCKETS: buckets, KEPT: [ks[0] - sum(ks[1:]) for ks in counts]}
@@ -97,23 +100,24 @@ def topk_passes(scores: Scores, wanted: Wanted) -> tuple[Pass, Pass]:
     def look_inside(
         tensors: Sequence[Tensor], place: TensorSlice, **params: Any
     ) -> tuple[int, list[list[Counts | None]]]:
-        found: list[list[Counts | None]] = []
+        counts: list[list[Counts | None]] = []
         for score, buckets in zip(scores(tensors, place, **params), place.pass_results[_BUCKETS], strict=True):
             values = None if score is None else as_floats(score)
-            found.append(
+            counts.append(
                 [_inside(values, b) if values is not None and isinstance(b, _Bucket) else None for b in buckets]
             )
-        return place.begin, found
+        return place.begin, counts
 
     def find_thresholds(
         gathered: Sequence[tuple[int, list[list[Counts | None]]]], place: TensorSlice, **params: Any
     ) -> Mapping[str, Any]:
+        # Equal scores are ordered by position, so each piece's count must be known with where the piece begins.
         begins = [begin for begin, _ in gathered]
 
         def threshold(i: int, j: int, bucket: Threshold | _Bucket) -> Threshold:
             if isinstance(bucket, Threshold):
                 return bucket
-            pieces = [found for _, piece in gathered if (found := piece[i][j]) is not None]
+            pieces = [counts for _, piece in gathered if (counts := piece[i][j]) is not None]
             return _threshold_at(pieces, begins, bucket.rank)
 
         return {
@@ -154,6 +158,7 @@ def _bucket(histogram: npt.NDArray[np.int64], k: int) -> Threshold | _Bucket:
         return NONE
     if not histogram.any():  # nothing needed to be counted, because nothing is cut off
         return ALL
+    # Counts of the scores in this bucket and all higher ones, the highest bucket first.
     from_top = np.cumsum(histogram[::-1])
     at = int(np.searchsorted(from_top, k))
     upper = len(histogram) - 1 - at
@@ -172,6 +177,7 @@ def _inside(values: Floats, bucket: _Bucket) -> Counts:
 
 def _threshold_at(pieces: Sequence[Counts], begins: Sequence[int], rank: int) -> Threshold:
     """Return the threshold at the `rank`-th largest of a bucket's values, which are given piece by piece."""
+    # The pieces' counts, added up per distinct value.
     bits, where = np.unique(np.concatenate([bits for bits, _ in pieces]), return_inverse=True)
     counts = np.zeros(len(bits), np.int64)
     np.add.at(counts, where, np.concatenate([counts for _, counts in pieces]))
@@ -179,6 +185,7 @@ def _threshold_at(pieces: Sequence[Counts], begins: Sequence[int], rank: int) ->
     at = len(bits) - 1 - int(np.searchsorted(from_top, rank))
     value = float(bits[at : at + 1].view(np.float32)[0])
     equals = rank - int(from_top[len(bits) - 1 - at] - counts[at])
-    each = np.cumsum([int(mine[held == bits[at]].sum()) for held, mine in pieces])
+    # In which piece the last of the equal scores is that still counts, and how many of them it contributes.
+    each = np.cumsum([int(counts[values == bits[at]].sum()) for values, counts in pieces])
     piece = int(np.searchsorted(each, equals))
     return Threshold(value, begins[piece], equals - (int(each[piece - 1]) if piece else 0))

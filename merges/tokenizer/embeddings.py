@@ -32,6 +32,7 @@ class TokenInputs:
         Raises:
             SurgeryError: a model that rows are to be taken from has no such tensor.
         """
+        # The tensor itself, so that a model with the output's tokenizer is read without a copy of its rows.
         if self.plan.unchanged(ref, tensor.shape[0]):
             return TensorInput(tensor)
         contributions = self.plan.contributions(ref)

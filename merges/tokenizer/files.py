@@ -59,6 +59,7 @@ def added_tokens(folder: Path) -> dict[str, Entry]:
     }
     decoder = settings.get("added_tokens_decoder") or {}
     listed = read_json(folder / TOKENIZER, missing={}).get("added_tokens") or []
+    # tokenizer.json last, as it wins.
     for entry in [*decoder.values(), *listed]:
         values: dict[str, Any] = {"content": entry} if isinstance(entry, str) else entry
         tokens[values["content"]] = {flag: values[flag] for flag in FLAGS if isinstance(values.get(flag), bool)}
@@ -95,6 +96,7 @@ def extend_tokenizer(
     tokenizer["added_tokens"] = [*(tokenizer.get("added_tokens") or []), *entries]
     model = tokenizer["model"]
     if isinstance(model["vocab"], dict):
+        # By id, added tokens among them: readers that count on would otherwise give these ids of their own.
         model["vocab"] = dict(sorted(ids.items(), key=lambda item: item[1]))
     else:
         ordinary = [token for token in new if token not in added]
@@ -102,6 +104,7 @@ def extend_tokenizer(
     out = {name: data for name, data in files.items() if not matches(name, TABLES)}
     out[TOKENIZER] = dump(tokenizer)
     settings = json.loads(files.get(CONFIG, b"{}"))
+    # A second list of the added tokens: without the new ones it would contradict tokenizer.json.
     if settings.get("added_tokens_decoder"):
         more = {str(entry["id"]): {k: v for k, v in entry.items() if k != "id"} for entry in entries}
         out[CONFIG] = dump({**settings, "added_tokens_decoder": {**settings["added_tokens_decoder"], **more}})

@@ -91,15 +91,16 @@ class TokenPlan:
         own = self.own[ref]
         rows = {ref: own}
         for other, shared in self.shared.items():
-            lacking = np.where(own == MISSING, shared, MISSING)
+            # Only where the model has no row of its own.
+            borrowed = np.where(own == MISSING, shared, MISSING)
             if other == ref:
-                rows[ref] = np.maximum(own, lacking)
-            elif (lacking != MISSING).any():
-                rows[other] = lacking
+                rows[ref] = np.maximum(own, borrowed)
+            elif (borrowed != MISSING).any():
+                rows[other] = borrowed
         return rows
 
     def unchanged(self, ref: str, rows: int) -> bool:
-        """Whether a matrix of `ref` with this many rows is aligned as it lies."""
+        """Return whether a matrix of `ref` with this many rows is aligned already."""
         same = rows == self.size and not len(self.averaged)
         return same and bool(np.array_equal(self.own[ref], np.arange(self.size)))
 
@@ -143,10 +144,12 @@ def plan_tokens(
     new = [token for token in dict.fromkeys(extra) if token not in origin.ids]
     ids = {**origin.ids, **{token: row for row, token in enumerate(new, start=origin.size)}}
     size = _rounded(max(ids.values()) + 1, rule.pad_to_multiple_of)
+    # Ids may have gaps, and the size may have been rounded up: rows without a token.
     has_token = np.zeros(size, bool)
     has_token[list(ids.values())] = True
 
     own = {ref: _own_rows(ids, vocabularies[ref], model.rows, size) for ref, model in known.items()}
+    # Every row of the output would be a mean: the tokenizer is of another model altogether.
     if all((rows == MISSING).all() for rows in own.values()):
         raise usage_error(f"no token of {start.ref} is in any of {listing(known, EXAMPLES)}", where=f"{WHERE}.source")
     spare = _spare_rows(known, vocabularies, has_token)
@@ -159,6 +162,7 @@ def plan_tokens(
         ownerless[row] = False
         for ref in known:
             shared[ref][row] = source[1] if source and source[0] == ref else MISSING
+            # With `force` also those models take the named row that have a row of their own.
             own[ref][row] = MISSING if rule.tokens[token].force else own[ref][row]
     return TokenPlan(
         size=size,
@@ -301,6 +305,7 @@ def _shared_rows(own: Mapping[str, Rows], base: str | None) -> dict[str, Rows]:
     """Return the rows that stand in for a token that a model lacks, where no rule names it."""
     if base is None:
         return {ref: rows.copy() for ref, rows in own.items()}
+    # The base's row comes before a mean over the models.
     at_base = own[base] != MISSING
     return {ref: rows.copy() if ref == base else np.where(at_base, MISSING, rows) for ref, rows in own.items()}
 
@@ -318,6 +323,7 @@ def _files(
         return files
     flags: dict[str, Entry] = {}
     for model in known.values():
+        # Of models that disagree about a token's flags the first counts.
         flags = {**added_tokens(_folder(model)), **flags}
     ordinary = {token for vocabulary in vocabularies.values() for token in vocabulary.ids} - flags.keys()
     added = {token: flags.get(token, {}) for token in new if token not in ordinary}

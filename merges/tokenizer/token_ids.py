@@ -24,6 +24,7 @@ def resize_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
         return {**inner, VOCAB_SIZE: size} if VOCAB_SIZE in inner else inner
 
     out = within(config)
+    # Some configs leave the size to a default of their class, which would be the old one.
     return out if _states_size(out) else {**out, VOCAB_SIZE: size}
 
 
@@ -74,6 +75,7 @@ class _Renumber:
         renumbered = []
         for value in values:
             new = self._list(value, place) if isinstance(value, list) else self._id(value, place)
+            # Of `bad_words_ids` a phrase that lost a token would forbid another phrase.
             if new is not None and (not isinstance(value, list) or len(value) == len(new)):
                 renumbered.append(new)
         return renumbered if renumbered or not values else None
