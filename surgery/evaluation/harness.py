@@ -1,6 +1,6 @@
-"""Scores of models on tasks, through lm-evaluation-harness (the extra `eval`): means with 95 % intervals.
+"""Score models on tasks through lm-evaluation-harness (the extra `eval`): means with 95 % intervals.
 
-Tasks go by the harness's own names; the lab's, `lab_sums` and `lab_sorting`, come with this package and need no
+Tasks have the harness's own names. Those of the lab, `lab_sums` and `lab_sorting`, come with this package and need no
 network.
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 TASK_FOLDER = Path(__file__).parents[1] / "lab" / "tasks"
-# Only for metrics that are no means, such as BLEU; the harness's own default of 100,000 takes minutes.
+# Bootstrap samples for metrics that are not means, such as BLEU; the harness's default of 100,000 takes minutes.
 BOOTSTRAPS = 1000
 STDERR = "_stderr"
 NEAREST = 3
@@ -41,7 +41,7 @@ def on_tasks(
     seed: int = 0,
     part: tuple[int, int] | None = None,
 ) -> list[Measure]:
-    """What `score_models` takes to score models on `tasks`: a measurement for each.
+    """Return a measurement per task, for `score_models`.
 
     Args:
         tasks: names of tasks, groups or tags; a tag stands for its tasks.
@@ -51,20 +51,21 @@ def on_tasks(
             says `chat_template: true` and the tokenizer has a template, else off, as the harness does by default, so
             that scores compare with published ones.
         seed: of few-shot examples, sampling and bootstrap; each task begins with it.
-        part: (number, of): only every of-th sample, from `number` on; what is chosen on one part is tested on another.
+        part: (number, of): only every of-th sample, from `number` on, so that what is chosen on one part can be tested
+            on another.
 
     Raises:
         SurgeryError: the extra `eval` is missing; a task is unknown; once measured, `chat` is asked of a tokenizer
             without template.
     """
     manager = _find_tasks(tasks)
-    asked = _Asked(manager, limit, batch_size, chat, seed, part)
-    return [partial(_score, task=task, asked=asked) for task in dict.fromkeys(tasks)]
+    options = _TaskOptions(manager, limit, batch_size, chat, seed, part)
+    return [partial(_score, task=task, options=options) for task in dict.fromkeys(tasks)]
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """How tasks are asked; see `on_tasks`."""
+class _TaskOptions:
+    """How tasks are run; see `on_tasks`."""
 
     manager: TaskManager
     limit: int | None
@@ -74,54 +75,57 @@ class _Asked:
     part: tuple[int, int] | None
 
 
-def _score(loaded: ModelAndTokenizer, *, task: str, asked: _Asked) -> list[Score]:
+def _score(loaded: ModelAndTokenizer, *, task: str, options: _TaskOptions) -> list[Score]:
     model, tokenizer = loaded.model, loaded.tokenizer
     templated = getattr(tokenizer, "chat_template", None) is not None
-    if asked.chat and not templated:
+    if options.chat and not templated:
         raise usage_error("the tokenizer has no chat template.", where=loaded.name, hint="Leave the option out.")
-    with quiet(), _seeded(asked.seed):
+    with quiet(), _seeded(options.seed):
         from lm_eval.evaluator import evaluate as run
         from lm_eval.models.huggingface import HFLM
 
-        # Computing on the model's own device: the harness moves a model only if it loads it itself.
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=asked.batch_size, device=str(model.device))
-        found = asked.manager.load([task])
-        for one in found["tasks"].values():
+        # Must be named: the harness moves a model only if it loads it itself, but sends inputs to this device.
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size, device=str(model.device))
+        loaded_tasks = options.manager.load([task])
+        for one in loaded_tasks["tasks"].values():
             if one.get_config("num_fewshot") is None:
                 one.set_config(key="num_fewshot", value=0)
-            one.set_fewshot_seed(seed=asked.seed)
+            one.set_fewshot_seed(seed=options.seed)
+        chat = options.chat
+        if chat is None:
+            chat = templated and _wants_chat(loaded_tasks["tasks"])
         results = run(
             lm=wrapped,
-            task_dict=found,
-            limit=None if asked.part else asked.limit,
-            samples=None if asked.part is None else _samples(found["tasks"], asked.limit, *asked.part),
+            task_dict=loaded_tasks,
+            limit=None if options.part else options.limit,
+            samples=None if options.part is None else _samples(loaded_tasks["tasks"], options.limit, *options.part),
             bootstrap_iters=BOOTSTRAPS,
             log_samples=True,
-            apply_chat_template=asked.chat if asked.chat is not None else templated and _wants_chat(found["tasks"]),
+            apply_chat_template=chat,
             fewshot_as_multiturn=True,
         )
-    return _read(loaded.name, task, results)
+    return _read_scores(loaded.name, task, results)
 
 
 def _samples(tasks: Mapping[str, Any], limit: int | None, number: int, of: int) -> dict[str, list[int]]:
-    """Task → the numbers of its samples that are in a part."""
-    found: dict[str, list[int]] = {}
+    """Return, for each task, the numbers of its samples that are in a part."""
+    samples: dict[str, list[int]] = {}
     for name, task in tasks.items():
         count = len(task.eval_docs)
-        found[name] = list(range(number, min(count, limit or count), of))
-        if not found[name]:
+        samples[name] = list(range(number, min(count, limit or count), of))
+        if not samples[name]:
             raise usage_error(f"has {min(count, limit or count)} samples, too few for {of} parts", where=name)
-    return found
+    return samples
 
 
-def _read(model: str, asked: str, results: Mapping[str, Any]) -> list[Score]:
-    """The scores of the task or group itself; of the tasks in it where it has none of its own."""
+def _read_scores(model: str, requested: str, results: Mapping[str, Any]) -> list[Score]:
+    """Return the scores of the task or group itself, or of the tasks in it if it has none of its own."""
     rows = dict(results["results"])
-    if group := results.get("groups", {}).get(asked):
-        rows[asked] = group
-    chosen = [asked] if _metrics(rows.get(asked, {})) else [task for task in rows if _metrics(rows[task])]
+    if group := results.get("groups", {}).get(requested):
+        rows[requested] = group
+    chosen = [requested] if _metrics(rows.get(requested, {})) else [task for task in rows if _metrics(rows[task])]
     if not chosen:
-        raise SurgeryError("the task gave no number.", where=asked)
+        raise SurgeryError("the task gave no number.", where=requested)
     return [score for task in chosen for score in _task_scores(model, task, rows[task], results)]
 
 
@@ -131,29 +135,30 @@ def _task_scores(model: str, task: str, row: Mapping[str, Any], results: Mapping
     n = int(row.get("sample_len") or sum(count["effective"] for count in results["n-samples"].values()))
     better = results.get("higher_is_better", {}).get(task, {})
     for key in metrics:
-        metric, _, sieve = key.partition(",")
-        value, error = float(row[key]), row.get(f"{metric}{STDERR},{sieve}")
+        metric, _, filter_name = key.partition(",")
+        value, error = float(row[key]), row.get(f"{metric}{STDERR},{filter_name}")
         samples = [
             sample[metric]
             for sample in results["samples"].get(task, ())
-            if sample["filter"] == sieve and metric in sample
+            if sample["filter"] == filter_name and metric in sample
         ]
         if _is_share(samples, value):
             low, high = wilson_interval(float(sum(samples)), len(samples))
         else:
             spread = Z * float(error) if isinstance(error, int | float) else math.nan
             low, high = value - spread, value + spread
-        shown = f"{metric} ({sieve})" if several else metric
-        yield Score(model, task, shown, value, low, high, n, better.get(metric))
+        title = f"{metric} ({filter_name})" if several else metric
+        yield Score(model, task, title, value, low, high, n, better.get(metric))
 
 
 def _is_share(samples: Sequence[Any], value: float) -> bool:
+    # Only a mean of zeros and ones has Wilson's interval: scores between them, or group means, do not.
     binary = bool(samples) and all(isinstance(s, int | float) and s in (0, 1) for s in samples)
     return binary and math.isclose(sum(samples) / len(samples), value, abs_tol=1e-9)
 
 
 def _metrics(row: Mapping[str, Any]) -> list[str]:
-    """The keys `metric,filter` of a result row."""
+    """Return the keys `metric,filter` of a result row whose values are numbers."""
     return [
         key
         for key, value in row.items()
@@ -177,7 +182,7 @@ def lab_task_names() -> set[str]:
 
 
 def _find_tasks(tasks: Sequence[str]) -> TaskManager:
-    """The index that knows all of `tasks`: the lab's own if that will do, else the harness's many thousands too."""
+    """Return an index of all of `tasks`: of the lab's alone if possible, else of the harness's many thousands too."""
     if not tasks:
         raise usage_error("no task was given.", hint="Name one, such as lab_sums or gsm8k.")
     manager = _index(False)
@@ -194,21 +199,21 @@ def _find_tasks(tasks: Sequence[str]) -> TaskManager:
 
 @lru_cache(maxsize=2)
 def _index(defaults: bool) -> TaskManager:
-    # Reading the harness's own tasks takes seconds; a sweep would pay that at every α.
+    # Cached, because reading the harness's own tasks takes seconds: a sweep would pay that at every α.
     with quiet():
         try:
             from lm_eval.tasks import TaskManager
-        except ImportError as fault:
+        except ImportError as error:
             raise SurgeryError(
                 "evaluation needs lm-evaluation-harness, which is not installed.",
                 hint="Install it: pip install 'model-surgery[eval]'.",
-            ) from fault
+            ) from error
         return TaskManager(include_path=str(TASK_FOLDER), include_defaults=defaults)
 
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Sets the generators that tasks draw from, and gives back their states."""
+    """Seed the generators that tasks draw from; restore their states at the end."""
     import numpy
     import torch
 

@@ -1,7 +1,7 @@
-"""How well models predict a text: perplexity, loss per token, and bits per byte, with 95 % intervals.
+"""Measure how well models predict a text: perplexity, loss per token and bits per byte, with 95 % intervals.
 
-In come a text file, or a .jsonl file with a document in the field `text` of every line; out come `Score`s, as from
-tasks. Perplexities compare only between models of one tokenizer; bits per byte compare between all.
+Texts are text files, or .jsonl files with a document in the field `text` of every line. Perplexities compare only
+between models of one tokenizer; bits per byte compare between all.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ MOST_TOKENS = 2048
 MOST_LOGITS = 2**28
 # math.exp overflows beyond it.
 LARGEST_EXPONENT = 709.0
-IGNORED = -100
+IGNORED = -100  # cross_entropy's default for targets that do not count
 
 
 @dataclass(frozen=True)
 class Text:
-    """A file's documents; `name` is what tables call it."""
+    """The documents of a file, and its `name` in tables."""
 
     name: str
     documents: Sequence[str]
@@ -48,9 +48,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Window:
-    """What the model sees at once: the last `scored` of `tokens` are scored, the others are their context.
+    """Tokens that the model sees at once: the last `scored` of them are scored, the others are their context.
 
-    `document` is the number of the document that the tokens are of.
+    `document` is the number of the document that they belong to.
     """
 
     document: int
@@ -59,7 +59,7 @@ class Window:
 
 
 def read_text(path: Path) -> Text:
-    """The documents in `path`: the lines' `text` of a .jsonl file, else the whole file as one.
+    """Read the documents in `path`: the lines' `text` of a .jsonl file, else the whole file as one.
 
     `lab:python/docs-held` and the like are texts of the lab, see `surgery.lab.python_text`.
 
@@ -87,7 +87,7 @@ def read_text(path: Path) -> Text:
 def on_texts(
     texts: Sequence[Text], *, limit: int | None = None, batch_size: int = 64, progress: Progress = silent
 ) -> list[Measure]:
-    """What `score_models` takes to score models on `texts`: a measurement for each, which is `perplexity_of`.
+    """Return a measurement per text, which is `perplexity_of`, for `score_models`.
 
     Args:
         limit: only the first documents of each text, at most this many.
@@ -109,11 +109,11 @@ def perplexity_of(
     batch_size: int = 64,
     progress: Progress = silent,
 ) -> list[Score]:
-    """Perplexity e^L, loss L and bits per byte L·tokens / (bytes·ln 2) of a transformers model that is in memory.
+    """Return perplexity e^L, loss L and bits per byte L·tokens / (bytes·ln 2) of a loaded transformers model.
 
-    L is the mean over tokens of −ln p(token | context), in fp32, summed in fp64. Context and token lie in a window of
+    L is the mean over tokens of −ln p(token | context), in fp32, summed in fp64. Context and token are in a window of
     the model's context (at most 2,048 tokens); the next window begins half of one further, so that every token but
-    the first half window's has half a window before it. What the tokenizer puts before a text (BOS) stands before
+    the first half window's has half a window before it. What the tokenizer puts before a text (BOS) is put before
     every window and is not scored; what it puts after a text is left out. Without BOS a document's first token has no
     context: it is not scored, and its bytes do not count.
 
@@ -125,12 +125,13 @@ def perplexity_of(
         SurgeryError: the text is shorter than two tokens.
     """
     name, model, tokenizer = loaded.name, loaded.model, loaded.tokenizer
-    windows, n_bytes = _cut(model, tokenizer, text.documents[:limit])
+    windows, n_bytes = _windows_of(model, tokenizer, text.documents[:limit])
     if not windows:
         raise SurgeryError(
             f"is shorter than two tokens of {name}, so that there is nothing to predict", where=text.name
         )
     losses = _losses(model, tokenizer, windows, batch_size, f"{name}: {text.name}", progress)
+    # Documents are independent of each other, and windows of one document are not.
     by_document = len({window.document for window in windows}) > 1
     sums: dict[int, list[float]] = {}
     for number, (window, loss) in enumerate(zip(windows, losses, strict=True)):
@@ -148,12 +149,13 @@ def perplexity_of(
 
 
 def ratio_interval(totals: Sequence[float], counts: Sequence[float]) -> tuple[float, float, float]:
-    """R = Σtᵢ / Σcᵢ and its 95 % interval R ± z·√(k/(k−1) · Σ(tᵢ − R·cᵢ)²) / Σcᵢ over k units, in fp64.
+    """Return R = Σtᵢ / Σcᵢ and its 95 % interval R ± z·√(k/(k−1) · Σ(tᵢ − R·cᵢ)²) / Σcᵢ over k units, in fp64.
 
     Source: Cochran, Sampling Techniques (1977), equation 6.13 for an infinite population. The interval is NaN at k = 1.
     """
     size, k = math.fsum(counts), len(totals)
     ratio = math.fsum(totals) / size
+    # One unit says nothing about the spread.
     if k == 1:
         return ratio, math.nan, math.nan
     squares = math.fsum((total - ratio * count) ** 2 for total, count in zip(totals, counts, strict=True))
@@ -161,42 +163,43 @@ def ratio_interval(totals: Sequence[float], counts: Sequence[float]) -> tuple[fl
     return ratio, ratio - half, ratio + half
 
 
-def cut(prefix: Sequence[int], tokens: Sequence[int], size: int, *, document: int) -> Iterator[Window]:
-    """Windows of at most `size` tokens, `prefix` before each, in which every token that has a context is scored once.
+def split_into_windows(prefix: Sequence[int], tokens: Sequence[int], size: int, *, document: int) -> Iterator[Window]:
+    """Yield windows of at most `size` tokens, each after `prefix`, that score every token with a context once.
 
-    The first is full; each later one brings half a window of new tokens, and the last one what is left.
+    The first window is full; each later one adds half a window of new tokens, and the last one the rest.
     """
-    room = size - len(prefix)
-    stride = max(1, room // 2)
-    done = min(room, len(tokens))
+    capacity = size - len(prefix)
+    stride = max(1, capacity // 2)
+    done = min(capacity, len(tokens))
+    # Without BOS the first token has no context to be predicted from.
     first = done if prefix else done - 1
     if first > 0:
         yield Window(document, [*prefix, *tokens[:done]], first)
     while done < len(tokens):
         end = min(done + stride, len(tokens))
-        yield Window(document, [*prefix, *tokens[end - room : end]], end - done)
+        yield Window(document, [*prefix, *tokens[end - capacity : end]], end - done)
         done = end
 
 
-def _cut(model: Any, tokenizer: Any, documents: Sequence[str]) -> tuple[list[Window], int]:
-    """The windows of all documents, and the bytes that the scored tokens stand for."""
+def _windows_of(model: Any, tokenizer: Any, documents: Sequence[str]) -> tuple[list[Window], int]:
+    """Return the windows of all documents, and the number of bytes that the scored tokens encode."""
     size = _context(model, tokenizer)
     windows: list[Window] = []
     n_bytes = 0
     for number, document in enumerate(documents):
-        with quiet():  # that a text is longer than the context is what the windows are for
+        with quiet():  # the tokenizer warns of texts longer than the context, which windows take care of
             tokens = list(tokenizer(document, add_special_tokens=False)["input_ids"])
             prefix = _prefix(tokenizer, document, tokens)
             unscored = "" if prefix else tokenizer.decode(tokens[:1], clean_up_tokenization_spaces=False)
-        found = list(cut(prefix, tokens, size, document=number))
-        windows += found
-        if found:
+        own = list(split_into_windows(prefix, tokens, size, document=number))
+        windows += own
+        if own:
             n_bytes += len(document.encode()) - len(unscored.encode())
     return windows, n_bytes
 
 
 def _prefix(tokenizer: Any, document: str, tokens: Sequence[int]) -> list[int]:
-    """What the tokenizer puts before `tokens`."""
+    """Return the special tokens that the tokenizer puts before `tokens`."""
     whole = list(tokenizer(document)["input_ids"])
     for length in range(len(whole) - len(tokens) + 1):
         if whole[length : length + len(tokens)] == list(tokens):
@@ -218,27 +221,27 @@ def _context(model: Any, tokenizer: Any) -> int:
 def _losses(
     model: Any, tokenizer: Any, windows: Sequence[Window], batch_size: int, label: str, progress: Progress
 ) -> list[float]:
-    """The summed loss of each window, in nats."""
+    """Return the summed loss of each window, in nats."""
     widest = max(len(window.tokens) for window in windows)
     rows = model.get_output_embeddings().weight.shape[0] if model.get_output_embeddings() else len(tokenizer)
     size = max(1, min(batch_size, MOST_LOGITS // (widest * rows)))
-    # Windows of like length share a batch, so that little of it is padding.
+    # Windows of similar length share a batch, so that little of it is padding.
     order = sorted(range(len(windows)), key=lambda number: -len(windows[number].tokens))
     losses = [0.0] * len(windows)
     with progress(label, len(windows), "steps") as advance:
         for start in range(0, len(order), size):
             numbers = order[start : start + size]
-            found = _batch_losses(model, [windows[number] for number in numbers])
-            for number, loss in zip(numbers, found.tolist(), strict=True):
+            sums = _batch_losses(model, [windows[number] for number in numbers])
+            for number, loss in zip(numbers, sums.tolist(), strict=True):
                 losses[number] = loss
             advance(len(numbers))
     return losses
 
 
 def _batch_losses(model: Any, windows: Sequence[Window]) -> Tensor:
-    """N windows → their summed losses (N,) in fp64."""
+    """Return the summed losses (N,) of N windows, in fp64."""
     width = max(len(window.tokens) for window in windows)
-    # Padding stands on the right, where no scored token sees it, and so any id will do.
+    # Padding is on the right, where causal attention hides it from every scored token, so any id will do.
     tokens_NT = torch.zeros(len(windows), width, dtype=torch.long)
     mask_NT = torch.zeros_like(tokens_NT)
     targets_NT = torch.full_like(tokens_NT, IGNORED)

@@ -1,4 +1,4 @@
-"""Scores of models side by side: the table, what it says against a result, and their place beside a result."""
+"""Tables and figures of scores of models side by side, and the scores stored beside a result."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ARROWS = {True: " ↑", False: " ↓", None: ""}
 
 
 def score_table(scores: Sequence[Score]) -> Table:
-    """One row per task and metric, one column per model: `value [95 % interval]`, the best marked, the worse too.
+    """Return a table of `value [95 % interval]`: one row per task and metric, one column per model.
 
     ★: the best value of the row. ▽: worse than that, with intervals that do not touch. Neither is given where the
     metric's good direction is not known, or where all values are equal.
@@ -43,7 +43,7 @@ def score_table(scores: Sequence[Score]) -> Table:
 
 
 def score_figure(scores: Sequence[Score]) -> Figure:
-    """The table as bars: a panel for each task and metric."""
+    """Return the table as a bar chart with a panel per task and metric."""
     from surgery.reporting.plots import score_bars
 
     panels, best = {}, {}
@@ -56,7 +56,7 @@ def score_figure(scores: Sequence[Score]) -> Figure:
 
 
 def losses(scores: Sequence[Score], model: str) -> list[str]:
-    """A sentence for each row of the table in which `model` is marked as worse than the best."""
+    """Return a sentence for each row of the table in which `model` is marked as worse than the best."""
     sentences = []
     for (task, metric), row in _rows(scores).items():
         best = _best(row)
@@ -75,10 +75,10 @@ def is_result(checkpoint: Checkpoint) -> bool:
 
 
 def write_scores(folder: Path, scores: Sequence[Score], command: str) -> Path:
-    """Puts the table of `scores`, and the `command` that made it, under `## Scores` in the folder's README.md.
+    """Write the table of `scores`, and the `command` that made it, under `## Scores` in the folder's README.md.
 
-    A section that is there already is replaced, and nothing else is touched; the file changes whole or not at all.
-    The numbers are kept beside it, in scores.json, for `read_scores`. Returns the card.
+    An existing section is replaced and nothing else is touched; the file changes whole or not at all. The numbers are
+    stored beside it, in scores.json, for `read_scores`. Returns the path of the card.
 
     Raises:
         SurgeryError: the folder has no surgery.json; the markers around the section are damaged; the file cannot be
@@ -96,7 +96,8 @@ def write_scores(folder: Path, scores: Sequence[Score], command: str) -> Path:
         raise SurgeryError("is not UTF-8", where=path) from error
     except OSError as error:
         raise disk_error(error, path) from error
-    # Which of the models side by side the folder holds is known here and now: later, and elsewhere, names lead astray.
+    # Which of the models is the folder's own must be stored now: their names are paths, which mean something else
+    # later or in another working directory.
     own = next((score.model for score in scores if Path(score.model).expanduser().resolve() == folder.resolve()), None)
     record = {"schema": SCHEMA, "command": command, "model": own, "weights": _weights(folder), "scores": scores}
     write_file(folder / SCORES, to_json(record))
@@ -105,14 +106,14 @@ def write_scores(folder: Path, scores: Sequence[Score], command: str) -> Path:
 
 @dataclass(frozen=True)
 class OwnScores:
-    """What a result scored itself, and the command that measured it."""
+    """The scores of a result itself, and the command that measured them."""
 
     command: str
     scores: tuple[Score, ...]
 
 
 def read_scores(folder: Path) -> OwnScores | None:
-    """The scores of the model in `folder` by its scores.json; None where there are none of the weights it holds now.
+    """Read the scores of the model in `folder` from scores.json; None if there are none for its present weights.
 
     Raises:
         SurgeryError: scores.json is damaged, or of another schema.
@@ -142,13 +143,13 @@ def _score(entry: Mapping[str, Any]) -> Score:
 
 
 def _weights(folder: Path) -> str:
-    """The hash of all tensors that the folder's manifest lists."""
+    """Return the hash of all tensors that the folder's manifest lists."""
     tensors = read_json(folder / MANIFEST).get("tensors") or {}
     return hash_tensors({name: entry[KEY] for name, entry in tensors.items()})
 
 
 def _rows(scores: Sequence[Score]) -> dict[tuple[str, str], dict[str, Score]]:
-    """(task, metric) → model → score."""
+    """Group scores: (task, metric) → model → score."""
     rows: dict[tuple[str, str], dict[str, Score]] = {}
     for score in scores:
         rows.setdefault((score.task, score.metric), {})[score.model] = score
@@ -156,8 +157,9 @@ def _rows(scores: Sequence[Score]) -> dict[tuple[str, str], dict[str, Score]]:
 
 
 def _best(row: Mapping[str, Score]) -> Score | None:
-    """The best of a row; None where there is nothing to choose, or nobody says what is better."""
+    """Return the best of a row; None if all are equal, or it is not known what is better."""
     known = [score for score in row.values() if not math.isnan(score.value)]
+    # With one value, or equal ones, a star would claim a difference that is not there.
     if len({score.value for score in known}) < 2 or known[0].higher_is_better is None:
         return None
     choose = max if known[0].higher_is_better else min
@@ -165,7 +167,7 @@ def _best(row: Mapping[str, Score]) -> Score | None:
 
 
 def _is_worse(score: Score, best: Score) -> bool:
-    """Whether the two intervals do not touch; False where one is not known."""
+    """Whether the two intervals do not touch; False if one is not known."""
     return score.high < best.low if best.higher_is_better else score.low > best.high
 
 
@@ -195,7 +197,8 @@ def _note(scores: Sequence[Score]) -> str:
 
 
 def _with_section(card: str, section: str, path: Path) -> str:
-    """`card` with `section` in place of the one it has, else at its end."""
+    """Return `card` with `section` in place of the one it has, else at its end."""
+    # Markers that are missing or doubled leave open what belongs to the section: replacing it could delete text.
     begins, ends = card.count(BEGIN), card.count(END)
     if (begins, ends) == (0, 0):
         return f"{card.rstrip()}\n\n{section}" if card.strip() else section

@@ -1,6 +1,6 @@
-"""Models and what is asked of them: each is loaded once, and every measurement is taken of it, on tasks and on texts.
+"""Score models by measurements, with each model loaded once.
 
-In come folders and measurements (`evaluate.on_tasks`, `perplexity.on_texts`), out come `Score`s.
+`harness.on_tasks` and `perplexity.on_texts` provide the measurements.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Score:
     """One metric of one model on one task or text, with its 95 % interval.
 
     `low` and `high` are Wilson's for a mean of zeros and ones, else `value` ± 1.96 standard errors as the harness
-    estimates them (from the samples, by bootstrap for metrics that are no means, pooled for groups); NaN where it
+    estimates them (from the samples, by bootstrap for metrics that are no means, pooled for groups); NaN if it
     gives none. `metric` names the harness's filter too where the task has more than one. `n` counts samples.
-    `higher_is_better` is None where nobody says.
+    `higher_is_better` is None if it is not known.
     """
 
     model: str
@@ -45,7 +45,7 @@ def score_models(
     dtype: str = "auto",
     progress: Progress = silent,
 ) -> list[Score]:
-    """Takes every measurement of every model, one model in memory at a time; the scores model by model.
+    """Take every measurement of every model, with one model in memory at a time; return the scores model by model.
 
     Args:
         models: display name → folder with a model and its tokenizer.
@@ -66,7 +66,7 @@ def score_models(
 def _score_model(
     folder: Path | str, name: str, measures: Sequence[Measure], device: str, dtype: str, advance: Advance
 ) -> list[Score]:
-    # A call of its own, so that the model is gone before the next one is loaded.
+    # A function of its own, so that the model's memory is free before the next one is loaded.
     loaded = load_model(folder, name, device=device, dtype=dtype)
     scores: list[Score] = []
     for measure in measures:

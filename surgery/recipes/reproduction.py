@@ -1,8 +1,8 @@
-"""An output made once more from its manifest, and compared with what it was, hash by hash.
+"""Run the command that made an output again, and compare the tensors' hashes with its manifest.
 
-In comes a folder, or a repository on the Hub, that this tool wrote; its command runs again in a folder of its own, on
-inputs pinned to the commits that were read; out comes a `Reproduction`. A manifest may be a stranger's: only commands
-that make checkpoints are run, with arguments that this tool's own parser reads, into that folder alone; never a shell.
+The command runs in a temporary folder, on inputs pinned to the commits that were read. A manifest may be a stranger's:
+only commands that write checkpoints are run, with arguments that this tool's own parser reads, into that folder alone,
+and never through a shell.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from surgery.reporting.report import Column, Table
 OUT = "OUT"  # what stands for the output in a recorded line
 PROGRAM = "surgery"
 GROUPS = ("vector", "merge", "edit", "grow")  # of the commands that make what has a manifest
-TO = "-o"  # stands before the output
+TO = "-o"  # the option before the output
 WRITING = (TO, "--out", "--overwrite", "--plot")  # how the options begin that say where something is written
 
 ReproductionRunner = Callable[[Sequence[str]], int]
-"""Runs one of this tool's commands, given its words; returns the exit code."""
+"""Runs one of this tool's commands, given its arguments; returns the exit code."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Reproduction:
         return not (self.different or self.missing or self.added)
 
     def table(self) -> Table:
-        """The comparison, for people."""
+        """Return the comparison as a table."""
         rows: list[tuple[str, str | int]] = [
             ("tensors compared", self.tensors),
             ("with another hash", len(self.different)),
@@ -70,7 +70,7 @@ class Reproduction:
 
 
 def reproduce(ref: str, *, run: ReproductionRunner, scratch: Path | None = None) -> Reproduction:
-    """Runs the command that made `ref` again, and compares every tensor's hash with its manifest's.
+    """Run the command that made `ref` again, and compare every tensor's hash with its manifest's.
 
     Args:
         ref: a folder with a surgery.json, or `org/name[@revision]` on the Hub.
@@ -86,23 +86,24 @@ def reproduce(ref: str, *, run: ReproductionRunner, scratch: Path | None = None)
     command = manifest.get("command") or {}
     if not manifest.get("tensors") or not command.get("line"):
         raise SurgeryError(f"its {MANIFEST} names no tensors, or no command that makes them", where=ref)
+    # A stranger's manifest could otherwise make us read, and compare with, any file of this machine.
     inside = PurePath(command.get("inside", ""))
     if inside.is_absolute() or ".." in inside.parts:
         raise SurgeryError(f"its {MANIFEST} names an output outside of what its command makes: {inside}", where=ref)
     lines = [*command.get("first", ()), command["line"]]
     _check_inputs(manifest, ref)
     with tempfile.TemporaryDirectory(dir=scratch, prefix="surgery-") as name:
-        place = Path(name)
-        files = _written(command.get("files", {}), place)
+        temporary = Path(name)
+        files = _write_files(command.get("files", {}), temporary)
         for line in lines:
-            words = _words(line, manifest, files, place, ref)
-            code = run(words)
+            arguments = _arguments(line, manifest, files, temporary, ref)
+            code = run(arguments)
             if code:
                 raise SurgeryError(
-                    f"its command failed with exit code {code}: {PROGRAM} {shlex.join(words)}", where=ref
+                    f"its command failed with exit code {code}: {PROGRAM} {shlex.join(arguments)}", where=ref
                 )
-        made = read_manifest(place / OUT / inside)
-    return _compared(ref, lines[-1], manifest, made)
+        reproduced = read_manifest(temporary / OUT / inside)
+    return _compare(ref, lines[-1], manifest, reproduced)
 
 
 def _folder(ref: str) -> Path:
@@ -115,10 +116,14 @@ def _folder(ref: str) -> Path:
 
 
 def _check_inputs(manifest: Mapping[str, Any], ref: str) -> None:
-    """Says early which input is not here; what the command makes on the way is not among its words."""
+    """Raise SurgeryError if an input does not exist, before anything runs.
+
+    Inputs that are made on the way are not in the command line, and are not checked.
+    """
     line = manifest["command"]["line"]
     for role, entry in manifest.get("inputs", {}).items():
         source = str(entry.get("ref"))
+        # Fetched, made on the spot, or put together of two: these are found when the command runs.
         if entry.get("repo_id") or source.startswith(lab.PREFIX) or "+" in source or source not in line:
             continue
         if existing_path(source) is None:
@@ -129,37 +134,39 @@ def _check_inputs(manifest: Mapping[str, Any], ref: str) -> None:
             )
 
 
-def _written(files: Mapping[str, str], place: Path) -> dict[str, str]:
-    """The small files that a command reads, written anew: as the line names each → where it lies now."""
-    found = {}
+def _write_files(files: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """Write the small files that a command reads into `folder`; return name in the command line → path."""
+    paths = {}
     for number, (name, text) in enumerate(files.items()):
-        path = place / f"{number}{Path(name).suffix}"
+        path = folder / f"{number}{Path(name).suffix}"
         path.write_text(text, encoding="utf-8")
-        found[name] = str(path)
-    return found
+        paths[name] = str(path)
+    return paths
 
 
-def _words(line: str, manifest: Mapping[str, Any], files: Mapping[str, str], place: Path, ref: str) -> list[str]:
-    """The words of a recorded line, with the output in `place`, its files where they are now, and inputs pinned."""
+def _arguments(line: str, manifest: Mapping[str, Any], files: Mapping[str, str], folder: Path, ref: str) -> list[str]:
+    """Return the arguments of a recorded line, with the output in `folder`, files at their paths, and inputs pinned."""
     try:
-        program, *words = shlex.split(line)
+        program, *arguments = shlex.split(line)
     except ValueError as error:
         raise SurgeryError(f"its command cannot be read ({error})", where=ref) from error
-    outputs = [at for at in range(1, len(words)) if words[at - 1 : at + 1] == [TO, OUT]]
-    writing = [word for word in words if word.startswith(WRITING)]
-    if program != PROGRAM or not words or words[0] not in GROUPS or len(outputs) != 1 or writing != [TO]:
+    # Exactly one `-o OUT`, and no other option that writes: the command must write nowhere else.
+    outputs = [at for at in range(1, len(arguments)) if arguments[at - 1 : at + 1] == [TO, OUT]]
+    writing = [word for word in arguments if word.startswith(WRITING)]
+    if program != PROGRAM or not arguments or arguments[0] not in GROUPS or len(outputs) != 1 or writing != [TO]:
         raise SurgeryError(f"its command cannot be run again: {line}", where=ref)
+    # Pinned to the commits that were read then: a branch may have moved since.
     known = dict(files) | {
         str(entry["ref"]): f"{entry['repo_id']}@{entry['revision']}"
         for entry in manifest.get("inputs", {}).values()
         if entry.get("repo_id") and entry.get("revision")
     }
-    words = [known.get(word, word) for word in words]
-    words[outputs[0]] = str(place / OUT)
-    return words
+    arguments = [known.get(word, word) for word in arguments]
+    arguments[outputs[0]] = str(folder / OUT)
+    return arguments
 
 
-def _compared(ref: str, line: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Reproduction:
+def _compare(ref: str, line: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Reproduction:
     then, now = ({name: entry.get(KEY) for name, entry in m["tensors"].items()} for m in (old, new))
     inputs = new.get("inputs", {})
     others = {role for role, entry in old.get("inputs", {}).items() if inputs.get(role, {}).get(KEY) != entry.get(KEY)}

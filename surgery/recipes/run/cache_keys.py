@@ -41,10 +41,12 @@ def cache_key(step: RecipeStep, done: Mapping[str, KeyedOutput], inputs: InputRe
     Raises:
         SurgeryError: the lab has nothing of a name; a file cannot be read.
     """
+    # A step may follow another without taking its output.
     if any(name not in done for name in step.after):
         return None
     values: dict[str, object] = {}
     for name, parameter in step.command.parameters.items():
+        # Threads split the sums of a training, so there they count.
         if name in IGNORED and not (name == THREADS and step.command.name in GROWING):
             continue
         items: list[object] = []

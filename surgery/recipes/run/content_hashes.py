@@ -67,6 +67,7 @@ class FileHashCache:
 
     def load_manifest_hashes(self, out: Path) -> None:
         """Take the hashes of tensors from the manifests in `out`, which has just been written, for those they list."""
+        # A step's output may hold several checkpoints, each with a manifest of its own.
         for manifest in sorted(out.rglob(MANIFEST)) if out.is_dir() else ():
             try:
                 listed = read_json(manifest).get("tensors")
@@ -123,6 +124,7 @@ def output_hash(paths: StepPaths, files: Mapping[str, str], *, run_folder: Path)
         text = paths.text.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise SurgeryError(f"cannot be read ({error.strerror})", where=paths.text) from error
+    # A step prints paths in the run's folder as they were typed, or absolute.
     steps = "|".join(re.escape(f"{run}/{STEPS}/") for run in (run_folder.absolute(), run_folder))
     return hash_text(_LAYOUT.sub("", re.sub(rf"(?<![\w./-])({steps})", "", text)))
 

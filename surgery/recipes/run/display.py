@@ -125,6 +125,7 @@ class BarDisplay:
         for heading in ("step", "state", "time", "how far"):
             table.add_column(heading, overflow="ellipsis", no_wrap=True)
         names = list(self._states)
+        # More rows than the terminal has would scroll, and could not be drawn over.
         if len(names) > MOST_ROWS:
             most = sorted(names, key=lambda name: ORDER.index(self._states[name]))[:MOST_ROWS]
             names = [name for name in names if name in most]

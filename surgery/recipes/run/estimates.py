@@ -120,6 +120,7 @@ def _models(
 
 def _loads(step: RecipeStep) -> bool:
     command = step.command.name
+    # Only tuning runs the ensemble; writing one is arithmetic on files.
     tunes = command == "merge logits" and step.given.get("tune") is not None
     measures = step.given.get("no-measure") is not True
     return tunes or (measures and any(command == each or command.startswith(f"{each} ") for each in LOADING))
@@ -137,6 +138,7 @@ def _disk(step: RecipeStep, models: list[_Model], parameters: int | None) -> int
     """Return the bytes of the output; for an edited model, those of its original."""
     command, given = step.command.name, step.given
     largest = max((model.n_bytes or 0 for model in models), default=0)
+    # A vector is stored in float32 unless another dtype is asked for, whatever dtype the models have.
     if command == "vector extract":
         if given.get("rank") is not None:
             return SMALL + largest // 10

@@ -82,6 +82,7 @@ class InputResolver:
             nodes, _ = read_documents(path.read_text(encoding="utf-8"), text)
         except (SurgeryError, OSError, UnicodeDecodeError):
             return []  # the command itself says what is wrong with its file
+        # Every string of the file: which of them name models, only the command knows.
         strings = dict.fromkeys(each for node in nodes for each in _strings(node.plain) if "\n" not in each)
         return [
             resolved for each in strings if each != text and (resolved := self._resolve_config_text(each)) is not None
@@ -99,6 +100,7 @@ class InputResolver:
             return self._resolve_path(path)
         if text.startswith(lab.PREFIX):
             return _resolve_lab(text)
+        # BASE+ADAPTER; the last plus, since a base may itself be one.
         base, _, adapter = text.rpartition("+")
         if base and adapter:
             parts = [self.resolve(base), self.resolve(adapter)]

@@ -150,6 +150,7 @@ def steps_to_repeat(pipeline: Pipeline, name: str | None) -> set[str]:
     """
     if name is None:
         return set()
+    # A name without its matrix values stands for all instances of it.
     first = {step.name for step in pipeline.nodes if name in (step.step, step.name)}
     if not first:
         names = list(dict.fromkeys(each for step in pipeline.nodes for each in (step.step, step.name)))

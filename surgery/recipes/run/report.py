@@ -117,6 +117,7 @@ def _figures(step: RecipeStep, step_paths: StepPaths) -> Iterator[Figure]:
     seen: set[bytes] = set()
     count = 0
     for title, png in _pictures(step_paths):
+        # A step's own report holds the pictures of its folder once more.
         if png in seen or len(png) > LARGEST_PICTURE or count == MOST_PICTURES:
             continue
         seen.add(png)
@@ -135,6 +136,7 @@ def _pictures(step_paths: StepPaths) -> Iterator[tuple[str, bytes]]:
         except OSError as error:
             raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
     for path in _reports(step_paths):
+        # By a pattern, not a parser: these pages are our own, and their pictures always written like this.
         for image in _IMAGE.finditer(path.read_text(encoding="utf-8", errors="replace")):
             try:
                 yield image["alt"], base64.b64decode(image["data"], validate=True)

@@ -102,6 +102,7 @@ def read_record(pipeline: Pipeline, run: Path, lines: Mapping[str, str]) -> RunR
                 where=run,
                 hint="Choose another folder with -o.",
             )
+        # Current entries win over earlier ones of the same name.
         known = {name: _step(each, path) for name, each in {**value.get("earlier", {}), **value["steps"]}.items()}
     steps = {step.name: known.get(step.name) or StepRecord(step.step, lines[step.name]) for step in pipeline.nodes}
     earlier = {name: each for name, each in known.items() if name not in steps}
@@ -131,6 +132,7 @@ def locked(run: Path) -> Iterator[int]:
         raise disk_error(error, path) from error
     try:
         _acquire(descriptor, run)
+        # For the message of another run; the lock itself is the flock.
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield descriptor
@@ -142,6 +144,7 @@ def _acquire(descriptor: int, run: Path) -> None:
     end = time.monotonic() + PATIENCE
     while True:
         try:
+            # A lock of flock belongs to the open file, which children inherit: it is free when the last of them ends.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError as error:

@@ -69,6 +69,7 @@ class StepRunner:
         assert key is not None, "a step begins when those that it needs are done"
         self._keys[step.name] = key
         is_same = known.key == key and step.name not in self._forced
+        # Not `known.state` alone: files of a finished step may have been damaged or deleted since.
         if is_same and known.output and is_intact(known, self.paths, step, hashes=self._hashes):
             self._outputs[step.name] = KeyedOutput(key, known.output)
             self.statuses[step.name] = "unchanged"
@@ -91,6 +92,7 @@ class StepRunner:
             SurgeryError: run.json cannot be written.
         """
         step_paths, key = self.paths.of(step.name), self._keys[step.name]
+        # What the step reported last would be shown as the progress of its next run.
         step_paths.progress.unlink(missing_ok=True)
         line = command_line(step, self.paths)
         if code == 0:
@@ -123,6 +125,7 @@ class StepRunner:
         if step.command.writes is not None:
             if not step_paths.out.exists():
                 raise SurgeryError("the step ended well, but wrote nothing", where=step_paths.out)
+            # The command has just hashed its tensors for the manifest: reading them all again would take as long.
             self._hashes.load_manifest_hashes(step_paths.out)
             files = self._hashes.hash_files(step_paths.out)
         texts = [path for path in (step_paths.text, step_paths.picture) if path.is_file()]

@@ -86,6 +86,7 @@ def start(step: StepProcess) -> RunningStep:
             stdout=out,
             stderr=log,
             env={**child_environment(), **step.environment, progress.FILE: str(paths.progress.absolute())},
+            # So that a terminal's Ctrl-C reaches only this process, which then stops the steps in order.
             start_new_session=True,
             pass_fds=step.locks,
             # A function may run between fork and exec only where no other thread can hold a lock: we run none here.
@@ -120,6 +121,7 @@ class _Process:
 
     def signal(self, number: int) -> None:
         with suppress(ProcessLookupError):  # it ended just now
+            # The whole group: a step may have forked workers.
             os.killpg(self._process.pid, number)
 
 
@@ -129,6 +131,7 @@ def _die_with_parent(parent: int) -> Callable[[], None]:
     def die() -> None:
         # It must not write on after its parent was killed: the same command may already run again.
         prctl(_PR_SET_PDEATHSIG, number)
+        # The parent may have ended before prctl took effect: then nobody would ever send the signal.
         if getppid() != parent:
             leave(1)
 

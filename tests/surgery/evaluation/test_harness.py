@@ -148,14 +148,14 @@ def harness_answer(row, samples=(), **more):
 
 def test_other_metrics_take_the_harness_s_standard_error():
     row = {"alias": "task", "sample_len": 50, "bleu,none": 20.0, "bleu_stderr,none": 2.0}
-    (score,) = module._read("m", "task", harness_answer(row))
+    (score,) = module._read_scores("m", "task", harness_answer(row))
     assert (score.low, score.high) == pytest.approx((20 - 1.96 * 2, 20 + 1.96 * 2), abs=1e-3)
     assert score.n == 50
 
 
 def test_a_metric_without_standard_error_has_no_interval():
     row = {"sample_len": 50, "bleu,none": 20.0, "bleu_stderr,none": "N/A"}
-    (score,) = module._read("m", "task", harness_answer(row))
+    (score,) = module._read_scores("m", "task", harness_answer(row))
     assert math.isnan(score.low)
     assert math.isnan(score.high)
 
@@ -163,9 +163,9 @@ def test_a_metric_without_standard_error_has_no_interval():
 def test_which_way_is_better_comes_from_the_task():
     row = {"sample_len": 5, "acc,none": 0.4, "word_perplexity,none": 9.0}
     told = {"task": {"acc": True, "word_perplexity": False}}
-    scores = module._read("m", "task", harness_answer(row, higher_is_better=told))
+    scores = module._read_scores("m", "task", harness_answer(row, higher_is_better=told))
     assert [score.higher_is_better for score in scores] == [True, False]
-    assert [score.higher_is_better for score in module._read("m", "task", harness_answer(row))] == [None, None]
+    assert [score.higher_is_better for score in module._read_scores("m", "task", harness_answer(row))] == [None, None]
 
 
 def test_filters_are_named_where_there_are_several():
@@ -176,7 +176,7 @@ def test_filters_are_named_where_there_are_several():
         {"filter": "flexible", "exact_match": 1},
         {"filter": "flexible", "exact_match": 1},
     ]
-    assert module._read("m", "task", harness_answer(row, samples)) == [
+    assert module._read_scores("m", "task", harness_answer(row, samples)) == [
         Score("m", "task", "exact_match (strict)", 0.5, *wilson_interval(1, 2), 2),
         Score("m", "task", "exact_match (flexible)", 1.0, *wilson_interval(2, 2), 2),
     ]
@@ -187,11 +187,11 @@ def test_a_group_s_own_score_stands_for_its_tasks_and_a_tag_s_tasks_for_themselv
     parts = {name: {"sample_len": 5, "acc,none": 0.4, "acc_stderr,none": 0.2} for name in ("one", "two")}
     counts = {name: {"original": 9, "effective": 5} for name in parts}
     answer = {"results": parts, "groups": {"all": group}, "samples": {}, "n-samples": counts}
-    (score,) = module._read("m", "all", answer)
+    (score,) = module._read_scores("m", "all", answer)
     assert (score.task, score.value, score.n) == ("all", 0.4, 10)
-    assert [score.task for score in module._read("m", "tag", {**answer, "groups": {}})] == ["one", "two"]
+    assert [score.task for score in module._read_scores("m", "tag", {**answer, "groups": {}})] == ["one", "two"]
 
 
 def test_a_task_without_numbers_is_an_error():
     with pytest.raises(SurgeryError, match="task: the task gave no number"):
-        module._read("m", "task", harness_answer({"alias": "task"}))
+        module._read_scores("m", "task", harness_answer({"alias": "task"}))

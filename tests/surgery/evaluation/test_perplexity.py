@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.evaluation import perplexity as module
-from surgery.evaluation.perplexity import Text, cut, on_texts, perplexity_of, ratio_interval, read_text
+from surgery.evaluation.perplexity import Text, on_texts, perplexity_of, ratio_interval, read_text, split_into_windows
 from surgery.evaluation.scoring import score_models
 from surgery.models.loading import ModelAndTokenizer
 from surgery.runtime.progress import silent
@@ -199,7 +199,7 @@ def test_nothing_to_do_is_wrong_usage(models, texts):
 def test_windows_score_every_token_that_has_a_context_once_and_in_order(count, special, size):
     tokens = list(range(100, 100 + count))
     prefix = list(range(special))
-    windows = list(cut(prefix, tokens, size, document=7))
+    windows = list(split_into_windows(prefix, tokens, size, document=7))
     scored = [token for window in windows for token in window.tokens[-window.scored :]]
     assert scored == (tokens if prefix else tokens[1:])
     for window in windows:
