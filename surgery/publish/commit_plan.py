@@ -129,6 +129,7 @@ def parse_destination(repo_id: str, revision: str | None, pr: bool) -> HubDestin
             where=repo_id,
             hint=f"To add to one that is open, give --revision {PULL_REQUESTS}N alone.",
         )
+    # One form for main, so that messages and addresses do not depend on how it was given.
     return HubDestination(repo_id, None if revision == MAIN else revision, pr)
 
 

@@ -91,6 +91,7 @@ class UploadPackage:
         """Raise SurgeryError where a file was written, replaced or removed since it was collected."""
         for file in self.files:
             try:
+                # lstat: a file that was replaced by a link is another file.
                 status = file.path.lstat()
             except OSError:
                 status = None
@@ -190,6 +191,7 @@ def _list_files(out: Path) -> Iterator[UploadFile]:
 
 def _check_sizes(package: UploadPackage) -> None:
     sizes = {file.name: file.size for file in package.files}
+    # Sizes first: they are known without reading, and an incomplete copy differs in them.
     for name, size in sorted(package.manifest["files"].items()):
         if name == CARD:
             continue  # people may edit the card

@@ -39,6 +39,7 @@ def capture_hub_logs(notify: Callable[[str], None], *, bars: bool) -> Iterator[N
     hides = not bars and not are_progress_bars_disabled()
     # Recorded, not raised: the client calls its HTTP library in a way that is deprecated there.
     with warnings.catch_warnings(record=True) as caught:
+        # By default Python reports a warning once per place, so that a second push would lose what the Hub says.
         warnings.simplefilter("always")
         try:
             logger.handlers, logger.propagate = [_WaitHandler(notify)], False
@@ -73,6 +74,7 @@ def retry_delay(error: BaseException, attempt: int, *, retry: bool) -> float | N
     response = getattr(error, "response", None)
     if response is None:
         return 2.0**attempt if retry and _is_transport(error) else None
+    # Refused before anything was done: safe to repeat even without `retry`.
     if response.status_code == 429:
         return _requested_delay(response.headers) or 2.0**attempt
     return 2.0**attempt if retry and response.status_code >= 500 else None
@@ -174,12 +176,14 @@ def _unreachable(target: Repository, error: BaseException) -> SurgeryError:
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
+        # The context too: some layers below raise without `from`.
         error = error.__cause__ or error.__context__
 
 
 def _is_transport(error: BaseException) -> bool:
     from huggingface_hub import errors
 
+    # A ConnectionError too, but asking again cannot help.
     offline = isinstance(error, errors.OfflineModeIsEnabled)
     return isinstance(error, (http_error_type(), ConnectionError, TimeoutError)) and not offline
 

@@ -17,9 +17,9 @@ ROWS = 2500  # more than two batches of the stream
 
 
 def dataset(ref: str) -> HubDataset:
-    found = parse_dataset_ref(ref)
-    assert found is not None
-    return found
+    parsed = parse_dataset_ref(ref)
+    assert parsed is not None
+    return parsed
 
 
 def streamed(ref: str, column: str = "text") -> list[tuple[int, str]]:
@@ -76,9 +76,9 @@ def test_a_stream_gives_the_rows_that_loading_gives_with_their_numbers(hub):
 
 
 def test_a_stream_is_lazy(hub):
-    found = stream_column(dataset("lab/data:train"), resolve_commit(dataset("lab/data:train")), "text")
+    stream = stream_column(dataset("lab/data:train"), resolve_commit(dataset("lab/data:train")), "text")
     assert not hub.asked(".jsonl")
-    assert next(found) == (0, "t0")
+    assert next(stream) == (0, "t0")
 
 
 def test_all_is_of_the_commit_that_was_pinned(hub, tmp_path):
@@ -129,11 +129,11 @@ def test_a_stream_that_breaks_off_says_where(hub, tmp_path):
     for part in range(2):
         (folder / f"train-{part:05}-of-00002.jsonl").write_text(rows(*(f"{part} {n}" for n in range(1500))))
     hub.add("datasets/lab/parts", folder)
-    found = stream_column(dataset("lab/parts:train"), resolve_commit(dataset("lab/parts:train")), "text")
-    assert next(found) == (0, "0 0")
+    stream = stream_column(dataset("lab/parts:train"), resolve_commit(dataset("lab/parts:train")), "text")
+    assert next(stream) == (0, "0 0")
     hub.fail("train-00001", 403, times=99, body=b"secret")
     with pytest.raises(SurgeryError) as caught:
-        list(found)
+        list(stream)
     assert str(caught.value) == (
         "lab/parts:train: the stream broke off after 1,000 rows (HTTP 403). Run the same command again."
     )

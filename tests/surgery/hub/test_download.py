@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import re
 import shutil
-import socket
 import sys
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-from huggingface_hub import constants, file_download
+from huggingface_hub import constants
+from support.hub_models import FETCHED, REPO, WEIGHTS, content, failure, folder_of
 from support.hub_server import HubServer
 
 from surgery.errors import SurgeryError
@@ -20,72 +19,6 @@ from surgery.hub import download as hub
 from surgery.hub.settings import cache_dir
 
 tqdm_module = sys.modules["huggingface_hub.utils.tqdm"]  # the package has a class of the same name
-
-REPO = "lab/tiny"
-WEIGHTS = bytes(range(256)) * 4096  # 1 MiB, so that a cut leaves something on both sides
-FETCHED = {
-    "config.json": b"{}",
-    "model.safetensors.index.json": b'{"weight_map": {}}',
-    "model-00001-of-00002.safetensors": WEIGHTS,
-    "model-00002-of-00002.safetensors": b"second",
-    "tokenizer.json": b'{"model": {}}',
-    "tokenizer.model": b"pieces",
-    "merges.txt": b"a b",
-    "qwen.tiktoken": b"YQ== 0",
-    "chat_template.jinja": b"{{ messages }}",
-    "additional_chat_templates/tools.jinja": b"{{ tools }}",
-    "members/0.json": b"{}",
-    "members/0/config.json": b"{}",
-    "members/0/README.md": b"# member",
-}
-LEFT_ALONE = {
-    "pytorch_model.bin": b"pickle",
-    "optimizer.pt": b"pickle",
-    "model.pth": b"pickle",
-    "model.gguf": b"gguf",
-    "modeling_tiny.py": b"raise SystemExit",
-    "README.md": b"# tiny",
-    "consolidated.safetensors": b"the same weights",
-    "original/consolidated.safetensors": b"the same weights",
-    "onnx/config.json": b"{}",
-    "members/0/model.safetensors": b"weights",
-    "members/0/modeling_tiny.py": b"raise SystemExit",
-    "additional_chat_templates/run.py": b"raise SystemExit",
-}
-
-BAD_TOKEN = "Invalid credentials in Authorization header"  # by which the client knows a refused token
-
-
-def folder_of(path: Path, files: dict[str, bytes]) -> Path:
-    for name, data in files.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(data)
-    return path
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return folder_of(tmp_path / "model", FETCHED | LEFT_ALONE)
-
-
-def failure(repo_id: str = REPO, revision: str | None = None) -> str:
-    """What `fetch` says when it fails."""
-    with pytest.raises(SurgeryError) as caught:
-        hub.fetch(repo_id, revision, progress=False)
-    assert "\n" not in str(caught.value)
-    return f"{caught.value.where}: {caught.value.what}. {caught.value.hint}"
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_fetch_gets_exactly_the_files_that_weights_need(server: HubServer, model: Path) -> None:
-    server.add(REPO, model)
-    snapshot = hub.fetch(REPO, progress=False)
-    assert content(snapshot.folder) == FETCHED
-    for name in LEFT_ALONE:
-        assert not server.asked(f"/resolve/{snapshot.revision}/{name}"), name
 
 
 TOKENIZER_FILES = ("tokenizer*", "config.json", "additional_chat_templates/*.jinja")
@@ -128,18 +61,6 @@ def test_a_look_counts_weights_once_offline_too(
         == online
         == hub.RepositoryListing(REPO, snapshot.revision, len(WEIGHTS) + len(b"second"), 0)
     )
-
-
-def test_consolidated_weights_are_fetched_where_there_are_no_others(server: HubServer, tmp_path: Path) -> None:
-    files = {"consolidated.safetensors": b"weights", "params.json": b"{}"}
-    server.add(REPO, folder_of(tmp_path / "model", files))
-    assert content(hub.fetch(REPO, progress=False).folder) == files
-
-
-def test_file_names_are_never_read_as_patterns(server: HubServer, tmp_path: Path) -> None:
-    files = {"model[1].safetensors": b"weights"}
-    server.add(REPO, folder_of(tmp_path / "model", files | {"model1.safetensors.py": b""}))
-    assert content(hub.fetch(REPO, progress=False).folder) == files
 
 
 @pytest.mark.parametrize("revision", [None, "main", "v1", "refs/pr/1", "commit"])
@@ -245,83 +166,6 @@ def test_a_connection_that_keeps_breaking_is_an_error_that_the_next_run_mends(se
     assert content(hub.fetch(REPO, progress=False).folder) == FETCHED
 
 
-def test_no_such_model(server: HubServer) -> None:
-    assert failure() == (
-        f"lab/tiny: no such model at {server.url}, or it is private and needs a token. "
-        "Check the spelling; for a private model log in with `hf auth login`, or set HF_TOKEN."
-    )
-
-
-def test_private_model_opens_with_the_token(server: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.add(REPO, model, private=True)
-    assert "it is private and needs a token" in failure()
-    monkeypatch.setenv("HF_TOKEN", server.token)
-    assert content(hub.fetch(REPO, progress=False).folder) == FETCHED
-    assert not any("authorization" in request.headers for request in server.asked("/blobs/"))
-
-
-def test_no_such_model_with_a_token(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", server.token)
-    assert "it is private and your token may not read it. Check the spelling" in failure()
-
-
-def test_refused_token(server: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.add(REPO, model)
-    monkeypatch.setenv("HF_TOKEN", "hf_stale")
-    assert failure().startswith("lab/tiny: the Hub does not accept your token. To replace it log in")
-
-
-def test_gated_model(server: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.add(REPO, model, gated=True)
-    gated = f"lab/tiny: is gated: its authors ask you to accept terms first. Accept them at {server.url}/lab/tiny"
-    assert failure() == f"{gated}, then log in with `hf auth login`, or set HF_TOKEN."
-    monkeypatch.setenv("HF_TOKEN", server.token)
-    assert failure() == f"{gated}, then ask again."
-
-
-def test_no_such_revision(server: HubServer, model: Path) -> None:
-    server.add(REPO, model)
-    expected = f"has no such revision. Its branches and tags are listed at {server.url}/lab/tiny/tree/main."
-    assert failure(REPO, "v9") == f"lab/tiny@v9: {expected}"
-
-
-def test_pickles_are_refused_before_any_file_is_asked_for(server: HubServer, tmp_path: Path) -> None:
-    files = {"pytorch_model.bin": b"pickle", "config.json": b"{}", "original/x.safetensors": b""}
-    server.add(REPO, folder_of(tmp_path / "model", files))
-    assert failure() == (
-        "lab/tiny: holds weights only as Python pickles (pytorch_model.bin), which can run code when opened. "
-        "Look on its page for a pull request that adds safetensors, and give lab/tiny@refs/pr/N; "
-        "or convert it in a throw-away environment, "
-        'AutoModelForCausalLM.from_pretrained("lab/tiny").save_pretrained("DIR"), and give DIR.'
-    )
-    assert not server.asked("/resolve/")
-
-
-@pytest.mark.parametrize(
-    ("files", "text"),
-    [
-        ({"original/x.safetensors": b""}, "only in subfolders (original/x.safetensors)"),
-        ({"README.md": b""}, "has no .safetensors file among its 1 files (README.md)"),
-        ({}, "has no .safetensors file among its 0 files"),
-    ],
-)
-def test_no_weights(server: HubServer, tmp_path: Path, files: dict[str, bytes], text: str) -> None:
-    (tmp_path / "model").mkdir()
-    server.add(REPO, folder_of(tmp_path / "model", files))
-    assert text in failure()
-
-
-def test_nobody_answers(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        monkeypatch.setenv("HF_ENDPOINT", url)
-        assert failure() == (
-            f"lab/tiny: cannot reach the Hub at {url} (Connection refused). "
-            "Check the connection (and HF_ENDPOINT, if set), or give a local folder."
-        )
-
-
 def test_an_old_copy_of_a_branch_is_offered_but_never_used_in_silence(server: HubServer, model: Path) -> None:
     commit = server.add(REPO, model)
     snapshot = hub.fetch(REPO, progress=False)
@@ -329,28 +173,6 @@ def test_an_old_copy_of_a_branch_is_offered_but_never_used_in_silence(server: Hu
     hint = f"Set HF_HUB_OFFLINE=1 to use the copy in your cache, of commit {commit}."
     assert failure() == f"lab/tiny: cannot reach the Hub at {server.url} (HTTP 503). {hint}"
     assert hub.fetch(REPO, commit, progress=False) == snapshot, "a commit never changes"
-
-
-@pytest.mark.parametrize(
-    ("status", "text"),
-    [
-        (401, "the Hub does not accept your token"),
-        (403, "the Hub refuses (HTTP 403). See http://127.0.0.1"),
-        (404, "a file of its listing is not there (HTTP 404)"),
-        (429, "the Hub limits how often you may ask (HTTP 429). Wait some minutes"),
-        (500, "cannot reach the Hub at"),
-        (503, "(HTTP 503)"),
-    ],
-)
-def test_every_refusal_is_one_line(server: HubServer, model: Path, status: int, text: str) -> None:
-    server.add(REPO, model)
-    server.fail("/resolve/", status, times=50, method="HEAD", headers={"X-Error-Message": BAD_TOKEN})
-    assert text in failure()
-
-
-def test_an_answer_that_is_no_hub(server: HubServer) -> None:
-    server.fail("/api/models", 200, body=b"<html>Please log in to the network</html>")
-    assert "(the answer is not a Hub's)" in failure()
 
 
 def test_too_little_space_is_seen_before_the_download(
@@ -369,45 +191,6 @@ def test_too_little_space_is_seen_before_the_download(
     hub.fetch(REPO, progress=False)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
     assert hub.fetch(REPO, progress=False), "what is cached needs no space"
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (errno.ENOSPC, "the disk filled up while downloading to"),
-        (errno.EDQUOT, "the disk filled up while downloading to"),
-        (errno.EACCES, "cannot be written. Set HF_HUB_CACHE to a folder of yours."),
-    ],
-)
-def test_a_disk_that_refuses(
-    server: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch, number: int, text: str
-) -> None:
-    server.add(REPO, model)
-
-    def refuse(*args: object, **options: object) -> None:
-        raise OSError(number, "refused")
-
-    monkeypatch.setattr(file_download, "http_get", refuse)
-    assert text in failure()
-
-
-def test_the_token_is_in_no_error(
-    server: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    secret = "hf_averysecrettoken"
-    server.token = secret
-    monkeypatch.setenv("HF_TOKEN", secret)
-    server.add(REPO, model)
-    server.add("lab/gated", model, gated=True)
-    texts = [failure("lab/gated"), failure("lab/none"), failure(REPO, "v9")]
-    for status in (400, 401, 403, 404, 418, 429, 500):
-        server.fail("/api/models", status, headers={"X-Error-Message": f"what of {secret}?"})
-        texts.append(failure())
-    monkeypatch.setenv("HF_TOKEN", f"{secret}-wrong")
-    texts.append(failure())
-    assert server.asked()[0].headers["authorization"] == f"Bearer {secret}"
-    shown = capfd.readouterr()
-    assert secret not in "".join([*texts, shown.out, shown.err])
 
 
 def test_progress_can_be_silenced_and_stays_off_stdout(

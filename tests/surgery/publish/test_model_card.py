@@ -166,11 +166,11 @@ def test_what_the_hub_says_of_the_card_is_passed_on(server: HubServer, out: Path
 
 
 def test_a_preview_asks_nothing_and_lists_what_would_go(server: HubServer, out: Path) -> None:
-    seen = preview_push(out, REPO)
+    preview = preview_push(out, REPO)
     assert not server.requests
     pushed = push(out, REPO)
-    assert (pushed.files, pushed.n_bytes) == (len(seen.files), seen.n_bytes)
-    assert {name: len(data) for name, data in files_at(server).items() if name != ".gitattributes"} == seen.files
+    assert (pushed.files, pushed.n_bytes) == (len(preview.files), preview.n_bytes)
+    assert {name: len(data) for name, data in files_at(server).items() if name != ".gitattributes"} == preview.files
 
 
 def test_who_pushes_is_told_what_nobody_else_has(server: HubServer, out: Path, results: Path) -> None:
