@@ -35,7 +35,7 @@ class ProbeForward:
 
     def inputs(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, list[Tensor], list[bool]]:
         """Return the logit, every layer's input (1, T, D), and whether each layer's output comes in a tuple."""
-        states, inputs, tupled = partial_forward.watch(self.live, partial(self.run, ids, cache))
+        states, inputs, tupled = partial_forward.trace_layers(self.live, partial(self.run, ids, cache))
         return self._logits_of(states[:, -1].float()).to(ids.device), inputs, tupled
 
     def _logits_of(self, states: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def restore_cache(cache: Any, state: CacheState, rows: int) -> None:
 
 def why_not_resumable(forward: ProbeForward, ids: Tensor) -> str | None:
     """Return why layers cannot be resumed on `ids` (1, T); None if they can."""
-    return partial_forward.fault(forward.live, ids, forward.run)
+    return partial_forward.resume_obstacle(forward.live, ids, forward.run)
 
 
 @torch.inference_mode()
@@ -103,9 +103,9 @@ def why_not_cacheable(forward: ProbeForward, ids: Tensor, last: int) -> str | No
         restore_cache(cache, state, 1)
         forward.run(tail, cache)
 
-    if not partial_forward.is_near(live, forward.states(ids), forward.states(tail, cache)):
+    if not partial_forward.is_close(live, forward.states(ids), forward.states(tail, cache)):
         return "it gives another hidden state"
-    return partial_forward.layers_fault(live, run_tail, range(1, len(live.layers)))
+    return partial_forward.resume_obstacle_at(live, run_tail, range(1, len(live.layers)))
 
 
 def _why_not_restorable(cache: Any) -> str | None:

@@ -1,7 +1,7 @@
-"""A model in memory, seen through the anatomy of its checkpoint: its layers, their output projections, its final norm.
+"""A model in memory together with its structure: its layers, their output projections and its final norm.
 
-In goes a reference, out comes a `LoadedModel`. Where a part lies in memory follows from its name on disk, relative to
-its layer: transformers 5 renames some tensors on loading, but not inside attention.
+`load_with_structure` loads a model and finds these modules by the names that its checkpoint has for them, relative to
+the layer: transformers 5 renames some tensors on loading, but not inside attention.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from surgery.runtime.collectives import local_device
 
 @dataclass(frozen=True)
 class OutputProjection:
-    """A layer's attention output projection: a module whose input is the heads' outputs side by side.
+    """The attention output projection of a layer: a module whose input is the concatenation of the heads' outputs.
 
     Head h owns the input slice [h·head_dim, (h+1)·head_dim).
     """
@@ -39,19 +39,19 @@ class OutputProjection:
 
     @property
     def matrix(self) -> Tensor:
-        """The projection's weight in fp32: (hidden, heads · head_dim), however it is stored."""
+        """The weight in fp32, (hidden, heads · head_dim), whichever way it is stored."""
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         return weight.float().T if self.transposed else weight.float()
 
     @property
     def bias(self) -> Tensor | None:
-        """The projection's bias in fp32, (hidden,), where it has one."""
+        """The bias in fp32, (hidden,); None if there is none."""
         bias = getattr(self.module, "bias", None)
         return bias.float() if isinstance(bias, Tensor) else None
 
     def block(self, head: int) -> slice:
-        """The input slice of one head."""
+        """Return the input slice of one head."""
         return slice(head * self.head_dim, (head + 1) * self.head_dim)
 
 
@@ -59,8 +59,10 @@ class OutputProjection:
 class LoadedModel:
     """A transformers model with its parts.
 
-    body: the model without its output head: running it makes no logits. layers: in the order of the forward pass.
-    projections: layer → its output projection; the layers in `skipped` have none that is understood.
+    body: the model without its output head; running it computes no logits.
+    layers: in the order of the forward pass.
+    projections: layer → its output projection.
+    skipped: the layers without a projection that is understood.
     """
 
     loaded: ModelAndTokenizer
@@ -86,12 +88,12 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in."""
+        """The device of the input ids."""
         return torch.device(self.model.device)
 
     @property
     def n_depths(self) -> int:
-        """How many residual streams there are to look at: before each layer, and after the final norm."""
+        """The number of residual states: one before each layer, and one after the final norm."""
         return len(self.layers) + 1
 
     @property
@@ -103,17 +105,17 @@ class LoadedModel:
 
     @property
     def n_heads(self) -> int:
-        """Heads in all layers."""
+        """The number of heads in all layers together."""
         return sum(projection.n_heads for projection in self.projections.values())
 
 
 def load_with_structure(
     ref: str | Path, *, device: str = "cpu", dtype: str = "auto", name: str | None = None
 ) -> LoadedModel:
-    """Loads the model `ref` with transformers and finds its parts.
+    """Load the model `ref` with transformers and find its parts.
 
     Args:
-        device: cpu, cuda[:N], or auto, which spreads the layers over what there is (accelerate's device_map). With
+        device: cpu, cuda[:N], or auto, which spreads the layers over all devices (accelerate's device_map). With
             several processes, `cuda` is a GPU for each.
         name: what the model is called in messages; by default `ref`.
 
@@ -126,17 +128,17 @@ def load_with_structure(
 
 
 def attach_structure(loaded: ModelAndTokenizer, checkpoint: Checkpoint) -> LoadedModel:
-    """Finds the parts of a model that is in memory already. Errors as in `load_with_structure`."""
-    model, found = loaded.model, model_structure(checkpoint)
-    if not found.stack:
+    """Find the parts of a model that is in memory already. Errors as in `load_with_structure`."""
+    model, structure = loaded.model, model_structure(checkpoint)
+    if not structure.stack:
         raise SurgeryError("no stack of layers was found in its names", where=loaded.name)
-    layers, owner = _layers(model, found, loaded.name)
+    layers, owner = _layers(model, structure, loaded.name)
     projections: dict[int, OutputProjection] = {}
-    for index, heads in found.output_projections.items():
+    for index, heads in structure.output_projections.items():
         if heads.n_heads is None or heads.head_dim is None:
             continue
-        inside = heads.name.removeprefix(f"{found.stack}.{index}.").removesuffix(".weight")
-        module = _submodule(layers[index], inside)
+        path = heads.name.removeprefix(f"{structure.stack}.{index}.").removesuffix(".weight")
+        module = _submodule(layers[index], path)
         if module is None:
             raise SurgeryError(f"{heads.name} is not where transformers should hold it", where=loaded.name)
         weight = getattr(module, "weight", None)
@@ -149,7 +151,7 @@ def attach_structure(loaded: ModelAndTokenizer, checkpoint: Checkpoint) -> Loade
     return LoadedModel(
         loaded,
         checkpoint,
-        found,
+        structure,
         model.base_model,
         tuple(layers),
         _final_norm(model, owner, layers, loaded.name),
@@ -159,24 +161,24 @@ def attach_structure(loaded: ModelAndTokenizer, checkpoint: Checkpoint) -> Loade
 
 
 def hidden_in(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
-    """The hidden states among a layer's arguments."""
-    found = arguments[0] if arguments else keywords.get("hidden_states")
-    if not isinstance(found, Tensor):
-        raise SurgeryError(f"a layer takes in {type(found).__name__}, where hidden states were expected")
-    return found
+    """Return the hidden states among a layer's arguments."""
+    hidden = arguments[0] if arguments else keywords.get("hidden_states")
+    if not isinstance(hidden, Tensor):
+        raise SurgeryError(f"a layer takes in {type(hidden).__name__}, where hidden states were expected")
+    return hidden
 
 
 def hidden_out(output: Any) -> Tensor:
-    """The hidden states in a module's output, which some families return in a tuple."""
-    found = output[0] if isinstance(output, tuple) and output else output
-    if not isinstance(found, Tensor):
-        raise SurgeryError(f"a part puts out {type(found).__name__}, where hidden states were expected")
-    return found
+    """Return the hidden states in a module's output, which some families return in a tuple."""
+    hidden = output[0] if isinstance(output, tuple) and output else output
+    if not isinstance(hidden, Tensor):
+        raise SurgeryError(f"a part puts out {type(hidden).__name__}, where hidden states were expected")
+    return hidden
 
 
 @contextmanager
 def hooks(*handles: Any) -> Iterator[None]:
-    """Hooks that are gone at the end of the block, whatever happens in it."""
+    """Remove the hooks at the end of the block, whatever happens in it."""
     try:
         yield
     finally:
@@ -184,29 +186,30 @@ def hooks(*handles: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _layers(model: Any, found: ModelStructure, name: str) -> tuple[list[nn.Module], nn.Module]:
-    """The layers in order, and the module that holds their list."""
-    assert found.stack is not None
+def _layers(model: Any, structure: ModelStructure, name: str) -> tuple[list[nn.Module], nn.Module]:
+    """Return the layers in order, and the module that contains their list."""
+    assert structure.stack is not None
     for root in (model, model.base_model):
-        held = _submodule(root, found.stack)
-        if isinstance(held, nn.ModuleList) and len(held) >= found.layers:
-            owner = _submodule(root, found.stack.rpartition(".")[0])
+        modules = _submodule(root, structure.stack)
+        if isinstance(modules, nn.ModuleList) and len(modules) >= structure.layers:
+            owner = _submodule(root, structure.stack.rpartition(".")[0])
             assert owner is not None
-            return list(held)[: found.layers], owner
-    # Multimodal models are renamed on loading: the list of as many layers under the same last word is the one.
-    word = found.stack.rpartition(".")[2]
+            return list(modules)[: structure.layers], owner
+    # Multimodal models are renamed on loading: look for the one list of as many layers under the same last word.
+    word = structure.stack.rpartition(".")[2]
     lists = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == found.layers and path.rpartition(".")[2] == word
+        if isinstance(module, nn.ModuleList) and len(module) == structure.layers and path.rpartition(".")[2] == word
     }
     if len(lists) != 1:
         raise SurgeryError(
-            f"{found.layers} layers lie at {found.stack!r} on disk; in memory they could be at {listing(lists) or '–'}",
+            f"{structure.layers} layers lie at {structure.stack!r} on disk; "
+            f"in memory they could be at {listing(lists) or '–'}",
             where=name,
         )
-    ((path, held),) = lists.items()
-    return list(held), model.get_submodule(path.rpartition(".")[0])
+    ((path, modules),) = lists.items()
+    return list(modules), model.get_submodule(path.rpartition(".")[0])
 
 
 def _submodule(root: nn.Module, path: str) -> nn.Module | None:
@@ -217,25 +220,25 @@ def _submodule(root: nn.Module, path: str) -> nn.Module | None:
 
 
 def _final_norm(model: Any, owner: nn.Module, layers: list[nn.Module], name: str) -> nn.Module:
-    """The norm beside the list of layers that runs behind the last of them."""
+    """Return the norm beside the list of layers that runs after the last of them."""
     beside = {word.lower(): module for word, module in owner.named_children() if NORM.search(word.lower())}
-    likely = [module for word, module in beside.items() if "embed" not in word]
-    if len(likely) != 1:
+    candidates = [module for word, module in beside.items() if "embed" not in word]
+    if len(candidates) != 1:
         # Names alone mislead: Gemma 3n has one for its per-layer inputs, and LFM2 calls the final one embedding_norm.
-        likely = _behind(model, list(beside.values()), layers[-1])[-1:]
-    if not likely:
+        candidates = _run_after(model, list(beside.values()), layers[-1])[-1:]
+    if not candidates:
         raise SurgeryError("no final norm was found beside its layers", where=name)
-    return likely[0]
+    return candidates[0]
 
 
 @torch.inference_mode()
-def _behind(model: Any, modules: list[nn.Module], layer: nn.Module) -> list[nn.Module]:
-    """Which of `modules` run after `layer`, in that order: seen in one short run."""
+def _run_after(model: Any, modules: list[nn.Module], layer: nn.Module) -> list[nn.Module]:
+    """Return those of `modules` that run after `layer`, in that order, found by one short run."""
     ran: list[nn.Module] = []
 
-    def see(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+    def record(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         ran.append(module)
 
-    with hooks(*(module.register_forward_hook(see) for module in (*modules, layer))):
+    with hooks(*(module.register_forward_hook(record) for module in (*modules, layer))):
         model.base_model(input_ids=torch.tensor([[1, 2, 3]], device=model.device), use_cache=False)
     return ran[ran.index(layer) + 1 :]

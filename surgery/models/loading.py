@@ -1,4 +1,4 @@
-"""Models and tokenizers loaded with transformers."""
+"""Load models and tokenizers with transformers, and save tokenizers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AUTO = "auto"  # as a device: wherever accelerate's device map puts the layers; 
 
 @dataclass(frozen=True)
 class ModelAndTokenizer:
-    """A transformers model in memory, where it is, and its tokenizer; `name` is what tables call it."""
+    """A transformers model in memory and its tokenizer; `name` is what tables call it."""
 
     name: str
     model: Any
@@ -26,10 +26,10 @@ class ModelAndTokenizer:
 
 
 def load_model(folder: Path | str, name: str, *, device: str = "cpu", dtype: str = "auto") -> ModelAndTokenizer:
-    """The transformers model in `folder`, ready to be run.
+    """Load the transformers model in `folder` with its tokenizer, in evaluation mode.
 
     Args:
-        device: cpu, cuda[:N], or auto, which spreads the layers over the devices that there are.
+        device: cpu, cuda[:N], or auto, which spreads the layers over all devices.
 
     Raises:
         SurgeryError: it cannot be loaded; there is no such device or dtype.
@@ -47,32 +47,32 @@ def load_model(folder: Path | str, name: str, *, device: str = "cpu", dtype: str
     with quiet():
         try:
             spread = {"device_map": AUTO} if device == AUTO else {}
-            # Unsaid, transformers would ask on the terminal whether to run a stranger's code.
+            # Left out, transformers would ask on the terminal whether to run a stranger's code.
             model = AutoModelForCausalLM.from_pretrained(
                 str(folder), dtype=dtype, trust_remote_code=False, **spread
             ).eval()
             model = model if spread else model.to(device)
-        except (OSError, ValueError) as fault:
-            raise SurgeryError(f"cannot be loaded: {fault}", where=name) from fault
+        except (OSError, ValueError) as error:
+            raise SurgeryError(f"cannot be loaded: {error}", where=name) from error
     return ModelAndTokenizer(name, model, tokenizer)
 
 
 def load_tokenizer(folder: Path | str, name: str) -> Any:
-    """The tokenizer in `folder`. Raises SurgeryError where it cannot be loaded, or needs code of its own."""
+    """Load the tokenizer in `folder`. Raises SurgeryError if it cannot be loaded, or needs code of its own."""
     from transformers import AutoTokenizer
 
     with quiet():
         try:
             return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        except Exception as fault:  # the tokenizers library raises nothing narrower
+        except Exception as error:  # the tokenizers library raises nothing narrower
             if "AutoTokenizer" in (read_json(Path(folder) / CONFIG, missing={}).get("auto_map") or {}):
                 raise SurgeryError(
                     "its tokenizer needs code of its own, which is not run",
                     where=name,
                     hint=f"Give a folder with its {TOKENIZER}, and a {CONFIG} without auto_map.",
-                ) from fault
-            reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
-            raise SurgeryError(f"its tokenizer cannot be loaded ({reason})", where=name, hint=FETCH_AGAIN) from fault
+                ) from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise SurgeryError(f"its tokenizer cannot be loaded ({reason})", where=name, hint=FETCH_AGAIN) from error
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -1,8 +1,8 @@
-"""The same work over several processes (`accelerate launch`): each takes some of the batches, all get every result.
+"""Distribute work over the processes of a launcher (`accelerate launch`), and gather all results on every rank.
 
-Batches are made before they are dealt out, so that each is computed as one process alone would compute it. What the
-processes tell each other goes over gloo, wherever the work is done: it needs no GPU of its own for each, and a process
-that is killed cuts the connection, which the others see at once. Training on GPUs talks over NCCL beside it.
+Batches are formed before they are distributed, so that each is computed exactly as one process alone would compute it.
+Results travel over gloo, whatever the device: processes may then share a GPU, and a process that is killed cuts its
+connection, which the others notice at once. Training on GPUs uses NCCL beside it.
 """
 
 from __future__ import annotations
@@ -32,33 +32,35 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 P = ParamSpec("P")
 
-# How long processes wait for each other once they have met: one may tokenise or measure while the others do nothing.
-# One that ends early is no reason to wait less: its connection is cut.
-PATIENCE = timedelta(days=1)
-# How long they wait for those that have not begun: a machine may be started by hand, or load Python from a slow disk.
-MEETING = timedelta(minutes=15)
-_LOOK = 0.1  # seconds between two looks at who is missing
+# How long connected processes wait for each other: one may tokenise or measure for hours while the others do nothing.
+# A process that dies is noticed at once by its connection, so a long timeout costs nothing.
+COLLECTIVE_TIMEOUT = timedelta(days=1)
+# How long they wait for processes that have not started: a machine may be started by hand, or load Python from a slow
+# disk.
+START_TIMEOUT = timedelta(minutes=15)
+_POLL_INTERVAL = 0.1  # seconds between two checks for processes that have not started
 
-_here = {"alone": False}
+_distributing = True  # False inside `single_process`
 
 
 def n_active_processes() -> int:
-    """How many processes would share what is shared now: 1 inside of `single_process` and of what is shared."""
-    return 1 if _here["alone"] else n_processes()
+    """Return over how many processes work is distributed now: 1 inside `single_process`, and in work under way."""
+    return n_processes() if _distributing else 1
 
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """In the block nothing is shared: what calls `map_over_ranks` there does all of it, and waits for nobody.
+    """Distribute nothing in the block: `map_over_ranks` there does all the work in this process, and waits for nobody.
 
-    For what one process does while the others do something else.
+    For work that one process does while the others do something else: a collective call would hang.
     """
-    before = _here["alone"]
-    _here["alone"] = True
+    global _distributing
+    before = _distributing
+    _distributing = False
     try:
         yield
     finally:
-        _here["alone"] = before
+        _distributing = before
 
 
 def map_over_ranks(
@@ -69,24 +71,26 @@ def map_over_ranks(
     size: Callable[[Item], int] = lambda item: 1,
     progress: Progress = silent,
 ) -> list[Result]:
-    """`work` of every item, in the items' order, in every process. What `work` itself shares it does alone.
+    """Return `work(item)` for every item, in their order, on every rank; each rank computes some of them.
+
+    Calls of `map_over_ranks` inside `work` are not distributed again.
 
     Args:
-        size: what the progress bar counts an item as.
+        size: the units of the progress bar that an item counts for.
 
     Raises:
-        SurgeryError: another process could not do its share. What `work` raises here is raised here, once all
-            processes know of it: none is left waiting.
+        SurgeryError: another process failed. An exception of `work` in this process is raised here, after all other
+            processes have been told, so that none is left waiting.
     """
     world = n_active_processes()
     if world > 1:
-        connect()  # before the work, or nobody would hear that a process was killed at it
-    mine = range(rank() if world > 1 else 0, len(items), world)
+        connect()  # before the work, or nobody would notice a process that is killed while it works
+    indices = range(rank() if world > 1 else 0, len(items), world)
     done: list[tuple[int, Result]] = []
-    fault: Exception | None = None
+    failure: Exception | None = None
     try:
-        with progress(label, sum(size(items[at]) for at in mine), "steps") as advance:
-            for at in mine:
+        with progress(label, sum(size(items[at]) for at in indices), "steps") as advance:
+            for at in indices:
                 with single_process():
                     result = work(items[at])
                 done.append((at, result))
@@ -94,17 +98,17 @@ def map_over_ranks(
     except Exception as error:
         if world == 1:
             raise
-        fault = error
+        failure = error
     if world == 1:
         return [result for _, result in done]
-    # Faults travel as text: not every exception can be pickled.
-    told = None if fault is None else failure_text(fault)
-    parts: list[tuple[list[tuple[int, Result]], str | None]] = _gather((done, told))
-    if fault is not None:
-        raise fault
-    for _, text in parts:
-        if text is not None:
-            raise SurgeryError(text)
+    # Failures travel as text: not every exception can be pickled.
+    text = None if failure is None else failure_text(failure)
+    parts: list[tuple[list[tuple[int, Result]], str | None]] = _gather((done, text))
+    if failure is not None:
+        raise failure
+    for _, message in parts:
+        if message is not None:
+            raise SurgeryError(message)
     results = dict(pair for part, _ in parts for pair in part)
     return [results[at] for at in range(len(items))]
 
@@ -119,14 +123,14 @@ def on_main(fn: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Resul
 
 
 def failure_text(error: Exception) -> str:
-    """What a process that failed by `error` tells the others."""
+    """Return the message to other processes about a failure in this one."""
     # The text of many exceptions says nothing without their name: KeyError("x") is 'x'.
     what = str(error) if isinstance(error, SurgeryError) else f"{type(error).__name__}: {error}"
     return f"process {rank()} failed: {what}"
 
 
 def local_device(device: str) -> str:
-    """The device of this process: `cuda` is a GPU of its own where a launcher started several.
+    """Return the device for this process: with several processes, `cuda` is a GPU for each.
 
     Raises:
         SurgeryError: `auto`, which spreads one model over all GPUs, with several processes.
@@ -141,7 +145,7 @@ def local_device(device: str) -> str:
 
 
 def all_reduce_sum(counts: Tensor) -> Tensor:
-    """The sum over all processes of whole numbers that each has counted, in every process."""
+    """Return the sum of `counts`, whole numbers, over all processes, on every rank."""
     if n_active_processes() == 1:
         return counts
     parts: list[Tensor] = _gather(counts)
@@ -149,18 +153,19 @@ def all_reduce_sum(counts: Tensor) -> Tensor:
 
 
 def barrier() -> None:
-    """Waits for all processes; nothing with one."""
+    """Wait for all processes; do nothing with one."""
     if n_active_processes() > 1:
         _gather(None)
 
 
 def connect() -> None:
-    """Waits until all processes have begun; nothing with one. Without it they meet when they first share or wait.
+    """Wait until all processes have started and connect them; do nothing with one.
 
-    For programs, which call it first: what one process does before the others know of it counts as not having begun.
+    Programs call it first: a process that is killed before it has connected is noticed only after `START_TIMEOUT`.
+    Without it the first collective call connects.
 
     Raises:
-        SurgeryError: some do not begin within `MEETING`; nobody says where to meet.
+        SurgeryError: some do not start within `START_TIMEOUT`; the address of the launcher is not set.
     """
     if n_processes() > 1:
         _connect()
@@ -175,15 +180,15 @@ def _gather(value: Any) -> list[Any]:
         dist.all_gather_object(parts, value)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # gloo has no type of its own for a connection that is cut
-        raise _lost(error) from error
+    except RuntimeError as error:  # gloo has no exception type of its own for a connection that is cut
+        raise _connection_lost(error) from error
     return parts
 
 
-def _lost(error: RuntimeError) -> SurgeryError:
+def _connection_lost(error: RuntimeError) -> SurgeryError:
     return SurgeryError(
         f"another process has ended, or does not answer ({str(error).splitlines()[0]})",
-        where=_me(),
+        where=_process_name(),
         hint="What that one said last tells why. The same command goes on where this one stopped.",
     )
 
@@ -196,17 +201,19 @@ def _connect() -> None:
         store = _open_store()
         _await_all(store)
         try:
-            dist.init_process_group(_backends(), store=store, rank=rank(), world_size=n_processes(), timeout=PATIENCE)
+            dist.init_process_group(
+                _backends(), store=store, rank=rank(), world_size=n_processes(), timeout=COLLECTIVE_TIMEOUT
+            )
         except RuntimeError as error:
-            raise _lost(error) from error
-    # Left to the interpreter's end, the connection's threads may outlive what they use, which aborts the process.
+            raise _connection_lost(error) from error
+    # Left to the interpreter's exit, the connection's threads may outlive what they use, which aborts the process.
     atexit.register(_disconnect)
 
 
 def _open_store() -> Store:
-    """Where processes leave word for each other until they are connected; the first one keeps it, or its launcher.
+    """Return the key-value store by which processes find each other; rank 0 hosts it, or its launcher.
 
-    What torch does for this by itself waits for all in one go, during which nobody hears of Ctrl-C.
+    torch's own rendezvous waits for all processes in one blocking call, during which Ctrl-C is not noticed.
     """
     import torch.distributed as dist
 
@@ -218,18 +225,18 @@ def _open_store() -> Store:
             "meet",
             hint="Start them with `accelerate launch` or torchrun, or unset WORLD_SIZE.",
         ) from error
-    keeps = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if not keeps:
-        _until(lambda: _answers(host, port), lambda: f"nothing answers at {host}, port {port}, where all meet")
+    hosts = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if not hosts:
+        _wait_until(lambda: _answers(host, port), lambda: f"nothing answers at {host}, port {port}, where all meet")
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]
-            host, port, n_processes(), is_master=keeps, timeout=MEETING, wait_for_workers=False, multi_tenant=True
+            host, port, n_processes(), is_master=hosts, timeout=START_TIMEOUT, wait_for_workers=False, multi_tenant=True
         )
     except RuntimeError as error:
         raise SurgeryError(
-            f"the processes cannot meet at {host}, port {port} ({str(error).splitlines()[0]})", where=_me()
+            f"the processes cannot meet at {host}, port {port} ({str(error).splitlines()[0]})", where=_process_name()
         ) from error
-    # A launcher's is the same one after it has started all anew.
+    # A launcher that restarts all processes keeps its store: keys of the failed attempt must not count for this one.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"surgery {attempt}", store)  # type: ignore[attr-defined]
 
@@ -244,22 +251,22 @@ def _await_all(store: Store) -> None:
 
     try:
         store.set(key(rank()), "")
-        _until(lambda: store.check([key(number) for number in range(n_processes())]), missing)
+        _wait_until(lambda: store.check([key(number) for number in range(n_processes())]), missing)
     except RuntimeError as error:
-        raise _lost(error) from error
+        raise _connection_lost(error) from error
 
 
-def _until(done: Callable[[], bool], missing: Callable[[], str]) -> None:
-    """Returns once `done`; says what is `missing` where that takes longer than `MEETING`."""
-    until = time.monotonic() + MEETING.total_seconds()
+def _wait_until(done: Callable[[], bool], missing: Callable[[], str]) -> None:
+    """Return once `done()`. Raises SurgeryError with what is `missing()` after `START_TIMEOUT`."""
+    deadline = time.monotonic() + START_TIMEOUT.total_seconds()
     while not done():
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             raise SurgeryError(
-                f"{missing()}, after {MEETING.total_seconds() / 60:g} minutes",
-                where=_me(),
+                f"{missing()}, after {START_TIMEOUT.total_seconds() / 60:g} minutes",
+                where=_process_name(),
                 hint="Start the same command everywhere.",
             )
-        time.sleep(_LOOK)
+        time.sleep(_POLL_INTERVAL)
 
 
 def _answers(host: str, port: int) -> bool:
@@ -270,13 +277,13 @@ def _answers(host: str, port: int) -> bool:
     return True
 
 
-def _me() -> str:
+def _process_name() -> str:
     return f"process {rank()}"
 
 
 def _backends() -> str:
-    """What the processes talk over: gloo for what lies in a CPU's memory, as all that is told does; for training on
-    another device what is made for it, which is set up when it is first used."""
+    """Return the backends: gloo for tensors on the CPU, which is all that we send; for training on another device
+    that device's own, which is set up when it is first used."""
     import torch.distributed as dist
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -101,7 +101,7 @@ def why_not_cacheable(live: LoadedModel, depth: int, tokens: Tensor) -> str | No
     ids, tupled = tokens[:1].to(live.device), splice.tupled_layers(live)
     if _is_random(live, depth, ids, tupled):
         return "its layers draw at random in training (dropout)"
-    return splice.fault(live, ids)
+    return splice.resume_obstacle(live, ids)
 
 
 @dataclass(frozen=True)
@@ -207,12 +207,12 @@ def _is_random(live: LoadedModel, depth: int, ids: Tensor, tupled: tuple[bool, .
     # Dropout is active only in training mode, in which the prefix will run.
     live.body.train()
     try:
-        with splice.own_draws(live):
+        with splice.isolated_rng(live):
             one, other = (splice.partial_forward(live, ids, 0, None, depth, tupled=tupled) for _ in range(2))
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return not splice.is_near(live, one, other)
+    return not splice.is_close(live, one, other)
 
 
 def _prefix_seconds(question: _Question) -> float:

@@ -9,7 +9,14 @@ from torch import nn
 
 from surgery.errors import WRONG_USAGE, SurgeryError
 from surgery.models.loaded_model import hidden_out, hooks
-from surgery.models.partial_forward import fault, final_states, partial_forward, replace_input, tupled_layers, watch
+from surgery.models.partial_forward import (
+    final_states,
+    partial_forward,
+    replace_input,
+    resume_obstacle,
+    trace_layers,
+    tupled_layers,
+)
 
 # Longer than the sliding windows of `probing`.
 IDS = torch.randint(4, 90, (3, 19), generator=torch.Generator().manual_seed(1))
@@ -32,7 +39,7 @@ def test_every_part_of_the_stack_gives_what_the_whole_gives(name, lives):
     live = lives(name)
     tupled, before, n_layers = tupled_layers(live), hook_count(live), len(live.layers)
     with torch.no_grad():
-        final, inputs, _ = watch(live, lambda: plain_run(live))
+        final, inputs, _ = trace_layers(live, lambda: plain_run(live))
     with hooks(live.final_norm.register_forward_pre_hook(lambda m, inside: inputs.append(inside[0]))), torch.no_grad():
         plain_run(live)
     assert len(inputs) == n_layers + 1
@@ -44,7 +51,7 @@ def test_every_part_of_the_stack_gives_what_the_whole_gives(name, lives):
         with replace_input(live, stop, inputs[stop].clone(), tupled), torch.no_grad():
             assert torch.equal(final_states(live, lambda: plain_run(live)), final)
     assert hook_count(live) == before
-    assert fault(live, IDS[:1]) is None
+    assert resume_obstacle(live, IDS[:1]) is None
 
 
 @pytest.mark.parametrize(
@@ -55,7 +62,7 @@ def test_every_part_of_the_stack_gives_what_the_whole_gives(name, lives):
     ],
 )
 def test_families_whose_layers_need_more_than_the_stream_are_recognised(name, reason, lives):
-    assert fault(lives(name), IDS[:1]).startswith(reason)
+    assert resume_obstacle(lives(name), IDS[:1]).startswith(reason)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt2", "gpt_neox", "mixtral", "deepseek_v3"])

@@ -142,7 +142,7 @@ def launched_alone(monkeypatch: pytest.MonkeyPatch) -> int:
     known = known_to(0, world=2, port=port)
     for name, value in known.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(parallel, "MEETING", timedelta(seconds=0.3))
+    monkeypatch.setattr(parallel, "START_TIMEOUT", timedelta(seconds=0.3))
     return port
 
 

@@ -19,7 +19,7 @@ from surgery.errors import SurgeryError
 from surgery.growth.prefix_cache.cache import STATES, PrefixCache
 from surgery.growth.prefix_cache.prefix import Prefix, PrefixStatistics, fingerprints, prefix_tensors
 from surgery.models.loaded_model import hooks
-from surgery.models.partial_forward import watch
+from surgery.models.partial_forward import trace_layers
 
 WINDOWS, LENGTH = 12, 19
 TOKENS = torch.randint(4, 90, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(2))
@@ -48,7 +48,7 @@ def seen(prefix, *batches):
 @torch.no_grad()
 def plain(live, depth, numbers):
     ids = TOKENS[list(numbers)]
-    return watch(live, lambda: live.body(input_ids=ids, use_cache=False))[1][depth]
+    return trace_layers(live, lambda: live.body(input_ids=ids, use_cache=False))[1][depth]
 
 
 @pytest.mark.parametrize("name", [name for name in (*FAMILIES, *MORE) if name not in FAULTY])
@@ -203,7 +203,7 @@ def test_a_fingerprint_is_of_what_decides_the_states(live, lives, tmp_path):
 def test_computes_in_the_dtype_it_is_told(live):
     ids = TOKENS[:2]
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        expected = watch(live, lambda: live.body(input_ids=ids, use_cache=False))[1][2]
+        expected = trace_layers(live, lambda: live.body(input_ids=ids, use_cache=False))[1][2]
         exact = seen(Prefix(live, 2), (0, 1))[0]
     assert torch.equal(seen(Prefix(live, 2, autocast=torch.bfloat16), (0, 1))[0], expected)
     assert torch.equal(exact, plain(live, 2, (0, 1)))
