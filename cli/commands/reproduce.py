@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -38,9 +37,8 @@ def reproduce(
 
 
 def _run(words: Sequence[str]) -> int:
-    """Runs one of our commands in a process of its own; what it says to people is passed on."""
-    from surgery.recipes.run.subprocesses import child_environment, surgery_command
+    """Run one of our commands, and say which."""
+    from surgery.recipes.reproduction import run_in_process
 
     console.tell(f"$ surgery {shlex.join(words)}")
-    done = subprocess.run(surgery_command(words), stdout=subprocess.DEVNULL, env=child_environment(), check=False)
-    return done.returncode
+    return run_in_process(words)

@@ -8,6 +8,7 @@ and never through a shell.
 from __future__ import annotations
 
 import shlex
+import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from surgery.errors import SurgeryError, usage_error
 from surgery.hub import download as hub
 from surgery.io.atomic import MANIFEST
 from surgery.io.hashing import KEY
+from surgery.recipes.run.subprocesses import child_environment, surgery_command
 from surgery.reporting.report import Column, Table
 
 OUT = "OUT"  # what stands for the output in a recorded line
@@ -69,7 +71,13 @@ class Reproduction:
         return Table(title, [Column(""), Column("")], rows, note=note)
 
 
-def reproduce(ref: str, *, run: ReproductionRunner, scratch: Path | None = None) -> Reproduction:
+def run_in_process(arguments: Sequence[str]) -> int:
+    """Run `surgery ARGUMENTS…` in a process of its own, without its output, and return the exit code."""
+    command = surgery_command(arguments)
+    return subprocess.run(command, stdout=subprocess.DEVNULL, env=child_environment(), check=False).returncode
+
+
+def reproduce(ref: str, *, run: ReproductionRunner = run_in_process, scratch: Path | None = None) -> Reproduction:
     """Run the command that made `ref` again, and compare every tensor's hash with its manifest's.
 
     Args:
