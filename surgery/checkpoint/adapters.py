@@ -1,4 +1,4 @@
-"""PEFT LoRA adapters read as checkpoints: W + ΔW on the adapter's base, rebuilt as it is read.
+"""Read PEFT LoRA adapters as checkpoints: W + ΔW on the adapter's base, computed when a tensor is read.
 
 ΔW = s·B·A with s = α/r, or α/√r for rank-stabilised LoRA (arXiv 2106.09685, 2312.03732). What PEFT can save but
 this cannot rebuild exactly (DoRA, trained biases, convolutions, other tuners) is refused, never approximated.
@@ -34,7 +34,7 @@ _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor
 DEFAULT_ALPHA = 8  # PEFT's, for configs that do not say
 NAME_THE_BASE = "Name the base yourself: BASE+ADAPTER."
 
-# Keys of adapter_config.json under which the result is something else than W + s·B·A, with what to call it.
+# Keys of adapter_config.json with which the result is not W + s·B·A → what messages call them.
 OTHER_KINDS = {
     "use_dora": "DoRA",
     "lora_bias": "a bias in lora_B",
@@ -54,7 +54,7 @@ BASE_CHANGING = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 def base_of(folder: Path) -> str:
-    """The reference of the model that the adapter in `folder` was trained on. Raises SurgeryError without one."""
+    """Return the reference of the model that the adapter in `folder` was trained on. Raises SurgeryError."""
     config = read_json(folder / ADAPTER_CONFIG)
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base or not isinstance(base, str):
@@ -72,7 +72,7 @@ def base_of(folder: Path) -> str:
 
 
 def add_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
-    """`base` with every tensor that the adapter changes carrying its update.
+    """Return `base` with the adapter's update on every tensor that it changes.
 
     Raises:
         SurgeryError: the adapter is of a kind that cannot be rebuilt, or does not fit `base`.
@@ -132,7 +132,7 @@ def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:
 
 
 def _base_name(name: str, base: Checkpoint, structure: ModelStructure, folder: Path) -> str:
-    """The base tensor that an adapter's name means; checkpoints of bare backbones lack the first component."""
+    """Return the base tensor that an adapter's name refers to; names in bare backbones lack the first component."""
     plain = name.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.default", "")
     target = next((c for c in (plain, plain.partition(".")[2]) if c in base.tensors), None)
     if structure.tied and (target in structure.token_embeddings or (target is None and _HEAD.search(plain))):
@@ -176,8 +176,11 @@ def _same_shape(shape: tuple[int, ...], weight: StoredTensor, folder: Path) -> N
 
 
 def _is_transposed(target: str, structure: ModelStructure, config: Mapping[str, Any]) -> bool:
-    """Whether the stored weight is (in, out). As in PEFT the module decides, not `fan_in_fan_out`: in an adapter of
-    GPT-2's Conv1D layers and its (linear) output head the flag says what the last of them was."""
+    """Return whether the stored weight is (in, out).
+
+    As in PEFT the module decides, not `fan_in_fan_out`: in an adapter of GPT-2's Conv1D layers and its (linear) output
+    head, that flag describes only the last of them.
+    """
     if structure.output_projections:
         is_conv = any(heads.transposed for heads in structure.output_projections.values())
         return is_conv and structure.layer_of(target) is not None
@@ -185,7 +188,7 @@ def _is_transposed(target: str, structure: ModelStructure, config: Mapping[str, 
 
 
 def _scale(module: str, rank: int, config: Mapping[str, Any], folder: Path) -> float:
-    """s of s·B·A. By PEFT's rule the first pattern that matches the end of the module's name gives α."""
+    """Return s of s·B·A. By PEFT's rule α is that of the first pattern that matches the end of the module's name."""
     alpha = config.get("lora_alpha", DEFAULT_ALPHA)
     try:
         for pattern, value in (config.get("alpha_pattern") or {}).items():

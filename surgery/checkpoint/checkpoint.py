@@ -1,4 +1,4 @@
-"""A model on disk: its tensor table, config and side files, read off its headers with no tensor loaded."""
+"""Open a model on disk by its headers: tensor table, config and side files, with no tensor loaded."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-# What makes a folder of weights a model, besides the weights: carried along unchanged. The model card and the
-# manifest describe the weights they came with, and so are written anew.
+# Files beside the weights that are carried along unchanged. The model card and the manifest describe the weights that
+# they came with, and so are written anew.
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 SIDE_PREFIXES = ("LICENSE", "NOTICE", "USE_POLICY")
 NOT_CARRIED = (MANIFEST, "trainer_state.json", "training.json", "scores.json")
@@ -32,7 +32,7 @@ _NUMBERED = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors", re.ASCII)
 
 @dataclass(frozen=True)
 class LowRank:
-    """A LoRA update of a stored tensor: ΔW = scale · B·A, transposed where the stored weight is (in, out).
+    """A LoRA update of a stored tensor: ΔW = scale · B·A, transposed if the stored weight is (in, out).
 
     a: (r, in), b: (out, r), both 2-D in the adapter's file.
     """
@@ -45,7 +45,11 @@ class LowRank:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's bytes lie. `start` and `n_bytes` are in bytes of `file`; `update` is added when it is read."""
+    """The location of a tensor's bytes.
+
+    start, n_bytes: in bytes of `file`.
+    update: added to the values when they are read.
+    """
 
     name: str
     dtype: str
@@ -61,12 +65,12 @@ class StoredTensor:
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
-        """Every tensor that reading this one touches: itself, and the two factors of its update."""
+        """The tensors read for this one: itself, and the two factors of its update."""
         return (self,) if self.update is None else (self, self.update.a, self.update.b)
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Every file that reading this tensor touches."""
+        """The files read for this tensor."""
         return tuple(part.file for part in self.parts)
 
     @property
@@ -76,7 +80,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file of a checkpoint: its path inside the folder, where it lies, and its header."""
+    """One safetensors file of a checkpoint: its name in the folder, its path, and its header."""
 
     name: str
     path: Path
@@ -85,10 +89,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk, seen through its headers.
+    """A model on disk, known by its headers.
 
-    `ref` is what the user typed (display only), `folder` is where side files lie (None for a single file),
-    `revision` is the Hub's commit hash or None, `tensors` are sorted by name.
+    ref: what the user typed, for messages only.
+    folder: the folder of the side files; None for a single file.
+    tensors: sorted by name.
+    revision: the commit hash on the Hub, if it is from there.
+    adapter: the folder of the adapter whose updates the tensors have, if any.
     """
 
     ref: str
@@ -102,12 +109,12 @@ class Checkpoint:
 
     @property
     def n_parameters(self) -> int:
-        """Number of stored values, buffers included; tied tensors are stored, and counted, once."""
+        """The number of stored values, buffers included; tied tensors are stored, and counted, once."""
         return sum(tensor.n_elements for tensor in self.tensors.values())
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """The bytes of all tensors."""
         return sum(tensor.n_bytes for tensor in self.tensors.values())
 
     @property
@@ -117,18 +124,18 @@ class Checkpoint:
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
-        """Every file that tensors are read from, an adapter's among them; sorted."""
+        """The files that tensors are read from, an adapter's among them; sorted."""
         return tuple(sorted({path for tensor in self.tensors.values() for path in tensor.files}))
 
     @cached_property
     def side_files(self) -> tuple[Path, ...]:
-        """Config, tokenizer, chat template, licence: what OUT carries along; paths in `folder`, sorted."""
+        """The files that an output carries along (config, tokenizer, chat template, licence): paths, sorted."""
         if self.folder is None:
             return ()
         return tuple(path for path in sorted(self.folder.iterdir()) if path.is_file() and _is_side_file(path))
 
     def float_names(self) -> list[str]:
-        """Names of the tensors that arithmetic may touch, sorted. Raises SurgeryError where there is none."""
+        """Return the names of all float tensors, sorted. Raises SurgeryError if there is none."""
         names = [name for name, tensor in self.tensors.items() if tensor.is_float]
         if not names:
             raise SurgeryError("holds no float tensor", where=self.ref)
@@ -136,7 +143,7 @@ class Checkpoint:
 
 
 def read_folder(folder: Path) -> Checkpoint:
-    """The model in `folder`: any layout of safetensors shards, with or without an index.
+    """Open the model in `folder`: any layout of safetensors shards, with or without an index.
 
     Raises:
         SurgeryError: shards are missing, damaged or contradict each other; or there are only pickles, or nothing.
@@ -150,7 +157,7 @@ def read_folder(folder: Path) -> Checkpoint:
 
 
 def read_file(path: Path) -> Checkpoint:
-    """The weights in the single file `path`; config and tokenizer are not looked for. Raises SurgeryError."""
+    """Open the weights in the single file `path`, without config or tokenizer. Raises SurgeryError."""
     if path.suffix in PICKLE_SUFFIXES:
         raise _pickle_only(path, path.name)
     shard = Shard(path.name, path, read_header(path))
@@ -158,7 +165,7 @@ def read_file(path: Path) -> Checkpoint:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether `folder` holds a PEFT adapter and no model of its own."""
+    """Return whether `folder` is a PEFT adapter without a model of its own."""
     return _index_of(folder) is None and (folder / ADAPTER_CONFIG).is_file() and not (folder / SINGLE).is_file()
 
 
@@ -222,11 +229,11 @@ def _shards_without_index(folder: Path) -> list[str]:
 
 
 def _check_numbering(names: Sequence[str], folder: Path) -> None:
-    """Without an index only the names "…-00002-of-00003" tell that a shard is missing."""
+    """Raise SurgeryError if a shard is missing; without an index only names like "…-00002-of-00003" show it."""
     present = set(names)
     missing = []
     for stem, total, digits in sorted({(m[1], m[3], len(m[2])) for m in map(_NUMBERED.fullmatch, names) if m}):
-        # One shard more than there are files is enough to say so: the total may be a lie.
+        # One shard more than there are files shows that some are missing: the total may be any number.
         numbers = range(1, min(int(total), len(names) + 1) + 1)
         shards = [f"{stem}{number:0{digits}}-of-{total}.safetensors" for number in numbers]
         missing += [shard for shard in shards if shard not in present]
@@ -249,18 +256,18 @@ def _pickle_only(where: Path, names: str) -> SurgeryError:
 
 def _table(shards: tuple[Shard, ...], named: Mapping[str, str], index: Path | None) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
-    holder: dict[str, str] = {}
+    shard_of: dict[str, str] = {}
     for shard in shards:
         for entry in shard.header.entries:
             if named.get(entry.name, shard.name) != shard.name:
                 continue  # the index says which of two copies counts
             if entry.name in tensors:
                 raise SurgeryError(
-                    f'"{entry.name}" is in {holder[entry.name]} and in {shard.name}',
+                    f'"{entry.name}" is in {shard_of[entry.name]} and in {shard.name}',
                     where=shard.path.parent,
                     hint="Remove the stale shards, or add the index that says which one counts.",
                 )
-            holder[entry.name] = shard.name
+            shard_of[entry.name] = shard.name
             tensors[entry.name] = stored_tensor(entry, shard.path, shard.header)
     lost = sorted(set(named) - set(tensors))
     if lost:
@@ -275,7 +282,7 @@ def _table(shards: tuple[Shard, ...], named: Mapping[str, str], index: Path | No
 
 
 def existing_path(text: str) -> Path | None:
-    """The folder or file that `text` names, or None. Raises SurgeryError where it may not be looked at."""
+    """Return the folder or file that `text` names, or None. Raises SurgeryError if it may not be accessed."""
     try:
         path = Path(text).expanduser()
         return path if text and (path.is_dir() or path.is_file()) else None
@@ -288,7 +295,7 @@ def existing_path(text: str) -> Path | None:
 
 
 def stored_tensor(entry: Entry, path: Path, header: Header) -> StoredTensor:
-    """Where the tensor that `header` describes as `entry` lies in the file `path`."""
+    """Return the location of the tensor `entry` of `header` in the file `path`."""
     start = header.data_start + entry.begin
     return StoredTensor(entry.name, entry.dtype, entry.shape, path, start, entry.end - entry.begin)
 
@@ -300,7 +307,7 @@ def _is_side_file(path: Path) -> bool:
 
 
 def loadable_folder(checkpoint: Checkpoint) -> Path:
-    """The folder that transformers can load `checkpoint` from. Raises SurgeryError where there is none."""
+    """Return the folder that transformers can load `checkpoint` from. Raises SurgeryError if there is none."""
     if checkpoint.adapter is not None:
         raise SurgeryError(
             "is an adapter, which only counts together with its base",
@@ -317,6 +324,6 @@ def loadable_folder(checkpoint: Checkpoint) -> Path:
 
 
 def dtypes_of(checkpoint: Checkpoint) -> list[str]:
-    """The dtypes that occur in `checkpoint`, widest first."""
-    found = {tensor.dtype for tensor in checkpoint.tensors.values()}
-    return sorted(found, key=lambda name: (-DTYPES[name].bits, name))
+    """Return the dtypes that occur in `checkpoint`, widest first."""
+    dtypes = {tensor.dtype for tensor in checkpoint.tensors.values()}
+    return sorted(dtypes, key=lambda name: (-DTYPES[name].bits, name))

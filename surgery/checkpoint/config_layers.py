@@ -1,8 +1,8 @@
-"""The output's config.json: the template's, with the number of layers and what follows from it.
+"""Edit config.json for another selection of layers: their number, and all that depends on it.
 
-Which layer is of which kind is told in four ways: a list with one entry per layer, a list of layer numbers, a number of
+Configs state the kinds of layers in four ways: a list with one entry per layer, a list of layer numbers, a number of
 dense layers before those with experts, or a period. The first three can be rewritten for any order of layers. A period
-cannot, but where it is about experts a list of the dense layers says the same.
+cannot, but a period of layers with experts can be replaced by a list of the dense layers.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from typing import Any
 from surgery.checkpoint.structure import ModelStructure
 from surgery.checkpoint.tensor_roles import N_LAYERS, NESTED
 
-# Lists with one entry per layer whose name does not hold "layer".
+# Lists with one entry per layer whose key does not contain "layer".
 _PER_LAYER = ("block_types", "attention_types", "block_configs", "activation_sparsity_pattern", "intermediate_size")
 _NUMBERS = ("mlp_only_layers", "moe_layers", "no_rope_layer_indices", "cross_attention_layers", "attn_layer_indices")
 _LEADING_DENSE = "first_k_dense_replace"
 _EXPERTS_EVERY, _DENSE = "decoder_sparse_step", "mlp_only_layers"
-# Every so many layers is of another kind, unless a list says it.
+# Every n-th layer is of another kind, unless a list says otherwise.
 _PERIODS = (
     *("sliding_window_pattern", "full_attention_interval", "no_rope_layer_interval", "global_attn_every_n_layers"),
     *("attn_layer_period", "expert_layer_period", "moe_layer_freq", "interleave_moe_layer_step"),
 )
 _KINDS = ("layer_types", "layers_block_type", "block_types")
-# What a layer does hangs on its number, or on the number of layers, in a way that only holds for the model as it was.
+# With these, what a layer does depends on its number, or on the number of layers, so that it cannot be moved.
 _BY_NUMBER = ("num_kv_shared_layers", "scale_attn_by_inverse_layer_idx")
 
 
 def with_layers(config: Mapping[str, Any], layers: Sequence[int], template: ModelStructure) -> dict[str, Any]:
-    """A config whose layer i is layer `layers[i]` of the template's.
+    """Return a config whose layer i is layer `layers[i]` of the template's.
 
     Changed are the number of layers, every list with one entry per layer, every list of layer numbers, the number of
     leading dense layers, and the period of layers with experts, which becomes a list.
@@ -55,34 +55,34 @@ def with_layers(config: Mapping[str, Any], layers: Sequence[int], template: Mode
 
 
 def with_count(config: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """A config of the first `count` layers of `config`.
+    """Return a config of the first `count` layers of `config`.
 
-    Where it has fewer, or none are to be left, the lists that say of which kind they are are dropped: they are of the
-    kinds that the family has by default.
+    If it has fewer, or `count` is 0, the lists of the layers' kinds are dropped: new layers are then of the kinds that
+    the family has by default.
     """
     changed = copy.deepcopy(dict(config))
     part = language_part(changed)
-    held = next((part[key] for key in N_LAYERS if type(part.get(key)) is int), 0)
+    n_layers = next((part[key] for key in N_LAYERS if type(part.get(key)) is int), 0)
     for key, value in list(part.items()):
         if key in N_LAYERS and isinstance(value, int):
             part[key] = count
         elif not (_is_per_layer(key, value) or (key in _NUMBERS and isinstance(value, list))):
             continue
-        elif not count or count > held:
+        elif not count or count > n_layers:
             del part[key]
         elif key in _NUMBERS:
             part[key] = [number for number in value if number < count]
-        elif len(value) == held:
+        elif len(value) == n_layers:
             part[key] = value[:count]
     return changed
 
 
 def spelled_out(config: Mapping[str, Any], whole: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    """A config in which the lists stand that say what the model's layers are, also those that it leaves to defaults.
+    """Return a config with every list of the layers' kinds in it, those that `config` leaves to defaults included.
 
     Args:
-        whole: the language part with every default in it, as the family's own code fills it in.
-        layers: how many the model has.
+        whole: the language part with every default filled in by the family's own code.
+        layers: the number of layers of the model.
     """
     changed = copy.deepcopy(dict(config))
     part = language_part(changed)
@@ -94,7 +94,7 @@ def spelled_out(config: Mapping[str, Any], whole: Mapping[str, Any], layers: int
 
 
 def language_part(config: dict[str, Any]) -> dict[str, Any]:
-    """The dict inside `config`, not a copy, that holds the language model's numbers."""
+    """Return the dict inside `config`, not a copy, with the language model's numbers."""
     for key in NESTED:
         if isinstance(config.get(key), dict) and any(name in config[key] for name in N_LAYERS):
             return language_part(config[key])
@@ -102,7 +102,7 @@ def language_part(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config whose output head is a tensor of its own."""
+    """Return a config whose output head is a tensor of its own."""
     changed = copy.deepcopy(dict(config))
     for part in (changed, language_part(changed)):
         if part is changed or "tie_word_embeddings" in part:
@@ -111,7 +111,7 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unsayable(config: Mapping[str, Any], layers: Sequence[int], template: ModelStructure) -> list[str]:
-    """Why no config of this architecture can describe `layers`: sentences; none where `with_layers` says all.
+    """Return why no config of this architecture can describe `layers`, as sentences; none if `with_layers` can.
 
     Args:
         config: the template's.
@@ -120,19 +120,19 @@ def unsayable(config: Mapping[str, Any], layers: Sequence[int], template: ModelS
         return []
     part = language_part(dict(config))
     dense = [old not in template.experts for old in layers]
-    found = []
+    reasons = []
     if _LEADING_DENSE in part and False in dense and True in dense[dense.index(False) :]:
-        found.append(
+        reasons.append(
             f"a dense layer would follow one with experts, which {_LEADING_DENSE} cannot say. "
             "Choose other layer ranges."
         )
-    found += [
+    reasons += [
         f"{key} {part[key]} makes layers depend on where they stand, so none can be moved or added."
         for key in _BY_NUMBER
         if part.get(key)
     ]
     if any(isinstance(part.get(key), list) for key in _KINDS):
-        return found
+        return reasons
     for key in _PERIODS:
         period = part.get(key)
         if type(period) is not int or period < 2:
@@ -140,11 +140,11 @@ def unsayable(config: Mapping[str, Any], layers: Sequence[int], template: ModelS
         moved = [(new, old) for new, old in enumerate(layers) if new % period != old % period]
         if moved:
             new, old = moved[0]
-            found.append(
+            reasons.append(
                 f"layer {old} would stand at {new}, where {key} {period} makes it one of another kind. "
                 f"Move layers by multiples of {period}."
             )
-    return found
+    return reasons
 
 
 def _is_per_layer(key: str, value: object) -> bool:

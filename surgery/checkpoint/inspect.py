@@ -1,4 +1,4 @@
-"""What a checkpoint is, in one table of facts: the answer of `surgery inspect`."""
+"""Describe a checkpoint: the result of `surgery inspect`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from surgery.reporting.report import Column, Table, format_value
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `checkpoint` is, JSON-able: files, sizes in bytes, dtypes, structure, and what is amiss."""
-    body = model_structure(checkpoint)
+    """Return a description of `checkpoint` for JSON: files, sizes in bytes, dtypes, structure, and what is wrong."""
+    structure = model_structure(checkpoint)
     tensors = checkpoint.tensors.values()
     dtypes = {}
     for dtype in dtypes_of(checkpoint):
-        held = [tensor for tensor in tensors if tensor.dtype == dtype]
+        group = [tensor for tensor in tensors if tensor.dtype == dtype]
         dtypes[dtype] = {
-            "tensors": len(held),
-            "parameters": sum(tensor.n_elements for tensor in held),
-            "bytes": sum(tensor.n_bytes for tensor in held),
+            "tensors": len(group),
+            "parameters": sum(tensor.n_elements for tensor in group),
+            "bytes": sum(tensor.n_bytes for tensor in group),
         }
     side_files = {path.name for path in checkpoint.side_files}
     return {
@@ -35,20 +35,20 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "parameters": checkpoint.n_parameters,
         "tensors": len(checkpoint.tensors),
         "dtypes": dtypes,
-        "layers": body.layers,
-        "hidden_size": body.hidden_size,
-        "vocab_size": body.vocab_size,
-        "heads": body.heads,
-        "kv_heads": body.kv_heads,
-        "head_dim": body.head_dim,
-        "experts": body.n_experts,
-        "experts_per_token": body.experts_per_token,
-        "tied": body.tied,
+        "layers": structure.layers,
+        "hidden_size": structure.hidden_size,
+        "vocab_size": structure.vocab_size,
+        "heads": structure.heads,
+        "kv_heads": structure.kv_heads,
+        "head_dim": structure.head_dim,
+        "experts": structure.n_experts,
+        "experts_per_token": structure.experts_per_token,
+        "tied": structure.tied,
         "tokenizer": bool(side_files & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}),
         "chat_template": _has_chat_template(checkpoint, side_files),
         "quantization_config": checkpoint.config.get("quantization_config"),
-        "not_understood": list(body.not_understood),
-        "notes": list(body.notes),
+        "not_understood": list(structure.not_understood),
+        "notes": list(structure.notes),
     }
 
 
@@ -60,34 +60,33 @@ def _has_chat_template(checkpoint: Checkpoint, side_files: set[str]) -> bool:
 
 
 def inspect_tables(description: Mapping[str, Any]) -> tuple[Table, ...]:
-    """What `inspect_checkpoint` gives, for people: facts, dtypes and, where there are any, tensors without a role."""
-    told = description
+    """Return the tables of an `inspect_checkpoint` description: facts, dtypes and, if any, tensors without a role."""
     facts = [
-        ("architecture", ", ".join(told["architectures"]) or None),
-        ("revision", told["revision"]),
-        ("files", len(told["files"])),
-        ("size", format_value(told["bytes"], "bytes")),
-        ("parameters", told["parameters"]),
-        ("tensors", told["tensors"]),
-        ("layers", told["layers"]),
-        ("hidden size", told["hidden_size"]),
-        ("heads × width", f"{format_value(told['heads'])} × {format_value(told['head_dim'])}"),
-        ("key-value heads", told["kv_heads"]),
-        ("experts, per token", f"{told['experts']:,}, {format_value(told['experts_per_token'])}")
-        if told["experts"]
+        ("architecture", ", ".join(description["architectures"]) or None),
+        ("revision", description["revision"]),
+        ("files", len(description["files"])),
+        ("size", format_value(description["bytes"], "bytes")),
+        ("parameters", description["parameters"]),
+        ("tensors", description["tensors"]),
+        ("layers", description["layers"]),
+        ("hidden size", description["hidden_size"]),
+        ("heads × width", f"{format_value(description['heads'])} × {format_value(description['head_dim'])}"),
+        ("key-value heads", description["kv_heads"]),
+        ("experts, per token", f"{description['experts']:,}, {format_value(description['experts_per_token'])}")
+        if description["experts"]
         else ("experts", None),
-        ("vocabulary rows", told["vocab_size"]),
-        ("output head tied", told["tied"]),
-        ("tokenizer", told["tokenizer"]),
-        ("chat template", told["chat_template"]),
-        ("quantisation", (told["quantization_config"] or {}).get("quant_method")),
+        ("vocabulary rows", description["vocab_size"]),
+        ("output head tied", description["tied"]),
+        ("tokenizer", description["tokenizer"]),
+        ("chat template", description["chat_template"]),
+        ("quantisation", (description["quantization_config"] or {}).get("quant_method")),
     ]
-    dtypes = [(name, row["tensors"], row["parameters"], row["bytes"]) for name, row in told["dtypes"].items()]
-    shown = [
-        Table(told["ref"], ("", ""), facts, note="\n".join(told["notes"]) or None),
+    dtypes = [(name, row["tensors"], row["parameters"], row["bytes"]) for name, row in description["dtypes"].items()]
+    tables = [
+        Table(description["ref"], ("", ""), facts, note="\n".join(description["notes"]) or None),
         Table("Dtypes", ("dtype", "tensors", "parameters", Column("size", "bytes")), dtypes),
     ]
-    if told["not_understood"]:
-        patterns = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in told["not_understood"])
-        shown.append(Table("Not understood", ("tensors", "count"), list(patterns.items())))
-    return tuple(shown)
+    if description["not_understood"]:
+        patterns = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in description["not_understood"])
+        tables.append(Table("Not understood", ("tensors", "count"), list(patterns.items())))
+    return tuple(tables)

@@ -1,4 +1,4 @@
-"""Reading slices of stored tensors: what lies under every job that touches weights.
+"""Read slices of stored tensors, as the inputs of kernels.
 
 Tensors are cut into segments of `SEGMENT` elements, whatever their dtype, so that the inputs and the output of an
 elementwise kernel are cut at the same places; a segment is the unit of reading, hashing, writing and resuming. Its
@@ -43,11 +43,11 @@ _FINITE: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
 class TensorInput:
     """A stored tensor as a kernel's input.
 
-    rows: int64, one entry per row of the output: which row of `tensor` stands there, −1 for a row of zeros.
-        None means that the tensor is read as it lies.
-    others: further tensors with rows of their own; each row of the input is then the mean of those that are given
-        for it, in fp32 (fp64 where one of them is F64); zeros where none is.
-    constant: (rows, value): which rows, ascending, are (width,) `value` instead.
+    rows: (rows of the output,) int64: the row of `tensor` that each is read from, −1 for a row of zeros. None: the
+        tensor is read as it is stored.
+    others: further tensors, each with rows of its own; a row of the input is then the mean of those given for it, in
+        fp32 (fp64 if one of them is F64); zeros if none is.
+    constant: (rows, value): rows, ascending, that are `value` (width,) instead.
     """
 
     tensor: StoredTensor
@@ -62,12 +62,12 @@ class TensorInput:
 
     @property
     def n_elements(self) -> int:
-        """Elements that the kernel sees."""
+        """The number of elements that the kernel sees."""
         return n_elements(self.shape)
 
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:
-        """Every stored tensor that it is read from, updates not counted."""
+        """Every stored tensor that it is read from, without their updates."""
         return (self.tensor, *(tensor for tensor, _ in self.others))
 
     @property
@@ -77,23 +77,23 @@ class TensorInput:
 
 
 def segments(count: int) -> Iterator[tuple[int, int]]:
-    """The bounds [begin, end), in elements, of the segments of a tensor of `count` elements."""
+    """Yield the bounds [begin, end), in elements, of the segments of a tensor of `count` elements."""
     for begin in range(0, count, SEGMENT):
         yield begin, min(begin + SEGMENT, count)
 
 
 def n_segments(count: int) -> int:
-    """How many segments a tensor of `count` elements has."""
+    """Return the number of segments of a tensor of `count` elements."""
     return -(-count // SEGMENT)
 
 
 def compute_dtype(dtypes: Iterable[str]) -> torch.dtype:
-    """fp64 where any of `dtypes` is F64, else fp32."""
+    """Return fp64 if any of `dtypes` is F64, else fp32."""
     return torch.float64 if "F64" in set(dtypes) else torch.float32
 
 
 class SourceFiles:
-    """The files that a job reads, opened read-only once; it notices when one of them changes meanwhile."""
+    """The source files of a job, opened read-only once; detects changes in them during the job."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._descriptors: dict[Path, int] = {}
@@ -114,16 +114,16 @@ class SourceFiles:
         self.close()
 
     def close(self) -> None:
-        """Closes every file; safe to call twice."""
+        """Close every file; safe to call twice."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
     def descriptor(self, path: Path) -> int:
-        """The open file descriptor of `path`."""
+        """Return the open file descriptor of `path`."""
         return self._descriptors[path]
 
     def check_unchanged(self) -> None:
-        """Raises SurgeryError if a source was written or replaced since it was opened."""
+        """Raise SurgeryError if a source was written or replaced since it was opened."""
         for path, stamp in self._stamps.items():
             try:
                 now = _stamp(path.stat())
@@ -137,7 +137,7 @@ class SourceFiles:
                 )
 
     def stamps(self) -> list[tuple[str, int, int]]:
-        """(path, size in bytes, modification time in ns) of every file, sorted by path."""
+        """Return (path, size in bytes, modification time in ns) of every file, sorted by path."""
         return [(str(path), *stamp) for path, stamp in sorted(self._stamps.items())]
 
 
@@ -146,10 +146,10 @@ def _stamp(status: os.stat_result) -> tuple[int, int]:
 
 
 class TensorReader:
-    """Reads segments into buffers of its own, which it uses again for the next one. One per worker.
+    """Reads segments into buffers that it reuses for the next one. One per worker.
 
-    What a method returns is valid until the next call with the same `slot`. With `pinned`, buffers are page-locked,
-    so that a GPU copies from them asynchronously.
+    The result of a method is valid until the next call with the same `slot`. With `pinned`, buffers are page-locked, so
+    that a GPU copies from them asynchronously.
     """
 
     def __init__(self, files: SourceFiles, *, pinned: bool = False) -> None:
@@ -158,15 +158,15 @@ class TensorReader:
         self._buffers: dict[object, Tensor] = {}
 
     def buffer(self, slot: object, size: int) -> Tensor:
-        """`size` bytes, uint8 (size,), of the buffer called `slot`."""
-        held = self._buffers.get(slot)
-        if held is None or held.numel() < size:
-            held = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
-            self._buffers[slot] = held
-        return held[:size]
+        """Return `size` bytes, uint8 (size,), of the buffer called `slot`."""
+        buffer = self._buffers.get(slot)
+        if buffer is None or buffer.numel() < size:
+            buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+            self._buffers[slot] = buffer
+        return buffer[:size]
 
     def raw(self, tensor: StoredTensor, begin: int, end: int, slot: object) -> Tensor:
-        """The stored bytes of elements [begin, end) of `tensor`, uint8."""
+        """Read the stored bytes of elements [begin, end) of `tensor`, uint8."""
         first = n_bytes(tensor.dtype, (begin,))
         size = n_bytes(tensor.dtype, (end,)) - first
         target = self.buffer(slot, size)
@@ -174,25 +174,25 @@ class TensorReader:
         return target
 
     def values(self, source: TensorInput, begin: int, end: int, slot: object) -> Tensor:
-        """Elements [begin, end) of `source`, 1-D: in the stored dtype, or in fp32/fp64 where an update was added."""
+        """Read elements [begin, end) of `source`, 1-D: in the stored dtype, or in fp32/fp64 if it has an update."""
         tensor = source.tensor
         if source.others or source.constant is not None:
-            return self._blended(source, begin, end, slot)
+            return self._mean_of_rows(source, begin, end, slot)
         if source.rows is not None:
-            return self._gathered(tensor, source.rows, begin, end, slot)
+            return self._rows(tensor, source.rows, begin, end, slot)
         stored = self.raw(tensor, begin, end, slot).view(TORCH_DTYPES[tensor.dtype])
-        return stored if tensor.update is None else self._updated(tensor, stored, begin, end, slot)
+        return stored if tensor.update is None else self._with_update(tensor, stored, begin, end, slot)
 
     def whole(self, source: TensorInput, slot: object) -> Tensor:
-        """All of `source` in its shape; dtype as in `values`."""
+        """Read all of `source` in its shape; dtype as in `values`."""
         return self.values(source, 0, source.n_elements, slot).view(source.shape)
 
-    def _updated(self, tensor: StoredTensor, stored: Tensor, begin: int, end: int, slot: object) -> Tensor:
+    def _with_update(self, tensor: StoredTensor, stored: Tensor, begin: int, end: int, slot: object) -> Tensor:
         update = tensor.update
         assert update is not None
         compute = compute_dtype((tensor.dtype, update.a.dtype, update.b.dtype))
         width = tensor.shape[1]
-        first, last = begin // width, -(-end // width)
+        first, last = begin // width, -(-end // width)  # the rows that [begin, end) touches
         a = self.whole(TensorInput(update.a), (slot, "a")).to(compute)
         if update.transposed:
             b = self.whole(TensorInput(update.b), (slot, "b")).to(compute)
@@ -204,7 +204,7 @@ class TensorReader:
         delta = rows.reshape(-1)[begin - first * width : end - first * width]
         return stored.to(compute) + update.scale * delta
 
-    def _blended(self, source: TensorInput, begin: int, end: int, slot: object) -> Tensor:
+    def _mean_of_rows(self, source: TensorInput, begin: int, end: int, slot: object) -> Tensor:
         assert source.rows is not None
         compute = compute_dtype(source.dtypes)
         width = max(source.n_elements // max(len(source.rows), 1), 1)
@@ -212,7 +212,7 @@ class TensorReader:
         total = torch.zeros((last - first, width), dtype=compute)
         count = np.zeros(last - first, dtype=np.int64)
         for number, (tensor, rows) in enumerate(((source.tensor, source.rows), *source.others)):
-            own = self._gathered(tensor, rows, first * width, last * width, (slot, number))
+            own = self._rows(tensor, rows, first * width, last * width, (slot, number))
             total += own.view(-1, width).to(compute)
             count += rows[first:last] >= 0
         total /= torch.from_numpy(np.maximum(count, 1))[:, None]
@@ -222,7 +222,7 @@ class TensorReader:
             total[torch.from_numpy(here)] = torch.from_numpy(value).to(compute)
         return total.view(-1)[begin - first * width : end - first * width]
 
-    def _gathered(self, tensor: StoredTensor, rows: np.ndarray, begin: int, end: int, slot: object) -> Tensor:
+    def _rows(self, tensor: StoredTensor, rows: np.ndarray, begin: int, end: int, slot: object) -> Tensor:
         if begin == end:
             return torch.zeros(0, dtype=TORCH_DTYPES[tensor.dtype])
         width = tensor.n_elements // tensor.shape[0]
@@ -247,9 +247,10 @@ class TensorReader:
 
 
 def read_into(descriptor: int, target: Tensor, position: int, tensor: StoredTensor) -> None:
-    """Fills `target`, a contiguous CPU tensor, from `position` of a file. Raises SurgeryError if it ends early."""
+    """Fill `target`, a contiguous CPU tensor, from `position` of a file. Raises SurgeryError if it ends early."""
     view = octets(target)
     done = 0
+    # One call may read less than asked for: Linux transfers at most 2 GiB at once.
     while done < len(view):
         try:
             count = os.preadv(descriptor, [view[done:]], position + done)
@@ -265,22 +266,22 @@ def read_into(descriptor: int, target: Tensor, position: int, tensor: StoredTens
 
 
 def octets(data: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, shared and not copied."""
+    """Return the bytes of a contiguous CPU tensor, shared and not copied."""
     return memoryview(data.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy says no Buffer before 3.12
 
 
 def digest(data: Tensor) -> bytes:
-    """The hash of a segment's bytes, 16 bytes long."""
+    """Return the hash of a segment's bytes, 16 bytes long."""
     return hash_bytes(octets(data))
 
 
 def hash_tensor(reader: TensorReader, tensor: StoredTensor) -> str:
-    """The hash of what is stored on disk (an adapter's update not included)."""
+    """Return the hash of a tensor as stored on disk, without an adapter's update."""
     return hash_parts(digest(reader.raw(tensor, begin, end, "hash")) for begin, end in segments(tensor.n_elements))
 
 
 def count_nonfinite(data: Tensor, dtype: str) -> int:
-    """How many values among a float tensor's stored bytes (uint8) are NaN or infinite."""
+    """Return how many values among a float tensor's stored bytes (uint8) are NaN or infinite."""
     if not data.numel():
         return 0
     if dtype in _FINITE:

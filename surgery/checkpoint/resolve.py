@@ -1,4 +1,4 @@
-"""A reference to a model → its `Checkpoint`.
+"""Resolve references to models: `open_checkpoint(ref)` returns a `Checkpoint`.
 
 A reference is a local folder, a single `.safetensors` file, `org/name[@revision]` on the Hub, a PEFT LoRA adapter
 folder, `BASE+ADAPTER` (the adapter on a base of your choice), or `lab:NAME`.
@@ -17,16 +17,16 @@ from surgery.hub import download as hub
 
 
 def open_checkpoint(ref: str | Path) -> Checkpoint:
-    """Opens `ref` by its headers alone; nothing is loaded. A Hub model is fetched first, a lab model trained.
+    """Open `ref` by its headers alone; no tensor is loaded. A Hub model is fetched first, a lab model trained.
 
     Raises:
-        SurgeryError: the reference leads nowhere, or what it leads to is damaged or not safetensors.
+        SurgeryError: the reference names nothing, or the model is damaged or not safetensors.
     """
     return _open(str(ref))
 
 
 def _open(text: str, *, is_base: bool = False) -> Checkpoint:
-    """As `open_checkpoint`; `is_base` for the base of an adapter, which may not be an adapter itself."""
+    """Open `text`; `is_base`: as the base of an adapter, which may not be an adapter itself."""
     base, _, adapter = text.rpartition("+")
     path = existing_path(text)
     if path is not None:

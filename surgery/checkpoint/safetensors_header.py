@@ -1,4 +1,4 @@
-"""The header of a safetensors file: read without trust, written to the byte.
+"""Read and write headers of safetensors files; what is read is fully validated.
 
 A file is: 8 bytes, the header's length N as little-endian u64; N bytes of JSON, `{name: {dtype, shape,
 data_offsets: [begin, end]}, "__metadata__": {str: str}}`, padded with spaces; then the tensors' bytes, each at
@@ -39,7 +39,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header. `entries` are in the order of their bytes; `raw` is the first 8 + N bytes of the file."""
+    """A validated header. `entries` are in the order of their bytes; `raw` is the first 8 + N bytes of the file."""
 
     entries: tuple[Entry, ...]
     metadata: Mapping[str, str]
@@ -47,12 +47,12 @@ class Header:
 
     @property
     def data_start(self) -> int:
-        """Where the first tensor's bytes begin in the file."""
+        """The position of the first tensor's bytes in the file."""
         return len(self.raw)
 
 
 def read_header(path: Path) -> Header:
-    """Reads and checks the header of `path`; tensor bytes are not touched.
+    """Read and validate the header of `path`; tensor bytes are not read.
 
     Raises:
         SurgeryError: the file cannot be read, is cut short, or its header contradicts itself or the file.
@@ -81,7 +81,7 @@ def read_header(path: Path) -> Header:
 
 
 def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
-    """Checks `raw` (length prefix and JSON) against a file of `file_size` bytes. Raises SurgeryError."""
+    """Validate `raw` (length prefix and JSON) against a file of `file_size` bytes. Raises SurgeryError."""
 
     def bad(what: str, hint: str = "The file is damaged: fetch or write it again.") -> SurgeryError:
         return SurgeryError(what, where=path, hint=hint)
@@ -116,7 +116,7 @@ def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
 
 
 def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> Header:
-    """A header for tensors (name, dtype, shape) laid out one after the other in the order given."""
+    """Return the header of tensors (name, dtype, shape) stored one after the other in the given order."""
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     entries = []
     position = 0

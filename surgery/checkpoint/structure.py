@@ -1,8 +1,8 @@
-"""Names and shapes → structure: layers, heads, experts, routers, embeddings; and what was not understood.
+"""Derive the structure of a model from names and shapes: layers, heads, experts, routers, embeddings.
 
-In goes an opened `Checkpoint` (headers and config), out comes an `ModelStructure`. No architecture is
-listed: the layer stack is the numbered part of the names whose members look alike, and `inspection.py` reads
-what its tensors are. The config's numbers are checked against the shapes; disagreements become notes.
+`model_structure` takes a `Checkpoint` (headers and config). No architecture is listed: the stack of layers is the
+numbered part of the names whose members look alike, and `tensor_roles` finds out what its tensors are. The config's
+numbers are checked against the shapes; disagreements become notes, and tensors without a role are listed.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from surgery.checkpoint.tensor_roles import (
 )
 
 SIDE_WORDS = ("vision", "visual", "audio", "image", "encoder", "mtp")  # stacks beside the language model
+# Classes of transformers that have an output head; others (LlamaModel) are bare backbones.
 WITH_HEAD = re.compile(r"ForCausalLM|LMHead|ForConditionalGeneration|ForImageTextToText")
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: its number in the names, its tensors, and what was recognised in them."""
+    """One layer: its number in the names, its tensors, and the heads and experts found in them."""
 
     index: int
     names: tuple[str, ...]
@@ -58,12 +59,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class ModelStructure:
-    """What a checkpoint is made of. Numbers that are not the same in every layer, or not known, are None.
+    """The structure of a checkpoint. Numbers that differ between layers, or are not known, are None.
 
-    `token_embeddings` and `lm_heads` have one row per token. `tied`: the output head is the token embedding,
-    that is, no head is stored and the config says so or, where it is silent, names a class that has a head.
-    `groups` are the parts that reports are grouped by, in the order of the forward pass. `not_understood` are
-    the tensors without a role; `notes` say where config and shapes disagree and what is missing.
+    stack: the prefix of the layers' names ("model.layers"); None without numbered layers.
+    token_embeddings, lm_heads: tensors with one row per token.
+    tied: the output head is the token embedding: no head is stored, and the config says so or, if it says nothing,
+        names a class that has a head.
+    groups: the parts that reports are grouped by, in the order of the forward pass.
+    not_understood: the tensors without a role.
+    notes: where config and shapes disagree, and what is missing.
     """
 
     stack: str | None
@@ -83,7 +87,7 @@ class ModelStructure:
 
     @property
     def layers(self) -> int:
-        """Number of layers."""
+        """The number of layers."""
         return len(self.blocks)
 
     @property
@@ -98,7 +102,7 @@ class ModelStructure:
 
     @property
     def head_dim(self) -> int | None:
-        """Width of a head at the output projection's input."""
+        """The width of a head at the output projection's input."""
         return _same(layer.heads.head_dim for layer in self.blocks if layer.heads)
 
     @property
@@ -122,24 +126,24 @@ class ModelStructure:
         return tuple(name for name, role in self.roles.items() if role in ("token embedding", "lm head"))
 
     def layer_of(self, name: str) -> int | None:
-        """The layer that tensor `name` belongs to, or None."""
+        """Return the layer that tensor `name` belongs to, or None."""
         return self.layer_by_name.get(name)
 
     def group_of(self, name: str) -> str:
-        """The part a tensor is reported under: "embed", "layer 3", "final norm", "lm_head", a tower's
-        prefix ("model.visual"), or "other"."""
+        """Return the part that a tensor is reported under: "embed", "layer 3", "final norm", "lm_head", the prefix
+        of a tower ("model.visual"), or "other"."""
         return self.group_by_name.get(name, "other")
 
     def grouped(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """`names` by part, in the order of the forward pass; parts without any of them are absent."""
-        found: dict[str, list[str]] = {group: [] for group in (*self.groups, "other")}
+        """Group `names` by part, in the order of the forward pass; parts without any of them are absent."""
+        members: dict[str, list[str]] = {group: [] for group in (*self.groups, "other")}
         for name in names:
-            found[self.group_of(name)].append(name)
-        return {group: members for group, members in found.items() if members}
+            members[self.group_of(name)].append(name)
+        return {group: listed for group, listed in members.items() if listed}
 
 
 def model_structure(checkpoint: Checkpoint) -> ModelStructure:
-    """Reads the structure of `checkpoint`; what it cannot tell stays None or goes into the notes."""
+    """Derive the structure of `checkpoint`; what cannot be derived stays None or becomes a note."""
     tensors, config = checkpoint.tensors, language_config(checkpoint.config)
     notes: list[str] = []
     stack, others = _stacks(tensors, config)
@@ -158,9 +162,9 @@ def model_structure(checkpoint: Checkpoint) -> ModelStructure:
     for index, names in members.items():
         parts = {name: parts_of(name.removeprefix(f"{stack}.") if stack else name)[1:] for name in names}
         experts = experts_of(parts, tensors, config)
-        found = roles_of(parts, tensors, experts)
-        roles |= found
-        blocks.append(Layer(index, tuple(names), heads_of(parts, found, tensors, hidden, config), experts))
+        layer_roles = roles_of(parts, tensors, experts)
+        roles |= layer_roles
+        blocks.append(Layer(index, tuple(names), heads_of(parts, layer_roles, tensors, hidden, config), experts))
     notes += _disagreements(blocks, tensors, config)
 
     root = (stack or "").rpartition(".")[0]
@@ -189,12 +193,12 @@ def model_structure(checkpoint: Checkpoint) -> ModelStructure:
 
 
 def _same(values: Iterable[T]) -> T | None:
-    found = set(values)
-    return found.pop() if len(found) == 1 else None
+    distinct = set(values)
+    return distinct.pop() if len(distinct) == 1 else None
 
 
 def _stacks(tensors: Shapes, config: Mapping[str, Any]) -> tuple[str | None, list[str]]:
-    """The prefix of the language model's layers ("model.layers"), and those of other stacks."""
+    """Return the prefix of the language model's layers ("model.layers"), and those of other stacks."""
     numbers: dict[str, set[int]] = {}
     suffixes: dict[str, Counter[str]] = {}
     for name in tensors:
@@ -204,7 +208,7 @@ def _stacks(tensors: Shapes, config: Mapping[str, Any]) -> tuple[str | None, lis
                 prefix = ".".join(parts[:at])
                 numbers.setdefault(prefix, set()).add(int(part))
                 suffixes.setdefault(prefix, Counter())[".".join(parts[at + 1 :])] += 1
-                break  # what is numbered inside a layer (experts) is no stack of its own
+                break  # what is numbered inside a layer (experts) is not a stack of its own
 
     wanted = layer_count(config)
 
@@ -212,14 +216,15 @@ def _stacks(tensors: Shapes, config: Mapping[str, Any]) -> tuple[str | None, lis
         return any(ATTENTION.search(suffix.lower()) for suffix in suffixes[prefix])
 
     def is_stack(prefix: str) -> bool:
-        found = numbers[prefix]
-        shared = [suffix for suffix, count in suffixes[prefix].items() if 2 * count > len(found)]
-        # Layers of several kinds (Nemotron-H) may share their norm alone; as many as the config says are still layers.
-        return len(shared) > (0 if len(found) == wanted else 1)
+        n_members = len(numbers[prefix])
+        shared = [suffix for suffix, count in suffixes[prefix].items() if 2 * count > n_members]
+        # Layers of several kinds (Nemotron-H) may share nothing but their norm; as many as the config says are layers
+        # all the same.
+        return len(shared) > (0 if n_members == wanted else 1)
 
     def likelihood(prefix: str) -> tuple[bool, bool, bool, int]:
-        aside = any(word in prefix.lower() for word in SIDE_WORDS)
-        return (not aside, len(numbers[prefix]) == wanted, attends(prefix), suffixes[prefix].total())
+        is_side = any(word in prefix.lower() for word in SIDE_WORDS)
+        return (not is_side, len(numbers[prefix]) == wanted, attends(prefix), suffixes[prefix].total())
 
     stacks = [p for p in numbers if is_stack(p) and (attends(p) or len(numbers[p]) == wanted)]
     stacks.sort(key=likelihood, reverse=True)
@@ -229,7 +234,7 @@ def _stacks(tensors: Shapes, config: Mapping[str, Any]) -> tuple[str | None, lis
 def _members(
     tensors: Shapes, stack: str | None, config: Mapping[str, Any], notes: list[str]
 ) -> tuple[dict[int, list[str]], list[str]]:
-    """Layer number → its tensors; and the prefixes of layers that only predict further tokens ahead (MTP)."""
+    """Return layer number → its tensors, and the prefixes of layers that predict further tokens ahead (MTP)."""
     if stack is None:
         notes.append("no numbered stack of layers was found in the names")
         return {}, []
@@ -254,7 +259,7 @@ def _members(
 
 
 def _tower_root(stack: str, other: str) -> str | None:
-    """The prefix of `other` without `stack`: "model.visual" for model.visual.blocks beside model.layers."""
+    """Return the prefix of `other` up to where it leaves `stack`: "model.visual" for model.visual.blocks."""
     ours, theirs = stack.split("."), other.split(".")
     for depth, part in enumerate(theirs):
         if depth >= len(ours) or part != ours[depth]:
@@ -289,7 +294,7 @@ def _hidden_size(tensors: Shapes, embeddings: Sequence[str], config: Mapping[str
 
 
 def _disagreements(blocks: Sequence[Layer], tensors: Shapes, config: Mapping[str, Any]) -> list[str]:
-    """Sentences on what config and shapes say differently, and on layers without what the others have."""
+    """Return notes on disagreements of config and shapes, and on layers that lack what others have."""
     notes = []
     known = [layer.heads for layer in blocks if layer.heads]
     if missing := [layer.index for layer in blocks if layer.heads is None]:
@@ -315,15 +320,15 @@ def _disagreements(blocks: Sequence[Layer], tensors: Shapes, config: Mapping[str
 
 
 def _tied(config: Mapping[str, Any], embeddings: Sequence[str], lm_heads: Sequence[str], notes: list[str]) -> bool:
-    said = config.get("tie_word_embeddings")
+    stated = config.get("tie_word_embeddings")
     if lm_heads:
-        if said is True and embeddings:
+        if stated is True and embeddings:
             notes.append(f"{lm_heads[0]} is stored although the config ties it to {embeddings[0]}")
         return False
-    if not embeddings or said is True:
+    if not embeddings or stated is True:
         return bool(embeddings)
-    if said is False:
+    if stated is False:
         notes.append("the config says that the output head is not tied, but none is stored")
     elif not config:
         notes.append("no output head is stored; without a config.json nothing says whether it is tied")
-    return said is None and any(WITH_HEAD.search(str(name)) for name in config.get("architectures") or ())
+    return stated is None and any(WITH_HEAD.search(str(name)) for name in config.get("architectures") or ())

@@ -1,7 +1,7 @@
-"""The words of names and the shapes beside them → roles of tensors, and the heads and experts of a layer.
+"""Assign roles to tensors by the words in their names and by their shapes; find the heads and experts of a layer.
 
-Words alone decide nothing that will be computed on: rows must be those of a vocabulary, a projection must fit
-the hidden size, experts must agree on their number. What carries no known word gets no role.
+Names alone never decide what is computed on: rows must be those of a vocabulary, a projection must fit the hidden size,
+experts must agree on their number. A tensor without a known word in its name gets no role.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Role = Literal[
     "tower",
 ]
 
-# The last word of a module's name → what it is, inside an attention module and elsewhere in a layer.
+# The last word of a module's name → its role: inside an attention module, and elsewhere in a layer.
 ATTENTION_WORDS: dict[str, Role] = {
     **dict.fromkeys(("q_proj", "wq", "query", "q", "q_lin", "q_a_proj", "q_b_proj"), "attention query"),
     **dict.fromkeys(("k_proj", "wk", "key", "k", "k_lin"), "attention key"),
@@ -73,18 +73,23 @@ HEAD_WORDS = ("lm_head", "embed_out")
 WEAK_HEAD_WORDS = ("output", "head", "decoder")  # count only with exactly the rows and width of the embedding
 ROUTER_WORDS = ("gate", "router", "e_score_correction_bias")
 
-# The last component names the values, not the module: what is stored of it. Quantised forms included.
+# Last components of names that denote the values of a module, not the module itself; quantised forms included.
 LEAVES = (
     *("weight", "bias", "qweight", "qzeros", "scales", "g_idx", "blocks", "absmax", "input_scale"),
     *("weight_scale", "weight_scale_inv", "weight_packed", "weight_shape", "weight_zero_point"),
 )
-VALUES = ("weight", "qweight", "weight_packed", "blocks")  # those that hold values; the rest tells how to read them
+VALUES = (
+    "weight",
+    "qweight",
+    "weight_packed",
+    "blocks",
+)  # the leaves that hold values; the rest are scales and the like
 NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")  # six digits at most: no stack is deeper, and int() stays cheap
 NORM = re.compile(r"norm|^ln(_|\d|$)")
 ATTENTION = re.compile(r"attn|attention|^att_")
 CROSS_ATTENTION = re.compile(r"cross|encdec")
 
-# One number, under every name that configs give it.
+# For each number, the keys under which configs have it.
 N_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 LAYER_KINDS = ("layer_types", "layers_block_type")
 N_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
@@ -107,11 +112,12 @@ Parts = Sequence[str]
 
 @dataclass(frozen=True)
 class HeadShape:
-    """How a layer's attention is cut into heads, seen from the matrix that writes them back.
+    """The heads of a layer, as slices of its attention output projection's input.
 
-    `name` is that output projection, (hidden, n·d), or (n·d, hidden) where `transposed` (GPT-2's Conv1D).
-    Query head h owns the input slice [h·d, (h+1)·d), d = `head_dim` = the projection's input width / n
-    (the width of values, where keys have another: DeepSeek's MLA). None: neither config nor shapes settle it.
+    name: the output projection, (hidden, n·d), or (n·d, hidden) if `transposed` (GPT-2's Conv1D).
+    head_dim: d, the projection's input width / n; that of values, if keys have another width (DeepSeek's MLA).
+
+    Query head h owns the input slice [h·d, (h+1)·d). Numbers are None if neither config nor shapes determine them.
     """
 
     name: str
@@ -123,10 +129,10 @@ class HeadShape:
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """A layer's routed experts, their routers, and the experts that every token passes (`shared`).
+    """The routed experts of a layer, their routers, and the experts that every token passes (`shared`).
 
-    `down` are the matrices that write the experts' output: one per expert in order, or, where all are fused
-    into 3-D tensors (n, …, …) or stacked into 2-D ones (n·…, …), the one tensor that holds them all.
+    down: the matrices that compute the experts' outputs: one per expert, in order; or one tensor of all, if they are
+        fused into 3-D tensors (n, …, …) or stacked into 2-D ones (n·…, …).
     """
 
     layout: Literal["per-expert", "fused"]
@@ -138,7 +144,7 @@ class ExpertLayer:
 
 
 def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's numbers: in a multimodal config the nested ones win over the outer ones."""
+    """Return the config of the language model: in a multimodal one, nested values override outer ones."""
     for key in NESTED:
         if isinstance(nested := config.get(key), Mapping):
             rest = {name: value for name, value in config.items() if name != key}
@@ -148,24 +154,24 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def number(config: Mapping[str, Any], names: Sequence[str]) -> int | None:
-    """The first of `names` that the config gives as a positive whole number."""
+    """Return the first of the keys `names` that is a positive whole number in the config."""
     values = (config.get(name) for name in names)
     return next((value for value in values if type(value) is int and value > 0), None)
 
 
 def layer_count(config: Mapping[str, Any]) -> int | None:
-    """How many layers the config says there are, as a number or as a list of their kinds."""
+    """Return the number of layers that the config states, as a number or by a list of their kinds."""
     kinds = next((config[key] for key in LAYER_KINDS if isinstance(config.get(key), list)), None)
     return number(config, N_LAYERS) or (len(kinds) if kinds else None)
 
 
 def parts_of(name: str) -> list[str]:
-    """A name, lower-cased and cut at its dots."""
+    """Return the components of a name, in lower case."""
     return name.lower().split(".")
 
 
 def word_of(parts: Parts) -> str:
-    """The module's last word: "q_proj" of self_attn.q_proj.weight, "bias" of GPT-2's mask attn.bias."""
+    """Return the module's last word: "q_proj" of self_attn.q_proj.weight, "bias" of GPT-2's mask attn.bias."""
     module = list(parts)
     while len(module) > 1 and module[-1] in LEAVES:
         leaf = module.pop()
@@ -173,20 +179,22 @@ def word_of(parts: Parts) -> str:
 
 
 def tower_of(name: str, towers: Sequence[str]) -> str | None:
-    """The one of `towers` (prefixes) that `name` lies under."""
+    """Return the one of `towers` (prefixes) that `name` is under."""
     return next((root for root in towers if name.startswith(f"{root}.")), None)
 
 
 def roles_outside(
     tensors: Shapes, towers: Sequence[str], config: Mapping[str, Any], notes: list[str]
 ) -> dict[str, Role]:
-    """Roles outside the layers. One row per token needs both the name and the rows to say so."""
+    """Return the roles of tensors outside the layers. Only name and rows together make one with a row per token."""
     words = {name: word_of(parts_of(name)) for name in tensors}
     vocabulary = number(config, ("vocab_size",))
     named = [n for n in tensors if words[n] in TOKEN_WORDS + HEAD_WORDS and len(tensors[n].shape) == 2]
     rows_seen = Counter(tensors[name].shape[0] for name in named)
 
     def per_token(rows: int) -> bool:
+        # Padded vocabularies have more rows than the config says; without enough rows, a second matrix of the same
+        # size (an output head beside the embedding) still shows that they are tokens.
         return vocabulary is None or rows >= vocabulary or rows_seen[rows] > 1
 
     roles: dict[str, Role] = {}
@@ -218,9 +226,9 @@ def roles_outside(
 
 
 def experts_of(parts: Mapping[str, Parts], tensors: Shapes, config: Mapping[str, Any]) -> ExpertLayer | None:
-    """The experts of one layer, whose tensors' names are given in `parts`; None where it is dense.
+    """Return the experts of one layer, whose tensors' names are given in `parts`; None if it is dense.
 
-    Experts of attention (JetMoE's) are left out: they are no feed-forward experts, and routers of their own serve them.
+    Experts of attention (JetMoE's) are left out: they are not feed-forward experts, and have routers of their own.
     """
     parts = {name: words for name, words in parts.items() if not any(ATTENTION.search(word) for word in words)}
     inside: dict[int, list[str]] = {}
@@ -262,7 +270,7 @@ def experts_of(parts: Mapping[str, Parts], tensors: Shapes, config: Mapping[str,
 
 
 def _stacked(names: Sequence[str], tensors: Shapes, n: int) -> list[str]:
-    """Those of `names` that are matrices of n experts' rows, one expert after the other (DBRX)."""
+    """Return those of `names` that are matrices of n experts' rows, one expert after the other (DBRX)."""
     shapes = {name: tensors[name].shape for name in names}
     return [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] > n and shape[0] % n == 0]
 
@@ -274,7 +282,7 @@ def _is_down(parts: Parts) -> bool:
 
 
 def roles_of(parts: Mapping[str, Parts], tensors: Shapes, experts: ExpertLayer | None) -> dict[str, Role]:
-    """The role of every tensor of one layer that has one."""
+    """Return the role of every tensor of one layer that has one."""
     roles: dict[str, Role] = {}
     for name, words in parts.items():
         word = word_of(words)
@@ -299,7 +307,7 @@ def heads_of(
     hidden: int | None,
     config: Mapping[str, Any],
 ) -> HeadShape | None:
-    """The heads of one layer; None where no single matrix is its self-attention's output projection."""
+    """Return the heads of one layer; None unless exactly one matrix is its self-attention's output projection."""
     matrices: dict[Role, str] = {}
     outputs = []
     for name, role in roles.items():
@@ -308,8 +316,8 @@ def heads_of(
         if plain and len(tensors[name].shape) == 2 and tensors[name].is_float and not crossing:
             matrices[role] = name
             outputs += [name] if role == "attention output" else []
-    asked = matrices.keys() & {"attention query", "attention query-key-value"}
-    if len(outputs) != 1 or not asked or hidden not in tensors[outputs[0]].shape:
+    queries = matrices.keys() & {"attention query", "attention query-key-value"}
+    if len(outputs) != 1 or not queries or hidden not in tensors[outputs[0]].shape:
         return None
     shapes = {role: tensors[name].shape for role, name in matrices.items()}
     transposed = _is_transposed(shapes, hidden)
@@ -322,7 +330,7 @@ def heads_of(
 
 
 def _is_transposed(shapes: Mapping[Role, tuple[int, ...]], hidden: int | None) -> bool:
-    """Whether matrices are stored (in, out); where the projection is square, its neighbours tell."""
+    """Return whether matrices are stored (in, out); if the projection is square, by those beside it."""
     reads: tuple[Role, ...] = ("attention query-key-value", "mlp in", "attention key", "attention value")
     writes: tuple[Role, ...] = ("attention output", "mlp out")
     for role in (*writes, *reads):
@@ -332,7 +340,7 @@ def _is_transposed(shapes: Mapping[Role, tuple[int, ...]], hidden: int | None) -
 
 
 def _heads_by_shape(parts: Mapping[str, Parts], roles: Mapping[str, Role], tensors: Shapes, width: int) -> int | None:
-    """Without a config: attention sinks have one value per head, a per-head query norm one head's width."""
+    """Return the number of heads without a config: sinks have a value per head, query norms one head's width."""
     for name in roles:
         word, size = word_of(parts[name]), tensors[name].n_elements
         if word == "sinks" and size:

@@ -1,7 +1,6 @@
-"""Which of a model's files are its tokenizer's: by their names, as transformers reads and writes them.
+"""Find the files of a model that belong to its tokenizer, by the names that transformers reads and writes.
 
-In comes a folder or a file's path in one, out come the files that a tokenizer cannot do without and those that it may
-have; chat templates and code of its own are among them.
+Chat templates and a tokenizer's own code are among them.
 """
 
 from __future__ import annotations
@@ -18,25 +17,25 @@ ADDED_TOKENS = "added_tokens.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 CHAT_TEMPLATES = file_selection.CHAT_TEMPLATES
 LEGACY_CHAT_TEMPLATE = "chat_template.json"
-# Patterns of paths in the folder. What a tokenizer is to do, and what its tokens are.
+# Patterns of paths in the folder: settings of a tokenizer, and tables of its tokens.
 SETTINGS = (CONFIG, SPECIAL_TOKENS, CHAT_TEMPLATE, LEGACY_CHAT_TEMPLATE, f"{CHAT_TEMPLATES}/*.jinja")
 TABLES = (TOKENIZER, ADDED_TOKENS, "vocab.json", "merges.txt", "vocab.txt", *SENTENCEPIECE, *OTHER_FORMATS)
 PATTERNS = (*SETTINGS, *TABLES, "tokenization_*.py")
-# Where there is none of these, there is no tokenizer that transformers could read.
+# Without any of these there is no tokenizer that transformers could read.
 TOKENIZER_FILES = (TOKENIZER, CONFIG, "vocab.json", "vocab.txt", "tekken.json", *SENTENCEPIECE)
 
 
 def is_tokenizer_file(name: str) -> bool:
-    """Whether a file of a checkpoint, by its path in the folder, belongs to the tokenizer (chat templates do)."""
+    """Return whether a file, by its path in the model's folder, belongs to the tokenizer (chat templates do)."""
     return matches(name, PATTERNS)
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files in `folder` that belong to a tokenizer, sorted."""
+    """Return the files in `folder` that belong to a tokenizer, sorted."""
     inside = [*folder.iterdir(), *(folder / CHAT_TEMPLATES).glob("*.jinja")]
     return sorted(path for path in inside if path.is_file() and is_tokenizer_file(path.relative_to(folder).as_posix()))
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether one of `patterns` matches the whole path `name`."""
+    """Return whether one of `patterns` matches the whole path `name`."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,7 +1,7 @@
-"""Which row of an embedding belongs to which token, and how the rows of two tokenizers correspond.
+"""Read vocabularies (token → row of the embedding) and align the rows of two of them.
 
-Read straight from the files of a tokenizer (tokenizer.json, vocab.json, vocab.txt, sentencepiece's
-.model, and what tokenizer_config.json adds); no tokenizer is run.
+Read from the files of a tokenizer (tokenizer.json, vocab.json, vocab.txt, sentencepiece's .model, and what
+tokenizer_config.json adds); no tokenizer is run.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from surgery.checkpoint.sentencepiece_model import read_pieces
 from surgery.errors import SurgeryError, listing
 
 TOKENIZER = "tokenizer.json"
@@ -22,31 +23,31 @@ CONFIG = "tokenizer_config.json"
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 OTHER_FORMATS = ("tekken.json", "*.tiktoken")
 
-MISSING = -1
+MISSING = -1  # in aligned rows: the donor has no such token
 MAX_ID = 2**31 - 1  # a larger one is no row of any matrix
-EXAMPLES = 3
+EXAMPLES = 3  # of each difference, in a description
 FETCH_AGAIN = "Fetch the tokenizer's files again."
 CONVERT = 'Convert it: AutoTokenizer.from_pretrained("DIR").save_pretrained("DIR") writes tokenizer.json.'
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Token → id (the row of the embedding). `source` is the file that most of it was read from."""
+    """Token → id (the row of the embedding). `source` is the file that most of it comes from."""
 
     ids: Mapping[str, int]
     source: Path
 
     @property
     def size(self) -> int:
-        """Rows that the ids need: the largest id + 1, 0 when there is no token."""
+        """The number of rows that the ids need: the largest id + 1; 0 without tokens."""
         return max(self.ids.values(), default=-1) + 1
 
 
 @dataclass(frozen=True)
 class VocabularyDifference:
-    """Where two vocabularies a and b disagree; tokens in the order of their ids.
+    """The differences of two vocabularies a and b, with tokens in the order of their ids.
 
-    `moved`: token → (id in a, id in b) where both have it under different ids.
+    moved: token → (id in a, id in b), for tokens that both have under different ids.
     """
 
     only_in_a: Sequence[str]
@@ -55,10 +56,11 @@ class VocabularyDifference:
 
     @property
     def same(self) -> bool:
+        """Whether there is no difference."""
         return not (self.only_in_a or self.only_in_b or self.moved)
 
     def describe(self, a: str = "the first", b: str = "the second") -> str:
-        """One paragraph: counts, and a few examples of each kind. `a` and `b` are what to call the two."""
+        """Return one paragraph with counts and a few examples of each kind; `a` and `b` are what to call the two."""
         if self.same:
             return f"{a} and {b} give every token the same id."
         parts = []
@@ -73,7 +75,7 @@ class VocabularyDifference:
 
 
 def read_vocabulary(folder: Path) -> Vocabulary | None:
-    """The vocabulary of the tokenizer in `folder`, or None where there is no tokenizer file.
+    """Return the vocabulary of the tokenizer in `folder`, or None if there is no tokenizer file.
 
     Raises:
         SurgeryError: a file is damaged or of a format not read here; an id is negative or has two tokens; two
@@ -96,7 +98,7 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
 
 
 def differences(a: Vocabulary, b: Vocabulary) -> VocabularyDifference:
-    """Tokens that only one of the two has, and tokens with different ids."""
+    """Return the tokens that only one of the two has, and those with different ids."""
     return VocabularyDifference(
         only_in_a=sorted((token for token in a.ids if token not in b.ids), key=a.ids.__getitem__),
         only_in_b=sorted((token for token in b.ids if token not in a.ids), key=b.ids.__getitem__),
@@ -109,10 +111,10 @@ def differences(a: Vocabulary, b: Vocabulary) -> VocabularyDifference:
 
 
 def align_rows(target: Vocabulary, donor: Vocabulary, target_rows: int, donor_rows: int) -> npt.NDArray[np.int64]:
-    """For each row of the target's embedding, the row of the donor's that holds the same token.
+    """Return for each row of the target's embedding the row of the donor's for the same token.
 
-    Matrices often have more rows than the tokenizer has tokens, and sometimes fewer; tokens beyond either
-    matrix have no row.
+    Matrices often have more rows than the tokenizer has tokens, and sometimes fewer; tokens beyond the end of a matrix
+    have no row in it.
 
     Args:
         target_rows: rows of the target's matrix.
@@ -135,16 +137,16 @@ def _read_tokenizer(path: Path) -> dict[str, int]:
     tokenizer = _read_object(path)
     model = tokenizer.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocab, list):  # Unigram: [piece, score] in the order of ids; the last of two alike counts
+    if isinstance(vocab, list):  # Unigram: [piece, score] in the order of ids; of two equal pieces the last counts
         ids = {piece: row for row, piece in enumerate(_pieces(vocab, path))}
     elif isinstance(vocab, dict):
-        ids = _checked(vocab, path)
+        ids = _checked_ids(vocab, path)
     else:
         raise SurgeryError('has no "model.vocab" from tokens to ids', where=path, hint=FETCH_AGAIN)
     added = tokenizer.get("added_tokens") or []
     if not isinstance(added, list):
         raise SurgeryError('"added_tokens" is not a list', where=path, hint=FETCH_AGAIN)
-    for token, row in _checked(_added_tokens(added, path), path).items():
+    for token, row in _checked_ids(_added_tokens(added, path), path).items():
         ids.setdefault(token, row)  # as the tokenizers library: a token of the model keeps the model's id
     return ids
 
@@ -157,25 +159,25 @@ def _pieces(vocab: Iterable[Any], path: Path) -> Iterator[str]:
 
 
 def _added_tokens(added: Iterable[Any], path: Path) -> dict[str, Any]:
-    found = {}
+    ids = {}
     for entry in added:
         if not (isinstance(entry, dict) and isinstance(entry.get("content"), str)):
             raise SurgeryError(
                 f'"added_tokens" holds {entry!r}, expected {{"id", "content"}}', where=path, hint=FETCH_AGAIN
             )
-        found[entry["content"]] = entry.get("id")
-    return found
+        ids[entry["content"]] = entry.get("id")
+    return ids
 
 
 def _read_mapping(path: Path) -> dict[str, int]:
-    return _checked(_read_object(path), path) if path.is_file() else {}
+    return _checked_ids(_read_object(path), path) if path.is_file() else {}
 
 
 def _read_config(path: Path) -> dict[str, int]:
-    """`added_tokens_decoder` of tokenizer_config.json: {"id": {"content": token}}."""
+    """Return the tokens of `added_tokens_decoder` in tokenizer_config.json: {"id": {"content": token}}."""
     decoder = (_read_object(path) if path.is_file() else {}).get("added_tokens_decoder") or {}
     entries = decoder.items() if isinstance(decoder, dict) else [("", None)]
-    found = {}
+    ids = {}
     for row, entry in entries:
         content = entry.get("content") if isinstance(entry, dict) else entry
         if not (isinstance(content, str) and row.isascii() and row.removeprefix("-").isdigit()):
@@ -184,8 +186,8 @@ def _read_config(path: Path) -> dict[str, int]:
                 where=path,
                 hint=FETCH_AGAIN,
             )
-        found[content] = int(row[: len(str(MAX_ID)) + 2])  # enough digits to be refused as too large
-    return _checked(found, path)
+        ids[content] = int(row[: len(str(MAX_ID)) + 2])  # enough digits to be refused as too large
+    return _checked_ids(ids, path)
 
 
 def _read_lines(path: Path) -> dict[str, int]:
@@ -199,15 +201,7 @@ def _read_lines(path: Path) -> dict[str, int]:
 
 def _read_sentencepiece(path: Path) -> dict[str, int]:
     try:
-        data = path.read_bytes()
-        # ModelProto { repeated SentencePiece pieces = 1 }, SentencePiece { string piece = 1 }
-        pieces = [
-            next((text.decode() for number, text in _fields(piece) if number == 1), "")
-            for field, piece in _fields(data)
-            if field == 1
-        ]
-        if not pieces:
-            raise ValueError("no piece in it")
+        pieces = read_pieces(path.read_bytes())
     except OSError as error:
         raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
     except ValueError as error:
@@ -219,41 +213,6 @@ def _read_sentencepiece(path: Path) -> dict[str, int]:
     return {piece: row for row, piece in enumerate(pieces)}
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
-    """The fields of a protobuf message: number, and the bytes of those that have a length (else b"")."""
-    at = 0
-    while at < len(message):
-        key, at = _varint(message, at)
-        wire_type = key & 7
-        start = at
-        if wire_type == 0:
-            _, at = _varint(message, at)
-        elif wire_type == 2:
-            length, start = _varint(message, at)
-            at = start + length
-        elif wire_type in (1, 5):
-            at += 8 if wire_type == 1 else 4
-        else:
-            raise ValueError(f"wire type {wire_type} at byte {start}")
-        if at > len(message):
-            raise ValueError(f"a field ends at byte {at} of {len(message)}")
-        yield key >> 3, message[start:at] if wire_type == 2 else b""
-
-
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """The number at byte `at`, and the byte after it."""
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= len(message):
-            raise ValueError(f"it breaks off at byte {at}")
-        byte = message[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise ValueError(f"a number of more than 10 bytes before byte {at}")
-
-
 _READERS = (
     (TOKENIZER, _read_tokenizer),
     ("vocab.json", _read_mapping),
@@ -262,8 +221,8 @@ _READERS = (
 )
 
 
-def _add(ids: dict[str, int], more: Mapping[str, int], source: Path, path: Path) -> None:
-    for token, row in more.items():
+def _add(ids: dict[str, int], added: Mapping[str, int], source: Path, path: Path) -> None:
+    for token, row in added.items():
         if ids.setdefault(token, row) != row:
             raise SurgeryError(
                 f"gives {token!r} id {row}, and {source.name} gives it {ids[token]}",
@@ -275,18 +234,18 @@ def _add(ids: dict[str, int], more: Mapping[str, int], source: Path, path: Path)
 def _check_unique(ids: Mapping[str, int], source: Path) -> None:
     if len(set(ids.values())) == len(ids):
         return
-    holder: dict[int, str] = {}
+    owner: dict[int, str] = {}
     for token, row in ids.items():
-        if row in holder:
+        if row in owner:
             raise SurgeryError(
-                f"id {row} has two tokens, {holder[row]!r} and {token!r}",
+                f"id {row} has two tokens, {owner[row]!r} and {token!r}",
                 where=source,
                 hint="Keep the files of one and the same tokenizer.",
             )
-        holder[row] = token
+        owner[row] = token
 
 
-def _checked(ids: Mapping[str, Any], path: Path) -> dict[str, int]:
+def _checked_ids(ids: Mapping[str, Any], path: Path) -> dict[str, int]:
     for token, row in ids.items():
         if type(row) is not int or not 0 <= row <= MAX_ID:
             raise SurgeryError(
