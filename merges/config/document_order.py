@@ -48,7 +48,7 @@ def check_names(documents: Sequence[ParsedDocument], errors: YamlErrors) -> list
     uses = []
     for number, document in enumerate(documents, start=1):
         errors.document = number
-        uses.append(tuple(dict.fromkeys(ref for found in _named(document, names, errors) for ref in found)))
+        uses.append(tuple(dict.fromkeys(ref for refs in _named(document, names, errors) for ref in refs)))
     _check_order(documents, uses, names, errors)
     return uses
 

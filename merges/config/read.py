@@ -107,8 +107,8 @@ class _ConfigBuilder:
         keys, errors = self.document, self.context.errors
         given = [key for key in _INPUTS if keys.get(key)]
         if len(given) != 1:
-            found = listing(given) if given else "none of them"
-            errors.add(keys.node, f"got {found}, expected exactly one of models, slices and modules")
+            text = listing(given) if given else "none of them"
+            errors.add(keys.node, f"got {text}, expected exactly one of models, slices and modules")
         sections = self.models_and_slices(keys, base, outer)
         if keys.modules is not None and not keys.modules:
             errors.add(keys.at("modules"), "names no module")

@@ -1,4 +1,4 @@
-"""What the tests of merges share: tiny families of models, example configs, and readers of results."""
+"""Fixtures and helpers of the tests of merges: tiny families of models, and readers of results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WORDS = 90  # tokens of `other`, which lacks the last six and has them in anothe
 
 
 def family(name: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
-    """`base`, two children `a` and `b`, `other` with another tokenizer, and `lora`, an adapter on `base`."""
+    """Write `base`, two children `a` and `b`, `other` with another tokenizer, and `lora`, an adapter on `base`."""
     base = build(name, folder / "base", dtype=dtype)
     for seed, child in enumerate(("a", "b", "other"), start=1):
         add_tokenizer(sibling(base, folder / child, seed=seed))
@@ -37,7 +37,7 @@ def family(name: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> Pa
 
 
 def add_lora(folder: Path, base: Path, *, rank: int = 2) -> Path:
-    """A PEFT adapter on the attention output of every layer of `base`."""
+    """Write a PEFT adapter on the attention output of every layer of `base`."""
     checkpoint = open_checkpoint(base)
     generator = torch.Generator().manual_seed(7)
     tensors = {}
@@ -62,7 +62,7 @@ def add_lora(folder: Path, base: Path, *, rank: int = 2) -> Path:
 
 
 def run(text: str, folder: Path, out: Path, **options: Any) -> MergeReport:
-    """Merges by the config `text`, in which ⟨x⟩ stands for the model x of `folder`."""
+    """Merge by the config `text`, in which ⟨x⟩ is replaced by the path of the model x in `folder`."""
     text = text.replace("⟨", f"{folder}/").replace("⟩", "")
     configs = parse_configs(text, "c.yml", methods=SPECS)
     dry_run = options.pop("dry_run", False)
@@ -71,12 +71,12 @@ def run(text: str, folder: Path, out: Path, **options: Any) -> MergeReport:
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a model folder, by name."""
+    """Return every tensor of a model folder, by name."""
     return {name: x for path in sorted(folder.glob("*.safetensors")) for name, x in load_file(path).items()}
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder, by its path in it."""
+    """Return every file of a folder, by its path in it."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -86,7 +86,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def set_tensor(folder: Path, name: str, change: Any) -> None:
-    """Applies `change` to one tensor of a model folder, in place."""
+    """Apply `change` to one tensor of a model folder, in place."""
     for path in folder.glob("*.safetensors"):
         tensors = load_file(path)
         if name in tensors:
@@ -95,7 +95,7 @@ def set_tensor(folder: Path, name: str, change: Any) -> None:
 
 
 def logits_of(folder: Path, tokens: Sequence[int] = (5, 6, 7, 8)) -> Tensor:
-    """What transformers computes with the model in `folder`, every weight of which must be used: (tokens, rows)."""
+    """Return the logits of the model in `folder`, every weight of which transformers must use: (tokens, rows)."""
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     with torch.no_grad():
