@@ -144,6 +144,7 @@ class Findings(FindingsRecord):
 
     def score_of(self, row: HeadRecord) -> float:
         """Return the attribution that heads are ranked by; below 0 the head writes against refusal."""
+        # By the form that the run was asked for, even where the other one was computed too.
         score = row.exact if self.attribution == "exact" else row.paper
         assert score is not None and score.value is not None
         return score.value

@@ -116,6 +116,7 @@ def read_traces(folder: Path) -> tuple[list[Example], list[TokenSequence], list[
 
 def _proof_figures(findings: Findings, causal: CausalRecord) -> dict[str, Figure]:
     sizes = list(range(len(causal.steps) + 1))
+    # No head ablated is the same for random sets.
     random_scores = [causal.base.score.estimate]
     for size in range(len(causal.steps)):
         values = [steps[size].score.value or 0.0 for steps in causal.control]

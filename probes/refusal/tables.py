@@ -9,6 +9,7 @@ from probes.refusal.findings import CausalRecord, Findings, GreedyStepRecord, He
 from probes.refusal.linear.training import CELLS
 from surgery.reporting.report import Column, Table, Value
 
+# Rows: a table should fit a terminal; results.json has all heads and depths.
 TABLE_HEADS = 12
 TABLE_PROBES = 6
 
@@ -196,10 +197,12 @@ def _proof_sentence(causal: CausalRecord) -> str:
     if not causal.steps:
         return f"No set of heads was found: {causal.stopped}."
     before, after = causal.base.refusal, causal.steps[-1].refusal
+    # Answers were only generated for the largest random sets.
     ends = [steps[-1].refusal for steps in causal.control]
     most = max((rate.value for rate in ends if rate is not None and rate.value is not None), default=None)
     control = "" if most is None else f"; as many random heads give at most {most:.0%}"
     heads = ", ".join(causal.steps[-1].heads)
+    # Findings may lack verdicts; the score is always there.
     if before is None or after is None:
         return f"Ablating {heads} raises the probe's score to {causal.steps[-1].score.text()}."
     return f"Ablating {heads} takes refusal from {before.value:.0%} to {after.value:.0%}{control}."
