@@ -129,6 +129,7 @@ def check_indices(kind: type[P], layer: int, indices: Sequence[int], n: int, err
 def edit_options(scales: Mapping[P, float], noun: str) -> dict[str, Any]:
     """Return the command-line options that repeat the edit."""
     ordered = dict(sorted(scales.items()))
+    # One factor for all is typed once, each part's own factor beside its name.
     values = set(ordered.values())
     if len(values) == 1:
         (value,) = values
@@ -161,7 +162,8 @@ def write_edit(
     layers = len({part.layer for part in edit.scales})
     preflight.facts[edit.nouns] = f"{len(edit.scales)} in {layers} of {edit.structure.layers} layers"
     preview = EditReport(out, preflight.facts, preflight.warnings, len(replaced), len(planned), dry_run=dry_run)
-    notes: list[EditNotes] = []  # filled by `validate`, for manifest and card
+    # Filled by `validate`, which must come before anything is written about the weights.
+    notes: list[EditNotes] = []
 
     def validate(folder: Path, _: ExecutionResult) -> None:
         if measure is not None:
@@ -169,6 +171,7 @@ def write_edit(
 
     def describe(folder: Path, result: ExecutionResult) -> OutputDescription[EditReport]:
         measured = notes[0] if notes else None
+        # Before the manifest: it fails where the source has changed since it was read.
         write_undo(folder, [change.blocks for change in edit.changes], result, role=MODEL)
         report = edit_report(preview, base, sorted(replaced), result)
         parts = {str(part): scale for part, scale in sorted(edit.scales.items())}
@@ -200,6 +203,7 @@ def _card(edit: Edit, report: EditReport, notes: EditNotes | None) -> CardConten
         "puts it back."
     )
     by_factor: dict[str, list[str]] = {}
+    # One row per factor: an edit of hundreds of experts has few different ones.
     for part, scale in sorted(edit.scales.items()):
         by_factor.setdefault(text.label or f"{scale:g}", []).append(str(part))
     rows = [f"| {factor} | {', '.join(parts)} |" for factor, parts in by_factor.items()]

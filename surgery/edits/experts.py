@@ -226,6 +226,7 @@ def _down(base: Checkpoint, experts: tuple[Expert, ...], name: str, errors: Erro
     scale = base.tensors.get(scale_name)
     method, scale_fmt = (_quantisation(base).get(key) for key in ("quant_method", "scale_fmt"))
     text = f"{name}, {values.dtype} {list(values.shape)}"
+    # Each branch names the tensor that does not fit, for whoever adds support for its format.
     if scale is None and (packed or (method == "fp8" and values.dtype.startswith("F8"))):
         errors.add(f"{text}: the scales that belong to it, {scale_name}, are not there.")
     elif scale is None and not values.is_float:
@@ -254,6 +255,7 @@ def _fits(values: StoredTensor, scale: StoredTensor, n: int, *, packed: bool) ->
 
 def _is_bias(bias: StoredTensor, values: StoredTensor, experts: Sequence[Expert]) -> bool:
     """Return whether `bias` can be the bias of the experts' `values`: (out,) of one, (n, out) of all."""
+    # Of one expert it may have a leading axis of 1.
     n = len(experts)
     shaped = bias.shape[:-1] in ((), (1,)) if n == 1 else bias.shape[:-1] == (n,)
     return bias.is_float and bias.shape != () and shaped and bias.shape[-1] in values.shape
@@ -265,6 +267,7 @@ def _check_powers(down: _Down, scales: Mapping[Expert, float], errors: ErrorList
         scale = scales.get(expert, 1.0)
         if not down.power or down.scale is None or scale in (0, 1) or not math.isfinite(scale) or scale < 0:
             continue
+        # frexp gives a mantissa in [0.5, 1): 0.5 for powers of two alone.
         if math.frexp(scale)[0] != 0.5:
             errors.add(f"{expert}: got β = {scale:g}, expected a power of two: {down.power}.", usage=True)
         elif down.scale.dtype in EXPONENTS:

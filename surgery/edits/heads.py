@@ -134,6 +134,7 @@ def _edit(base: Checkpoint, scales: Mapping[Head, float], means: Checkpoint | No
         raise usage_error("no heads were given", where=COMMAND, hint="Name them: --head L12H7.")
     structure = model_structure(base)
     projections = _checked(base, structure, scales, means)
+    # γ = 1 changes nothing, and would be listed in the card as an edited head.
     changed: dict[Part, float] = {head: scale for head, scale in scales.items() if scale != 1}
     options = edit_options(scales, Head.NOUN)
     description = EditDescription(
@@ -215,6 +216,7 @@ def _projection(
     )
     if heads is None:
         return None
+    # Guessing the number of heads would scale parts of several heads at once.
     n = heads.n_heads
     if n is None:
         shape = list(base.tensors[heads.name].shape)
@@ -232,6 +234,7 @@ def _with_means(projection: _Projection, base: Checkpoint, means: Checkpoint, er
     w, n = projection.weight, len(projection.scales)
     inner, outer = w.shape if projection.transposed else w.shape[::-1]
     bias = base.tensors.get(f"{w.name.removesuffix('.weight')}.bias")
+    # Another shape or dtype means that it is something else than this projection's bias.
     if bias is not None and (bias.shape != (outer,) or not bias.is_float):
         bias = None
     key, expected = f"layer.{projection.layer}", (n, inner // n)

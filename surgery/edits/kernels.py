@@ -1,9 +1,9 @@
-"""The kernels of edits to heads and experts, each under its formula: both are blocks of a stored tensor.
+"""Kernels of edits to heads and experts, each under its formula: both are blocks of a stored tensor.
 
-A head is a block of its output projection's columns: in come stored output projections, (out, n·d), or (n·d, out)
-where transposed (GPT-2's Conv1D), and their biases; head h of n owns the columns [h·d, (h+1)·d), or those rows.
-An expert is a block of its layer's down projections, where they are stored as one: (n, …), or (n·d, out); blocks that
-lie along the first axis, one after the other, are what is called transposed here. A tensor of its own is one block.
+A head is a block of its output projection's columns. Of a projection (out, n·d), or (n·d, out) where transposed
+(GPT-2's Conv1D), head h of n has the columns [h·d, (h+1)·d), or those rows. An expert is a block of its layer's down
+projections where they are stored as one tensor, (n, …) or (n·d, out): blocks along the first axis, called transposed
+here as well. A tensor of a single expert is one block.
 """
 
 from __future__ import annotations
@@ -19,22 +19,24 @@ from surgery.engine.kernel import Kernel, Sums, TensorSlice
 
 
 def spread(per_head: Tensor, place: TensorSlice, count: int, *, transposed: bool) -> Tensor:
-    """One value per block → one per element, for `count` elements of the flattened tensor from `place.begin` on.
+    """Expand one value per block to one per element, for `count` elements of the flat tensor from `place.begin` on.
 
     per_head: (n,) → (count,), same dtype and device.
     """
     n, width, begin = len(per_head), place.width, place.begin
     if not transposed:
+        # Every row has the same pattern; the piece may begin inside of one.
         row = per_head.repeat_interleave(width // n)
         skip = begin % width
         return row.repeat(-(-(skip + count) // width))[skip : skip + count]
     size, first, last = _blocks_of(n, place, count)
+    # Blocks follow one another in memory; those at the piece's ends are cut.
     edges = (torch.arange(first, last + 1, device=per_head.device) * size).clamp(begin, begin + count)
     return per_head[first:last].repeat_interleave(edges.diff(), output_size=count)
 
 
 def flags_of(heads: Sequence[int], n_heads: int) -> Tensor:
-    """Which of `n_heads` heads are among `heads`: bool (n_heads,)."""
+    """Return which of `n_heads` heads are among `heads`: bool (n_heads,)."""
     flags = torch.zeros(n_heads, dtype=torch.bool)
     flags[list(heads)] = True
     return flags
@@ -55,7 +57,7 @@ def scale_blocks(
 def shift_exponents(tensors: Sequence[Tensor], place: TensorSlice, *, shifts: tuple[int, ...]) -> Tensor:
     """e_h ← e_h + log₂ β_h, for block scales 2^(e − 127) stored as bytes e.   e: a 1-D piece → the same
 
-    `shifts` are log₂ β_h of n blocks along the first axis; sums stay within a byte, which the caller has seen to.
+    `shifts` are log₂ β_h of n blocks along the first axis; the caller must check that sums stay within a byte.
     """
     (exponents,) = tensors
     return exponents + _factors(tuple(map(float, shifts)), exponents, place, True)
@@ -113,13 +115,13 @@ def measure_restored(
 
 
 def _blocks_of(n: int, place: TensorSlice, count: int) -> tuple[int, int, int]:
-    """Elements in each of n blocks along the first axis, and which of these [first, last) a piece touches."""
+    """Return the size of n blocks along the first axis, and the blocks [first, last) that a piece overlaps."""
     size = n_elements(place.shape) // n
     return size, place.begin // size, -(-(place.begin + count) // size)
 
 
 def _untouched(scales: tuple[float, ...], weight: Tensor, place: TensorSlice) -> bool:
-    # One expert of a hundred in a tensor: what is not multiplied need not be looked at.
+    # One expert of a hundred in a tensor is scaled: most pieces can skip the arithmetic.
     _, first, last = _blocks_of(len(scales), place, weight.numel())
     return all(scale == 1 for scale in scales[first:last])
 
@@ -145,6 +147,7 @@ def _moved(tensors: Sequence[Tensor], heads: tuple[int, ...], transposed: bool) 
 
 
 def _measure(weight: Tensor, update: Tensor, stored: Tensor) -> Sums:
+    # NaN counts as an update, as in the kernels of vectors.
     updates = update.bool()
     delivered = (stored - weight).bool().logical_and_(updates)
     return updates.sum(), delivered.sum(), torch.dot(update, update), torch.dot(weight, weight)

@@ -143,8 +143,10 @@ def undo(model: str, out: Path, *, dry_run: bool = False, options: ExecutionOpti
     path = _undo_file(edited)
     edits = _read_edits(path)
     undo_tensors = read_file(path)
+    # The undo file is inside `model`, so it needs no check of its own.
     check_destination(out, {"model": edited}, options, dry_run=dry_run)
     blocks = {name: _blocks(name, fields, edited, undo_tensors) for name, fields in edits.items()}
+    # Reads every edited tensor: restoring blocks of other weights would give a model that never existed.
     _check_edited(edited, blocks, edits, path)
     sources = {name: _at_their_place(blocks[name], undo_tensors.tensors[name]) for name in blocks}
     restored = replace(undo_tensors, tensors={name: source.tensor for name, source in sources.items()})
@@ -161,6 +163,7 @@ def undo(model: str, out: Path, *, dry_run: bool = False, options: ExecutionOpti
     preview = EditReport(out, preflight.facts, preflight.warnings, len(blocks), len(planned), dry_run=dry_run)
 
     def validate(folder: Path, result: ExecutionResult) -> None:
+        # The hashes from before the edit prove the result, whatever happened to the undo file since.
         damaged = [name for name in blocks if result.hashes[name] != edits[name]["before"]]
         if damaged:
             raise SurgeryError(
@@ -308,6 +311,7 @@ def _at_their_place(blocks: UndoBlocks, stored: StoredTensor) -> TensorInput:
         inside = np.repeat(flags_of(heads, n).numpy(), tensor.shape[0] // n)
         view = stored
     else:
+        # Blocks of columns: seen as (rows · blocks, d), each block of a row is a row of its own to map.
         rows, width = tensor.n_elements // tensor.shape[-1], tensor.shape[-1] // n
         inside = np.tile(flags_of(heads, n).numpy(), rows)
         view = replace(stored, shape=(rows * len(heads), width))

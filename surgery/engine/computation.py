@@ -73,6 +73,7 @@ def compute(
                 _measure(kernel, tensor.params, flat, back, replace(here, begin=here.begin + skip))
             ):
                 sums[i] += value
+        # The copies to `out` are asynchronous; the caller hashes and writes it at once.
         if device.type == "cuda":
             torch.cuda.current_stream().synchronize()
     return Computed(out, sums, hashes)
@@ -84,6 +85,7 @@ def gather(
     """Return what pass `number` gathers of a segment, piece by piece; a row belongs to the segment it begins in."""
     begin, end = bounds(tensor, segment)
     if kernel_of(tensor).kind == "rows":
+        # Each row is gathered once, though two segments may share it.
         width = row_width(tensor.shape)
         begin, end = -(-begin // width) * width, -(-end // width) * width
     values = [reader.values(source, begin, end, slot) for slot, source in enumerate(tensor.inputs)]
@@ -139,6 +141,7 @@ def _pieces(
     dtype = _compute_dtype(tensor)
     rows = kernel_of(tensor).kind == "rows"
     width = row_width(tensor.shape) if rows else 1
+    # A GPU gets the segment in one piece: small launches would leave it idle.
     piece = max((BLOCK if device.type == "cpu" else count) // width, 1) * width
     for at in range(0, count, piece):
         inputs = [value[at : at + piece].to(device, non_blocking=True).to(dtype) for value in values]

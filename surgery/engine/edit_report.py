@@ -119,6 +119,7 @@ def write_config_dtype(folder: Path, dtype: str) -> None:
     config = read_json(path, missing={})
     if not config:
         return
+    # Older versions of transformers read "torch_dtype": whichever key is there must agree with the weights.
     for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]:
         config[key] = spelled
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

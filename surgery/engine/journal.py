@@ -50,6 +50,7 @@ class Journal:
 
     def __init__(self, folder: Path, fingerprint: str, *, discard: bool = False) -> None:
         self._path = folder / NAME
+        # Appending: a second process that fails to get the lock must not truncate the file.
         self._file = self._path.open("a+b", buffering=0)
         self.records: dict[tuple[int, int], SegmentRecord] = {}
         try:
@@ -63,6 +64,7 @@ class Journal:
         cls, folder: Path, fingerprint: str, process: int, records: Mapping[tuple[int, int], SegmentRecord]
     ) -> Journal:
         """Open the journal of the rank `process` > 0; `records` are those of earlier runs, of all ranks."""
+        # Without __init__, which reads and clears the folder: rank 0 has done that for all.
         journal = cls.__new__(cls)
         journal._path = folder / f"journal-{process}.jsonl"
         journal._file = journal._path.open("a+b", buffering=0)

@@ -31,6 +31,7 @@ def build_manifest(plan: Plan, result: ExecutionResult, *, kind: str, report: Ma
         "schema": SCHEMA,
         "kind": kind,
         "command": plan.command,
+        # Of packages that decide the bytes: torch computes, safetensors' format is written.
         "versions": {name: _version(name) for name in ("model-surgery", "torch", "safetensors")}
         | {"python": platform.python_version()},
         "inputs": {
@@ -120,6 +121,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def command_record(name: str, arguments: Sequence[str], **options: Any) -> dict[str, Any]:
     """Return the manifest's record of a command: name, arguments, options, and the line that repeats it."""
+    # OUT instead of the folder's name: the manifest is the same wherever it was written.
     words = ["surgery", *name.split(), *map(str, arguments), "-o", "OUT", *option_words(options)]
     return {
         "name": name,

@@ -99,6 +99,7 @@ class Plan:
         Two runs with the same fingerprint may continue each other.
         """
         description = {
+            # A journal counts in segments, so one of another segment size cannot be continued.
             "segment": SEGMENT,
             "command": self.command,
             "stamps": [list(stamp) for stamp in stamps],
@@ -135,6 +136,7 @@ def plan_files(
         return _by_size(tensors, metadata, shard_bytes or DEFAULT_SHARD_BYTES, stem)
     by_name = {tensor.name: tensor for tensor in tensors}
     files = []
+    # Loaders and people expect a tensor in the file where they know it, and unchanged files keep their hash.
     for shard in like.shards:
         own = [by_name.pop(e.name) for e in shard.header.entries if _belongs_to(like, e.name, shard.path, by_name)]
         if not own:
@@ -168,6 +170,7 @@ def check_output(out: Path, sources: Mapping[str, Checkpoint]) -> None:
     resolved = out.resolve()
     for role, checkpoint in sources.items():
         for path in checkpoint.files:
+            # Without a folder (a file given by its path) only that file's own folder is off limits.
             folder = path.parent.absolute() if checkpoint.folder is None else checkpoint.folder.resolve()
             if resolved == folder or (checkpoint.folder is not None and folder in resolved.parents):
                 raise SurgeryError(
@@ -187,6 +190,7 @@ def _belongs_to(like: Checkpoint, name: str, path: Path, wanted: Mapping[str, ob
 def _by_size(
     tensors: Sequence[PlannedTensor], metadata: Mapping[str, str], limit: int, stem: str
 ) -> tuple[PlannedFile, ...]:
+    # By name, as transformers shards: the same tensors give the same files whatever their order in the plan.
     groups: list[list[PlannedTensor]] = []
     room = 0
     for tensor in sorted(tensors, key=lambda t: t.name):
@@ -216,6 +220,7 @@ def _working_set(tensor: PlannedTensor) -> int:
 
 
 def _input_key(source: TensorInput) -> list[Any]:
+    # Where a value is read from decides it; the file's size and time are among the stamps.
     key: list[Any] = []
     for tensor, rows in ((source.tensor, source.rows), *source.others):
         update = tensor.update

@@ -55,6 +55,7 @@ def check_config(
         return
     depth = () if any_depth else ("num_hidden_layers",)
     keys = (*depth, "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    # Only keys that both have: families differ in what they spell out and what they leave to defaults.
     different = [
         f"{key} {target.config[key]} / {donor[key]}"
         for key in keys
@@ -62,6 +63,7 @@ def check_config(
     ]
     if different:
         preflight.errors.add(f"configs differ between {target.ref} and {donor_name}: {', '.join(different)}.")
+    # Differences that change behaviour but no shape; the result is a model all the same, so they are warnings.
     for key in ("rope_theta", "rope_parameters", "hidden_act", "rms_norm_eps", "tie_word_embeddings"):
         ours, theirs = target.config.get(key), donor.get(key)
         if ours is not None and theirs is not None and ours != theirs:
@@ -129,6 +131,7 @@ def check_ancestor(
     if not cosines:
         preflight.facts["same ancestor"] = "not judged: no matching matrices"
         return
+    # The median: matrices that were replaced or trained apart (embeddings, heads) do not decide it.
     cosine = float(torch.tensor(cosines).median())
     preflight.facts["same ancestor"] = f"median cosine of target and donor {cosine:.3f} over {len(cosines)} matrices"
     if cosine < UNRELATED_BELOW and not allow_unrelated:
@@ -140,6 +143,7 @@ def check_ancestor(
 
 def check_space(preflight: Preflight, plan: Plan, out: Path, threads: int | None) -> None:
     """Add an error where the output does not fit the disk; what a `.partial` already takes counts as free."""
+    # The nearest folder that exists: OUT's parents are created later.
     parent = next(folder for folder in (out.parent, *out.absolute().parents) if folder.exists())
     side = sum(path.stat().st_size for path in plan.side_files.values())
     needed = plan.output_bytes + side
@@ -166,5 +170,6 @@ def _size(count: int) -> str:
 
 def _middle(reader: TensorReader, tensor: StoredTensor) -> torch.Tensor:
     count = tensor.n_elements
+    # The middle: the first rows of an embedding are often special or padding tokens.
     begin = max(0, (count - SKETCH_ELEMENTS) // 2)
     return reader.values(TensorInput(tensor), begin, min(begin + SKETCH_ELEMENTS, count), "sketch").float().clone()

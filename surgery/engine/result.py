@@ -41,15 +41,17 @@ def collect_result(
     """Return the result of a completed execution; `records` are by (tensor, segment), `resumed` is in bytes."""
     hashes: dict[str, str] = {}
     sums: dict[str, dict[str, float]] = {}
-    known: dict[int, str] = {}
+    known: dict[int, str] = {}  # id of a stored tensor → its hash
     for index, tensor in enumerate(plan.tensors):
         own = [records[index, part] for part, _ in enumerate(segments(n_elements(tensor.shape)))]
         hashes[tensor.name] = hash_parts(bytes.fromhex(record.digest) for record in own)
         if tensor.kernel is not None:
             names = ("squares", "nonfinite", *tensor.kernel.measures)
             columns = zip(*(record.sums for record in own), strict=True)
+            # fsum: exact, so that the sums do not depend on the order of segments.
             totals = [math.fsum(column) for column in columns] or [0.0] * len(names)
             sums[tensor.name] = dict(zip(names, totals, strict=True))
+        # Segments were hashed as they were read; their hashes together are the stored tensor's.
         for slot, source in enumerate(tensor.inputs):
             if is_plain(source) and all(len(record.inputs) > slot for record in own):
                 parts = (bytes.fromhex(record.inputs[slot]) for record in own)

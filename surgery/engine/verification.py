@@ -75,6 +75,7 @@ def verify(model: str, *, options: ExecutionOptions = ExecutionOptions()) -> Ver
     """
     checkpoint = open_checkpoint(model)
     folder = checkpoint.folder
+    # With an adapter the tensors are not those that the folder's manifest lists.
     has_manifest = folder is not None and (folder / MANIFEST).is_file() and checkpoint.adapter is None
     expected: Mapping[str, Mapping[str, object]] = (
         read_manifest(folder)["tensors"] if has_manifest and folder is not None else {}

@@ -76,6 +76,7 @@ def run(
                 # The first `submit` forks. A Ctrl-C in the callbacks of a fork would be dropped, and logging's lock,
                 # which is taken and given back by such callbacks, would stay locked.
                 with DeferredInterrupt():
+                    # Two per worker: enough that none waits, few enough that new tasks at the front come soon.
                     while queue and len(pending) < 2 * threads:
                         pending.add(pool.submit(_call_work, queue.popleft()))
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)

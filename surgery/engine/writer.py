@@ -111,6 +111,7 @@ class ShardWriter:
         try:
             if direct is not None:
                 return direct.write(position, data)
+            # A write may be cut short, by a signal or at 2 GiB.
             while done < len(data):
                 done += os.pwrite(descriptor, data[done:], position + done)
         except OSError as error:
@@ -148,6 +149,7 @@ class ShardWriter:
             if create:
                 _reserve(descriptor, file.size)
                 os.pwrite(descriptor, header.raw, 0)
+            # Files of copies alone are written inside the kernel, by way of the page cache.
             if file.size >= DIRECT_FROM and any(tensor.kernel is not None for tensor in file.tensors):
                 self._open_direct(file, descriptor)
         except OSError as error:

@@ -131,6 +131,7 @@ def align_tensors(
     aligned: dict[str, tuple[TensorInput, ...]] = {}
     missing: list[str] = []
     for name, tensor in reference.checkpoint.tensors.items():
+        # Integer tensors (position ids, masks) are no weights, and have no meaningful difference.
         if not tensor.is_float or not selection.selects(name) or name in zero:
             continue
         if name in per_token and policy == "skip-embeddings":
@@ -143,6 +144,7 @@ def align_tensors(
         inputs = rows.align(tensor, stored) if name in per_token else tuple(TensorInput(s) for s in stored)
         if _shapes_agree(preflight, tensor, inputs, donors, name in per_token):
             aligned[name] = inputs
+    # A vector that is applied in part would not be the vector that was extracted: what is left over is an error.
     extra = sorted(
         {
             name
@@ -160,6 +162,7 @@ def align_tensors(
 
 def _find(donor: AlignedModel, structure: ModelStructure, name: str, own: ModelStructure) -> StoredTensor | None:
     """Return the donor's tensor for `name`; for an output matrix that the donor ties, its embedding."""
+    # A tied donor stores one matrix for both ends; with several embeddings it is unclear which one is tied.
     stored = donor.checkpoint.tensors.get(name)
     if stored is None and name in own.lm_heads and structure.tied and len(structure.token_embeddings) == 1:
         return donor.checkpoint.tensors[structure.token_embeddings[0]]

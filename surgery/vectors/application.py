@@ -111,9 +111,11 @@ def _add(
     aligned = check_and_align(
         preflight, aligned_model(base), models, settings, command=str(command["name"]), zero=vector.zero
     )
+    # Last of the checks: it reads values from every matrix of the target.
     check_ancestor(preflight, base, vector.read_sketch(), allow_unrelated=settings.allow_unrelated)
     planned = _plan_tensors(base, vector, aligned, settings)
     edited = [tensor.name for tensor in planned if tensor.kernel is vector.kernel]
+    # Counted by the kernel, not by whether there is one: copies to another dtype have the identity kernel.
     if not edited:
         preflight.errors.add("nothing to do: every scale is 0, or the vector is zero where the mask lets it through.")
     side_files = {path.name: path for path in base.side_files}
@@ -138,6 +140,7 @@ def _plan_tensors(
     planned = []
     for name, tensor in base.tensors.items():
         alpha = settings.selection.scale_of(name)
+        # α = 0 keeps the tensor's bytes: through the kernel −0 and NaN payloads could change.
         if name in aligned and alpha != 0:
             dtype = settings.stored_dtype or tensor.dtype
             inputs = (TensorInput(tensor), *aligned[name])

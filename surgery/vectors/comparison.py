@@ -141,6 +141,7 @@ def diff(a: str, b: str, *, options: ExecutionOptions = ExecutionOptions()) -> D
             f"no tensor of {b} has the name and shape of one of its own (it has {listing(left.tensors, 3)})",
             where=a,
         )
+    # Values are compared as floats where both sides store floats, of whatever dtypes; all else byte by byte.
     floats = {name: pair for name, pair in pairs.items() if all(tensor.is_float for tensor in pair)}
     sums = reduce_tensors(floats, _pair_sums, label="Comparing", threads=options.threads, progress=options.progress)
     rows = {name: (values or [0.0] * 5, floats[name][0].n_elements) for name, values in sums.items()}
@@ -181,6 +182,7 @@ def compare(vectors: Sequence[str], *, options: ExecutionOptions = ExecutionOpti
     sums = reduce_tensors(jobs, _gram, label="Comparing", threads=options.threads, progress=options.progress)
     dots = {name: _by_pair(holders[name], sums[name]) for name in jobs}
     # A vector stores only the tensors that changed: the model's structure is recognised from all vectors together.
+    # Only names and shapes matter, which are the same in all vectors (see `_check_shapes`).
     union = {name: tensors[0] for name, tensors in jobs.items()}
     groups = model_structure(replace(opened[0].checkpoint, tensors=union)).grouped(jobs)
     count = len(opened)
@@ -210,6 +212,7 @@ def _equal_or_not(pair: tuple[StoredTensor, StoredTensor]) -> tuple[list[float],
     with SourceFiles([*a.files, *b.files]) as files:
         reader = TensorReader(files)
         left, right = (reader.raw(t, 0, t.n_elements, slot) for slot, t in enumerate(pair))
+        # Bytes of one element, so that a change of several bytes counts once.
         width = max(1, left.numel() // max(1, a.n_elements))
         changed = (left.view(-1, width) != right.view(-1, width)).any(dim=1).sum().item()
     return [0.0, 0.0, 0.0, 0.0, float(changed)], a.n_elements

@@ -126,6 +126,7 @@ def extract(
         report = _with_norms(preview, pair, result)
         (folder / DONOR).mkdir(exist_ok=True)
         save_file(dict(pair.sketch), folder / DONOR / SKETCH)
+        # By `zero` and `left_out` an application tells a delta of zero from a tensor that was never compared.
         vector = {
             "format": FORMAT,
             "dtype": dtype_name(dtype),
@@ -209,6 +210,7 @@ def _changed(aligned: Mapping[str, tuple[TensorInput, ...]], options: ExecutionO
         for begin, end in segments(math.prod(tuned.shape)):
             a = reader.values(tuned, begin, end, "tuned")
             b = reader.values(base, begin, end, "base")
+            # In fp64, where the difference of two fp32 or 16-bit values is never rounded to zero.
             if bool((a.to(torch.float64) - b.to(torch.float64)).bool().any()):
                 return name, True
         return name, False
@@ -219,6 +221,7 @@ def _changed(aligned: Mapping[str, tuple[TensorInput, ...]], options: ExecutionO
             advance(1)
             if is_changed:
                 changed.add(name)
+    # In the models' order: results come in that of the workers, and a set has none.
     return [name for name in aligned if name in changed]
 
 

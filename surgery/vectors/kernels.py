@@ -51,11 +51,13 @@ def measure_difference(tensors: Sequence[Tensor], stored: Tensor, *, scale: floa
 def measure_restored(tensors: Sequence[Tensor], stored: Tensor, *, dtype: torch.dtype) -> Sums:
     """Return how many elements of θ_tuned differ from θ_base + v, with v as stored and the sum in `dtype`; Σθ_base²."""
     tuned, base = tensors
+    # Rounded to the stored dtype as `add_vector` would round it, then compared in the compute dtype.
     restored = (base + stored).to(dtype).to(base.dtype)
     return _count((restored - tuned).bool()), torch.dot(base, base)
 
 
 def _measure(target: Tensor, vector: Tensor, stored: Tensor, scale: float) -> Sums:
+    # Norms are of α·v; α enters as a factor, since v alone is at hand.
     # `bool()` of a difference is several times as fast as `!=`, and true for NaN as well.
     updates = vector.bool()
     delivered = (stored - target).bool().logical_and_(updates)
@@ -74,6 +76,7 @@ def _count(flags: Tensor) -> Tensor | int:
 
 # By the dtype that the tuned model stores a tensor in.
 DIFFERENCE = {
+    # `measure_restored` needs the dtype: whether base + v restores the tuned value depends on its rounding.
     name: Kernel(
         "difference", difference, measures=("missed", "base_squares"), measure=partial(measure_restored, dtype=dtype)
     )

@@ -175,6 +175,7 @@ def sweep(
     opened, model = open_vector(vector), open_checkpoint(target)
     selection = TensorSelection(1.0, tuple(include), tuple(exclude), scale_for or {})
     settings = VectorSettings(selection, vocab, allow_unrelated=allow_unrelated)
+    # Before the model is loaded: a sweep takes long, and must not fail at its last step.
     if out is not None:
         check_free(out, overwrite=options.overwrite)
         check_output(out, {"target": model, "vector": opened.checkpoint})
@@ -262,6 +263,7 @@ class _EditedModel:
         prefix = getattr(self.loaded.model, "base_model_prefix", "")
         missing = []
         for name in self._vector:
+            # Some checkpoints leave out the base model's prefix, which transformers adds on loading.
             parameter = state.get(name, state.get(f"{prefix}.{name}"))
             if parameter is None or tuple(parameter.shape) != self._checkpoint.tensors[name].shape:
                 missing.append(name)
@@ -279,6 +281,7 @@ class _EditedModel:
 def matched_noise(update: Tensor, name: str, seed: int) -> Tensor:
     """Return Gaussian noise of the shape and norm of `update`, from a generator seeded by (seed, tensor name)."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    # On the CPU and in fp64, so that every device and dtype gets the same noise.
     noise = torch.randn(update.shape, generator=generator, dtype=torch.float64)
     norm = noise.norm()
     return (noise * (update.double().norm() / norm)).to(update.dtype) if norm > 0 else torch.zeros_like(update)
@@ -309,4 +312,5 @@ def _write(report: SweepReport, out: Path) -> None:
         page.add(table)
     page.write(out / "report.html")
     (out / "results.json").write_text(to_json(results), encoding="utf-8")
+    # Marks the folder as ours, so that --overwrite may replace it.
     (out / MANIFEST).write_text(to_json({"schema": SCHEMA, "kind": "sweep"}), encoding="utf-8")

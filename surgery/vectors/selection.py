@@ -53,6 +53,7 @@ class TensorSelection:
         if not self.selects(name):
             return 0.0
         scale = self.scale
+        # No early exit: of several matches the last one counts, as with repeated command-line options.
         for glob, special in self.scale_for.items():
             if fnmatchcase(name, glob):
                 scale = special
@@ -61,6 +62,7 @@ class TensorSelection:
     def check_names(self, names: Iterable[str]) -> None:
         """Raise SurgeryError where a glob matches none of `names`, or all globs together select none."""
         every = list(names)
+        # A glob without a match is a typing error, and would silently change nothing.
         for option, globs in (
             ("--include", self.include),
             ("--exclude", self.exclude),

@@ -150,10 +150,12 @@ def low_rank(tensors: Sequence[Tensor], *, rank: int, seed: int, transposed: boo
     width = min(rank + max(OVERSAMPLING, rank // 2), *v.shape)
     generator = torch.Generator(v.device).manual_seed(seed)
     basis = torch.linalg.qr(v @ torch.randn(v.shape[1], width, generator=generator, device=v.device, dtype=v.dtype)).Q
+    # A basis of full width spans everything already: iterating could only add rounding.
     if width < min(v.shape):
         for _ in range(POWER_ITERATIONS):
             basis = torch.linalg.qr(v @ torch.linalg.qr(v.T @ basis).Q).Q
     u, s, vh = torch.linalg.svd(basis.T @ v, full_matrices=False)
+    # √S on both sides: neither factor outgrows a 16-bit dtype that the adapter may be cast to.
     root = s[:rank].sqrt()
     return (root[:, None] * vh[:rank]).contiguous(), ((basis @ u[:, :rank]) * root).contiguous()
 
@@ -216,6 +218,7 @@ def _factors(
     rows, columns = shape[::-1] if transposed else shape
     # A matrix smaller than the rank has that many directions at most; `_config` records its rank apart.
     actual_rank = min(rank, rows, columns)
+    # A seed per tensor name: bytes depend neither on the order of tensors nor on which of them are included.
     params = {"rank": rank, "seed": zlib.crc32(name.encode()), "transposed": transposed}
     module = PREFIX + name.removesuffix(".weight")
     return [
@@ -240,6 +243,7 @@ def _with_residual(
         label="Measuring the residual",
         threads=options.threads,
     )
+    # In full: the adapter has nothing of these tensors.
     beyond = math.fsum(values[0] for values in rest.values() if values)
     return replace(
         report,
@@ -250,6 +254,7 @@ def _with_residual(
 
 def _config(model: Checkpoint, matrices: Sequence[str], rank: int, transposed: bool) -> dict[str, object]:
     """Return adapter_config.json as PEFT reads it; lora_alpha = r makes the scale 1."""
+    # PEFT scales by alpha / r, so both patterns need the smaller rank for the scale to stay 1.
     smaller = {
         name.removesuffix(".weight"): min(model.tensors[name].shape)
         for name in matrices
