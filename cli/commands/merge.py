@@ -287,7 +287,7 @@ def _value(option: str, text: str) -> object:
     from surgery.io.yaml_nodes import read_documents
 
     nodes, faults = read_documents(text, option)
-    faults.settle()
+    faults.raise_if_any()
     if len(nodes) != 1:
         raise usage_error(f"got {text!r}, expected a number, or a list", where=option)
     return nodes[0].plain

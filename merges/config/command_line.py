@@ -43,7 +43,7 @@ def config_for_method(
         _check_given(spec, base, given, errors)
     shared, own = _distribute(given, len(models), spec, errors)
     # Errors in the number of values first: with the wrong ones nothing else can be checked.
-    errors.settle()
+    errors.raise_if_any()
     # Nodes without lines, whose paths are the options: errors then name what was typed.
     entries = [
         YamlNode(
@@ -67,7 +67,7 @@ def config_for_method(
         "compat": YamlNode("--compat", None, compat),
     }
     parsed = read_document(YamlNode("", None, document), ReadContext(errors, methods), strict=True)
-    errors.settle()
+    errors.raise_if_any()
     return parsed.config.model_copy(update={"warnings": errors.warnings_of(1)})
 
 

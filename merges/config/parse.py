@@ -51,7 +51,7 @@ def parse_configs(text: str, where: str, *, methods: Mapping[str, MethodSpec]) -
         errors.document = number
         documents.append(read_document(node, ReadContext(errors, methods)))
     uses = check_names(documents, errors) if len(documents) > 1 else [()]
-    errors.settle()
+    errors.raise_if_any()
     return tuple(
         parsed.config.model_copy(update={"uses": used, "warnings": errors.warnings_of(number)})
         for number, (parsed, used) in enumerate(zip(documents, uses, strict=True), start=1)

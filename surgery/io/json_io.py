@@ -1,4 +1,4 @@
-"""Results as JSON's own types: what `--json`, manifests and results.json are written from."""
+"""Read JSON objects, and convert results to JSON for `--json`, manifests and results.json."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from surgery.errors import SurgeryError
 
 
 def to_json(value: Any, *, indent: int = 1) -> str:
-    """`value` as JSON text with a line break at its end; numbers that JSON lacks (NaN, infinities) become null."""
+    """Return `value` as JSON text with a final line break; NaN and infinities, which JSON lacks, become null."""
     return json.dumps(jsonable(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def jsonable(value: Any) -> Any:
-    """`value` with dataclasses and mappings as objects, sequences as lists, paths as text, NaN and ±∞ as None."""
+    """Return `value` with dataclasses and mappings as dicts, sequences as lists, paths as text, NaN and ±∞ as None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {_key(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
+        # Sets have no order of their own: sorted, or the same result would give other bytes in another run.
         return [jsonable(item) for item in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
     if isinstance(value, Path):
         return str(value)
@@ -37,7 +38,7 @@ def _key(key: Any) -> str:
 
 
 def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The JSON object in `path`, or `missing` where there is no such file. Raises SurgeryError."""
+    """Return the JSON object in `path`, or `missing` if there is no such file. Raises SurgeryError."""
     if missing is not None and not path.is_file():
         return missing
     try:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from surgery.errors import SurgeryError, usage_error
 from surgery.io.json_io import read_json, to_json
 
-HEAD = ("schema", "kind")
+HEADER = ("schema", "kind")  # the fields of every record that are not the model's
 
 
 class Strict(BaseModel):
@@ -31,21 +31,21 @@ def read_record(path: Path, kind: str, schema: int, record: type[R], *, again: s
     """Read and validate the record in the file `path`.
 
     Args:
-        again: how to make the file again, used as a hint.
+        again: how to create the file again, used as a hint.
 
     Raises:
         SurgeryError: the file cannot be read, holds another kind or version, or a field is invalid.
     """
-    held = read_json(path)
-    if held.get("kind") != kind or held.get("schema") != schema:
+    fields = read_json(path)
+    if fields.get("kind") != kind or fields.get("schema") != schema:
         raise usage_error(
-            f"holds {held.get('kind')!r} of schema {held.get('schema')!r}, expected {kind!r} of schema {schema}",
+            f"holds {fields.get('kind')!r} of schema {fields.get('schema')!r}, expected {kind!r} of schema {schema}",
             where=path,
             hint=f"{again} with this version.",
         )
     try:
-        return record.model_validate({name: value for name, value in held.items() if name not in HEAD})
+        return record.model_validate({name: value for name, value in fields.items() if name not in HEADER})
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise SurgeryError(f"{place}: {first['msg']}", where=path, hint=f"{again}.") from error
+        location = ".".join(map(str, first["loc"]))
+        raise SurgeryError(f"{location}: {first['msg']}", where=path, hint=f"{again}.") from error

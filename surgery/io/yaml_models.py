@@ -1,6 +1,6 @@
-"""A YAML text → a pydantic model, or every fault in it at once: file, line, key, and the nearest name that is known.
+"""Validate YAML texts against pydantic models; report every error with file, line, key and the nearest known name.
 
-What the text may say is said by the model alone; its JSON Schema, for editors, comes from there too.
+The model alone defines what a text may contain; its JSON Schema, for editors, is derived from it too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LITERAL = "literal_error"
 
 
 def read_text(path: Path) -> str:
-    """The text of a YAML file. Raises SurgeryError where it cannot be read."""
+    """Return the text of a YAML file. Raises SurgeryError if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -34,35 +34,35 @@ def read_text(path: Path) -> str:
 
 
 def parse_model(text: str, where: str, kind: type[M]) -> M:
-    """`text`, which holds one document, as a `kind`.
+    """Parse `text`, one document, as a `kind`.
 
     Raises:
-        SurgeryError: it is no YAML, holds no document or several, or says what `kind` does not know; every fault has
-            a line of its own, `FILE:LINE: KEY: what`.
+        SurgeryError: it is not YAML, has no document or several, or is not a valid `kind`; every error has a line of
+            its own, `FILE:LINE: KEY: what`.
     """
     nodes, faults = read_documents(text, where)
     if not nodes:
         raise usage_error("is empty", where=where)
     if len(nodes) > 1:
         raise usage_error(f"holds {len(nodes)} documents, expected one", where=where)
-    faults.settle()
+    faults.raise_if_any()
     return validate_node(nodes[0], faults, kind)
 
 
 def validate_node(root: YamlNode, faults: YamlErrors, kind: type[M]) -> M:
-    """A tree of nodes as a `kind`. Raises SurgeryError with every fault."""
+    """Validate a tree of nodes as a `kind`. Raises SurgeryError with every error."""
     try:
         return kind.model_validate(root.plain)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             node, rest = node_at(root, detail["loc"])
             faults.add(node, ": ".join(part for part in (rest, _sentence(detail, kind)) if part))
-        faults.settle()
+        faults.raise_if_any()
         raise
 
 
 def n_bytes(text: str) -> int:
-    """`2 GB` → 2,000,000,000. Raises ValueError."""
+    """Return a number of bytes: `2 GB` → 2,000,000,000. Raises ValueError."""
     number, _, unit = text.strip().partition(" ")
     try:
         return int(float(number) * _UNITS[unit.strip()])
@@ -71,18 +71,18 @@ def n_bytes(text: str) -> int:
 
 
 def dump_yaml(value: object) -> str:
-    """A plain value as YAML text that reads back the same, whatever characters it holds."""
+    """Return a plain value as YAML text that reads back the same, whatever characters it contains."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: object) -> bool:
-        """Values that are one object are written out each time, not as an anchor and its aliases."""
+        """Write an object that occurs several times out each time, not as an anchor and aliases."""
         return True
 
 
 def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # Left to itself, PyYAML writes some characters, such as U+0085, so that it does not read them again.
+    # By default PyYAML writes some characters, such as U+0085, in a form that it cannot read back.
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
 
 
@@ -90,7 +90,7 @@ _Dumper.add_representer(str, _quoted)
 
 
 def node_at(root: YamlNode, location: Sequence[int | str]) -> tuple[YamlNode, str]:
-    """The deepest node on the way to `location`, and the keys beyond it: one that is missing stands nowhere."""
+    """Return the deepest node on the path `location`, and the key beyond it if that is missing."""
     node = root
     for depth, step in enumerate(location):
         value = node.value
@@ -100,7 +100,7 @@ def node_at(root: YamlNode, location: Sequence[int | str]) -> tuple[YamlNode, st
             node = value[step]
         elif depth == len(location) - 1 and isinstance(value, dict):
             return node, str(step)
-        # Else a step that pydantic adds for one of several types: it is in no file.
+        # Else a step that pydantic adds for one type of a union: it is in no file.
     return node, ""
 
 
@@ -129,7 +129,7 @@ def _sentence(detail: ErrorDetails, kind: type[BaseModel]) -> str:
 
 
 def _known(kind: type[BaseModel], location: Sequence[int | str]) -> Iterator[str]:
-    """The keys that a mapping at `location` may have."""
+    """Yield the keys that a mapping at `location` may have."""
     for model in _models(kind, location):
         for name, field in model.model_fields.items():
             yield field.alias or name
@@ -151,7 +151,7 @@ def _models(kind: Any, location: Sequence[int | str]) -> list[type[BaseModel]]:
 
 
 def _inside(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models that a type is made of."""
+    """Yield the models that a type contains."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in getattr(annotation, "__args__", ()):

@@ -1,8 +1,8 @@
-"""YAML → plain values that know where they stand: a tree of `YamlNode`s, each with its line and its path of keys.
+"""Read YAML into a tree of `YamlNode`s, each with its line and its path of keys, and collect errors with both.
 
-Read as PyYAML's safe loader reads it (YAML 1.1: `on` and `yes` are true, `1e-5` is text), anchors and `<<` included;
-but a key that stands twice in a mapping is a fault, and so is one that is not text. Faults are collected, so that
-one run shows them all.
+Values are those of PyYAML's safe loader (YAML 1.1: `on` and `yes` are true, `1e-5` is text), anchors and `<<` included;
+but a duplicate key in a mapping is an error, and so is a key that is not text. All errors of a file are collected in
+`YamlErrors`, so that one run shows them all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import yaml
 
 from surgery.errors import SurgeryError, usage_error
 
-# A thousand times what real configs hold. Nested aliases reach any number with a few lines.
+# A thousand times what real configs have. Without a limit, a few lines of nested aliases fill any memory.
 MAX_NODES = 200_000
 MAX_DEPTH = 50  # of mappings and lists inside each other; real configs reach 10
 MAX_BITS = 64  # of whole numbers; Python takes long to write longer ones, or refuses
@@ -25,10 +25,11 @@ _MERGE = f"{_TAGS}merge"
 
 @dataclass(frozen=True)
 class YamlNode:
-    """A value at `path` (`models[1].parameters`), that stands at `line` of its file, from 1; None if in no file.
+    """A value with its place in a file.
 
-    `value` is a dict of nodes, a tuple of nodes, or a scalar: None, bool, int, float, str, or what else YAML knows
-    (dates, bytes).
+    path: `models[1].parameters`.
+    line: from 1; None if the value is from no file.
+    value: a dict of nodes, a tuple of nodes, or a scalar: None, bool, int, float, str, a date, bytes.
     """
 
     path: str
@@ -37,17 +38,17 @@ class YamlNode:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is written here: `key:` alone, or null."""
+        """Whether there is no value: `key:` alone, or null."""
         return self.value is None
 
     @property
     def children(self) -> dict[str, YamlNode]:
-        """The entries of a mapping; none where this is no mapping."""
+        """The entries of a mapping; none for any other value."""
         return self.value if isinstance(self.value, dict) else {}
 
     @property
     def plain(self) -> object:
-        """The value without its lines."""
+        """The value as plain dicts, lists and scalars."""
         if isinstance(self.value, dict):
             return {key: child.plain for key, child in self.value.items()}
         if isinstance(self.value, tuple):
@@ -57,7 +58,7 @@ class YamlNode:
 
 @dataclass(frozen=True)
 class YamlError:
-    """What is wrong at one place of document `document`, from 1."""
+    """An error at one place of document `document`, from 1."""
 
     what: str
     path: str
@@ -67,7 +68,7 @@ class YamlError:
 
 @dataclass
 class YamlErrors:
-    """The faults and warnings found so far in one file."""
+    """The errors and warnings collected in one file. `document` is the one that is being read, from 1."""
 
     where: str
     n_documents: int = 1
@@ -76,60 +77,60 @@ class YamlErrors:
     warned: list[YamlError] = field(default_factory=list)
 
     def add(self, node: YamlNode, what: str) -> None:
-        """Notes that `what` is wrong at `node`."""
+        """Add an error at `node`."""
         self.found.append(YamlError(what, node.path, node.line, self.document))
 
     def warn(self, node: YamlNode, what: str) -> None:
-        """Notes what a reader should know about `node`, though it stops nothing."""
+        """Add a warning at `node`, which stops nothing."""
         self.warned.append(YamlError(what, node.path, node.line, self.document))
 
     @property
     def place(self) -> str:
-        """The file, and the document that is being read where there are several."""
+        """The file, and the document that is being read if there are several."""
         return f"{self.where}: document {self.document}" if self.n_documents > 1 else self.where
 
-    def line(self, fault: YamlError) -> str:
-        """`CONFIG.yml:12: document 2: models[1].model: …`; the document only where there are several."""
-        place = self.where if fault.line is None else f"{self.where}:{fault.line}"
-        document = f"document {fault.document}" if self.n_documents > 1 else ""
-        return ": ".join(part for part in (place, document, fault.path, fault.what) if part)
+    def line(self, error: YamlError) -> str:
+        """Return `CONFIG.yml:12: document 2: models[1].model: …`; the document only if there are several."""
+        place = self.where if error.line is None else f"{self.where}:{error.line}"
+        document = f"document {error.document}" if self.n_documents > 1 else ""
+        return ": ".join(part for part in (place, document, error.path, error.what) if part)
 
     def warnings_of(self, document: int) -> tuple[str, ...]:
-        """The warnings of one document, ready to print."""
-        found = [fault for fault in self.warned if fault.document == document]
-        return tuple(self.line(fault) for fault in sorted(found, key=lambda fault: fault.line or 0))
+        """Return the warnings of one document, ready to print."""
+        warnings = [warning for warning in self.warned if warning.document == document]
+        return tuple(self.line(warning) for warning in sorted(warnings, key=lambda warning: warning.line or 0))
 
-    def settle(self) -> None:
-        """Raises SurgeryError with every fault, in the order of their lines, if there are any."""
+    def raise_if_any(self) -> None:
+        """Raise one SurgeryError with every error, in the order of their lines, if there are any."""
         if self.found:
-            ordered = sorted(self.found, key=lambda fault: (fault.document, fault.line or 0))
-            raise usage_error("\n".join(dict.fromkeys(self.line(fault) for fault in ordered)))
+            ordered = sorted(self.found, key=lambda error: (error.document, error.line or 0))
+            raise usage_error("\n".join(dict.fromkeys(self.line(error) for error in ordered)))
 
 
 def read_documents(text: str, where: str) -> tuple[tuple[YamlNode, ...], YamlErrors]:
-    """The documents of a YAML text, and the faults that were found in reading them; empty documents are left out.
+    """Read the documents of a YAML text; return them, without empty ones, and the errors found.
 
     Raises:
-        SurgeryError: it is no YAML at all, or grows beyond `MAX_NODES` by its aliases.
+        SurgeryError: it is not YAML at all, or aliases make it larger than `MAX_NODES`.
     """
     try:
         loader = yaml.SafeLoader(text)
         try:
             roots = list(_compose(loader))
-            faults = YamlErrors(where, n_documents=len(roots))
+            errors = YamlErrors(where, n_documents=len(roots))
             documents = []
             for number, root in enumerate(roots, start=1):
-                faults.document = number
-                documents.append(_Tree(loader, faults).node(root, "", root.start_mark.line + 1))
+                errors.document = number
+                documents.append(_Tree(loader, errors).node(root, "", root.start_mark.line + 1))
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
-        raise _no_yaml(error, where) from error
+        raise _syntax_error(error, where) from error
     except yaml.YAMLError as error:  # a character that YAML does not allow
         raise usage_error(f"is not YAML: {' '.join(str(error).split())}", where=where) from error
     except RecursionError as error:
         raise usage_error(TOO_DEEP, where=where) from error
-    return tuple(documents), faults
+    return tuple(documents), errors
 
 
 def _compose(loader: yaml.SafeLoader) -> Iterator[yaml.Node]:
@@ -140,24 +141,24 @@ def _compose(loader: yaml.SafeLoader) -> Iterator[yaml.Node]:
 
 
 class _Tree:
-    """Turns the nodes of one document into ours, counting them."""
+    """Builds the tree of one document, and counts its nodes."""
 
-    def __init__(self, loader: yaml.SafeLoader, faults: YamlErrors) -> None:
+    def __init__(self, loader: yaml.SafeLoader, errors: YamlErrors) -> None:
         self.loader = loader
-        self.faults = faults
+        self.errors = errors
         self.count = 0
         self.open: list[yaml.Node] = []
 
     def node(self, source: yaml.Node, path: str, line: int) -> YamlNode:
         self.count += 1
         if self.count > MAX_NODES:
-            raise usage_error(f"holds more than {MAX_NODES} values, aliases counted each time", where=self.faults.where)
+            raise usage_error(f"holds more than {MAX_NODES} values, aliases counted each time", where=self.errors.where)
         if isinstance(source, yaml.ScalarNode):
             return self.scalar(source, path, line)
         if any(source is outer for outer in self.open):
             return self.wrong(path, line, "contains itself")
         if len(self.open) >= MAX_DEPTH:
-            raise usage_error(TOO_DEEP, where=f"{self.faults.where}:{line}")
+            raise usage_error(TOO_DEEP, where=f"{self.errors.where}:{line}")
         if source.tag not in (f"{_TAGS}map", f"{_TAGS}seq"):
             return self.wrong(path, line, f"has the tag {source.tag}, which means nothing here")
         self.open.append(source)
@@ -190,15 +191,15 @@ class _Tree:
         return merged | own
 
     def merged(self, source: yaml.Node, path: str, line: int) -> dict[str, YamlNode]:
-        """What `<<: *anchor` or `<<: [*a, *b]` brings in: of several, the first that has a key counts."""
-        found: dict[str, YamlNode] = {}
+        """Return the entries of `<<: *anchor` or `<<: [*a, *b]`; for a key in several, the first counts."""
+        entries: dict[str, YamlNode] = {}
         for item in source.value if isinstance(source, yaml.SequenceNode) else [source]:
-            brought = self.node(item, path, line).value
-            if isinstance(brought, dict):
-                found = brought | found
+            mapping = self.node(item, path, line).value
+            if isinstance(mapping, dict):
+                entries = mapping | entries
             else:
                 self.wrong(path, line, "<< takes a mapping, or a list of them")
-        return found
+        return entries
 
     def key(self, source: yaml.Node, path: str, line: int) -> str | None:
         key = self.scalar(source, path, line).value if isinstance(source, yaml.ScalarNode) else source.tag
@@ -218,11 +219,11 @@ class _Tree:
 
     def wrong(self, path: str, line: int, what: str) -> YamlNode:
         node = YamlNode(path, line, None)
-        self.faults.add(node, what)
+        self.errors.add(node, what)
         return node
 
 
-def _no_yaml(error: yaml.MarkedYAMLError, where: str) -> SurgeryError:
+def _syntax_error(error: yaml.MarkedYAMLError, where: str) -> SurgeryError:
     mark = error.problem_mark or error.context_mark
     place = where if mark is None else f"{where}:{mark.line + 1}"
     what = ", ".join(part for part in (error.context, error.problem) if part)
@@ -230,7 +231,7 @@ def _no_yaml(error: yaml.MarkedYAMLError, where: str) -> SurgeryError:
 
 
 def to_node(value: object, path: str = "") -> YamlNode:
-    """A plain value as a tree without lines, for what does not come from a file."""
+    """Return a plain value as a tree without lines, for values that are from no file."""
     if isinstance(value, Mapping):
         return YamlNode(
             path, None, {str(k): to_node(child, f"{path}.{k}" if path else str(k)) for k, child in value.items()}

@@ -134,7 +134,7 @@ class RecipeSource:
         """One recipe. Raises SurgeryError with the nearest name where there is none, and with the file's faults."""
         if name in self.recipes:
             return self.recipes[name]
-        self.faults.settle()
+        self.faults.raise_if_any()
         hint = nearest(name, self.recipes) or f"It holds {listing(self.recipes)}."
         raise usage_error(f"holds no recipe {name!r}", where=self.file, hint=hint)
 
@@ -151,7 +151,7 @@ def read(file: Path) -> RecipeSource:
     documents, faults = read_documents(text, where)
     if len(documents) != 1:
         raise usage_error(f"holds {len(documents)} documents, expected one", where=where)
-    faults.settle()
+    faults.raise_if_any()
     for line, what in _misread(text):
         faults.add(YamlNode("", line, None), what)
     with contextlib.suppress(SurgeryError):  # they stay in `faults`
@@ -164,7 +164,7 @@ def read(file: Path) -> RecipeSource:
 def recipes_in(file: Path) -> list[RecipeSummary]:
     """The recipes of `file` as they stand there. Raises SurgeryError with every fault in how they are built."""
     source = read(file)
-    source.faults.settle()
+    source.faults.raise_if_any()
     return [RecipeSummary(name, text_at(recipe, "about"), needs_of(recipe)) for name, recipe in source.recipes.items()]
 
 

@@ -50,7 +50,7 @@ def build_pipeline(
     _refuse_cycles(scope, filling.needed)
     filling.check_tasks()
     scope.refuse_unused()
-    source.faults.settle()
+    source.faults.raise_if_any()
     return Pipeline(
         recipe=name,
         about=text_at(recipe, "about"),

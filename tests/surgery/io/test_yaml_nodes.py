@@ -26,13 +26,13 @@ models:
 
 def read(text: str) -> YamlNode:
     (node,), faults = read_documents(text, "c.yml")
-    faults.settle()
+    faults.raise_if_any()
     return node
 
 
 def failure(text: str) -> str:
     with pytest.raises(SurgeryError) as caught:
-        read_documents(text, "c.yml")[1].settle()
+        read_documents(text, "c.yml")[1].raise_if_any()
     assert caught.value.exit_code == WRONG_USAGE
     return str(caught.value)
 
