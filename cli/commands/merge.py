@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from cli import console
 from cli import options as o
+from cli.method_options import with_method_options
 from merges.choices import AveragingMode, Compat, TuneWhat
 from surgery.checkpoint.dtypes import OutputDtype
 from surgery.io.command_line import option_flag, option_words
@@ -48,17 +49,11 @@ app = typer.Typer(
 )
 
 
-def _parameter(summary: str) -> Any:
-    return typer.Option(metavar="VALUE", help=summary)
-
-
-Values = list[str] | None
-
-
 @app.command(
     name=WEIGHTS,
     epilog="Example: surgery merge weights slerp lab:grpo --base lab:sft --t '[0, 0.5, 1]' --dtype bfloat16 -o out",
 )
+@with_method_options
 def weights(
     what: Annotated[
         str, typer.Argument(metavar="CONFIG.yml | METHOD", help="See `surgery merge methods`."), NamesInput("merge")
@@ -68,31 +63,8 @@ def weights(
         list[str] | None, typer.Argument(metavar="A B …", help="The models, after a METHOD."), NamesInput("model")
     ] = None,
     base: Annotated[str | None, typer.Option(metavar="MODEL", help="The base model."), NamesInput("model")] = None,
-    weight: Annotated[
-        Values, _parameter("One for all models, or one per model; a list is a gradient over depth.")
-    ] = None,
-    density: Annotated[Values, _parameter("Share of each task vector that is kept.")] = None,
-    t: Annotated[
-        Values, _parameter("slerp: 0 is the base, 1 the other model; nearswap: the difference to swap.")
-    ] = None,
-    lambda_: Annotated[Values, typer.Option("--lambda", metavar="VALUE", help="Scales the merged task vector.")] = None,
-    gamma: Annotated[Values, _parameter("breadcrumbs: share of outliers dropped.")] = None,
-    epsilon: Annotated[
-        Values, _parameter("della: half-width of its probabilities; ram: what counts as no change.")
-    ] = None,
-    normalize: Annotated[bool | None, typer.Option(help="Divide by the sum of the weights.")] = None,
-    rescale: Annotated[bool | None, typer.Option(help="Make up for what sparsifying took away.")] = None,
-    scale: Annotated[Values, _parameter("passthrough: what tensors are multiplied by.")] = None,
-    select_topk: Annotated[Values, _parameter("sce: share of the varying elements selected.")] = None,
-    r: Annotated[Values, _parameter("ramplus_tl: how much unique changes are amplified.")] = None,
-    alpha: Annotated[Values, _parameter("ramplus_tl: bound of the ratio that amplifies.")] = None,
-    max_iter: Annotated[Values, _parameter("karcher: steps at most.")] = None,
-    tol: Annotated[Values, _parameter("karcher: the step at which to stop.")] = None,
-    eps: Annotated[Values, _parameter("multislerp: lengths below this count as none.")] = None,
-    normalize_weights: Annotated[bool | None, typer.Option(help="multislerp: divide the weights by their sum.")] = None,
-    filter_wise: Annotated[bool | None, typer.Option(help="model_stock: an angle per row.")] = None,
-    nuslerp_flatten: Annotated[bool | None, typer.Option(help="nuslerp: one angle for the whole tensor.")] = None,
-    nuslerp_row_wise: Annotated[bool | None, typer.Option(help="nuslerp, not flat: an angle per column.")] = None,
+    *,
+    parameters: dict[str, Any],
     dtype: Annotated[OutputDtype | None, typer.Option(help="Store float tensors as float32, bfloat16, …")] = None,
     tokenizer_source: Annotated[str | None, typer.Option(metavar="union|base|MODEL", help="Align tokens.")] = None,
     chat_template: Annotated[str | None, typer.Option(help="auto, chatml, llama3, … or a Jinja text.")] = None,
@@ -111,27 +83,6 @@ def weights(
     from merges.run import merge
     from surgery.io.yaml_models import read_text
 
-    given: dict[str, Any] = {
-        "weight": weight,
-        "density": density,
-        "t": t,
-        "lambda": lambda_,
-        "gamma": gamma,
-        "epsilon": epsilon,
-        "normalize": normalize,
-        "rescale": rescale,
-        "scale": scale,
-        "select_topk": select_topk,
-        "r": r,
-        "alpha": alpha,
-        "max_iter": max_iter,
-        "tol": tol,
-        "eps": eps,
-        "normalize_weights": normalize_weights,
-        "filter_wise": filter_wise,
-        "nuslerp_flatten": nuslerp_flatten,
-        "nuslerp_row_wise": nuslerp_row_wise,
-    }
     settings: dict[str, Any] = {
         "base": base,
         "dtype": dtype,
@@ -140,7 +91,6 @@ def weights(
         "compat": compat,
         "seed": seed,
     }
-    parameters = {name: value for name, value in given.items() if value is not None}
     settings = {name: value for name, value in settings.items() if value is not None}
     options = o.options(threads, device, overwrite=overwrite, allow_nonfinite=allow_nonfinite)
     text = ""
@@ -151,7 +101,8 @@ def weights(
         configs = parse_configs(text, what, methods=_specs())
     else:
         configs = (_config(what, models or (), parameters, settings),)
-    line = _line([what, *(models or ())], {**settings, **parameters})
+    # Without what changes no byte, so that the line in OUT is the same for every run.
+    line = ["surgery", "merge", what, *(models or ()), *option_words({**settings, **parameters}), "-o", "OUT"]
     report = merge(configs, out, line=line, text=text, dry_run=dry_run, options=options)
     if plot and not dry_run:
         _draw(report, plot)
@@ -291,11 +242,6 @@ def _value(option: str, text: str) -> object:
     if len(nodes) != 1:
         raise usage_error(f"got {text!r}, expected a number, or a list", where=option)
     return nodes[0].plain
-
-
-def _line(words: Sequence[str], given: Mapping[str, Any]) -> list[str]:
-    """The words that type the merge again: without what changes no byte, so that they are the same for every run."""
-    return ["surgery", "merge", *words, *option_words(given), "-o", "OUT"]
 
 
 def _draw(report: MergeReport, path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +16,7 @@ from surgery.recipes.types import NamesInput
 
 if TYPE_CHECKING:
     from probes.experts.findings import ExpertFindings
+    from probes.experts.sweep import BetaGrid
     from probes.refusal.findings import Findings
     from surgery.engine.options import ExecutionOptions
 
@@ -109,9 +111,9 @@ def refusal(
             raise usage_error("--live takes the probe of a run: give --from RUN, and neither --data nor -o.")
         _watch(model, run, live, max_new_tokens, dtype, options, as_json=as_json)
         return
-    if data is None or out is None or run is not None:
-        if run is not None:
-            raise usage_error("--from RUN goes with --live PROMPT: a new run is named by -o.")
+    if run is not None:
+        raise usage_error("--from RUN goes with --live PROMPT: a new run is named by -o.")
+    if data is None or out is None:
         raise usage_error(
             "what is to be probed, and where do the findings go?", hint="Add --data DATA and -o RUN (or --live PROMPT)."
         )
@@ -131,12 +133,7 @@ def refusal(
         phrases=refusal_phrases,
         guard=guard,
     )
-    training = ProbeTraining(
-        cells=cells,
-        folds=folds,
-        strength=strength,
-        seed=seed,
-    )
+    training = ProbeTraining(cells=cells, folds=folds, strength=strength, seed=seed)
     findings = probe_refusal(
         model,
         data,
@@ -309,27 +306,14 @@ def experts(
     from probes.data.preparation import GenerationOptions
     from probes.experts.run import probe_experts
     from probes.experts.scoring import Support
-    from probes.experts.sweep import BetaGrid, parse_betas
-    from surgery.errors import usage_error
 
-    if (sweep is None) != (not task):
-        raise usage_error("a sweep needs a grid and a task to score it on: give both --sweep and --task.")
-    asked = {"top": top, "way": way, "phase": phase, "controls": controls, "task_limit": task_limit}
-    if sweep is None and (stray := [name for name, value in asked.items() if value is not None]):
-        raise usage_error("goes with --sweep", where=option_flag(stray[0]))
-    grid = None
-    if sweep is not None:
-        grid = BetaGrid(
-            parse_betas(sweep),
-            task or (),
-            top=2 if top is None else top,
-            way=way or "weight",
-            phase=phase or "all",
-            controls=5 if controls is None else controls,
-            limit=task_limit,
-            batch_size=generation_batch,
-            seed=seed,
-        )
+    grid = _sweep_grid(
+        sweep,
+        task or (),
+        {"top": top, "way": way, "phase": phase, "controls": controls, "task_limit": task_limit},
+        batch_size=generation_batch,
+        seed=seed,
+    )
     findings = probe_experts(
         model,
         data,
@@ -353,6 +337,25 @@ def experts(
         options=o.options(threads, device, overwrite=overwrite),
     )
     _show_experts(findings, out, as_json=as_json)
+
+
+def _sweep_grid(
+    sweep: str | None, tasks: Sequence[str], given: Mapping[str, Any], *, batch_size: int, seed: int
+) -> BetaGrid | None:
+    """Return the grid that `--sweep` asks for; None without it. given: the options that need it, by their names."""
+    from probes.experts.sweep import BetaGrid, parse_betas
+    from surgery.errors import usage_error
+
+    if (sweep is None) != (not tasks):
+        raise usage_error("a sweep needs a grid and a task to score it on: give both --sweep and --task.")
+    # What is not given is left to BetaGrid's own defaults.
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if sweep is None:
+        if chosen:
+            raise usage_error("goes with --sweep", where=option_flag(next(iter(chosen))))
+        return None
+    limit = chosen.pop("task_limit", None)
+    return BetaGrid(parse_betas(sweep), tasks, **chosen, limit=limit, batch_size=batch_size, seed=seed)
 
 
 @app.command(epilog="Example: surgery probe show cliff")

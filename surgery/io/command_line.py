@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
+def option_text(flag: str, text: str) -> list[str]:
+    """Return the words that give the option `flag` the value `text`."""
+    # As one word where it begins with a dash: else a value such as -0.5 would be taken for an option.
+    return [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+
+
+def command_words(command: str, arguments: Sequence[str], options: Sequence[str]) -> list[str]:
+    """Return the words of a command (`vector apply`) with its arguments, and the words of its options behind them."""
+    # After `--` nothing is an option, so that an argument may begin with a dash.
+    if any(text.startswith("-") for text in arguments):
+        return [*command.split(), *options, "--", *arguments]
+    return [*command.split(), *arguments, *options]
+
+
 def option_flag(name: str) -> str:
-    """The option of the parameter `name`: `filter_wise` → `--filter-wise`."""
+    """Return the option of the parameter `name`: `filter_wise` → `--filter-wise`."""
     return f"--{name.replace('_', '-')}"
 
 
 def option_words(options: Mapping[str, Any]) -> list[str]:
-    """The words that give `options`: a flag for what is true or false, one option for each item of a list or mapping.
+    """Return the words that give `options`: a flag for true or false, one option for each item of a list or mapping.
 
     What is None is left out.
     """

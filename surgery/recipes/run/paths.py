@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.io.atomic import partial_path
+from surgery.io.command_line import command_words, option_text
 from surgery.recipes.types import CommandParameter, Given, Pipeline, RecipeStep, Scalar, StepOutput
 
 MANIFEST = "run.json"
@@ -96,16 +97,12 @@ def cli_arguments(step: RecipeStep, paths: RunPaths) -> list[str]:
             options += texts
         else:
             for text in texts:
-                # As one word: else a value such as -0.5 would be taken for an option.
-                options += [f"{parameter.flag}={text}"] if text.startswith("-") else [parameter.flag, text]
+                options += option_text(parameter.flag, text)
     if command.writes is not None and command.writes != command.changes:
         options += [f"--{command.writes}", str(step_paths.out)]
     if command.plots is not None:
         options += [command.plots, str(step_paths.picture)]
-    # After `--` nothing is an option, so that an argument may begin with a dash.
-    if any(text.startswith("-") for text in arguments):
-        return [*command.name.split(), *options, "--", *arguments]
-    return [*command.name.split(), *arguments, *options]
+    return command_words(command.name, arguments, options)
 
 
 def command_line(step: RecipeStep, paths: RunPaths) -> str:
