@@ -1,4 +1,4 @@
-"""What people and programs see: results on stdout (tables, or one JSON object), everything else on stderr."""
+"""Print to the terminal: results on stdout (tables, or one JSON object), everything else on stderr."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 DEBUG = "SURGERY_DEBUG"
 
 
-def tell(text: str) -> None:
-    """A line for people, on stderr."""
+def message(text: str) -> None:
+    """Print a line for people on stderr."""
     if is_main():
         typer.echo(text, err=True)
 
 
 def warn(text: str) -> None:
-    """A line for people that asks for attention."""
+    """Print a warning on stderr."""
     if is_main():
         typer.secho("warning: ", fg="yellow", nl=False, err=True)
         typer.echo(text, err=True)
 
 
 def scored_token(text: str, score: float) -> None:
-    """A piece of text that is being written, from red (0) over yellow to green (1), on stdout."""
+    """Print a piece of generated text on stdout, coloured by its score from red (0) over yellow to green (1)."""
     if is_main():
         typer.secho(text, fg=_scale(score), nl=False)
 
@@ -40,13 +40,13 @@ def _scale(score: float) -> tuple[int, int, int]:
 
 
 def error(text: str) -> None:
-    """The one line that explains a failure; of several processes each explains its own."""
+    """Print the line that explains a failure; of several processes each explains its own."""
     typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
     typer.echo(text if is_main() else f"process {rank()}: {text}", err=True)
 
 
 def show(*tables: Table) -> None:
-    """Result tables, on stdout."""
+    """Print result tables on stdout."""
     from rich.console import Console
 
     if not is_main():
@@ -59,14 +59,14 @@ def show(*tables: Table) -> None:
 
 
 def draw(figure: Figure, path: Path) -> None:
-    """A picture in a file."""
+    """Write a picture to `path`."""
     if is_main():
         figure.save(path)
-        tell(f"Picture: {path}")
+        message(f"Picture: {path}")
 
 
 def show_json(value: Any) -> None:
-    """One JSON object on stdout."""
+    """Print one JSON object on stdout."""
     from surgery.io.json_io import to_json
 
     if is_main():
@@ -74,15 +74,15 @@ def show_json(value: Any) -> None:
 
 
 def show_preflight(facts: Mapping[str, str], warnings: Sequence[str]) -> None:
-    """What was checked before the work began."""
+    """Print what was checked before the work began."""
     for label, value in facts.items():
-        tell(f"  {label:<14} {value}")
+        message(f"  {label:<14} {value}")
     for warning in warnings if is_main() else ():
         typer.secho(f"  warning        {warning}", fg="yellow", err=True)
 
 
 def version(wanted: bool) -> None:
-    """Prints the version and leaves."""
+    """Print the version and exit; the callback of `--version`."""
     if wanted:
         from importlib.metadata import version as installed
 

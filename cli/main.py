@@ -1,4 +1,4 @@
-"""The `surgery` command and its groups; one table turns every error into a line and an exit code."""
+"""The `surgery` program: run a command, and turn every error into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def main(
 
 
 def program() -> None:
-    """The console script: `run`, and then the end of the process at once.
+    """Run the command line, then end the process at once: the console script.
 
     Taking the interpreter and torch apart object by object takes a few tenths of a second and serves nobody: what a
     command writes is on the disk when it returns.
@@ -61,7 +61,7 @@ def program() -> None:
 
 
 def run() -> None:
-    """Runs the command line and leaves with its exit code."""
+    """Run the command line and exit with its code."""
     gc.set_threshold(*RARE_COLLECTIONS)
     try:
         app()

@@ -1,4 +1,4 @@
-"""The options that several commands share, declared once."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ ModelDtype = Annotated[
 def options(
     threads: int | None = None, device: str = "cpu", *, overwrite: bool = False, allow_nonfinite: bool = False
 ) -> ExecutionOptions:
-    """The library's `ExecutionOptions`, with a progress bar on stderr."""
+    """Return the library's `ExecutionOptions`, with a progress bar on stderr."""
     from surgery.engine.options import ExecutionOptions
     from surgery.runtime.progress import terminal
 
@@ -70,7 +70,7 @@ def options(
 
 
 def count(value: str, name: str) -> int:
-    """`value` as a whole number from 1 on. Raises SurgeryError."""
+    """Return `value` as a whole number from 1 on. Raises SurgeryError."""
     from surgery.errors import usage_error
 
     if not value.isdecimal() or int(value) < 1:

@@ -1,4 +1,4 @@
-"""A page for every command, in Markdown, from the functions that the command line is made of.
+"""Generate a Markdown page for every command, from the functions that the command line is made of.
 
 `python -m cli.reference docs/commands` writes them; a test holds what lies there to what the program says.
 """
@@ -17,7 +17,7 @@ METAVARS: dict[ParameterKind, str] = {"whole": "N", "number": "X", "path": "PATH
 
 
 def pages() -> dict[str, str]:
-    """File name → Markdown: a page per command, and an index of them."""
+    """Return file name → Markdown: a page per command, and an index of them."""
     commands = list(signatures(app))
     return {INDEX: _index(commands), **{_file(command): _page(command) for command in commands}}
 
@@ -75,7 +75,7 @@ def _cell(text: str) -> str:
 
 
 def main(folder: Path) -> None:
-    """Writes the pages into `folder`, and removes those of commands that are no more."""
+    """Write the pages into `folder`, and remove those of commands that no longer exist."""
     from surgery.io.atomic import write_file
 
     wanted = pages()

@@ -1,4 +1,4 @@
-"""`surgery edit …`: parts of one model scaled in its weights, and the way back."""
+"""`surgery edit …`: scale parts of one model in its weights, and undo that."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def undo(
     if as_json:
         console.show_json(report)
     else:
-        console.tell(f"Wrote {report.out}")
+        console.message(f"Wrote {report.out}")
 
 
 def _show(
@@ -173,7 +173,7 @@ def _show(
     no_measure: bool,
     as_json: bool,
 ) -> None:
-    """What an edit of `names` did to the weights, and to the model."""
+    """Print what an edit of `names` did to the weights and to the model."""
     from surgery.engine.edit_report import edit_table
 
     if as_json:
@@ -181,7 +181,7 @@ def _show(
         return
     console.show_preflight(edited.report.preflight, edited.report.warnings)
     if edited.report.dry_run:
-        console.tell(f"{what}: {', '.join(names)}. Nothing written (--dry-run).")
+        console.message(f"{what}: {', '.join(names)}. Nothing written (--dry-run).")
         return
     console.show(edit_table(edited.report))
     if edited.measured is None:
@@ -189,4 +189,4 @@ def _show(
         console.warn(f"what the edit does to the model was not measured: {hint}.")
     else:
         console.show(edited.measured.table())
-    console.tell(f"{done} {', '.join(names)}. Wrote {out}; `surgery edit undo {out} -o …` leads back.")
+    console.message(f"{done} {', '.join(names)}. Wrote {out}; `surgery edit undo {out} -o …` leads back.")

@@ -1,4 +1,4 @@
-"""`surgery grow …`: transformers grown layer by layer on a frozen embedding."""
+"""`surgery grow …`: grow transformers layer by layer on a frozen embedding."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def embed(
         console.show_json(report)
     else:
         console.show(report.table())
-        console.tell(f"Wrote {out}")
+        console.message(f"Wrote {out}")
 
 
 @app.command(epilog="Example: surgery grow tokenizer lab:python/code lab:python/docs --vocab 4096 -o tok")
@@ -149,7 +149,7 @@ def tokenizer(
         console.show_json(report)
     else:
         console.show(report.table())
-        console.tell(f"Wrote {out}")
+        console.message(f"Wrote {out}")
 
 
 @app.command(epilog="Example: surgery grow init --embed emb --heads 8 --context 256 -o m0")
@@ -178,7 +178,7 @@ def init(
     from surgery.growth.plan import ModelShape
     from surgery.runtime.collectives import map_over_ranks
 
-    said = {
+    given = {
         "hidden": hidden,
         "heads": heads,
         "kv_heads": kv_heads,
@@ -187,7 +187,7 @@ def init(
         "layers": layers,
         "config": config,
     }
-    shape = ModelShape.model_validate({name: value for name, value in said.items() if value is not None})
+    shape = ModelShape.model_validate({name: value for name, value in given.items() if value is not None})
     options = o.options(overwrite=overwrite)
 
     def make(_: None) -> InitReport:
@@ -199,7 +199,7 @@ def init(
         console.show_json(report)
     else:
         console.show_preflight(report.preflight, report.warnings)
-        console.tell("Nothing written (--dry-run)." if dry_run else f"Wrote {out}")
+        console.message("Nothing written (--dry-run)." if dry_run else f"Wrote {out}")
 
 
 @app.command(epilog="Example: surgery grow add lab:sft --layers 1 --at middle --init identity -o deeper")
@@ -238,7 +238,7 @@ def add(
         return
     console.show_preflight(report.preflight, report.warnings)
     console.show(report.table())
-    console.tell("Nothing written (--dry-run)." if dry_run else f"Wrote {out}")
+    console.message("Nothing written (--dry-run)." if dry_run else f"Wrote {out}")
 
 
 @app.command(
@@ -261,11 +261,11 @@ def run(
     """Grow a model stage by stage, each a checkpoint RUN/stage-k; the same command goes on where it was stopped."""
     from surgery.growth.run import grow
 
-    begun, doing = _begin(plan, out, embed, corpus, tokens, seed, device, threads, save_every, tensorboard)
+    prepared, options = _prepare_run(plan, out, embed, corpus, tokens, seed, device, threads, save_every, tensorboard)
     if dry_run:
-        _nothing_done(begun, as_json=as_json)
+        _show_dry_run(prepared, as_json=as_json)
     else:
-        _show(grow(begun, doing), out, as_json=as_json)
+        _show(grow(prepared, options), out, as_json=as_json)
 
 
 @app.command(epilog="Example: surgery grow baseline plan.yml --budget tokens --embedding frozen -o grown")
@@ -288,11 +288,11 @@ def baseline(
     """Train models of the final depth in one go, at the growth's tokens and at its operations, and compare."""
     from surgery.growth.baseline import train_baselines
 
-    begun, doing = _begin(plan, out, embed, corpus, tokens, seed, device, threads, save_every, tensorboard)
+    prepared, options = _prepare_run(plan, out, embed, corpus, tokens, seed, device, threads, save_every, tensorboard)
     if dry_run:
-        _nothing_done(begun, as_json=as_json)
+        _show_dry_run(prepared, as_json=as_json)
     else:
-        _show(train_baselines(begun, budget=budget, embedding=embedding, options=doing), out, as_json=as_json)
+        _show(train_baselines(prepared, budget=budget, embedding=embedding, options=options), out, as_json=as_json)
 
 
 def _layer_position(text: str) -> LayerPosition:
@@ -311,7 +311,7 @@ def _layer_position(text: str) -> LayerPosition:
     )
 
 
-def _begin(
+def _prepare_run(
     plan: str,
     out: Path,
     embed: str | None,
@@ -327,16 +327,16 @@ def _begin(
     from surgery.growth.prepare import load_plan, prepare_run
     from surgery.runtime.progress import terminal
 
-    begun = prepare_run(load_plan(plan, embed=embed, corpus=corpus, tokens=tokens, seed=seed), out)
-    return begun, RunOptions(device, threads, save_every, tensorboard, terminal)
+    prepared = prepare_run(load_plan(plan, embed=embed, corpus=corpus, tokens=tokens, seed=seed), out)
+    return prepared, RunOptions(device, threads, save_every, tensorboard, terminal)
 
 
-def _nothing_done(begun: PreparedRun, *, as_json: bool) -> None:
+def _show_dry_run(prepared: PreparedRun, *, as_json: bool) -> None:
     if as_json:
-        console.show_json({"facts": begun.facts, "plan": begun.plan.model_dump(mode="json")})
+        console.show_json({"facts": prepared.facts, "plan": prepared.plan.model_dump(mode="json")})
     else:
-        console.show_preflight(begun.facts, ())
-        console.tell("Nothing written (--dry-run).")
+        console.show_preflight(prepared.facts, ())
+        console.message("Nothing written (--dry-run).")
 
 
 def _show(growth: Growth, out: Path, *, as_json: bool) -> None:
@@ -348,5 +348,5 @@ def _show(growth: Growth, out: Path, *, as_json: bool) -> None:
         return
     console.show(stage_table(growth), comparison_table(growth))
     for sentence in verdicts(growth):
-        console.tell(sentence)
-    console.tell(f"Report: {out / REPORT}")
+        console.message(sentence)
+    console.message(f"Report: {out / REPORT}")

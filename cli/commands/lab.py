@@ -40,4 +40,4 @@ def build(
         console.show_json(folders)
     else:
         for name, folder in folders.items():
-            console.tell(f"{name}: {folder}")
+            console.message(f"{name}: {folder}")

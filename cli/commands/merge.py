@@ -1,4 +1,4 @@
-"""`surgery merge …`: models merged on their weights, by a mergekit config or by the name of a method."""
+"""`surgery merge …`: merge models on their weights, by a mergekit config or by the name of a method."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIGS = (".yml", ".yaml", ".json")
 
 
 class _Group(TyperGroup):
-    """A group whose first word may also be a config file or a method: then it is the command `weights`."""
+    """A group whose first word may also be a config file or a method, which stands for the command `weights`."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] not in self.commands:
@@ -112,7 +112,7 @@ def weights(
     console.show_preflight(report.preflight, report.warnings)
     if report.models:
         console.show(report.table())
-    console.tell("Nothing written (--dry-run)." if report.dry_run else f"Wrote {report.out}")
+    console.message("Nothing written (--dry-run)." if report.dry_run else f"Wrote {report.out}")
 
 
 @app.command(epilog="Example: surgery merge methods")
@@ -170,9 +170,9 @@ def logits(
         return
     console.show_preflight(report.preflight, report.warnings)
     if report.tuning:
-        console.tell(f"  {'tuning':<14} {report.tuning.sentence()}")
+        console.message(f"  {'tuning':<14} {report.tuning.sentence()}")
     console.show(report.table())
-    console.tell("Nothing written (--dry-run)." if report.dry_run else f"Wrote {report.out}")
+    console.message("Nothing written (--dry-run)." if report.dry_run else f"Wrote {report.out}")
 
 
 @app.command(epilog="Example: surgery merge unpack ensemble -o members")
@@ -191,7 +191,7 @@ def unpack(
     if as_json:
         console.show_json(report)
     else:
-        console.tell(f"Wrote {', '.join(str(report.out / name) for name in report.members)}")
+        console.message(f"Wrote {', '.join(str(report.out / name) for name in report.members)}")
 
 
 def _specs() -> dict[str, Any]:
@@ -201,7 +201,7 @@ def _specs() -> dict[str, Any]:
 
 
 def _refuse_beside_config(config: str, models: Sequence[str], names: Sequence[str]) -> None:
-    """What a config says is said there alone: an option beside it would have to win, or to be lost in silence."""
+    """Raise SurgeryError for options beside a config: they would have to override it, or be ignored in silence."""
     from surgery.errors import listing, usage_error
 
     stray = [*models, *map(option_flag, names)]
@@ -212,7 +212,7 @@ def _refuse_beside_config(config: str, models: Sequence[str], names: Sequence[st
 def _config(
     method: str, models: Sequence[str], parameters: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> MergeConfig:
-    """A command line as a config; values are written as in YAML, so that a list is a gradient."""
+    """Return the command line as a config; values are read as YAML, so that a list is a gradient."""
     from merges.config.command_line import config_for_method
 
     values = {
@@ -248,4 +248,4 @@ def _draw(report: MergeReport, path: Path) -> None:
     if report.models:
         console.draw(report.figure(), path)
     else:
-        console.tell("No picture: every tensor is a copy, so there are no distances to draw.")
+        console.message("No picture: every tensor is a copy, so there are no distances to draw.")

@@ -1,4 +1,4 @@
-"""`surgery inspect`, `diff`, `verify`, `eval`: looking at models."""
+"""`surgery inspect`, `diff`, `verify` and `eval`: look at models and score them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands of this module to `app`."""
+    """Add the commands of this module to `app`."""
     app.command(epilog="Example: surgery inspect lab:grpo")(inspect)
     app.command(epilog="Example: surgery diff lab:sft lab:grpo --plot moved.png")(diff)
     app.command(epilog="Example: surgery verify reasoning-instruct")(verify)
@@ -73,7 +73,7 @@ def verify(model: o.Model, threads: o.Threads = None, as_json: o.Json = False) -
     if as_json:
         console.show_json({"ok": report.ok, **vars(report)})
     else:
-        console.tell(report.sentence())
+        console.message(report.sentence())
     if not report.ok:
         raise typer.Exit(1)
 
@@ -137,9 +137,9 @@ def evaluate(
         console.draw(report.figure(), plot)
     for model in report.folders:
         for sentence in report.losses(model):
-            console.tell(f"warning: {sentence}")
+            console.message(f"warning: {sentence}")
         if not no_card and is_main():
-            console.tell(f"Scores are in {report.write_card(model)}")
+            console.message(f"Scores are in {report.write_card(model)}")
 
 
 def _register_ensembles(opened: Mapping[str, Checkpoint]) -> None:
@@ -153,7 +153,7 @@ def _register_ensembles(opened: Mapping[str, Checkpoint]) -> None:
 def _reinforced(
     run: Path | None, top: int | None, scale: float | None, phase: Phase | None
 ) -> EvaluationVariant | None:
-    """Return what scores each model also with experts of `run` reinforced; None without `--reinforce`."""
+    """Return the variant that scores each model also with experts of `run` reinforced; None without `--reinforce`."""
     from surgery.errors import usage_error
 
     given = {"top": top, "scale": scale, "phase": phase}

@@ -1,4 +1,4 @@
-"""`surgery probe …`: what models do inside: by which heads they lose their refusals, with which experts they think."""
+"""`surgery probe …`: find the heads by which models lose their refusals, and the experts that go with thinking."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def judge(
         console.show_json(selection)
         return
     console.show(selection.table())
-    console.tell(f"Wrote {selection.out}")
+    console.message(f"Wrote {selection.out}")
 
 
 @app.command(
@@ -387,12 +387,12 @@ def _show_experts(findings: ExpertFindings, run: Path, *, as_json: bool) -> None
         console.warn(warning)
     console.show(*expert_tables(findings))
     for sentence in expert_sentences(findings):
-        console.tell(sentence)
-    console.tell(f"Report: {run / REPORT}")
+        console.message(sentence)
+    console.message(f"Report: {run / REPORT}")
 
 
 def _show(findings: Findings, run: Path, *, as_json: bool, last: int = 0) -> None:
-    """The tables, or only the last ones."""
+    """Print the tables, or only the `last` ones."""
     from probes.data.records import REPORT
     from probes.refusal.tables import refusal_sentences, refusal_tables
 
@@ -403,8 +403,8 @@ def _show(findings: Findings, run: Path, *, as_json: bool, last: int = 0) -> Non
         console.warn(warning)
     console.show(*refusal_tables(findings)[-last:])
     for sentence in refusal_sentences(findings)[-last:]:
-        console.tell(sentence)
-    console.tell(f"Report: {run / REPORT}")
+        console.message(sentence)
+    console.message(f"Report: {run / REPORT}")
 
 
 def _watch(
@@ -431,4 +431,4 @@ def _watch(
     if as_json:
         console.show_json(found)
         return
-    console.tell("\n" + found.sentence())
+    console.message("\n" + found.sentence())

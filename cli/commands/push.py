@@ -1,4 +1,4 @@
-"""`surgery push`: what surgery wrote, on the Hub."""
+"""`surgery push`: send what surgery wrote to the Hub."""
 
 from __future__ import annotations
 
@@ -40,13 +40,18 @@ def push(
     from surgery.publish import upload as pushing
 
     if dry_run:
-        seen = pushing.preview_push(out, repo, revision=revision, pr=pr)
+        preview = pushing.preview_push(out, repo, revision=revision, pr=pr)
         if as_json:
             console.show_json(
-                {"repo_id": seen.repo_id, "files": seen.files, "n_bytes": seen.n_bytes, "card": seen.card.metadata}
+                {
+                    "repo_id": preview.repo_id,
+                    "files": preview.files,
+                    "n_bytes": preview.n_bytes,
+                    "card": preview.card.metadata,
+                }
             )
         else:
-            _show(seen)
+            _show(preview)
         return
     pushed = pushing.push(
         out,
@@ -57,22 +62,22 @@ def push(
         message=message,
         verify=not no_verify,
         options=o.options(threads),
-        notify=console.tell,
+        notify=console.message,
         bars=sys.stderr.isatty(),
     )
     if not pushed.changed:
-        console.tell(f"{repo} has all of it already: nothing was committed.")
+        console.message(f"{repo} has all of it already: nothing was committed.")
     if as_json:
         console.show_json(pushed)
     else:
         typer.echo(pushed.url)
 
 
-def _show(seen: PushPreview) -> None:
+def _show(preview: PushPreview) -> None:
     import yaml
 
     from surgery.reporting.report import Column, Table, Value
 
-    rows: list[list[Value]] = [[name, size] for name, size in {**seen.files, "all": seen.n_bytes}.items()]
-    console.show(Table(f"What would go to {seen.repo_id}", [Column("file"), Column("size", "bytes")], rows))
-    typer.echo(yaml.safe_dump(dict(seen.card.metadata), sort_keys=False, allow_unicode=True), nl=False)
+    rows: list[list[Value]] = [[name, size] for name, size in {**preview.files, "all": preview.n_bytes}.items()]
+    console.show(Table(f"What would go to {preview.repo_id}", [Column("file"), Column("size", "bytes")], rows))
+    typer.echo(yaml.safe_dump(dict(preview.card.metadata), sort_keys=False, allow_unicode=True), nl=False)

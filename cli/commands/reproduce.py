@@ -1,4 +1,4 @@
-"""`surgery reproduce`: an output made again from its manifest, and compared."""
+"""`surgery reproduce`: make an output again from its manifest, and compare."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def reproduce(
 
 
 def _run(words: Sequence[str]) -> int:
-    """Run one of our commands, and say which."""
+    """Run one of our commands after printing it; return its exit code."""
     from surgery.recipes.reproduction import run_in_process
 
-    console.tell(f"$ surgery {shlex.join(words)}")
+    console.message(f"$ surgery {shlex.join(words)}")
     return run_in_process(words)

@@ -1,4 +1,4 @@
-"""`surgery run`: whole pipelines from one YAML file; and the commands that a step of one may name."""
+"""`surgery run`: run pipelines from a YAML file; and list the commands that their steps may name."""
 
 from __future__ import annotations
 
@@ -68,19 +68,19 @@ def run(
     from surgery.recipes.parse.graph import build_pipeline
     from surgery.recipes.run.scheduler import run_recipe
 
-    read = build_pipeline(file, name, commands=commands(), settings=dict(map(_setting, settings or ())))
+    pipeline = build_pipeline(file, name, commands=commands(), settings=dict(map(_setting, settings or ())))
     folder = RUNS / name if out is None else out
     again = "The same command" if from_step is None else "The same command without --from"
     try:
         report = run_recipe(
-            read,
+            pipeline,
             folder,
             jobs=jobs,
             from_step=from_step,
             dry_run=dry_run,
-            notify=console.tell,
+            notify=console.message,
             bars=sys.stderr.isatty(),
-            show=(lambda seen: None) if as_json else _show,
+            show=(lambda preview: None) if as_json else _show,
         )
     except KeyboardInterrupt as stopped:
         console.error(f"stopped. {again} goes on where it was.")
@@ -88,12 +88,12 @@ def run(
     if as_json:
         console.show_json(_record(report, folder))
     elif dry_run:
-        console.tell("Nothing done (--dry-run).")
-    fault = report.error(folder, again=again)
+        console.message("Nothing done (--dry-run).")
+    error = report.error(folder, again=again)
     if report.report is not None:
-        console.tell(f"Report: {report.report}")
-    if fault is not None:
-        raise fault
+        console.message(f"Report: {report.report}")
+    if error is not None:
+        raise error
 
 
 def commands() -> dict[str, Command]:
@@ -130,20 +130,20 @@ def _list(file: Path, *, as_json: bool) -> None:
     from surgery.recipes.parse.file import recipes_in
     from surgery.reporting.report import Column, Table
 
-    found = recipes_in(file)
+    recipes = recipes_in(file)
     if as_json:
-        console.show_json({"recipes": [each._asdict() for each in found]})
+        console.show_json({"recipes": [each._asdict() for each in recipes]})
         return
-    rows = [(each.name, each.about, ", ".join(f"{key} {text}" for key, text in each.needs.items())) for each in found]
+    rows = [(each.name, each.about, ", ".join(f"{key} {text}" for key, text in each.needs.items())) for each in recipes]
     console.show(Table(str(file), [Column("recipe"), Column("what it does"), Column("needs")], rows))
 
 
-def _show(seen: RunPreview) -> None:
-    console.show(seen.table())
+def _show(preview: RunPreview) -> None:
+    console.show(preview.table())
 
 
 def _record(report: RunReport, folder: Path) -> dict[str, Any]:
-    seen = report.preview
+    preview = report.preview
     steps = {
         step.step.name: {
             "command": step.step.command.name,
@@ -157,14 +157,14 @@ def _record(report: RunReport, folder: Path) -> dict[str, Any]:
                 else {}
             ),
         }
-        for step in seen.steps
+        for step in preview.steps
     }
     return {
-        "recipe": seen.pipeline.recipe,
+        "recipe": preview.pipeline.recipe,
         "run": folder,
         "steps": steps,
-        "downloads": seen.downloads,
-        "notes": seen.notes,
+        "downloads": preview.downloads,
+        "notes": preview.notes,
         "pushes": report.pushes,
         "report": report.report,
     }

@@ -1,4 +1,4 @@
-"""`surgery vector …`: task vectors out of one pair of models and into another."""
+"""`surgery vector …`: extract task vectors from a pair of models and add them to others."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def extract(
     console.show_preflight(report.preflight, report.warnings)
     if not report.dry_run:
         console.show(report.table())
-    console.tell(_ending(report.out, dry_run=report.dry_run))
+    console.message(_ending(report.out, dry_run=report.dry_run))
 
 
 @app.command(epilog="Example: surgery vector apply reasoning lab:instruct -o out --scale 0.75 --exclude '*embed*'")
@@ -254,7 +254,7 @@ def sweep(
         return
     console.show(*report.tables())
     if out:
-        console.tell(f"Report: {out / 'report.html'}")
+        console.message(f"Report: {out / 'report.html'}")
 
 
 def _show_edit(report: EditReport, *, as_json: bool) -> None:
@@ -266,7 +266,7 @@ def _show_edit(report: EditReport, *, as_json: bool) -> None:
     console.show_preflight(report.preflight, report.warnings)
     if not report.dry_run:
         console.show(edit_table(report))
-    console.tell(_ending(report.out, dry_run=report.dry_run))
+    console.message(_ending(report.out, dry_run=report.dry_run))
 
 
 def _ending(out: Path, *, dry_run: bool) -> str:

@@ -1,4 +1,4 @@
-"""What recipes are made of, once read: commands as the command line has them, and the steps of a run one by one."""
+"""Types of parsed recipes: commands with their parameters, and the steps of a pipeline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe file → its recipes as trees that know their lines, and every fault in how it is built.
+"""Read a recipe file: its recipes as trees that know their lines, and every error in how it is built.
 
 A file says `recipes: {NAME: {about, needs, vars, steps, push}}`. What stands in `with`, `matrix`, `when`, `vars` and
 `push` are values: scalars, lists of them, and references. A text that begins with `$` is a reference as a whole,
@@ -9,7 +9,6 @@ and no template. Strings are compared, never run.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Annotated, Any, NamedTuple
 import yaml
 from pydantic import BeforeValidator, Field, PositiveInt, field_validator
 
-from surgery.errors import SurgeryError, listing, usage_error
+from surgery.errors import SurgeryError, did_you_mean, listing, usage_error
 from surgery.io.json_records import Strict
 from surgery.io.yaml_models import n_bytes, read_text, validate_node
 from surgery.io.yaml_nodes import YamlErrors, YamlNode, read_documents
@@ -34,7 +33,7 @@ _MISREAD = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?|[-+]?0[0-7_
 
 
 class Needs(Strict):
-    """What a run takes, in words that are shown beside the recipe."""
+    """What a run takes, in words that are describe beside the recipe."""
 
     disk: str | None = None
     memory: str | None = None
@@ -124,82 +123,81 @@ class Reference:
 
 @dataclass(frozen=True)
 class RecipeSource:
-    """A file that was read: its recipes by name, and the faults in how they are built, which are not yet raised."""
+    """A file that was read: its recipes by name, and the errors in how they are built, which are not yet raised."""
 
     file: Path
     recipes: Mapping[str, YamlNode]
-    faults: YamlErrors
+    errors: YamlErrors
 
     def recipe(self, name: str) -> YamlNode:
-        """One recipe. Raises SurgeryError with the nearest name where there is none, and with the file's faults."""
+        """Return one recipe. Raises SurgeryError with the file's errors and the nearest name where there is none."""
         if name in self.recipes:
             return self.recipes[name]
-        self.faults.raise_if_any()
+        self.errors.raise_if_any()
         hint = nearest(name, self.recipes) or f"It holds {listing(self.recipes)}."
         raise usage_error(f"holds no recipe {name!r}", where=self.file, hint=hint)
 
 
 def read(file: Path) -> RecipeSource:
-    """The recipes of `file`.
+    """Read the recipes of `file`.
 
     Raises:
         SurgeryError: it cannot be read, is not one document of YAML, or holds keys twice. What else is wrong is kept in
-            `RecipeSource.faults`, for it to be told with what the recipes mean.
+            `RecipeSource.errors`, for it to be told with what the recipes mean.
     """
     where = str(file)
     text = read_text(file)
-    documents, faults = read_documents(text, where)
+    documents, errors = read_documents(text, where)
     if len(documents) != 1:
         raise usage_error(f"holds {len(documents)} documents, expected one", where=where)
-    faults.raise_if_any()
+    errors.raise_if_any()
     for line, what in _misread(text):
-        faults.add(YamlNode("", line, None), what)
-    with contextlib.suppress(SurgeryError):  # they stay in `faults`
-        validate_node(documents[0], faults, RecipeFile)
+        errors.add(YamlNode("", line, None), what)
+    with contextlib.suppress(SurgeryError):  # they stay in `errors`
+        validate_node(documents[0], errors, RecipeFile)
     recipes = children(documents[0], "recipes")
-    check_names(recipes, faults, "a recipe")
-    return RecipeSource(file, recipes, faults)
+    check_names(recipes, errors, "a recipe")
+    return RecipeSource(file, recipes, errors)
 
 
 def recipes_in(file: Path) -> list[RecipeSummary]:
-    """The recipes of `file` as they stand there. Raises SurgeryError with every fault in how they are built."""
+    """Return the recipes of `file`, in its order. Raises SurgeryError with every error in how they are built."""
     source = read(file)
-    source.faults.raise_if_any()
+    source.errors.raise_if_any()
     return [RecipeSummary(name, text_at(recipe, "about"), needs_of(recipe)) for name, recipe in source.recipes.items()]
 
 
 def needs_of(recipe: YamlNode) -> dict[str, str]:
-    """What a recipe says that it takes."""
+    """Return what a recipe says that it takes."""
     return {name: need.value for name, need in children(recipe, "needs").items() if isinstance(need.value, str)}
 
 
 def children(node: YamlNode, key: str) -> dict[str, YamlNode]:
-    """What stands in the mapping `key` of the mapping `node`; nothing where either is none, which is a fault of its
-    own."""
+    """Return the mapping `key` of the mapping `node`; empty where either is no mapping, which is reported elsewhere."""
     below = node.value.get(key) if isinstance(node.value, dict) else None
     return below.value if below is not None and isinstance(below.value, dict) else {}
 
 
 def text_at(node: YamlNode, key: str) -> str:
-    """The text at `key` of the mapping `node`; nothing where there is none."""
+    """Return the text at `key` of the mapping `node`; an empty one where there is none."""
     below = node.value.get(key) if isinstance(node.value, dict) else None
     return below.value if below is not None and isinstance(below.value, str) else ""
 
 
-def check_names(named: Mapping[str, YamlNode], faults: YamlErrors, of: str) -> None:
-    """Notes every name that cannot be one, and those that some file systems cannot tell apart."""
+def check_names(named: Mapping[str, YamlNode], errors: YamlErrors, of: str) -> None:
+    """Add an error for every name that cannot be one, and for those that some file systems cannot tell apart."""
     seen: dict[str, str] = {}
     for name, node in named.items():
         if not re.fullmatch(NAME, name):
-            faults.add(node, f"got {name!r} as the name of {of}, {NAME_RULE}")
+            errors.add(node, f"got {name!r} as the name of {of}, {NAME_RULE}")
         elif len(name) > LONGEST_NAME:
-            faults.add(node, f"the name of {of} has {len(name)} characters, expected at most {LONGEST_NAME}")
+            errors.add(node, f"the name of {of} has {len(name)} characters, expected at most {LONGEST_NAME}")
         elif seen.setdefault(name.casefold(), name) != name:
-            faults.add(node, f"differs from {seen[name.casefold()]} in upper and lower case alone")
+            errors.add(node, f"differs from {seen[name.casefold()]} in upper and lower case alone")
 
 
 def meaning(text: str) -> str | Reference:
-    """A text of a recipe as what it means. Raises ValueError where it is neither a text nor a reference."""
+    """Return what a text of a recipe means. Raises ValueError where it is neither a text nor a reference."""
     if not text.startswith("$"):
         return text
     if text.startswith("$$"):
@@ -216,18 +214,18 @@ def meaning(text: str) -> str | Reference:
 
 
 def escaped(text: str) -> str:
-    """The text of a recipe that means `text`."""
+    """Return the text of a recipe that means `text`."""
     return f"${text}" if text.startswith("$") else text
 
 
 def nearest(name: str, known: Iterable[str], sign: str = "") -> str:
-    """`did you mean …?`, or nothing where nothing is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {sign}{near[0]}?" if near else ""
+    """Return `did you mean …?`, or an empty text where no known name is near."""
+    hint = did_you_mean(name, known)
+    return "" if hint is None else f"did you mean {sign}{hint.removeprefix('Did you mean ')}"
 
 
 def misread(text: str) -> str:
-    """What to say of a scalar without quotes that YAML 1.1 reads as no one means it; nothing of any other."""
+    """Return the error for a scalar without quotes that YAML 1.1 reads as nobody means it; else an empty text."""
     if not _MISREAD.fullmatch(text):
         return ""
     return f"YAML reads {text} as the number {yaml.safe_load(text)}; put it in quotes if it is a text"

@@ -1,5 +1,5 @@
-"""One recipe of a file, and what the command line sets → a `Pipeline`: its nodes with everything filled in, in an order
-in which each comes after those it needs.
+"""Build the `Pipeline` of one recipe and what the command line sets: its steps with everything filled in, each after
+those it needs.
 
 The whole graph is checked before anything runs, steps that `when` leaves out included, and every fault is told at once:
 `FILE:LINE: recipes.NAME.steps.STEP.with.KEY: got …, expected …; did you mean …?`
@@ -18,7 +18,7 @@ from surgery.io.yaml_models import dump_yaml
 from surgery.io.yaml_nodes import YamlNode
 from surgery.recipes.parse.arguments import ArgumentResolver
 from surgery.recipes.parse.file import Reference, meaning, needs_of, read, text_at
-from surgery.recipes.parse.scalars import shown
+from surgery.recipes.parse.scalars import describe
 from surgery.recipes.parse.variables import StepInstance, StepTemplate, VariableScope, chosen_text, open_scope
 from surgery.recipes.types import Command, CommandParameter, Given, Pipeline, Push, RecipeStep, StepOutput
 
@@ -31,7 +31,7 @@ _PUSH = {
 def build_pipeline(
     file: Path, name: str, *, commands: Mapping[str, Command], settings: Mapping[str, str] | None = None
 ) -> Pipeline:
-    """The recipe `name` of `file`, ready to be run.
+    """Build the pipeline of the recipe `name` in `file`.
 
     Args:
         commands: what a step may run, by name: `vector apply`.
@@ -43,14 +43,14 @@ def build_pipeline(
     """
     source = read(file)
     recipe = source.recipe(name)
-    scope = open_scope(recipe, source.faults, commands, settings or {})
-    filling = ArgumentResolver(scope)
-    nodes = _nodes(scope, filling)
-    pushes = _pushes(scope, filling)
-    _refuse_cycles(scope, filling.needed)
-    filling.check_tasks()
+    scope = open_scope(recipe, source.errors, commands, settings or {})
+    resolver = ArgumentResolver(scope)
+    nodes = _nodes(scope, resolver)
+    pushes = _pushes(scope, resolver)
+    _refuse_cycles(scope, resolver.needed)
+    resolver.check_tasks()
     scope.refuse_unused()
-    source.faults.raise_if_any()
+    source.errors.raise_if_any()
     return Pipeline(
         recipe=name,
         about=text_at(recipe, "about"),
@@ -70,42 +70,42 @@ def _text(name: str, recipe: YamlNode, scope: VariableScope) -> str:
     return dump_yaml({"recipes": {name: alone}})
 
 
-def _nodes(scope: VariableScope, filling: ArgumentResolver) -> list[RecipeStep]:
-    """The nodes that are kept, as the file has them."""
+def _nodes(scope: VariableScope, resolver: ArgumentResolver) -> list[RecipeStep]:
+    """Return the steps that `when` keeps, in the order of the file."""
     found = []
-    for stage in scope.stages.values():
-        # Where there is no instance, what `with` says is still read, for its faults.
-        for instance in stage.instances or (StepInstance(stage.name, {}, kept=False),):
-            given = filling.options(stage, instance)
-            if instance.kept and stage.command:
-                found.append(_node(stage, stage.command, instance, given))
-    stages = scope.stages.values()
-    if stages and not found and all(stage.command and stage.is_whole for stage in stages):
-        scope.faults.add(scope.recipe, "has nothing to do: `when` leaves out every step")
+    for template in scope.templates.values():
+        # Where there is no instance, what `with` says is still read, for its errors.
+        for instance in template.instances or (StepInstance(template.name, {}, kept=False),):
+            given = resolver.options(template, instance)
+            if instance.kept and template.command:
+                found.append(_node(template, template.command, instance, given))
+    templates = scope.templates.values()
+    if templates and not found and all(template.command and template.is_whole for template in templates):
+        scope.errors.add(scope.recipe, "has nothing to do: `when` leaves out every step")
     return found
 
 
-def _node(stage: StepTemplate, command: Command, instance: StepInstance, given: Mapping[str, Given]) -> RecipeStep:
+def _node(template: StepTemplate, command: Command, instance: StepInstance, given: Mapping[str, Given]) -> RecipeStep:
     items = [item for value in given.values() for item in (value if isinstance(value, tuple) else (value,))]
     return RecipeStep(
         name=instance.name,
-        step=stage.name,
+        step=template.name,
         command=command,
         given=given,
         after=tuple(dict.fromkeys(item.step for item in items if isinstance(item, StepOutput))),
-        line=stage.node.line,
-        memory=stage.memory,
+        line=template.node.line,
+        memory=template.memory,
     )
 
 
 def _refuse_cycles(scope: VariableScope, needed: Mapping[str, Sequence[str]]) -> None:
     """Add an error for each circle of steps that need each other."""
-    position = {name: index for index, name in enumerate(scope.stages)}
-    remaining = {name: list(needed.get(name, ())) for name in scope.stages}
+    position = {name: index for index, name in enumerate(scope.templates)}
+    remaining = {name: list(needed.get(name, ())) for name in scope.templates}
     while cycle := _find_cycle(remaining):
         first = min(range(len(cycle)), key=lambda index: position[cycle[index]])
         around = [*cycle[first:], *cycle[:first], cycle[first]]
-        scope.faults.add(scope.stages[cycle[first]].node, f"needs itself: {' needs '.join(around)}")
+        scope.errors.add(scope.templates[cycle[first]].node, f"needs itself: {' needs '.join(around)}")
         # Without this circle, graphlib finds the next one.
         remaining = {
             name: [need for need in needs if need not in cycle]
@@ -141,36 +141,36 @@ def _ordered(nodes: Sequence[RecipeStep]) -> tuple[RecipeStep, ...]:
     return tuple(found)
 
 
-def _pushes(scope: VariableScope, filling: ArgumentResolver) -> tuple[Push, ...]:
-    """What goes to the Hub: the entries whose `to` has a value."""
+def _pushes(scope: VariableScope, resolver: ArgumentResolver) -> tuple[Push, ...]:
+    """Return what goes to the Hub: the entries whose `to` has a value."""
     recipe = scope.recipe.value
     node = recipe.get("push") if isinstance(recipe, dict) else None
     if node is None:
         return ()
     found: list[Push] = []
     for entry in node.value if isinstance(node.value, tuple) else (node,):
-        push = _push(entry, scope, filling) if isinstance(entry.value, dict) else None
+        push = _push(entry, scope, resolver) if isinstance(entry.value, dict) else None
         if push is None:
             continue
         if not push.pr and any((p.repo_id, p.revision, p.pr) == (push.repo_id, push.revision, False) for p in found):
-            scope.faults.add(entry, f"goes to {push.repo_id} too, where it would take the place of the one before")
+            scope.errors.add(entry, f"goes to {push.repo_id} too, where it would take the place of the one before")
         found.append(push)
     return tuple(found)
 
 
-def _push(entry: YamlNode, scope: VariableScope, filling: ArgumentResolver) -> Push | None:
+def _push(entry: YamlNode, scope: VariableScope, resolver: ArgumentResolver) -> Push | None:
     written = cast("dict[str, YamlNode]", entry.value)
-    known = len(scope.faults.found)
+    known = len(scope.errors.found)
     kept = _is_given(written.get("to"), scope)
     fields = {key: node for key, node in written.items() if key in _PUSH and (key != "to" or kept)}
-    given = filling.values(fields, _PUSH, StepInstance("", {}, kept))
+    given = resolver.values(fields, _PUSH, StepInstance("", {}, kept))
     source = given.get("from")
     texts = {key: value for key, value in given.items() if isinstance(value, str) and key != "from"}
     for key, value in given.items():
         if key == "from" and not isinstance(value, StepOutput) and kept:
-            scope.faults.add(written[key], f"got {shown(value)}, expected the output of a step: $STEP")
+            scope.errors.add(written[key], f"got {describe(value)}, expected the output of a step: $STEP")
         if key != "from" and isinstance(value, StepOutput):
-            scope.faults.add(written[key], f"got the folder of a step (${value.step}), expected text")
+            scope.errors.add(written[key], f"got the folder of a step (${value.step}), expected text")
     if "to" not in texts:
         return None
     revision, pr = texts.get("revision"), given.get("pr") is True
@@ -179,15 +179,15 @@ def _push(entry: YamlNode, scope: VariableScope, filling: ArgumentResolver) -> P
     try:
         parse_destination(texts["to"], revision, pr)
     except SurgeryError as error:
-        scope.faults.add(written["to"], str(error))
-    if not isinstance(source, StepOutput) or len(scope.faults.found) > known:
+        scope.errors.add(written["to"], str(error))
+    if not isinstance(source, StepOutput) or len(scope.errors.found) > known:
         return None
     private, message = given.get("private") is True, texts.get("message")
     return Push(source.step, texts["to"], source.inside, private, revision, pr, message)
 
 
 def _is_given(to: YamlNode | None, scope: VariableScope) -> bool:
-    """Whether a push's `to` has a value. What is wrong there counts as one, so that it is told."""
+    """Return whether a push's `to` has a value. What is wrong there counts as one, so that it is reported."""
     if to is None or to.value is None:
         return False
     try:

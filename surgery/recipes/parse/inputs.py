@@ -12,10 +12,11 @@ from pathlib import Path
 
 from surgery import lab
 from surgery.checkpoint.checkpoint import existing_path
-from surgery.errors import SurgeryError, did_you_mean, listing
+from surgery.errors import SurgeryError, listing
 from surgery.hub import datasets as hub_data
 from surgery.hub import download as hub
 from surgery.lab.builder import check_data_ref
+from surgery.recipes.parse.file import nearest
 from surgery.recipes.types import InputKind
 
 MERGE_CONFIGS = (".yml", ".yaml", ".json")
@@ -46,7 +47,7 @@ def task_errors(tasks: Iterable[str]) -> Mapping[str, str]:
         return {}
     names = task_names()
     advice = "`lm_eval ls tasks` lists them all"
-    return {task: f"no such task; {_nearest(task, names) or advice}" for task in unknown if task not in names}
+    return {task: f"no such task; {nearest(task, names) or advice}" for task in unknown if task not in names}
 
 
 def _model(text: str) -> str | None:
@@ -101,7 +102,7 @@ def _plan(text: str) -> str | None:
 
     if existing_path(text) is not None or text in plan_names():
         return None
-    return f"no such plan; {_nearest(text, plan_names()) or f'give a YAML file, or one of {listing(plan_names())}'}"
+    return f"no such plan; {nearest(text, plan_names()) or f'give a YAML file, or one of {listing(plan_names())}'}"
 
 
 def _merge(text: str) -> str | None:
@@ -111,7 +112,7 @@ def _merge(text: str) -> str | None:
         return None
     if text.endswith(MERGE_CONFIGS):
         return _no_file(text)
-    return f"no such merge method or config; {_nearest(text, METHODS) or f'there are {listing(METHODS)}'}"
+    return f"no such merge method or config; {nearest(text, METHODS) or f'there are {listing(METHODS)}'}"
 
 
 def _no_file(text: str, otherwise: str | None = None) -> str:
@@ -122,13 +123,8 @@ def _no_file(text: str, otherwise: str | None = None) -> str:
     if not parent.is_dir():
         return f"{what}; there is no folder {folder} either"
     names = sorted(path.name for _, path in zip(range(MAX_SIBLINGS), parent.iterdir(), strict=False))
-    near = _nearest(name, names, f"{folder}{slash}")
+    near = nearest(name, names, f"{folder}{slash}")
     return f"{what}; {near or 'paths are looked up from where `surgery run` is started'}"
-
-
-def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    hint = did_you_mean(name, known)
-    return "" if hint is None else f"did you mean {prefix}{hint.removeprefix('Did you mean ')}"
 
 
 _CHECKS: Mapping[InputKind, Callable[[str], str | None]] = {

@@ -1,4 +1,4 @@
-"""Commands → a JSON Schema of recipe files (draft 2020-12), by which editors complete and check what one writes.
+"""Generate the JSON Schema of recipe files (draft 2020-12), by which editors complete and check them.
 
 It comes from the models that files are read with and from the commands' own parameters. It knows no variables and no
 steps, so that a reference is right anywhere; whether there is what it names, only `surgery run` tells.
@@ -19,7 +19,7 @@ _Schema = dict[str, Any]
 
 
 def json_schema(commands: Mapping[str, Command]) -> _Schema:
-    """The schema of files whose steps run `commands`."""
+    """Return the schema of files whose steps run `commands`."""
     schema = RecipeFile.model_json_schema(by_alias=True)
     parts = schema["$defs"]
     names = {"pattern": f"^{NAME}$", "maxLength": LONGEST_NAME}
@@ -54,7 +54,7 @@ def json_schema(commands: Mapping[str, Command]) -> _Schema:
 
 
 def _rule(command: Command) -> _Schema:
-    """What `with` of a step may hold if it runs `command`."""
+    """Return what `with` of a step may hold if it runs `command`."""
     required = [name for name, parameter in command.parameters.items() if parameter.required]
     options: _Schema = {
         "description": command.help,
@@ -81,7 +81,7 @@ def _option(parameter: CommandParameter) -> _Schema:
 
 
 def _kind(parameter: CommandParameter) -> list[_Schema]:
-    """The schemas of which one value must fit one."""
+    """Return schemas, one of which a value must fit."""
     reference = _reference("reference")
     if parameter.choices:
         return [{"enum": list(parameter.choices)}, reference]

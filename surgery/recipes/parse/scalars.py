@@ -1,4 +1,4 @@
-"""Values of recipes: what a scalar is as the value of a parameter, as a name, and beside another.
+"""Convert scalars of recipes: to the values of parameters, to names, and to keys by which they are compared.
 
 Numbers may be written as text, for YAML 1.1 reads `1e-3` as text; text may be written as a number. Nothing else is
 taken for anything else: `yes` is true to YAML, and never a text.
@@ -6,31 +6,31 @@ taken for anything else: `yes` is true to YAML, and never a text.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 
+from surgery.errors import did_you_mean
 from surgery.recipes.types import CommandParameter, Scalar
 
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _KINDS = {"text": "text", "path": "a path", "whole": "a whole number", "number": "a number", "flag": "true or false"}
 
 
-def scalar_fault(value: object) -> str:
-    """What keeps `value`, a leaf of a YAML file, from being a scalar of a recipe; nothing where it is one."""
+def scalar_error(value: object) -> str:
+    """Return why `value`, a leaf of a YAML file, is no scalar of a recipe; an empty text where it is one."""
     if isinstance(value, float) and not math.isfinite(value):
-        return f"got {shown(value)}, expected a finite number"
+        return f"got {describe(value)}, expected a finite number"
     if isinstance(value, str):
         if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
             return f"got {value!r}, expected text without NUL and half characters"
         return ""
     if isinstance(value, bool | int | float):
         return ""
-    return f"got {shown(value)}, expected text, a number, true or false"
+    return f"got {describe(value)}, expected text, a number, true or false"
 
 
-def shown(value: object) -> str:
-    """A value as messages show it."""
+def describe(value: object) -> str:
+    """Return a value as messages show it."""
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, list | tuple):
@@ -38,17 +38,17 @@ def shown(value: object) -> str:
     if value is None:
         return "nothing"
     if isinstance(value, bool | int | float):
-        return text_of(value)
+        return to_text(value)
     return repr(value) if isinstance(value, str) else f"{value} ({type(value).__name__}, without quotes)"
 
 
-def text_of(value: Scalar) -> str:
-    """A scalar as it is typed: `true`, `0.5`."""
+def to_text(value: Scalar) -> str:
+    """Return a scalar as it is typed: `true`, `0.5`."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def expected(parameter: CommandParameter) -> str:
-    """What a parameter takes, in words: `a number from 0 to 1`."""
+    """Return what a parameter takes, in words: `a number from 0 to 1`."""
     if parameter.choices:
         *others, last = parameter.choices
         return f"{', '.join(others)} or {last}" if others else last
@@ -61,7 +61,7 @@ def expected(parameter: CommandParameter) -> str:
 
 
 def convert(value: Scalar, parameter: CommandParameter) -> Scalar:
-    """`value` as one of `parameter`'s. Raises ValueError that says what is expected."""
+    """Convert `value` to one of `parameter`'s. Raises ValueError that says what is expected."""
     converted = _converted(value, parameter)
     if converted is None:
         raise ValueError(f"expected {expected(parameter)}{_advice(value, parameter)}")
@@ -72,7 +72,7 @@ def _converted(value: Scalar, parameter: CommandParameter) -> Scalar | None:
     if parameter.kind == "flag" or isinstance(value, bool):
         return value if parameter.kind == "flag" and isinstance(value, bool) else None
     if parameter.kind in ("text", "path"):
-        text = text_of(value)
+        text = to_text(value)
         return text if not parameter.choices or text in parameter.choices else None
     number = number_of(value)
     if number is None or (parameter.kind == "whole" and number != int(number)):
@@ -87,12 +87,12 @@ def _converted(value: Scalar, parameter: CommandParameter) -> Scalar | None:
 def _advice(value: Scalar, parameter: CommandParameter) -> str:
     if isinstance(value, bool) and parameter.kind in ("text", "path"):
         return "; YAML takes on, yes and true for the same: put a text in quotes"
-    near = difflib.get_close_matches(text_of(value), parameter.choices, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(to_text(value), parameter.choices)
+    return "" if hint is None else f"; did you mean {hint.removeprefix('Did you mean ')}"
 
 
 def number_of(value: Scalar) -> int | float | None:
-    """The number that a scalar is or spells; None where it is none, or too large for a float."""
+    """Return the number that a scalar is or spells; None where it is none, or too large for a float."""
     if isinstance(value, bool):
         return None
     if not isinstance(value, str):
@@ -103,8 +103,8 @@ def number_of(value: Scalar) -> int | float | None:
     return number if math.isfinite(number) else None
 
 
-def key_of(value: Scalar | None) -> tuple[str, object]:
-    """What is the same for values that mean the same: 1e-3, 0.001 and "0.001" do; 1 and true do not."""
+def comparison_key(value: Scalar | None) -> tuple[str, object]:
+    """Return a key that is equal for values that mean the same: 1e-3, 0.001 and "0.001" do; 1 and true do not."""
     if isinstance(value, bool):
         return "flag", value
     number = None if value is None else number_of(value)

@@ -1,7 +1,7 @@
-"""What the names of one recipe stand for: its variables with the values of this run, and its steps, one by one for each
-combination of a matrix, with those that `when` leaves out.
+"""Resolve the names of one recipe: its variables with the values of this run, and its steps, one for each combination
+of a matrix, including those that `when` leaves out.
 
-In come a recipe as a tree and what the command line sets; every fault is noted where it stands.
+Every error in the recipe's tree, and in what the command line sets, is collected where it stands.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from surgery.recipes.parse.file import (
     nearest,
     text_at,
 )
-from surgery.recipes.parse.scalars import key_of, scalar_fault, shown, text_of
+from surgery.recipes.parse.scalars import comparison_key, describe, scalar_error, to_text
 from surgery.recipes.types import Command, Scalar, Value
 
 # Of one recipe, all matrices expanded. More is a slip, or a file that means harm.
@@ -44,7 +44,7 @@ class StepInstance:
 
 @dataclass(frozen=True)
 class StepTemplate:
-    """A step of the recipe. command: None where none has its name. is_whole: False where its matrix has faults, so that
+    """A step of the recipe. command: None where none has its name. is_whole: False where its matrix has errors, so that
     its instances are not all known."""
 
     name: str
@@ -58,108 +58,108 @@ class StepTemplate:
 
 @dataclass
 class VariableScope:
-    """The names of a recipe. used: the variables that it names somewhere. faulty: those whose value has faults; what
-    depends on them is not known (`unclear` counts it), and has no faults of its own."""
+    """The names of a recipe. used: the variables that it names somewhere. faulty: those whose value has errors; what
+    depends on them is not known (`n_unclear` counts it), and has no errors of its own."""
 
     recipe: YamlNode
-    faults: YamlErrors
+    errors: YamlErrors
     variables: Mapping[str, Value] = field(default_factory=dict)
-    stages: Mapping[str, StepTemplate] = field(default_factory=dict)
+    templates: Mapping[str, StepTemplate] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
     faulty: set[str] = field(default_factory=set)
-    unclear: int = 0
+    n_unclear: int = 0
 
     @property
-    def troubles(self) -> int:
-        """Rises with every fault, and with what is not known because of one."""
-        return len(self.faults.found) + self.unclear
+    def n_problems(self) -> int:
+        """A count that rises with every error, and with every value that is not known because of one."""
+        return len(self.errors.found) + self.n_unclear
 
     def refuse_unused(self) -> None:
-        """Notes variables that nothing names: setting one would change nothing, in silence."""
+        """Add an error for variables that nothing names: setting one would change nothing, in silence."""
         for name, node in children(self.recipe, "vars").items():
             if name not in self.used:
-                self.faults.add(node, "is used nowhere in this recipe")
+                self.errors.add(node, "is used nowhere in this recipe")
 
     def unknown(self, name: str, axes: frozenset[str] = frozenset()) -> str:
-        """What to say of a reference that nothing answers."""
-        known = [*axes, *self.variables, *self.stages]
+        """Return the error for a reference to a name that does not exist."""
+        known = [*axes, *self.variables, *self.templates]
         near = nearest(name, known, "$")
         return f"got ${name}, which is neither a variable nor a step; " + (near or f"there are {listing(known)}")
 
 
 def open_scope(
-    recipe: YamlNode, faults: YamlErrors, commands: Mapping[str, Command], settings: Mapping[str, str]
+    recipe: YamlNode, errors: YamlErrors, commands: Mapping[str, Command], settings: Mapping[str, str]
 ) -> VariableScope:
-    """The names of `recipe`, with what `settings` (variable → text as typed) makes of its variables."""
-    scope = VariableScope(recipe, faults)
-    scope.variables, scope.faulty = _variables(recipe, faults, settings)
+    """Return the names of `recipe`, with the variables as `settings` (variable → text as typed) sets them."""
+    scope = VariableScope(recipe, errors)
+    scope.variables, scope.faulty = _variables(recipe, errors, settings)
     steps = children(recipe, "steps")
-    check_names(steps, faults, "a step")
+    check_names(steps, errors, "a step")
     for name in scope.variables.keys() & steps.keys():
-        faults.add(steps[name], f"is the name of a variable too, so that ${name} could be either")
-    stages: dict[str, StepTemplate] = {}
+        errors.add(steps[name], f"is the name of a variable too, so that ${name} could be either")
+    templates: dict[str, StepTemplate] = {}
     room = MAX_STEPS
     for name, node in steps.items():
-        stages[name] = _stage(name, node, scope, commands, room=room)
-        room -= len(stages[name].instances)
-    scope.stages = stages
-    _refuse_doubles(scope)
+        templates[name] = _template(name, node, scope, commands, room=room)
+        room -= len(templates[name].instances)
+    scope.templates = templates
+    _refuse_duplicates(scope)
     return scope
 
 
 def chosen_text(value: Value) -> object:
-    """A variable's value as a recipe writes it."""
+    """Return a variable's value as a recipe writes it."""
     if isinstance(value, tuple):
         return [chosen_text(item) for item in value]
     return escaped(value) if isinstance(value, str) else value
 
 
-def _variables(recipe: YamlNode, faults: YamlErrors, settings: Mapping[str, str]) -> tuple[dict[str, Value], set[str]]:
-    """Variables with their values, and the names of those whose value has faults."""
+def _variables(recipe: YamlNode, errors: YamlErrors, settings: Mapping[str, str]) -> tuple[dict[str, Value], set[str]]:
+    """Return variables with their values, and the names of those whose value has errors."""
     written = children(recipe, "vars")
-    check_names(written, faults, "a variable")
+    check_names(written, errors, "a variable")
     found: dict[str, Value] = {}
     faulty = set()
     for name, node in written.items():
-        known = len(faults.found)
-        found[name] = _literal(node, node, faults)
+        known = len(errors.found)
+        found[name] = _literal(node, node, errors)
         if name in settings:
             place = YamlNode(f"--set {name}", None, None)
-            found[name] = _literal(_typed(settings[name], place, faults), place, faults)
-        if len(faults.found) > known:
+            found[name] = _literal(_typed(settings[name], place, errors), place, errors)
+        if len(errors.found) > known:
             faulty.add(name)
     for name in settings:
         if name not in written:
             near = nearest(name, written) or (f"there are {listing(written)}" if written else "there are none")
-            faults.add(YamlNode(f"--set {name}", None, None), f"is no variable of this recipe; {near}")
+            errors.add(YamlNode(f"--set {name}", None, None), f"is no variable of this recipe; {near}")
     return found, faulty
 
 
-def _typed(text: str, node: YamlNode, faults: YamlErrors) -> YamlNode:
-    """What the command line gives a variable, read as YAML."""
+def _typed(text: str, node: YamlNode, errors: YamlErrors) -> YamlNode:
+    """Return what the command line gives a variable, read as YAML."""
     if what := misread(text.strip()):
-        faults.add(node, what)
+        errors.add(node, what)
     try:
         documents, inner = read_documents(text, node.path)
     except SurgeryError as error:
-        faults.add(node, error.what)
+        errors.add(node, error.what)
         return node
     for fault in inner.found:
-        faults.add(node, fault.what)
+        errors.add(node, fault.what)
     if len(documents) > 1:
-        faults.add(node, f"got {len(documents)} documents, expected one value")
+        errors.add(node, f"got {len(documents)} documents, expected one value")
     return to_node(documents[0].plain if documents else None, node.path)
 
 
-def _literal(node: YamlNode, at: YamlNode, faults: YamlErrors) -> Value:
-    """A value or a list of values, without references. Faults stand at `at` where they have no line of their own."""
+def _literal(node: YamlNode, at: YamlNode, errors: YamlErrors) -> Value:
+    """Return a value or list of values without references. Errors without a line of their own stand at `at`."""
     if node.value is None:
         return None
     items = node.value if isinstance(node.value, tuple) else (node,)
     values: list[Scalar] = []
     for item in items:
         where = item if item.line is not None else at
-        what = scalar_fault(item.plain)
+        what = scalar_error(item.plain)
         value = item.value
         if not what and isinstance(value, str):
             try:
@@ -171,7 +171,7 @@ def _literal(node: YamlNode, at: YamlNode, faults: YamlErrors) -> Value:
             except ValueError as error:
                 what = str(error)
         if what:
-            faults.add(where, what)
+            errors.add(where, what)
         elif isinstance(value, str | int | float):
             values.append(value)
     if isinstance(node.value, tuple):
@@ -179,39 +179,39 @@ def _literal(node: YamlNode, at: YamlNode, faults: YamlErrors) -> Value:
     return values[0] if values else None
 
 
-def _stage(
+def _template(
     name: str, node: YamlNode, scope: VariableScope, commands: Mapping[str, Command], *, room: int
 ) -> StepTemplate:
-    faults = scope.faults
+    errors = scope.errors
     run = text_at(node, "run")
     command = commands.get(run)
     if run and command is None:
         at = node.value["run"] if isinstance(node.value, dict) else node
         near = nearest(run, commands) or f"there are {listing(sorted(commands))}"
-        faults.add(at, f"got {run!r}, expected a command; {near}")
-    known = scope.troubles
+        errors.add(at, f"got {run!r}, expected a command; {near}")
+    known = scope.n_problems
     axes = children(node, "matrix")
-    check_names(axes, faults, "a variable")
+    check_names(axes, errors, "a variable")
     for axis in axes.keys() & children(scope.recipe, "steps").keys():
-        faults.add(axes[axis], f"is the name of a step too, so that ${axis} could be either")
+        errors.add(axes[axis], f"is the name of a step too, so that ${axis} could be either")
     conditions = children(node, "when")
     outer = {key: wanted for key, wanted in conditions.items() if key not in axes}
-    held = [_holds(key, wanted, scope, axes) for key, wanted in outer.items()]  # every one, for its faults
-    may_run = all(held)
+    holds = [_condition_holds(key, wanted, scope, axes) for key, wanted in outer.items()]  # every one, for its errors
+    may_run = all(holds)
     values = {axis: _axis(given, scope, may_run) for axis, given in axes.items()}
     n_instances = math.prod(map(len, values.values()))
     if n_instances > room:
-        faults.add(node, f"stands for {n_instances:,} steps, expected at most {MAX_STEPS:,} in a recipe")
-    is_whole = scope.troubles == known
+        errors.add(node, f"stands for {n_instances:,} steps, expected at most {MAX_STEPS:,} in a recipe")
+    is_whole = scope.n_problems == known
     inner = {key: wanted for key, wanted in conditions.items() if key in axes}
     instances = []
     for combination in itertools.product(*values.values()) if is_whole else ():
         own = dict(zip(values, combination, strict=True))
-        matched = [_matches(own[key], wanted, faults) for key, wanted in inner.items()]
+        matched = [_matches(own[key], wanted, errors) for key, wanted in inner.items()]
         instances.append(StepInstance(_node_name(name, own), own, may_run and all(matched)))
     for instance in instances:
         if len(instance.name) > LONGEST_FOLDER:
-            faults.add(node, f"makes a name of {len(instance.name)} characters, expected at most {LONGEST_FOLDER}")
+            errors.add(node, f"makes a name of {len(instance.name)} characters, expected at most {LONGEST_FOLDER}")
     return StepTemplate(name, node, command, _memory(node), frozenset(axes), tuple(instances), is_whole)
 
 
@@ -228,84 +228,84 @@ def _memory(node: YamlNode) -> int | None:
 
 
 def _axis(node: YamlNode, scope: VariableScope, may_run: bool) -> tuple[Scalar, ...]:
-    """The values of one variable of a matrix: a list, or variables that hold values or lists."""
+    """Return the values of one variable of a matrix: a list, or variables that hold values or lists."""
     items = node.value if isinstance(node.value, tuple) else (node,)
     found: list[Scalar] = []
-    known = scope.troubles
+    known = scope.n_problems
     for item in items:
         try:
             meant = meaning(item.value) if isinstance(item.value, str) else None
         except ValueError as error:
-            scope.faults.add(item, str(error))
+            scope.errors.add(item, str(error))
             continue
         if not isinstance(meant, Reference):
-            value = _literal(item, item, scope.faults)
+            value = _literal(item, item, scope.errors)
             if value is None or isinstance(value, tuple):
                 if item.value is None:
-                    scope.faults.add(item, "got nothing, expected a value")
+                    scope.errors.add(item, "got nothing, expected a value")
             else:
                 found.append(value)
             continue
         if meant.name in scope.variables and not meant.inside:
             scope.used.add(meant.name)
-            scope.unclear += meant.name in scope.faulty
+            scope.n_unclear += meant.name in scope.faulty
             value = scope.variables[meant.name]
             found += value if isinstance(value, tuple) else () if value is None else (value,)
         elif meant.name in children(scope.recipe, "steps"):
-            scope.faults.add(item, f"got the output of the step {meant.name}, expected values; list outputs in `with`")
+            scope.errors.add(item, f"got the output of the step {meant.name}, expected values; list outputs in `with`")
         elif meant.inside:
-            scope.faults.add(item, f"got {item.value!r}, expected a value or a variable")
+            scope.errors.add(item, f"got {item.value!r}, expected a value or a variable")
         else:
-            scope.faults.add(item, scope.unknown(meant.name))
-    if not found and (may_run or node.value == ()) and scope.troubles == known:
-        scope.faults.add(node, "is empty, expected a value at least")
+            scope.errors.add(item, scope.unknown(meant.name))
+    if not found and (may_run or node.value == ()) and scope.n_problems == known:
+        scope.errors.add(node, "is empty, expected a value at least")
     seen: set[tuple[str, object]] = set()
     for value in found:
-        if key_of(value) in seen:
-            scope.faults.add(node, f"holds {text_of(value)} twice")
-        seen.add(key_of(value))
+        if comparison_key(value) in seen:
+            scope.errors.add(node, f"holds {to_text(value)} twice")
+        seen.add(comparison_key(value))
     return tuple(found)
 
 
-def _holds(name: str, wanted: YamlNode, scope: VariableScope, axes: Mapping[str, YamlNode]) -> bool:
-    """Whether a variable of the recipe has a value that `when` names."""
+def _condition_holds(name: str, wanted: YamlNode, scope: VariableScope, axes: Mapping[str, YamlNode]) -> bool:
+    """Return whether a variable of the recipe has a value that `when` names."""
     if name not in scope.variables:
         known = [*axes, *scope.variables]
         near = nearest(name, known) or (f"there are {listing(known)}" if known else "there are none")
-        scope.faults.add(wanted, f"is no variable; {near}")
+        scope.errors.add(wanted, f"is no variable; {near}")
         return False
     scope.used.add(name)
     value = scope.variables[name]
     if name in scope.faulty:
-        scope.unclear += 1
+        scope.n_unclear += 1
         return False
     if isinstance(value, tuple):
-        scope.faults.add(wanted, f"got a list as the value of {name}, expected a single one: `when` compares those")
+        scope.errors.add(wanted, f"got a list as the value of {name}, expected a single one: `when` compares those")
         return False
-    return _matches(value, wanted, scope.faults)
+    return _matches(value, wanted, scope.errors)
 
 
-def _matches(value: Scalar | None, wanted: YamlNode, faults: YamlErrors) -> bool:
+def _matches(value: Scalar | None, wanted: YamlNode, errors: YamlErrors) -> bool:
     allowed = []
     for item in wanted.value if isinstance(wanted.value, tuple) else (wanted,):
-        one = _literal(item, item, faults) if not isinstance(item.value, tuple) else ()
+        one = _literal(item, item, errors) if not isinstance(item.value, tuple) else ()
         if isinstance(one, tuple):
-            faults.add(item, f"got {shown(item.value)}, expected a value")
+            errors.add(item, f"got {describe(item.value)}, expected a value")
         else:
-            allowed.append(key_of(one))
-    return key_of(value) in allowed
+            allowed.append(comparison_key(one))
+    return comparison_key(value) in allowed
 
 
 def _node_name(step: str, values: Mapping[str, Scalar]) -> str:
-    return step + "".join(f".{key}={re.sub('[^A-Za-z0-9._+-]+', '-', text_of(v))}" for key, v in values.items())
+    return step + "".join(f".{key}={re.sub('[^A-Za-z0-9._+-]+', '-', to_text(v))}" for key, v in values.items())
 
 
-def _refuse_doubles(scope: VariableScope) -> None:
-    """Notes nodes of matrices whose folders would be one; no other node has a `=` in its name."""
+def _refuse_duplicates(scope: VariableScope) -> None:
+    """Add an error for steps of matrices whose folders would be one; no other step has a `=` in its name."""
     seen: dict[str, str] = {}
-    for stage in scope.stages.values():
-        for instance in stage.instances if stage.axes else ():
+    for template in scope.templates.values():
+        for instance in template.instances if template.axes else ():
             other = seen.setdefault(instance.name.casefold(), instance.name)
             if seen[instance.name.casefold()] is not instance.name:
                 same = "of the same name" if other == instance.name else f"that differs from {other} in case alone"
-                scope.faults.add(stage.node, f"makes a second node {instance.name}, {same}")
+                scope.errors.add(template.node, f"makes a second node {instance.name}, {same}")
