@@ -148,7 +148,7 @@ def write_edit(
         dry_run: stop after the checks; nothing is written.
 
     Raises:
-        SurgeryError: `out` exists or lies in a source; NaN or infinite values came out; the disk is full; `measure`
+        SurgeryError: `out` exists or is inside a source; NaN or infinite values came out; the disk is full; `measure`
             rejected the result.
     """
     base = edit.base

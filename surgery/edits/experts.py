@@ -108,7 +108,7 @@ def scale_experts(
         SurgeryError: an expert is not there, its layer has none, or its down projection is not recognised; β is
             negative, not finite, or no power of two where exponents store it; an exponent would leave its range;
             nothing would change; the model applies routing weights to experts' inputs or normalises their outputs; it
-            is quantised in another way (every fault is named); `out` exists; NaN or infinite values came out; the disk
+            is quantised in another way (all errors are listed); `out` exists; NaN or infinite values came out; the disk
             is full; `measure` rejected the result.
     """
     if not scales:

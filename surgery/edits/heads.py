@@ -100,7 +100,7 @@ def scale_heads(
 
     Raises:
         SurgeryError: a head is not there or its layer has none that are recognised, γ is not finite, nothing would
-            change, the model is quantised (every fault is named); `out` exists; NaN or infinite values came out; the
+            change, the model is quantised (all errors are listed); `out` exists; NaN or infinite values came out; the
             disk is full; `measure` rejected the result.
     """
     edit = _edit(open_checkpoint(model), scales, None)

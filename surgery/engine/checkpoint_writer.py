@@ -43,7 +43,7 @@ class OutputDescription(Generic[R]):
 def check_destination(
     out: Path, sources: Mapping[str, Checkpoint], options: ExecutionOptions, *, dry_run: bool
 ) -> None:
-    """Raise SurgeryError where `out` lies in one of `sources` or, unless `dry_run`, exists and may not be replaced.
+    """Raise SurgeryError where `out` is inside one of `sources` or, unless `dry_run`, exists and may not be replaced.
 
     Cheap: call it as soon as the sources are open, before anything that takes time.
     """

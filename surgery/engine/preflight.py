@@ -23,7 +23,7 @@ from surgery.io.atomic import partial_path
 from surgery.reporting.report import format_value
 
 # Two matrices drawn independently have a cosine within a few hundredths of 0; fine-tuning leaves it above 0.9. What
-# lies between has been trained for long from a common start, and may still carry a vector.
+# is between has been trained for long from a common start, and may still carry a vector.
 UNRELATED_BELOW = 0.2
 SKETCH_ELEMENTS = 1024  # of each matrix, from its middle: enough for a cosine to ±0.03, cheap enough to read always
 

@@ -260,11 +260,11 @@ def _by_pair(holders: Sequence[int], values: Sequence[float]) -> dict[tuple[int,
 
 
 def _check_shapes(opened: Sequence[TaskVector], holders: Mapping[str, Sequence[int]]) -> None:
-    for name, held in holders.items():
-        shapes = {opened[i].checkpoint.tensors[name].shape for i in held}
+    for name, vectors in holders.items():
+        shapes = {opened[i].checkpoint.tensors[name].shape for i in vectors}
         if len(shapes) > 1:
             raise SurgeryError(
                 f'"{name}" has the shapes {listing(str(list(s)) for s in sorted(shapes))} in different vectors',
-                where=listing(opened[i].ref for i in held),
+                where=listing(opened[i].ref for i in vectors),
                 hint="Only vectors of one architecture can be compared.",
             )

@@ -126,7 +126,7 @@ def extract(
         report = _with_norms(preview, pair, result)
         (folder / DONOR).mkdir(exist_ok=True)
         save_file(dict(pair.sketch), folder / DONOR / SKETCH)
-        # By `zero` and `left_out` an application tells a delta of zero from a tensor that was never compared.
+        # With `zero` and `left_out` an application distinguishes a delta of zero from a tensor never compared.
         vector = {
             "format": FORMAT,
             "dtype": dtype_name(dtype),
