@@ -98,12 +98,12 @@ class MergeReport:
 
     def figure(self) -> Figure:
         """Return a figure of the result's distance from each model, layer by layer."""
-        from surgery.reporting.plots import distances
+        from surgery.reporting.plots import plot_distances
 
         groups = list(dict.fromkeys(group for share in self.models for group in share.layers))
         names = _short([share.model for share in self.models])
         series = {name: [m.layers.get(group) for group in groups] for name, m in zip(names, self.models, strict=True)}
-        return distances(f"How far the merge is from each model ({self.method})", groups, series)
+        return plot_distances(f"How far the merge is from each model ({self.method})", groups, series)
 
 
 def with_result(report: MergeReport, merged: Iterable[MergedTensor], result: ExecutionResult) -> MergeReport:

@@ -28,8 +28,8 @@ from surgery.reporting.plots import (
     Label,
     PlotInterval,
     blank_canvas,
-    finished,
-    name_lines,
+    label_lines,
+    render_figure,
     style,
     titled_axes,
 )
@@ -100,7 +100,7 @@ def expert_map(
     bar.ax.set_ylim(-largest, largest)
     bar.ax.tick_params(colors=INK, labelsize=8.5, length=0)
     bar.set_label(measure, color=INK, fontsize=9, parse_math=False)
-    return finished(canvas, title, caption)
+    return render_figure(canvas, title, caption)
 
 
 def _checked_centres(
@@ -195,7 +195,7 @@ def ranking(
     axes.set_yticks(rows, names[:MAX_RANKED], parse_math=False)
     axes.set_ylim(len(drawn) - 0.4, -0.6)
     axes.set_xlabel(measure, parse_math=False)
-    return finished(canvas, title, caption)
+    return render_figure(canvas, title, caption)
 
 
 def beta_curve(
@@ -241,18 +241,18 @@ def beta_curve(
     labels.append(_draw_by_beta(panels[0], x_of, [score.value for score in scores], name, BLUE, scores))
     panels[0].set_ylabel(measure, parse_math=False)
     panels[0].margins(y=0.1)
-    name_lines(panels[0], labels)
+    label_lines(panels[0], labels)
     if two_panels:
         shares = [math.nan if share is None else 100 * share for share in collapsed]
         label = _draw_by_beta(panels[1], x_of, shares, "collapsed", ORANGE)
         # A little beyond 0 and 100 %, or markers at the ends would be cut in half.
         panels[1].set_ylim(-4, 104)
         panels[1].set_ylabel("answers that loop  (%)")
-        name_lines(panels[1], [label], spacing=1.6 * LABEL_HEIGHT)
+        label_lines(panels[1], [label], spacing=1.6 * LABEL_HEIGHT)
     panels[-1].set_xticks(list(x_of.values()), [f"{beta:g}" for beta in betas])
     panels[-1].set_xlim(min(x_of.values()) - 0.4, max(x_of.values()) + 0.4)
     panels[-1].set_xlabel("β, the factor on the experts' routing weight")
-    return finished(canvas, title, caption)
+    return render_figure(canvas, title, caption)
 
 
 def _check_betas(

@@ -25,9 +25,9 @@ from surgery.reporting.plots import (
     Label,
     PlotInterval,
     blank_canvas,
-    finished,
     group_ticks,
-    name_lines,
+    label_lines,
+    render_figure,
     style,
     titled_axes,
 )
@@ -121,8 +121,8 @@ def trace_figure(
         panels[1][0].set_ylabel("examples")
     ends = {name: float(curve.mean[np.isfinite(curve.mean)][-1]) for name, curve in known.items()}
     labels = [(ends[name], f"{name} ({curve.n.max()})", colours[name]) for name, curve in known.items()]
-    name_lines(panels[0][-1], labels)
-    return finished(canvas, title, caption)
+    label_lines(panels[0][-1], labels)
+    return render_figure(canvas, title, caption)
 
 
 def _draw_trace(axes: Axes, curve: TraceCurve, colour: str, start: int) -> None:
@@ -187,8 +187,8 @@ def layer_auroc_figure(
     axes.set_ylim(min(-0.02, lowest - 0.02), 1.03)
     group_ticks(axes, [f"layer {layer}" for layer in layers])
     axes.set_ylabel("AUROC, held-out examples")
-    name_lines(axes, labels)
-    return finished(canvas, title, caption)
+    label_lines(axes, labels)
+    return render_figure(canvas, title, caption)
 
 
 def histogram_figure(
@@ -228,4 +228,4 @@ def histogram_figure(
         axes.set_ylabel("share  (%)")
     label = measure if threshold is None else f"{measure}  (dashed: threshold {format_value(threshold, 'score')})"
     panels[-1].set_xlabel(label, parse_math=False)
-    return finished(canvas, title, caption)
+    return render_figure(canvas, title, caption)

@@ -44,7 +44,7 @@ def score_table(scores: Sequence[Score]) -> Table:
 
 def score_figure(scores: Sequence[Score]) -> Figure:
     """Return the table as a bar chart with a panel per task and metric."""
-    from surgery.reporting.plots import score_bars
+    from surgery.reporting.plots import plot_score_bars
 
     panels, best = {}, {}
     for (task, metric), row in _rows(scores).items():
@@ -52,7 +52,7 @@ def score_figure(scores: Sequence[Score]) -> Figure:
         panels[panel] = row
         if (winner := _best(row)) is not None:
             best[panel] = [model for model, score in row.items() if score.value == winner.value]
-    return score_bars("Scores with 95 % intervals", panels, best=best)
+    return plot_score_bars("Scores with 95 % intervals", panels, best=best)
 
 
 def losses(scores: Sequence[Score], model: str) -> list[str]:

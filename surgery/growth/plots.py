@@ -16,8 +16,8 @@ from surgery.reporting.plots import (
     SOFT,
     Label,
     blank_canvas,
-    finished,
-    name_lines,
+    label_lines,
+    render_figure,
     style,
     titled_axes,
 )
@@ -61,12 +61,12 @@ def loss_figure(growth: Growth) -> Figure:
     left.set_xlabel("tokens trained on, all stages")
     right.set_xlabel("operations (FLOP), nothing cached")
     left.set_ylabel("loss (nats per token)")
-    name_lines(right, labels)
+    label_lines(right, labels)
     caption = (
         "Each change of shade is a new stage. Operations count as if nothing were cached: a prefix cache makes growth "
         "cheaper than drawn."
     )
-    return finished(canvas, title, caption)
+    return render_figure(canvas, title, caption)
 
 
 def depth_figure(growth: Growth) -> Figure:
@@ -98,9 +98,9 @@ def depth_figure(growth: Growth) -> Figure:
     axes.set_xlabel("layers")
     axes.set_ylabel("loss (nats per token)")
     axes.margins(x=0.04, y=0.1)
-    name_lines(axes, labels)
+    label_lines(axes, labels)
     caption = f"Training: mean over the last twentieth of a stage. Dashes: trained in one go, with {depths[-1]} layers."
-    return finished(canvas, title, caption if growth.baselines else caption.partition(" Dashes")[0])
+    return render_figure(canvas, title, caption if growth.baselines else caption.partition(" Dashes")[0])
 
 
 def speed_figure(growth: Growth) -> Figure:
@@ -123,7 +123,7 @@ def speed_figure(growth: Growth) -> Figure:
     axes.set_xlabel("layers")
     axes.set_ylabel("tokens per second")
     axes.tick_params(colors=SOFT)
-    return finished(canvas, title, "Dark: what lies below the new layers was read from the prefix cache.")
+    return render_figure(canvas, title, "Dark: what lies below the new layers was read from the prefix cache.")
 
 
 def _smooth(record: TrainingRecord) -> Sequence[LossPoint]:

@@ -1,4 +1,7 @@
-"""The pictures: one function per kind, data in, `Figure` out. Matplotlib is imported when the first is drawn."""
+"""Draw plots as `Figure`s: one function per kind, and the canvas, axes and labels that all plots share.
+
+Matplotlib is imported when the first plot is drawn, since most commands draw none.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg as Canvas
 
-# Pictures. Their paper stays white on light and dark pages alike; colours are safe for colour-blind eyes, and
-# lines carry their names at their ends instead of in a box.
+# The background is white on light and dark pages alike; the colours are safe for colour-blind readers, and lines are
+# labelled at their ends instead of in a legend.
 
 BLUE, PALE, SOFT, INK, LINE = "#0072B2", "#9db8cc", "#69727d", "#22262c", "#e3e6ea"
 COLOURS = (BLUE, "#D55E00", "#009E73", "#AA4499", "#56B4E9", "#8C6D31")
 WIDTH, DPI, PAD = 9.0, 160, 0.12  # inches and dots per inch: sharp on a page 54 rem wide
 MOST_VALUES, MOST_TICKS = 14, 24  # bars that still have room for a number, layers for a tick
-LABEL_HEIGHT = 0.06  # of a name at a line's end, as a share of the axes: closer ones are moved apart
+LABEL_HEIGHT = 0.06  # of a label at a line's end, as a share of the axes: closer ones are moved apart
 MOVEMENT = "change ‖A−B‖ / ‖A‖"
 MOST_NUMBERED = 64  # cells of a map that still have room for a number
 BRIGHTEST = 0.85  # how far up the colour map the largest value goes
@@ -42,7 +45,7 @@ Curve = Sequence[tuple[float, PlotInterval]]  # (α, score) …
 Label = tuple[float, str, str]  # height in data units, text, colour
 
 
-def layer_movement(
+def plot_layer_changes(
     title: str,
     groups: Sequence[str],
     relative: Sequence[float],
@@ -50,9 +53,9 @@ def layer_movement(
     measure: str = MOVEMENT,
     caption: str = "",
 ) -> Figure:
-    """Bars: how far each group ("embed", "layer 0", …) moved, as a fraction; what is not finite has no bar.
+    """Draw a bar for the relative change of each group ("embed", "layer 0", …); values that are not finite have none.
 
-    groups, relative: (n,). measure: what the fraction is.
+    groups, relative: (n,), fractions. measure: the label of the vertical axis.
     """
     canvas, axes = titled_axes(title, height=3.6)
     colours = [SOFT if _layer_number(group) is None else BLUE for group in groups]
@@ -71,32 +74,32 @@ def layer_movement(
     group_ticks(axes, groups)
     axes.set_ylabel(f"{measure}  (%)")
     axes.set_ylim(bottom=0)
-    return finished(canvas, title, caption)
+    return render_figure(canvas, title, caption)
 
 
-def similarity(
+def plot_similarity(
     title: str, groups: Sequence[str], series: Mapping[str, Sequence[float | None]], *, caption: str = ""
 ) -> Figure:
-    """Lines: the cosine of each pair of vectors, group by group; None and NaN leave a gap.
+    """Draw a line for the cosines of each pair of vectors, group by group; None and NaN leave a gap.
 
     series: name of the pair → (n groups,).
     """
     canvas, axes = titled_axes(title, height=4.0)
     labels = _lines(axes, series)
     lowest = min([0.0, *_known(series)])
-    # The axis is that of cosines, not of these ones: a small difference must not look like a large one.
+    # The axis has the full range of cosines: a small difference must not look like a large one.
     axes.set_ylim(min(-0.05, lowest - 0.05), 1.05)
     axes.axhline(0, color=SOFT, linewidth=0.8)
     group_ticks(axes, groups)
     axes.set_ylabel("cosine")
-    name_lines(axes, labels)
-    return finished(canvas, title, caption)
+    label_lines(axes, labels)
+    return render_figure(canvas, title, caption)
 
 
-def distances(
+def plot_distances(
     title: str, groups: Sequence[str], series: Mapping[str, Sequence[float | None]], *, caption: str = ""
 ) -> Figure:
-    """Lines: how far a result is from each of several models, group by group, as a fraction; None leaves a gap.
+    """Draw a line for the relative distances of a result to each of several models, by group; None leaves a gap.
 
     series: name of the model → (n groups,).
     """
@@ -106,12 +109,12 @@ def distances(
     axes.set_ylim(bottom=0)
     group_ticks(axes, groups)
     axes.set_ylabel("distance ‖OUT−x‖ / ‖x‖  (%)")
-    name_lines(axes, labels)
-    return finished(canvas, title, caption)
+    label_lines(axes, labels)
+    return render_figure(canvas, title, caption)
 
 
 def _lines(axes: Axes, series: Mapping[str, Sequence[float | None]]) -> list[Label]:
-    """Draws a line for each series; returns what is to be written at their ends."""
+    """Draw a line for each series; return the labels for their ends."""
     labels: list[Label] = []
     for (name, values), colour in zip(series.items(), itertools.cycle(COLOURS), strict=False):
         heights = [math.nan if value is None else value for value in values]
@@ -125,7 +128,7 @@ def _known(series: Mapping[str, Sequence[float | None]]) -> list[float]:
     return [value for values in series.values() for value in values if value is not None and not math.isnan(value)]
 
 
-def scale_curve(
+def plot_scale_curve(
     title: str,
     curve: Curve,
     controls: Mapping[str, Curve] | None = None,
@@ -135,12 +138,13 @@ def scale_curve(
     score: str = "score",
     caption: str = "",
 ) -> Figure:
-    """A sweep over α: the score and its interval at each scale, with controls and reference scores.
+    """Draw a sweep over α: the score and its interval at each scale, with controls and reference scores.
 
     Args:
         controls: name → points, such as random vectors of the same norm.
         lines: name → a score that does not depend on α: the target unchanged, the donor.
-        name: of the curve. score: what the vertical axis shows, with its unit.
+        name: the label of the curve.
+        score: the label of the vertical axis, with its unit.
     """
     canvas, axes = titled_axes(title, height=4.2)
     labels: list[Label] = []
@@ -162,27 +166,27 @@ def scale_curve(
     axes.set_xlabel("scale α")
     axes.set_ylabel(score)
     axes.margins(x=0.03, y=0.08)
-    name_lines(axes, labels)
-    return finished(canvas, title, caption)
+    label_lines(axes, labels)
+    return render_figure(canvas, title, caption)
 
 
-def score_bars(
+def plot_score_bars(
     title: str,
     panels: Mapping[str, Mapping[str, PlotInterval]],
     *,
     best: Mapping[str, Collection[str]] | None = None,
     caption: str = "",
 ) -> Figure:
-    """Bars with their intervals, one for each model, in one panel per score; what is best in a panel is darker.
+    """Draw a bar with its interval for each model, in one panel per score; the best of a panel are darker.
 
-    panels: what is measured → model → its score; a model that a panel lacks has no bar there.
+    panels: score → model → value; a model that a panel lacks has no bar there.
     """
     models = list(dict.fromkeys(model for scores in panels.values() for model in scores))
     canvas = blank_canvas(1.3 + 0.36 * len(models), title=title)
     inner = canvas.figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (panel, scores) in zip(inner, panels.items(), strict=True):
         _bar_panel(axes, panel, models, scores, (best or {}).get(panel, ()))
-    return finished(canvas, title, caption)
+    return render_figure(canvas, title, caption)
 
 
 def _bar_panel(
@@ -218,7 +222,7 @@ def _bar_panel(
 
 
 def blank_canvas(height: float, *, title: str = "") -> Canvas:
-    """A white canvas of `height` inches, with a title above all its panels."""
+    """Return a white canvas of `height` inches, with a title above all its panels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Picture
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -232,17 +236,17 @@ def blank_canvas(height: float, *, title: str = "") -> Canvas:
 
 
 def titled_axes(title: str, *, height: float) -> tuple[Canvas, Axes]:
-    """A canvas of `height` inches with one panel in our style."""
+    """Return a canvas of `height` inches with one panel in our style."""
     canvas = blank_canvas(height)
     axes = canvas.figure.add_subplot()
-    # A model's name may hold a dollar sign; it is not mathematics.
+    # A model's name may contain a dollar sign, which matplotlib would read as the start of a formula.
     axes.set_title(title, loc="left", color=INK, fontsize=11.5, fontweight="bold", pad=12, parse_math=False)
     style(axes)
     return canvas, axes
 
 
 def style(axes: Axes) -> None:
-    """Our look: no box, pale lines across."""
+    """Apply our style: no box, pale horizontal lines."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(SOFT)
     axes.tick_params(colors=INK, labelsize=9, length=0)
@@ -252,10 +256,10 @@ def style(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def finished(canvas: Canvas, title: str, caption: str) -> Figure:
-    """What is on the canvas, drawn."""
+def render_figure(canvas: Canvas, title: str, caption: str) -> Figure:
+    """Render the canvas as a PNG."""
     buffer = io.BytesIO()
-    # Without the name of matplotlib's version, which would change the bytes and nothing else.
+    # Without matplotlib's version in the metadata, equal plots have equal bytes.
     canvas.figure.savefig(buffer, format="png", metadata={"Software": None})
     return Figure(title, caption, buffer.getvalue())
 
@@ -266,7 +270,7 @@ def _layer_number(group: str) -> int | None:
 
 
 def group_ticks(axes: Axes, groups: Sequence[str]) -> None:
-    """Layers by number, as many as fit; other groups by name."""
+    """Label the horizontal axis: layers by number, as many as fit; other groups by name."""
     numbers = [_layer_number(group) for group in groups]
     step = max(1, math.ceil(sum(number is not None for number in numbers) / MOST_TICKS))
     shown = [at for at, number in enumerate(numbers) if number is None or number % step == 0]
@@ -280,19 +284,19 @@ def group_ticks(axes: Axes, groups: Sequence[str]) -> None:
         axes.set_xlabel("layer")
 
 
-def name_lines(axes: Axes, labels: Sequence[Label], *, spacing: float = LABEL_HEIGHT) -> None:
-    """Names at the right edge, level with their lines; those that would overlap stand around their mean.
+def label_lines(axes: Axes, labels: Sequence[Label], *, spacing: float = LABEL_HEIGHT) -> None:
+    """Write labels at the right edge, level with their lines; those that would overlap are spread around their mean.
 
-    spacing: the height of a name as a share of the axes.
+    spacing: the height of a label as a share of the axes.
     """
     low, high = axes.get_ylim()
     ordered = sorted(labels, key=lambda label: label[0])
-    stacks: list[list[float]] = []  # wished heights, as shares of the axes, of names that stand on each other
+    stacks: list[list[float]] = []  # ideal heights, as shares of the axes, of labels that touch each other
     for height, _, _ in ordered:
         stacks.append([(height - low) / (high - low)])
-        while len(stacks) > 1 and _places(stacks[-2], spacing)[-1] + spacing > _places(stacks[-1], spacing)[0]:
+        while len(stacks) > 1 and _spread(stacks[-2], spacing)[-1] + spacing > _spread(stacks[-1], spacing)[0]:
             stacks[-2:] = [stacks[-2] + stacks[-1]]
-    heights = [place for stack in stacks for place in _places(stack, spacing)]
+    heights = [place for stack in stacks for place in _spread(stack, spacing)]
     for place, (_, name, colour) in zip(heights, ordered, strict=True):
         where: dict[str, Any] = {
             "xycoords": "axes fraction",
@@ -303,6 +307,6 @@ def name_lines(axes: Axes, labels: Sequence[Label], *, spacing: float = LABEL_HE
         axes.annotate(name, (1.012, place), color=colour, fontsize=9, **where)
 
 
-def _places(stack: Sequence[float], spacing: float) -> list[float]:
+def _spread(stack: Sequence[float], spacing: float) -> list[float]:
     bottom = sum(stack) / len(stack) - spacing * (len(stack) - 1) / 2
     return [bottom + spacing * at for at in range(len(stack))]

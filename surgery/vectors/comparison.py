@@ -18,7 +18,7 @@ from surgery.checkpoint.structure import model_structure
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.reduce import reduce_tensors
 from surgery.errors import SurgeryError, listing, usage_error
-from surgery.reporting.plots import layer_movement, similarity
+from surgery.reporting.plots import plot_layer_changes, plot_similarity
 from surgery.reporting.report import Column, Figure, Table
 from surgery.vectors.task_vector import TaskVector, open_vector
 
@@ -78,7 +78,7 @@ class DiffReport:
 
     def figure(self) -> Figure:
         """Return a bar per part of the model: ‖A−B‖/‖A‖."""
-        return layer_movement(
+        return plot_layer_changes(
             f"{self.b} against {self.a}", [g.name for g in self.groups], [g.relative for g in self.groups]
         )
 
@@ -115,7 +115,7 @@ class CompareReport:
 
     def figure(self) -> Figure:
         """Return the cosines of all pairs, along the model."""
-        return similarity(
+        return plot_similarity(
             "Similarity of task vectors",
             [s.name for s in self.groups],
             {f"{i + 1} · {j + 1}": [s.cosines[i, j] for s in self.groups] for i, j in self.whole.cosines},

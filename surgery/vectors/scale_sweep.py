@@ -28,7 +28,7 @@ from surgery.evaluation.scoring import Score
 from surgery.io.atomic import MANIFEST, check_free
 from surgery.io.json_io import to_json
 from surgery.models.loading import load_model
-from surgery.reporting.plots import scale_curve
+from surgery.reporting.plots import plot_scale_curve
 from surgery.reporting.report import Column, Figure, Report, Table
 from surgery.runtime.collectives import on_main
 from surgery.vectors.align import VectorSettings, aligned_model, check_and_align
@@ -101,7 +101,7 @@ class SweepReport:
     def figures(self) -> list[Figure]:
         """Return one curve per task: score against α, with the controls."""
         return [
-            scale_curve(
+            plot_scale_curve(
                 f"{task}: {self.target} + α·v",
                 [(point.scale, _score(point, task)) for point in self.points],
                 {"random, same norm": [(point.scale, _score(point, task)) for point in self.controls]},

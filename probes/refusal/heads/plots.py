@@ -28,8 +28,8 @@ from surgery.reporting.plots import (
     SOFT,
     PlotInterval,
     blank_canvas,
-    finished,
-    name_lines,
+    label_lines,
+    render_figure,
     style,
     titled_axes,
 )
@@ -103,7 +103,7 @@ def head_map_figure(
     bar.ax.set_ylim(-largest, largest)
     bar.ax.tick_params(colors=INK, labelsize=8.5, length=0)
     bar.set_label(measure, color=INK, fontsize=9, parse_math=False)
-    return finished(canvas, title, caption)
+    return render_figure(canvas, title, caption)
 
 
 def _outline_cells(axes: Axes, marked: Sequence[HeadIndex]) -> None:
@@ -160,7 +160,7 @@ def screen_figure(
     numbers = (correlation.value, correlation.low, correlation.high)
     rho, low, high = (format_value(number, "score") for number in numbers)
     sentence = f"Spearman's ρ = {rho} (95 % interval {low} to {high}, {len(attribution):,} heads)."
-    return finished(canvas, title, f"{caption} {sentence}".strip())
+    return render_figure(canvas, title, f"{caption} {sentence}".strip())
 
 
 def cumulative_figure(
@@ -206,7 +206,7 @@ def cumulative_figure(
         _draw_costs(panels[1], sizes, (("random heads", random_kl, SOFT), (name, kl, BLUE)), budget)
     panels[-1].set_xlabel("heads ablated" if chosen is None else f"heads ablated (dashed: {chosen}, the choice)")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
-    return finished(canvas, title, caption)
+    return render_figure(canvas, title, caption)
 
 
 def _draw_scores(axes: Axes, sizes: Sequence[int], lines: Sequence[tuple[str, Sequence[PlotInterval], str]]) -> None:
@@ -216,7 +216,7 @@ def _draw_scores(axes: Axes, sizes: Sequence[int], lines: Sequence[tuple[str, Se
             axes.fill_between(sizes, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.18, lw=0)
             labels.append(draw_line(axes, sizes, [point.value for point in points], name, colour))
     axes.margins(x=0.03, y=0.08)
-    name_lines(axes, labels)
+    label_lines(axes, labels)
 
 
 def _draw_costs(
@@ -230,7 +230,7 @@ def _draw_costs(
     axes.set_ylim(bottom=0)
     axes.margins(y=0.1)
     # The panel is lower than others, so the same distance between names is a larger share of it.
-    name_lines(axes, labels, spacing=1.6 * LABEL_HEIGHT)
+    label_lines(axes, labels, spacing=1.6 * LABEL_HEIGHT)
 
 
 def _name_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from surgery.growth.embedding.glyphs import INK, Image
 from surgery.reporting.plots import INK as TEXT
-from surgery.reporting.plots import SOFT, WIDTH, blank_canvas, finished
+from surgery.reporting.plots import SOFT, WIDTH, blank_canvas, render_figure
 from surgery.reporting.report import Figure
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def embedding_preview(
         names = "   ".join(_label(strings[index]) for index in group)
         _write(axes, x + LINE, y + 0.32, _shortened(names, LONGEST_LINE), size=8)
     axes.set(xlim=(0, WIDTH), ylim=(height, 0), aspect="auto")
-    return finished(canvas, title, caption)
+    return render_figure(canvas, title, caption)
 
 
 def _picture(axes: Axes, bitmap: Image, x: float, y: float, side: float) -> None:

@@ -82,7 +82,7 @@ def test_the_picture_has_a_panel_per_score_and_darkens_every_best(monkeypatch):
     def keep(title, panels, *, best):
         drawn.update(panels=panels, best=best)
 
-    monkeypatch.setattr("surgery.reporting.plots.score_bars", keep)
+    monkeypatch.setattr("surgery.reporting.plots.plot_score_bars", keep)
     values = {"a": 1.0, "b": 1.0, "c": 0.5}
     scores = [Score(model, "sums", "acc", value, 0.0, 1.0, 9, True) for model, value in values.items()]
     score_figure(scores)

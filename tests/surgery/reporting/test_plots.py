@@ -5,7 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from surgery.reporting.plots import distances, layer_movement, scale_curve, score_bars, similarity
+from surgery.reporting.plots import (
+    plot_distances,
+    plot_layer_changes,
+    plot_scale_curve,
+    plot_score_bars,
+    plot_similarity,
+)
 from surgery.reporting.report import Figure
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -22,12 +28,14 @@ class Score:
 def figures() -> list[Figure]:
     curve = [(scale, Score(0.1 + scale / 4, scale / 4, 0.2 + scale / 4)) for scale in (1.0, -0.0, 0.5)]
     return [
-        layer_movement("Moved $x$", GROUPS, [0.01] * len(GROUPS)),
-        layer_movement("Few", ["embed", "layer 0"], [0.0, math.inf], caption="<b>"),
-        similarity("Cosine", GROUPS, {"a · b": [0.5] * len(GROUPS), "a · c": [math.nan] * 42 + [None]}),
-        distances("Distance", GROUPS, {"a": [0.5] * len(GROUPS), "b": [None] * len(GROUPS)}),
-        score_bars("Scores", {"sums": {"a": Score(0.5, 0.4, 0.6), "b": Score(0.1, math.nan, math.nan)}, "empty": {}}),
-        scale_curve("Sweep", curve, {"random": curve[:1], "none": []}, lines={"donor": 0.9, "target": 0.1}),
+        plot_layer_changes("Moved $x$", GROUPS, [0.01] * len(GROUPS)),
+        plot_layer_changes("Few", ["embed", "layer 0"], [0.0, math.inf], caption="<b>"),
+        plot_similarity("Cosine", GROUPS, {"a · b": [0.5] * len(GROUPS), "a · c": [math.nan] * 42 + [None]}),
+        plot_distances("Distance", GROUPS, {"a": [0.5] * len(GROUPS), "b": [None] * len(GROUPS)}),
+        plot_score_bars(
+            "Scores", {"sums": {"a": Score(0.5, 0.4, 0.6), "b": Score(0.1, math.nan, math.nan)}, "empty": {}}
+        ),
+        plot_scale_curve("Sweep", curve, {"random": curve[:1], "none": []}, lines={"donor": 0.9, "target": 0.1}),
     ]
 
 
