@@ -127,7 +127,7 @@ def read_scores(folder: Path) -> OwnScores | None:
             f"has schema {record.get('schema')!r}, this version reads {SCHEMA}", where=path, hint="Score it again."
         )
     if record.get("weights") != _weights(folder):
-        return None  # carried along from the model that this one was made of
+        return None  # copied from the source model: they are not scores of these weights
     try:
         scores = [_score(entry) for entry in record["scores"]]
         own = tuple(score for score in scores if score.model == record["model"])

@@ -60,7 +60,7 @@ class FileHashCache:
         return hash_tensors(self.hash_files(path))
 
     def hash_files(self, path: Path) -> dict[str, str]:
-        """Return the hash of each file of a folder, by its path in it; of a file alone under its name's place, "."."""
+        """Return the hash of each file of a folder, by its path in it; of a single file under the name "."."""
         if path.is_dir():
             return {name: self.hash_file(file) for name, file in sorted(_files(path))}
         return {".": self.hash_file(path)}
@@ -107,7 +107,7 @@ def output_hash(paths: StepPaths, files: Mapping[str, str], *, run_folder: Path)
     """Return the hash of a step's output: the same for two runs of a recipe, in whatever folders.
 
     Over the tensors of every .safetensors file and the findings of every probe that it wrote; else over the file that
-    it wrote; else over what it printed, but for blanks, lines and the place of the run's own folders.
+    it wrote; else over what it printed, without blanks, lines and the paths of the run's own folders.
 
     Args:
         files: of its output, by `FileHashCache.hash_files`.
@@ -130,7 +130,10 @@ def output_hash(paths: StepPaths, files: Mapping[str, str], *, run_folder: Path)
 
 
 def _is_findings(name: str, files: Mapping[str, str]) -> bool:
-    """Whether a file holds what a probe found, which has a manifest; that of a growth says how long it took."""
+    """Whether a file holds the findings of a probe, which have a manifest beside them.
+
+    The results.json of a growth has none: it contains times, which differ between runs.
+    """
     return PurePath(name).name == RESULTS and PurePath(name).with_name(MANIFEST).as_posix() in files
 
 
@@ -176,7 +179,7 @@ def _tensors_hash(path: Path) -> str:
 
 
 def _listed_hash(path: Path, listed: Mapping[str, Any]) -> str | None:
-    """The hash of a file whose tensors a manifest has; None where it lacks one, or says another dtype or shape."""
+    """Return the hash of a file from a manifest's hashes; None if one is missing, or a dtype or shape differs."""
     try:
         header = read_header(path)
         same = all(

@@ -63,6 +63,7 @@ def _begin(step_runner: StepRunner | None, step: RecipeStep, view: Display | Non
         (paths.folder / FAILED_MARKER).unlink(missing_ok=True)
         if view is not None:
             view.started(step.name, paths.progress)
+        # Not the launcher's port, at which the processes of this run themselves meet.
         with socket.socket() as free:
             free.bind(("", 0))
             return int(free.getsockname()[1])
@@ -92,6 +93,7 @@ def _wait(child: RunningStep, marker: Path, view: Display | None) -> int:
     except BaseException:
         stop([child])
         raise
+    # Only the first one that failed writes it; those that were stopped for its sake have returned above.
     if code != 0 and not marker.exists():
         marker.write_text(f"process {rank()}", encoding="utf-8")
     return code

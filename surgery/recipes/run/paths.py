@@ -133,11 +133,11 @@ def dependencies(step: RecipeStep) -> tuple[str, ...]:
 
 def dependents(pipeline: Pipeline, first: set[str]) -> set[str]:
     """Return `first` and every step that depends on one of them, directly or not."""
-    found = set(first)
+    names = set(first)
     for step in pipeline.nodes:  # in an order in which each comes after those it needs
-        if found & set(dependencies(step)):
-            found.add(step.name)
-    return found
+        if names & set(dependencies(step)):
+            names.add(step.name)
+    return names
 
 
 def _texts(parameter: CommandParameter, given: Given, path_of: Callable[[StepOutput], Path]) -> Iterator[str]:

@@ -114,13 +114,13 @@ def _reports(step_paths: StepPaths) -> list[Path]:
 
 def _figures(step: RecipeStep, step_paths: StepPaths) -> Iterator[Figure]:
     """Yield the pictures of a step: its command's, those in its output, and those inside its own reports."""
-    seen: set[bytes] = set()
+    shown: set[bytes] = set()
     count = 0
     for title, png in _pictures(step_paths):
         # A step's own report holds the pictures of its folder once more.
-        if png in seen or len(png) > LARGEST_PICTURE or count == MOST_PICTURES:
+        if png in shown or len(png) > LARGEST_PICTURE or count == MOST_PICTURES:
             continue
-        seen.add(png)
+        shown.add(png)
         count += 1
         what = f"{step.name}: {title}" if title else step.name
         yield Figure(what, what, png)

@@ -1,6 +1,6 @@
 """Run a pipeline: each step is a process of its own, in parallel where memory allows, and done once for its inputs.
 
-What is done is recorded in RUN/run.json, under keys made of all that decides a step's output (`cache_keys`): the same
+What is done is recorded in RUN/run.json, under keys of all that decides a step's output (`cache_keys`): the same
 command goes on where a run was stopped or killed, and does nothing where nothing has changed.
 """
 
@@ -237,6 +237,7 @@ class _Scheduler:
 
     def _fits(self, step: RecipeStep, jobs: int) -> bool:
         """Whether `step` can run beside those that do; one alone always can, however much memory it takes."""
+        # Without this a step that is larger than the free memory would wait forever.
         if not self.children:
             return True
         used = sum(self.memory[name] for name in self.children)
