@@ -39,6 +39,7 @@ def _wrong_choice(error: typer.BadParameter) -> SurgeryError | None:
     match = _WRONG_CHOICE.search(error.message)
     if match is None or error.param is None:
         return None
+    # The message ends with the allowed values, quoted and in the order of the Literal.
     allowed = re.findall("'(.*?)'", match["allowed"])
     return usage_error(
         f"got {match['value']!r}, expected {', '.join(allowed[:-1])} or {allowed[-1]}",

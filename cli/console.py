@@ -18,6 +18,7 @@ DEBUG = "SURGERY_DEBUG"
 
 def message(text: str) -> None:
     """Print a line for people on stderr."""
+    # Under a launcher every process runs the command; one line each would say it many times.
     if is_main():
         typer.echo(text, err=True)
 

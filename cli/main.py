@@ -38,6 +38,7 @@ def main(
     """What all commands share."""
     if debug:
         os.environ[console.DEBUG] = "1"
+    # Under a launcher such as accelerate the processes must find each other before any command divides work.
     if process.n_processes() > 1:
         from surgery.runtime.collectives import connect
 
@@ -50,6 +51,7 @@ def program() -> None:
     Taking the interpreter and torch apart object by object takes a few tenths of a second and serves nobody: what a
     command writes is on the disk when it returns.
     """
+    # Before torch is imported, which reads its settings then.
     process.configure_cli_process()
     redeliver_dropped_interrupts()
     try:
@@ -64,6 +66,7 @@ def run() -> None:
     """Run the command line and exit with its code."""
     gc.set_threshold(*RARE_COLLECTIONS)
     try:
+        # Typer itself prints wrong usage and exits with code 2; everything else arrives here.
         app()
     except SurgeryError as error:
         _leave(error, str(error), error.exit_code)

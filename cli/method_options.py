@@ -70,6 +70,7 @@ def with_method_options(command: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.signature(command, eval_str=True)
     parameters: list[inspect.Parameter] = []
     for parameter in signature.parameters.values():
+        # In place, so that `--help` keeps the order in which the command declares its options.
         options = [option.parameter() for option in METHOD_OPTIONS]
         parameters += options if parameter.name == "parameters" else [parameter]
 

@@ -80,6 +80,7 @@ def main(folder: Path) -> None:
 
     wanted = pages()
     for path in folder.glob("*.md"):
+        # Else the page of a renamed command would stay, and describe what does not exist.
         if path.name not in wanted:
             path.unlink()
     for name, text in wanted.items():

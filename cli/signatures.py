@@ -59,6 +59,7 @@ def _parameters(callback: Callable[..., Any]) -> Iterator[CommandParameter]:
         annotated, metadata = _split(parameter.annotation, where)
         many = get_origin(annotated) is list
         item = get_args(annotated)[0] if many else annotated
+        # Literals are texts for recipes, with an enum in the schema.
         choices = get_args(item) if get_origin(item) is Literal else ()
         kind = KINDS[str if choices else item]
         info = next(each for each in metadata if isinstance(each, OptionInfo | ArgumentInfo))
@@ -74,6 +75,7 @@ def _parameters(callback: Callable[..., Any]) -> Iterator[CommandParameter]:
             off=names.off,
             required=required,
             many=many,
+            # As recipes and pages write it: both know no paths.
             default=str(default) if isinstance(default, Path) else default,
             least=info.min,
             most=info.max,

@@ -184,6 +184,7 @@ def _show(
         console.message(f"{what}: {', '.join(names)}. Nothing written (--dry-run).")
         return
     console.show(edit_table(edited.report))
+    # An edit that nobody measured must say so: side effects are the rule, not the exception.
     if edited.measured is None:
         hint = "as --no-measure asks" if no_measure else "give --from RUN or --data DATA"
         console.warn(f"what the edit does to the model was not measured: {hint}.")

@@ -300,6 +300,7 @@ def _layer_position(text: str) -> LayerPosition:
 
     if text.isdecimal():
         return int(text)
+    # Three returns, so that the type checker knows the Literal.
     if text == "top":
         return "top"
     if text == "middle":

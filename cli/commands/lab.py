@@ -35,6 +35,7 @@ def build(
     from surgery import lab
     from surgery.runtime.progress import terminal
 
+    # Both NAME and lab:NAME are taken, as people copy either from a list.
     folders = {name: lab.build(name.removeprefix("lab:"), progress=terminal) for name in names}
     if as_json:
         console.show_json(folders)

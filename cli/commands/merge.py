@@ -95,6 +95,7 @@ def weights(
     options = o.options(threads, device, overwrite=overwrite, allow_nonfinite=allow_nonfinite)
     text = ""
     configs: tuple[MergeConfig, ...]
+    # A method's name wins over a file of the same name; a missing config is reported as a file, not as a method.
     if what.endswith(CONFIGS) or (what not in _specs() and Path(what).is_file()):
         _refuse_beside_config(what, models or (), [*parameters, *settings])
         text = read_text(Path(what))

@@ -74,6 +74,7 @@ def verify(model: o.Model, threads: o.Threads = None, as_json: o.Json = False) -
         console.show_json({"ok": report.ok, **vars(report)})
     else:
         console.message(report.sentence())
+    # After the report, so that a program reading --json gets both.
     if not report.ok:
         raise typer.Exit(1)
 
@@ -135,6 +136,7 @@ def evaluate(
         console.show(report.table())
     if plot:
         console.draw(report.figure(), plot)
+    # After the table: a damaged card must not cost the scores.
     for model in report.folders:
         for sentence in report.losses(model):
             console.message(f"warning: {sentence}")

@@ -106,6 +106,7 @@ def refusal(
     from surgery.errors import usage_error
 
     options = o.options(threads, device, overwrite=overwrite)
+    # Watching one answer needs a finished run's probe and writes nothing.
     if live is not None:
         if run is None or data is not None or out is not None:
             raise usage_error("--live takes the probe of a run: give --from RUN, and neither --data nor -o.")

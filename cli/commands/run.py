@@ -70,6 +70,7 @@ def run(
 
     pipeline = build_pipeline(file, name, commands=commands(), settings=dict(map(_setting, settings or ())))
     folder = RUNS / name if out is None else out
+    # With --from the same command would do again what has just been done.
     again = "The same command" if from_step is None else "The same command without --from"
     try:
         report = run_recipe(
@@ -89,6 +90,7 @@ def run(
         console.show_json(_record(report, folder))
     elif dry_run:
         console.message("Nothing done (--dry-run).")
+    # Raised last: what was done is shown even where a step failed.
     error = report.error(folder, again=again)
     if report.report is not None:
         console.message(f"Report: {report.report}")

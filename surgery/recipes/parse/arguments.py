@@ -86,6 +86,7 @@ class ArgumentResolver:
             parameter = parameters.get(key)
             known = self.scope.n_problems
             items = _Option(self, node, parameter, instance, template).items()
+            # With an error in any item, a shorter list would be reported as empty as well.
             if parameter is None or self.scope.n_problems > known:
                 continue
             if items:
@@ -143,6 +144,7 @@ class _Option:
         if meant.name in self.instance.values:
             return self.joined(node, (self.instance.values[meant.name],), meant)
         axes = self.template.axes if self.template else frozenset[str]()
+        # The instance's values come first: a matrix variable hides one of the recipe.
         if meant.name in axes:  # of a matrix that has errors, or no values
             return self.unclear()
         if meant.name in self.scope.variables:
@@ -176,6 +178,7 @@ class _Option:
 
     def outputs(self, node: YamlNode, meant: Reference, target: StepTemplate) -> Items:
         """Return the outputs of a step: of its instances that run, and whose matrix has the values of ours."""
+        # Noted even where `when` leaves the step out: other settings would run into the circle.
         if self.template:
             self.resolver.needed.setdefault(self.template.name, []).append(target.name)
         if target.command and not (target.command.writes or target.command.changes):
@@ -184,11 +187,13 @@ class _Option:
             return self.error(node, f"got ${meant.name}, but `{target.command.name}` makes a file, and no folder")
         if self.parameter and (self.parameter.kind not in ("text", "path") or self.parameter.choices):
             return self.wrong(node, f"the folder of a step (${meant.name})")
+        # Outputs of steps that this run leaves out need not exist for a step that it leaves out too.
         if not self.instance.kept:
             return ()
         if not target.is_whole:
             return self.unclear()
         own = self.instance.values
+        # Steps over the same variable are paired by its value, not combined with each other.
         shared = [axis for axis in own if axis in target.axes]
         agreeing = [
             other

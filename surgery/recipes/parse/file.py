@@ -150,6 +150,7 @@ def read(file: Path) -> RecipeSource:
     documents, errors = read_documents(text, where)
     if len(documents) != 1:
         raise usage_error(f"holds {len(documents)} documents, expected one", where=where)
+    # Keys that stand twice have no single meaning, so nothing more can be said of such a file.
     errors.raise_if_any()
     for line, what in _misread(text):
         errors.add(YamlNode("", line, None), what)
@@ -208,6 +209,7 @@ def meaning(text: str) -> str | Reference:
     name, inside = match.groups()
     if inside is None:
         return Reference(name)
+    # A path from a file must not lead out of the step's folder, on any system.
     if "\\" in inside or any(part in ("", ".", "..") for part in inside.split("/")):
         raise ValueError(f"got {text!r}, expected a path that stays inside ${name}, without `.`, `..` and empty parts")
     return Reference(name, inside)

@@ -76,6 +76,7 @@ def _nodes(scope: VariableScope, resolver: ArgumentResolver) -> list[RecipeStep]
     for template in scope.templates.values():
         # Where there is no instance, what `with` says is still read, for its errors.
         for instance in template.instances or (StepInstance(template.name, {}, kept=False),):
+            # Every instance is resolved, also those that do not run, so that their errors are found today.
             given = resolver.options(template, instance)
             if instance.kept and template.command:
                 found.append(_node(template, template.command, instance, given))
@@ -161,6 +162,7 @@ def _pushes(scope: VariableScope, resolver: ArgumentResolver) -> tuple[Push, ...
 def _push(entry: YamlNode, scope: VariableScope, resolver: ArgumentResolver) -> Push | None:
     written = cast("dict[str, YamlNode]", entry.value)
     known = len(scope.errors.found)
+    # Without a value for `to` there is nothing to push, which is how recipes make a push optional.
     kept = _is_given(written.get("to"), scope)
     fields = {key: node for key, node in written.items() if key in _PUSH and (key != "to" or kept)}
     given = resolver.values(fields, _PUSH, StepInstance("", {}, kept))

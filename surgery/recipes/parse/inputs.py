@@ -45,6 +45,7 @@ def task_errors(tasks: Iterable[str]) -> Mapping[str, str]:
     unknown = [task for task in dict.fromkeys(tasks) if task not in known]
     if not unknown or find_spec("lm_eval") is None:
         return {}
+    # Reading the harness's own tasks takes seconds.
     names = task_names()
     advice = "`lm_eval ls tasks` lists them all"
     return {task: f"no such task; {nearest(task, names) or advice}" for task in unknown if task not in names}
@@ -53,6 +54,7 @@ def task_errors(tasks: Iterable[str]) -> Mapping[str, str]:
 def _model(text: str) -> str | None:
     if existing_path(text) is not None:
         return None
+    # Whether the base is an adapter itself, which is refused, shows only when it is opened.
     base, _, adapter = text.rpartition("+")
     if base and adapter:
         return _model(base) or _adapter(adapter)
@@ -74,6 +76,7 @@ def _data(text: str) -> str | None:
     if text.startswith(lab.PREFIX):
         check_data_ref(text)
         return None
+    # `data/a.jsonl` has the shape of a Hub id too, and is a misspelt file.
     if hub.is_repo_id(text) and not Path(text).suffix:
         return str(hub_data.missing_split_error(text))
     return _no_file(text, f"a Hub data set ({hub_data.REF_FORMAT}) or lab:NAME")
@@ -122,6 +125,7 @@ def _no_file(text: str, otherwise: str | None = None) -> str:
     parent = Path(f"{folder}{slash}" or ".").expanduser()
     if not parent.is_dir():
         return f"{what}; there is no folder {folder} either"
+    # Sorted, so that the same name is proposed everywhere.
     names = sorted(path.name for _, path in zip(range(MAX_SIBLINGS), parent.iterdir(), strict=False))
     near = nearest(name, names, f"{folder}{slash}")
     return f"{what}; {near or 'paths are looked up from where `surgery run` is started'}"

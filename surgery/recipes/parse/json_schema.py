@@ -25,10 +25,12 @@ def json_schema(commands: Mapping[str, Command]) -> _Schema:
     names = {"pattern": f"^{NAME}$", "maxLength": LONGEST_NAME}
     step, recipe, push = parts["StepEntry"], parts["RecipeEntry"], parts["PushEntry"]
     step["properties"]["run"]["enum"] = sorted(commands)
+    # Pydantic sees only the number that `2 GB` becomes.
     step["properties"]["memory"].pop("anyOf")
     step["properties"]["memory"] |= {"type": ["integer", "string"], "minimum": 1, "pattern": _SIZE}
     for key in ("matrix", "when"):
         step["properties"][key] |= {"additionalProperties": _reference("values"), "propertyNames": names}
+    # One rule per command: the options that `with` may hold depend on `run`.
     step["allOf"] = [_rule(command) for _, command in sorted(commands.items())]
     recipe["properties"]["vars"] |= {"additionalProperties": _reference("values"), "propertyNames": names}
     recipe["properties"]["steps"] |= {"propertyNames": names, "minProperties": 1}

@@ -69,6 +69,7 @@ def convert(value: Scalar, parameter: CommandParameter) -> Scalar:
 
 
 def _converted(value: Scalar, parameter: CommandParameter) -> Scalar | None:
+    # A bool is an int in Python: `limit: true` must not become 1.
     if parameter.kind == "flag" or isinstance(value, bool):
         return value if parameter.kind == "flag" and isinstance(value, bool) else None
     if parameter.kind in ("text", "path"):
@@ -99,6 +100,7 @@ def number_of(value: Scalar) -> int | float | None:
         return value
     if not _NUMBER.fullmatch(value):
         return None
+    # int() takes ever longer for longer texts, and no option takes such a number.
     number = int(value) if value.lstrip("+-").isdecimal() and len(value) < 20 else float(value)
     return number if math.isfinite(number) else None
 

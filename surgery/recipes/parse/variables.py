@@ -125,6 +125,7 @@ def _variables(recipe: YamlNode, errors: YamlErrors, settings: Mapping[str, str]
         found[name] = _literal(node, node, errors)
         if name in settings:
             place = YamlNode(f"--set {name}", None, None)
+            # A setting has no line in the file: its errors stand at `--set NAME`.
             found[name] = _literal(_typed(settings[name], place, errors), place, errors)
         if len(errors.found) > known:
             faulty.add(name)
@@ -203,8 +204,10 @@ def _template(
     if n_instances > room:
         errors.add(node, f"stands for {n_instances:,} steps, expected at most {MAX_STEPS:,} in a recipe")
     is_whole = scope.n_problems == known
+    # Conditions on the matrix's own variables leave out single instances, the others the whole step.
     inner = {key: wanted for key, wanted in conditions.items() if key in axes}
     instances = []
+    # With values missing because of an error, references to the step would get errors that only follow from it.
     for combination in itertools.product(*values.values()) if is_whole else ():
         own = dict(zip(values, combination, strict=True))
         matched = [_matches(own[key], wanted, errors) for key, wanted in inner.items()]
@@ -257,10 +260,12 @@ def _axis(node: YamlNode, scope: VariableScope, may_run: bool) -> tuple[Scalar, 
             scope.errors.add(item, f"got {item.value!r}, expected a value or a variable")
         else:
             scope.errors.add(item, scope.unknown(meant.name))
+    # A step that does not run may have an empty variable; an empty list in the file is a slip in any case.
     if not found and (may_run or node.value == ()) and scope.n_problems == known:
         scope.errors.add(node, "is empty, expected a value at least")
     seen: set[tuple[str, object]] = set()
     for value in found:
+        # 0.5 and 5e-1 would make two steps of one meaning, and one folder.
         if comparison_key(value) in seen:
             scope.errors.add(node, f"holds {to_text(value)} twice")
         seen.add(comparison_key(value))
@@ -306,6 +311,7 @@ def _refuse_duplicates(scope: VariableScope) -> None:
     for template in scope.templates.values():
         for instance in template.instances if template.axes else ():
             other = seen.setdefault(instance.name.casefold(), instance.name)
+            # File systems that ignore case would put both into one folder.
             if seen[instance.name.casefold()] is not instance.name:
                 same = "of the same name" if other == instance.name else f"that differs from {other} in case alone"
                 scope.errors.add(template.node, f"makes a second node {instance.name}, {same}")
