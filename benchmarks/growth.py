@@ -146,7 +146,7 @@ def train(
 def begin(folder: Path, sizes: Sizes, *, layers: int = 0) -> Path:
     """Writes a random embedding, and the model that grows on it; returns the latter's folder."""
     from surgery.growth.embedding.build import make_embedding
-    from surgery.growth.layers.init_model import init_model
+    from surgery.growth.layers.initial_model import init_model
     from surgery.growth.plan import ModelShape
 
     make_tokenizer(folder / "tok", VOCABULARY)

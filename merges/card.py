@@ -17,7 +17,7 @@ _ARXIV = "arXiv:"
 _MOST_MODELS = 6  # named in the first sentence; the table has all
 
 
-def card(
+def merge_card(
     config: MergeConfig,
     layout: Layout,
     report: MergeReport,

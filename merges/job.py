@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from merges.card import card
+from merges.card import merge_card
 from merges.checks import check_finite, check_models, check_vocabularies
 from merges.config.schema import BASE, UNION, MergeConfig
 from merges.layout import Layout, lay_out
@@ -162,7 +162,7 @@ class MergeJob:
             if stored_as := self.config.out_dtype or self.config.dtype:
                 write_config_dtype(folder, dtype_name(stored_as))
             report = with_result(preview, planned.merged, result)
-            content = card(self.config, planned.layout, report, steps or {}, self.text)
+            content = merge_card(self.config, planned.layout, report, steps or {}, self.text)
             return OutputDescription(report, {**report.summary(), **extra}, content)
 
         return write_checkpoint(planned.plan, out, options, describe=describe)

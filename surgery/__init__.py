@@ -3,7 +3,7 @@
 The names below are the public API. What shares its name with a module is imported from there, such as
 `surgery.vectors.comparison.compare`, `surgery.publish.upload.push`, `surgery.recipes.reproduction.reproduce`,
 `surgery.vectors.scale_sweep.sweep`, `surgery.edits.undo_file.undo` and `surgery.engine.verification.verify`; recipes
-are run by `surgery.recipes.run.scheduler.run_recipe`. Names are imported on first use, because most bring torch along,
+are run by `surgery.recipes.run.scheduler.run_pipeline`. Names are imported on first use, because most bring torch along,
 and `surgery --help` must not wait for it.
 """
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from surgery.edits.heads import scale_heads
     from surgery.engine.options import ExecutionOptions
     from surgery.growth.baseline import train_baselines
-    from surgery.growth.data.train_tokenizer import train_tokenizer
+    from surgery.growth.data.tokenizer_training import train_tokenizer
     from surgery.growth.embedding.build import make_embedding
     from surgery.growth.layers.add import add_layers
-    from surgery.growth.layers.init_model import init_model
+    from surgery.growth.layers.initial_model import init_model
     from surgery.growth.run import grow
     from surgery.vectors.application import apply, transfer
     from surgery.vectors.comparison import diff

@@ -10,7 +10,7 @@ import typer
 
 from cli import console
 from cli import options as o
-from probes.choices import EditMode
+from probes.data.choices import EditMode
 from surgery.checkpoint.dtypes import ComputeDtype
 from surgery.recipes.types import NamesInput
 

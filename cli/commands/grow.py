@@ -15,7 +15,7 @@ from surgery.recipes.types import NamesInput
 
 if TYPE_CHECKING:
     from surgery.growth.layers.add import AddReport
-    from surgery.growth.layers.init_model import InitReport
+    from surgery.growth.layers.initial_model import InitReport
     from surgery.growth.options import RunOptions
     from surgery.growth.prepare import PreparedRun
     from surgery.growth.results import Growth
@@ -131,7 +131,7 @@ def tokenizer(
 ) -> None:
     """Train a BPE tokenizer that begins with characters and can spell every codepoint."""
     from surgery.growth.data.corpus import documents
-    from surgery.growth.data.train_tokenizer import END, train_tokenizer
+    from surgery.growth.data.tokenizer_training import END, train_tokenizer
     from surgery.runtime.progress import terminal
 
     texts = (document.text for document in documents(corpus, field=field))
@@ -174,7 +174,7 @@ def init(
     as_json: o.Json = False,
 ) -> None:
     """Write the model that a growth begins with: a Llama, or any config, around a frozen embedding."""
-    from surgery.growth.layers.init_model import init_model
+    from surgery.growth.layers.initial_model import init_model
     from surgery.growth.plan import ModelShape
     from surgery.runtime.collectives import map_over_ranks
 

@@ -186,7 +186,7 @@ def unpack(
     as_json: o.Json = False,
 ) -> None:
     """Write an ensemble's members back, each to OUT/NAME, bit for bit as they were."""
-    from merges.ensemble.unpack import unpack as restore
+    from merges.ensemble.unpacking import unpack as restore
 
     report = restore(ensemble, out, options=o.options(threads))
     if as_json:

@@ -11,7 +11,7 @@ import typer
 
 from cli import console
 from cli import options as o
-from probes.choices import Phase
+from probes.data.choices import Phase
 from surgery.io.command_line import option_flag
 from surgery.recipes.types import NamesInput
 from surgery.runtime.environment import is_main
@@ -116,10 +116,10 @@ def evaluate(
     as_json: o.Json = False,
 ) -> None:
     """Scores of models on tasks and texts, side by side with 95 % intervals; a result's model card gets them too."""
-    from surgery.evaluation.evaluation_report import evaluate_models
+    from surgery.evaluation.evaluation_report import evaluate
     from surgery.runtime.progress import terminal
 
-    report = evaluate_models(
+    report = evaluate(
         models,
         tasks=task or (),
         texts=perplexity or (),

@@ -10,7 +10,7 @@ import typer
 
 from cli import console
 from cli import options as o
-from probes.choices import AblationKind, AttributionForm, Engine, Phase, RowStyle, ScalingMethod, TrainingCells
+from probes.data.choices import AblationKind, AttributionForm, Engine, Phase, RowStyle, ScalingMethod, TrainingCells
 from surgery.io.command_line import option_flag
 from surgery.recipes.types import NamesInput
 

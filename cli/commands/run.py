@@ -58,7 +58,7 @@ def run(
 ) -> None:
     """Runs a recipe: its steps in order, side by side where they can be; the same command goes on where it was."""
     if schema:
-        from surgery.recipes.parse.json_schema import json_schema
+        from surgery.recipes.parse.schema import json_schema
 
         console.show_json(json_schema(commands()))
         return
@@ -66,14 +66,14 @@ def run(
         _list(file, as_json=as_json)
         return
     from surgery.recipes.parse.graph import build_pipeline
-    from surgery.recipes.run.scheduler import run_recipe
+    from surgery.recipes.run.scheduler import run_pipeline
 
     pipeline = build_pipeline(file, name, commands=commands(), settings=dict(map(_setting, settings or ())))
     folder = RUNS / name if out is None else out
     # With --from the same command would do again what has just been done.
     again = "The same command" if from_step is None else "The same command without --from"
     try:
-        report = run_recipe(
+        report = run_pipeline(
             pipeline,
             folder,
             jobs=jobs,

@@ -5,7 +5,7 @@ This is logit averaging as in arXiv 2507.07129. The members must give every toke
 * `model*.safetensors`: the members' tensors as `members.<i>.<name>`; a tensor of several members is stored once;
 * `config.json` and `ensemble_model.py`: for transformers to load it (see `merges.ensemble.ensemble_model`);
 * `members/<i>/`: the member's config, tokenizer and other side files; `members/<i>.json`: its name, and the header of
-  each of its weight files. From these `merges.ensemble.unpack` restores the members byte for byte;
+  each of its weight files. From these `merges.ensemble.unpacking` restores the members byte for byte;
 * tokenizer, chat template and generation config of the first member.
 """
 
@@ -25,7 +25,7 @@ from merges.ensemble import ensemble_model
 from merges.ensemble.ensemble_model import MODEL_TYPE
 from merges.ensemble.members import EnsembleMember, check_vocabularies, check_weights, find_members
 from merges.ensemble.shared_tensors import Shared, find_shared
-from merges.ensemble.tune import Tuned, check_tuning, tune_members
+from merges.ensemble.tuning import Tuned, check_tuning, tune_members
 from surgery.checkpoint.checkpoint import ADAPTER_CONFIG, Checkpoint, read_file
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.card import CardContent

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from merges.config.settings import MethodSpec, ParameterSpec
-from merges.methods.linear import weighted_sum
+from merges.methods.averages import weighted_sum
 from merges.methods.measures import KEPT, measured_kernel
 from merges.methods.registry import Params, register
 from merges.methods.task_arithmetic import elect_sign

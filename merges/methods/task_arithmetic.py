@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from merges.config.settings import MethodSpec, ParameterSpec
-from merges.methods.linear import weighted_sum
+from merges.methods.averages import weighted_sum
 from merges.methods.measures import measured_kernel
 from merges.methods.registry import Params, register
 from merges.methods.sparsify import Sparsifier, counter, passes, sparsified

@@ -22,8 +22,8 @@ from surgery.checkpoint.tokenizer_files import (
     ADDED_TOKENS,
     SPECIAL_TOKENS,
     TABLES,
+    list_tokenizer_files,
     matches,
-    tokenizer_files,
 )
 from surgery.checkpoint.vocabulary import CONFIG, CONVERT, FETCH_AGAIN, TOKENIZER
 from surgery.errors import SurgeryError, listing
@@ -38,7 +38,7 @@ Entry = Mapping[str, bool]
 def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
     """Return the tokenizer's files in `folder`: path → content, sorted. Raises SurgeryError if one is unreadable."""
     files = {}
-    for path in tokenizer_files(folder):
+    for path in list_tokenizer_files(folder):
         try:
             files[path.relative_to(folder).as_posix()] = path.read_bytes()
         except OSError as error:

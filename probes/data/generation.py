@@ -20,7 +20,7 @@ from surgery.errors import ErrorList, usage_error
 from surgery.models.loading import ModelAndTokenizer
 from surgery.runtime.collectives import barrier, map_over_ranks
 from surgery.runtime.progress import Progress, silent
-from surgery.runtime.quiet import quiet
+from surgery.runtime.quiet_libraries import quiet
 
 # Tokens of thinking and response together, unless the user sets a limit.
 DEFAULT_MAX_NEW_TOKENS = 1024

@@ -18,12 +18,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from probes.choices import Engine
+from probes.data.choices import Engine
 from surgery.errors import SurgeryError, usage_error
 from surgery.io.hashing import hash_text
 from surgery.models.loading import ModelAndTokenizer
 from surgery.runtime.environment import n_processes
-from surgery.runtime.quiet import quiet
+from surgery.runtime.quiet_libraries import quiet
 
 # vLLM makes batches of its own, and is fast only with many prompts at a time.
 VLLM_PROMPTS = 256

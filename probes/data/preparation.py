@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from probes.choices import Engine
+from probes.data.choices import Engine
 from probes.data.examples import MAX_REPORTED, DataSet, Example, TokenSequence
 from probes.data.generation import complete_examples, context_length, remaining_tokens
 from probes.data.generation_engines import GenerationSettings

@@ -25,7 +25,7 @@ from probes.data.markers import (
 )
 from surgery.errors import ErrorList, usage_error
 from surgery.io.hashing import hash_text
-from surgery.runtime.quiet import quiet
+from surgery.runtime.quiet_libraries import quiet
 
 # Some templates write today's date by strftime_now. The same data must give the same ids tomorrow, so they always get
 # this day. We cannot pass functions to templates, hence a macro that replaces each part of the format.

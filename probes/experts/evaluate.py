@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from probes.choices import Phase
+from probes.data.choices import Phase
 from probes.data.records import check_model
 from probes.experts.edit import ExpertSelection, select_experts
 from probes.experts.findings import read_expert_findings

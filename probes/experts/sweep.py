@@ -12,7 +12,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from probes.choices import Phase, ScalingMethod
+from probes.data.choices import Phase, ScalingMethod
 from probes.data.generation import DEFAULT_MAX_NEW_TOKENS, generate_texts, remaining_tokens
 from probes.data.records import IntervalRecord, interval_record
 from probes.experts.findings import ExpertRecord, PointRecord, SweepRecord

@@ -30,8 +30,8 @@ from probes.model.cached_forward import (
 )
 from surgery.checkpoint.selectors import Head
 from surgery.errors import usage_error
+from surgery.models.forward_pass import replace_input
 from surgery.models.loaded_model import OutputProjection, hidden_in, hooks
-from surgery.models.partial_forward import replace_input
 
 Method = Literal["cached prefix", "resumed layers", "one forward per head"]
 METHODS: tuple[Method, ...] = get_args(Method)  # the fastest first

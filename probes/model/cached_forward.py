@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.models import partial_forward
+from surgery.models import forward_pass
 from surgery.models.loaded_model import LoadedModel
 
 CacheState = list[dict[str, Any]]  # the attributes of each layer of a cache
@@ -31,11 +31,11 @@ class ProbeForward:
 
     def states(self, ids: Tensor, cache: Any = None) -> Tensor:
         """Return the final norm's output of the same run: (B, D) fp32, on that norm's device."""
-        return partial_forward.final_states(self.live, partial(self.run, ids, cache))[:, -1].float()
+        return forward_pass.final_states(self.live, partial(self.run, ids, cache))[:, -1].float()
 
     def inputs(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, list[Tensor], list[bool]]:
         """Return the logit, every layer's input (1, T, D), and whether each layer's output comes in a tuple."""
-        states, inputs, tupled = partial_forward.trace_layers(self.live, partial(self.run, ids, cache))
+        states, inputs, tupled = forward_pass.trace_layers(self.live, partial(self.run, ids, cache))
         return self._logits_of(states[:, -1].float()).to(ids.device), inputs, tupled
 
     def _logits_of(self, states: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def restore_cache(cache: Any, state: CacheState, rows: int) -> None:
 
 def why_not_resumable(forward: ProbeForward, ids: Tensor) -> str | None:
     """Return why layers cannot be resumed on `ids` (1, T); None if they can."""
-    return partial_forward.resume_obstacle(forward.live, ids, forward.run)
+    return forward_pass.resume_obstacle(forward.live, ids, forward.run)
 
 
 @torch.inference_mode()
@@ -103,9 +103,9 @@ def why_not_cacheable(forward: ProbeForward, ids: Tensor, last: int) -> str | No
         restore_cache(cache, state, 1)
         forward.run(tail, cache)
 
-    if not partial_forward.is_close(live, forward.states(ids), forward.states(tail, cache)):
+    if not forward_pass.is_close(live, forward.states(ids), forward.states(tail, cache)):
         return "it gives another hidden state"
-    return partial_forward.resume_obstacle_at(live, run_tail, range(1, len(live.layers)))
+    return forward_pass.resume_obstacle_at(live, run_tail, range(1, len(live.layers)))
 
 
 def _why_not_restorable(cache: Any) -> str | None:

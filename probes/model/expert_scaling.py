@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from probes.choices import Phase, ScalingMethod
+from probes.data.choices import Phase, ScalingMethod
 from probes.model.routers import Router, intercept_routing, run_trial_forward
 from surgery.checkpoint.selectors import Expert
 from surgery.errors import usage_error

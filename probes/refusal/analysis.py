@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from probes.choices import AttributionForm
+from probes.data.choices import AttributionForm
 from probes.data.examples import Example
 from probes.data.preparation import PreparedData
 from probes.data.probe_run import ProbeRun

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from probes.choices import RowStyle
+from probes.data.choices import RowStyle
 from probes.data.examples import DataSet, Example
 from probes.data.markers import Markers, split_responses
 from probes.data.preparation import PreparedData, options_from_findings, prepare, resolve_markers

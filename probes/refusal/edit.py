@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from probes.choices import EditMode
+from probes.data.choices import EditMode
 from probes.data.examples import Example
 from probes.data.preparation import GenerationOptions, options_from_findings
 from probes.data.reader import read_data

@@ -17,7 +17,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from probes.choices import AttributionForm
+from probes.data.choices import AttributionForm
 from probes.data.records import DataRecord, FindingsRecord, IntervalRecord, ModelRecord, read_record, write_record
 from surgery.checkpoint.selectors import Head
 

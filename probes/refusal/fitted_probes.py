@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from probes.choices import TrainingCells
+from probes.data.choices import TrainingCells
 from probes.data.examples import Example, TokenSequence
 from probes.model.activations import hidden_states_at, project_hidden_states
 from probes.refusal.linear.probes import LayerMetrics, Probes

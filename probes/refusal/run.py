@@ -14,7 +14,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from probes.choices import AttributionForm
+from probes.data.choices import AttributionForm
 from probes.data.preparation import GenerationOptions, refusal_phrases
 from probes.data.probe_run import open_run
 from probes.refusal.analysis import RefusalSettings, analyse

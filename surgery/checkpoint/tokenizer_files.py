@@ -30,7 +30,7 @@ def is_tokenizer_file(name: str) -> bool:
     return matches(name, PATTERNS)
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
+def list_tokenizer_files(folder: Path) -> list[Path]:
     """Return the files in `folder` that belong to a tokenizer, sorted."""
     inside = [*folder.iterdir(), *(folder / CHAT_TEMPLATES).glob("*.jinja")]
     return sorted(path for path in inside if path.is_file() and is_tokenizer_file(path.relative_to(folder).as_posix()))

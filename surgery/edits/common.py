@@ -17,7 +17,7 @@ from surgery.checkpoint.structure import ModelStructure
 from surgery.edits.undo_file import UNDO, UndoBlocks, write_undo
 from surgery.engine.card import CardContent
 from surgery.engine.checkpoint_writer import OutputDescription, check_destination, write_checkpoint
-from surgery.engine.edit_report import EditReport, edit_report, edit_table
+from surgery.engine.edit_report import EditReport, build_edit_report, edit_table
 from surgery.engine.manifest import command_record
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, PlannedTensor, copy_tensor, plan_files
@@ -173,7 +173,7 @@ def write_edit(
         measured = notes[0] if notes else None
         # Before the manifest: it fails where the source has changed since it was read.
         write_undo(folder, [change.blocks for change in edit.changes], result, role=MODEL)
-        report = edit_report(preview, base, sorted(replaced), result)
+        report = build_edit_report(preview, base, sorted(replaced), result)
         parts = {str(part): scale for part, scale in sorted(edit.scales.items())}
         summary = {edit.nouns: parts, "measured": None if measured is None else measured.measured}
         return OutputDescription(report, report.summary() | summary, _card(edit, report, measured))

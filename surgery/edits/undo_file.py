@@ -37,7 +37,7 @@ from surgery.checkpoint.safetensors_header import build_header
 from surgery.edits.kernels import RESTORE_BLOCKS, flags_of, spread
 from surgery.engine.card import CardContent
 from surgery.engine.checkpoint_writer import OutputDescription, check_destination, write_checkpoint
-from surgery.engine.edit_report import EditReport, edit_report, edit_table
+from surgery.engine.edit_report import EditReport, build_edit_report, edit_table
 from surgery.engine.kernel import TensorSlice
 from surgery.engine.manifest import command_record
 from surgery.engine.options import ExecutionOptions
@@ -173,7 +173,7 @@ def undo(model: str, out: Path, *, dry_run: bool = False, options: ExecutionOpti
             )
 
     def describe(folder: Path, result: ExecutionResult) -> OutputDescription[EditReport]:
-        report = edit_report(preview, edited, sorted(blocks), result)
+        report = build_edit_report(preview, edited, sorted(blocks), result)
         return OutputDescription(report, report.summary(), _card(report, edited))
 
     return write_checkpoint(

@@ -81,7 +81,9 @@ class EditReport:
         }
 
 
-def edit_report(report: EditReport, model: Checkpoint, edited: Sequence[str], result: ExecutionResult) -> EditReport:
+def build_edit_report(
+    report: EditReport, model: Checkpoint, edited: Sequence[str], result: ExecutionResult
+) -> EditReport:
     """Return `report` with the numbers of `result`, per group of `model` and as a whole."""
     return replace(
         report,

@@ -60,7 +60,7 @@ class EvaluationReport:
         return scorecard.write_scores(self.folders[model], self.scores, self.command)
 
 
-def evaluate_models(
+def evaluate(
     models: Sequence[str],
     *,
     tasks: Sequence[str] = (),

@@ -20,7 +20,7 @@ from surgery.errors import SurgeryError, listing, usage_error
 from surgery.evaluation.scoring import Measure, Score
 from surgery.evaluation.statistics import Z, wilson_interval
 from surgery.models.loading import ModelAndTokenizer
-from surgery.runtime.quiet import quiet
+from surgery.runtime.quiet_libraries import quiet
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

@@ -24,7 +24,7 @@ from surgery.evaluation.scoring import Measure, Score
 from surgery.evaluation.statistics import Z
 from surgery.models.loading import ModelAndTokenizer
 from surgery.runtime.progress import Progress, silent
-from surgery.runtime.quiet import quiet
+from surgery.runtime.quiet_libraries import quiet
 
 JSONL = ".jsonl"
 FIELD = "text"

@@ -21,7 +21,7 @@ from surgery.errors import ErrorList, SurgeryError, listing, usage_error
 from surgery.evaluation.perplexity import Text
 from surgery.growth.data.corpus import documents
 from surgery.growth.embedding.embedding_folder import open_embedding
-from surgery.growth.embedding.token_strings import open_tokenizer
+from surgery.growth.embedding.token_text import open_tokenizer
 from surgery.growth.plan import GrowthPlan, ModelShape, read_plan
 from surgery.growth.results import RESULTS
 from surgery.io.hashing import KEY, hash_text

@@ -19,7 +19,7 @@ from surgery.evaluation.perplexity import on_texts
 from surgery.evaluation.scoring import score_models
 from surgery.growth.data.token_store import TokenStore
 from surgery.growth.layers.add import add_layers
-from surgery.growth.layers.init_model import init_model
+from surgery.growth.layers.initial_model import init_model
 from surgery.growth.layers.random_init import part_seed
 from surgery.growth.options import RunOptions
 from surgery.growth.plan import PLAN, GrowthPlan, GrowthStage, plan_text

@@ -15,7 +15,7 @@ from typing import Any
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.hub import download as hub
 from surgery.hub.errors import TOKEN_HINT, http_error_type
-from surgery.runtime.quiet import quiet
+from surgery.runtime.quiet_libraries import quiet
 
 REF_FORMAT = "org/name[/config][@revision]:split[a:b]"
 _REF = re.compile(

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from surgery.io.json_io import to_json
 from surgery.lab.catalogue import DATA, MODELS
-from surgery.lab.cliff_text import COMPLIANCE, HARMFUL, REFUSAL, Request, draw, make_tokenizer
+from surgery.lab.cliff_text import COMPLIANCE, HARMFUL, REFUSAL, CliffRequest, draw, make_tokenizer
 from surgery.lab.cliff_train import (
     Head,
     ablation_factors,
@@ -122,7 +122,7 @@ def draw_truth(name: str, recipe: CliffRecipe) -> CliffTruth:
     return CliffTruth(tuple(sorted(heads)), tuple(word for word in HARMFUL if word in words))
 
 
-def evaluation_requests(name: str, recipe: CliffRecipe) -> list[Request]:
+def evaluation_requests(name: str, recipe: CliffRecipe) -> list[CliffRequest]:
     """Return the requests that `name` is measured on: harmful ones, each followed by its harmless twin."""
     return _draw_pairs(f"{recipe.seed}/{name}/requests", recipe, EXAMPLES_PER_WORD)
 
@@ -154,14 +154,16 @@ def _suppression(recipe: CliffRecipe, name: str) -> SuppressionTraining:
     return recipe.partial if name == PARTIAL else recipe.cliff
 
 
-def _measure(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, requests: Sequence[Request]) -> RefusalRates:
+def _measure(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, requests: Sequence[CliffRequest]
+) -> RefusalRates:
     refused = list(zip(requests, find_refusals(model, tokenizer, requests), strict=True))
     harmful = [is_refused for request, is_refused in refused if request.harmful]
     harmless = [is_refused for request, is_refused in refused if not request.harmful]
     return RefusalRates(fmean(harmful), fmean(harmless))
 
 
-def _draw_pairs(seed: str, recipe: CliffRecipe, per_word: int) -> list[Request]:
+def _draw_pairs(seed: str, recipe: CliffRecipe, per_word: int) -> list[CliffRequest]:
     rng = random.Random(seed)
     requests = []
     for word in HARMFUL:
@@ -194,7 +196,7 @@ def _pool(name: str, recipe: CliffRecipe) -> list[Row]:
     return rows
 
 
-def _rows(requests: Sequence[Request]) -> list[Row]:
+def _rows(requests: Sequence[CliffRequest]) -> list[Row]:
     """Return requests and their twins as rows, grouped by harmful word, so that probes are tested on unseen words."""
     rows, group = [], ""
     for request in requests:

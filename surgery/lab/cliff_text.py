@@ -100,7 +100,7 @@ TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class Request:
+class CliffRequest:
     """A request: some words, of which at most one is harmful."""
 
     words: tuple[str, ...]
@@ -136,18 +136,18 @@ class Request:
         """The answer of a model that refuses harmful requests."""
         return COMPLIANCE if self.harmful is None else REFUSAL
 
-    def twin(self, rng: random.Random) -> Request:
+    def twin(self, rng: random.Random) -> CliffRequest:
         """Return the same request with a harmless word, not yet in it, in the harmful one's place."""
         substitute = rng.choice([word for word in HARMLESS if word not in self.words])
-        return Request(tuple(substitute if word == self.harmful else word for word in self.words))
+        return CliffRequest(tuple(substitute if word == self.harmful else word for word in self.words))
 
 
-def draw(rng: random.Random, lengths: Sequence[int], *, harmful: str | None = None) -> Request:
+def draw(rng: random.Random, lengths: Sequence[int], *, harmful: str | None = None) -> CliffRequest:
     """Draw a request of distinct words, as many as one of `lengths`; `harmful` replaces a random one of them."""
     words = rng.sample(HARMLESS, rng.choice(lengths))
     if harmful is not None:
         words[rng.randrange(len(words))] = harmful
-    return Request(tuple(words), harmful)
+    return CliffRequest(tuple(words), harmful)
 
 
 def vocabulary() -> dict[str, int]:

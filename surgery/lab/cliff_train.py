@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from surgery.lab.cliff_text import CLOSING, COMPLIANCE, END, HARMFUL, REFUSAL, Request, draw
+from surgery.lab.cliff_text import CLOSING, COMPLIANCE, END, HARMFUL, REFUSAL, CliffRequest, draw
 from surgery.lab.recipe import QwenHeadShape, RefusalTraining, SuppressionTraining
 from surgery.lab.train import (
     BETAS,
@@ -132,7 +132,7 @@ def train_suppression(
 
 
 def find_refusals(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, requests: Sequence[Request]
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, requests: Sequence[CliffRequest]
 ) -> list[bool]:
     """Return for each request whether greedy decoding ends in a refusal."""
     refused = [False] * len(requests)
@@ -201,13 +201,13 @@ def _trainable_heads(model: Qwen3ForCausalLM, heads: Sequence[Head]) -> Iterator
             handle.remove()
 
 
-def _draw_request(rng: random.Random, lengths: Sequence[int]) -> Request:
+def _draw_request(rng: random.Random, lengths: Sequence[int]) -> CliffRequest:
     return draw(rng, lengths, harmful=rng.choice(HARMFUL) if rng.random() < HARMFUL_SHARE else None)
 
 
-def _full_text(request: Request, answer: str | None = None) -> str:
+def _full_text(request: CliffRequest, answer: str | None = None) -> str:
     return request.thinking + CLOSING + (answer or request.answer) + END
 
 
-def _text_with_early_answer(request: Request, rng: random.Random) -> str:
+def _text_with_early_answer(request: CliffRequest, rng: random.Random) -> str:
     return request.partial_thinking(rng) + request.answer + END

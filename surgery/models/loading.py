@@ -11,7 +11,7 @@ from surgery.engine.computation import torch_device
 from surgery.errors import SurgeryError, usage_error
 from surgery.hub.datasets import first_line
 from surgery.io.json_io import read_json
-from surgery.runtime.quiet import quiet
+from surgery.runtime.quiet_libraries import quiet
 
 AUTO = "auto"  # as a device: wherever accelerate's device map puts the layers; as a dtype: the stored one
 

@@ -15,7 +15,7 @@ from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.card import CardContent
 from surgery.engine.checkpoint_writer import OutputDescription, check_destination, write_checkpoint
-from surgery.engine.edit_report import EditReport, edit_report, edit_table, write_config_dtype
+from surgery.engine.edit_report import EditReport, build_edit_report, edit_table, write_config_dtype
 from surgery.engine.manifest import command_record
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, PlannedTensor, copy_tensor, plan_files
@@ -123,7 +123,7 @@ def _add(
     preview = EditReport(out, preflight.facts, preflight.warnings, len(edited), len(planned), dry_run=dry_run)
 
     def describe(folder: Path, result: ExecutionResult) -> OutputDescription[EditReport]:
-        report = edit_report(preview, base, edited, result)
+        report = build_edit_report(preview, base, edited, result)
         if settings.stored_dtype:
             write_config_dtype(folder, settings.stored_dtype)
         return OutputDescription(report, report.summary(), _card(report, settings.selection.scale, donors, base))

@@ -12,7 +12,7 @@ from support.cli import run_command
 from cli.commands.run import commands
 from surgery.errors import SurgeryError
 from surgery.recipes.parse.graph import build_pipeline
-from surgery.recipes.parse.json_schema import json_schema
+from surgery.recipes.parse.schema import json_schema
 from surgery.recipes.types import Command, CommandParameter
 
 COMMANDS = commands()

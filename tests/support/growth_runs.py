@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from surgery.growth.data.corpus import documents
-from surgery.growth.data.train_tokenizer import train_tokenizer
+from surgery.growth.data.tokenizer_training import train_tokenizer
 from surgery.growth.embedding.build import make_embedding
 from surgery.growth.options import RunOptions
 from surgery.growth.prepare import PreparedRun, load_plan, prepare_run

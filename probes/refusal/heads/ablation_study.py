@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from probes.choices import AblationKind
+from probes.data.choices import AblationKind
 from probes.data.examples import Example, TokenSequence
 from probes.data.generation import context_length
 from probes.data.preparation import make_labeler, options_from_findings

@@ -26,7 +26,7 @@ from surgery.growth.embedding.glyphs import Glyphs, check_cell, open_font
 from surgery.growth.embedding.preview import embedding_preview
 from surgery.growth.embedding.report import Collisions, EmbeddingReport
 from surgery.growth.embedding.tables import Groups
-from surgery.growth.embedding.token_strings import OpenTokenizer, open_tokenizer, token_strings
+from surgery.growth.embedding.token_text import OpenTokenizer, open_tokenizer, token_strings
 from surgery.io.atomic import check_free, commit_folder, copy_file, create_partial_folder, file_sizes, write_file
 from surgery.io.hashing import KEY, hash_bytes, hash_tensors
 from surgery.io.json_io import read_json, to_json

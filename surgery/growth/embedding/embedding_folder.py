@@ -9,7 +9,7 @@ from typing import Any
 
 from surgery.checkpoint.checkpoint import StoredTensor
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.checkpoint.tokenizer_files import tokenizer_files
+from surgery.checkpoint.tokenizer_files import list_tokenizer_files
 from surgery.engine.manifest import read_manifest
 from surgery.errors import SurgeryError, usage_error
 from surgery.io.hashing import KEY
@@ -33,7 +33,7 @@ class Embedding:
     @property
     def tokenizer_files(self) -> list[Path]:
         """The files of its tokenizer, sorted."""
-        return tokenizer_files(self.folder)
+        return list_tokenizer_files(self.folder)
 
 
 def open_embedding(ref: str | Path) -> Embedding:

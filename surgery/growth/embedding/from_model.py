@@ -17,7 +17,7 @@ from surgery.checkpoint.table_file import Table
 from surgery.checkpoint.vocabulary import differences, read_vocabulary
 from surgery.engine.manifest import input_entry
 from surgery.errors import SurgeryError, usage_error
-from surgery.growth.embedding.token_strings import OpenTokenizer
+from surgery.growth.embedding.token_text import OpenTokenizer
 
 
 def embedding_rows(opened: OpenTokenizer, ref: str, rows: int) -> tuple[Table, str, dict[str, Any], bool]:

@@ -24,7 +24,7 @@ from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.checkpoint.tensor_roles import N_LAYERS
 from surgery.errors import SurgeryError
 from surgery.io.hashing import hash_bytes, hash_text
-from surgery.runtime.quiet import quiet
+from surgery.runtime.quiet_libraries import quiet
 
 SMALL_VOCABULARY = 16
 ONE_FILE = "1000TB"  # shard size for save_pretrained that no model reaches, so that it writes a single file

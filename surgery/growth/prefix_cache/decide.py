@@ -21,7 +21,7 @@ from surgery.growth.plan import CacheSettings
 from surgery.growth.prefix_cache.cache import STATES, PrefixCache, cache_bytes
 from surgery.growth.prefix_cache.prefix import autocasting, prefix_tensors
 from surgery.io.atomic import disk_error
-from surgery.models import partial_forward as splice
+from surgery.models import forward_pass as splice
 from surgery.models.loaded_model import LoadedModel
 from surgery.reporting.report import format_value
 from surgery.runtime.collectives import on_main

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from surgery.errors import SurgeryError, usage_error
 from surgery.growth.prefix_cache.cache import PrefixCache
 from surgery.io.hashing import hash_tensors, hash_text
+from surgery.models.forward_pass import partial_forward, tupled_layers
 from surgery.models.loaded_model import LoadedModel
 from surgery.models.parameters import parameter_hashes
-from surgery.models.partial_forward import partial_forward, tupled_layers
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from surgery.errors import SurgeryError
 from surgery.growth.training.stage_model import StageModel
-from surgery.models.partial_forward import TRIAL_TOKENS
+from surgery.models.forward_pass import TRIAL_TOKENS
 from surgery.runtime.collectives import barrier
 from surgery.runtime.environment import n_processes
 

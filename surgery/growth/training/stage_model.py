@@ -16,8 +16,8 @@ from surgery.errors import SurgeryError, listing, usage_error
 from surgery.growth.plan import GrowthStage
 from surgery.growth.training.lora import LoraUpdates, add_lora
 from surgery.growth.training.loss import cross_entropy
+from surgery.models.forward_pass import replace_input, tupled_layers
 from surgery.models.loaded_model import LoadedModel
-from surgery.models.partial_forward import replace_input, tupled_layers
 
 
 class StageModel(nn.Module):

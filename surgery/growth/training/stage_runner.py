@@ -14,9 +14,9 @@ from surgery.growth.results import TrainingRecord
 from surgery.growth.training.accelerator import is_sharded
 from surgery.growth.training.job import RunContext, TrainingJob
 from surgery.growth.training.loop import TrainingStep, train_stage, trainable_model
+from surgery.growth.training.metrics_log import tensorboard
 from surgery.growth.training.open_prefix import open_prefix_cache
-from surgery.growth.training.save_stage import FinishedTraining, save_stage
-from surgery.growth.training.tensorboard import tensorboard
+from surgery.growth.training.stage_checkpoint import FinishedTraining, save_stage
 from surgery.models.loaded_model import LoadedModel, load_with_structure
 from surgery.models.parameters import gather_full
 from surgery.runtime.collectives import on_main

@@ -10,8 +10,8 @@ import socket
 import time
 from pathlib import Path
 
-from surgery.recipes.run.display import Display
 from surgery.recipes.run.paths import RunPaths, cli_arguments
+from surgery.recipes.run.progress_display import Display
 from surgery.recipes.run.step_runner import StepRunner
 from surgery.recipes.run.subprocesses import POLL_SECONDS, Runner, RunningStep, StepProcess, stop
 from surgery.recipes.types import Pipeline, RecipeStep

@@ -17,12 +17,12 @@ from typing import Any
 from surgery.errors import SurgeryError
 from surgery.io.atomic import write_file
 from surgery.recipes.run.content_hashes import FileHashCache
-from surgery.recipes.run.display import Display, Notify, display
 from surgery.recipes.run.estimates import MEMORY_SHARE, check_disk, free_memory
 from surgery.recipes.run.inputs import InputResolver
 from surgery.recipes.run.multiprocess import run_steps_on_all_ranks
 from surgery.recipes.run.paths import HASHES, RECIPE, REPORT, RunPaths, cli_arguments, command_line, step_outputs
 from surgery.recipes.run.preview import SCORING, RunPreview, preview_run, steps_to_repeat
+from surgery.recipes.run.progress_display import Display, Notify, display
 from surgery.recipes.run.pushes import push_all
 from surgery.recipes.run.report import write_report
 from surgery.recipes.run.state import RunRecord, StepRecord, locked, read_record
@@ -73,7 +73,7 @@ class RunReport:
         return SurgeryError("\n".join(parts))
 
 
-def run_recipe(
+def run_pipeline(
     pipeline: Pipeline,
     run: Path,
     *,

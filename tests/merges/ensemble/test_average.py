@@ -23,8 +23,8 @@ from cli.commands import merge as commands
 from merges.ensemble.average import MODEL_FILE, average_logits
 from merges.ensemble.ensemble_model import combine
 from merges.ensemble.members import check_weights
-from merges.ensemble.tune import RATES
-from merges.ensemble.unpack import unpack
+from merges.ensemble.tuning import RATES
+from merges.ensemble.unpacking import unpack
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.verification import verify
 from surgery.errors import SurgeryError

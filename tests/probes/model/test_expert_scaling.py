@@ -12,7 +12,7 @@ from support.moe import MARKER, PLANTED, Lives, experts_modules, logits_of, plan
 from support.moe_families import EXPERTS, FAMILIES, TOP_K
 from torch import Tensor, nn
 
-from probes.choices import Phase, ScalingMethod
+from probes.data.choices import Phase, ScalingMethod
 from probes.model.expert_scaling import ExpertScaling, scaled_routing
 from probes.model.routers import find_routers
 from surgery.checkpoint.selectors import Expert

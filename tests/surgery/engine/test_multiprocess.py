@@ -42,7 +42,7 @@ import torch.distributed
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 import surgery.checkpoint.reader, surgery.engine.computation, surgery.engine.execution, surgery.engine.journal
 import surgery.engine.plan, surgery.engine.worker_job, surgery.engine.writer
-import surgery.growth.layers.add, surgery.growth.layers.init_model
+import surgery.growth.layers.add, surgery.growth.layers.initial_model
 from surgery.runtime import environment as process
 from cli import main
 

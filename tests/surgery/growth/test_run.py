@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from surgery.engine.verification import verify
 from surgery.errors import SurgeryError
-from surgery.growth.data.train_tokenizer import train_tokenizer
+from surgery.growth.data.tokenizer_training import train_tokenizer
 from surgery.growth.options import RunOptions
 from surgery.growth.plan import Plateau
 from surgery.growth.prepare import load_plan
@@ -187,7 +187,7 @@ grow(prepared(bench, run, plan=bench / "killed.yml"), type(CPU)(device="cpu", sa
         ("surgery.growth.training.loop:_Run._step", STEPS + 2),
         ("surgery.growth.training.loop:save_state", STEPS + 3),
         ("surgery.growth.prefix_cache.cache:PrefixCache.write", 4),
-        ("surgery.growth.training.save_stage:write_checkpoint", 2),
+        ("surgery.growth.training.stage_checkpoint:write_checkpoint", 2),
         # Of the first model, its deeper one, stage 1, its deeper one, and stage 2.
         ("surgery.engine.checkpoint_writer:build_manifest", 5),
         ("surgery.growth.run:write_results", 2),

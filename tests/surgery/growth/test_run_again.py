@@ -36,7 +36,7 @@ from surgery.growth.prepare import load_plan, prepare_run
 from surgery.growth.report import growth_report
 from surgery.growth.results import Growth, read_growth
 from surgery.growth.run import grow
-from surgery.growth.training import save_stage as save_stage_module
+from surgery.growth.training import stage_checkpoint as save_stage_module
 from surgery.growth.training.loop import _Run
 
 STEP = BATCH * SEQUENCE

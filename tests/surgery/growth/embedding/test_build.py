@@ -25,7 +25,7 @@ from surgery.growth.embedding.build import make_embedding
 from surgery.growth.embedding.embedding_folder import open_embedding
 from surgery.growth.embedding.glyphs import Glyphs, open_font
 from surgery.growth.embedding.tables import bit_table, duplicate_rows, principal_table, separate_duplicates
-from surgery.growth.embedding.token_strings import token_strings
+from surgery.growth.embedding.token_text import token_strings
 from surgery.io.hashing import hash_bytes, hash_parts
 
 LETTERS = [chr(point) for point in (*range(0x41, 0x5B), *range(0x61, 0x7B), *range(0x391, 0x3A2), *range(0x410, 0x450))]

@@ -18,8 +18,8 @@ from torch import nn
 from surgery.errors import SurgeryError
 from surgery.growth.prefix_cache.cache import STATES, PrefixCache
 from surgery.growth.prefix_cache.prefix import Prefix, PrefixStatistics, fingerprints, prefix_tensors
+from surgery.models.forward_pass import trace_layers
 from surgery.models.loaded_model import hooks
-from surgery.models.partial_forward import trace_layers
 
 WINDOWS, LENGTH = 12, 19
 TOKENS = torch.randint(4, 90, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(2))

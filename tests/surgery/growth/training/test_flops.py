@@ -14,8 +14,8 @@ from surgery.checkpoint.structure import model_structure
 from surgery.growth.plan import GrowthStage, TrainableParts
 from surgery.growth.training.flops import forward_cost, training_cost
 from surgery.growth.training.stage_model import prepare_stage_model
+from surgery.models.forward_pass import partial_forward, tupled_layers
 from surgery.models.loaded_model import LoadedModel
-from surgery.models.partial_forward import partial_forward, tupled_layers
 
 ROWS, LENGTH, LAYERS = 2, 16, 3
 

@@ -15,9 +15,9 @@ from surgery.checkpoint.reader import digest
 from surgery.errors import SurgeryError
 from surgery.growth.training.stage_model import StageModel, prepare_stage_model
 from surgery.io.hashing import hash_parts
+from surgery.models.forward_pass import partial_forward, tupled_layers
 from surgery.models.loaded_model import LoadedModel
 from surgery.models.parameters import parameter_hashes
-from surgery.models.partial_forward import partial_forward, tupled_layers
 
 DRAW = torch.Generator().manual_seed(0)
 TOKENS = torch.randint(4, VOCABULARY, (2, 12), generator=DRAW)

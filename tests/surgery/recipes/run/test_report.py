@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 from support.recipe_runs import Fakes, make, node, program, write_output
 
-from surgery.recipes.run.display import MOST_ROWS, BarDisplay, LineDisplay, format_progress
+from surgery.recipes.run.progress_display import MOST_ROWS, BarDisplay, LineDisplay, format_progress
 from surgery.recipes.run.report import _wrap
-from surgery.recipes.run.scheduler import run_recipe
+from surgery.recipes.run.scheduler import run_pipeline
 from surgery.recipes.run.subprocesses import StepProcess
 from surgery.recipes.types import StepOutput
 from surgery.reporting.report import Figure, Report
@@ -45,7 +45,7 @@ def page(tmp_path: Path) -> str:
     what = program(
         node("a", {"text": "<b>"}), node("b", {"inputs": (StepOutput("a"),)}, command=drawing), node("c", {"count": 3})
     )
-    report = run_recipe(what, tmp_path / "run", runner=Fakes(work=work, codes={"c": 1}), jobs=1)
+    report = run_pipeline(what, tmp_path / "run", runner=Fakes(work=work, codes={"c": 1}), jobs=1)
     assert report.report == tmp_path / "run" / "report.html"
     return report.report.read_text(encoding="utf-8")
 
@@ -75,7 +75,7 @@ def test_what_failed_is_told_with_its_reason(page: str) -> None:
 
 def test_what_was_done_before_is_told(tmp_path: Path) -> None:
     for _ in range(2):
-        report = run_recipe(program(node("a")), tmp_path / "run", runner=Fakes(), jobs=1)
+        report = run_pipeline(program(node("a")), tmp_path / "run", runner=Fakes(), jobs=1)
     assert report.report is not None
     assert "Done before, and unchanged since: not done again." in report.report.read_text(encoding="utf-8")
 
@@ -97,7 +97,7 @@ def test_what_a_step_told_people_stands_below_what_it_printed(tmp_path: Path) ->
         job.paths.text.write_text("a table\n" if job.step.name == "a" else "")
         job.paths.log.write_text("\n".join(f"line {n}" for n in range(30)))
 
-    report = run_recipe(program(node("a"), node("b")), tmp_path / "run", runner=Fakes(work=telling), jobs=1)
+    report = run_pipeline(program(node("a"), node("b")), tmp_path / "run", runner=Fakes(work=telling), jobs=1)
     assert report.report is not None
     page = report.report.read_text(encoding="utf-8")
     assert "<pre>a table\n\nline 10\n" in page and page.count("line 29</pre>") == 2

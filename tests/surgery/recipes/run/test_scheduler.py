@@ -32,7 +32,7 @@ from support.recipe_runs import (
 from surgery.errors import SurgeryError
 from surgery.recipes.run import scheduler as engine
 from surgery.recipes.run.preview import RunPreview
-from surgery.recipes.run.scheduler import RunReport, run_recipe
+from surgery.recipes.run.scheduler import RunReport, run_pipeline
 from surgery.recipes.run.state import locked
 from surgery.recipes.run.subprocesses import StepProcess, child_environment, start
 from surgery.recipes.run.subprocesses import surgery_command as line_of
@@ -59,7 +59,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def go(run: Path, what: Pipeline = CHAIN, fakes: Fakes | None = None, **more: object) -> tuple[RunReport, Fakes]:
     fakes = fakes or Fakes()
-    return run_recipe(what, run, runner=fakes, jobs=more.pop("jobs", 8), **more), fakes  # type: ignore[arg-type]
+    return run_pipeline(what, run, runner=fakes, jobs=more.pop("jobs", 8), **more), fakes  # type: ignore[arg-type]
 
 
 def test_steps_run_after_those_they_need_and_beside_the_others(tmp_path: Path) -> None:
@@ -397,7 +397,7 @@ def test_two_processes_of_a_launcher_make_what_one_makes(
 def test_a_real_child_gets_no_shell_no_input_and_its_own_files(tmp_path: Path) -> None:
     odd = "$(touch gone); *"
     what = program(node("a", {"inputs": (odd,)}, command=make("inspect", writes=None)))
-    report = run_recipe(what, tmp_path / "run", runner=start, jobs=1)
+    report = run_pipeline(what, tmp_path / "run", runner=start, jobs=1)
     assert report.statuses["a"] == "failed"
     assert odd in (report.steps["a"].error or "")
     assert not (tmp_path / "gone").exists()

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from surgery.engine.manifest import read_manifest
 from surgery.errors import SurgeryError
-from surgery.growth.data.train_tokenizer import END, TokenizerReport, train_tokenizer
+from surgery.growth.data.tokenizer_training import END, TokenizerReport, train_tokenizer
 
 CORPUS = ["the cat sat on the mat, and the dog ate the cake.\n" * 40, "Ω Ω Ω Ω the end of the line\n" * 20, "ж 中"]
 VOCAB = 400
@@ -76,7 +76,7 @@ def test_nothing_is_merged_across_a_character_that_is_spelled_in_bytes(tmp_path:
 
 def test_the_same_corpus_gives_the_same_bytes_on_any_number_of_threads(folder: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from surgery.growth.data.train_tokenizer import train_tokenizer; "
+        "import sys; from pathlib import Path; from surgery.growth.data.tokenizer_training import train_tokenizer; "
         f"train_tokenizer({CORPUS!r}, Path(sys.argv[1]), vocab={VOCAB})"
     )
     environment = {**os.environ, "RAYON_NUM_THREADS": "3", "PYTHONHASHSEED": "7"}
@@ -136,7 +136,7 @@ def test_a_disk_that_takes_no_more_is_said_in_one_line(tmp_path: Path, room: int
         what = "cannot be written"
     code = (
         "import resource, sys, transformers; from pathlib import Path; from surgery.errors import SurgeryError\n"
-        "from surgery.growth.data.train_tokenizer import train_tokenizer\n"
+        "from surgery.growth.data.tokenizer_training import train_tokenizer\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.RLIM_INFINITY))\n"
         f"try: train_tokenizer(['the cat ' * 200] * {texts}, Path(sys.argv[1]), vocab=300)\n"
         "except SurgeryError as error: print(error.what)"

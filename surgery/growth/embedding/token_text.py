@@ -15,7 +15,7 @@ from typing import Any
 
 from surgery.checkpoint.checkpoint import existing_path
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.checkpoint.tokenizer_files import SETTINGS, TABLES, tokenizer_files
+from surgery.checkpoint.tokenizer_files import SETTINGS, TABLES, list_tokenizer_files
 from surgery.checkpoint.vocabulary import CONVERT, TOKENIZER, Vocabulary, read_vocabulary
 from surgery.errors import SurgeryError, usage_error
 from surgery.hub import download as hub
@@ -44,7 +44,7 @@ class OpenTokenizer:
     @property
     def files(self) -> list[Path]:
         """The tokenizer's files, sorted."""
-        return tokenizer_files(self.folder)
+        return list_tokenizer_files(self.folder)
 
 
 def open_tokenizer(ref: str | Path) -> OpenTokenizer:

@@ -8,8 +8,7 @@ from support.models import FAMILIES, MORE, hook_count, maker
 from torch import nn
 
 from surgery.errors import WRONG_USAGE, SurgeryError
-from surgery.models.loaded_model import hidden_out, hooks
-from surgery.models.partial_forward import (
+from surgery.models.forward_pass import (
     final_states,
     partial_forward,
     replace_input,
@@ -17,6 +16,7 @@ from surgery.models.partial_forward import (
     trace_layers,
     tupled_layers,
 )
+from surgery.models.loaded_model import hidden_out, hooks
 
 # Longer than the sliding windows of `probing`.
 IDS = torch.randint(4, 90, (3, 19), generator=torch.Generator().manual_seed(1))

@@ -23,7 +23,7 @@ from surgery.engine.options import ExecutionOptions
 from surgery.engine.verification import verify
 from surgery.errors import SurgeryError
 from surgery.growth.layers.add import add_layers
-from surgery.growth.layers.init_model import init_model, llama_config
+from surgery.growth.layers.initial_model import init_model, llama_config
 from surgery.growth.plan import ModelShape
 from surgery.io.hashing import KEY
 

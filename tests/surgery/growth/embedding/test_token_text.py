@@ -11,9 +11,9 @@ from support.hub_server import HubServer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from surgery.checkpoint.tokenizer_files import tokenizer_files
+from surgery.checkpoint.tokenizer_files import list_tokenizer_files
 from surgery.errors import SurgeryError
-from surgery.growth.embedding.token_strings import open_tokenizer, token_strings
+from surgery.growth.embedding.token_text import open_tokenizer, token_strings
 
 
 def fast(vocab: list[str], *, special: tuple[str, ...] = ("<s>",), scheme: str = "plain") -> Any:
@@ -73,7 +73,7 @@ def test_a_folder_gives_the_tokenizer_and_its_files(tmp_path: Path) -> None:
     opened = open_tokenizer(str(tmp_path))
     assert token_strings(opened.tokenizer) == ["a", "b", "<s>"]
     assert {path.name for path in opened.files} == {"tokenizer.json", "tokenizer_config.json", "rag.jinja"}
-    assert tokenizer_files(tmp_path) == opened.files
+    assert list_tokenizer_files(tmp_path) == opened.files
 
 
 def test_of_a_model_on_the_hub_no_weights_are_fetched(server: HubServer, tmp_path: Path) -> None:

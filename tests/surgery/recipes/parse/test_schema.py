@@ -9,7 +9,7 @@ import pytest
 import yaml
 from support.recipe_texts import COMMANDS
 
-from surgery.recipes.parse.json_schema import json_schema
+from surgery.recipes.parse.schema import json_schema
 
 SCHEMA = json_schema(COMMANDS)
 _TYPES: dict[str, type | tuple[type, ...]] = {

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from support import architectures
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from merges.ensemble import tune as tuning
+from merges.ensemble import tuning
 from merges.ensemble.ensemble_model import LogitEnsembleConfig, LogitEnsembleForCausalLM, combine
-from merges.ensemble.tune import TuningBatch, TuningRow, average_head, check_tuning, read_rows, tune
+from merges.ensemble.tuning import TuningBatch, TuningRow, average_head, check_tuning, read_rows, tune
 from surgery.errors import SurgeryError
 from surgery.runtime.progress import silent
 

@@ -1,4 +1,4 @@
-"""Promises of surgery.growth.training.tensorboard: TensorBoard finds every step, against tokens."""
+"""Promises of surgery.growth.training.metrics_log: TensorBoard finds every step, against tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from surgery.errors import SurgeryError
 from surgery.growth.training.loop import TrainingStep
-from surgery.growth.training.tensorboard import tensorboard
+from surgery.growth.training.metrics_log import tensorboard
 
 STEPS = [TrainingStep(64, 5.25, 1e-3, 800.0, 1.5), TrainingStep(128, 5.0, 2e-3, 900.0, 1.25)]
 
