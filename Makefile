@@ -34,6 +34,7 @@ check: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m cli.reference docs/commands
+	$(BIN)/python -m cli.api_reference docs/api.md
 
 bench: $(READY)
 	$(BIN)/python benchmarks/transfer.py

@@ -85,7 +85,7 @@ def show_preflight(facts: Mapping[str, str], warnings: Sequence[str]) -> None:
 def version(wanted: bool) -> None:
     """Print the version and exit; the callback of `--version`."""
     if wanted:
-        from importlib.metadata import version as installed
+        from surgery.runtime.version import __version__
 
-        typer.echo(installed("model-surgery"))
+        typer.echo(__version__)
         raise typer.Exit

@@ -10,32 +10,39 @@ from typing import Any
 from urllib.parse import quote
 
 from merges.config.document_order import ordered
+from merges.config.parse import parse_configs
 from merges.config.schema import MergeConfig
 from merges.job import MergeJob, PlannedMerge
+from merges.methods import METHODS
 from merges.report import MergeReport
 from surgery.engine.manifest import read_manifest
 from surgery.engine.options import ExecutionOptions
 from surgery.io.atomic import MANIFEST, check_free, partial_path
+from surgery.io.yaml_models import read_text
 from surgery.runtime.collectives import on_main
 
 STEPS = ".steps"  # OUT.steps/ holds the results of named documents until the last is done
 
 
 def merge(
-    configs: Sequence[MergeConfig],
+    configs: Path | Sequence[MergeConfig],
     out: Path,
     *,
-    line: Sequence[str],
+    line: Sequence[str] = (),
     text: str = "",
     dry_run: bool = False,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> MergeReport:
     """Write the merge that `configs` describe to the folder `out`.
 
+    Example:
+        merge(Path("config.yml"), Path("OUT"))
+
     Args:
-        configs: as `merges.config.parse` reads them; those with a name are merged first, and removed when the last is
-            done.
-        line: the words of the command line, for manifest and model card; the same words for the same job.
+        configs: a mergekit YAML file, or what `merges.config` reads; those with a name are merged first, and removed
+            when the last is done.
+        line: the words of the command line, for manifest and model card; the same words for the same job. By default
+            those that merge the file.
         text: the config as it was written, for the model card.
         dry_run: stop after the checks; nothing is written. Of documents that need another's result only the models are
             checked.
@@ -44,6 +51,11 @@ def merge(
         SurgeryError: the models do not fit each other or the config; `out` exists; a source holds NaN or infinite
             values; the disk is full.
     """
+    if isinstance(configs, Path):
+        line = line or ["surgery", "merge", str(configs), "-o", "OUT"]
+        text = text or read_text(configs)
+        specs = {name: method.spec for name, method in METHODS.items()}
+        configs = parse_configs(text, str(configs), methods=specs)
     *before, last = ordered(configs)
     steps = out.with_name(out.name + STEPS)
     # A name may hold slashes and dots, and none of them may lead out of the folder.

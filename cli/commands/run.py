@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,17 +66,15 @@ def run(
     if name is None:
         _list(file, as_json=as_json)
         return
-    from surgery.recipes.parse.graph import build_pipeline
-    from surgery.recipes.run.scheduler import run_pipeline
-
-    pipeline = build_pipeline(file, name, commands=commands(), settings=dict(map(_setting, settings or ())))
     folder = RUNS / name if out is None else out
     # With --from the same command would do again what has just been done.
     again = "The same command" if from_step is None else "The same command without --from"
     try:
-        report = run_pipeline(
-            pipeline,
+        report = run_recipe(
+            file,
+            name,
             folder,
+            settings=dict(map(_setting, settings or ())),
             jobs=jobs,
             from_step=from_step,
             dry_run=dry_run,
@@ -96,6 +95,57 @@ def run(
         console.message(f"Report: {report.report}")
     if error is not None:
         raise error
+
+
+def run_recipe(
+    file: Path,
+    name: str,
+    out: Path | None = None,
+    *,
+    settings: Mapping[str, str] | None = None,
+    jobs: int | None = None,
+    from_step: str | None = None,
+    dry_run: bool = False,
+    show: Callable[[RunPreview], None] = lambda preview: None,
+    notify: Callable[[str], None] = lambda text: None,
+    bars: bool = False,
+) -> RunReport:
+    """Check the recipe `name` of `file`, and run its steps as far as they are not done yet.
+
+    Here and not in `surgery.recipes`, because steps are commands, and which there are the command line knows.
+
+    Example:
+        surgery.run_recipe(Path("recipes.yaml"), "reasoning-vector", settings={"task": "lab_sums"})
+
+    Args:
+        out: the run's folder; `runs/NAME` by default.
+        settings: values of the recipe's variables, as typed after `--set`.
+        jobs: the largest number of steps that run in parallel; None for half of the processors.
+        from_step: a step that is done again, with all that depend on it.
+        dry_run: stop after the checks and `show`; nothing is written.
+        show: called with the preview before anything is done.
+        notify: called with a line per event.
+        bars: whether huggingface_hub draws its progress bars on stderr while results are pushed.
+
+    Raises:
+        SurgeryError: the file or a value in it is wrong (every error at once); as
+            `surgery.recipes.run.scheduler.run_pipeline`. For a step that fails see `RunReport.error`.
+        KeyboardInterrupt: Ctrl-C; all steps have ended then.
+    """
+    from surgery.recipes.parse.graph import build_pipeline
+    from surgery.recipes.run.scheduler import run_pipeline
+
+    pipeline = build_pipeline(file, name, commands=commands(), settings=settings)
+    return run_pipeline(
+        pipeline,
+        RUNS / name if out is None else out,
+        jobs=jobs,
+        from_step=from_step,
+        dry_run=dry_run,
+        show=show,
+        notify=notify,
+        bars=bars,
+    )
 
 
 def commands() -> dict[str, Command]:

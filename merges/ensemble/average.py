@@ -106,6 +106,9 @@ def average_logits(
 ) -> LogitsReport:
     """Write the ensemble of `models` to the folder `out` (arXiv 2507.07129, "logit averaging").
 
+    Example:
+        average_logits(["lab:adder", "lab:sorter"], Path("OUT"))
+
     Args:
         weights: one per model, of any positive sum; None for equal ones.
         mode: what is averaged: logits (the paper), log-probabilities, or probabilities.

@@ -38,6 +38,9 @@ def unpack(ensemble: str, out: Path, *, options: ExecutionOptions = ExecutionOpt
 
     A member that was given as BASE+ADAPTER is written as the merged model.
 
+    Example:
+        unpack("OUT", Path("MEMBERS"))
+
     Raises:
         SurgeryError: `ensemble` is something else, or was saved by transformers since; `out` exists.
     """

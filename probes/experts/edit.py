@@ -72,6 +72,9 @@ def edit_experts(
 ) -> ExpertEditResult:
     """Write `model` with the chosen experts' down projections × β to `out`, after measuring the effects.
 
+    Example:
+        edit_experts("lab:moe", Path("OUT"), choice=ExpertSelection(...), wanted=False)
+
     Args:
         data: prompts to measure on; None takes the run's.
         wanted: False leaves measuring out, and the card reports that.

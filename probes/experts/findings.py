@@ -123,7 +123,11 @@ class ExpertFindings(FindingsRecord):
 
 
 def read_expert_findings(run: Path) -> ExpertFindings:
-    """Read the findings in the folder `run`. Raises SurgeryError if it has none, or those of another kind."""
+    """Read the findings in the folder `run`. Raises SurgeryError if it has none, or those of another kind.
+
+    Example:
+        print(read_expert_findings(Path("RUN")).experts[0])
+    """
     return read_record(run, KIND, ExpertFindings)
 
 

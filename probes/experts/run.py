@@ -42,6 +42,9 @@ def probe_experts(
 ) -> ExpertFindings:
     """Find the experts of `model` that go with `tokens`, and write the findings to the folder `out`.
 
+    Example:
+        probe_experts("lab:moe", "lab:moe", ["<think>"], Path("RUN"))
+
     Args:
         data: texts to count on, see `probes.data.reader.read_data`; what they lack is generated.
         tokens: markers with signed weights: `<think>`, `-</think>`, `-0.5*Alternatively`; see

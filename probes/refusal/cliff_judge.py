@@ -87,6 +87,9 @@ def judge(
     Where an example has no thinking the model generates it. That thinking is scored but never written: the rows to
     train on have the pool's own responses.
 
+    Example:
+        judge("lab:cliff", Path("RUN"), "lab:cliff/pool", Path("subset.jsonl"), top="5%")
+
     Args:
         run: a folder that `probe_refusal` wrote for the same model.
         top: a share such as 1.7%, or a count.

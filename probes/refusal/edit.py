@@ -88,6 +88,9 @@ def edit_heads(
 ) -> HeadEditResult:
     """Write `model` with the chosen heads scaled, or replaced by their means, to `out`, after measuring the effects.
 
+    Example:
+        edit_heads("lab:cliff", Path("OUT"), choice=HeadSelection(...), measuring=EffectOptions(...))
+
     Args:
         dtype: that the models compute in while they are measured.
         options: its device is that of measuring.

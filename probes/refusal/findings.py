@@ -151,7 +151,11 @@ class Findings(FindingsRecord):
 
 
 def read_findings(run: Path) -> Findings:
-    """Read the findings in the folder `run`. Raises SurgeryError if it has none, or those of another kind."""
+    """Read the findings in the folder `run`. Raises SurgeryError if it has none, or those of another kind.
+
+    Example:
+        print(read_findings(Path("RUN")).heads[0])
+    """
     return read_record(run, KIND, Findings)
 
 

@@ -41,6 +41,9 @@ def probe_refusal(
 ) -> Findings:
     """Probe `model` on `data` and write the findings to the folder `out`.
 
+    Example:
+        findings = probe_refusal("lab:cliff", "lab:cliff", Path("RUN"))
+
     Args:
         data: a file, a Hub data set, or lab:NAME; see `probes.data.reader.read_data`.
         transfer: a second data set that the probes are tested on.

@@ -19,6 +19,10 @@ from surgery.hub import download as hub
 def open_checkpoint(ref: str | Path) -> Checkpoint:
     """Open `ref` by its headers alone; no tensor is loaded. A Hub model is fetched first, a lab model trained.
 
+    Example:
+        checkpoint = surgery.open_checkpoint("lab:grpo")
+        print(len(checkpoint.tensors), checkpoint.config["model_type"])
+
     Raises:
         SurgeryError: the reference names nothing, or the model is damaged or not safetensors.
     """

@@ -98,6 +98,10 @@ def scale_experts(
     tensor stores of other experts, keeps its bytes. `surgery.edits.undo_file.undo` restores the model. The report's
     norms are those of the stored values: of scales where the weights are quantised.
 
+    Example:
+        from surgery.checkpoint import Expert
+        surgery.scale_experts("lab:moe", Path("OUT"), scales={Expert(1, 3): 4.0})
+
     Args:
         scales: expert → β ≥ 0; 0 removes the expert's contribution, exactly; experts with β = 1 are left alone.
         measure: measures the result before it is committed, for manifest and card; where it raises SurgeryError

@@ -92,6 +92,10 @@ def scale_heads(
     product is taken in fp32 (fp64 for F64) and rounded once to the stored dtype; other heads' columns, and every other
     tensor, keep their bytes. `surgery.edits.undo_file.undo` restores the model.
 
+    Example:
+        from surgery.checkpoint import Head
+        surgery.scale_heads("lab:cliff", Path("OUT"), scales={Head(2, 1): 0.0})
+
     Args:
         scales: head → γ; 0 removes the head, exactly; heads with γ = 1 are left alone.
         measure: measures the result before it is committed, for manifest and card; where it raises SurgeryError

@@ -132,6 +132,9 @@ def undo(model: str, out: Path, *, dry_run: bool = False, options: ExecutionOpti
     Where the edit read a model without an adapter the weight files have the same bytes as before; an adapter's update
     stays in the weights.
 
+    Example:
+        surgery.undo("OUT", Path("BACK"))
+
     Args:
         model: a folder that an edit wrote.
         dry_run: stop after the checks; nothing is written.

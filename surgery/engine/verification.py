@@ -70,6 +70,10 @@ class VerifyReport:
 def verify(model: str, *, options: ExecutionOptions = ExecutionOptions()) -> VerifyReport:
     """Read every byte of `model`'s tensors, and compare them with surgery.json where the folder has one.
 
+    Example:
+        report = surgery.verify("OUT")
+        assert report.ok
+
     Raises:
         SurgeryError: the checkpoint is damaged so that it cannot be opened or read.
     """

@@ -74,6 +74,9 @@ def evaluate(
 ) -> EvaluationReport:
     """Score every one of `models` on `tasks` and on the perplexity of `texts`; nothing is written.
 
+    Example:
+        report = surgery.evaluate(["lab:sft", "lab:grpo"], tasks=["lab_sums"])
+
     Args:
         tasks: of the evaluation harness, or of the lab.
         texts: files to predict, see `perplexity.read_text`.

@@ -79,6 +79,9 @@ def train_baselines(
 ) -> Growth:
     """Train and measure the baselines that do not exist yet, and add them to results and report.
 
+    Example:
+        surgery.train_baselines(surgery.prepare_run(plan, Path("RUN")), embedding="frozen")
+
     Args:
         budget: what they get as much of as the growth had: tokens, operations (as if nothing had been cached), or one
             model for each.

@@ -70,6 +70,9 @@ def load_plan(
 ) -> GrowthPlan:
     """Read the plan `ref` (see `surgery.growth.plan.read_plan`), with the given arguments in place of its own values.
 
+    Example:
+        plan = surgery.load_plan("small", embed="EMB", corpus=["lab:python/code"])
+
     Raises:
         SurgeryError: as `read_plan`; neither the plan nor the arguments say what to begin with, or what to train on.
     """
@@ -100,6 +103,9 @@ def load_plan(
 
 def prepare_run(plan: GrowthPlan, run: Path) -> PreparedRun:
     """Check all of `plan` against what it names, and against what exists in `run`; nothing is written.
+
+    Example:
+        prepared = surgery.prepare_run(plan, Path("RUN"))
 
     Raises:
         SurgeryError: with every error that was found: a stage that adds layers where none can be, a batch that the

@@ -51,6 +51,10 @@ BELOW_NEW_LAYERS = {"lora", "embedding", "all"}
 def grow(prepared: PreparedRun, options: RunOptions = RunOptions()) -> Growth:
     """Train and measure every stage that does not exist yet, and write results and report; all processes call it.
 
+    Example:
+        plan = surgery.load_plan("small", embed="EMB", corpus=["lab:python/code"])
+        growth = surgery.grow(surgery.prepare_run(plan, Path("RUN")))
+
     Raises:
         SurgeryError: as `add_layers`, `train_checkpoint` and the measurements; an existing stage belongs to another
             plan.

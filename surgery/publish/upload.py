@@ -60,6 +60,9 @@ def push(
 ) -> PushResult:
     """Send the folder `out` to `repo_id` on the Hub as one commit; create the repository or branch if missing.
 
+    Example:
+        surgery.push(Path("OUT"), "org/name", private=True)
+
     Args:
         private: make the repository private.
         revision: the branch to push to; refs/pr/N adds to a pull request.

@@ -1,0 +1,28 @@
+"""Recipes: whole pipelines in one YAML file, validated first and resumable."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from surgery.runtime.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from surgery.recipes.parse.graph import build_pipeline
+    from surgery.recipes.reproduction import reproduce
+    from surgery.recipes.run.scheduler import RunReport, run_pipeline
+
+__all__ = [
+    "RunReport",
+    "build_pipeline",
+    "reproduce",
+    "run_pipeline",
+]
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "surgery.recipes.parse.graph": ["build_pipeline"],
+        "surgery.recipes.reproduction": ["reproduce"],
+        "surgery.recipes.run.scheduler": ["RunReport", "run_pipeline"],
+    },
+)

@@ -80,6 +80,9 @@ def run_in_process(arguments: Sequence[str]) -> int:
 def reproduce(ref: str, *, run: ReproductionRunner = run_in_process, scratch: Path | None = None) -> Reproduction:
     """Run the command that made `ref` again, and compare every tensor's hash with its manifest's.
 
+    Example:
+        assert surgery.reproduce("OUT").same
+
     Args:
         ref: a folder with a surgery.json, or `org/name[@revision]` on the Hub.
         run: see `ReproductionRunner`.

@@ -44,6 +44,9 @@ def apply(
 ) -> EditReport:
     """Write θ_target + α·(m ⊙ v) to the folder `out` (arXiv 2509.01363, equation 2).
 
+    Example:
+        surgery.apply("reasoning", "lab:instruct", Path("OUT"), scale=0.5)
+
     Args:
         vector: a folder that `extract` wrote.
         scale: α; negative values subtract.
@@ -83,6 +86,9 @@ def transfer(
     """Write θ_target + α·m ⊙ (θ_tuned − θ_base) to `out` in one pass, with no vector on disk.
 
     The bytes are those that `extract` in float32 and then `apply` give. Arguments and errors as in `apply`.
+
+    Example:
+        surgery.transfer("lab:grpo", "lab:sft", "lab:instruct", Path("OUT"), exclude=["*embed*"])
     """
     selection = TensorSelection(scale, tuple(include), tuple(exclude), scale_for or {})
     settings = VectorSettings(selection, vocab, dtype, allow_unrelated)

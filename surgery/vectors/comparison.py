@@ -129,6 +129,9 @@ class CompareReport:
 def diff(a: str, b: str, *, options: ExecutionOptions = ExecutionOptions()) -> DiffReport:
     """Compare two models tensor by tensor.
 
+    Example:
+        print(surgery.diff("lab:sft", "lab:grpo").whole)
+
     Raises:
         SurgeryError: one of them cannot be read, or they have no tensor in common.
     """
@@ -161,6 +164,9 @@ def diff(a: str, b: str, *, options: ExecutionOptions = ExecutionOptions()) -> D
 
 def compare(vectors: Sequence[str], *, options: ExecutionOptions = ExecutionOptions()) -> CompareReport:
     """Return cosine and norm of task vectors, per layer and as a whole; a tensor that a vector lacks counts as zero.
+
+    Example:
+        print(surgery.compare(["reasoning", "other-vector"]).table())
 
     Raises:
         SurgeryError: fewer than two vectors, or vectors of different shapes.

@@ -96,6 +96,9 @@ def extract(
 ) -> ExtractReport:
     """Write v = θ_tuned − θ_base to the folder `out` (arXiv 2509.01363, equation 1).
 
+    Example:
+        surgery.extract("lab:grpo", "lab:sft", Path("reasoning"))
+
     Args:
         dtype: what v is stored in: float32, float64, bfloat16 or float16. F64 tensors keep F64 under float32, which
             restores a 16-bit model bit for bit (but for values 2¹⁶ times smaller than they were). Of F32 tensors

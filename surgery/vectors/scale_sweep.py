@@ -163,6 +163,9 @@ def sweep(
 ) -> SweepReport:
     """Score θ_target + α·(m ⊙ v) for every α of the grid, and `controls` random vectors at the best one.
 
+    Example:
+        report = surgery.sweep("reasoning", "lab:instruct", scales=[0.25, 0.5, 1.0], tasks=["lab_sums"])
+
     Args:
         scales: the grid; `scale_for` globs multiply it, so that 0.5 halves a tensor's α everywhere on the grid.
         out: a folder for results.json, one picture per task and report.html.

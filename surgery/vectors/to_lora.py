@@ -97,6 +97,9 @@ def extract_adapter(
 ) -> AdapterReport:
     """Write the best rank-`rank` approximation of θ_tuned − θ_base as a PEFT LoRA adapter on `base`.
 
+    Example:
+        surgery.extract_adapter("lab:grpo", "lab:sft", Path("adapter"), rank=8)
+
     Raises:
         SurgeryError: the models do not fit each other or do not differ in any matrix; `out` exists.
     """

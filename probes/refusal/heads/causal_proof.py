@@ -46,6 +46,9 @@ def prove_heads(
 ) -> Findings:
     """Ablate heads of `model`, add the effects to the findings in `run`, and write the report again.
 
+    Example:
+        prove_heads("lab:cliff", Path("RUN"))
+
     Raises:
         SurgeryError: `run` has findings of another model, or none; an option is out of range; heads were scored on
             harmless examples, because there were no others, or none writes against refusal.

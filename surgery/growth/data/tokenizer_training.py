@@ -96,6 +96,9 @@ def train_tokenizer(
     The alphabet is the most frequent characters that make up 99.95 % of the corpus. Ids are given to special tokens,
     the 256 bytes, the alphabet by codepoint, and merged tokens in the order of their merges.
 
+    Example:
+        surgery.train_tokenizer(["lab:python/code"], Path("TOK"), vocab=4096)
+
     Args:
         corpus: texts, read once; a copy is in a temporary file during training.
         vocab: the number of tokens.

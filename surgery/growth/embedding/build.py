@@ -68,6 +68,9 @@ def make_embedding(
 ) -> EmbeddingReport:
     """Write a frozen embedding for `tokenizer` to the folder `out`; the same arguments give the same bytes.
 
+    Example:
+        surgery.make_embedding("TOKENIZER", Path("EMB"), kind="glyphs", width=256)
+
     Args:
         tokenizer: its folder, or a model that has one.
         kind: glyphs, the picture of each token projected on the pictures' principal axes; bits, those of the token's

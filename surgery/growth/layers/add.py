@@ -114,6 +114,9 @@ def add_layers(
     New layers are modelled on the `layers` layers below them, in their order; if there are fewer, these are repeated
     from the lowest on. At the bottom, the layers above are taken.
 
+    Example:
+        surgery.add_layers("lab:sft", Path("deeper"), layers=2, init="identity")
+
     Args:
         at: top, middle (before layer n // 2), or the number of the layer before which they are inserted.
         init: how their weights are initialised.

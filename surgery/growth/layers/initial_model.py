@@ -116,6 +116,10 @@ def init_model(
     Layers, if the shape asks for any, are the random ones that `surgery.growth.layers.add` would add to the model
     without layers: the first ones of the given config, or, where it has fewer, of the family's default kinds.
 
+    Example:
+        from surgery.growth.plan import ModelShape
+        surgery.init_model("EMB", Path("M0"), shape=ModelShape(width=256, heads=4))
+
     Args:
         embed: a folder that `surgery grow embed` wrote.
         shape: of the model; its width is the embedding's.

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 from surgery.io.hashing import hash_text
 from surgery.recipes.run.estimates import GROWING
 from surgery.recipes.run.inputs import InputResolver
 from surgery.recipes.run.paths import scalars, to_text
 from surgery.recipes.types import CommandParameter, RecipeStep, Scalar, StepOutput
+from surgery.runtime.version import __version__
 
 # Options that change no byte of a result: how many processors work, how often a training saves what it goes on from,
 # and whether it also writes TensorBoard's logs. `device` is not among them: a GPU rounds otherwise; nor are the threads
@@ -60,7 +60,7 @@ def cache_key(step: RecipeStep, done: Mapping[str, KeyedOutput], inputs: InputRe
                 items.append(_identity(parameter, value, inputs))
         values[name] = items
     after = {name: done[name].output for name in sorted(step.after)}
-    record = {"version": _version(), "command": step.command.name, "values": values, "after": after}
+    record = {"version": __version__, "command": step.command.name, "values": values, "after": after}
     return hash_text(json.dumps(record, sort_keys=True))
 
 
@@ -77,10 +77,3 @@ def _identity(parameter: CommandParameter, value: Scalar, inputs: InputResolver)
     inside = [each.content for each in inputs.resolve_config(text)]
     # A folder is known by its content alone: it may have been moved.
     return {"content": resolved.content, "inside": inside} if resolved.content is not None else text
-
-
-def _version() -> str:
-    try:
-        return version("model-surgery")
-    except PackageNotFoundError:  # run from a source tree that was not installed
-        return "source tree"

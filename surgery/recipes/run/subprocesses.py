@@ -14,15 +14,14 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
-import surgery
 from surgery.recipes.run.paths import StepPaths
 from surgery.recipes.types import RecipeStep
 from surgery.runtime import progress
 from surgery.runtime.environment import rank
+from surgery.runtime.version import SOURCE_TREE, __version__
 
 POLL_SECONDS = 0.05  # between two polls of the children
 # Signals that end a child, and the seconds it is given after each: Ctrl-C first, so that it can save its state.
@@ -140,9 +139,7 @@ def _die_with_parent(parent: int) -> Callable[[], None]:
 
 def _python_path() -> dict[str, str]:
     """Return the PYTHONPATH of a child: needed only in a source tree that is not installed."""
-    try:
-        version("model-surgery")
+    if __version__ != SOURCE_TREE:
         return {}
-    except PackageNotFoundError:
-        root = str(Path(surgery.__file__).parents[1])
-        return {"PYTHONPATH": os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)}
+    root = str(Path(__file__).parents[3])
+    return {"PYTHONPATH": os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)}
