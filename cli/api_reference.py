@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import inspect
 import sys
+from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 PACKAGES = ("surgery", "merges", "probes")
+LONGEST_LINE = 100  # of a signature that is written in one line
 HEADER = """# Python API
 
 What a command does is one import away, and a command, a recipe's step and these functions are the same code. Names are
@@ -32,6 +34,8 @@ def _package(package: ModuleType) -> str:
 
 def _entry(package: ModuleType, name: str) -> str:
     value = getattr(package, name)
+    if isinstance(value, str):  # the version, which changes more often than this page
+        return f"### {package.__name__}.{name}\n\nThe version of the installed distribution."
     if not callable(value):
         return f"### {package.__name__}.{name}\n\n{_constant(value)}"
     doc = inspect.getdoc(value) or ""
@@ -44,25 +48,27 @@ def _constant(value: Any) -> str:
 
 
 def _signature(name: str, value: Any) -> str:
-    """Return the signature with annotations as they are written, one parameter a line where it is long."""
-    try:
-        signature = inspect.signature(value)
-    except ValueError:  # exception types with a C constructor
-        return name
-    keyword = "class " if inspect.isclass(value) else "def "
-    parameters = [str(parameter).replace("'", "") for parameter in signature.parameters.values()]
-    kinds = [parameter.kind for parameter in signature.parameters.values()]
+    """Return the signature as it is written in the source, with one parameter per line where it is long."""
+    parameters = list(inspect.signature(value).parameters.values())
+    texts = [_parameter(parameter) for parameter in parameters]
+    kinds = [parameter.kind for parameter in parameters]
     if inspect.Parameter.KEYWORD_ONLY in kinds:
-        parameters.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
-    result = "" if inspect.isclass(value) else f" -> {_annotation(signature.return_annotation)}"
-    line = f"{keyword}{name}({', '.join(parameters)}){result}"
-    if len(line) <= 100:
-        return line
-    return f"{keyword}{name}(\n" + "".join(f"    {parameter},\n" for parameter in parameters) + f"){result}"
+        texts.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
+    is_class = inspect.isclass(value)
+    start = f"{'class' if is_class else 'def'} {name}("
+    end = ")" if is_class else f") -> {inspect.signature(value).return_annotation}"
+    line = f"{start}{', '.join(texts)}{end}"
+    return line if len(line) <= LONGEST_LINE else "\n".join([start, *(f"    {text}," for text in texts), end])
 
 
-def _annotation(annotation: Any) -> str:
-    return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+def _parameter(parameter: inspect.Parameter) -> str:
+    text = f"{parameter.name}: {parameter.annotation}"
+    default = parameter.default
+    if default is inspect.Parameter.empty:
+        return text
+    if is_dataclass(default):  # settings with their own defaults; what these are stands at their class
+        return f"{text} = {type(default).__name__}()"
+    return f"{text} = {default.__name__ if inspect.isfunction(default) else repr(default)}"
 
 
 def main(path: Path) -> None:

@@ -48,25 +48,48 @@ GenerationBatch = Annotated[int, typer.Option(min=1, help="Prompts that are comp
 DATA = "A .jsonl, .json, .csv, .parquet or .txt file, org/name[@revision]:split[a:b] on the Hub, or lab:NAME."
 
 
+FindingsOut = Annotated[
+    Path | None, typer.Option("-o", "--out", metavar="RUN", help="The folder for results, report and pictures.")
+]
+ProbesTransfer = Annotated[
+    str | None,
+    typer.Option(metavar="DATA", help="A second data set that the probes are tested on."),
+    NamesInput("data"),
+]
+Cells = Annotated[
+    TrainingCells,
+    typer.Option(help="Train on all four cells, or paper: harmful/refused against harmless/complied."),
+]
+Attribution = Annotated[
+    AttributionForm, typer.Option(help="How heads are scored: exact (final norm folded in), or paper.")
+]
+RefusalPhrases = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="One phrase per line that marks a refusal, for the built-in list."),
+    NamesInput("path"),
+]
+Guard = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="A guard model that judges answers, given prompt and whole answer."),
+    NamesInput("model"),
+]
+LivePrompt = Annotated[
+    str | None,
+    typer.Option(metavar="PROMPT", help="Watch one prompt being answered, with the probe of --from RUN."),
+]
+LiveRun = Annotated[
+    Path | None, typer.Option("--from", metavar="RUN", help="With --live: whose probe."), NamesInput("path")
+]
+
+
 @app.command(epilog="Example: surgery probe refusal lab:cliff --data lab:cliff -o cliff")
 def refusal(
     model: o.Model,
     data: Annotated[str | None, typer.Option(metavar="DATA", help=DATA), NamesInput("data")] = None,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="RUN", help="The folder for results, report and pictures.")
-    ] = None,
-    transfer: Annotated[
-        str | None,
-        typer.Option(metavar="DATA", help="A second data set that the probes are tested on."),
-        NamesInput("data"),
-    ] = None,
-    cells: Annotated[
-        TrainingCells,
-        typer.Option(help="Train on all four cells, or paper: harmful/refused against harmless/complied."),
-    ] = "all",
-    attribution: Annotated[
-        AttributionForm, typer.Option(help="How heads are scored: exact (final norm folded in), or paper.")
-    ] = "exact",
+    out: FindingsOut = None,
+    transfer: ProbesTransfer = None,
+    cells: Cells = "all",
+    attribution: Attribution = "exact",
     folds: Annotated[int, typer.Option(min=2, help="Of the grouped cross-validation.")] = 5,
     strength: Annotated[float, typer.Option(help="C of the logistic regression: inverse penalty.")] = 1.0,
     limit: Limit = None,
@@ -77,23 +100,10 @@ def refusal(
     temperature: Annotated[float, typer.Option(min=0, help="Of generation; 0 is greedy.")] = 0.0,
     generation_batch: GenerationBatch = 16,
     engine: Annotated[Engine, typer.Option(help="What generates: transformers or vllm.")] = "transformers",
-    refusal_phrases: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="One phrase per line that marks a refusal, for the built-in list."),
-        NamesInput("path"),
-    ] = None,
-    guard: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="A guard model that judges answers, given prompt and whole answer."),
-        NamesInput("model"),
-    ] = None,
-    live: Annotated[
-        str | None,
-        typer.Option(metavar="PROMPT", help="Watch one prompt being answered, with the probe of --from RUN."),
-    ] = None,
-    run: Annotated[
-        Path | None, typer.Option("--from", metavar="RUN", help="With --live: whose probe."), NamesInput("path")
-    ] = None,
+    refusal_phrases: RefusalPhrases = None,
+    guard: Guard = None,
+    live: LivePrompt = None,
+    run: LiveRun = None,
     seed: Annotated[int, typer.Option(min=0, help="Of folds, bootstrap and draws.")] = 0,
     dtype: o.ModelDtype = "auto",
     batch_tokens: BatchTokens = None,
@@ -241,53 +251,59 @@ def judge(
     console.message(f"Wrote {selection.out}")
 
 
+MarkerTokens = Annotated[
+    list[str],
+    typer.Option(metavar="[±][w*]TEXT", help="A marker of thinking, -TEXT for one that ends it; may be repeated."),
+]
+RankingTransfer = Annotated[
+    str | None,
+    typer.Option(metavar="DATA", help="A second data set, to hold the ranking against."),
+    NamesInput("data"),
+]
+BetaSweep = Annotated[
+    str | None, typer.Option(metavar="β,β,…", help="A grid such as 1,2,4,…,512 to try on --task, with controls.")
+]
+SweepTasks = Annotated[
+    list[str] | None,
+    typer.Option(help="An lm-evaluation-harness task for --sweep; may be repeated."),
+    NamesInput("task"),
+]
+SweepTop = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --sweep: how many of the ranked experts are reinforced; 2 by default."),
+]
+SweepMethod = Annotated[
+    ScalingMethod | None,
+    typer.Option(help="With --sweep: weight (the default), renormalised, logit or forced; only weight can be baked."),
+]
+SweepPhase = Annotated[
+    Phase | None, typer.Option(help="With --sweep: all positions (the default), or only generated ones.")
+]
+SweepControls = Annotated[
+    int | None,
+    typer.Option(min=0, help="With --sweep: random sets, matched on layer and firing rate; 5 by default."),
+]
+SweepTaskLimit = Annotated[int | None, typer.Option(min=1, help="With --sweep: only the first N samples of each task.")]
+MinimumFires = Annotated[int, typer.Option(min=0, help="Support: positions at which a ranked expert fires, at least.")]
+
+
 @app.command(
     epilog="Example: surgery probe experts lab:moe --data lab:moe --token '<think>' --token=-'</think>' -o experts"
 )
 def experts(
     model: o.Model,
     data: Annotated[str, typer.Option(metavar="DATA", help=DATA), NamesInput("data")],
-    token: Annotated[
-        list[str],
-        typer.Option(metavar="[±][w*]TEXT", help="A marker of thinking, -TEXT for one that ends it; may be repeated."),
-    ],
+    token: MarkerTokens,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="RUN", help="The folder for results, report, pictures.")],
-    transfer: Annotated[
-        str | None,
-        typer.Option(metavar="DATA", help="A second data set, to hold the ranking against."),
-        NamesInput("data"),
-    ] = None,
-    sweep: Annotated[
-        str | None, typer.Option(metavar="β,β,…", help="A grid such as 1,2,4,…,512 to try on --task, with controls.")
-    ] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(help="An lm-evaluation-harness task for --sweep; may be repeated."),
-        NamesInput("task"),
-    ] = None,
-    top: Annotated[
-        int | None,
-        typer.Option(min=1, help="With --sweep: how many of the ranked experts are reinforced; 2 by default."),
-    ] = None,
-    way: Annotated[
-        ScalingMethod | None,
-        typer.Option(
-            help="With --sweep: weight (the default), renormalised, logit or forced; only weight can be baked."
-        ),
-    ] = None,
-    phase: Annotated[
-        Phase | None, typer.Option(help="With --sweep: all positions (the default), or only generated ones.")
-    ] = None,
-    controls: Annotated[
-        int | None,
-        typer.Option(min=0, help="With --sweep: random sets, matched on layer and firing rate; 5 by default."),
-    ] = None,
-    task_limit: Annotated[
-        int | None, typer.Option(min=1, help="With --sweep: only the first N samples of each task.")
-    ] = None,
-    fires: Annotated[
-        int, typer.Option(min=0, help="Support: positions at which a ranked expert fires, at least.")
-    ] = 50,
+    transfer: RankingTransfer = None,
+    sweep: BetaSweep = None,
+    task: SweepTasks = None,
+    top: SweepTop = None,
+    way: SweepMethod = None,
+    phase: SweepPhase = None,
+    controls: SweepControls = None,
+    task_limit: SweepTaskLimit = None,
+    fires: MinimumFires = 50,
     at_marker: Annotated[int, typer.Option(min=0, help="Support: of these, at the markers, at least.")] = 10,
     limit: Limit = None,
     think_open: ThinkOpen = None,

@@ -17,7 +17,7 @@ from probes.data.markers import find_markers
 from probes.data.preparation import GenerationOptions, options_from_findings
 from probes.data.reader import read_data
 from probes.data.records import check_model, read_examples
-from probes.experts.edit_effects import EffectMeasurement, ExpertEffects
+from probes.experts.edit_effects import ExpertEffectMeasurement, ExpertEffects
 from probes.experts.findings import ExpertFindings, read_expert_findings
 from probes.side_effects.compare import bare_prompts, should_measure
 from surgery.checkpoint.checkpoint import Checkpoint, loadable_folder
@@ -100,7 +100,7 @@ def edit_experts(
             _check_thinking(checkpoint)
         generation = options_from_findings(findings.settings) if findings else GenerationOptions()
         prompts = bare_prompts(_examples(data, choice.run), examples, any_topic=True)
-        measure = EffectMeasurement(model, checkpoint.ref, prompts, generation, dtype, force, options)
+        measure = ExpertEffectMeasurement(model, checkpoint.ref, prompts, generation, dtype, force, options)
     # On the CPU: scaling a few matrices is faster than moving them to the device, which is for measuring.
     report = scale_experts(
         model, out, scales=scales, measure=measure, dry_run=dry_run, options=replace(options, device="cpu")

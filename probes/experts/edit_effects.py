@@ -65,7 +65,7 @@ class ExpertEffects:
 
 
 @dataclass
-class EffectMeasurement:
+class ExpertEffectMeasurement:
     """Compares an edited checkpoint with the original; called with the folder of the edited one.
 
     model: the original's reference. ref: its name in errors.

@@ -16,7 +16,7 @@ from probes.data.examples import Example
 from probes.data.preparation import GenerationOptions, options_from_findings
 from probes.data.reader import read_data
 from probes.data.records import check_model, parse_top, read_examples
-from probes.refusal.edit_effects import EffectMeasurement, HeadEffects
+from probes.refusal.edit_effects import HeadEffectMeasurement, HeadEffects
 from probes.refusal.findings import HEADS, Findings, read_findings
 from probes.side_effects.compare import bare_prompts, should_measure
 from surgery.checkpoint.resolve import open_checkpoint
@@ -113,7 +113,7 @@ def edit_heads(
     if measured:
         prompts = _prompts(choice.run, measuring)
         generation = measuring.asking or (options_from_findings(findings.settings) if findings else GenerationOptions())
-        measure = EffectMeasurement(
+        measure = HeadEffectMeasurement(
             model, checkpoint.ref, prompts, generation, dtype=dtype, force=measuring.force, options=options
         )
     # On the CPU: scaling a few columns is faster than moving them to the device, which is for measuring.

@@ -58,7 +58,7 @@ class HeadEffects:
         return effects_table(rows)
 
 
-class EffectMeasurement:
+class HeadEffectMeasurement:
     """Compares an edited checkpoint with the original; called with the folder of the edited one.
 
     effects: what was measured; None before the call.

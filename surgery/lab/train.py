@@ -39,7 +39,7 @@ Tick = Callable[[], None]  # called after every optimizer step
 Sample = tuple[str, str]  # a prompt, and the text that should follow it
 
 
-class Schedule(Protocol):
+class RateSchedule(Protocol):
     """What `learning_rate_at` reads of a training plan."""
 
     @property
@@ -302,7 +302,7 @@ def optimizer_step(model: Qwen2ForCausalLM, optimizer: torch.optim.AdamW, loss: 
     optimizer.step()
 
 
-def learning_rate_at(training: Schedule, step: int) -> float:
+def learning_rate_at(training: RateSchedule, step: int) -> float:
     """Return the learning rate of `step`: linear warmup to the peak, then a cosine down to a tenth of it."""
     if step < training.warmup:
         return training.learning_rate * ((step + 1) / training.warmup)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
-import threading
-from types import FrameType
 
 _LIBC = ctypes.CDLL(None)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from malloc.h
@@ -51,28 +48,3 @@ def configure_cli_process() -> None:
 def is_cli_process() -> bool:
     """Return whether `configure_cli_process` was called: whether nobody else's threads or locks are in this process."""
     return _cli_process
-
-
-class DeferredInterrupt:
-    """A context in which the first Ctrl-C only sets `asked`, so that a step can be finished and saved.
-
-    The second Ctrl-C raises KeyboardInterrupt. Outside the main thread, where Python handles no signals, the context
-    does nothing.
-    """
-
-    asked = False
-
-    def __enter__(self) -> DeferredInterrupt:
-        self._in_main_thread = threading.current_thread() is threading.main_thread()
-        if self._in_main_thread:
-            self._previous = signal.signal(signal.SIGINT, self._defer)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._in_main_thread:
-            signal.signal(signal.SIGINT, self._previous)
-
-    def _defer(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True

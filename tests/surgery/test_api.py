@@ -70,4 +70,4 @@ def test_importing_the_packages_brings_nothing_heavy_along() -> None:
 
 def test_a_function_can_be_called_where_it_is_imported_from(tmp_path: Path) -> None:
     with pytest.raises(surgery.SurgeryError, match="no such"):
-        surgery.transfer("nowhere/a", "nowhere/b", "nowhere/c", tmp_path / "out")
+        surgery.transfer("./nowhere", "./nowhere", "./nowhere", tmp_path / "out")
