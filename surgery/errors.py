@@ -57,14 +57,13 @@ def usage_error(what: str, *, where: object | None = None, hint: str | None = No
 
 def closest(name: str, known: Iterable[str]) -> str | None:
     """Return the entry of `known` that `name` may be a misspelling of; None where none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return near[0] if near else None
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """Return the hint `Did you mean X?` for the entry of `known` nearest to `name`; None where none is near."""
-    near = closest(name, known)
-    return f"Did you mean {near}?" if near else None
+def did_you_mean(name: str, known: Iterable[str], *, most: int = 1) -> str | None:
+    """Return the hint `Did you mean X?` for the (up to `most`) entries of `known` near to `name`; None without any."""
+    near = difflib.get_close_matches(name, list(known), n=most)
+    return f"Did you mean {listing(near)}?" if near else None
 
 
 def listing(names: Iterable[str], limit: int = 20) -> str:

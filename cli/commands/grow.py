@@ -14,8 +14,6 @@ from surgery.growth.choices import BaselineBudget, BaselineEmbedding, EmbeddingK
 from surgery.recipes.types import NamesInput
 
 if TYPE_CHECKING:
-    from surgery.growth.layers.add import AddReport
-    from surgery.growth.layers.initial_model import InitReport
     from surgery.growth.options import RunOptions
     from surgery.growth.prepare import PreparedRun
     from surgery.growth.results import Growth
@@ -176,7 +174,7 @@ def init(
     """Write the model that a growth begins with: a Llama, or any config, around a frozen embedding."""
     from surgery.growth.layers.initial_model import init_model
     from surgery.growth.plan import ModelShape
-    from surgery.runtime.collectives import map_over_ranks
+    from surgery.runtime.collectives import on_main
 
     given = {
         "hidden": hidden,
@@ -190,11 +188,8 @@ def init(
     shape = ModelShape.model_validate({name: value for name, value in given.items() if value is not None})
     options = o.options(overwrite=overwrite)
 
-    def make(_: None) -> InitReport:
-        return init_model(embed, out, shape=shape, seed=seed, dtype=dtype, dry_run=dry_run, options=options)
-
     # Random weights are drawn in one process, whatever shares the writing.
-    [report] = map_over_ranks([None], make)
+    report = on_main(init_model, embed, out, shape=shape, seed=seed, dtype=dtype, dry_run=dry_run, options=options)
     if as_json:
         console.show_json(report)
     else:
@@ -222,17 +217,23 @@ def add(
 ) -> None:
     """Write a model of any family with layers added; every other tensor keeps its bytes."""
     from surgery.growth.layers.add import add_layers
-    from surgery.runtime.collectives import map_over_ranks
+    from surgery.runtime.collectives import on_main
 
     place, options = _layer_position(at), o.options(threads, overwrite=overwrite)
 
-    def make(_: None) -> AddReport:
-        return add_layers(
-            model, out, layers=layers, at=place, init=init, seed=seed, dtype=dtype, dry_run=dry_run, options=options
-        )
-
     # Random layers are drawn in one process, whatever shares the writing.
-    [report] = map_over_ranks([None], make)
+    report = on_main(
+        add_layers,
+        model,
+        out,
+        layers=layers,
+        at=place,
+        init=init,
+        seed=seed,
+        dtype=dtype,
+        dry_run=dry_run,
+        options=options,
+    )
     if as_json:
         console.show_json(report)
         return

@@ -7,7 +7,6 @@ network.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import math
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import SurgeryError, listing, usage_error
+from surgery.errors import SurgeryError, did_you_mean, listing, usage_error
 from surgery.evaluation.scoring import Measure, Score
 from surgery.evaluation.statistics import Z, wilson_interval
 from surgery.models.loading import ModelAndTokenizer
@@ -192,8 +191,7 @@ def _find_tasks(tasks: Sequence[str]) -> TaskManager:
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if not unknown:
         return manager
-    near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=NEAREST)
-    hint = f"Did you mean {listing(near)}?" if near else "`lm_eval ls tasks` lists them all."
+    hint = did_you_mean(unknown[0], manager.all_tasks, most=NEAREST) or "`lm_eval ls tasks` lists them all."
     raise usage_error(f"no such task: {listing(repr(task) for task in unknown)}.", hint=hint)
 
 

@@ -5,7 +5,6 @@ The model alone defines what a text may contain; its JSON Schema, for editors, i
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from surgery.errors import usage_error
+from surgery.errors import closest, usage_error
 from surgery.io.yaml_nodes import YamlErrors, YamlNode, read_documents
 
 M = TypeVar("M", bound=BaseModel)
@@ -108,10 +107,8 @@ def _sentence(detail: ErrorDetails, kind: type[BaseModel]) -> str:
     location = detail["loc"]
     if detail["type"] == _UNKNOWN:
         known = sorted(_known(kind, location[:-1]))
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        return (
-            f"is not known here; did you mean {near[0]}?" if near else f"is not known here; known: {', '.join(known)}"
-        )
+        near = closest(str(location[-1]), known)
+        return f"is not known here; did you mean {near}?" if near else f"is not known here; known: {', '.join(known)}"
     if detail["type"] == "missing":
         return "is missing"
     if detail["type"] == "value_error":
@@ -123,8 +120,8 @@ def _sentence(detail: ErrorDetails, kind: type[BaseModel]) -> str:
         return f"got {shown}, expected a mapping"
     if detail["type"] == _LITERAL and isinstance(got, str):
         allowed = [word.strip("'") for word in str(detail["ctx"]["expected"]).replace(" or ", ", ").split(", ")]
-        near = difflib.get_close_matches(got, allowed, n=1)
-        return f"got {shown}, expected {message}" + (f"; did you mean {near[0]}?" if near else "")
+        near = closest(got, allowed)
+        return f"got {shown}, expected {message}" + (f"; did you mean {near}?" if near else "")
     return f"got {shown}, expected {message}"
 
 
