@@ -29,6 +29,7 @@ from surgery.io.json_io import read_json
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+# Output heads by name: a tied base stores none, so a name is all there is to recognise one by.
 _HEAD = re.compile(r"(lm_head|embed_out|output|head)\.weight$")
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.weight)?$")
 DEFAULT_ALPHA = 8  # PEFT's, for configs that do not say
@@ -59,6 +60,7 @@ def base_of(folder: Path) -> str:
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base or not isinstance(base, str):
         raise SurgeryError('has no "base_model_name_or_path"', where=folder / ADAPTER_CONFIG, hint=NAME_THE_BASE)
+    # Beside the adapter first: a folder that was moved together with its base still finds it.
     for candidate in (str(folder / base), base):
         if existing_path(candidate):
             return candidate
@@ -91,6 +93,7 @@ def add_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
             key = match["module"], bool(match["embedding"])
             factors.setdefault(key, {})[match["factor"]] = tensor
         else:
+            # No factor: a module that was trained as a whole (modules_to_save) replaces the base's.
             target = _base_name(name, base, structure, folder)
             _same_shape(tensor.shape, tensors[target], folder)
             tensors[target] = replace(tensor, name=target)
@@ -101,6 +104,7 @@ def add_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
             raise SurgeryError(f'"{module}" has only one of lora_A and lora_B', where=folder / WEIGHTS)
         target = _base_name(f"{module}.weight", base, structure, folder)
         a, b = pair["A"], pair["B"]
+        # PEFT has an embedding's factors as those of a layer from tokens to width: B·A is (width, tokens).
         transposed = is_embedding or _is_transposed(target, structure, config)
         _check_factors(a, b, tensors[target], transposed, folder)
         scale = _scale(module.removeprefix(PREFIX), a.shape[0], config, folder)
@@ -115,17 +119,17 @@ def _stored(path: Path) -> dict[str, StoredTensor]:
 
 
 def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:
-    faults = [f"{words} ({key})" for key, words in OTHER_KINDS.items() if config.get(key)]
+    unsupported = [f"{words} ({key})" for key, words in OTHER_KINDS.items() if config.get(key)]
     if config.get("peft_type", "LORA") != "LORA":
-        faults.append(f"peft_type {config['peft_type']}")
+        unsupported.append(f"peft_type {config['peft_type']}")
     if config.get("bias", "none") != "none":
-        faults.append(f"trained biases (bias: {config['bias']})")
+        unsupported.append(f"trained biases (bias: {config['bias']})")
     initial = config.get("init_lora_weights")
     if isinstance(initial, str) and initial.lower().startswith(BASE_CHANGING):
-        faults.append(f"a changed base (init_lora_weights: {initial})")
-    if faults:
+        unsupported.append(f"a changed base (init_lora_weights: {initial})")
+    if unsupported:
         raise SurgeryError(
-            f"cannot be rebuilt as W + ΔW: {'; '.join(faults)}",
+            f"cannot be rebuilt as W + ΔW: {'; '.join(unsupported)}",
             where=folder / ADAPTER_CONFIG,
             hint="Merge it with PEFT (merge_and_unload) and give the merged folder.",
         )
@@ -133,6 +137,7 @@ def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:
 
 def _base_name(name: str, base: Checkpoint, structure: ModelStructure, folder: Path) -> str:
     """Return the base tensor that an adapter's name refers to; names in bare backbones lack the first component."""
+    # PEFT wraps modules: base_layer is the wrapped one, modules_to_save.default the trained copy.
     plain = name.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.default", "")
     target = next((c for c in (plain, plain.partition(".")[2]) if c in base.tensors), None)
     if structure.tied and (target in structure.token_embeddings or (target is None and _HEAD.search(plain))):
@@ -196,6 +201,7 @@ def _scale(module: str, rank: int, config: Mapping[str, Any], folder: Path) -> f
                 alpha = value
                 break
         scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    # A stranger's config: each of these values may be of any type, and a pattern no regular expression.
     except (AttributeError, TypeError, ValueError, OverflowError, re.error):
         scale = math.nan
     if not math.isfinite(scale):

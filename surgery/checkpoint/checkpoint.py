@@ -27,6 +27,7 @@ SINGLE = "model.safetensors"
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 SIDE_PREFIXES = ("LICENSE", "NOTICE", "USE_POLICY")
 NOT_CARRIED = (MANIFEST, "trainer_state.json", "training.json", "scores.json")
+# ASCII: \d would also match the digits of other scripts.
 _NUMBERED = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors", re.ASCII)
 
 
@@ -174,6 +175,7 @@ def _index_of(folder: Path) -> Path | None:
     if (folder / SINGLE).is_file():
         # As transformers does: beside a whole model, an index that does not name it is stale.
         indexes = [path for path in indexes if _names(path, SINGLE)]
+    # Where a second format lies beside the usual one, as in Mistral's models: transformers reads this index alone.
     if len(indexes) > 1 and folder / INDEX in indexes:
         return folder / INDEX
     if len(indexes) > 1:
@@ -197,6 +199,7 @@ def _read_index(index: Path, folder: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str):
             raise SurgeryError(f'"{name}" is mapped to {file!r}, expected a file name', where=index)
+        # Followed, a stranger's index could have any file of this machine copied into an output.
         relative = PurePosixPath(file)
         if relative.is_absolute() or ".." in relative.parts or "\\" in file:
             raise SurgeryError(
@@ -218,6 +221,7 @@ def _shards_without_index(folder: Path) -> list[str]:
     if (folder / SINGLE).is_file():
         return [SINGLE]
     names = sorted(path.name for path in folder.glob("*.safetensors"))
+    # Without an index nothing but the name tells Mistral's second copy of the same weights from further shards.
     names = [name for name in names if not fnmatchcase(name, DUPLICATES)] or names
     if names:
         _check_numbering(names, folder)
@@ -278,6 +282,7 @@ def _table(shards: tuple[Shard, ...], named: Mapping[str, str], index: Path | No
         )
     if not tensors:
         raise SurgeryError("holds no tensor", where=shards[0].path)
+    # Sorted, so that nothing downstream depends on how a model happens to be sharded.
     return {name: tensors[name] for name in sorted(tensors)}
 
 

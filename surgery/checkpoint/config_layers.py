@@ -68,6 +68,7 @@ def with_count(config: Mapping[str, Any], count: int) -> dict[str, Any]:
             part[key] = count
         elif not (_is_per_layer(key, value) or (key in _NUMBERS and isinstance(value, list))):
             continue
+        # A list that is too short would leave layers without a kind; one that is missing means the family's default.
         elif not count or count > n_layers:
             del part[key]
         elif key in _NUMBERS:
@@ -131,12 +132,15 @@ def unsayable(config: Mapping[str, Any], layers: Sequence[int], template: ModelS
         for key in _BY_NUMBER
         if part.get(key)
     ]
+    # A list of the layers' kinds overrides any period, and `with_layers` rewrites it.
     if any(isinstance(part.get(key), list) for key in _KINDS):
         return reasons
     for key in _PERIODS:
         period = part.get(key)
+        # A period of 1 makes all layers alike. Some families have a list under the same key, which can be rewritten.
         if type(period) is not int or period < 2:
             continue
+        # A layer keeps its kind where its old and its new number have the same remainder.
         moved = [(new, old) for new, old in enumerate(layers) if new % period != old % period]
         if moved:
             new, old = moved[0]

@@ -87,6 +87,7 @@ def inspect_tables(description: Mapping[str, Any]) -> tuple[Table, ...]:
         Table("Dtypes", ("dtype", "tensors", "parameters", Column("size", "bytes")), dtypes),
     ]
     if description["not_understood"]:
+        # What is not understood is so in every layer: a row per layer would hide the few different names.
         patterns = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in description["not_understood"])
         tables.append(Table("Not understood", ("tensors", "count"), list(patterns.items())))
     return tuple(tables)

@@ -39,6 +39,7 @@ _FINITE: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
 }
 
 
+# Compared by identity: comparing arrays gives arrays, not a truth value.
 @dataclass(frozen=True, eq=False)
 class TensorInput:
     """A stored tensor as a kernel's input.
@@ -100,6 +101,7 @@ class SourceFiles:
         self._stamps: dict[Path, tuple[int, int]] = {}
         try:
             for path in sorted(set(paths)):
+                # Open until the end: a file replaced under its name meanwhile is then read to the end as it was.
                 descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
                 self._descriptors[path] = descriptor
                 self._stamps[path] = _stamp(os.fstat(descriptor))
@@ -142,11 +144,12 @@ class SourceFiles:
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
+    # Without the change time, which a chmod or a new hard link sets too: a job could then not be resumed.
     return status.st_size, status.st_mtime_ns
 
 
 class TensorReader:
-    """Reads segments into buffers that it reuses for the next one. One per worker.
+    """A reader of segments, into buffers that it reuses for the next one. One per worker.
 
     The result of a method is valid until the next call with the same `slot`. With `pinned`, buffers are page-locked, so
     that a GPU copies from them asynchronously.
@@ -161,6 +164,7 @@ class TensorReader:
         """Return `size` bytes, uint8 (size,), of the buffer called `slot`."""
         buffer = self._buffers.get(slot)
         if buffer is None or buffer.numel() < size:
+            # Kept for the next segment: fresh memory costs page faults, and locking pages costs more still.
             buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
             self._buffers[slot] = buffer
         return buffer[:size]
@@ -192,7 +196,8 @@ class TensorReader:
         assert update is not None
         compute = compute_dtype((tensor.dtype, update.a.dtype, update.b.dtype))
         width = tensor.shape[1]
-        first, last = begin // width, -(-end // width)  # the rows that [begin, end) touches
+        # Only the rows that [begin, end) touches: the product for a whole embedding would take gigabytes.
+        first, last = begin // width, -(-end // width)
         a = self.whole(TensorInput(update.a), (slot, "a")).to(compute)
         if update.transposed:
             b = self.whole(TensorInput(update.b), (slot, "b")).to(compute)
@@ -215,6 +220,7 @@ class TensorReader:
             own = self._rows(tensor, rows, first * width, last * width, (slot, number))
             total += own.view(-1, width).to(compute)
             count += rows[first:last] >= 0
+        # Rows without any source are divided by 1 and stay zero; by 0 they would be NaN.
         total /= torch.from_numpy(np.maximum(count, 1))[:, None]
         if source.constant is not None:
             fixed, value = source.constant
@@ -223,6 +229,7 @@ class TensorReader:
         return total.view(-1)[begin - first * width : end - first * width]
 
     def _rows(self, tensor: StoredTensor, rows: np.ndarray, begin: int, end: int, slot: object) -> Tensor:
+        # Also for a tensor without rows, whose width cannot be computed.
         if begin == end:
             return torch.zeros(0, dtype=TORCH_DTYPES[tensor.dtype])
         width = tensor.n_elements // tensor.shape[0]
@@ -238,6 +245,7 @@ class TensorReader:
                 continue
             size = int(run_end - run_begin)
             run = self.values(TensorInput(tensor), row * width, (row + size) * width, (slot, "run"))
+            # Now, not before: with an adapter's update the values come in fp32, not in the stored dtype.
             if gathered is None:
                 gathered = torch.zeros((len(wanted), width), dtype=run.dtype)
             gathered[run_begin:run_end] = run.view(size, width)

@@ -31,11 +31,13 @@ def open_checkpoint(ref: str | Path) -> Checkpoint:
 
 def _open(text: str, *, is_base: bool = False) -> Checkpoint:
     """Open `text`; `is_base`: as the base of an adapter, which may not be an adapter itself."""
+    # The last +, and only where no such path exists: folders, the base among them, may have one in their names.
     base, _, adapter = text.rpartition("+")
     path = existing_path(text)
     if path is not None:
         return replace(_open_folder(path, is_base=is_base) if path.is_dir() else read_file(path), ref=text)
     if base and adapter:
+        # A tensor has room for one update only.
         if is_base:
             raise _adapter_on_adapter(text)
         return replace(_open_adapter(_adapter_folder(adapter), base), ref=text)

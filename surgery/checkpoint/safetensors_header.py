@@ -87,6 +87,7 @@ def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
         return SurgeryError(what, where=path, hint=hint)
 
     try:
+        # Python takes NaN and Infinity for JSON numbers, and the last of two equal keys.
         table = json.loads(
             raw[8:].decode("utf-8"), object_pairs_hook=_unique_keys, parse_int=_integer, parse_constant=_reject
         )
@@ -100,12 +101,14 @@ def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise bad('"__metadata__" is not a table of strings')
 
+    # By end too: an empty tensor begins where the next one does.
     entries = sorted((_entry(name, fields, bad) for name, fields in table.items()), key=lambda e: (e.begin, e.end))
     position = 0
     data_size = file_size - len(raw)
     for entry in entries:
         if entry.end > data_size:
             raise bad(f'"{entry.name}" ends at byte {entry.end:,} of {data_size:,}', REFETCH)
+        # The format forbids gaps: bytes that belong to no tensor could be anything, a second file included.
         if entry.begin != position:
             kind = "overlaps the tensor before it" if entry.begin < position else "leaves a gap before it"
             raise bad(f'"{entry.name}" {kind}: it begins at byte {entry.begin:,}, expected {position:,}')
@@ -131,6 +134,7 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: 
 
 
 def _integer(text: str) -> int:
+    # Python reads −0 as 0; to the format's own reader it is no unsigned number.
     return _reject(text) if text == "-0" else int(text)
 
 
@@ -140,9 +144,11 @@ def _reject(text: str) -> NoReturn:
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
+    # Half of a surrogate pair is no UTF-8: terminals, manifests and outputs could not take the name.
     for text in (text for pair in pairs for text in pair if isinstance(text, str)):
         if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError(f"the header says {text!a}, half of a character")
+    # Readers differ in which of two equal keys they take: one file would be two models.
     if len(table) != len(pairs):
         (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"the header names {_short(twice)} twice")
@@ -172,10 +178,12 @@ def _entry(name: str, fields: Any, bad: Any) -> Entry:
 
 
 def _naturals(values: Any) -> bool:
+    # `type … is`, since isinstance would accept true and false as numbers.
     return isinstance(values, list) and all(type(value) is int and 0 <= value <= MAX_NUMBER for value in values)
 
 
 def _is_countable(shape: list[int]) -> bool:
+    # Not math.prod: the product of a damaged shape could have millions of digits.
     count = 1
     for length in shape:
         count *= length

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 _PIECES, _PIECE = 1, 1  # field numbers
-_VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5  # wire types
+# Wire types; 3 and 4, groups, are deprecated and refused here.
+_VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 
 
 def read_pieces(data: bytes) -> list[str]:
     """Return the pieces of a model in the order of their ids. Raises ValueError if `data` is not a whole model."""
+    # A piece without text still takes an id: left out, it would shift all ids after it.
     pieces = [
         next((text.decode() for number, text in _fields(piece) if number == _PIECE), "")
         for number, piece in _fields(data)

@@ -156,6 +156,7 @@ def model_structure(checkpoint: Checkpoint) -> ModelStructure:
 
     roles = roles_outside(outside, towers, config, notes)
     embeddings = tuple(name for name in outside if roles.get(name) == "token embedding")
+    # A head's bias has a value per token as well, but is no matrix.
     lm_heads = tuple(n for n in outside if roles.get(n) == "lm head" and len(outside[n].shape) == 2)
     hidden = _hidden_size(tensors, embeddings, config, notes)
     blocks = []
@@ -217,12 +218,14 @@ def _stacks(tensors: Shapes, config: Mapping[str, Any]) -> tuple[str | None, lis
 
     def is_stack(prefix: str) -> bool:
         n_members = len(numbers[prefix])
+        # In more than half, not in all: in hybrid models few tensors are in every layer.
         shared = [suffix for suffix, count in suffixes[prefix].items() if 2 * count > n_members]
         # Layers of several kinds (Nemotron-H) may share nothing but their norm; as many as the config says are layers
         # all the same.
         return len(shared) > (0 if n_members == wanted else 1)
 
     def likelihood(prefix: str) -> tuple[bool, bool, bool, int]:
+        # The name comes first: a vision tower may have as many layers as the language model, and attention in them.
         is_side = any(word in prefix.lower() for word in SIDE_WORDS)
         return (not is_side, len(numbers[prefix]) == wanted, attends(prefix), suffixes[prefix].total())
 
@@ -246,6 +249,7 @@ def _members(
     members = {index: members[index] for index in sorted(members)}
     wanted, ahead = layer_count(config), number(config, ("num_nextn_predict_layers",)) or 0
     extra: list[str] = []
+    # DeepSeek-V3 numbers them on from its last layer; taken for layers, they would be cut and merged as such.
     if wanted is not None and ahead and len(members) == wanted + ahead:
         extra = [f"{start}{index}" for index in members if index >= wanted]
         members = {index: names for index, names in members.items() if index < wanted}
@@ -272,6 +276,7 @@ def _outside_group(name: str, role: Role, root: str, towers: Sequence[str]) -> s
         return "lm_head"
     if "embedding" in role or (role == "norm" and "embed" in name):
         return "embed"
+    # Directly below the root, as "model.norm.weight" is below "model"; deeper ones belong to a tower.
     depth = root.count(".") + 2 if root else 1
     at_root = not root or name.startswith(f"{root}.")
     if role == "norm" and at_root and name.count(".") == depth:
@@ -281,6 +286,7 @@ def _outside_group(name: str, role: Role, root: str, towers: Sequence[str]) -> s
 
 def _hidden_size(tensors: Shapes, embeddings: Sequence[str], config: Mapping[str, Any], notes: list[str]) -> int | None:
     stated = number(config, HIDDEN)
+    # The most common width: norms of queries and keys have that of a head.
     norms = Counter(
         tensor.shape[0]
         for name, tensor in tensors.items()
@@ -331,4 +337,5 @@ def _tied(config: Mapping[str, Any], embeddings: Sequence[str], lm_heads: Sequen
         notes.append("the config says that the output head is not tied, but none is stored")
     elif not config:
         notes.append("no output head is stored; without a config.json nothing says whether it is tied")
+    # A class with a head, of which none is stored: it can only be the embedding.
     return stated is None and any(WITH_HEAD.search(str(name)) for name in config.get("architectures") or ())

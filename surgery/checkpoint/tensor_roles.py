@@ -34,7 +34,8 @@ Role = Literal[
     "tower",
 ]
 
-# The last word of a module's name → its role: inside an attention module, and elsewhere in a layer.
+# The last word of a module's name → its role: inside an attention module, and elsewhere in a layer. Two tables, since
+# c_proj and wo are in both.
 ATTENTION_WORDS: dict[str, Role] = {
     **dict.fromkeys(("q_proj", "wq", "query", "q", "q_lin", "q_a_proj", "q_b_proj"), "attention query"),
     **dict.fromkeys(("k_proj", "wk", "key", "k", "k_lin"), "attention key"),
@@ -78,12 +79,8 @@ LEAVES = (
     *("weight", "bias", "qweight", "qzeros", "scales", "g_idx", "blocks", "absmax", "input_scale"),
     *("weight_scale", "weight_scale_inv", "weight_packed", "weight_shape", "weight_zero_point"),
 )
-VALUES = (
-    "weight",
-    "qweight",
-    "weight_packed",
-    "blocks",
-)  # the leaves that hold values; the rest are scales and the like
+# The leaves that hold values; the rest are scales and the like, which must not be taken for a projection.
+VALUES = ("weight", "qweight", "weight_packed", "blocks")
 NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")  # six digits at most: no stack is deeper, and int() stays cheap
 NORM = re.compile(r"norm|^ln(_|\d|$)")
 ATTENTION = re.compile(r"attn|attention|^att_")
@@ -155,6 +152,7 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def number(config: Mapping[str, Any], names: Sequence[str]) -> int | None:
     """Return the first of the keys `names` that is a positive whole number in the config."""
+    # `type … is int`: true would pass for 1.
     values = (config.get(name) for name in names)
     return next((value for value in values if type(value) is int and value > 0), None)
 
@@ -241,6 +239,7 @@ def experts_of(parts: Mapping[str, Parts], tensors: Shapes, config: Mapping[str,
             fused.append(name)
     layout: Literal["per-expert", "fused"] = "per-expert" if inside else "fused"
     if inside:
+        # With gaps, as in a part of a model, a number in a name would not be the router's.
         if sorted(inside) != list(range(len(inside))):
             return None
         n = len(inside)
@@ -317,6 +316,7 @@ def heads_of(
             matrices[role] = name
             outputs += [name] if role == "attention output" else []
     queries = matrices.keys() & {"attention query", "attention query-key-value"}
+    # An output projection writes to the residual stream, so one side has its width.
     if len(outputs) != 1 or not queries or hidden not in tensors[outputs[0]].shape:
         return None
     shapes = {role: tensors[name].shape for role, name in matrices.items()}
@@ -333,6 +333,7 @@ def _is_transposed(shapes: Mapping[Role, tuple[int, ...]], hidden: int | None) -
     """Return whether matrices are stored (in, out); if the projection is square, by those beside it."""
     reads: tuple[Role, ...] = ("attention query-key-value", "mlp in", "attention key", "attention value")
     writes: tuple[Role, ...] = ("attention output", "mlp out")
+    # The first matrix that is not square decides: a square one fits both ways.
     for role in (*writes, *reads):
         if role in shapes and (shapes[role][0] == hidden) != (shapes[role][1] == hidden):
             return (shapes[role][0] == hidden) == (role in reads)
@@ -359,6 +360,7 @@ def _kv_heads(
         if role in shapes:
             count, left = divmod(shapes[role][out], d)
             return count if count and not left and n % count == 0 else None
+    # n heads of queries, and as many of values as of keys.
     if "attention query-key-value" in shapes:
         count, left = divmod(shapes["attention query-key-value"][out] - n * d, 2 * d)
         return count if count > 0 and not left and n % count == 0 else None

@@ -126,6 +126,7 @@ def align_rows(target: Vocabulary, donor: Vocabulary, target_rows: int, donor_ro
     n_tokens = len(target.ids)
     rows = np.fromiter(target.ids.values(), np.int64, n_tokens)
     sources = np.fromiter((donor.ids.get(token, MISSING) for token in target.ids), np.int64, n_tokens)
+    # Tokens that were added to a tokenizer, but not to its model.
     sources[sources >= donor_rows] = MISSING
     inside = rows < target_rows
     aligned = np.full(target_rows, MISSING, np.int64)
@@ -191,6 +192,7 @@ def _read_config(path: Path) -> dict[str, int]:
 
 
 def _read_lines(path: Path) -> dict[str, int]:
+    # Not splitlines(), which also splits at characters that may be in a token, such as U+2028.
     lines = _read_text(path).replace("\r\n", "\n").split("\n")
     if lines[-1] == "":
         lines.pop()
@@ -213,6 +215,7 @@ def _read_sentencepiece(path: Path) -> dict[str, int]:
     return {piece: row for row, piece in enumerate(pieces)}
 
 
+# tokenizer.json first, as in transformers: it is complete, the files beside it may be left from a conversion.
 _READERS = (
     (TOKENIZER, _read_tokenizer),
     ("vocab.json", _read_mapping),
@@ -234,6 +237,7 @@ def _add(ids: dict[str, int], added: Mapping[str, int], source: Path, path: Path
 def _check_unique(ids: Mapping[str, int], source: Path) -> None:
     if len(set(ids.values())) == len(ids):
         return
+    # Two tokens have one id: walk through all of them once more, to name these two.
     owner: dict[int, str] = {}
     for token, row in ids.items():
         if row in owner:
@@ -247,6 +251,7 @@ def _check_unique(ids: Mapping[str, int], source: Path) -> None:
 
 def _checked_ids(ids: Mapping[str, Any], path: Path) -> dict[str, int]:
     for token, row in ids.items():
+        # `type … is not`: true would pass for 1.
         if type(row) is not int or not 0 <= row <= MAX_ID:
             raise SurgeryError(
                 f"{token!r} has id {row!r}, expected a whole number from 0", where=path, hint=FETCH_AGAIN

@@ -207,6 +207,7 @@ def _downs(base: Checkpoint, wanted: Sequence[Expert], experts: ExpertLayer, err
         stored: list[tuple[tuple[Expert, ...], str | None]] = [((e,), by_number.get(e.index)) for e in wanted]
     elif wanted:
         every = tuple(Expert(wanted[0].layer, index) for index in range(experts.n_experts))
+        # Several candidates are as bad as none: a factor on the wrong one would go unnoticed.
         stored = [(every, experts.down[0] if len(experts.down) == 1 else None)]
     else:
         return []
@@ -224,6 +225,7 @@ def _downs(base: Checkpoint, wanted: Sequence[Expert], experts: ExpertLayer, err
 def _down(base: Checkpoint, experts: tuple[Expert, ...], name: str, errors: ErrorList) -> _Down | None:
     """Return the tensor `name`, (out, in) of one expert or (n, …) of all n `experts`, with its bias and scales."""
     values, packed = base.tensors[name], name.endswith("_blocks")
+    # GPT-OSS has down_proj_blocks, _scales and _bias side by side; others append to the name of the values.
     stem = name.removesuffix(".weight").removesuffix("_blocks").removesuffix("_weight")
     bias = base.tensors.get(f"{stem}.bias" if name.endswith(".weight") else f"{stem}_bias")
     scale_name = f"{stem}_scales" if packed else f"{name}_scale_inv"
@@ -253,6 +255,7 @@ def _fits(values: StoredTensor, scale: StoredTensor, n: int, *, packed: bool) ->
     """Return whether `scale` can be the scales of n experts' `values`."""
     if packed:
         return values.dtype == "U8" and scale.dtype in EXPONENTS and scale.shape == values.shape[:-1]
+    # Blocks are of 128 × 128 values or others, so only the number of experts can be compared.
     stored = values.dtype.startswith("F8") and (scale.is_float or scale.dtype == "F8_E8M0")
     return stored and (n == 1 or scale.shape[:1] == (n,))
 
@@ -269,12 +272,14 @@ def _check_powers(down: _Down, scales: Mapping[Expert, float], errors: ErrorList
     """Add an error for each β that `down` cannot store: no power of two, or out of its exponents' range."""
     for block, expert in enumerate(down.experts):
         scale = scales.get(expert, 1.0)
+        # 0 and 1 need no exponent; negative and infinite factors are errors already.
         if not down.power or down.scale is None or scale in (0, 1) or not math.isfinite(scale) or scale < 0:
             continue
         # frexp gives a mantissa in [0.5, 1): 0.5 for powers of two alone.
         if math.frexp(scale)[0] != 0.5:
             errors.add(f"{expert}: got β = {scale:g}, expected a power of two: {down.power}.", usage=True)
         elif down.scale.dtype in EXPONENTS:
+            # Looked up now: while writing, a byte out of range would silently wrap around.
             low, high = _range(down.scale, block, len(down.experts))
             shift = _log2(scale)
             if low + shift < 0 or high + shift > LARGEST:

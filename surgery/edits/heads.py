@@ -69,10 +69,11 @@ class _Projection:
         """The changes of the weight and, for means, of the bias."""
         w, b, mu = self.weight, self.bias, self.means
         scaled: dict[str, Parameter] = {"scales": self.scales, "transposed": self.transposed}
-        kept = UndoBlocks(w, self.heads, len(self.scales), self.transposed)
-        yield TensorChange(PlannedTensor(w.name, w.dtype, w.shape, (TensorInput(w),), SCALE_BLOCKS, scaled), kept)
+        blocks = UndoBlocks(w, self.heads, len(self.scales), self.transposed)
+        yield TensorChange(PlannedTensor(w.name, w.dtype, w.shape, (TensorInput(w),), SCALE_BLOCKS, scaled), blocks)
         if b is not None and mu is not None:
             moved: dict[str, Parameter] = {"heads": self.heads, "transposed": self.transposed}
+            # w as the source has it: the zeros that replace the heads' columns are only in the output.
             inputs = (TensorInput(b), TensorInput(w), TensorInput(mu))
             yield TensorChange(PlannedTensor(b.name, b.dtype, b.shape, inputs, ADD_MEANS, moved), UndoBlocks(b))
 
@@ -192,6 +193,7 @@ def _checked(
         projections = [_with_means(projection, base, means, errors) for projection in projections]
         _refuse_without_bias([projection for projection in projections if projection.bias is None], errors)
     errors.raise_if_any(COMMAND)
+    # Layers in which every γ is 1 were checked like the others, but do not change.
     projections = [projection for projection in projections if projection.heads]
     if not projections:
         raise usage_error("nothing to do: every γ is 1.", where=COMMAND)

@@ -65,6 +65,7 @@ def shift_exponents(tensors: Sequence[Tensor], place: TensorSlice, *, shifts: tu
 
 def measure_shifted(tensors: Sequence[Tensor], stored: Tensor, place: TensorSlice, *, shifts: tuple[int, ...]) -> Sums:
     """`MEASURES` of an edit whose update of the block scales is (β_h − 1) · 2^(e_h − 127)."""
+    # 127 is the exponents' bias. In fp64: 2^−127 is subnormal in fp32, and its square zero.
     before, after = (torch.exp2(exponents.double() - 127) for exponents in (tensors[0], stored))
     return _measure(before, after - before, after)
 
@@ -83,12 +84,12 @@ def measure_scaled(
 def add_means(tensors: Sequence[Tensor], *, heads: tuple[int, ...], transposed: bool) -> Tensor:
     """b + Σ_h W_h · μ_h over `heads`, summed in fp64.   b: (out,), W: (out, n·d) or transposed, μ: (n, d) → (out,)"""
     bias, *_ = tensors
-    return bias.double() + _moved(tensors, heads, transposed)
+    return bias.double() + _mean_outputs(tensors, heads, transposed)
 
 
 def measure_means(tensors: Sequence[Tensor], stored: Tensor, *, heads: tuple[int, ...], transposed: bool) -> Sums:
     """`MEASURES` of an edit whose update of the bias is Σ_h W_h · μ_h."""
-    return _measure(tensors[0], _moved(tensors, heads, transposed).to(tensors[0].dtype), stored)
+    return _measure(tensors[0], _mean_outputs(tensors, heads, transposed).to(tensors[0].dtype), stored)
 
 
 def restore_blocks(
@@ -96,6 +97,7 @@ def restore_blocks(
 ) -> Tensor:
     """W_h ← the kept W_h for `heads`, W elsewhere.   W, kept: 1-D pieces → the same"""
     weight, kept = tensors
+    # Chosen, not computed: (kept − W) + W would be rounded.
     return torch.where(_inside(weight, place, heads, n_heads, transposed), kept, weight)
 
 
@@ -135,7 +137,7 @@ def _inside(weight: Tensor, place: TensorSlice, heads: tuple[int, ...], n_heads:
     return spread(flags_of(heads, n_heads).to(weight.device), place, weight.numel(), transposed=transposed)
 
 
-def _moved(tensors: Sequence[Tensor], heads: tuple[int, ...], transposed: bool) -> Tensor:
+def _mean_outputs(tensors: Sequence[Tensor], heads: tuple[int, ...], transposed: bool) -> Tensor:
     _, weight, means = tensors
     n, d = means.shape
     wanted = list(heads)
@@ -149,6 +151,7 @@ def _moved(tensors: Sequence[Tensor], heads: tuple[int, ...], transposed: bool) 
 def _measure(weight: Tensor, update: Tensor, stored: Tensor) -> Sums:
     # NaN counts as an update, as in the kernels of vectors.
     updates = update.bool()
+    # Of the updates alone: with an adapter, rounding W + ΔW to the stored dtype changes other values too.
     delivered = (stored - weight).bool().logical_and_(updates)
     return updates.sum(), delivered.sum(), torch.dot(update, update), torch.dot(weight, weight)
 

@@ -54,6 +54,7 @@ VERSION_KEY = "model_surgery_undo"
 EDITS_KEY = "edits"
 # Integers of each width: bytes are copied, never converted as values would be.
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# As long as a hash, so that the header keeps its length when the real ones take its place.
 _NO_HASH = "0" * 32
 
 
@@ -118,6 +119,7 @@ def write_undo(folder: Path, blocks: Sequence[UndoBlocks], result: ExecutionResu
     except OSError as error:
         raise disk_error(error, path) from error
     for block in blocks:
+        # With an adapter's update the blocks are those of W + ΔW, of which no source has the hash.
         if block.tensor.update is None and before[block.tensor.name] != result.source_hashes[role][block.tensor.name]:
             raise SurgeryError(
                 f'"{block.tensor.name}" changed while it was being edited',
@@ -152,6 +154,7 @@ def undo(model: str, out: Path, *, dry_run: bool = False, options: ExecutionOpti
     # Reads every edited tensor: restoring blocks of other weights would give a model that never existed.
     _check_edited(edited, blocks, edits, path)
     sources = {name: _at_their_place(blocks[name], undo_tensors.tensors[name]) for name in blocks}
+    # The very objects that the kernels get as inputs: hashes of sources are collected by identity.
     restored = replace(undo_tensors, tensors={name: source.tensor for name, source in sources.items()})
     planned = [
         PlannedTensor(name, t.dtype, t.shape, (TensorInput(t), sources[name]), RESTORE_BLOCKS, blocks[name].params)

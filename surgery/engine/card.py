@@ -26,7 +26,9 @@ class CardContent:
 
 def write_card(folder: Path, manifest: Mapping[str, Any], sources: Mapping[str, Checkpoint], card: CardContent) -> None:
     """Write README.md into `folder`: metadata for the Hub, the method, the inputs, and how to repeat the command."""
+    # Once each: a model that is both target and base is one parent on the Hub.
     hub_ids = list(dict.fromkeys(c.repo_id for c in sources.values() if c.repo_id))
+    # Vectors and the like cannot be loaded by transformers, and the Hub would show code that tries it.
     library = "transformers" if manifest["kind"] in ("model", "ensemble") else None
     # In the form of huggingface_hub's ModelCardData, whose import would take longer than the rest of this function.
     data = {"base_model": hub_ids or None, "library_name": library, "tags": ["model-surgery", *card.tags]}

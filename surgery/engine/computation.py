@@ -54,6 +54,7 @@ def compute(
     begin, end = bounds(tensor, segment)
     first, last = _rows_around(tensor, begin, end)
     values = [reader.values(source, first, last, slot) for slot, source in enumerate(tensor.inputs)]
+    # Hashed while they are in cache: a pass of its own would read every source twice.
     hashes = tuple(
         digest(value[begin - first : end - first]).hex() if is_plain(source) else ""
         for source, value in zip(tensor.inputs, values, strict=True)
@@ -67,7 +68,9 @@ def compute(
             skip, stop = max(begin - here.begin, 0), min(end - here.begin, stored.numel())
             own = stored[skip:stop]  # without the parts of rows that belong to neighbouring segments
             out[here.begin + skip - begin : here.begin + stop - begin].copy_(own, non_blocking=True)
+            # Inputs are cut like the output: a row that two segments share would otherwise be measured twice.
             flat = [x.reshape(-1)[skip:stop] for x in inputs]
+            # Measured after rounding: an update that the stored dtype swallows does not count as delivered.
             back = own.to(_compute_dtype(tensor))
             for i, value in enumerate(
                 _measure(kernel, tensor.params, flat, back, replace(here, begin=here.begin + skip))

@@ -18,6 +18,7 @@ from pathlib import Path
 BLOCK = 4096  # bytes: what direct writes are aligned to, on disks of today
 DIRECT_FROM = 64 << 20  # bytes; for smaller files the page cache is faster
 
+# What `open` answers for O_DIRECT on file systems without it, as tmpfs on older kernels and some network disks.
 _NOT_SUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
@@ -58,6 +59,7 @@ class DirectFile:
         block, offset = divmod(edge.position, BLOCK)
         pieces = self._edges.setdefault(block, {})
         pieces[offset] = edge.data
+        # Pieces never overlap, since tensors do not: their lengths alone tell when the block is whole.
         if sum(map(len, pieces.values())) == BLOCK:
             del self._edges[block]
             self._aligned(block * BLOCK, memoryview(b"".join(pieces[at] for at in sorted(pieces))))
@@ -74,6 +76,8 @@ class DirectFile:
 
     def _aligned(self, position: int, data: memoryview) -> None:
         """Write whole blocks from page-aligned memory, as O_DIRECT demands."""
+        # A map begins at a page, which no bytes object or tensor promises: O_DIRECT would fail with EINVAL. One per
+        # thread, and reused: a new map for every write would fault in its pages anew.
         pages: mmap.mmap | None = getattr(self._local, "pages", None)
         if pages is None or len(pages) < len(data):
             pages = self._local.pages = mmap.mmap(-1, len(data))

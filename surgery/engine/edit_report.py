@@ -131,15 +131,18 @@ def _group(name: str, rows: Sequence[Mapping[str, float]]) -> EditedGroup:
     def total(measure: str) -> float:
         return math.fsum(row[measure] for row in rows)
 
+    # Squares are added up over tensors, not norms: ‖(a, b)‖² = ‖a‖² + ‖b‖².
     update, target = math.sqrt(total("update_squares")), math.sqrt(total("target_squares"))
     return EditedGroup(
         name,
         int(total("updates")),
         int(total("delivered")),
         update,
+        # A part that was all zeros has no norm to relate an update to.
         update / target if target else (math.inf if update else 0.0),
         int(total("nonfinite")),
     )
 
 
+# What every kernel of an edit measures, in this order; `_group` reads them by name.
 MEASURES = ("updates", "delivered", "update_squares", "target_squares")

@@ -69,6 +69,7 @@ def execute(
     with ExitStack() as stack:
         this = _RankExecution(plan, out, options, stack)
         views = map_over_ranks(everyone, this.open_sources)
+        # The sources' sizes and times are in it: a rank with an older copy on its disk would mix two models.
         if len({view.fingerprint for view in views}) > 1:
             raise SurgeryError(
                 "the processes do not see the same sources",
@@ -118,6 +119,7 @@ class _RankExecution:
             self.staging.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise disk_error(error, self.staging) from error
+        # Its lock comes before anything is written: another process may be at work in the same folder.
         self.journal = self.stack.enter_context(Journal(self.staging, self.fingerprint, discard=self.options.overwrite))
         self.failure_file.unlink(missing_ok=True)  # of a run that ended by a failure, which this one continues
         self.writer = self.stack.enter_context(ShardWriter(self.staging, self.plan.files))
@@ -141,6 +143,7 @@ class _RankExecution:
     def flush(self) -> None:
         """Complete the blocks that several ranks write to, and check the sources. All ranks must have written."""
         self.writer.flush()
+        # Once all tensors are written: a change at any time before is noticed, and its mixture never committed.
         self.files.check_unchanged()
         if self.distributed:
             self.writer.sync()  # rank 0 can do so for its own machine alone
@@ -167,6 +170,8 @@ class _RankExecution:
                 self.rejected = True
                 raise
         report = finish(self.staging, result)
+        # Before the rename, or OUT would contain it. A kill between the two leaves a manifest without a journal, by
+        # which the next run knows a finished output of its own.
         self.journal.remove()
         commit_folder(self.staging, self.out, overwrite=self.options.overwrite)
         return report

@@ -24,10 +24,12 @@ from typing import BinaryIO
 from surgery.errors import SurgeryError
 from surgery.io.atomic import JOURNAL, MANIFEST
 
+# Goes up when the form of the lines changes: an old journal's first line then differs, as another job's does.
 VERSION = 1
 NAME = JOURNAL
 _OTHERS = "journal-*.jsonl"
-_TRIES, _PAUSE = 40, 0.05  # for the lock; seconds between two tries
+# For the lock, 2 s in all: enough for workers of a killed run to end, without keeping a user from the error.
+_TRIES, _PAUSE = 40, 0.05  # the pause in seconds
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,10 @@ class Journal:
         _lock(self._file, folder)
         beside = {path: _read_locked(path, folder) for path in sorted(folder.glob(_OTHERS))}
         lines = _lines(self._file)
+        # More than one: the last entry is what follows the last line break, so then the first line is whole.
         if len(lines) > 1 and lines[0] == header:
             for path, content in {self._path: lines, **beside}.items():
+                # A rank that was killed before it wrote its first line left an empty journal.
                 if content[0] == header:
                     self._load(path, content[1:-1])
             self._continue(header, lines)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+# Nothing else may be a parameter: a plan's fingerprint is taken over these values as JSON.
 Number = float | int | str | bool
 Parameter = Number | None | tuple[Number, ...]  # a tuple has one entry per model
 Sums = Sequence[Tensor | float]
@@ -82,4 +83,5 @@ def identity(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0]
 
 
+# For tensors whose bytes cannot be copied: they change their dtype, or an adapter's update is added on reading.
 IDENTITY = Kernel("identity", identity)

@@ -18,6 +18,7 @@ from surgery.io.command_line import option_words
 from surgery.io.hashing import KEY, hash_tensors
 from surgery.io.json_io import read_json, to_json
 
+# Goes up when a reader of the old form would misread the new one: `read_manifest` refuses every other number.
 SCHEMA = 1
 
 

@@ -42,6 +42,7 @@ class PassTracker:
         # Segments come in any order; reduced in theirs, the result does not depend on the number of threads.
         in_order = [piece for segment in sorted(by_segment) for piece in by_segment[segment]]
         reduced = tensor.passes[pass_number].reduce(in_order, place, **tensor.params)
+        # Before the next pass, which gathers under the same index and would seem complete at once.
         del self._gathered[index]
         place = replace(place, pass_results={**place.pass_results, **reduced})
         return stage_tasks(index, tensor, place, pass_number + 1 if pass_number + 1 < len(tensor.passes) else None)

@@ -16,12 +16,16 @@ from surgery.engine.kernel import IDENTITY, Kernel, Parameter, Pass
 from surgery.errors import SurgeryError
 from surgery.io.hashing import hash_bytes, hash_text
 
-DEFAULT_SHARD_BYTES = 5_000_000_000  # what transformers writes, and what the Hub serves comfortably
+# The shard size of transformers up to version 4, which most models on the Hub have: a failed transfer costs one shard.
+DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One output tensor. Without a kernel, the bytes of its one input are copied and never pass through a dtype."""
+    """One output tensor. Without a kernel, the bytes of its one input are copied and never pass through a dtype.
+
+    part: the tensor's index in the tuple that a "whole" kernel returns.
+    """
 
     name: str
     dtype: str
@@ -157,9 +161,11 @@ def copy_tensor(tensor: StoredTensor, *, dtype: str | None = None) -> PlannedTen
 
 def write_index(plan: Plan, folder: Path) -> None:
     """Write the index, tensor name → file, that loaders need where there are several files."""
+    # Loaders find a single file by its name.
     if len(plan.files) < 2:
         return
     weight_map = {tensor.name: file.name for file in plan.files for tensor in file.tensors}
+    # Of the tensors without headers, as transformers counts it.
     total = sum(file.size - file.header.data_start for file in plan.files)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / plan.index_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -195,6 +201,7 @@ def _by_size(
     room = 0
     for tensor in sorted(tensors, key=lambda t: t.name):
         size = n_bytes(tensor.dtype, tensor.shape)
+        # A tensor larger than the limit gets a file of its own: tensors are never split.
         if not groups or size > room:
             groups.append([])
             room = limit

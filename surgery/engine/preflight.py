@@ -126,6 +126,7 @@ def check_ancestor(
     for name in sorted(ours.keys() & donor_sketch.keys()):
         a, b = ours[name], donor_sketch[name]
         norms = float(a.norm() * b.norm())
+        # Zeros have no direction: a matrix that was initialised to zero says nothing about ancestry.
         if a.shape == b.shape and norms > 0:
             cosines.append(float(torch.dot(a, b)) / norms)
     if not cosines:
@@ -172,4 +173,5 @@ def _middle(reader: TensorReader, tensor: StoredTensor) -> torch.Tensor:
     count = tensor.n_elements
     # The middle: the first rows of an embedding are often special or padding tokens.
     begin = max(0, (count - SKETCH_ELEMENTS) // 2)
+    # A copy, since the reader puts the next tensor into the same buffer.
     return reader.values(TensorInput(tensor), begin, min(begin + SKETCH_ELEMENTS, count), "sketch").float().clone()

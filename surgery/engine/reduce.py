@@ -55,6 +55,7 @@ def reduce_tensors(
         tensors = jobs[name]
         compute = compute_dtype(tensor.dtype for tensor in tensors)
         values = [reader.values(TensorInput(tensor), begin, end, slot) for slot, tensor in enumerate(tensors)]
+        # Block by block, added up in fp64: in one fp32 sum over a segment the small terms would be lost.
         rows = [
             [value.item() for value in measure([x[i : i + BLOCK].to(compute) for x in values])]
             for i in range(0, end - begin, BLOCK)

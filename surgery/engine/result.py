@@ -61,6 +61,7 @@ def collect_result(
 
 def _source_hashes(plan: Plan, files: SourceFiles, known: dict[int, str]) -> dict[str, dict[str, str]]:
     """Return the hashes of all source tensors in the plan; those not hashed segment by segment are read again."""
+    # By identity: a target and its base have tensors of the same names.
     used: dict[int, StoredTensor] = {}
     for tensor in plan.tensors:
         for source in tensor.inputs:

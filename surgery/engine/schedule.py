@@ -85,6 +85,7 @@ class Schedule:
 
     def files_to_begin(self) -> list[PlannedFile]:
         """Return the files whose first bytes this rank writes."""
+        # The rank with a file's first segment also writes the header's end, in the same block (`ShardWriter.begin`).
         first: dict[int, int] = {}  # file → the work with its first segment
         for number, work in enumerate(self._work):
             for index in work.tensors:
@@ -117,7 +118,9 @@ class Schedule:
             numbers = segments_of(self._tensors[index]) if segment is None else (segment,)
             written += sum(segment_bytes(self._tensors[index], number) for number in numbers)
             done = done and all(self._journal.record(index, number) for number in numbers)
+        # Every pass reads the inputs once more.
         n_readings = 1 + len(first.passes)
+        # An earlier run's segments are only read back: counted in full, they could leave one rank all that is to do.
         if not done:
             count = n_elements(first.shape)
             begin, end = (0, count) if segment is None else bounds(first, segment)

@@ -92,6 +92,7 @@ class SegmentProcessor:
                 if record is None:
                     return None
                 begin, end = bounds(self._tensors[index], segment)
+                # After a power failure the journal may have a line whose bytes never reached the disk.
                 if digest(self._read_back(index, begin, end, reader)).hex() != record.digest:
                     return None
                 records.append(record)
@@ -104,6 +105,7 @@ class SegmentProcessor:
         first = n_bytes(tensor.dtype, (begin,))
         file, position = self._file_names[index], self._position(index) + first
         if self._writer.is_direct(file):
+            # Written past the page cache, a segment cannot be read back yet: the bytes to hash come from the source.
             data = reader.raw(source, begin, end, "copy")
             edges = self._writer.write(file, position, octets(data))
         else:

@@ -1,4 +1,4 @@
-"""Reads an output back: every tensor readable, finite, and hashed as its manifest says."""
+"""Read an output back, and check that every tensor is readable, finite, and hashed as its manifest says."""
 
 from __future__ import annotations
 
@@ -102,6 +102,7 @@ def verify(model: str, *, options: ExecutionOptions = ExecutionOptions()) -> Ver
             if nonfinite:
                 bad[tensor.name] = nonfinite
             entry = expected.get(tensor.name)
+            # Dtype and shape count too: the same bytes under another dtype are other weights.
             if entry and (entry[KEY], entry["dtype"], entry["shape"]) != (
                 tensor_hash,
                 tensor.dtype,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+# The same in all containers of a machine, which share its page cache; host names may repeat in a network.
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 

@@ -48,6 +48,7 @@ class FailureWatch:
             return
         self._next = now + _WATCH_SECONDS
         with suppress(FileNotFoundError):
+            # Empty where it is read between its creation and its writing.
             raise SurgeryError(self._path.read_text(encoding="utf-8") or "another process failed")
 
 
@@ -104,6 +105,7 @@ class WorkerJob:
                             if written.resumed:
                                 resumed += size
                             else:
+                                # After the bytes, or a kill in between would record what is not there.
                                 self._journal.append(record)
                             records[record.tensor, record.segment] = record
                             advance(size)

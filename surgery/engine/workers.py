@@ -88,6 +88,7 @@ def run(
                 hint="Run the same command again with fewer --threads: it goes on where it stopped.",
             ) from error
         finally:
+            # Cancelled: what is queued should not run on after an error, or when the consumer stops early.
             pool.shutdown(cancel_futures=True)
 
 

@@ -190,4 +190,5 @@ def _copy_range(source: int, source_position: int, target: int, position: int, s
             # Across file systems, and on some of them, the kernel cannot: then the bytes go through here.
             if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
                 raise
+    # 8 MiB is a segment of the widest dtype, so that one round suffices.
     return os.pwrite(target, os.pread(source, min(size, 8 << 20), source_position), position)

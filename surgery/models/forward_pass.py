@@ -81,6 +81,7 @@ def partial_forward(
     def capture(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         captured.append(hidden_in(arguments, keywords))
 
+    # Layers above are skipped, not left out: the family's own forward pass goes through all of them.
     forwards = {layer: _skip(tupled[at]) for at, layer in enumerate(live.layers) if at >= stop}
     if hidden is not None:
         forwards |= _skips_below(live, start, hidden, tupled)
@@ -96,6 +97,7 @@ def partial_forward(
 @torch.no_grad()
 def tupled_layers(live: LoadedModel) -> tuple[bool, ...]:
     """Return for each layer whether its output is a tuple, found by one short run."""
+    # Any ids do that every vocabulary has: only the type of outputs is looked at.
     ids = torch.tensor([[1, 2, 3]], device=live.device)
     with isolated_rng(live):
         return tuple(trace_layers(live, partial(_run_body, live, ids))[2])
@@ -168,6 +170,7 @@ def resume_obstacle_at(live: LoadedModel, run: Callable[[], object], layers: Ite
 
 def is_close(live: LoadedModel, plain: Tensor, states: Tensor) -> bool:
     """Return whether final hidden states are those of the full pass `plain`, up to rounding in the model's dtype."""
+    # bf16 has 8 bits: rounding adds up over the layers, and what a layer lacks shows as more than that.
     tolerance = TOLERANCE.get(live.model.dtype, 5e-2)
     return bool((states.float() - plain.float()).norm() <= tolerance * plain.float().norm())
 
@@ -196,6 +199,7 @@ def _skip(tupled: bool, instead: Tensor | None = None) -> Forward:
 
 @contextmanager
 def _replaced_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
+    # The forward of the instance, not of its class, which comes back once the instance's is deleted.
     before = {module: vars(module).get("forward") for module in forwards}
     for module, forward in forwards.items():
         module.forward = forward
@@ -230,6 +234,7 @@ def _module_at(live: LoadedModel, at: int) -> nn.Module:
 
 
 def _run_body(live: LoadedModel, ids: Tensor) -> None:
+    # With a cache, the layers that are skipped would be missing in it.
     live.body(input_ids=ids, use_cache=False)
 
 

@@ -137,6 +137,7 @@ def attach_structure(loaded: ModelAndTokenizer, checkpoint: Checkpoint) -> Loade
     for index, heads in structure.output_projections.items():
         if heads.n_heads is None or heads.head_dim is None:
             continue
+        # By the name inside the layer: a multimodal model's stack has another name in memory than on disk.
         path = heads.name.removeprefix(f"{structure.stack}.{index}.").removesuffix(".weight")
         module = _submodule(layers[index], path)
         if module is None:
@@ -189,6 +190,8 @@ def hooks(*handles: Any) -> Iterator[None]:
 def _layers(model: Any, structure: ModelStructure, name: str) -> tuple[list[nn.Module], nn.Module]:
     """Return the layers in order, and the module that contains their list."""
     assert structure.stack is not None
+    # A bare backbone's names begin below the body. There may be more layers than counted: those that predict further
+    # tokens ahead, which come last.
     for root in (model, model.base_model):
         modules = _submodule(root, structure.stack)
         if isinstance(modules, nn.ModuleList) and len(modules) >= structure.layers:

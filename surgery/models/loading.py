@@ -34,15 +34,18 @@ def load_model(folder: Path | str, name: str, *, device: str = "cpu", dtype: str
     Raises:
         SurgeryError: it cannot be loaded; there is no such device or dtype.
     """
+    # Here, not above: transformers takes seconds to import, and most commands never load a model.
     import torch
     from transformers import AutoModelForCausalLM
 
     kind = getattr(torch, dtype, None)
     if dtype != AUTO and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
         raise usage_error(f"got {dtype!r}, expected auto, float32, bfloat16 or float16", where="--dtype")
+    # A missing device is an error before the weights are read.
     if device != AUTO:
         torch_device(device)
 
+    # Before the weights: where it is missing or damaged, that shows in a second.
     tokenizer = load_tokenizer(folder, name)
     with quiet():
         try:

@@ -21,6 +21,7 @@ def parameter_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 def local(tensor: Tensor) -> Tensor:
     """Return the part of a tensor in this process: the tensor itself, or under FSDP2 its shard."""
+    # By attribute, so that DTensor need not be imported. Not `to_local()`, whose result is tracked by autograd.
     shard = getattr(tensor, "_local_tensor", tensor)
     assert isinstance(shard, Tensor)
     return shard
@@ -45,5 +46,6 @@ def assign(target: Tensor, values: Tensor) -> None:
 
 
 def _hash(tensor: Tensor) -> str:
+    # Cut like the engine's segments: the hash is taken over theirs.
     flat = tensor.detach().cpu().contiguous().view(-1)
     return hash_parts(digest(flat[begin:end]) for begin, end in segments(len(flat)))
