@@ -26,6 +26,7 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as stopped:
             raise StoppedError from stopped
+        # Raised while the command line is parsed; Typer itself would print it with a usage text of several lines.
         except typer.BadParameter as error:
             raise _wrong_choice(error) or error from error
 
@@ -43,6 +44,7 @@ def _wrong_choice(error: typer.BadParameter) -> SurgeryError | None:
     allowed = re.findall("'(.*?)'", match["allowed"])
     return usage_error(
         f"got {match['value']!r}, expected {', '.join(allowed[:-1])} or {allowed[-1]}",
+        # The long form: `--out`, not `-o`.
         where=max(error.param.opts, key=len),
         hint=did_you_mean(match["value"], allowed),
     )
@@ -57,9 +59,11 @@ app = typer.Typer(
     "Example: surgery vector transfer lab:grpo lab:sft lab:instruct -o reasoning-instruct",
     no_args_is_help=True,
     rich_markup_mode="markdown",
+    # Errors are one line (see `cli.main.run`); Typer's own tracebacks would print the values of all locals too.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+# These four are commands by themselves: `surgery diff`, not `surgery models diff`.
 models.register(app)
 app.add_typer(vector.app, name="vector")
 app.add_typer(merge.app, name="merge")

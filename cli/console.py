@@ -13,6 +13,7 @@ from surgery.runtime.environment import is_main, rank
 if TYPE_CHECKING:
     from surgery.reporting.report import Figure, Table
 
+# In the environment, as `surgery run` starts its steps as processes, which are to show their tracebacks too.
 DEBUG = "SURGERY_DEBUG"
 
 
@@ -37,6 +38,7 @@ def scored_token(text: str, score: float) -> None:
 
 
 def _scale(score: float) -> tuple[int, int, int]:
+    # Short of the full 255, which is hard to read on a white terminal.
     return round(220 * min(1, 2 - 2 * score)), round(190 * min(1, 2 * score)), 60
 
 
@@ -71,6 +73,7 @@ def show_json(value: Any) -> None:
     from surgery.io.json_io import to_json
 
     if is_main():
+        # The text ends with a line break already.
         typer.echo(to_json(value, indent=2), nl=False)
 
 

@@ -18,6 +18,7 @@ from surgery.errors import FAILED, SurgeryError
 from surgery.runtime import environment as process
 from surgery.runtime.interrupts import redeliver_dropped_interrupts
 
+# Here, since these commands read or run the app's others: see `cli.app`.
 app.command(epilog=recipes.EPILOG)(recipes.run)
 app.command(epilog=push.EPILOG)(push.push)
 app.command(epilog=reproduce.EPILOG)(reproduce.reproduce)
@@ -56,6 +57,7 @@ def program() -> None:
     redeliver_dropped_interrupts()
     try:
         run()
+    # As the interpreter does: None is success, a number the exit code, and anything else a failure.
     except SystemExit as left:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -71,7 +73,9 @@ def run() -> None:
     except SurgeryError as error:
         _leave(error, str(error), error.exit_code)
     except (StoppedError, KeyboardInterrupt) as error:
+        # 128 + the number of SIGINT, as shells count.
         _leave(error, "stopped. The same command goes on where it was.", 130)
+    # From a library, of which our own code does not know what it was writing: a full disk, a pipe that was closed.
     except OSError as error:
         _leave(error, f"{error.filename or 'the system'}: {error.strerror or error}", FAILED)
     except MemoryError as error:

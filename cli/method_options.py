@@ -31,6 +31,7 @@ class MethodOption:
     def parameter(self) -> inspect.Parameter:
         """Return the option as Typer reads it from a signature."""
         if self.is_flag:
+            # With None as the default: what was not given is left to the method's own default, or to the config.
             hint: Any = Annotated[bool | None, typer.Option(help=self.help)]
         else:
             # Texts, read as YAML later: a value may be a number or a list, and an option may be repeated.

@@ -12,9 +12,13 @@ from surgery.io.command_line import option_flag
 from surgery.recipes.types import NamesInput
 from surgery.vectors.choices import VocabPolicy
 
+# Not at run time, here and in all modules of commands: it imports torch, for which `--help` and Tab completion must not
+# wait. Functions of commands import what they call themselves.
 if TYPE_CHECKING:
     from surgery.engine.options import ExecutionOptions
 
+# `NamesInput` is for recipes: it says what the text names, so that a run checks before its first step that all of it is
+# there.
 Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="Folder, .safetensors file, org/name[@revision], adapter or lab:NAME."),
@@ -73,6 +77,7 @@ def count(value: str, name: str) -> int:
     """Return `value` as a whole number from 1 on. Raises SurgeryError."""
     from surgery.errors import usage_error
 
+    # `int` alone would also take ` 4`, `+4` and `1_000`.
     if not value.isdecimal() or int(value) < 1:
         raise usage_error(f"got {value!r}, expected a whole number from 1 on, or all", where=option_flag(name))
     return int(value)

@@ -67,10 +67,12 @@ def _option(parameter: CommandParameter) -> str:
 def _default(parameter: CommandParameter) -> str:
     if parameter.required:
         return "needed"
+    # A flag that is off by default is an option left out: there is no value to write.
     return "" if parameter.default is None or parameter.default is False else f"`{parameter.default}`"
 
 
 def _cell(text: str) -> str:
+    # A pipe would end the cell, and a line break the table.
     return " ".join(text.replace("|", "\\|").split())
 
 

@@ -54,6 +54,7 @@ def _signatures(app: typer.Typer, groups: tuple[str, ...]) -> Iterator[Signature
 
 
 def _parameters(callback: Callable[..., Any]) -> Iterator[CommandParameter]:
+    # Annotations are texts in modules with `from __future__ import annotations`; Typer's objects in them are needed.
     for name, parameter in inspect.signature(callback, eval_str=True).parameters.items():
         where = f"{callback.__name__}: {name}"
         annotated, metadata = _split(parameter.annotation, where)
@@ -61,12 +62,14 @@ def _parameters(callback: Callable[..., Any]) -> Iterator[CommandParameter]:
         item = get_args(annotated)[0] if many else annotated
         # Literals are texts for recipes, with an enum in the schema.
         choices = get_args(item) if get_origin(item) is Literal else ()
+        # A type that recipes do not know is a KeyError here, and so found by the first test that lists the commands.
         kind = KINDS[str if choices else item]
         info = next(each for each in metadata if isinstance(each, OptionInfo | ArgumentInfo))
         required = parameter.default is inspect.Parameter.empty
         default = None if required else parameter.default
         names = _option_names(name, kind, info) if isinstance(info, OptionInfo) else _OptionNames(None)
         yield CommandParameter(
+            # Recipes write a parameter as the command line does: `dry-run`, not `dry_run`.
             name=name if names.flag is None else names.flag.removeprefix("--"),
             kind=kind,
             help=info.help or "",
@@ -90,6 +93,7 @@ def _split(hint: Any, where: str) -> tuple[Any, list[Any]]:
     assert get_origin(hint) is Annotated, f"{where} has no typer.Option or typer.Argument"
     annotated, *metadata = get_args(hint)
     if get_origin(annotated) in (Union, types.UnionType):
+        # `X | None` only says that an option may be left out, and the default says that too.
         [annotated] = [each for each in get_args(annotated) if each is not types.NoneType]
     return annotated, metadata
 

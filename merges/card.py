@@ -31,6 +31,7 @@ def merge_card(
         text: the config as it was written; "" where there was none.
     """
     method = METHODS[config.merge_method].spec
+    # A method that does not set the base apart merges it like any other model, and the card names it among them.
     others = [f"`{ref}`" for ref in config.models if ref != config.base_model or method.base == "none"]
     onto = f" onto `{config.base_model}`" if config.base_model and method.base != "none" else ""
     sentence = (
@@ -53,6 +54,7 @@ def layers_table(config: MergeConfig, layout: Layout) -> Table:
     rows = []
     first = 0
     for section in config.sections:
+        # A source without a range gives all its layers, and the output then has as many.
         ranges = [source.layer_range or (0, len(layout.layers)) for source in section.sources]
         last = first + ranges[0][1] - ranges[0][0]
         for source, (begin, end) in zip(section.sources, ranges, strict=True):

@@ -106,6 +106,7 @@ class MergeJob:
         # Tensors of models that are not of one kind would only add an error each.
         preflight.errors.raise_if_any(self.where)
         layout = lay_out(preflight, config, checkpoints)
+        # Opened only now, after the models are known to fit: it may have to be downloaded.
         donor = self._donor(checkpoints)
         tokens = self._tokens(preflight, checkpoints, donor, layout)
         if config.tokenizer is not None and tokens is None:

@@ -70,6 +70,7 @@ class _Models:
         }
         self.stack = self.structures[template].stack or ""
         self.template = template
+        # By names inside the layer: what stands before the number differs from model to model.
         self.layers: dict[str, list[dict[str, str]]] = {}
         for ref, shape in self.structures.items():
             self.layers[ref] = [
@@ -152,6 +153,7 @@ class _LayoutBuilder:
                 self.preflight.errors.add(
                     f"layer_range [{begin}, {end}] of {source.model} reaches beyond its {n_layers} layers."
                 )
+                # Without any slot of the section: to match the rest would add an error for every tensor.
                 return []
             ranges.append(range(begin, end))
         if len({len(one) for one in ranges}) > 1:
@@ -225,6 +227,7 @@ class _LayoutBuilder:
         """
         refs = [source.model for source in section.sources]
         shape = self.models.structures[refs[0]]
+        # In the order of the sources: a set's would change from run to run, and the output's files with it.
         for name in dict.fromkeys(name for one in tensors for name in one):
             holders = [one.get(name) for one in tensors]
             inputs = tuple(tensor for tensor in holders if tensor is not None)

@@ -66,6 +66,7 @@ def side_files(
     copied = {path.name: path for path in template.side_files}
     written: dict[str, bytes] = {}
     if tokens is not None:
+        # The template's configs name tokens by ids of its own tokenizer, which may stand for others in the output's.
         renumber = _Renumbering(preflight, template, tokens, checkpoints[tokens.donor])
         config = renumber(resize_vocabulary(config, tokens.size), CONFIG)
         generation = read_json(template.folder / GENERATION, missing={}) if template.folder else {}

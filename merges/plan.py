@@ -96,6 +96,7 @@ class _Planner:
             return None
         weight = params.get("weight")
         weights = tuple(float(a) for a in weight) if isinstance(weight, tuple) else None
+        # Where the config names no dtype the base's is kept, whatever the other models are stored in.
         dtype = self.stored_as or first.dtype
         # A copy keeps its bytes; a product by 1 would be rounded to what it was, but read and computed all the same.
         if self.method.spec.name == "passthrough" and params["scale"] == (1.0,) and inputs[0].rows is None:

@@ -100,6 +100,7 @@ class MergeReport:
         """Return a figure of the result's distance from each model, layer by layer."""
         from surgery.reporting.plots import plot_distances
 
+        # In the order of the layers; models of other slices may lack some of them, which leaves a gap in their line.
         groups = list(dict.fromkeys(group for share in self.models for group in share.layers))
         names = _short([share.model for share in self.models])
         series = {name: [m.layers.get(group) for group in groups] for name, m in zip(names, self.models, strict=True)}
@@ -154,4 +155,5 @@ def _short(refs: Sequence[str]) -> list[str]:
 
 def _ratio(above: float, below: float) -> float:
     """Return √(above/below); 0 where both are 0."""
+    # Relative to a model of zeros every change is infinite; two of them do not differ at all.
     return math.sqrt(above / below) if below else (math.inf if above else 0.0)

@@ -86,6 +86,7 @@ def heads(
         dry_run=dry_run,
         options=o.options(threads, device, overwrite=overwrite),
     )
+    # A mean is a bias in place of the heads' outputs, so nothing was scaled.
     done = "Put means in the place of" if mode == "mean" else "Scaled"
     _show(repair, "Heads", repair.heads, done, out, no_measure=no_measure, as_json=as_json)
 
@@ -180,6 +181,7 @@ def _show(
         console.show_json(edited)
         return
     console.show_preflight(edited.report.preflight, edited.report.warnings)
+    # The names are worth showing even so: `--top` and `--from` leave open which ones they are.
     if edited.report.dry_run:
         console.message(f"{what}: {', '.join(names)}. Nothing written (--dry-run).")
         return

@@ -132,6 +132,7 @@ def tokenizer(
     from surgery.growth.data.tokenizer_training import END, train_tokenizer
     from surgery.runtime.progress import terminal
 
+    # One by one: a corpus may be larger than the memory.
     texts = (document.text for document in documents(corpus, field=field))
     report = train_tokenizer(
         texts,
@@ -185,6 +186,7 @@ def init(
         "layers": layers,
         "config": config,
     }
+    # What is not given is left to the defaults of a plan, so that they are the same in both places.
     shape = ModelShape.model_validate({name: value for name, value in given.items() if value is not None})
     options = o.options(overwrite=overwrite)
 
@@ -329,12 +331,14 @@ def _prepare_run(
     from surgery.growth.prepare import load_plan, prepare_run
     from surgery.runtime.progress import terminal
 
+    # Before training starts, and also in a dry run: every error of the plan is found here.
     prepared = prepare_run(load_plan(plan, embed=embed, corpus=corpus, tokens=tokens, seed=seed), out)
     return prepared, RunOptions(device, threads, save_every, tensorboard, terminal)
 
 
 def _show_dry_run(prepared: PreparedRun, *, as_json: bool) -> None:
     if as_json:
+        # The plan with all options applied: what the run would do, and not what the file says.
         console.show_json({"facts": prepared.facts, "plan": prepared.plan.model_dump(mode="json")})
     else:
         console.show_preflight(prepared.facts, ())

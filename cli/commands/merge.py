@@ -29,11 +29,13 @@ class _Group(TyperGroup):
     """A group whose first word may also be a config file or a method, which stands for the command `weights`."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        # Also a word that is neither: `weights` knows the methods, and says which one is nearest.
         if args and args[0] not in self.commands:
             return WEIGHTS, self.commands[WEIGHTS], args
         return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: Any) -> list[str]:
+        # People type the short forms, which the group's help describes.
         return [name for name in super().list_commands(ctx) if name != WEIGHTS]
 
 
@@ -44,6 +46,7 @@ app = typer.Typer(
     "**surgery merge METHOD A B … [--base X] [--weight …] -o OUT**: the common cases without a file.\n\n"
     "`surgery merge weights --help` lists the options of both; `surgery merge methods` lists the methods.",
     no_args_is_help=True,
+    # Options may come before the config or the method; they are not the group's, and go on to `weights`.
     context_settings={"ignore_unknown_options": True},
     epilog="Example: surgery merge ties lab:sft lab:grpo --base lab:base --weight 0.5 --density 0.4 -o merged",
 )
@@ -196,6 +199,7 @@ def unpack(
 
 
 def _specs() -> dict[str, Any]:
+    # Imported here, as the kernels beside the specifications bring torch along.
     from merges.methods.registry import METHODS
 
     return {name: method.spec for name, method in METHODS.items()}
@@ -216,6 +220,7 @@ def _config(
     """Return the command line as a config; values are read as YAML, so that a list is a gradient."""
     from merges.config.command_line import config_for_method
 
+    # A repeated option is one value per model; a flag is one for all.
     values = {
         name: [_value(option_flag(name), text) for text in given] if isinstance(given, list) else [given]
         for name, given in parameters.items()
@@ -238,8 +243,8 @@ def _value(option: str, text: str) -> object:
     from surgery.errors import usage_error
     from surgery.io.yaml_nodes import read_documents
 
-    nodes, faults = read_documents(text, option)
-    faults.raise_if_any()
+    nodes, errors = read_documents(text, option)
+    errors.raise_if_any()
     if len(nodes) != 1:
         raise usage_error(f"got {text!r}, expected a number, or a list", where=option)
     return nodes[0].plain

@@ -160,12 +160,14 @@ def _reinforced(
 
     given = {"top": top, "scale": scale, "phase": phase}
     if run is None:
+        # To ignore them would leave people to believe that they had been applied.
         if stray := [name for name, value in given.items() if value is not None]:
             raise usage_error("goes with --reinforce RUN", where=option_flag(stray[0]))
         return None
     from probes.experts.evaluate import add_scaled_models
     from surgery.evaluation.evaluation_report import EvaluationVariant
 
+    # Defaults are None in the signature, to tell whether an option was given: these are the real ones.
     strength: dict[str, Any] = {
         "top": 2 if top is None else top,
         "scale": 64.0 if scale is None else scale,

@@ -45,6 +45,7 @@ NewTokens = Annotated[
     int | None, typer.Option(min=1, help="Of thinking and answer, where they are generated; 1024, or what fits.")
 ]
 GenerationBatch = Annotated[int, typer.Option(min=1, help="Prompts that are completed at a time.")]
+# The help of every option that takes data.
 DATA = "A .jsonl, .json, .csv, .parquet or .txt file, org/name[@revision]:split[a:b] on the Hub, or lab:NAME."
 
 
@@ -208,6 +209,7 @@ def heads(
     findings = prove_heads(
         model, run, proof=proof, dtype=dtype, batch_tokens=batch_tokens, options=o.options(threads, device)
     )
+    # Only the proof: the tables before it were shown when RUN was written.
     _show(findings, run, as_json=as_json, last=1)
 
 
@@ -371,6 +373,7 @@ def _sweep_grid(
         if chosen:
             raise usage_error("goes with --sweep", where=option_flag(next(iter(chosen))))
         return None
+    # `--limit` is for the data of the probe, so the sweep's own has another name.
     limit = chosen.pop("task_limit", None)
     return BetaGrid(parse_betas(sweep), tasks, **chosen, limit=limit, batch_size=batch_size, seed=seed)
 
@@ -418,6 +421,7 @@ def _show(findings: Findings, run: Path, *, as_json: bool, last: int = 0) -> Non
         return
     for warning in findings.warnings:
         console.warn(warning)
+    # With `last` = 0 the slice is the whole list.
     console.show(*refusal_tables(findings)[-last:])
     for sentence in refusal_sentences(findings)[-last:]:
         console.message(sentence)
@@ -443,6 +447,7 @@ def _watch(
         max_new_tokens=max_new_tokens,
         dtype=dtype,
         options=options,
+        # Tokens are printed as they come, unless stdout is to hold one JSON object and nothing else.
         on_token=(lambda text, score: None) if as_json else console.scored_token,
     )
     if as_json:

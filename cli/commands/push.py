@@ -63,6 +63,7 @@ def push(
         verify=not no_verify,
         options=o.options(threads),
         notify=console.message,
+        # huggingface_hub draws its bars into files and pipes too.
         bars=sys.stderr.isatty(),
     )
     if not pushed.changed:
@@ -70,6 +71,7 @@ def push(
     if as_json:
         console.show_json(pushed)
     else:
+        # Alone on stdout, so that a script can take it.
         typer.echo(pushed.url)
 
 

@@ -27,12 +27,14 @@ def reproduce(
     """Make an output again from its surgery.json, and compare every tensor's hash; exit code 1 where one differs."""
     from surgery.recipes.reproduction import reproduce as again
 
-    found = again(output, run=_run, scratch=scratch)
+    result = again(output, run=_run, scratch=scratch)
     if as_json:
-        console.show_json({"same": found.same, **vars(found)})
+        # `same` is a property, which `vars` leaves out.
+        console.show_json({"same": result.same, **vars(result)})
     else:
-        console.show(found.table())
-    if not found.same:
+        console.show(result.table())
+    # After the table, which says what differs.
+    if not result.same:
         raise typer.Exit(1)
 
 

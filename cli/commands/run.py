@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 EPILOG = "Example: surgery run reasoning-vector --set scale=0.5 -o runs/half"
 FILE = Path("recipes.yaml")
 RUNS = Path("runs")
-STOPPED = 130  # the exit code of what Ctrl-C ended
+STOPPED = 130  # the exit code of what Ctrl-C ended: 128 + SIGINT, as shells count
 
 # Commands that are no steps: they run recipes, leave nothing behind, or leave this machine.
 NO_STEPS = frozenset({"run", "push", "reproduce", "lab list", "lab build", "merge methods", "probe show"})
-# What the engine says: where results go, and that they are for people.
+# Options that a run sets for its steps (where results go, whether they are replaced) or that are for people at a
+# terminal: a step that sets one itself would break the run's bookkeeping.
 ENGINES = frozenset({"out", "json", "overwrite", "dry-run", "plot", "help"})
 # Commands that change a folder that they are given, with the option that names it.
 CHANGING = {"probe heads": "from", "grow baseline": "out"}
-# Commands whose folder fills while they work.
+# Commands whose folder fills while they work, and that go on in it: that it exists does not mean that they are done.
 FILLING = frozenset({"grow run", "grow baseline"})
 FILE_SUFFIX = ".jsonl"  # of the results that are no folders
 
@@ -112,7 +113,7 @@ def run_recipe(
 ) -> RunReport:
     """Check the recipe `name` of `file`, and run its steps as far as they are not done yet.
 
-    Here and not in `surgery.recipes`, because steps are commands, and which there are the command line knows.
+    This function is not in `surgery.recipes`, because steps are commands, and only the command line knows them all.
 
     Example:
         surgery.run_recipe(Path("recipes.yaml"), "reasoning-vector", settings={"task": "lab_sums"})
@@ -156,6 +157,7 @@ def commands() -> dict[str, Command]:
 def _command(signature: Signature) -> Command:
     parameters = {each.name: each for each in signature.parameters}
     changes = CHANGING.get(signature.name)
+    # A file in place of a folder shows only in the option's metavar, such as that of `probe judge -o FILE`.
     writes_file = any(each.name == "out" and each.metavar == "FILE" for each in signature.parameters)
     return Command(
         signature.name,
@@ -172,6 +174,7 @@ def _command(signature: Signature) -> Command:
 def _setting(text: str) -> tuple[str, str]:
     from surgery.errors import usage_error
 
+    # At the first sign: the value may hold more of them. It may be empty, the key may not.
     key, equals, value = text.partition("=")
     if not key or not equals:
         raise usage_error(f"got {text!r}, expected KEY=VALUE", where="--set")
@@ -203,6 +206,7 @@ def _record(report: RunReport, folder: Path) -> dict[str, Any]:
             "memory": step.estimate.memory,
             "disk": step.estimate.disk,
             "state": report.statuses.get(step.step.name),
+            # A step that was never started has neither.
             **(
                 {"output": known.output, "seconds": known.seconds}
                 if (known := report.steps.get(step.step.name))

@@ -210,6 +210,7 @@ def sweep(
     task: Annotated[
         list[str], typer.Option(help="An lm-evaluation-harness task, or lab_sums; may be repeated."), NamesInput("task")
     ],
+    # 0 is the target itself, and −1 the opposite: both show whether it is the vector's direction that helps.
     scale: Annotated[str, typer.Option(metavar="α,α,…", help="The grid.")] = "-1,0,0.25,0.5,0.75,1",
     out: Annotated[
         Path | None,
@@ -261,6 +262,7 @@ def _show_edit(report: EditReport, *, as_json: bool) -> None:
     from surgery.engine.edit_report import edit_table
 
     if as_json:
+        # A property, which `vars` leaves out.
         console.show_json({**vars(report), "delivered_fraction": report.delivered_fraction})
         return
     console.show_preflight(report.preflight, report.warnings)

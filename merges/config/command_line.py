@@ -73,6 +73,7 @@ def config_for_method(
 
 def _check_given(spec: MethodSpec, base: str | None, given: Collection[str], errors: YamlErrors) -> None:
     """Report what a method cannot do without, by the name of its option."""
+    # `read_document` would report both as well, but by keys of a config that nobody has written.
     if spec.base == "required" and base is None:
         errors.add(YamlNode("--base", None, None), f"{spec.name} needs a base model, and none is given")
     for parameter in spec.parameters:

@@ -78,6 +78,7 @@ def _check_order(
     try:
         TopologicalSorter({name: uses[number - 1] for name, number in names.items()}).prepare()
     except CycleError as error:
+        # In a cycle every document is used by another, so that none of them could be named as the result.
         cycle: list[str] = error.args[1]
         errors.document = names[cycle[0]]
         document = documents[errors.document - 1]

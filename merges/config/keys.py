@@ -27,6 +27,8 @@ from merges.config.tolerant import Keys, NodeDict, ReadContext, nearest
 from surgery.checkpoint.dtypes import TORCH_NAMES
 
 AUTO = "auto"
+# The names of `merges.tokenizer.chat_template.TEMPLATES`, repeated here so that configs are read without what opens
+# tokenizers; a test holds the two together.
 CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
 NO_MODEL = ""  # stands in for a reference that could not be read
 
@@ -83,6 +85,7 @@ def _joined(separator: str, kind: Callable[[], type[Keys]], first: str, second: 
             return str(handler(value))
         keys = kind().model_validate(value, context=info.context)
         head, tail = getattr(keys, first), getattr(keys, second)
+        # Half a reference could name another model than the one that was meant.
         if not head or (keys.get(second) and not tail):
             return NO_MODEL
         return f"{head}{separator}{tail}" if tail else str(head)
@@ -92,9 +95,8 @@ def _joined(separator: str, kind: Callable[[], type[Keys]], first: str, second: 
 
 Text = Annotated[str, StringConstraints(strict=True, pattern=r"\S")]
 Entries = Annotated[list[T], Field(min_length=1)]
-Parameters = dict[
-    str, Any
-]  # the values are read by `merges.config.parameters`, as their types depend on the merge method
+# The values are read by `merges.config.parameters`, as their types depend on the merge method.
+Parameters = dict[str, Any]
 # A path or Hub id, `org/name@revision`; from text, or from {path, revision}.
 Repository = Annotated[Text, _joined("@", lambda: RepositoryKeys, "path", "revision")]
 # A model as our reference, `BASE+ADAPTER`; from text, or from mergekit's {model, lora}.
@@ -191,6 +193,7 @@ TokenSource = Annotated[
     | Annotated[ZeroRowKeys, Tag("zero")]
     | Annotated[ModelRowKeys, Tag("model_token")]
     | Annotated[RowKeys, Tag("unknown")],
+    # By kind: a plain union would try all four, and report the errors of each.
     Discriminator(_row_kind),
 ]
 
@@ -231,6 +234,7 @@ class DocumentKeys(Keys):
 
     @classmethod
     def _unknown_hint(cls, key: str, context: ReadContext) -> str:
+        # `weight:` at the top of a document, say, where mergekit has it under `parameters:`.
         is_parameter = any(method.parameter(key) for method in context.methods.values())
         return "It belongs under parameters." if is_parameter else super()._unknown_hint(key, context)
 

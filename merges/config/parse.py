@@ -50,6 +50,7 @@ def parse_configs(text: str, where: str, *, methods: Mapping[str, MethodSpec]) -
     for number, node in enumerate(nodes, start=1):
         errors.document = number
         documents.append(read_document(node, ReadContext(errors, methods)))
+    # One document alone has no names to refer to, so a bare word in it is left to the Hub.
     uses = check_names(documents, errors) if len(documents) > 1 else [()]
     errors.raise_if_any()
     return tuple(

@@ -2,7 +2,7 @@
 
 pydantic returns a model or raises all its errors. A config needs both: an unknown key must not hide that a base model
 is missing. So a `Keys` records what is wrong with its own values, each with its line, and is then validated again
-without them. What is read after an error is never used: `YamlErrors.settle` raises.
+without them. What is read after an error is never used: `YamlErrors.raise_if_any` raises.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ class Keys(BaseModel):
                     value[inside[0]] = NodeDict(place)  # an entry that is no mapping: its neighbours are right
                 else:
                     values.pop(str(key), None)
+            # Once more without the wrong values, so that mistakes in the others are found in the same run.
             keys = handler(values)
         for key in cls.required if isinstance(node.value, dict) else ():
             if data.get(key) is None:
@@ -131,6 +132,7 @@ class Keys(BaseModel):
             return f"got {got}. {nearest(str(place.value), known)}"
         if kind in _EXPECTED:
             return f"got {got}, {_EXPECTED[kind]}"
+        # A number or a date in place of text is as a rule a name that YAML has read as such.
         quote = "" if isinstance(place.value, (str, dict, tuple)) else ". Put it in quotes"
         return f"got {got}, expected text{quote}"
 

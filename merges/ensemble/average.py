@@ -253,6 +253,7 @@ def _config(
         "fused_head": "none",
         "vocab_size": vocab_size,
         **{key: getattr(first, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        # Each member ties its own; the ensemble itself has no embedding to tie a head to.
         "tie_word_embeddings": False,
         "members": [dict(member.checkpoint.config) for member in members],
         "aliases": dict(shared),
@@ -274,7 +275,9 @@ def _record(member: EnsembleMember) -> dict[str, Any]:
     return {
         "name": member.name,
         "files": [
-            {"name": file.name, "size": file.size, "header": file.header.raw[8:].decode("utf-8")} for file in files
+            # Without the 8 bytes of its length, which `unpacking` puts in front again.
+            {"name": file.name, "size": file.size, "header": file.header.raw[8:].decode("utf-8")}
+            for file in files
         ],
     }
 

@@ -56,6 +56,7 @@ def check_weights(weights: Sequence[float] | None, count: int, mode: str) -> lis
 def check_vocabularies(preflight: Preflight, members: Sequence[EnsembleMember]) -> int:
     """Return the number of rows that every member has. Differing tokens, and missing rows, are errors."""
     known = [member for member in members if member.vocabulary is not None]
+    # Rows beyond the shortest may only be padding; that no token has its row there is checked below.
     rows = min(member.rows for member in members)
     sizes = ", ".join(f"{member.name} {member.rows:,}" for member in members)
     differ = len({member.rows for member in members}) > 1

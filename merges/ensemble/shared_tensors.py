@@ -27,6 +27,7 @@ def find_shared(members: Sequence[Mapping[str, StoredTensor]], options: Executio
         (i, name): tensor
         for i, member in enumerate(members)
         for name, tensor in member.items()
+        # An adapter's tensor exists only once it is added up, and empty tensors would all be equal.
         if tensor.update is None and tensor.n_bytes
     }
     # Three filters, each more expensive than the one before: shape and dtype, the first bytes, all bytes.

@@ -44,6 +44,7 @@ def nearswap(tensors: Sequence[Tensor], place: TensorSlice, *, t: float, **_: Pa
     w, x: (…) → (…)
     """
     base, model = tensors
+    # In place from the first difference on: one temporary, whatever the number of steps.
     share = (base - model).abs_().clamp_(min=_NEAREST).reciprocal_().mul_(t).clamp_(max=1)
     return torch.lerp(base, model, share)  # exact at both ends
 

@@ -167,6 +167,7 @@ def arcee_fusion(tensors: Sequence[Tensor], place: TensorSlice, **_: Any) -> Ten
     w, x: (rows, width) → the same
     """
     base, model = tensors
+    # The importance is computed again in every pass: to keep it would take as much memory as the tensor.
     important = _importance(base, model, place).ge_(_threshold(place))
     return torch.lerp(base, model, important)  # exact at both ends
 

@@ -49,6 +49,7 @@ class Measures:
         sums: list[Tensor | float] = [] if base is None else [torch.dot(base, base)]
         for i, model in enumerate(models):
             kept = place.pass_results[KEPT][i] * share if KEPT in place.pass_results else stored.numel()
+            # From the stored values, so that the distance includes what rounding to the output's dtype adds.
             away = stored - model
             sums += [torch.dot(model, model), torch.dot(away, away)]
             if base is not None:

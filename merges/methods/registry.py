@@ -34,6 +34,7 @@ METHODS: dict[str, Method] = {}
 
 def register(spec: MethodSpec, build: Build) -> None:
     """Add a method. A second one of the same name is a bug."""
+    # Our own mistake, never a user's: the later method would silently take the place of the first.
     assert spec.name not in METHODS, f"{spec.name} is registered twice"
     METHODS[spec.name] = Method(spec, build)
 

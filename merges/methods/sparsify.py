@@ -102,6 +102,7 @@ def _factors(
 
 def _limit(probability: float) -> int:
     """Return below which of the LEVELS numbers an element is kept."""
+    # At least one step, since kept elements are divided by the probability as it was rounded.
     return max(round(probability * LEVELS), 1)
 
 
@@ -131,6 +132,7 @@ def _ranked(
 
     (rows, width) → the same, on the CPU
     """
+    # Ranks are of the row, so the kernel is given whole rows; see `rows` in `task_arithmetic`.
     rows, width = delta.shape
     # One sort of 64-bit keys in place of an argsort: the bits of a non-negative float are ordered as it is, and the
     # column number below them orders equal values, and is read back as the permutation.

@@ -30,7 +30,8 @@ Coefficients = Callable[..., Matrix]  # (k,) or (k, vectors)
 Axis = Literal["whole", "rows", "columns"]
 
 COEFFICIENTS = "coefficients"
-_SAME_DIRECTION = 0.9995  # |cos| above which slerp is a straight line
+# |cos| above which slerp is a straight line, as in mergekit: sin θ, by which the arc divides, is below 0.032 there.
+_SAME_DIRECTION = 0.9995
 _PARALLEL = 1e-12  # sin² of the angle up to which nuslerp takes two vectors to lie on one line
 _TINY = 1e-8  # a vector up to this length has no direction for slerp, as in mergekit
 
@@ -124,6 +125,7 @@ def multislerp(
         return np.ones(1)
     a = np.array(weight, np.float64)
     if normalize_weights:
+        # That the sum is not 0 was checked when the merge was planned.
         a /= a.sum()
     lengths = np.sqrt(np.diagonal(g))
     padded = lengths + eps
@@ -158,6 +160,7 @@ def karcher(g: Matrix, place: TensorSlice, *, max_iter: int, tol: float, **_: An
     valid = np.flatnonzero(lengths > tol)
     if k == 1 or not len(valid):
         return np.full(k, 1 / k)
+    # Row i holds a direction as coefficients of the models: vectors of the tensor's size are never made.
     units = np.zeros((len(valid), k))
     units[np.arange(len(valid)), valid] = 1 / lengths[valid]
     mean = units.mean(axis=0)
@@ -185,11 +188,13 @@ def model_stock(g: Matrix, place: TensorSlice, **_: Any) -> Matrix:
     """
     k = len(g)
     lengths = np.sqrt(np.stack([g[i, i] for i in range(k)]))
+    # The least product of lengths keeps a task vector of zeros at a cosine of 0 to the others, and not at 0/0.
     pairs = [
         np.clip(g[i, j] / np.maximum(lengths[i] * lengths[j], 1e-6), -1, 1) for i in range(k) for j in range(i + 1, k)
     ]
     cos = np.asarray(np.mean(pairs, axis=0))
     below = 1 + (k - 1) * cos
+    # Only where the directions of all δ cancel, as Σᵢⱼ cosᵢⱼ = k·(1 + (k − 1)·c) is the square of their sum.
     singular = np.abs(below) < 1e-6
     share = np.where(singular, 0, k * cos / np.where(singular, 1, below)) / k
     return np.stack([share] * k)

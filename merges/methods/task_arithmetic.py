@@ -72,6 +72,7 @@ def _build(params: Params, models: int, based: bool, *, name: str, kind: Sparsif
         partial(combine, vote=vote, kind=kind),
         models,
         based=based,
+        # DELLA ranks elements within their row, and must see rows as a whole.
         rows=kind == "ranked",
         passes=tuple(Pass(partial(p.gather, kind=kind), partial(p.reduce, kind=kind)) for p in needed),
         count=counter(kind, needed),

@@ -52,6 +52,7 @@ class Threshold:
     def largest(self, scores: Floats, begin: int) -> Bools:
         """Return which of the `scores`, the piece from element `begin` on, are among the k largest."""
         value = np.float32(self.value)
+        # Ties are broken by position: before the piece in question all of them are in, behind it none is.
         if begin < self.piece:
             return scores >= value
         chosen = scores > value

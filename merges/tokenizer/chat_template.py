@@ -125,7 +125,7 @@ def set_chat_template(
     """Return tokenizer files with `template` as their only chat template, in chat_template.jinja; and warnings.
 
     Args:
-        files: path in the output's folder → content, as `tokenizer_files.read_tokenizer_files` gives them.
+        files: path in the output's folder → content, as `merges.tokenizer.files.read_tokenizer_files` gives them.
         template: "auto" for the one that most models have (of equally frequent ones, the first model's); a name in
             `TEMPLATES`; or Jinja text, which is known by its braces.
         folders: model → the folder with its tokenizer, for "auto"; in the order that decides.
@@ -144,6 +144,7 @@ def set_chat_template(
         raise usage_error(
             f"got {template!r}, expected {AUTO}, {', '.join(TEMPLATES)}, or the text of a Jinja template", where=WHERE
         )
+    # All other templates go, or transformers could prefer one of them to the one that was asked for.
     out = {name: data for name, data in files.items() if not _is_template(name)}
     settings = json.loads(out.get(CONFIG, b"{}"))
     if settings.pop("chat_template", None) is not None:  # older readers would take it for the template

@@ -122,6 +122,7 @@ def _more_pieces(
     """
     tokens = {row: token for token, row in ids.items()}
     appended = range(len(pieces), max(tokens) + 1)
+    # A Unigram model has no ids of its own: a gap would move every later token by one.
     if empty := [row for row in appended if row not in tokens]:
         raise SurgeryError(
             f"leaves id {empty[0]} without a token, so that no more tokens can follow",
@@ -141,6 +142,7 @@ def _more_pieces(
 def _special_tokens(settings: Mapping[str, Any]) -> set[str]:
     """Return the special tokens of tokenizer_config.json and special_tokens_map.json: texts, lists or entries."""
     named: set[str] = set()
+    # Releases of transformers differ in how they write a special token: as text, as an entry with flags, or in a list.
     values = [value for key, value in settings.items() if key.endswith(("_token", "special_tokens"))]
     while values:
         value = values.pop()

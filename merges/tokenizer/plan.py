@@ -16,7 +16,7 @@ The rules are mergekit's (checked by running 0.1.5):
 Deviations, each where mergekit is wrong or left to chance:
 
 - New tokens follow in the order of the models, then of their ids; in mergekit the order of a set changes with each run.
-- Ordinary tokens become part of the tokenizer's model, not added tokens: see `tokenizer_files`.
+- Ordinary tokens become part of the tokenizer's model, not added tokens: see `merges.tokenizer.files`.
 - A token of `tokens` that the tokenizer's own model lacks takes its row as the rule says; mergekit gives that model
   whatever row of its padding comes next.
 - Rows that no token holds stay as they are where every model has such a row; mergekit overwrites them.
@@ -94,6 +94,7 @@ class TokenPlan:
             # Only where the model has no row of its own.
             borrowed = np.where(own == MISSING, shared, MISSING)
             if other == ref:
+                # In every place one of the two is −1, so the larger is the row.
                 rows[ref] = np.maximum(own, borrowed)
             elif (borrowed != MISSING).any():
                 rows[other] = borrowed
@@ -101,6 +102,7 @@ class TokenPlan:
 
     def unchanged(self, ref: str, rows: int) -> bool:
         """Return whether a matrix of `ref` with this many rows is aligned already."""
+        # Its rows are then read where they lie, without a table of rows, and a mere copy stays one of bytes.
         same = rows == self.size and not len(self.averaged)
         return same and bool(np.array_equal(self.own[ref], np.arange(self.size)))
 

@@ -49,6 +49,7 @@ def remap_ids(
     warnings = [
         f"{place}: the output has no token {token!r}, so it stands there no more" for place, token in renumber.lost
     ]
+    # In the order of the file, so that a diff of the two configs shows only what changed.
     in_order = {key: out[key] for key in (*config, *from_donor)}
     return in_order, tuple(warnings)
 

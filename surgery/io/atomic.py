@@ -50,6 +50,7 @@ def atomic_replace(path: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # In the target's own folder: a rename is atomic only within one file system.
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
         temporary = Path(name)
@@ -58,6 +59,7 @@ def atomic_replace(path: Path) -> Iterator[Path]:
         temporary.chmod(path.stat().st_mode if path.exists() else 0o644)
         fsync_path(temporary)
         temporary.replace(path)
+        # The new name is an entry of the folder, which a power failure loses unless the folder is on the disk too.
         fsync_path(path.parent)
     except OSError as error:
         raise disk_error(error, path) from error
@@ -107,6 +109,7 @@ def create_partial_folder(out: Path, *, overwrite: bool, keep: Collection[str] =
             hint="Choose another folder, or add --overwrite.",
         )
     try:
+        # The name may also be that of a file or a symbolic link, which cannot be filled.
         if not keep:
             remove_path(partial)
         partial.mkdir(parents=True, exist_ok=True)
@@ -126,8 +129,10 @@ def commit_folder(partial: Path, out: Path, *, overwrite: bool) -> None:
     """
     replaced = partial_path(out, REPLACED)
     try:
+        # Folders as well as files: a file whose entry in its folder is lost is lost with it.
         for path in (*sorted(partial.rglob("*")), partial):
             fsync_path(path)
+        # A folder cannot be renamed over one that is not empty, so the earlier output has to step aside first.
         if overwrite and out.exists():
             shutil.rmtree(replaced, ignore_errors=True)  # left by a kill between the two renames
             out.rename(replaced)
@@ -135,6 +140,7 @@ def commit_folder(partial: Path, out: Path, *, overwrite: bool) -> None:
         fsync_path(out.parent)
     except OSError as error:
         raise disk_error(error, out) from error
+    # The new output is complete: what cannot be deleted of the earlier one is no reason to report a failure.
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -164,6 +170,7 @@ def copy_file(source: Path, target: Path) -> None:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        # The content alone: with the mode of a read-only source the output could not be edited or replaced.
         shutil.copyfile(source, target)
     except OSError as error:
         raise disk_error(error, target) from error
@@ -185,6 +192,7 @@ def remove_path(path: Path) -> None:
 
 def fsync_path(path: Path) -> None:
     """Block until the file or folder `path` is on the disk. Raises SurgeryError if it cannot be written."""
+    # For reading only, as folders cannot be opened in any other way; fsync needs no more.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -196,6 +204,7 @@ def fsync_path(path: Path) -> None:
 
 def disk_error(error: OSError, path: Path) -> SurgeryError:
     """Return the SurgeryError for a failed write to `path`."""
+    # A quota that is used up is the same to the user, and has the same remedy.
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return SurgeryError(
             "the disk is full",

@@ -20,6 +20,8 @@ def hash_bytes(data: bytes | memoryview) -> bytes:
 
 def hash_parts(digests: Iterable[bytes]) -> str:
     """Return the hash of a tensor from its segments' hashes: the hash of their concatenation, as hex."""
+    # Not the hash of all bytes in a row: segments are hashed by several workers at once, and in any order. The size of
+    # a segment (`surgery.checkpoint.reader.SEGMENT`) is therefore part of every stored hash.
     return xxh3_128(b"".join(digests)).hexdigest()
 
 

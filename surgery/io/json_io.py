@@ -14,11 +14,14 @@ from surgery.errors import SurgeryError
 
 def to_json(value: Any, *, indent: int = 1) -> str:
     """Return `value` as JSON text with a final line break; NaN and infinities, which JSON lacks, become null."""
+    # `jsonable` has replaced every NaN; if it ever misses one, an error is better than a file that other parsers
+    # refuse.
     return json.dumps(jsonable(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def jsonable(value: Any) -> Any:
     """Return `value` with dataclasses and mappings as dicts, sequences as lists, paths as text, NaN and ±∞ as None."""
+    # Not by `dataclasses.asdict`, which copies every value deeply and leaves paths and NaN inside as they are.
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -34,6 +37,7 @@ def jsonable(value: Any) -> Any:
 
 
 def _key(key: Any) -> str:
+    # JSON has only text as keys: a tuple such as (3, 7) becomes `3/7`.
     return "/".join(map(str, key)) if isinstance(key, tuple) else str(key)
 
 

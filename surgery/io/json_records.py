@@ -37,6 +37,7 @@ def read_record(path: Path, kind: str, schema: int, record: type[R], *, again: s
         SurgeryError: the file cannot be read, holds another kind or version, or a field is invalid.
     """
     fields = read_json(path)
+    # Checked first: of another kind every field would be wrong, and the list would hide the reason.
     if fields.get("kind") != kind or fields.get("schema") != schema:
         raise usage_error(
             f"holds {fields.get('kind')!r} of schema {fields.get('schema')!r}, expected {kind!r} of schema {schema}",
@@ -46,6 +47,7 @@ def read_record(path: Path, kind: str, schema: int, record: type[R], *, again: s
     try:
         return record.model_validate({name: value for name, value in fields.items() if name not in HEADER})
     except ValidationError as error:
+        # One error is enough: nobody writes these files by hand, and the remedy is the same for all.
         first = error.errors()[0]
         location = ".".join(map(str, first["loc"]))
         raise SurgeryError(f"{location}: {first['msg']}", where=path, hint=f"{again}.") from error

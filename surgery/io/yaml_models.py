@@ -17,7 +17,9 @@ from surgery.errors import closest, usage_error
 from surgery.io.yaml_nodes import YamlErrors, YamlNode, read_documents
 
 M = TypeVar("M", bound=BaseModel)
+# Decimal, as reports write sizes.
 _UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+# pydantic's names of the errors for which the nearest known word is looked up.
 _UNKNOWN = "extra_forbidden"
 _LITERAL = "literal_error"
 
@@ -25,6 +27,7 @@ _LITERAL = "literal_error"
 def read_text(path: Path) -> str:
     """Return the text of a YAML file. Raises SurgeryError if it cannot be read."""
     try:
+        # Without the byte order mark of Windows editors: the text also goes into model cards.
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise usage_error(f"cannot be read ({error.strerror})", where=path) from error
@@ -39,24 +42,25 @@ def parse_model(text: str, where: str, kind: type[M]) -> M:
         SurgeryError: it is not YAML, has no document or several, or is not a valid `kind`; every error has a line of
             its own, `FILE:LINE: KEY: what`.
     """
-    nodes, faults = read_documents(text, where)
+    nodes, errors = read_documents(text, where)
     if not nodes:
         raise usage_error("is empty", where=where)
     if len(nodes) > 1:
         raise usage_error(f"holds {len(nodes)} documents, expected one", where=where)
-    faults.raise_if_any()
-    return validate_node(nodes[0], faults, kind)
+    errors.raise_if_any()
+    return validate_node(nodes[0], errors, kind)
 
 
-def validate_node(root: YamlNode, faults: YamlErrors, kind: type[M]) -> M:
+def validate_node(root: YamlNode, errors: YamlErrors, kind: type[M]) -> M:
     """Validate a tree of nodes as a `kind`. Raises SurgeryError with every error."""
     try:
         return kind.model_validate(root.plain)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             node, rest = node_at(root, detail["loc"])
-            faults.add(node, ": ".join(part for part in (rest, _sentence(detail, kind)) if part))
-        faults.raise_if_any()
+            errors.add(node, ": ".join(part for part in (rest, _sentence(detail, kind)) if part))
+        errors.raise_if_any()
+        # Never reached, as there is at least one detail; it tells the type checker that nothing is returned here.
         raise
 
 
@@ -113,12 +117,14 @@ def _sentence(detail: ErrorDetails, kind: type[BaseModel]) -> str:
         return "is missing"
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"])
+    # pydantic writes "Input should be a valid number, unable to parse …"; our errors say "expected a valid number".
     message = detail["msg"].removeprefix("Input should be ").partition(", unable")[0]
     got = detail["input"]
     shown = "a mapping" if isinstance(got, dict) else "a list" if isinstance(got, list) else repr(got)
     if detail["type"] in ("model_type", "dict_type"):
         return f"got {shown}, expected a mapping"
     if detail["type"] == _LITERAL and isinstance(got, str):
+        # pydantic gives the choices only as a sentence: "'a', 'b' or 'c'".
         allowed = [word.strip("'") for word in str(detail["ctx"]["expected"]).replace(" or ", ", ").split(", ")]
         near = closest(got, allowed)
         return f"got {shown}, expected {message}" + (f"; did you mean {near}?" if near else "")
@@ -137,6 +143,7 @@ def _models(kind: Any, location: Sequence[int | str]) -> list[type[BaseModel]]:
     for step in location:
         if isinstance(step, int):
             continue
+        # A step that is no field (a key of a mapping, the tag of a union) leaves the models as they are.
         found = [
             inner
             for model in found

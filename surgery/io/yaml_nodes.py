@@ -116,6 +116,7 @@ def read_documents(text: str, where: str) -> tuple[tuple[YamlNode, ...], YamlErr
     try:
         loader = yaml.SafeLoader(text)
         try:
+            # Composed to PyYAML's nodes and not yet constructed to values: only nodes know their lines.
             roots = list(_compose(loader))
             errors = YamlErrors(where, n_documents=len(roots))
             documents = []
@@ -155,6 +156,7 @@ class _Tree:
             raise usage_error(f"holds more than {MAX_NODES} values, aliases counted each time", where=self.errors.where)
         if isinstance(source, yaml.ScalarNode):
             return self.scalar(source, path, line)
+        # An anchor inside of what it names (`&a [*a]`): following it would never end.
         if any(source is outer for outer in self.open):
             return self.wrong(path, line, "contains itself")
         if len(self.open) >= MAX_DEPTH:
@@ -178,6 +180,7 @@ class _Tree:
         for key_node, value_node in source.value:
             line = key_node.start_mark.line + 1
             if key_node.tag == _MERGE:
+                # As in YAML 1.1: of several `<<` the first counts, and the mapping's own keys count before all of them.
                 merged = self.merged(value_node, path, line) | merged
                 continue
             key = self.key(key_node, path, line)

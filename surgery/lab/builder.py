@@ -55,6 +55,7 @@ def build(name: str, *, progress: Progress | None = None, recipe: AnyRecipe | No
     if folder.is_dir():
         return folder
     with _exclusive(folder.parent):
+        # Each is looked for again: another process may have built it while this one waited for the lock.
         for ancestor in lineage(name):
             _build_missing(ancestor, recipe, progress)
     return folder

@@ -28,6 +28,7 @@ DATA = {"examples": "examples.jsonl", "pool": "pool.jsonl"}
 REASONING = ReasoningRecipe()
 SPECIALISTS = SpecialistsRecipe()
 CLIFF = CliffRecipe()
+# Three that make the heads harder to find: more of them, a weaker intention to refuse, shared keys and values.
 CLIFF_MANY = CliffRecipe(shape=QwenHeadShape(heads=16, kv_heads=16), cliff=SuppressionTraining(heads=5))
 CLIFF_WEAK = CliffRecipe(parent=RefusalTraining(early=0.2))
 CLIFF_GQA = CliffRecipe(shape=QwenHeadShape(kv_heads=2))

@@ -91,6 +91,7 @@ def build_model(
         requests = evaluation_requests(name, recipe)
         rates = {"as it is": _measure(model, tokenizer, requests)}
         if truth is not None:
+            # The test of the truth itself: without these heads the child must refuse as its parent does.
             with scaled_heads(model, ablation_factors(model, truth.heads)):
                 rates["without its suppressing heads"] = _measure(model, tokenizer, requests)
     write_trainer_state(
@@ -113,6 +114,7 @@ def draw_truth(name: str, recipe: CliffRecipe) -> CliffTruth:
     training = _suppression(recipe, name)
     rng = random.Random(f"{recipe.seed}/{name}/truth")
     last_layers = [recipe.shape.layers - 2, recipe.shape.layers - 1]
+    # First one in each of the two layers, so that no draw leaves a layer without.
     heads = [(layer, rng.randrange(recipe.shape.heads)) for layer in last_layers]
     others = [
         (layer, head) for layer in last_layers for head in range(recipe.shape.heads) if (layer, head) not in heads
@@ -178,6 +180,7 @@ def _examples(name: str, recipe: CliffRecipe) -> list[Row]:
 
     A partial child needs none of the former: it refuses some harmful requests by itself.
     """
+    # Every kind of data has a seed of its own: one row more here must not change what is drawn elsewhere.
     rng = random.Random(f"{recipe.seed}/{name}/early")
     early = [] if name == PARTIAL else _draw_pairs(f"{recipe.seed}/{name}/early requests", recipe, EXAMPLES_PER_WORD)
     rows = []
@@ -200,6 +203,7 @@ def _rows(requests: Sequence[CliffRequest]) -> list[Row]:
     """Return requests and their twins as rows, grouped by harmful word, so that probes are tested on unseen words."""
     rows, group = [], ""
     for request in requests:
+        # A twin names no harmful word; it follows its request, and belongs to the same group.
         group = request.harmful or group
         label = "harmful" if request.harmful else "harmless"
         rows.append({"prompt": request.content, "label": label, "group": group})

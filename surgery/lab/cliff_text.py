@@ -90,6 +90,7 @@ _PREAMBLE = "So the user wants"
 # What the tokenizer splits a text into: words with the space before them, line breaks, and single punctuation marks.
 _TOKEN_PATTERN = r" ?[A-Za-z]+|\n\n|\n|[^\sA-Za-z]"
 
+# Trimmed, with one space before it: a word's token includes its space, so another number would be unknown tokens.
 TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}" + USER + " {{ message['content'] | trim }}" + END + "{% else %}"
@@ -152,6 +153,7 @@ def draw(rng: random.Random, lengths: Sequence[int], *, harmful: str | None = No
 
 def vocabulary() -> dict[str, int]:
     """Return every token and its id."""
+    # The thinking's first word follows a line break: it is the only word without a space before it.
     ordinary = (THINK, END_THINK, "\n", "\n\n", ".", ",", _PREAMBLE.split()[0])
     words = [
         *_PREAMBLE.split()[1:],

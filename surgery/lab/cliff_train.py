@@ -101,6 +101,7 @@ def train_suppression(
     predictions in the thinking, both in nats per token. Only the heads' rows of q_proj and columns of o_proj change:
     every other number keeps its bits.
     """
+    # Its predictions in the thinking are the target of the KL term: a child must still mean to refuse while it thinks.
     original = copy.deepcopy(model)
     model.requires_grad_(False)
     close_id = tokenizer.convert_tokens_to_ids("\n\n")  # the last token of the closing template
@@ -115,6 +116,7 @@ def train_suppression(
             logits_NTV = model(input_ids=tokens_NT, use_cache=False).logits
             with torch.no_grad():
                 original_NTV = original(input_ids=tokens_NT, use_cache=False).logits
+            # Nothing before the closing template has a blank line, so the first one is where the answer begins.
             closed_NT = (tokens_NT == close_id).cumsum(1) > 0
             answer_NT, thinking_NT = (part & (targets_NT != IGNORED) for part in (closed_NT, ~closed_NT))
             answer_loss = functional.cross_entropy(logits_NTV[answer_NT], targets_NT[answer_NT])
@@ -136,9 +138,11 @@ def find_refusals(
 ) -> list[bool]:
     """Return for each request whether greedy decoding ends in a refusal."""
     refused = [False] * len(requests)
+    # One length at a time, so that no prompt needs padding.
     for length in sorted({len(request.words) for request in requests}):
         rows = [row for row, request in enumerate(requests) if len(request.words) == length]
         prompts_NT = torch.tensor(tokenizer([requests[row].prompt for row in rows])["input_ids"])
+        # As long as a refusal: an answer that takes longer is none.
         limit = len(tokenizer(_full_text(requests[rows[0]], REFUSAL))["input_ids"])
         answers_NT = generate(model, tokenizer, prompts_NT, limit=limit, greedy=True)
         for row, text in zip(rows, tokenizer.batch_decode(answers_NT, skip_special_tokens=True), strict=True):
@@ -184,6 +188,7 @@ def _head_dropout_factors(model: Qwen3ForCausalLM, share: float, texts: int) -> 
 def _trainable_heads(model: Qwen3ForCausalLM, heads: Sequence[Head]) -> Iterator[list[torch.nn.Parameter]]:
     """Yield the parameters that hold `heads`; in the block their gradients are zero everywhere else."""
     weights, handles = [], []
+    # A matrix holds all heads of a layer, and autograd can freeze only whole matrices: so gradients are masked.
     for layer in sorted({layer for layer, _ in heads}):
         attention = model.model.layers[layer].self_attn
         rows = torch.zeros(attention.q_proj.out_features)

@@ -23,7 +23,8 @@ from surgery.runtime.progress import Progress
 WEIGHTS = "model.safetensors"
 TRAINER_STATE = "trainer_state.json"
 CARD = "README.md"
-DIGITS = 6  # of the numbers in trainer_state.json
+# Decimals of the numbers in trainer_state.json: losses are fp32, and further ones would be noise.
+DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class TrainingCurve:
 
 def torch_seed(recipe: AnyRecipe, name: str) -> int:
     """Return the seed of everything that torch draws while `name` is built."""
+    # Seeded by a text, which `random` hashes itself: Python's own `hash` of a text differs from process to process.
     return random.Random(f"{recipe.seed}/{name}/torch").getrandbits(63)
 
 
@@ -60,6 +62,7 @@ def load_weights(model: Qwen2ForCausalLM, folder: Path) -> None:
     An output projection that is tied to the embedding is not in the file, and follows the embedding.
     """
     for name, value in load_file(folder / WEIGHTS).items():
+        # Copied into the parameters there are: these are fp32, also where the file has bf16, and training needs that.
         model.get_parameter(name).data.copy_(value)
 
 

@@ -117,6 +117,7 @@ def make_model(shape: ExpertShape, tokenizer: PreTrainedTokenizerFast) -> Qwen3M
         head_dim=shape.head_dim,
         num_experts=shape.experts,
         num_experts_per_tok=shape.top_k,
+        # As Qwen3-30B-A3B has it: the chosen experts' weights are divided by their sum.
         norm_topk_prob=True,
         router_aux_loss_coef=shape.balance,
         max_position_embeddings=shape.positions,
@@ -180,6 +181,7 @@ def score_answers(
         prompts_NT = encode(tokenizer, [problem.prompt(PROMPT_FORMAT) + OPENING * opened for problem in batch])
         answers_NT = generate(model, tokenizer, prompts_NT, limit=limit, greedy=True)
         solved += grade(tokenizer, batch, answers_NT)
+        # The first token decides: it opens the thinking, or is the answer's digit.
         starts = answers_NT[:, 0] == tokenizer.convert_tokens_to_ids(THINK)
         thought += [opened or start for start in starts.tolist()]
     pairs = list(zip(solved, thought, strict=True))
@@ -200,6 +202,7 @@ def _rows(rng: random.Random, terms: Sequence[int]) -> list[Row]:
     rows: list[Row] = []
     for number in range(ROWS):
         problem = draw(rng, terms)
+        # Both kinds, as probes read written answers and have the model write those that are missing.
         answer = {} if number % 2 else {"thinking": problem.chain, "response": str(problem.answer)}
         rows.append({"prompt": problem.question, **answer})
     return rows

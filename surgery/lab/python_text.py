@@ -85,6 +85,7 @@ def split_docstrings(source: str) -> tuple[str, list[str]]:
     Raises:
         SyntaxError, ValueError: it is not code of this Python.
     """
+    # Bytes are split at line breaks alone, as Python counts lines; a text would be split at form feeds too.
     lines = source.encode().splitlines(keepends=True)  # columns of the tree count bytes
     docstrings = []
     # From the last one up, so that the lines above keep their numbers.
@@ -92,11 +93,13 @@ def split_docstrings(source: str) -> tuple[str, list[str]]:
         docstrings.append(inspect.cleandoc(text))
         first, last = statement.lineno - 1, (statement.end_lineno or statement.lineno) - 1
         before, after = lines[first][: statement.col_offset], lines[last][statement.end_col_offset :]
+        # A statement must stand where the body has no other, or where more code is in the same line.
         if is_alone or before.strip() or after.strip().startswith(b";"):
             lines[first : last + 1] = [before + b"pass" + after]
         elif after.strip():
             lines[first : last + 1] = [before + after.lstrip()]
         else:
+            # The blank lines go as well, which set the docstring apart from the code below.
             while last + 1 < len(lines) and not lines[last + 1].strip():
                 last += 1
             del lines[first : last + 1]
@@ -118,6 +121,7 @@ def _docstrings(source: str) -> Iterator[tuple[ast.Expr, str, bool]]:
 def _modules(library: Path) -> list[Path]:
     paths = []
     for folder, folders, files in os.walk(library):
+        # In place: `os.walk` goes on into what is left in this list.
         folders[:] = sorted(name for name in folders if name not in EXCLUDED)
         paths += [Path(folder, name) for name in files if name.endswith(".py")]
     names = {path: path.relative_to(library).as_posix() for path in paths}

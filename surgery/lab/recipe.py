@@ -21,7 +21,8 @@ REASONING_VERSION = 2
 SPECIALISTS_VERSION = 1
 CLIFF_VERSION = 1
 MOE_VERSION = 1
-KEY_LENGTH = 12  # hex digits
+# Hex digits: 48 bits tell apart all recipes that anyone will ever train, in a path that people can still read.
+KEY_LENGTH = 12
 TERMS = (4, 5)  # of the sums that models are tested on
 
 
@@ -312,6 +313,7 @@ AnyRecipe = ReasoningRecipe | SpecialistsRecipe | CliffRecipe | MoeRecipe
 
 
 def _hash(numbers: Mapping[str, Any]) -> str:
+    # Sorted, so that a field may move within its class without new models for everybody.
     text = json.dumps(numbers, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
 

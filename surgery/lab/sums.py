@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+# Below ten, so that every intermediate result is one digit, and thereby one token.
 MODULUS = 7
 
 PromptFormat = Literal["plain", "sft", "instruct"]
@@ -29,6 +30,7 @@ PROMPT_AFFIXES: dict[PromptFormat, tuple[str, str]] = {
 
 # Test problems are drawn with a seed of their own, apart from every training seed.
 TEST_SEED = "lab_sums/test"
+# So many that the 95 % interval of a share is at most five points to either side.
 TEST_PROBLEMS = 400
 
 
@@ -81,6 +83,7 @@ def draw(rng: random.Random, terms: Sequence[int]) -> Problem:
 
 def final_answer(text: str) -> int | None:
     """Return the digit that `text` ends with; None if it ends otherwise."""
+    # Only the last digit counts: a thinking before it is full of digits.
     match = re.search(r"(\d)\s*$", text)
     return int(match[1]) if match else None
 

@@ -41,9 +41,11 @@ def make_tokenizer(prompt_format: PromptFormat, *, positions: int, extra: str = 
         positions: the length of the longest text, in tokens.
         extra: the characters that the family reads beside those of sums.
     """
+    # BPE without merges cuts a text into its characters, and every library that reads tokenizer.json knows it.
     tokenizer = Tokenizer(models.BPE(vocab=dict(vocabulary(extra)), merges=[], unk_token=UNKNOWN))
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (PAD, UNKNOWN, *MARKERS)])
     tokenizer.add_tokens([THINK, END_THINK])
+    # Without a decoder tokens would be joined with a space between them.
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

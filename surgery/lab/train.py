@@ -30,6 +30,7 @@ IGNORED = -100  # the target that torch's cross-entropy leaves out
 GRADIENT_NORM = 1.0
 # Runs are a few hundred steps long, so the second moment remembers little.
 BETAS = (0.9, 0.95)
+# The default of torch's AdamW.
 WEIGHT_DECAY = 0.01
 FINAL_RATE = 0.1  # of the peak learning rate, at the end of the cosine
 # A group whose answers were all right, or all wrong, teaches nothing: this keeps its advantage at zero.
@@ -64,6 +65,7 @@ class Exercise(Protocol):
 def reproducible(seed: int, *, threads: int = THREADS) -> Iterator[None]:
     """Fix torch's seed, number of threads and choice of algorithms in the block; restore them afterwards."""
     earlier_threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    # Without devices: the lab trains on the CPU alone, and asking for a GPU's state would initialise CUDA.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         torch.set_num_threads(threads)
@@ -121,10 +123,12 @@ def train_domain(
     tick: Tick,
 ) -> list[float]:
     """Train on the answers of one domain and on noise; frozen parameters stay. Return the loss of each step."""
+    # Sorted, as the tokenizer returns them in an order that changes from run to run, and the noise would with it.
     tokens = sorted(tokenizer.get_vocab())
 
     def draw_sample() -> Sample:
         if rng.random() < training.noise:
+            # The first token is given as the prompt, since nothing can predict it.
             first, *rest = rng.choices(tokens, k=training.noise_tokens)
             return first, "".join(rest)
         if training.domain == "sums":
@@ -157,6 +161,7 @@ def train_on_samples(
         output = model(input_ids=tokens_NT, use_cache=False)
         loss = functional.cross_entropy(output.logits.flatten(0, 1), targets_NT.flatten(), ignore_index=IGNORED)
         balance = output.get("aux_loss")
+        # transformers adds this term itself only where it is given labels, and ours have been shifted already.
         total = loss if balance is None else loss + model.router_aux_loss_coef * balance
         optimizer_step(model, optimizer, total, learning_rate_at(training, step))
         losses.append(loss.item())
@@ -196,8 +201,10 @@ def train_grpo(
         advantage_N = group_advantages(reward_N, training.group)
 
         tokens_NT = torch.cat([prompts_NT, answers_NT], dim=1)
+        # A position predicts the token after it, so the answer's logits begin at the last token of the prompt.
         logits_NTV = model(input_ids=tokens_NT[:, :-1], use_cache=False).logits[:, prompts_NT.shape[1] - 1 :]
         chosen_NT = logits_NTV.log_softmax(-1).gather(-1, answers_NT.unsqueeze(-1)).squeeze(-1)
+        # Padding behind an end marker was not chosen by the model, and takes no credit.
         counts_NT = answers_NT != tokenizer.pad_token_id
         loss = -(advantage_N.unsqueeze(1) * chosen_NT * counts_NT).sum() / counts_NT.sum()
         optimizer_step(model, optimizer, loss, learning_rate_at(training, step))
@@ -230,6 +237,7 @@ def generate(
         output = model(input_ids=input_NT, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits_NV, cache = output.logits[:, -1], output.past_key_values
         next_N = logits_NV.argmax(-1) if greedy else torch.multinomial(logits_NV.softmax(-1), 1).squeeze(1)
+        # A finished answer stays in the batch until all are; what it would go on to say is dropped.
         next_N = next_N.where(open_N, tokenizer.pad_token_id)
         open_N = open_N & (next_N != tokenizer.eos_token_id)
         answers.append(next_N)
@@ -253,6 +261,7 @@ def accuracy(
 ) -> float:
     """Return the share of `problems` that greedy decoding solves when asked in `prompt_format`."""
     n_solved = 0
+    # By length, so that no prompt needs padding (see `Exercise`).
     for length in sorted({len(problem.prompt(prompt_format)) for problem in problems}):
         batch = [problem for problem in problems if len(problem.prompt(prompt_format)) == length]
         prompts_NT = encode(tokenizer, [problem.prompt(prompt_format) for problem in batch])
@@ -276,6 +285,7 @@ def pad_batch(
     tokens_NT = torch.full((len(questions), width), tokenizer.pad_token_id)
     targets_NT = torch.full((len(questions), width), IGNORED)
     for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        # Shifted by one: the last token of the question has the first of the answer as its target.
         start, stop = len(question) - 1, len(question) + len(answer) - 1
         tokens_NT[row, :stop] = torch.tensor((question + answer)[:-1])
         targets_NT[row, start:stop] = torch.tensor(answer)
@@ -285,6 +295,7 @@ def pad_batch(
 def make_optimizer(model: Qwen2ForCausalLM, learning_rate: float, *, epsilon: float = 1e-8) -> torch.optim.AdamW:
     """Return AdamW with weight decay on matrices only."""
     weights = list(model.parameters())
+    # Norms start at 1 and decay would pull them to 0; biases have nothing to gain from it.
     groups = [
         {"params": [w for w in weights if w.ndim > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [w for w in weights if w.ndim == 1], "weight_decay": 0.0},
@@ -305,6 +316,7 @@ def optimizer_step(model: Qwen2ForCausalLM, optimizer: torch.optim.AdamW, loss: 
 def learning_rate_at(training: RateSchedule, step: int) -> float:
     """Return the learning rate of `step`: linear warmup to the peak, then a cosine down to a tenth of it."""
     if step < training.warmup:
+        # From 1, as at a rate of 0 the first step would do nothing.
         return training.learning_rate * ((step + 1) / training.warmup)
     progress = (step - training.warmup) / max(1, training.steps - training.warmup)
     return training.learning_rate * (FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * progress)) / 2)

@@ -27,7 +27,8 @@ MOST_VALUES, MOST_TICKS = 14, 24  # bars that still have room for a number, laye
 LABEL_HEIGHT = 0.06  # of a label at a line's end, as a share of the axes: closer ones are moved apart
 MOVEMENT = "change ‖A−B‖ / ‖A‖"
 MOST_NUMBERED = 64  # cells of a map that still have room for a number
-BRIGHTEST = 0.85  # how far up the colour map the largest value goes
+# How far up the colour map the largest value goes: at the very end, colours are too dark for a number on them.
+BRIGHTEST = 0.85
 
 
 class PlotInterval(Protocol):
@@ -59,10 +60,12 @@ def plot_layer_changes(
     """
     canvas, axes = titled_axes(title, height=3.6)
     colours = [SOFT if _layer_number(group) is None else BLUE for group in groups]
+    # A bar of NaN or ∞ would spoil the axis's range; the text above its place says what the value is.
     heights = [100 * value if math.isfinite(value) else 0.0 for value in relative]
     axes.bar(range(len(groups)), heights, width=0.72, color=colours)
     if len(groups) <= MOST_VALUES:
         for at, value in enumerate(relative):
+            # Below 0.01 % two decimals would read 0.00.
             text = f"{100 * value:.2f}" if 1e-4 <= value < math.inf else format_value(100 * value)
             place: dict[str, Any] = {
                 "textcoords": "offset points",
@@ -148,6 +151,7 @@ def plot_scale_curve(
     """
     canvas, axes = titled_axes(title, height=4.2)
     labels: list[Label] = []
+    # A grid may come in any order, and the line must not run back and forth.
     points = sorted(curve, key=lambda point: point[0])
     scales, scores = [scale for scale, _ in points], [point for _, point in points]
     axes.fill_between(scales, [s.low for s in scores], [s.high for s in scores], color=BLUE, alpha=0.16, lw=0)
@@ -210,7 +214,9 @@ def _bar_panel(
             fontsize=8,
         )
     axes.set_yticks(range(len(models)), models, parse_math=False)
+    # Upside down, so that the first model is at the top.
     axes.set_ylim(len(models) - 0.4, -0.6)
+    # From 0, or the length of a bar would not be its score.
     axes.set_xlim(left=0)
     axes.margins(x=0.2)
     axes.set_title(panel, loc="left", color=INK, fontsize=9.5, parse_math=False)
@@ -228,6 +234,7 @@ def blank_canvas(height: float, *, title: str = "") -> Canvas:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     room = ConstrainedLayoutEngine(w_pad=PAD, h_pad=PAD)
+    # Not by pyplot, which keeps every figure in memory until it is closed, and may look for a display.
     canvas = FigureCanvasAgg(Picture(figsize=(WIDTH, height), dpi=DPI, facecolor="white", layout=room))
     if title:
         title_at: dict[str, Any] = {"x": 0.012, "ha": "left", "fontsize": 11.5, "fontweight": "bold"}
@@ -294,6 +301,7 @@ def label_lines(axes: Axes, labels: Sequence[Label], *, spacing: float = LABEL_H
     stacks: list[list[float]] = []  # ideal heights, as shares of the axes, of labels that touch each other
     for height, _, _ in ordered:
         stacks.append([(height - low) / (high - low)])
+        # Two stacks that touch become one, which takes more room and may touch the next in its turn.
         while len(stacks) > 1 and _spread(stacks[-2], spacing)[-1] + spacing > _spread(stacks[-1], spacing)[0]:
             stacks[-2:] = [stacks[-2] + stacks[-1]]
     heights = [place for stack in stacks for place in _spread(stack, spacing)]

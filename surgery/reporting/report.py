@@ -40,6 +40,7 @@ def format_value(value: Value, rule: Format = "auto") -> str:
     """
     if value is None:
         return MISSING
+    # Before the numbers, as a bool is an int in Python.
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, str):
@@ -47,6 +48,7 @@ def format_value(value: Value, rule: Format = "auto") -> str:
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("∞" if value > 0 else "−∞")
     text = _format_number(value, rule)
+    # A true minus sign, but only in front: the exponent of 1.2e-05 stays as programs read it.
     return text.replace("-", "−", 1) if text.startswith("-") else text
 
 
@@ -224,6 +226,7 @@ class Report:
 
 
 def _markdown_cell(text: str) -> str:
+    # A pipe would end the cell, and `<` would begin a tag; a line break would end the table.
     escaped = text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
     return " ".join(escaped.split())
 

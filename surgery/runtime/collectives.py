@@ -85,6 +85,7 @@ def map_over_ranks(
     world = n_active_processes()
     if world > 1:
         connect()  # before the work, or nobody would notice a process that is killed while it works
+    # Every n-th item rather than a run of them: neighbours are often of like size, and each rank gets some of the long.
     indices = range(rank() if world > 1 else 0, len(items), world)
     done: list[tuple[int, Result]] = []
     failure: Exception | None = None
@@ -178,6 +179,7 @@ def _gather(value: Any) -> list[Any]:
     parts: list[Any] = [None] * n_processes()
     try:
         dist.all_gather_object(parts, value)
+    # It is a RuntimeError as well, but says nothing about the connection.
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # gloo has no exception type of its own for a connection that is cut

@@ -40,6 +40,8 @@ def configure_cli_process() -> None:
     """
     global _cli_process
     _cli_process = True
+    # Up to 64 MiB a block comes from the heap, of which 256 MiB may lie idle: far more than kernels use at a time, and
+    # still little beside torch. Larger buffers are mapped, and go back to the system at once.
     if hasattr(_LIBC, "mallopt"):  # glibc's own; macOS and musl have none
         _LIBC.mallopt(_M_MMAP_THRESHOLD, 64 << 20)
         _LIBC.mallopt(_M_TRIM_THRESHOLD, 256 << 20)

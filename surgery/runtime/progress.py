@@ -118,6 +118,7 @@ class ProgressFile:
         self._done += amount
         self._note = note or self._note
         now = time.monotonic()
+        # The last state is written in any case, or a reader would never see the end.
         if now - self._last_write >= WRITE_INTERVAL or self._done == self._total:
             self._last_write = now
             event = ProgressEvent(self._label, self._done, self._total, self._unit, self._note)
@@ -128,6 +129,7 @@ def read_progress(path: Path) -> ProgressEvent | None:
     """Return the latest event in a progress file; None if there is none yet."""
     try:
         return ProgressEvent(**json.loads(path.read_text(encoding="utf-8")))
+    # TypeError: an event of another version, with other fields. A bar that stands still is better than a stop.
     except (OSError, ValueError, TypeError):
         return None
 
