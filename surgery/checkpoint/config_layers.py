@@ -112,7 +112,7 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unsayable(config: Mapping[str, Any], layers: Sequence[int], template: ModelStructure) -> list[str]:
-    """Return why no config of this architecture can describe `layers`, as sentences; none if `with_layers` can.
+    """Return why no config of this architecture can describe `layers`, as sentences; empty if `with_layers` can.
 
     Args:
         config: the template's.

@@ -184,7 +184,10 @@ def tower_of(name: str, towers: Sequence[str]) -> str | None:
 def roles_outside(
     tensors: Shapes, towers: Sequence[str], config: Mapping[str, Any], notes: list[str]
 ) -> dict[str, Role]:
-    """Return the roles of tensors outside the layers. Only name and rows together make one with a row per token."""
+    """Return the roles of the tensors outside the layers, as far as they have one.
+
+    A tensor counts as having a row per token only where both its name and its number of rows say so.
+    """
     words = {name: word_of(parts_of(name)) for name in tensors}
     vocabulary = number(config, ("vocab_size",))
     named = [n for n in tensors if words[n] in TOKEN_WORDS + HEAD_WORDS and len(tensors[n].shape) == 2]

@@ -55,9 +55,14 @@ class TensorChange:
 class EditDescription:
     """The model card's description of an edit.
 
-    title: of the card. what: the change of the model ("… scaled (z ← γ·z)"). paper: the source of the method. how: the
-    change of the weights. tags: for the Hub. column: header of the factors in the table of parts. caution: a warning to
-    readers, or empty. label: shown instead of the factors.
+    title: of the card.
+    what: the change of the model ("… scaled (z ← γ·z)").
+    paper: the source of the method.
+    how: the change of the weights.
+    tags: for the Hub.
+    column: header of the factors in the table of parts.
+    caution: a warning to readers, or empty.
+    label: shown instead of the factors.
     """
 
     title: str
@@ -74,8 +79,12 @@ class EditDescription:
 class Edit:
     """An edit of `base`.
 
-    nouns: plural name of the parts, "heads". scales: part → factor, for the parts that change. changes: at most one per
-    tensor. command: the manifest's record. sources: role → other checkpoints that are read. warnings: for the user.
+    nouns: plural name of the parts, "heads".
+    scales: part → factor, for the parts that change.
+    changes: at most one per tensor.
+    command: the manifest's record.
+    sources: role → other checkpoints that are read.
+    warnings: for the user.
     """
 
     base: Checkpoint
@@ -105,7 +114,8 @@ def require_in_layer(
     Args:
         by_layer: layer → the module that is needed, for the layers that have it.
         named: the requested parts, as text.
-        what: the module's name, as in "has no …". why: a layer may lack it, in parentheses, or empty.
+        what: the module's name, as in "has no …".
+        why: the reason, in parentheses, why a layer may lack it; or empty.
     """
     numbers = [block.index for block in structure.blocks]
     if not by_layer:

@@ -59,8 +59,8 @@ CAUTION = "β acts on the prompt too, which a factor at run time can leave out."
 class _Down:
     """The tensors with the down projections of `experts`: of all n of a layer, along the first axis, or of one.
 
-    scale: the block scales of quantised values; None where the values are the weights. power: the reason why β must be
-    a power of two, or empty.
+    scale: the block scales of quantised values; None where the values are the weights.
+    power: the reason why β must be a power of two, or empty.
     """
 
     experts: tuple[Expert, ...]
@@ -339,4 +339,5 @@ def _quantisation(base: Checkpoint) -> Mapping[str, Any]:
     settings = config.get("quantization_config") or config.get("compression_config") or {}
     if not isinstance(settings, Mapping):
         return {"quant_method": settings}
+    # Settings without a method are refused as "unknown": whatever they say, the values are not the weights.
     return {**settings, "quant_method": settings.get("quant_method") or "unknown"} if settings else settings

@@ -32,6 +32,7 @@ def spread(per_head: Tensor, place: TensorSlice, count: int, *, transposed: bool
     size, first, last = _blocks_of(n, place, count)
     # Blocks follow one another in memory; those at the piece's ends are cut.
     edges = (torch.arange(first, last + 1, device=per_head.device) * size).clamp(begin, begin + count)
+    # Without output_size a GPU would have to report the sum of the lengths first.
     return per_head[first:last].repeat_interleave(edges.diff(), output_size=count)
 
 
@@ -60,6 +61,7 @@ def shift_exponents(tensors: Sequence[Tensor], place: TensorSlice, *, shifts: tu
     `shifts` are log₂ β_h of n blocks along the first axis; the caller must check that sums stay within a byte.
     """
     (exponents,) = tensors
+    # Bytes arrive as fp32, in which these sums are exact.
     return exponents + _factors(tuple(map(float, shifts)), exponents, place, True)
 
 

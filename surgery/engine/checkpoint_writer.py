@@ -25,11 +25,14 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class OutputDescription(Generic[R]):
-    """What a command reports of the checkpoint that it wrote.
+    """A command's description of the checkpoint that it wrote.
 
-    report: what the command returns. summary: the manifest's "report", JSON-able. card: the model card's content.
-    kind: the manifest's "kind". versions: of packages beyond the usual ones that decided the bytes. fields: further
-    top-level entries of the manifest, which replace those of the same name.
+    report: what the command returns.
+    summary: the manifest's "report", JSON-able.
+    card: the model card's content.
+    kind: the manifest's "kind".
+    versions: of packages beyond the usual ones that decided the bytes.
+    fields: further top-level entries of the manifest, which replace those of the same name.
     """
 
     report: R

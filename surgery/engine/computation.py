@@ -26,8 +26,9 @@ from surgery.errors import usage_error
 class Computed:
     """A computed segment of an output tensor.
 
-    values: rounded to the stored dtype, 1-D, on the CPU; valid until the reader's next call. sums: squares, nonfinite
-    and the kernel's measures. input_hashes: per input the hash of the values read, "" where they are not stored so.
+    values: rounded to the stored dtype, 1-D, on the CPU; valid until the reader's next call.
+    sums: squares, nonfinite and the kernel's measures.
+    input_hashes: per input the hash of the values read; "" where these are not the stored bytes.
     """
 
     values: Tensor

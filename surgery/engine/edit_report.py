@@ -21,8 +21,11 @@ from surgery.reporting.report import Column, Table
 class EditedGroup:
     """One layer, or another part of the model, after an edit.
 
-    updates: non-zero updates. delivered: how many of them changed the stored value. update_norm: ‖α·v‖.
-    relative: ‖α·v‖/‖θ_target‖. nonfinite: NaN and infinite values that were written.
+    updates: the number of non-zero updates.
+    delivered: how many of them changed the stored value.
+    update_norm: ‖α·v‖.
+    relative: ‖α·v‖/‖θ_target‖.
+    nonfinite: NaN and infinite values that were written.
     """
 
     name: str
@@ -40,7 +43,7 @@ class EditedGroup:
 
 @dataclass(frozen=True)
 class EditReport:
-    """`edited` of `tensors` tensors went through a kernel; the rest are byte for byte the target's."""
+    """The report of an edit: `edited` of `tensors` tensors went through a kernel, the rest keep the target's bytes."""
 
     out: Path
     preflight: Mapping[str, str]

@@ -23,8 +23,10 @@ def row_width(shape: Sequence[int]) -> int:
 class TensorSlice:
     """The piece of a tensor that a kernel is called on.
 
-    tensor: name of the output tensor; random numbers are seeded by it. begin: index of the piece's first element.
-    shape: of the whole tensor. pass_results: what the kernel's passes returned about the whole tensor.
+    tensor: name of the output tensor; random numbers are seeded by it.
+    begin: index of the piece's first element.
+    shape: of the whole tensor.
+    pass_results: what the kernel's passes returned about the whole tensor.
     """
 
     tensor: str
@@ -79,7 +81,7 @@ class Kernel:
 
 
 def identity(tensors: Sequence[Tensor]) -> Tensor:
-    """x.   (…) → (…)"""
+    """Return the one input, x, as it is.   (…) → (…)"""
     return tensors[0]
 
 

@@ -12,7 +12,7 @@ from surgery.engine.schedule import SegmentTask, segments_of, stage_tasks, whole
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass gathered of one segment, piece by piece."""
+    """The result of a pass over one segment: what it gathered, piece by piece."""
 
     task: SegmentTask
     pieces: list[Any]

@@ -16,11 +16,13 @@ from surgery.engine.work_partition import WorkItem, partition
 
 @dataclass(frozen=True)
 class SegmentTask:
-    """What one worker does in one go: one segment of one tensor, or all tensors of one "whole" kernel call.
+    """A worker's unit of work: one segment of one tensor, or all tensors of one "whole" kernel call.
 
-    tensors: their numbers in the plan; more than one only for a "whole" call. segment: None for a "whole" call.
-    pass_number: the kernel's pass to run; None for the writing. place: the whole tensor, with the results of its
-    passes; None where the passes have not run, because an earlier run should have written all of the tensor.
+    tensors: their numbers in the plan; more than one only for a "whole" call.
+    segment: None for a "whole" call.
+    pass_number: the kernel's pass to run; None for the writing.
+    place: the whole tensor, with the results of its passes; None where the passes have not run, because an earlier run
+        should have written all of the tensor.
     """
 
     tensors: tuple[int, ...]
@@ -31,9 +33,10 @@ class SegmentTask:
 
 @dataclass(frozen=True)
 class _RankWork:
-    """What one rank does as a unit: a segment, a tensor with passes, or all tensors of one "whole" kernel call.
+    """A rank's unit of work: a segment, a tensor with passes, or all tensors of one "whole" kernel call.
 
-    item: its file and weight for the partition. progress_bytes: what the progress bar counts it as.
+    item: its file and weight for the partition.
+    progress_bytes: its share of the progress bar.
     """
 
     tensors: tuple[int, ...]

@@ -33,7 +33,7 @@ class WrittenSegment:
 
 @dataclass(frozen=True)
 class MissingSegment:
-    """A tensor with passes of which the journal has every segment, but the disk has not."""
+    """A tensor with passes whose segments are all in the journal, but not all on the disk."""
 
     tensor: int
 

@@ -28,8 +28,11 @@ from surgery.reporting.report import format_value
 class VerifyReport:
     """The result of reading `model` back; `ok` where everything is as it should be.
 
-    hashes_compared: whether there was a manifest to compare with. nonfinite: name → NaN and infinite values. changed,
-    missing, unlisted: names whose bytes, or whose presence, are not as the manifest says.
+    hashes_compared: whether there was a manifest to compare with.
+    nonfinite: name → number of NaN and infinite values.
+    changed: tensors whose bytes, dtype or shape are not as the manifest says.
+    missing: tensors in the manifest that are not in the files.
+    unlisted: tensors in the files that are not in the manifest.
     """
 
     model: str

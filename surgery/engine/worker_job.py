@@ -1,4 +1,4 @@
-"""Write one rank's share of a plan: its tasks over workers, each segment written in its place and journaled.
+"""Write one rank's share of a plan: run its tasks on workers, write each segment to its place, and record it.
 
 Segments that an earlier run has journaled are read back, and kept where their bytes are what the journal says.
 """
