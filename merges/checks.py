@@ -10,7 +10,7 @@ from surgery.checkpoint.reader import SourceFiles, TensorReader, count_nonfinite
 from surgery.checkpoint.vocabulary import Vocabulary, read_vocabulary
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.preflight import Preflight, check_config
-from surgery.engine.workers import run_shared
+from surgery.engine.work.workers import run_shared
 from surgery.errors import SurgeryError, listing
 
 ALIGN = "Say `tokenizer_source: union`, `base` or a model: rows are then aligned by token."

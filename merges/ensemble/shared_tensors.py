@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from surgery.checkpoint.checkpoint import StoredTensor
 from surgery.checkpoint.reader import SourceFiles, TensorReader, digest, hash_tensor
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.workers import run_shared
+from surgery.engine.work.workers import run_shared
 
 SKETCH = 4096  # elements; tensors that differ at all nearly always differ here, and need not be read as a whole
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from merges.choices import TuneWhat
 from merges.ensemble.ensemble_model import LogitEnsembleConfig, LogitEnsembleForCausalLM, combine, head_of
 from surgery.checkpoint.checkpoint import Checkpoint, loadable_folder
-from surgery.engine.computation import torch_device
+from surgery.engine.work.computation import torch_device
 from surgery.errors import SurgeryError, usage_error
 from surgery.models.loading import load_tokenizer
 from surgery.runtime.progress import Advance, Progress

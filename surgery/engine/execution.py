@@ -4,9 +4,9 @@ OUT appears whole or not at all. Until the rename everything is in `OUT.partial/
 segment that was written, with its hash. A run that was killed at any moment is continued by the same command: journaled
 segments are read back, compared with their hash and kept; the rest is computed. The result is the same to the bit.
 
-Under a launcher (`accelerate launch`, torchrun) the ranks share the work as `surgery.engine.work_partition` assigns it,
-and each keeps its own journal. OUT and the sources must be on a file system that all of them see. Rank 0 prepares the
-folder and finalizes it. A rank that fails reports the failure to the others, which stop. Where one is killed the
+Under a launcher (`accelerate launch`, torchrun) the ranks share the work as `surgery.engine.work.partitioning` assigns
+it, and each keeps its own journal. OUT and the sources must be on a file system that all of them see. Rank 0 prepares
+the folder and finalizes it. A rank that fails reports the failure to the others, which stop. Where one is killed the
 launcher ends the others and names it; without a launcher they notice when they next wait for it. In either case the
 same command continues, with any number of processes.
 """
@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from surgery.checkpoint.reader import SourceFiles
-from surgery.engine.computation import torch_device
-from surgery.engine.journal import Journal
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, write_index
 from surgery.engine.result import ExecutionResult, collect_result
-from surgery.engine.work_partition import this_machine
-from surgery.engine.worker_job import FailureWatch, Records, WorkerJob
-from surgery.engine.workers import default_threads
-from surgery.engine.writer import ShardWriter
+from surgery.engine.storage.journal import Journal
+from surgery.engine.storage.writer import ShardWriter
+from surgery.engine.work.computation import torch_device
+from surgery.engine.work.partitioning import this_machine
+from surgery.engine.work.worker_job import FailureWatch, Records, WorkerJob
+from surgery.engine.work.workers import default_threads
 from surgery.errors import SurgeryError, listing
 from surgery.io.atomic import check_free, commit_folder, copy_file, disk_error, partial_path
 from surgery.runtime.collectives import local_device, map_over_ranks, n_active_processes, on_main

@@ -17,7 +17,7 @@ import torch
 from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
 from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader
 from surgery.engine.plan import Plan
-from surgery.engine.workers import default_threads
+from surgery.engine.work.workers import default_threads
 from surgery.errors import ErrorList, listing
 from surgery.io.atomic import partial_path
 from surgery.reporting.report import format_value

@@ -16,7 +16,7 @@ from surgery.checkpoint.reader import (
     compute_dtype,
     segments,
 )
-from surgery.engine.workers import run_shared
+from surgery.engine.work.workers import run_shared
 from surgery.runtime.progress import Progress, silent
 
 Measure = Callable[[Sequence[Tensor]], Sequence[Tensor]]

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from surgery.checkpoint.checkpoint import StoredTensor
 from surgery.checkpoint.dtypes import n_elements
 from surgery.checkpoint.reader import SourceFiles, TensorReader, hash_tensor, segments
-from surgery.engine.computation import is_plain
-from surgery.engine.journal import SegmentRecord
 from surgery.engine.plan import Plan
+from surgery.engine.storage.journal import SegmentRecord
+from surgery.engine.work.computation import is_plain
 from surgery.io.hashing import hash_parts
 
 

@@ -17,7 +17,7 @@ from surgery.checkpoint.reader import (
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.manifest import read_manifest
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.workers import run_shared
+from surgery.engine.work.workers import run_shared
 from surgery.errors import listing
 from surgery.io.atomic import MANIFEST
 from surgery.io.hashing import KEY, hash_parts, hash_tensors

@@ -26,7 +26,7 @@ from pathlib import Path
 from surgery.errors import SurgeryError, usage_error
 
 MANIFEST = "surgery.json"  # marks a folder as an output of this tool
-JOURNAL = "journal.jsonl"  # marks a staging folder whose job can be resumed; see `surgery.engine.journal`
+JOURNAL = "journal.jsonl"  # marks a staging folder whose job can be resumed; see `surgery.engine.storage.journal`
 PARTIAL = ".partial"  # suffix of a staging folder
 REPLACED = ".replaced"  # suffix of an output that is being overwritten
 

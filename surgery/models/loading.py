@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.vocabulary import CONFIG, FETCH_AGAIN, TOKENIZER
-from surgery.engine.computation import torch_device
+from surgery.engine.work.computation import torch_device
 from surgery.errors import SurgeryError, usage_error
 from surgery.hub.datasets import first_line
 from surgery.io.json_io import read_json

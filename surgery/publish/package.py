@@ -17,7 +17,7 @@ from surgery.checkpoint.reader import SourceFiles, TensorReader, hash_tensor
 from surgery.checkpoint.safetensors_header import read_header
 from surgery.engine.manifest import read_manifest
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.workers import run
+from surgery.engine.work.workers import run
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.hub.download import is_repo_id
 from surgery.hub.file_selection import WEIGHTS_SUFFIX

@@ -22,7 +22,7 @@ from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, PlannedTensor, plan_files
 from surgery.engine.preflight import Preflight, check_ancestor, check_config, sketch
 from surgery.engine.result import ExecutionResult
-from surgery.engine.workers import run_shared
+from surgery.engine.work.workers import run_shared
 from surgery.errors import SurgeryError
 from surgery.reporting.report import Column, Table
 from surgery.vectors.align import VectorSettings, aligned_model, check_and_align

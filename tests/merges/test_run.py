@@ -149,7 +149,7 @@ def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments of 64 elements: tiny tensors then take many."""
     for module in (
         "surgery.checkpoint.reader",
-        "surgery.engine.computation",
+        "surgery.engine.work.computation",
         "surgery.engine.plan",
         "merges.tokenizer.embeddings",
     ):
@@ -238,7 +238,9 @@ def test_a_killed_merge_resumes_to_the_same_files(
 ) -> None:
     run(EXAMPLES[kind], llama, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr("surgery.engine.journal.Journal.append", killing(surgery.engine.execution.Journal.append, 100))
+        patch.setattr(
+            "surgery.engine.storage.journal.Journal.append", killing(surgery.engine.execution.Journal.append, 100)
+        )
         with pytest.raises(Killed):
             run(EXAMPLES[kind], llama, tmp_path / "out", threads=1)
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()

@@ -28,7 +28,7 @@ from probes.refusal.linear.splits import (
     cell_weights,
     permute_labels,
 )
-from surgery.engine.workers import default_threads
+from surgery.engine.work.workers import default_threads
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.evaluation.statistics import Floats, auroc, bootstrap_auroc, brier, ece, wilson_interval
 from surgery.runtime.progress import Progress, silent

@@ -15,7 +15,7 @@ from xxhash import xxh3_128
 from surgery.checkpoint.checkpoint import stored_tensor
 from surgery.checkpoint.reader import SourceFiles, TensorReader, hash_tensor
 from surgery.checkpoint.safetensors_header import Header, read_header
-from surgery.engine.workers import run
+from surgery.engine.work.workers import run
 from surgery.errors import SurgeryError
 from surgery.io.atomic import MANIFEST, write_file
 from surgery.io.hashing import KEY, hash_tensors, hash_text

@@ -22,7 +22,7 @@ from surgery.engine.plan import Plan, PlannedTensor, plan_files
 from surgery.engine.result import ExecutionResult
 
 SAFETENSORS = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
-SEGMENT_READERS = ("surgery.checkpoint.reader", "surgery.engine.computation", "surgery.engine.plan")
+SEGMENT_READERS = ("surgery.checkpoint.reader", "surgery.engine.work.computation", "surgery.engine.plan")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Merger:
         with pytest.MonkeyPatch.context() as patch:
             for module in SEGMENT_READERS:
                 patch.setattr(f"{module}.SEGMENT", segment)
-            patch.setattr("surgery.engine.computation.BLOCK", block)
+            patch.setattr("surgery.engine.work.computation.BLOCK", block)
             plan = Plan({"name": "merge", "method": method}, sources, plan_files(planned))
             outcome = execute(
                 plan, folder / "out", ExecutionOptions(threads=threads), finish=lambda folder, outcome: outcome

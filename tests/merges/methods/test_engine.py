@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import surgery.engine.journal
+import surgery.engine.storage.journal
 from merges.methods.registry import METHODS
 from merges.methods.sparsify import uniforms
 from merges.methods.topk import THRESHOLDS, topk_passes
@@ -77,9 +77,11 @@ def test_a_killed_merge_goes_on_and_damaged_segments_are_made_again(
     models, base = inputs(method)
     cuts = {"segment": 40, "block": 20, "params": PARAMS[method]}
     fresh = merge(method, models, base, out=tmp_path / "fresh", **cuts)
-    append, left = surgery.engine.journal.Journal.append, 10
+    append, left = surgery.engine.storage.journal.Journal.append, 10
 
-    def counted(self: surgery.engine.journal.Journal, record: surgery.engine.journal.SegmentRecord) -> None:
+    def counted(
+        self: surgery.engine.storage.journal.Journal, record: surgery.engine.storage.journal.SegmentRecord
+    ) -> None:
         nonlocal left
         if left == 0:
             raise RuntimeError("killed")
@@ -87,7 +89,7 @@ def test_a_killed_merge_goes_on_and_damaged_segments_are_made_again(
         append(self, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(surgery.engine.journal.Journal, "append", counted)
+        patch.setattr(surgery.engine.storage.journal.Journal, "append", counted)
         # All of "m" (10 segments) is in the journal by then, and nothing of "v".
         with pytest.raises(RuntimeError, match="killed"):
             merge(method, models, base, out=tmp_path / "again", **cuts)

@@ -53,13 +53,13 @@ def test_pictures_are_png_and_repeat_byte_for_byte() -> None:
 def drawn(monkeypatch: pytest.MonkeyPatch, draw: Drawing) -> list[Any]:
     """The axes of what `draw` draws."""
     seen: list[Any] = []
-    finish = expert_plots.finished
+    finish = expert_plots.render_figure
 
     def finished(canvas: Any, title: str, caption: str) -> Figure:
         seen.extend(canvas.figure.axes)
         return finish(canvas, title, caption)
 
-    monkeypatch.setattr(expert_plots, "finished", finished)
+    monkeypatch.setattr(expert_plots, "render_figure", finished)
     draw()
     return seen
 

@@ -17,7 +17,7 @@ from support.architectures import ARCHITECTURES, EXPERTS, build
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-import surgery.engine.journal
+import surgery.engine.storage.journal
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Expert, Head
 from surgery.checkpoint.structure import model_structure
@@ -366,14 +366,16 @@ class StoppedError(Exception):
 def test_a_killed_edit_resumes_to_identical_bytes(
     kind: str, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("surgery.checkpoint.reader", "surgery.engine.computation", "surgery.engine.plan"):
+    for module in ("surgery.checkpoint.reader", "surgery.engine.work.computation", "surgery.engine.plan"):
         monkeypatch.setattr(f"{module}.SEGMENT", 700)
-    monkeypatch.setattr("surgery.engine.computation.BLOCK", 150)
+    monkeypatch.setattr("surgery.engine.work.computation.BLOCK", 150)
     base = build_mxfp4(tmp_path / "base") if kind == "mxfp4" else build(kind, tmp_path / "base", max_shard_size="20KB")
-    append = surgery.engine.journal.Journal.append
+    append = surgery.engine.storage.journal.Journal.append
     left = after
 
-    def counted(self: surgery.engine.journal.Journal, record: surgery.engine.journal.SegmentRecord) -> None:
+    def counted(
+        self: surgery.engine.storage.journal.Journal, record: surgery.engine.storage.journal.SegmentRecord
+    ) -> None:
         nonlocal left
         if left == 0:
             raise StoppedError
@@ -381,7 +383,7 @@ def test_a_killed_edit_resumes_to_identical_bytes(
         append(self, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(surgery.engine.journal.Journal, "append", counted)
+        patch.setattr(surgery.engine.storage.journal.Journal, "append", counted)
         with pytest.raises(StoppedError):
             scale_experts(str(base), tmp_path / "out", scales=every(base), options=ExecutionOptions(threads=1))
     assert not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ from support.architectures import ARCHITECTURES, build
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import surgery.engine.journal
+import surgery.engine.storage.journal
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Head, by_layer
 from surgery.checkpoint.structure import model_structure
@@ -261,14 +261,16 @@ class StoppedError(Exception):
 
 @pytest.mark.parametrize("after", [0, 1, 7, 40])
 def test_a_killed_edit_resumes_to_identical_bytes(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("surgery.checkpoint.reader", "surgery.engine.computation", "surgery.engine.plan"):
+    for module in ("surgery.checkpoint.reader", "surgery.engine.work.computation", "surgery.engine.plan"):
         monkeypatch.setattr(f"{module}.SEGMENT", 300)
     base = build("qwen2", tmp_path / "base", max_shard_size="20KB")
     scales = {CHOSEN[0]: 0.0, CHOSEN[2]: 0.7}
-    append = surgery.engine.journal.Journal.append
+    append = surgery.engine.storage.journal.Journal.append
     left = after
 
-    def counted(self: surgery.engine.journal.Journal, record: surgery.engine.journal.SegmentRecord) -> None:
+    def counted(
+        self: surgery.engine.storage.journal.Journal, record: surgery.engine.storage.journal.SegmentRecord
+    ) -> None:
         nonlocal left
         if left == 0:
             raise StoppedError
@@ -276,7 +278,7 @@ def test_a_killed_edit_resumes_to_identical_bytes(after: int, tmp_path: Path, mo
         append(self, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(surgery.engine.journal.Journal, "append", counted)
+        patch.setattr(surgery.engine.storage.journal.Journal, "append", counted)
         with pytest.raises(StoppedError):
             scale_heads(str(base), tmp_path / "out", scales=scales, options=ExecutionOptions(threads=1))
     assert not (tmp_path / "out").exists()
@@ -293,9 +295,9 @@ def test_a_killed_edit_resumes_to_identical_bytes(after: int, tmp_path: Path, mo
 def test_undo_is_the_same_however_it_is_cut(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family = {"a": "gemma2", "b": "gpt2"}[file]
     base = build(family, tmp_path / "base")
-    for module in ("surgery.checkpoint.reader", "surgery.engine.computation", "surgery.engine.plan"):
+    for module in ("surgery.checkpoint.reader", "surgery.engine.work.computation", "surgery.engine.plan"):
         monkeypatch.setattr(f"{module}.SEGMENT", 77)
-    monkeypatch.setattr("surgery.engine.computation.BLOCK", 10)
+    monkeypatch.setattr("surgery.engine.work.computation.BLOCK", 10)
     scale_heads(str(base), tmp_path / "out", scales=dict.fromkeys(CHOSEN, 0.25))
     undo(str(tmp_path / "out"), tmp_path / "restored")
     assert shards(tmp_path / "restored") == shards(base)

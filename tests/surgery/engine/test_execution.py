@@ -23,11 +23,11 @@ import surgery.checkpoint.reader
 from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.execution import execute
-from surgery.engine.journal import NAME as JOURNAL
 from surgery.engine.kernel import Kernel
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, PlannedTensor, copy_tensor, plan_files
 from surgery.engine.result import ExecutionResult
+from surgery.engine.storage.journal import NAME as JOURNAL
 from surgery.errors import SurgeryError
 from surgery.runtime import environment as process
 from surgery.vectors.application import transfer
@@ -40,7 +40,7 @@ ROLES = ("target", "tuned", "base")
 def small_segments(monkeypatch: pytest.MonkeyPatch) -> int:
     """Segments of 64 elements: tiny tensors then take many."""
     segment = 64
-    for module in ("surgery.checkpoint.reader", "surgery.engine.computation", "surgery.engine.plan"):
+    for module in ("surgery.checkpoint.reader", "surgery.engine.work.computation", "surgery.engine.plan"):
         monkeypatch.setattr(f"{module}.SEGMENT", segment)
     return segment
 
@@ -101,9 +101,9 @@ def test_bytes_do_not_depend_on_threads_or_chunks(
     folder = tmp_path_factory.mktemp("determinism")
     write_models(folder, shapes=SHAPES)
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("surgery.checkpoint.reader", "surgery.engine.computation", "surgery.engine.plan"):
+        for module in ("surgery.checkpoint.reader", "surgery.engine.work.computation", "surgery.engine.plan"):
             patch.setattr(f"{module}.SEGMENT", segment)
-        patch.setattr("surgery.engine.computation.BLOCK", block)
+        patch.setattr("surgery.engine.work.computation.BLOCK", block)
         run(plan_transfer(folder), folder / "odd", threads=threads)
     run(plan_transfer(folder), folder / "plain", threads=1)
     assert (folder / "odd/target.safetensors").read_bytes() == (folder / "plain/target.safetensors").read_bytes()
@@ -149,7 +149,7 @@ KILLED = textwrap.dedent(
     import os, signal, sys
     from pathlib import Path
     sys.path[:0] = [{tests!r}]
-    for module in ("surgery.checkpoint.reader", "surgery.engine.computation", "surgery.engine.plan"):
+    for module in ("surgery.checkpoint.reader", "surgery.engine.work.computation", "surgery.engine.plan"):
         setattr(__import__(module, fromlist=["SEGMENT"]), "SEGMENT", 64)
     from surgery.engine.execution import execute
     from surgery.engine.options import ExecutionOptions
@@ -169,8 +169,8 @@ KILLED = textwrap.dedent(
         return wrapper
     for name in ("pwrite", "write", "fsync", "rename", "unlink", "copy_file_range"):
         setattr(os, name, counted(getattr(os, name)))
-    import surgery.engine.journal
-    surgery.engine.journal.Journal.append = counted(surgery.engine.journal.Journal.append)
+    import surgery.engine.storage.journal
+    surgery.engine.storage.journal.Journal.append = counted(surgery.engine.storage.journal.Journal.append)
     folder = Path(sys.argv[1])
     execute(plan_transfer(folder), folder / "out", ExecutionOptions(threads=2), finish=lambda f, o: None)
     print("finished")
@@ -209,7 +209,7 @@ def test_killed_at_any_write_it_resumes_to_identical_bytes(tmp_path: Path, form:
     assert kills >= 3
     assert not (tmp_path / "out.partial").exists()
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("surgery.checkpoint.reader", "surgery.engine.computation", "surgery.engine.plan"):
+        for module in ("surgery.checkpoint.reader", "surgery.engine.work.computation", "surgery.engine.plan"):
             patch.setattr(f"{module}.SEGMENT", 64)
         run(plan_transfer(tmp_path), tmp_path / "uninterrupted")
     assert [p.name for p in sorted((tmp_path / "out").iterdir())] == ["target.safetensors"]
@@ -224,17 +224,19 @@ class StoppedError(Exception):
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, segments: int) -> None:
     """Makes the journal raise once it holds `segments` lines."""
-    append = surgery.engine.journal.Journal.append
+    append = surgery.engine.storage.journal.Journal.append
     left = segments
 
-    def counted(self: surgery.engine.journal.Journal, record: surgery.engine.journal.SegmentRecord) -> None:
+    def counted(
+        self: surgery.engine.storage.journal.Journal, record: surgery.engine.storage.journal.SegmentRecord
+    ) -> None:
         nonlocal left
         if left == 0:
             raise StoppedError
         left -= 1
         append(self, record)
 
-    monkeypatch.setattr(surgery.engine.journal.Journal, "append", counted)
+    monkeypatch.setattr(surgery.engine.storage.journal.Journal, "append", counted)
 
 
 def test_what_was_written_before_is_kept_and_counted(
@@ -278,7 +280,7 @@ def test_writing_past_the_page_cache_gives_the_same_bytes_also_after_a_kill(
 ) -> None:
     write_models(tmp_path, shapes=SHAPES)
     run(plan_transfer(tmp_path), tmp_path / "buffered")
-    monkeypatch.setattr("surgery.engine.writer.DIRECT_FROM", 1)
+    monkeypatch.setattr("surgery.engine.storage.writer.DIRECT_FROM", 1)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 10)
         with pytest.raises(StoppedError):

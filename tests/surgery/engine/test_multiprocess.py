@@ -21,8 +21,8 @@ from support.architectures import add_tokenizer, build, sibling
 from support.processes import free_port, known_to
 
 from surgery.checkpoint.reader import SourceFiles
-from surgery.engine.work_partition import WorkItem, partition
-from surgery.engine.workers import default_threads, run_shared
+from surgery.engine.work.partitioning import WorkItem, partition
+from surgery.engine.work.workers import default_threads, run_shared
 from surgery.growth.embedding.build import make_embedding
 from surgery.runtime.collectives import all_reduce_sum, barrier, map_over_ranks, n_active_processes, single_process
 
@@ -40,21 +40,21 @@ import contextlib, gc, json, os, shlex, signal, sys
 from pathlib import Path
 import torch.distributed
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-import surgery.checkpoint.reader, surgery.engine.computation, surgery.engine.execution, surgery.engine.journal
-import surgery.engine.plan, surgery.engine.worker_job, surgery.engine.writer
+import surgery.checkpoint.reader, surgery.engine.execution, surgery.engine.plan, surgery.engine.storage.journal
+import surgery.engine.storage.writer, surgery.engine.work.computation, surgery.engine.work.worker_job
 import surgery.growth.layers.add, surgery.growth.layers.initial_model
 from surgery.runtime import environment as process
 from cli import main
 
-append = surgery.engine.journal.Journal.append
+append = surgery.engine.storage.journal.Journal.append
 
 def work(listed, said, fault):
     rank = process.rank()
-    for module in (surgery.checkpoint.reader, surgery.engine.computation, surgery.engine.plan):
+    for module in (surgery.checkpoint.reader, surgery.engine.work.computation, surgery.engine.plan):
         module.SEGMENT = 64 + (rank if fault == "apart" else 0)
     process.configure_cli_process()
     if fault.startswith("direct"):
-        surgery.engine.writer.DIRECT_FROM = 1
+        surgery.engine.storage.writer.DIRECT_FROM = 1
     left = [20]
 
     def failing(self, record):
@@ -65,7 +65,7 @@ def work(listed, said, fault):
             raise OSError(28, "No space left on device")
         append(self, record)
 
-    surgery.engine.journal.Journal.append = failing
+    surgery.engine.storage.journal.Journal.append = failing
     said = Path(said)
     said.mkdir(exist_ok=True)
     for number, command in enumerate(Path(listed).read_text().splitlines()):

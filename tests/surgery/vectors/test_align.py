@@ -88,7 +88,7 @@ def test_by_token_does_not_depend_on_where_segments_fall(
 ) -> None:
     tuned, base, target = map(str, trio)
     transfer(tuned, base, target, tmp_path / "one", vocab="by-token")
-    for module in ("surgery.checkpoint.reader", "surgery.engine.computation", "surgery.engine.plan"):
+    for module in ("surgery.checkpoint.reader", "surgery.engine.work.computation", "surgery.engine.plan"):
         monkeypatch.setattr(f"{module}.SEGMENT", 77)
     transfer(tuned, base, target, tmp_path / "many", vocab="by-token")
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "many/model.safetensors").read_bytes()

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.workers import one_thread_per_operation
+from surgery.engine.work.workers import one_thread_per_operation
 from surgery.errors import SurgeryError
 from surgery.vectors.to_lora import AdapterReport, extract_adapter, low_rank
 

@@ -15,7 +15,7 @@ from support.architectures import ARCHITECTURES, add_tokenizer, build
 from support.merges import config_of, files_of, logits_of, tensors_of
 from torch import Tensor
 
-import surgery.engine.journal
+import surgery.engine.storage.journal
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.structure import model_structure
 from surgery.engine.manifest import read_manifest
@@ -269,7 +269,7 @@ def test_layers_that_predict_further_ahead_stay_behind_the_last(tmp_path: Path) 
 def test_interrupted_it_goes_on_to_the_same_bytes(init: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = fp32("llama", tmp_path / "base")
     add_layers(str(base), tmp_path / "whole", init=init, layers=2)
-    add = surgery.engine.journal.Journal.append
+    add = surgery.engine.storage.journal.Journal.append
     left = 25
 
     def killed(journal: Any, record: Any) -> None:
@@ -280,7 +280,7 @@ def test_interrupted_it_goes_on_to_the_same_bytes(init: Any, tmp_path: Path, mon
         add(journal, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(surgery.engine.journal.Journal, "append", killed)
+        patch.setattr(surgery.engine.storage.journal.Journal, "append", killed)
         with pytest.raises(KeyboardInterrupt):
             add_layers(str(base), tmp_path / "out", init=init, layers=2, options=ExecutionOptions(threads=1))
     assert not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ from support.architectures import ARCHITECTURES, add_tokenizer
 from support.merges import config_of, files_of, logits_of, tensors_of
 from torch import Tensor
 
-import surgery.engine.journal
+import surgery.engine.storage.journal
 from surgery.checkpoint.reader import SourceFiles, TensorReader, hash_tensor
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.manifest import read_manifest
@@ -217,7 +217,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
 def test_interrupted_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     emb, shape = str(embedding(tmp_path / "emb")), ModelShape(layers=2)
     init_model(emb, tmp_path / "whole", shape=shape)
-    add = surgery.engine.journal.Journal.append
+    add = surgery.engine.storage.journal.Journal.append
     left = 12
 
     def killed(journal: Any, record: Any) -> None:
@@ -228,7 +228,7 @@ def test_interrupted_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: p
         add(journal, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(surgery.engine.journal.Journal, "append", killed)
+        patch.setattr(surgery.engine.storage.journal.Journal, "append", killed)
         with pytest.raises(KeyboardInterrupt):
             init_model(emb, tmp_path / "out", shape=shape, options=ExecutionOptions(threads=1))
     report = init_model(emb, tmp_path / "out", shape=shape)

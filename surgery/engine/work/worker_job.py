@@ -12,14 +12,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from surgery.checkpoint.reader import SourceFiles
-from surgery.engine.journal import Journal, SegmentRecord
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.passes import PassResult, PassTracker
 from surgery.engine.plan import Plan
-from surgery.engine.schedule import Schedule, segment_bytes
-from surgery.engine.segment import MissingSegment, SegmentProcessor
-from surgery.engine.workers import run
-from surgery.engine.writer import ShardWriter
+from surgery.engine.storage.journal import Journal, SegmentRecord
+from surgery.engine.storage.writer import ShardWriter
+from surgery.engine.work.passes import PassResult, PassTracker
+from surgery.engine.work.schedule import Schedule, segment_bytes
+from surgery.engine.work.segment import MissingSegment, SegmentProcessor
+from surgery.engine.work.workers import run
 from surgery.errors import SurgeryError
 from surgery.runtime.collectives import failure_text
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.engine.direct_io import BLOCK, DirectFile, open_direct
+from surgery.engine.storage.direct_io import BLOCK, DirectFile, open_direct
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from surgery.engine.plan import PlannedTensor
-from surgery.engine.schedule import SegmentTask, segments_of, stage_tasks, whole_slice
+from surgery.engine.work.schedule import SegmentTask, segments_of, stage_tasks, whole_slice
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from surgery.engine.direct_io import BLOCK, DIRECT_FROM, DirectFile, Edge, open_direct
 from surgery.engine.plan import PlannedFile
+from surgery.engine.storage.direct_io import BLOCK, DIRECT_FROM, DirectFile, Edge, open_direct
 from surgery.errors import SurgeryError
 from surgery.io.atomic import disk_error
 

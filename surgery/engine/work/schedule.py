@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from surgery.checkpoint.dtypes import n_bytes, n_elements
 from surgery.checkpoint.reader import n_segments
-from surgery.engine.computation import bounds
-from surgery.engine.journal import Journal
 from surgery.engine.kernel import TensorSlice
 from surgery.engine.plan import Plan, PlannedFile, PlannedTensor
-from surgery.engine.work_partition import WorkItem, partition
+from surgery.engine.storage.journal import Journal
+from surgery.engine.work.computation import bounds
+from surgery.engine.work.partitioning import WorkItem, partition
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from surgery.checkpoint.reader import SourceFiles, TensorReader
-from surgery.engine.workers import run
+from surgery.engine.work.workers import run
 from surgery.errors import SurgeryError
 from surgery.runtime import environment as process
 
@@ -102,7 +102,7 @@ ORPHANS = textwrap.dedent(
     import os, signal, sys, time
     from surgery.checkpoint.reader import SourceFiles
     from surgery.runtime import environment as process
-    from surgery.engine.workers import run
+    from surgery.engine.work.workers import run
 
     def work(unit, reader):
         os.write(1, f"{os.getpid()}\\n".encode())  # in one piece: two workers share the pipe

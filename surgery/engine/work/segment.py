@@ -8,14 +8,14 @@ from torch import Tensor
 
 from surgery.checkpoint.dtypes import n_bytes
 from surgery.checkpoint.reader import SourceFiles, TensorReader, digest, octets, read_into, segments
-from surgery.engine.computation import Computed, bounds, compute, compute_whole, gather, torch_device
-from surgery.engine.direct_io import Edge
-from surgery.engine.journal import Journal, SegmentRecord
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.passes import PassResult
 from surgery.engine.plan import Plan
-from surgery.engine.schedule import SegmentTask, segments_of
-from surgery.engine.writer import ShardWriter
+from surgery.engine.storage.direct_io import Edge
+from surgery.engine.storage.journal import Journal, SegmentRecord
+from surgery.engine.storage.writer import ShardWriter
+from surgery.engine.work.computation import Computed, bounds, compute, compute_whole, gather, torch_device
+from surgery.engine.work.passes import PassResult
+from surgery.engine.work.schedule import SegmentTask, segments_of
 from surgery.errors import SurgeryError
 
 

@@ -1,0 +1,1 @@
+"""Do the work of a plan: schedule tasks over ranks and workers, run passes, compute and write segments."""
