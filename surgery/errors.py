@@ -51,7 +51,7 @@ def _rebuilt(what: str, where: str | None, hint: str | None, exit_code: int) -> 
 
 
 def usage_error(what: str, *, where: object | None = None, hint: str | None = None) -> SurgeryError:
-    """A `SurgeryError` for a request that is wrong in itself (exit code 2)."""
+    """Return a `SurgeryError` for a request that is wrong in itself (exit code 2)."""
     return SurgeryError(what, where=where, hint=hint, exit_code=WRONG_USAGE)
 
 
@@ -66,8 +66,13 @@ def did_you_mean(name: str, known: Iterable[str], *, most: int = 1) -> str | Non
     return f"Did you mean {listing(near)}?" if near else None
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, without its full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def listing(names: Iterable[str], limit: int = 20) -> str:
-    """`names` as one line: at most `limit` of them, then how many more there are."""
+    """Return `names` as one line: at most `limit` of them, then how many more there are."""
     every = list(names)
     shown = ", ".join(every[:limit])
     return shown if len(every) <= limit else f"{shown} and {len(every) - limit} more"

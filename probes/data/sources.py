@@ -18,7 +18,7 @@ from typing import Any
 
 from surgery import lab
 from surgery.checkpoint.checkpoint import existing_path
-from surgery.errors import ErrorList, listing, usage_error
+from surgery.errors import ErrorList, first_line, listing, usage_error
 from surgery.hub import datasets as hub_data
 from surgery.hub import download as hub
 
@@ -170,7 +170,7 @@ def _read_parquet(path: Path, errors: ErrorList) -> Iterator[SourceRow]:
     try:
         records = read_table(path, partitioning=None).to_pylist()
     except (ArrowException, OSError) as error:
-        raise usage_error(f"cannot be read as Parquet ({hub_data.first_line(error)})", where=path) from error
+        raise usage_error(f"cannot be read as Parquet ({first_line(error)})", where=path) from error
     for index, record in enumerate(records):
         yield SourceRow(str(index), f"{path}[{index}]", record)
 

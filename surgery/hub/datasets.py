@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from surgery.errors import SurgeryError, listing, usage_error
+from surgery.errors import SurgeryError, first_line, listing, usage_error
 from surgery.hub import download as hub
 from surgery.hub.errors import TOKEN_HINT, http_error_type
 from surgery.runtime.quiet_libraries import quiet
@@ -69,11 +69,6 @@ def missing_extra_error(where: object) -> SurgeryError:
 def missing_column_error(column: str, columns: Sequence[str], *, where: object) -> SurgeryError:
     """Return the error for rows that have `columns`, but not `column`."""
     return usage_error(f'has no column "{column}"', where=where, hint=f"It has {listing(columns)}.")
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, without its full stop."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def resolve_commit(dataset: HubDataset) -> str:

@@ -8,8 +8,7 @@ from typing import Any
 
 from surgery.checkpoint.vocabulary import CONFIG, FETCH_AGAIN, TOKENIZER
 from surgery.engine.work.computation import torch_device
-from surgery.errors import SurgeryError, usage_error
-from surgery.hub.datasets import first_line
+from surgery.errors import SurgeryError, first_line, usage_error
 from surgery.io.json_io import read_json
 from surgery.runtime.quiet_libraries import quiet
 

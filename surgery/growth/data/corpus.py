@@ -29,7 +29,7 @@ from xxhash import xxh3_128
 
 from surgery import lab
 from surgery.checkpoint.checkpoint import existing_path
-from surgery.errors import SurgeryError, usage_error
+from surgery.errors import SurgeryError, first_line, usage_error
 from surgery.hub import datasets as hub_data
 from surgery.hub import download as hub
 from surgery.io.hashing import KEY, hash_text
@@ -330,7 +330,7 @@ def _parquet(path: Path, field: str) -> Iterator[Document]:
     except UnicodeDecodeError as error:
         raise _no_utf8(f"{path}[{number}]", error) from error
     except (ArrowException, OSError) as error:
-        raise usage_error(f"cannot be read as Parquet ({hub_data.first_line(error)})", where=path) from error
+        raise usage_error(f"cannot be read as Parquet ({first_line(error)})", where=path) from error
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {".jsonl": _jsonl, ".parquet": _parquet}
