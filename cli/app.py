@@ -17,7 +17,7 @@ from surgery.errors import SurgeryError, did_you_mean, usage_error
 
 
 class StoppedError(Exception):
-    """Ctrl-C under a name that Typer does not catch: it would exit without a message."""
+    """Ctrl-C, as an exception that Typer lets pass; at a KeyboardInterrupt it would exit without a message."""
 
 
 class _Commands(TyperGroup):

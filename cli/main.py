@@ -58,10 +58,10 @@ def program() -> None:
     try:
         run()
     # As the interpreter does: None is success, a number the exit code, and anything else a failure.
-    except SystemExit as left:
+    except SystemExit as exit_call:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(left.code if isinstance(left.code, int) else int(left.code is not None))
+        os._exit(exit_call.code if isinstance(exit_call.code, int) else int(exit_call.code is not None))
 
 
 def run() -> None:

@@ -1,6 +1,6 @@
 """Generate a Markdown page for every command, from the functions that the command line is made of.
 
-`python -m cli.reference docs/commands` writes them; a test holds what lies there to what the program says.
+`python -m cli.reference docs/commands` writes them; a test compares the files with what the code says.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The commands of the command line with their arguments and options, read from the functions that they are.
+"""Read every command of the command line, with its arguments and options, from the function that it is.
 
 The functions' signatures (`Annotated[type, typer.Option(…)]`) are read as Typer reads them. The objects that Typer
 makes of them for parsing differ from version to version, so they are not used. Recipes, their JSON Schema and the pages

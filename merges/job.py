@@ -192,7 +192,7 @@ class MergeJob:
             check_models(preflight, next(iter(checkpoints.values())), checkpoints.values())
 
     def _roles(self, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
-        """ "base" and "model 1", "model 2", … → checkpoint."""
+        """Return role → checkpoint, where roles are "base", "model 1", "model 2", …"""
         # Roles are keys of the manifest's inputs; references may be long paths, and roles tell the base apart.
         others = [checkpoint for ref, checkpoint in checkpoints.items() if ref != self.config.base_model]
         base = checkpoints.get(self.config.base_model or "")

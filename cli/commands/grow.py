@@ -138,6 +138,7 @@ def tokenizer(
         texts,
         out,
         vocab=vocab,
+        # Never none: the first one ends a text, and training needs such a token.
         special=special or (END,),
         refs=corpus,
         field=field,

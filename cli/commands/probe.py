@@ -440,7 +440,7 @@ def _watch(
 ) -> None:
     from probes.refusal.live_trace import live_probe
 
-    found = live_probe(
+    trace = live_probe(
         model,
         run,
         prompt,
@@ -451,6 +451,6 @@ def _watch(
         on_token=(lambda text, score: None) if as_json else console.scored_token,
     )
     if as_json:
-        console.show_json(found)
+        console.show_json(trace)
         return
-    console.message("\n" + found.sentence())
+    console.message("\n" + trace.sentence())

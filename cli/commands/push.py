@@ -66,6 +66,7 @@ def push(
         # huggingface_hub draws its bars into files and pipes too.
         bars=sys.stderr.isatty(),
     )
+    # The address is printed even so, since a script asks for where OUT is, and not for what was sent.
     if not pushed.changed:
         console.message(f"{repo} has all of it already: nothing was committed.")
     if as_json:

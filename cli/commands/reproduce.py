@@ -43,4 +43,5 @@ def _run(words: Sequence[str]) -> int:
     from surgery.recipes.reproduction import run_in_process
 
     console.message(f"$ surgery {shlex.join(words)}")
+    # In a process of its own, as a user would run it: nothing that this one has loaded or set may have a part in it.
     return run_in_process(words)

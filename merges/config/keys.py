@@ -160,7 +160,7 @@ class ModuleKeys(Keys):
 
 
 class RowKeys(Keys):
-    """`{kind, …}`: the row of the embedding that a token gets, where `kind` is none of those there are."""
+    """`{kind, …}`: the row of the embedding that a token gets; used itself only where `kind` is unknown."""
 
     required: ClassVar[tuple[str, ...]] = ("kind",)
     kind: Literal["zero", "model_token"] | None = None

@@ -1,4 +1,4 @@
-"""A `parameters:` mapping → settings, checked against what the merge method takes, down to each number of a list.
+"""Read a `parameters:` mapping into settings, checked against what the merge method takes, down to each number.
 
 This is read by hand, beside the pydantic models of `merges.config.keys`: which parameters there are, and of which type,
 depends on the merge method, and a parameter is a scalar, a list, one `{filter, value}` or a list of them.
@@ -41,7 +41,7 @@ class ParameterReader:
         return settings
 
     def _spec(self, name: str, node: YamlNode, *, in_source: bool) -> ParameterSpec | None:
-        """The parameter called `name`, or None where it is not to be read."""
+        """Return what is specified for `name`; None, with an error or a warning, where it is not to be read."""
         errors, methods = self.context.errors, self.context.methods.values()
         owners = [method.name for method in methods if method.parameter(name)]
         if self.method is None:
@@ -89,7 +89,7 @@ class ParameterReader:
         return Rule(() if value is None else self._values(value, spec), keys.filter)
 
     def _values(self, node: YamlNode, spec: ParameterSpec) -> tuple[Scalar, ...]:
-        """The values of a scalar or a list, without those that are wrong."""
+        """Return the values of a scalar or a list, without those that are wrong."""
         if node.value == ():
             self.context.errors.add(node, f"got an empty list, expected {spec.rule}, or a list of such")
         values = []

@@ -1,4 +1,4 @@
-"""One document of a config → `MergeConfig`: its validated keys, checked against each other and the merge method."""
+"""Read one document into a `MergeConfig`: check its validated keys against each other and the merge method."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class _ConfigBuilder:
         return ref
 
     def sections(self, base: str | None, outer: Collection[str]) -> list[MergeSection]:
-        """All sections of the document. `outer`: the parameters set around them, here and below."""
+        """Return all sections of the document. `outer`: the parameters set around them, here and below."""
         keys, errors = self.document, self.context.errors
         given = [key for key in _INPUTS if keys.get(key)]
         if len(given) != 1:
@@ -142,7 +142,7 @@ class _ConfigBuilder:
         return section
 
     def base_joins(self, node: YamlNode, base: str) -> bool:
-        """Whether a base model that `models:` does not list is one of the sources."""
+        """Return whether a base model that `models:` does not list is one of the sources."""
         if self.method is None or self.method.base != "none":
             return True
         name = self.method.name
@@ -172,7 +172,7 @@ class _ConfigBuilder:
         )
 
     def tokenizer(self, merged: Collection[str], base: str | None) -> TokenizerRule | None:
-        """The tokenizer's rule, in either form. `merged`: the models whose rows tokens may have."""
+        """Return the tokenizer's rule, written in either form. `merged`: the models whose rows tokens may have."""
         keys = self.document
         short = keys.get("tokenizer_source")
         if short and keys.get("tokenizer"):

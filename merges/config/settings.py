@@ -19,7 +19,8 @@ Kind = Literal["number", "integer", "boolean", "text"]
 BaseModel = Literal["required", "optional", "none"]
 
 EVERYTHING = "*"
-MAX_SHOWN = 60  # characters of a wrong value in an error
+# Characters of a wrong value in an error: with file, line and rule around it the message still fits two lines.
+MAX_SHOWN = 60
 # Embeddings, final norm and head are in no layer; mergekit gives them the start of every gradient.
 EDGE_POSITION = 0.0
 

@@ -38,7 +38,7 @@ def check_section(
 
 
 def _check_duplicates(places: Sequence[YamlNode], section: MergeSection, errors: YamlErrors) -> None:
-    """The same layers of the same model twice are an oversight; which of two base models is meant, nobody knows."""
+    """Report the same layers of one model listed twice, and a second base model: which one is meant is not clear."""
     seen: dict[tuple[str, object], YamlNode] = {}
     for place, source in zip(places, section.sources, strict=True):
         # The base may be there once only, whatever its layers; others twice if their layers differ.

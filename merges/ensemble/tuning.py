@@ -300,7 +300,7 @@ def _batches(rows: Sequence[TuningRow], tokenizer: Any, longest: int, device: to
 
 
 def _loss(logits: Tensor, batch: TuningBatch, reduction: str) -> Tensor:
-    """Cross-entropy of the next tokens.   logits: (B, T, V)"""
+    """Return the cross-entropy of the next tokens.   logits: (B, T, V)"""
     return nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED, reduction=reduction
     )

@@ -17,7 +17,7 @@ _NEAREST = 1e-6  # differences below this count as this: t / |w − x| stays fin
 
 
 def weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
-    """Σᵢ cᵢ xᵢ.   x: k × (…), c: (k,) → (…)"""
+    """Return Σᵢ cᵢ xᵢ.   x: k × (…), c: (k,) → (…)"""
     # One accumulator, added to in the models' order: k temporaries would not fit in a CPU's cache.
     total = tensors[0] * coefficients[0]
     for tensor, coefficient in zip(tensors[1:], coefficients[1:], strict=True):
@@ -28,18 +28,18 @@ def weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Te
 def linear(
     tensors: Sequence[Tensor], place: TensorSlice, *, weight: Sequence[float], normalize: bool, **_: Parameter
 ) -> Tensor:
-    """Σᵢ aᵢ xᵢ, over Σᵢ aᵢ with `normalize` (model soups, arXiv 2203.05482).   k × (…) → (…)"""
+    """Return Σᵢ aᵢ xᵢ, over Σᵢ aᵢ with `normalize` (model soups, arXiv 2203.05482).   k × (…) → (…)"""
     total = sum(weight) if normalize else 1.0
     return weighted_sum(tensors, [a / total for a in weight])
 
 
 def passthrough(tensors: Sequence[Tensor], place: TensorSlice, *, scale: Sequence[float], **_: Parameter) -> Tensor:
-    """s·x.   (…) → (…)"""
+    """Return s·x.   (…) → (…)"""
     return tensors[0] * scale[0]
 
 
 def nearswap(tensors: Sequence[Tensor], place: TensorSlice, *, t: float, **_: Parameter) -> Tensor:
-    """s·x + (1 − s)·w with s = min(t / max(|w − x|, 1e-6), 1): close values are swapped, distant ones stay.
+    """Return s·x + (1 − s)·w with s = min(t / max(|w − x|, 1e-6), 1): close values are swapped, distant ones stay.
 
     w, x: (…) → (…)
     """

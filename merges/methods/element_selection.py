@@ -31,7 +31,7 @@ Doubles = npt.NDArray[np.float64]
 
 
 def sce(tensors: Sequence[Tensor], place: TensorSlice, *, select_topk: float, **_: Any) -> Tensor:
-    """w + Σᵢ aᵢ·δᵢ / Σᵢ aᵢ over the δᵢ whose sign is that of their sum, where variance across models is largest.
+    """Return w + Σᵢ aᵢ·δᵢ / Σᵢ aᵢ over the δᵢ whose sign is that of their sum, where the models' variance is largest.
 
     arXiv 2408.07990: select the `select_topk` share of the elements that vary at all; calculate aᵢ ∝ mean δᵢ² of what
     is selected; erase minority signs (0 counts as +).   w, x₁ … xₖ: (…) → (…)
@@ -105,7 +105,7 @@ def _reduce_energies(
 
 
 def ram(tensors: Sequence[Tensor], place: TensorSlice, *, epsilon: float, **_: Any) -> Tensor:
-    """w + Σᵢ fᵢ·δᵢ where one model changed an element, + the mean of the δᵢ of those that did where several have.
+    """Return w + Σᵢ fᵢ·δᵢ where one model changed an element; where several did, w + the mean of their δᵢ.
 
     arXiv 2601.13572: changed means |δ| > ε. fᵢ = 1 for ram; for ramplus_tl it is 1 + r·clamp(shared/unique, 0, α) with
     the tensor's counts of elements that model i changed with others and alone.   w, x₁ … xₖ: (…) → (…)
@@ -161,8 +161,9 @@ def _reduce_overlap(
 
 
 def arcee_fusion(tensors: Sequence[Tensor], place: TensorSlice, **_: Any) -> Tensor:
-    """x where it is important, w elsewhere: |δ|·KL(softmax(x) ‖ softmax(w)) of the row ≥ median + 1.5·(Q₃ − Q₁).
+    """Return x where it is important, and w elsewhere.
 
+    Important: |δ|·KL(softmax(x) ‖ softmax(w)), KL being that of the row, is at least median + 1.5·(Q₃ − Q₁).
     The quartiles are exact; mergekit estimates them from a random million of a larger tensor's elements.
     w, x: (rows, width) → the same
     """
@@ -179,7 +180,7 @@ def _importance(base: Tensor, model: Tensor, place: TensorSlice) -> Tensor:
 
 
 def _gather_divergences(tensors: Sequence[Tensor], place: TensorSlice, **_: Any) -> Doubles:
-    """KL(softmax(x) ‖ softmax(w)) of each row.   (rows, width) → (rows,)"""
+    """Return KL(softmax(x) ‖ softmax(w)) of each row.   (rows, width) → (rows,)"""
     base, model = tensors
     # Rows are whole here, so a softmax over the row is exact in one piece.
     p, q = (torch.softmax(x, dim=-1).add_(_TINY_SHARE) for x in (model, base))

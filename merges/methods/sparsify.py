@@ -101,7 +101,7 @@ def _factors(
 
 
 def _limit(probability: float) -> int:
-    """Return below which of the LEVELS numbers an element is kept."""
+    """Return the threshold, from 1 to LEVELS, below which an element's uniform number keeps it."""
     # At least one step, since kept elements are divided by the probability as it was rounded.
     return max(round(probability * LEVELS), 1)
 

@@ -39,7 +39,7 @@ _TINY = 1e-8  # a vector up to this length has no direction for slerp, as in mer
 def combine(
     tensors: Sequence[Tensor], place: TensorSlice, *, origin: bool, axis: Axis, formula: Coefficients, **params: Any
 ) -> Tensor:
-    """o + Σᵢ cᵢ·(xᵢ − o) with the coefficients of the tensor, of each row, or of each column.
+    """Return o + Σᵢ cᵢ·(xᵢ − o) with the coefficients of the tensor, of each row, or of each column.
 
     tensors: o first where `origin`, then x: (…), or (rows, width) → the same
     """
@@ -83,7 +83,7 @@ def _inner(a: Tensor, b: Tensor, axis: Axis) -> Any:
 
 
 def slerp(g: Matrix, place: TensorSlice, *, t: float, **_: Any) -> Matrix:
-    """sin((1−t)θ)/sin θ and sin(tθ)/sin θ, θ between base and model; 1 − t and t where |cos θ| > 0.9995.
+    """Return sin((1−t)θ)/sin θ and sin(tθ)/sin θ, θ between base and model; 1 − t and t where |cos θ| > 0.9995.
 
     mergekit's form: the angle is that of the directions, the vectors keep their lengths.
     """
@@ -95,7 +95,7 @@ def slerp(g: Matrix, place: TensorSlice, *, t: float, **_: Any) -> Matrix:
 
 
 def nuslerp(g: Matrix, place: TensorSlice, *, weight: Sequence[float], **_: Any) -> Matrix:
-    """As `slerp` with t = a₂/(a₁ + a₂) (½ where they cancel), straight only where the two lie on one line.
+    """Return the coefficients of `slerp` for t = a₂/(a₁ + a₂), ½ where these cancel; straight only along one line.
 
     mergekit goes straight where sin² θ ≤ 1e-16. That is below what rounding leaves of two opposite vectors, whose sum
     over sin θ would then be noise times 1e8; at 1e-12 arc and chord still agree to 12 digits where θ is small.
@@ -114,7 +114,7 @@ def nuslerp(g: Matrix, place: TensorSlice, *, weight: Sequence[float], **_: Any)
 def multislerp(
     g: Matrix, place: TensorSlice, *, weight: Sequence[float], normalize_weights: bool, eps: float, **_: Any
 ) -> Matrix:
-    """The exponential map, at the directions' weighted mean, of their mean tangent there, times the mean length.
+    """Return the coefficients of exp_m(v) times the mean length: m the directions' weighted mean, v their mean tangent.
 
     One model alone stays as it is, and vectors that are all zero (tensors that no model changed) stay zero.
 
@@ -149,7 +149,7 @@ def multislerp(
 
 
 def karcher(g: Matrix, place: TensorSlice, *, max_iter: int, tol: float, **_: Any) -> Matrix:
-    """The point on the sphere whose tangents towards all directions cancel, times the mean length.
+    """Return the coefficients of the point whose tangents to all directions cancel, times the mean length.
 
     Follows the mean tangent until it is shorter than `tol`, at most `max_iter` times. All models count alike, as in
     mergekit; those no longer than `tol` have no direction but count for the mean length, and if all are such their mean
@@ -182,7 +182,7 @@ def karcher(g: Matrix, place: TensorSlice, *, max_iter: int, tol: float, **_: An
 
 
 def model_stock(g: Matrix, place: TensorSlice, **_: Any) -> Matrix:
-    """t/k for each δ, t = k·c/(1 + (k − 1)·c), c the mean cosine of pairs of δ (arXiv 2403.19522, equation 3).
+    """Return t/k for each δ, t = k·c/(1 + (k − 1)·c), c the mean cosine of pairs of δ (arXiv 2403.19522, equation 3).
 
     Where 1 + (k − 1)·c vanishes no t exists, and the base stays.   g: (k, k, …) → (k, …)
     """

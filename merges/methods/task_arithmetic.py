@@ -43,7 +43,7 @@ def combine(
     paper: bool,
     **sparsifier: Any,
 ) -> Tensor:
-    """w + λ·Σᵢ aᵢ·sparse(δᵢ), over the sum of the weights with `normalize`.   w, x₁ … xₖ: (…) → (…)"""
+    """Return w + λ·Σᵢ aᵢ·sparse(δᵢ), over the sum of the weights with `normalize`.   w, x₁ … xₖ: (…) → (…)"""
     base, *models = tensors
     changes = [sparsified(model - base, i, place, paper=paper, **sparsifier) for i, model in enumerate(models)]
     if not vote:

@@ -78,8 +78,8 @@ def atomic_folder(
     it. Errors of the block pass through unchanged.
 
     Args:
-        overwrite: replace an earlier `out`, and discard a resumable job in the staging folder. Whether `out` may be
-            replaced is for `check_free` to say, before the work begins.
+        overwrite: replace an earlier `out`, and discard a resumable job in the staging folder. Call `check_free` before
+            the work begins, to find out whether `out` may be replaced.
         keep: names of files at the top of the staging folder that survive from a killed run, such as caches of
             finished work. They are deleted just before the commit, so that a kill until then loses none of them.
         suffix: what is appended to the name of `out` to name the staging folder.

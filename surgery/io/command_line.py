@@ -1,4 +1,4 @@
-"""How an option and its value are typed on the command line."""
+"""Write options and arguments as the words of a command line, so that they are read back as they were."""
 
 from __future__ import annotations
 

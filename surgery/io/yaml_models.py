@@ -120,15 +120,15 @@ def _sentence(detail: ErrorDetails, kind: type[BaseModel]) -> str:
     # pydantic writes "Input should be a valid number, unable to parse …"; our errors say "expected a valid number".
     message = detail["msg"].removeprefix("Input should be ").partition(", unable")[0]
     got = detail["input"]
-    shown = "a mapping" if isinstance(got, dict) else "a list" if isinstance(got, list) else repr(got)
+    got_text = "a mapping" if isinstance(got, dict) else "a list" if isinstance(got, list) else repr(got)
     if detail["type"] in ("model_type", "dict_type"):
-        return f"got {shown}, expected a mapping"
+        return f"got {got_text}, expected a mapping"
     if detail["type"] == _LITERAL and isinstance(got, str):
         # pydantic gives the choices only as a sentence: "'a', 'b' or 'c'".
         allowed = [word.strip("'") for word in str(detail["ctx"]["expected"]).replace(" or ", ", ").split(", ")]
         near = closest(got, allowed)
-        return f"got {shown}, expected {message}" + (f"; did you mean {near}?" if near else "")
-    return f"got {shown}, expected {message}"
+        return f"got {got_text}, expected {message}" + (f"; did you mean {near}?" if near else "")
+    return f"got {got_text}, expected {message}"
 
 
 def _known(kind: type[BaseModel], location: Sequence[int | str]) -> Iterator[str]:
@@ -139,19 +139,19 @@ def _known(kind: type[BaseModel], location: Sequence[int | str]) -> Iterator[str
 
 
 def _models(kind: Any, location: Sequence[int | str]) -> list[type[BaseModel]]:
-    found = list(_inside(kind))
+    models = list(_inside(kind))
     for step in location:
         if isinstance(step, int):
             continue
         # A step that is no field (a key of a mapping, the tag of a union) leaves the models as they are.
-        found = [
+        models = [
             inner
-            for model in found
+            for model in models
             for name, field in model.model_fields.items()
             if step in (name, field.alias)
             for inner in _inside(field.annotation)
-        ] or found
-    return found
+        ] or models
+    return models
 
 
 def _inside(annotation: Any) -> Iterator[type[BaseModel]]:

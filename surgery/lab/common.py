@@ -119,5 +119,5 @@ tags: [synthetic, model-surgery-lab]
 
 
 def list_settings(plan: Any) -> str:
-    """Return the numbers of a training plan as a card lists them: `steps 80, batch 64, …`; those that are None not."""
+    """Return the numbers of a training plan that are set, as a card lists them: `steps 80, batch 64, …`."""
     return ", ".join(f"{key} {value}" for key, value in asdict(plan).items() if value is not None)

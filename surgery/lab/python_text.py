@@ -57,8 +57,8 @@ def write_texts(folder: Path) -> None:
             code, docstrings = split_docstrings(source)
         except (ValueError, SyntaxError):
             continue  # written for another Python, or in another encoding
-        found = {CODE: code, DOCS: "\n\n".join(text for text in docstrings if len(text) >= MIN_DOCSTRING)}
-        for kind, text in found.items():
+        parts = {CODE: code, DOCS: "\n\n".join(text for text in docstrings if len(text) >= MIN_DOCSTRING)}
+        for kind, text in parts.items():
             if text.strip():
                 documents[kind + held_out_suffix(name)].append((name, text))
     if not documents[CODE]:

@@ -34,12 +34,12 @@ class SortingProblem:
         return "".join(map(str, sorted(self.digits)))
 
     def prompt(self, prompt_format: PromptFormat) -> str:
-        """The question as a model of `prompt_format` is asked it."""
+        """Return the question as a model of `prompt_format` is asked it."""
         before, after = PROMPT_AFFIXES[prompt_format]
         return before + self.question + after
 
     def completion(self) -> str:
-        """The right answer with the end marker."""
+        """Return the right answer with the end marker."""
         return self.answer + END
 
     def is_solved_by(self, text: str) -> bool:

@@ -62,12 +62,12 @@ class Problem:
         return ":".join(steps)
 
     def prompt(self, prompt_format: PromptFormat) -> str:
-        """The question as a model of `prompt_format` is asked it."""
+        """Return the question as a model of `prompt_format` is asked it."""
         before, after = PROMPT_AFFIXES[prompt_format]
         return before + self.question + after
 
     def completion(self, *, direct: bool) -> str:
-        """The right answer with the end marker, at once or after the chain."""
+        """Return the right answer with the end marker, at once or after the chain."""
         thinking = "" if direct else THINK + self.chain + END_THINK
         return f"{thinking}{self.answer}{END}"
 

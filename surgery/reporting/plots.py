@@ -280,9 +280,9 @@ def group_ticks(axes: Axes, groups: Sequence[str]) -> None:
     """Label the horizontal axis: layers by number, as many as fit; other groups by name."""
     numbers = [_layer_number(group) for group in groups]
     step = max(1, math.ceil(sum(number is not None for number in numbers) / MOST_TICKS))
-    shown = [at for at, number in enumerate(numbers) if number is None or number % step == 0]
-    axes.set_xticks(shown, [groups[at].removeprefix("layer ") for at in shown])
-    for label, at in zip(axes.get_xticklabels(), shown, strict=True):
+    labelled = [at for at, number in enumerate(numbers) if number is None or number % step == 0]
+    axes.set_xticks(labelled, [groups[at].removeprefix("layer ") for at in labelled])
+    for label, at in zip(axes.get_xticklabels(), labelled, strict=True):
         label.set_parse_math(False)
         if numbers[at] is None and len(groups) > MOST_VALUES:
             label.set(rotation=50, ha="right", rotation_mode="anchor")

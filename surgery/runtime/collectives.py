@@ -44,7 +44,7 @@ _distributing = True  # False inside `single_process`
 
 
 def n_active_processes() -> int:
-    """Return over how many processes work is distributed now: 1 inside `single_process`, and in work under way."""
+    """Return how many processes share work: 1 inside `single_process`, and in what `map_over_ranks` calls."""
     return n_processes() if _distributing else 1
 
 

@@ -1,4 +1,4 @@
-"""The current process: its rank among those of a launcher, its setup as a command-line program, and its signals."""
+"""Describe the current process: its rank among those of a launcher, and its setup as a command-line program."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def n_processes() -> int:
 
 
 def n_local_processes() -> int:
-    """Return how many of them run on this machine; all of them if the launcher does not say."""
+    """Return how many of the launcher's processes run on this machine; all of them if it does not say."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", n_processes()))
 
 

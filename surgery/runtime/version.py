@@ -1,4 +1,4 @@
-"""The version of this tool, as its distribution says; reading it takes milliseconds, so it is a module of its own."""
+"""Provide the version of the installed distribution, in a module of its own, as reading it takes milliseconds."""
 
 from __future__ import annotations
 
