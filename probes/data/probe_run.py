@@ -15,7 +15,7 @@ from probes.data.preparation import CACHES, GenerationOptions, PreparedData, ope
 from probes.data.reader import read_data
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.verification import weights_hash
-from surgery.io.atomic import atomic_folder, check_free, partial_path
+from surgery.io.atomic import atomic_folder, check_free, check_no_journal, partial_path
 from surgery.models.loaded_model import LoadedModel
 from surgery.runtime.collectives import on_main
 
@@ -90,6 +90,7 @@ def open_run(
         SurgeryError: `out` exists; a data set cannot be read; the model cannot be loaded.
     """
     check_free(out, overwrite=options.overwrite)
+    check_no_journal(partial_path(out), overwrite=options.overwrite)
     # Data before the model: a misspelt file should not cost the minutes in which a large model is loaded.
     dataset = read_data(data, limit=limit)
     second = None if transfer is None else read_data(transfer, limit=limit)

@@ -94,13 +94,11 @@ def atomic_folder(
     commit_folder(partial, out, overwrite=overwrite)
 
 
-def create_partial_folder(out: Path, *, overwrite: bool, keep: Collection[str] = (), suffix: str = PARTIAL) -> Path:
-    """Create the folder in which `out` is written; what a killed run left in it is deleted, except the files in `keep`.
+def check_no_journal(partial: Path, *, overwrite: bool) -> None:
+    """Raise SurgeryError where a resumable job is in the staging folder `partial` and `overwrite` is off.
 
-    Raises:
-        SurgeryError: a resumable job (one with a journal) is in it and `overwrite` is off; it cannot be written.
+    For what takes long before it writes: an error of `create_partial_folder` at its end would waste all of the work.
     """
-    partial = partial_path(out, suffix)
     # A journal marks hours of work of `surgery.engine`, which a quick command must not throw away unasked.
     if (partial / JOURNAL).exists() and not overwrite:
         raise usage_error(
@@ -108,6 +106,16 @@ def create_partial_folder(out: Path, *, overwrite: bool, keep: Collection[str] =
             where=partial,
             hint="Choose another folder, or add --overwrite.",
         )
+
+
+def create_partial_folder(out: Path, *, overwrite: bool, keep: Collection[str] = (), suffix: str = PARTIAL) -> Path:
+    """Create the folder in which `out` is written; what a killed run left in it is deleted, except the files in `keep`.
+
+    Raises:
+        SurgeryError: as `check_no_journal`; the folder cannot be written.
+    """
+    partial = partial_path(out, suffix)
+    check_no_journal(partial, overwrite=overwrite)
     try:
         # The name may also be that of a file or a symbolic link, which cannot be filled.
         if not keep:

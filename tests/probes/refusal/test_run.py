@@ -47,6 +47,7 @@ from probes.refusal.run import probe_refusal
 from surgery.engine.options import ExecutionOptions
 from surgery.errors import SurgeryError
 from surgery.evaluation.statistics import Floats
+from surgery.io.atomic import JOURNAL
 
 FILES = (RESULTS, PROBES, TRACES, HEADS_FILE, EXAMPLES)
 ROWS = rows_of(dict.fromkeys(refusing.CELLS, 8))
@@ -408,3 +409,11 @@ def test_a_model_without_attention_is_probed_and_its_layers_are_named(tmp_path: 
     found = probe(tmp_path / "mamba", tmp_path / "run", ROWS[::4])
     assert (found.heads, found.skipped_layers, len(found.probes)) == ([], [0, 1], 3)
     assert read_findings(tmp_path / "run") == found
+
+
+def test_another_jobs_work_in_the_way_is_told_before_any_work(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.partial").mkdir()
+    (tmp_path / "run.partial" / JOURNAL).write_text("{}", encoding="utf-8")
+    with pytest.raises(SurgeryError, match="holds another job's work"):
+        probe_refusal(str(model), "nowhere.jsonl", tmp_path / "run")
+    assert (tmp_path / "run.partial" / JOURNAL).exists()
