@@ -14,7 +14,7 @@ from merges.tokenizer.files import read_tokenizer_files
 from merges.tokenizer.plan import TokenPlan
 from merges.tokenizer.token_ids import remap_ids, resize_vocabulary
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.config_layers import unsayable, untied, with_layers
+from surgery.checkpoint.config_layers import inexpressible_layers, untied, with_layers
 from surgery.checkpoint.structure import model_structure
 from surgery.checkpoint.tokenizer_files import is_tokenizer_file
 from surgery.checkpoint.vocabulary import read_vocabulary
@@ -56,7 +56,7 @@ def side_files(
     """
     template = layout.template
     shape = model_structure(template)
-    for error in unsayable(template.config, layout.layers, shape):
+    for error in inexpressible_layers(template.config, layout.layers, shape):
         preflight.errors.add(error)
     config = with_layers(template.config, layout.layers, shape)
     # Merging a tied with an untied model: the head's values then differ from the embedding's.

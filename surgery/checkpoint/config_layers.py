@@ -78,7 +78,7 @@ def with_count(config: Mapping[str, Any], count: int) -> dict[str, Any]:
     return changed
 
 
-def spelled_out(config: Mapping[str, Any], whole: Mapping[str, Any], layers: int) -> dict[str, Any]:
+def with_explicit_layer_kinds(config: Mapping[str, Any], whole: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """Return a config with every list of the layers' kinds in it, those that `config` leaves to defaults included.
 
     Args:
@@ -111,7 +111,7 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def unsayable(config: Mapping[str, Any], layers: Sequence[int], template: ModelStructure) -> list[str]:
+def inexpressible_layers(config: Mapping[str, Any], layers: Sequence[int], template: ModelStructure) -> list[str]:
     """Return why no config of this architecture can describe `layers`, as sentences; empty if `with_layers` can.
 
     Args:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint, read_folder
-from surgery.checkpoint.config_layers import language_part, spelled_out, untied, with_count
+from surgery.checkpoint.config_layers import language_part, untied, with_count, with_explicit_layer_kinds
 from surgery.checkpoint.dtypes import TORCH_NAMES, dtype_name
 from surgery.checkpoint.safetensors_header import PYTORCH
 from surgery.checkpoint.structure import model_structure
@@ -278,7 +278,7 @@ def _given_config(embedding: Embedding, shape: ModelShape) -> dict[str, Any]:
         raise usage_error("does not say how many layers there are", where=where)
     # A tied head would be the frozen embedding, and could not train.
     config = untied({key: value for key, value in config.items() if key != "quantization_config"})
-    return with_count(spelled_out(config, whole, stated_layers), shape.layers)
+    return with_count(with_explicit_layer_kinds(config, whole, stated_layers), shape.layers)
 
 
 def _special_ids(preflight: Preflight, embedding: Embedding) -> dict[str, int | None]:

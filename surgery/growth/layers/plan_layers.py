@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
-from surgery.checkpoint.config_layers import language_part, spelled_out, unsayable, with_count, with_layers
+from surgery.checkpoint.config_layers import (
+    inexpressible_layers,
+    language_part,
+    with_count,
+    with_explicit_layer_kinds,
+    with_layers,
+)
 from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.structure import ModelStructure
 from surgery.checkpoint.tensor_roles import NUMBER, layer_count
@@ -128,14 +134,14 @@ class LayerInsertionPlan:
         self.order = [*old[: self.position], *(o for o in self.origins if o is not None), *old[self.position :]]
         full = self.full_config()
         if self.before:
-            for error in unsayable(full, self.order, self.structure):
+            for error in inexpressible_layers(full, self.order, self.structure):
                 self.preflight.errors.add(error)
             self.config = with_layers(full, self.order, self.structure)
             self.preflight.errors.raise_if_any(COMMAND)
             self._check_kinds(full)
         else:
             self.config = with_count(full, self.after)
-            self.config = spelled_out(self.config, text_config(self.config), self.after)
+            self.config = with_explicit_layer_kinds(self.config, text_config(self.config), self.after)
         numbers = f"{self.new[0]}" if self.layers == 1 else f"{self.new[0]} to {self.new[-1]}"
         self.preflight.facts["layers"] = f"{self.before} → {self.after}; new: {numbers}, {self.init}"
         self.preflight.errors.raise_if_any(COMMAND)
@@ -154,7 +160,7 @@ class LayerInsertionPlan:
             whole = text_config(self.base.config)
         except SurgeryError:  # remote code, or no config: nothing but what it contains is known
             return dict(self.base.config)
-        return spelled_out(self.base.config, whole, self.before)
+        return with_explicit_layer_kinds(self.base.config, whole, self.before)
 
     def create_random_layers(self, folder: Path, seed: int) -> Checkpoint:
         """Write random layers to `folder` and use them as the new ones.

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint, Shard, StoredTensor, read_folder
-from surgery.checkpoint.config_layers import unsayable, with_count, with_layers
+from surgery.checkpoint.config_layers import inexpressible_layers, with_count, with_layers
 from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.checkpoint.tensor_roles import N_LAYERS
 from surgery.errors import SurgeryError
@@ -50,7 +50,7 @@ class LayerSpec:
         if self.layer is None or self.template is None:
             text = with_count(text, 1)
         else:
-            if errors := unsayable(text, [self.layer], self.template):
+            if errors := inexpressible_layers(text, [self.layer], self.template):
                 raise SurgeryError(f"layer {self.layer} cannot be made on its own: {' '.join(errors)}")
             text = with_layers(text, [self.layer], self.template)
         return _few_tokens(text)

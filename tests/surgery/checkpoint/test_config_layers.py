@@ -10,7 +10,13 @@ from support.architectures import ARCHITECTURES, build
 from support.merges import config_of, logits_of, run
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from surgery.checkpoint.config_layers import spelled_out, unsayable, untied, with_count, with_layers
+from surgery.checkpoint.config_layers import (
+    inexpressible_layers,
+    untied,
+    with_count,
+    with_explicit_layer_kinds,
+    with_layers,
+)
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.checkpoint.tensor_roles import N_LAYERS
@@ -33,7 +39,7 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> ModelStructure:
 def test_layers_in_their_own_order_leave_the_config_as_it_is(shape: ModelStructure) -> None:
     config = {"num_hidden_layers": 2, "layer_types": ["a", "b"], "decoder_sparse_step": 2, "sliding_window_pattern": 6}
     assert with_layers(config, [0, 1], shape) == config
-    assert unsayable(config, [0, 1], shape) == []
+    assert inexpressible_layers(config, [0, 1], shape) == []
 
 
 @pytest.mark.parametrize(
@@ -65,22 +71,22 @@ def test_what_follows_from_the_layers(config: dict[str, Any], expected: dict[str
 def test_dense_layers_that_lead_are_counted(layers: list[int], dense: int, shape: ModelStructure) -> None:
     config = {"num_hidden_layers": 2, "first_k_dense_replace": 1}
     assert with_layers(config, layers, shape) == {"num_hidden_layers": 3, "first_k_dense_replace": dense}
-    assert unsayable(config, layers, shape) == []
+    assert inexpressible_layers(config, layers, shape) == []
 
 
 def test_what_no_config_can_say_is_said(shape: ModelStructure) -> None:
-    assert unsayable({"first_k_dense_replace": 1}, [0, 1, 0], shape) == [
+    assert inexpressible_layers({"first_k_dense_replace": 1}, [0, 1, 0], shape) == [
         "a dense layer would follow one with experts, which first_k_dense_replace cannot say. "
         "Choose other layer ranges."
     ]
     config: dict[str, Any] = {"sliding_window_pattern": 2}
-    assert unsayable(config, [0, 1, 0, 1], shape) == []
-    assert unsayable(config, [0, 1, 1], shape) == [
+    assert inexpressible_layers(config, [0, 1, 0, 1], shape) == []
+    assert inexpressible_layers(config, [0, 1, 1], shape) == [
         "layer 1 would stand at 2, where sliding_window_pattern 2 makes it one of another kind. "
         "Move layers by multiples of 2."
     ]
-    assert unsayable({**config, "layer_types": ["s", "f"]}, [0, 1, 1], shape) == []
-    assert unsayable({"moe_layer_freq": 1}, [0, 1, 1], shape) == []
+    assert inexpressible_layers({**config, "layer_types": ["s", "f"]}, [0, 1, 1], shape) == []
+    assert inexpressible_layers({"moe_layer_freq": 1}, [0, 1, 1], shape) == []
 
 
 def test_an_untied_head_is_said_wherever_ties_are() -> None:
@@ -121,9 +127,9 @@ def test_layers_with_experts_by_a_period_become_a_list(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["num_kv_shared_layers", "scale_attn_by_inverse_layer_idx"])
 def test_layers_that_hang_on_their_number_cannot_be_moved(key: str, shape: ModelStructure) -> None:
-    assert unsayable({key: 1}, [0, 1], shape) == []
-    assert unsayable({key: 0}, [0, 1, 1], shape) == []
-    assert unsayable({key: 1}, [0, 1, 1], shape) == [
+    assert inexpressible_layers({key: 1}, [0, 1], shape) == []
+    assert inexpressible_layers({key: 0}, [0, 1, 1], shape) == []
+    assert inexpressible_layers({key: 1}, [0, 1, 1], shape) == [
         f"{key} 1 makes layers depend on where they stand, so none can be moved or added."
     ]
 
@@ -152,10 +158,10 @@ def test_kinds_that_a_family_fills_in_are_written_down() -> None:
         "layers_of_something_else": [1, 2, 3],
         "eos_token_id": [1, 2],
     }
-    assert spelled_out({"num_hidden_layers": 2}, whole, 2) == {
+    assert with_explicit_layer_kinds({"num_hidden_layers": 2}, whole, 2) == {
         "num_hidden_layers": 2,
         "layer_types": ["s", "f"],
         "moe_layers": [1],
     }
     own = {"text_config": {"num_hidden_layers": 2, "layer_types": ["f", "f"]}}
-    assert spelled_out(own, whole, 2) == {"text_config": {**own["text_config"], "moe_layers": [1]}}
+    assert with_explicit_layer_kinds(own, whole, 2) == {"text_config": {**own["text_config"], "moe_layers": [1]}}
