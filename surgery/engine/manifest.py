@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from surgery.io.atomic import MANIFEST
 from surgery.io.command_line import option_words
 from surgery.io.hashing import KEY, hash_tensors
 from surgery.io.json_io import read_json, to_json
+from surgery.runtime.version import installed_version
 
 # Goes up when a reader of the old form would misread the new one: `read_manifest` refuses every other number.
 SCHEMA = 1
@@ -33,7 +33,7 @@ def build_manifest(plan: Plan, result: ExecutionResult, *, kind: str, report: Ma
         "kind": kind,
         "command": plan.command,
         # Of packages that decide the bytes: torch computes, safetensors' format is written.
-        "versions": {name: _version(name) for name in ("model-surgery", "torch", "safetensors")}
+        "versions": {name: installed_version(name) for name in ("model-surgery", "torch", "safetensors")}
         | {"python": platform.python_version()},
         "inputs": {
             role: input_entry(checkpoint, result.source_hashes.get(role, {}))
@@ -75,7 +75,11 @@ def build_manifest_of_files(
         "schema": SCHEMA,
         "kind": kind,
         "command": command,
-        "versions": {"model-surgery": _version("model-surgery"), **versions, "python": platform.python_version()},
+        "versions": {
+            "model-surgery": installed_version("model-surgery"),
+            **versions,
+            "python": platform.python_version(),
+        },
         "inputs": inputs,
         "report": report,
         "files": dict(sorted(files.items())),
@@ -130,10 +134,3 @@ def command_record(name: str, arguments: Sequence[str], **options: Any) -> dict[
         "options": options,
         "line": shlex.join(words),
     }
-
-
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:  # run from a source tree that was not installed
-        return "source tree"
