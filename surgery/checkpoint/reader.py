@@ -21,6 +21,7 @@ from surgery.checkpoint.checkpoint import StoredTensor
 from surgery.checkpoint.dtypes import DTYPES, n_bytes, n_elements
 from surgery.errors import SurgeryError
 from surgery.io.hashing import hash_bytes, hash_parts
+from surgery.io.input_files import open_descriptor
 
 SEGMENT = 1 << 20  # elements: 2 MiB of bf16, so that a segment's inputs are still in cache when they are used
 BLOCK = 1 << 18  # elements that a kernel sees at once on a CPU: its temporaries stay in the second-level cache
@@ -102,12 +103,12 @@ class SourceFiles:
         try:
             for path in sorted(set(paths)):
                 # Open until the end: a file replaced under its name meanwhile is then read to the end as it was.
-                descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                descriptor = open_descriptor(path)
                 self._descriptors[path] = descriptor
                 self._stamps[path] = _stamp(os.fstat(descriptor))
-        except OSError as error:
+        except SurgeryError:
             self.close()
-            raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
+            raise
 
     def __enter__(self) -> SourceFiles:
         return self

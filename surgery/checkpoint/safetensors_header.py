@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from surgery.checkpoint.dtypes import DTYPES, n_bytes
 from surgery.errors import SurgeryError
+from surgery.io.input_files import open_regular
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 MAX_NUMBER = (1 << 64) - 1  # what the format's own reader counts with
@@ -58,7 +59,7 @@ def read_header(path: Path) -> Header:
         SurgeryError: the file cannot be read, is cut short, or its header contradicts itself or the file.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             if len(prefix) < 8:

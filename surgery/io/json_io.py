@@ -10,6 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import SurgeryError
+from surgery.io.input_files import MAX_TEXT_BYTES, read_bytes
+
+# Values of a parsed text, its keys among them: Python takes up to 72 bytes for each, so that a text of MAX_TEXT_BYTES
+# of nothing but brackets would take gigabytes. The tokenizer.json with most of them has about 3 million.
+MAX_VALUES = 6_000_000
+FETCH_AGAIN = "Fetch the file again."
 
 
 def to_json(value: Any, *, indent: int = 1) -> str:
@@ -41,16 +47,45 @@ def _key(key: Any) -> str:
     return "/".join(map(str, key)) if isinstance(key, tuple) else str(key)
 
 
-def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return the JSON object in `path`, or `missing` if there is no such file. Raises SurgeryError."""
-    if missing is not None and not path.is_file():
+def read_json(
+    path: Path, *, missing: dict[str, Any] | None = None, limit: int = MAX_TEXT_BYTES, max_values: int = MAX_VALUES
+) -> dict[str, Any]:
+    """Return the JSON object in `path`, or `missing` if there is no such file.
+
+    Raises:
+        SurgeryError: it cannot be read, is no regular file, has more than `limit` bytes or `max_values` values, or is
+            no JSON object.
+    """
+    # A link to nowhere is not missing, but damaged: `exists` follows it, `is_symlink` does not.
+    if missing is not None and not path.exists() and not path.is_symlink():
         return missing
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of 5,000 digits
-        raise SurgeryError(f"is not valid JSON ({error})", where=path, hint="Fetch the file again.") from error
+    value = parse_json(read_bytes(path, limit=limit), where=path, max_values=max_values)
     if not isinstance(value, dict):
-        raise SurgeryError("is not a JSON object", where=path, hint="Fetch the file again.")
+        raise SurgeryError("is not a JSON object", where=path, hint=FETCH_AGAIN)
     return value
+
+
+def parse_json(content: bytes, *, where: object, max_values: int = MAX_VALUES) -> Any:
+    """Return the JSON value in `content`, UTF-8 with or without a byte order mark.
+
+    Raises:
+        SurgeryError: it is not JSON, is nested too deeply, or has more than `max_values` values.
+    """
+    check_json_size(content, where=where, max_values=max_values)
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of 5,000 digits
+        raise SurgeryError(f"is not valid JSON ({error})", where=where, hint=FETCH_AGAIN) from error
+
+
+def check_json_size(content: bytes, *, where: object, max_values: int = MAX_VALUES) -> None:
+    """Raise SurgeryError where the JSON text `content` may have more than `max_values` values; nothing is parsed."""
+    # Every value after the first of its container follows one of these characters. Those inside of strings are counted
+    # too: texts are far below the bound, and nothing needs to be parsed to know.
+    count = sum(content.count(character) for character in (b",", b":", b"[", b"{"))
+    if count > max_values:
+        raise SurgeryError(
+            f"has about {count:,} values, more than the {max_values:,} that such a file may have",
+            where=where,
+            hint="It is damaged, or not what its name says.",
+        )

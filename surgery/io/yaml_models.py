@@ -13,10 +13,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from surgery.errors import closest, usage_error
+from surgery.errors import SurgeryError, closest, usage_error
+from surgery.io.input_files import MB, read_utf8
 from surgery.io.yaml_nodes import YamlErrors, YamlNode, read_documents
 
 M = TypeVar("M", bound=BaseModel)
+MAX_YAML_BYTES = MB  # PyYAML reads about 0.2 MB a second; configs, plans and recipes have some kB
 # Decimal, as reports write sizes.
 _UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 # pydantic's names of the errors for which the nearest known word is looked up.
@@ -25,14 +27,13 @@ _LITERAL = "literal_error"
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a YAML file. Raises SurgeryError if it cannot be read."""
+    """Return the text of a YAML file. Raises SurgeryError if it cannot be read, or is too large."""
     try:
         # Without the byte order mark of Windows editors: the text also goes into model cards.
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise usage_error(f"cannot be read ({error.strerror})", where=path) from error
-    except UnicodeDecodeError as error:
-        raise usage_error(f"is not UTF-8 text (byte {error.start:,})", where=path) from error
+        return read_utf8(path, limit=MAX_YAML_BYTES)
+    except SurgeryError as error:
+        # It is the user's own request that names the file.
+        raise usage_error(error.what, where=path, hint=error.hint) from error
 
 
 def parse_model(text: str, where: str, kind: type[M]) -> M:

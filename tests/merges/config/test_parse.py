@@ -471,7 +471,7 @@ def test_the_same_model_may_stand_twice_with_other_layers() -> None:
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
     for path, message in (
         (tmp_path / "none.yml", "cannot be read (No such file or directory)"),
-        (tmp_path, "cannot be read (Is a directory)"),
+        (tmp_path, "is a folder, expected a file. Put the file itself in its place, or remove it."),
         (tmp_path / "latin.yml", "is not UTF-8 text (byte 1)"),
     ):
         (tmp_path / "latin.yml").write_bytes(b"a\xe4")

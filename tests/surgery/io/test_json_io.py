@@ -7,7 +7,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.io.json_io import to_json
+import pytest
+
+from surgery.errors import SurgeryError
+from surgery.io.json_io import read_json, to_json
 
 
 @dataclass(frozen=True)
@@ -31,3 +34,17 @@ def test_results_become_plain_json() -> None:
 
 def test_sets_have_one_order() -> None:
     assert to_json({"names": {"b", "a", "c"}}) == to_json({"names": frozenset("cab")})
+
+
+def test_a_text_of_too_many_values_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"a": [' + "[]," * 1000 + "[]]}")
+    assert len(read_json(path, max_values=3000)["a"]) == 1001
+    with pytest.raises(SurgeryError, match="has about 2,004 values, more than the 2,000"):
+        read_json(path, max_values=2000)
+
+
+def test_a_link_to_nowhere_is_not_a_missing_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").symlink_to("gone")
+    with pytest.raises(SurgeryError, match="cannot be read"):
+        read_json(tmp_path / "config.json", missing={})
