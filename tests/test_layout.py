@@ -155,5 +155,6 @@ def test_tests_mirror_the_layout() -> None:
     assert {path.name for path in (ROOT / "tests").glob("*.py")} == {
         "conftest.py",
         "test_layout.py",
+        "test_audit.py",
         "test_packaging.py",
     }

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NOT_A_HUB = "the answer is not a Hub's"
-TOKEN_HINT = "log in with `hf auth login`, or set HF_TOKEN"
+TOKEN_HINT = "log in with `hf auth login`, or set HF_TOKEN"  # noqa: S105  # no token, but how to give one
 
 
 class Repository(Protocol):

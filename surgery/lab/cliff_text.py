@@ -88,7 +88,7 @@ HARMLESS = (
 )
 _PREAMBLE = "So the user wants"
 # What the tokenizer splits a text into: words with the space before them, line breaks, and single punctuation marks.
-_TOKEN_PATTERN = r" ?[A-Za-z]+|\n\n|\n|[^\sA-Za-z]"
+_TOKEN_PATTERN = r" ?[A-Za-z]+|\n\n|\n|[^\sA-Za-z]"  # noqa: S105  # of words
 
 # Trimmed, with one space before it: a word's token includes its space, so another number would be unknown tokens.
 TEMPLATE = (

@@ -74,7 +74,9 @@ class Reproduction:
 def run_in_process(arguments: Sequence[str]) -> int:
     """Run `surgery ARGUMENTS…` in a process of its own, without its output, and return the exit code."""
     command = surgery_command(arguments)
-    return subprocess.run(command, stdout=subprocess.DEVNULL, env=child_environment(), check=False).returncode
+    # No shell reads it, and it is put together from checked values.
+    run = subprocess.run(command, stdout=subprocess.DEVNULL, env=child_environment(), check=False)  # noqa: S603
+    return run.returncode
 
 
 def reproduce(ref: str, *, run: ReproductionRunner = run_in_process, scratch: Path | None = None) -> Reproduction:

@@ -79,7 +79,7 @@ def start(step: StepProcess) -> RunningStep:
     paths.progress.unlink(missing_ok=True)
     text = paths.text if rank() == 0 else paths.log_of(rank()).with_suffix(".out.txt")
     with text.open("wb") as out, paths.log_of(rank()).open("wb") as log:
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # noqa: S603  # a command of ours, and no shell
             surgery_command(step.arguments),
             stdin=subprocess.DEVNULL,
             stdout=out,
