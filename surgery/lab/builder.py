@@ -6,7 +6,7 @@ A model is kept in the cache folder (`$SURGERY_CACHE`, else `$XDG_CACHE_HOME/sur
 
 from __future__ import annotations
 
-import fcntl
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.io.atomic import atomic_folder
+from surgery.io.locks import exclusive_lock
 from surgery.lab import python_text
 from surgery.lab.catalogue import DATA, MODELS, PREFIX, find_model, lineage
 from surgery.lab.recipe import AnyRecipe, CliffRecipe, MoeRecipe, ReasoningRecipe, SpecialistsRecipe
@@ -145,9 +146,7 @@ def _exclusive(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # The kernel drops the lock with its process: a killed build blocks nobody.
-        with (folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with exclusive_lock(folder / ".lock", where=folder, busy="another build is at work here", patience=math.inf):
             yield
     except OSError as error:
         raise SurgeryError(

@@ -3,7 +3,8 @@
 A folder holds `tokens.bin`, the ids as little-endian uint16 (uint32 for vocabularies of more than 65,536), and
 `tokens.json`: what they were made of, and how many documents and tokens of the file are committed. Documents are
 shuffled, and each is followed by the end-of-text id. After a kill the same command continues with the same bytes: what
-is beyond the committed tokens is cut off, and committed documents are skipped, not tokenised again.
+is beyond the committed tokens is cut off, and committed documents are skipped, not tokenised again. One process at a
+time writes, under the folder's lock, and begins with what others have committed by then.
 """
 
 from __future__ import annotations
@@ -31,14 +32,16 @@ from surgery.growth.data.corpus import (
     open_corpus,
     shuffle,
 )
+from surgery.growth.data.token_index import StreamState, no_index, read_index
 from surgery.io.atomic import disk_error, write_file
 from surgery.io.hashing import hash_text
-from surgery.io.json_io import read_json
+from surgery.io.locks import exclusive_lock
+from surgery.models.special_tokens import backend_copy
 from surgery.runtime.collectives import on_main
 from surgery.runtime.environment import n_processes
 from surgery.runtime.progress import Progress, silent
 
-TOKENS, INDEX = "tokens.bin", "tokens.json"
+TOKENS, INDEX, LOCK = "tokens.bin", "tokens.json", ".lock"
 # Incremented when equal documents would give another stream.
 VERSION = 1
 # A batch for the tokenizer: large enough for all threads, small enough for memory, of which it takes thirty bytes or
@@ -50,16 +53,6 @@ PIECE = 100_000
 COMMIT = 2**21
 # Tokens after which several processes synchronise: about a minute, before those that wait time out.
 ROUND = 2**26
-
-
-@dataclass(frozen=True)
-class _State:
-    """The committed part of the stream. last: hash of its last document. whole: there are no more documents."""
-
-    documents: int = 0
-    tokens: int = 0
-    last: str = ""
-    whole: bool = False
 
 
 class TokenStore:
@@ -101,10 +94,10 @@ class TokenStore:
         self._eos, self._vocab_size, self._progress = eos, vocab_size, progress
         # Little-endian on every machine, as the file may be moved.
         self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-        self._tokenizer = _backend_copy(tokenizer)
+        self._tokenizer = backend_copy(tokenizer)
         self._stream: Iterator[Document] | None = None
         self._made_of: dict[str, Any]
-        self._state: _State
+        self._state: StreamState
         self._made_of, self._state = on_main(self._open)
         # State on the disk. The writing process may be ahead of `_state` if an error kept it from reporting.
         self._written = self._state
@@ -181,20 +174,25 @@ class TokenStore:
             windows[row] = self._map[index * self.sequence : (index + 1) * self.sequence + 1]
         return torch.from_numpy(windows)
 
-    def _open(self) -> tuple[dict[str, Any], _State]:
+    def _open(self) -> tuple[dict[str, Any], StreamState]:
         """Return what the stream is made of, and its committed state, after checking both against the files."""
         index = self._folder / INDEX
-        content = read_json(index, missing={})
-        if not content:
+        found = read_index(index)
+        if found is None:
             made_of = self._settings(open_corpus(self._refs, field=self._field).fingerprint())
-            return made_of, _State()
+            return made_of, StreamState()
+        before, state = found
         try:
-            before, state = dict(content["made_of"]), _State(**content["state"])
             commits = commits_of(before["corpus"])
-        except (KeyError, TypeError) as error:
-            raise SurgeryError("is no index of a token stream", where=index, hint="Remove its folder.") from error
+        except (AttributeError, KeyError, TypeError) as error:
+            raise no_index(index) from error
         # A data set whose branch has moved on the Hub is read on at its old commit.
         made_of = self._settings(open_corpus(self._refs, field=self._field, commits=commits).fingerprint())
+        self._check_same(made_of, before)
+        self._check_size(state)
+        return made_of, state
+
+    def _check_same(self, made_of: Mapping[str, Any], before: Mapping[str, Any]) -> None:
         changed = [name for name in made_of if made_of[name] != before.get(name)]
         if changed:
             raise SurgeryError(
@@ -202,6 +200,8 @@ class TokenStore:
                 where=self._folder,
                 hint="Put back what was changed, or begin anew in another folder.",
             )
+
+    def _check_size(self, state: StreamState) -> None:
         path = self._folder / TOKENS
         size = path.stat().st_size if path.is_file() else 0
         if size < state.tokens * self._dtype.itemsize:
@@ -210,7 +210,6 @@ class TokenStore:
                 where=path,
                 hint="Remove both, so that they are made again.",
             )
-        return made_of, state
 
     def _settings(self, corpus: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -223,45 +222,69 @@ class TokenStore:
             "shuffle": [BUFFER_DOCUMENTS, BUFFER_CHARACTERS],
         }
 
-    def _tokenise(self, needed: int) -> _State:
+    def _tokenise(self, needed: int) -> StreamState:
         """Add tokens until there are `needed`, or no more documents; return the new state."""
         # Without this each process forked from here would warn that it turns the tokenizer's threads off.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        state, width, path = self._written, self._dtype.itemsize, self._folder / TOKENS
+        path = self._folder / TOKENS
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            path.touch()
-            with (
-                path.open("r+b") as file,
-                self._progress("Tokenising", max(0, needed - state.tokens), "tokens") as advance,
+            with exclusive_lock(
+                self._folder / LOCK,
+                where=self._folder,
+                busy="another run is writing tokens here",
+                hint="Wait until it is done, and run the same command again: it goes on where it stopped.",
+                remove=True,
             ):
-                # Remove what a kill or an error left uncommitted.
-                file.truncate(state.tokens * width)
-                file.seek(0, os.SEEK_END)
-                while state.tokens < needed and not state.whole:
-                    before = state.tokens
-                    state = self._add_batch(file, state)
-                    advance(state.tokens - before)
-                    if state.tokens - self._written.tokens >= COMMIT:
-                        self._commit(file, state)
-                self._commit(file, state)
+                self._adopt_written()
+                path.touch()
+                return self._extend(path, self._written, needed)
         except BaseException as error:
             self._stream = None  # it is ahead of the committed state
             if isinstance(error, OSError):
                 raise disk_error(error, path) from error
             raise
+
+    def _adopt_written(self) -> None:
+        """Go on from what another run has written into the folder since it was opened."""
+        found = read_index(self._folder / INDEX)
+        made_of, state = found or (self._made_of, StreamState())
+        if state == self._written and found:
+            return
+        self._check_same(self._made_of, made_of)
+        self._check_size(state)
+        if state.tokens < self._written.tokens:
+            raise SurgeryError("was begun anew by another run", where=self._folder, hint="Run the command again.")
+        # The open documents follow the state that this store knew.
+        self._written, self._stream = state, None
+
+    def _extend(self, path: Path, state: StreamState, needed: int) -> StreamState:
+        width = self._dtype.itemsize
+        with (
+            path.open("r+b") as file,
+            self._progress("Tokenising", max(0, needed - state.tokens), "tokens") as advance,
+        ):
+            # Remove what a kill or an error left uncommitted.
+            file.truncate(state.tokens * width)
+            file.seek(0, os.SEEK_END)
+            while state.tokens < needed and not state.whole:
+                before = state.tokens
+                state = self._add_batch(file, state)
+                advance(state.tokens - before)
+                if state.tokens - self._written.tokens >= COMMIT:
+                    self._commit(file, state)
+            self._commit(file, state)
         return state
 
-    def _add_batch(self, file: Any, state: _State) -> _State:
+    def _add_batch(self, file: Any, state: StreamState) -> StreamState:
         if self._stream is None:
             self._stream = self._documents_from(state)
         batch = _batch(self._stream)
         if not batch:
-            return _State(state.documents, state.tokens, state.last, whole=True)
+            return StreamState(state.documents, state.tokens, state.last, whole=True)
         tokens = state.tokens
         for pieces in _chunk(piece for document in batch for piece in _pieces(document.text)):
             tokens += self._write_tokens(file, pieces)
-        return _State(state.documents + len(batch), tokens, hash_text(batch[-1].text))
+        return StreamState(state.documents + len(batch), tokens, hash_text(batch[-1].text))
 
     def _write_tokens(self, file: Any, pieces: Sequence[_Piece]) -> int:
         """Write the tokens of some pieces; return their number."""
@@ -278,7 +301,7 @@ class TokenStore:
         file.write(np.array(ids, self._dtype).tobytes())
         return len(ids)
 
-    def _documents_from(self, state: _State) -> Iterator[Document]:
+    def _documents_from(self, state: StreamState) -> Iterator[Document]:
         """Yield the shuffled documents after those that are committed."""
         commits = commits_of(self._made_of["corpus"])
         corpus = open_corpus(self._refs, field=self._field, commits=commits)
@@ -299,7 +322,7 @@ class TokenStore:
             )
         return stream
 
-    def _commit(self, file: Any, state: _State) -> None:
+    def _commit(self, file: Any, state: StreamState) -> None:
         if state == self._written:
             return
         file.flush()
@@ -313,23 +336,6 @@ class TokenStore:
             return np.empty(0, self._dtype)
         # Opened anew after each extension, as a map does not grow with its file.
         return np.memmap(self._folder / TOKENS, self._dtype, "r", shape=(self._state.tokens,))
-
-
-def _backend_copy(tokenizer: Any) -> Any:
-    """Return a copy of the `tokenizers.Tokenizer` inside, without truncation and padding."""
-    from tokenizers import Tokenizer
-
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(backend, Tokenizer):
-        raise usage_error(
-            "is no fast tokenizer",
-            where=getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__,
-            hint="Give one that has a tokenizer.json.",
-        )
-    copy = Tokenizer.from_str(backend.to_str())
-    copy.no_truncation()
-    copy.no_padding()
-    return copy
 
 
 def _mismatch(what: str, vocab_size: int) -> SurgeryError:

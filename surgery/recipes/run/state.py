@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from surgery.errors import SurgeryError, usage_error
-from surgery.io.atomic import disk_error, write_file
+from surgery.io.atomic import write_file
 from surgery.io.json_io import read_json, to_json
+from surgery.io.locks import exclusive_lock
 from surgery.recipes.run.paths import LOCK, MANIFEST
 from surgery.recipes.types import Pipeline
 
@@ -117,57 +115,19 @@ def _step(value: Any, path: Path) -> StepRecord:
         raise SurgeryError("is damaged", where=path, hint="Remove it: what is whole is done again quickly.") from error
 
 
-@contextmanager
-def locked(run: Path) -> Iterator[int]:
-    """Lock the folder `run` for this process and its children; yield the lock's descriptor.
+def locked(run: Path) -> AbstractContextManager[int]:
+    """Lock the folder `run` for this process and its children in a block, which gets the lock's descriptor.
 
     Raises:
         SurgeryError: another run is at work there; the folder cannot be made.
     """
-    path = run / LOCK
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise disk_error(error, path) from error
-    try:
-        _acquire(descriptor, run)
-        # For the message of another run; the lock itself is the flock.
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _acquire(descriptor: int, run: Path) -> None:
-    end = time.monotonic() + PATIENCE
-    while True:
-        try:
-            # A lock of flock belongs to the open file, which children inherit: it is free when the last of them ends.
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError as error:
-            holder = os.pread(descriptor, 20, 0).decode("ascii", errors="replace").strip()
-            # A run that lives will not end soon; the steps of one that was killed are about to.
-            if _is_alive(holder) or time.monotonic() > end:
-                who = f" (process {holder})" if holder else ""
-                raise usage_error(
-                    f"another run is at work here{who}",
-                    where=run,
-                    hint="Wait until it is done, stop it, or choose another folder with -o.",
-                ) from error
-        time.sleep(0.05)
-
-
-def _is_alive(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return True
+    return exclusive_lock(
+        run / LOCK,
+        where=run,
+        busy="another run is at work here",
+        hint="Wait until it is done, stop it, or choose another folder with -o.",
+        patience=PATIENCE,
+    )
 
 
 def last_lines(log: Path, count: int = 5) -> str:

@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerFast
 from surgery.errors import SurgeryError
 from surgery.growth.data import token_store
 from surgery.growth.data.corpus import documents, shuffle
-from surgery.growth.data.token_store import INDEX, TOKENS, TokenStore
+from surgery.growth.data.token_store import INDEX, LOCK, TOKENS, TokenStore
+from surgery.io.locks import exclusive_lock
 
 ROOT = Path(__file__).parents[4]
 EOS, VOCAB = 256, 257
@@ -243,6 +244,45 @@ def test_an_error_on_the_way_leaves_a_stream_that_can_be_continued(tmp_path, tex
         found.require(10**6)
     found.require(10**6)
     assert found.documents == 300 and (tmp_path / "s" / TOKENS).read_bytes() == expected
+
+
+def test_two_runs_at_one_folder_write_one_stream_between_them(tmp_path, text, small_steps):
+    expected = whole(tmp_path / "alone", text)
+    one, other = store(tmp_path / "s", text), store(tmp_path / "s", text)
+    for windows in (20, 60, 150, 10**6):
+        one.require(windows)
+        other.require(windows + 30)
+    one.require(10**6)
+    assert (tmp_path / "s" / TOKENS).read_bytes() == expected
+    assert one.documents == other.documents == 300
+    assert torch.equal(one.windows([0, one.known - 1]), other.windows([0, one.known - 1]))
+
+
+def test_a_folder_that_another_run_writes_to_is_left_alone(tmp_path, text, small_steps):
+    found = store(tmp_path / "s", text)
+    found.require(10)
+    before = (tmp_path / "s" / TOKENS).read_bytes()
+    with (
+        exclusive_lock(tmp_path / "s" / LOCK, where="s", busy="busy"),
+        pytest.raises(
+            SurgeryError, match=r"s: another run is writing tokens here \(process \d+\). Wait until it is done"
+        ),
+    ):
+        found.require(10**6)
+    assert (tmp_path / "s" / TOKENS).read_bytes() == before
+    found.require(10**6)
+    assert found.documents == 300
+
+
+def test_a_stream_that_another_run_began_anew_is_not_mixed_with_the_old_one(tmp_path, text, small_steps):
+    found = store(tmp_path / "s", text)
+    found.require(20)
+    (tmp_path / "s" / INDEX).unlink()
+    with pytest.raises(SurgeryError, match="s: was begun anew by another run"):
+        found.require(10**6)
+    store(tmp_path / "s", text, seed=1).require(1)
+    with pytest.raises(SurgeryError, match="made with another seed"):
+        found.require(10**6)
 
 
 @pytest.mark.parametrize(
