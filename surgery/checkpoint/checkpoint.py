@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -17,6 +18,7 @@ from surgery.errors import SurgeryError, listing
 from surgery.hub.file_selection import DUPLICATES, PICKLE_SUFFIXES
 from surgery.io.atomic import MANIFEST
 from surgery.io.json_io import read_json
+from surgery.runtime.garbage import collector_paused
 
 ADAPTER_CONFIG = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
@@ -28,6 +30,11 @@ SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 SIDE_PREFIXES = ("LICENSE", "NOTICE", "USE_POLICY")
 NOT_CARRIED = (MANIFEST, "trainer_state.json", "training.json", "scores.json")
 # ASCII: \d would also match the digits of other scripts.
+# The largest models on the Hub have about 1,000 files and 210,000 tensors.
+MAX_SHARDS = 10_000
+MAX_TENSORS = 500_000
+MAX_INDEXES = 10  # each is read to find the one that counts
+MAX_INDEX_VALUES = 4 * MAX_TENSORS  # a tensor and its file are two; commas and colons in names are counted as well
 _NUMBERED = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors", re.ASCII)
 
 
@@ -149,11 +156,12 @@ def read_folder(folder: Path) -> Checkpoint:
     Raises:
         SurgeryError: shards are missing, damaged or contradict each other; or there are only pickles, or nothing.
     """
-    index = _index_of(folder)
-    named = _read_index(index, folder) if index else {}
-    shard_names = sorted(set(named.values())) if index else _shards_without_index(folder)
-    shards = tuple(Shard(name, folder / name, read_header(folder / name)) for name in shard_names)
-    tensors = _table(shards, named, index)
+    with collector_paused():
+        index = _index_of(folder)
+        named = _read_index(index, folder) if index else {}
+        shard_names = sorted(set(named.values())) if index else _shards_without_index(folder)
+        shards = _read_shards(folder, shard_names)
+        tensors = _table(shards, named, index)
     return Checkpoint(str(folder), folder, shards, tensors, read_json(folder / "config.json", missing={}))
 
 
@@ -161,8 +169,9 @@ def read_file(path: Path) -> Checkpoint:
     """Open the weights in the single file `path`, without config or tokenizer. Raises SurgeryError."""
     if path.suffix in PICKLE_SUFFIXES:
         raise _pickle_only(path, path.name)
-    shard = Shard(path.name, path, read_header(path))
-    return Checkpoint(str(path), None, (shard,), _table((shard,), {}, None))
+    with collector_paused():
+        shard = Shard(path.name, path, read_header(path))
+        return Checkpoint(str(path), None, (shard,), _table((shard,), {}, None))
 
 
 def is_adapter(folder: Path) -> bool:
@@ -172,6 +181,8 @@ def is_adapter(folder: Path) -> bool:
 
 def _index_of(folder: Path) -> Path | None:
     indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indexes) > MAX_INDEXES:
+        raise SurgeryError(f"{len(indexes):,} indexes, more than {MAX_INDEXES}", where=folder)
     if (folder / SINGLE).is_file():
         # As transformers does: beside a whole model, an index that does not name it is stale.
         indexes = [path for path in indexes if _names(path, SINGLE)]
@@ -188,17 +199,23 @@ def _index_of(folder: Path) -> Path | None:
 
 
 def _names(index: Path, file: str) -> bool:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, max_values=MAX_INDEX_VALUES).get("weight_map")
     return isinstance(weight_map, dict) and file in weight_map.values()
 
 
 def _read_index(index: Path, folder: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, max_values=MAX_INDEX_VALUES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SurgeryError('has no "weight_map" from tensor names to files', where=index)
+    if len(weight_map) > MAX_TENSORS:
+        raise _too_many_tensors(len(weight_map), index)
     for name, file in weight_map.items():
         if not isinstance(file, str):
-            raise SurgeryError(f'"{name}" is mapped to {file!r}, expected a file name', where=index)
+            raise SurgeryError(f'"{name}" is mapped to {file!r:.80}, expected a file name', where=index)
+    files = {file: name for name, file in weight_map.items()}
+    if len(files) > MAX_SHARDS:
+        raise _too_many_shards(len(files), index)
+    for file, name in files.items():
         # Followed, a stranger's index could have any file of this machine copied into an output.
         relative = PurePosixPath(file)
         if relative.is_absolute() or ".." in relative.parts or "\\" in file:
@@ -207,7 +224,7 @@ def _read_index(index: Path, folder: Path) -> dict[str, str]:
                 where=index,
                 hint="Such an index is never followed: get the checkpoint from its author again.",
             )
-    missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
+    missing = sorted(file for file in files if not (folder / file).is_file())
     if missing:
         raise SurgeryError(
             f"names {len(missing)} shard(s) that are not there: {listing(missing)}",
@@ -236,9 +253,10 @@ def _check_numbering(names: Sequence[str], folder: Path) -> None:
     """Raise SurgeryError if a shard is missing; without an index only names like "…-00002-of-00003" show it."""
     present = set(names)
     missing = []
-    for stem, total, digits in sorted({(m[1], m[3], len(m[2])) for m in map(_NUMBERED.fullmatch, names) if m}):
-        # One shard more than there are files shows that some are missing: the total may be any number.
-        numbers = range(1, min(int(total), len(names) + 1) + 1)
+    counts = Counter((m[1], m[3], len(m[2])) for m in map(_NUMBERED.fullmatch, names) if m)
+    for (stem, total, digits), count in sorted(counts.items()):
+        # One shard more than there are of the same kind shows that some are missing: the total may be any number.
+        numbers = range(1, min(int(total), count + 1) + 1)
         shards = [f"{stem}{number:0{digits}}-of-{total}.safetensors" for number in numbers]
         missing += [shard for shard in shards if shard not in present]
     if missing:
@@ -247,6 +265,30 @@ def _check_numbering(names: Sequence[str], folder: Path) -> None:
             where=folder,
             hint="The download is incomplete: fetch the missing files.",
         )
+
+
+def _read_shards(folder: Path, names: Sequence[str]) -> tuple[Shard, ...]:
+    if len(names) > MAX_SHARDS:
+        raise _too_many_shards(len(names), folder)
+    shards: list[Shard] = []
+    count = 0
+    for name in names:
+        shards.append(Shard(name, folder / name, read_header(folder / name)))
+        count += len(shards[-1].header.entries)
+        # While they are read: each file alone may be within its bound.
+        if count > MAX_TENSORS:
+            raise _too_many_tensors(count, folder)
+    return tuple(shards)
+
+
+def _too_many_shards(count: int, where: Path) -> SurgeryError:
+    return SurgeryError(
+        f"has {count:,} weight files, more than the {MAX_SHARDS:,} that a checkpoint may have", where=where
+    )
+
+
+def _too_many_tensors(count: int, where: Path) -> SurgeryError:
+    return SurgeryError(f"has {count:,} tensors or more, and a checkpoint may have {MAX_TENSORS:,}", where=where)
 
 
 def _pickle_only(where: Path, names: str) -> SurgeryError:

@@ -11,24 +11,31 @@ import json
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from surgery.checkpoint.dtypes import DTYPES, n_bytes
 from surgery.errors import SurgeryError
-from surgery.io.input_files import open_regular
+from surgery.io.input_files import MB, open_regular
+from surgery.io.json_io import check_json_size
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
+# The format's own reader takes 100 MB, which would be parsed to gigabytes. The largest in use have a few MB: many
+# experts in one file, or the captions of a LoRA's training in its metadata.
+MAX_HEADER_BYTES = 32 * MB
+MAX_HEADER_VALUES = 3_000_000  # numbers, names and lists: a tensor has about 10
+MAX_TENSORS = 100_000  # of one file; the largest checkpoints have 1,000 or 2,000 in each of their files
+MAX_NAME = 1_000  # characters of a tensor's name; the longest in use have about 150
+MAX_RANK = 64  # dimensions of a tensor: torch's limit
 MAX_NUMBER = (1 << 64) - 1  # what the format's own reader counts with
 ALIGNMENT = 8  # data begins at a multiple of this, so that 64-bit tensors are aligned when mapped
 SHOWN = 80  # characters of a damaged value that a message repeats
+_FIELDS = {"dtype", "shape", "data_offsets"}
 REFETCH = "The download is incomplete or the file is damaged: fetch it again."
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor as its header describes it; `begin` and `end` are bytes from the start of the data."""
 
     name: str
@@ -69,7 +76,7 @@ def read_header(path: Path) -> Header:
             (length,) = struct.unpack("<Q", prefix)
             if length > MAX_HEADER_BYTES:
                 raise SurgeryError(
-                    f"the header claims {length:,} bytes, more than the format's limit of {MAX_HEADER_BYTES:,}",
+                    f"the header claims {length:,} bytes, more than the {MAX_HEADER_BYTES:,} that one may have",
                     where=path,
                     hint="This is not a safetensors file, or it is damaged.",
                 )
@@ -87,10 +94,19 @@ def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
     def bad(what: str, hint: str = "The file is damaged: fetch or write it again.") -> SurgeryError:
         return SurgeryError(what, where=path, hint=hint)
 
+    check_json_size(raw, where=path, max_values=MAX_HEADER_VALUES)
+    # By the key that each has: counted without parsing, which would take a second for every 200,000 of them.
+    if (count := raw.count(b'"data_offsets"')) > MAX_TENSORS:
+        raise bad(f"the header names {count:,} tensors, more than the {MAX_TENSORS:,} that a file may have")
+    # Halves of characters can only be there as escapes, since the whole text is UTF-8.
+    has_halves = b"\\ud" in raw or b"\\uD" in raw
     try:
         # Python takes NaN and Infinity for JSON numbers, and the last of two equal keys.
         table = json.loads(
-            raw[8:].decode("utf-8"), object_pairs_hook=_unique_keys, parse_int=_integer, parse_constant=_reject
+            raw[8:].decode("utf-8"),
+            object_pairs_hook=_whole_texts if has_halves else _unique_keys,
+            parse_int=_integer if b"-0" in raw else None,
+            parse_constant=_reject,
         )
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise bad("the header is not JSON", "This is not a safetensors file, or it is damaged.") from error
@@ -102,6 +118,8 @@ def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise bad('"__metadata__" is not a table of strings')
 
+    if len(table) > MAX_TENSORS:
+        raise bad(f"the header names {len(table):,} tensors, more than the {MAX_TENSORS:,} that a file may have")
     # By end too: an empty tensor begins where the next one does.
     entries = sorted((_entry(name, fields, bad) for name, fields in table.items()), key=lambda e: (e.begin, e.end))
     position = 0
@@ -145,10 +163,6 @@ def _reject(text: str) -> NoReturn:
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
-    # Half of a surrogate pair is no UTF-8: terminals, manifests and outputs could not take the name.
-    for text in (text for pair in pairs for text in pair if isinstance(text, str)):
-        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(f"the header says {text!a}, half of a character")
     # Readers differ in which of two equal keys they take: one file would be two models.
     if len(table) != len(pairs):
         (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
@@ -156,16 +170,28 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
+def _whole_texts(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Half of a surrogate pair is no UTF-8: terminals, manifests and outputs could not take the name.
+    for text in (text for pair in pairs for text in pair if isinstance(text, str)):
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"the header says {_short(text, ascii)}, half of a character")
+    return _unique_keys(pairs)
+
+
 def _entry(name: str, fields: Any, bad: Any) -> Entry:
     if not name.isprintable():  # it would end up in terminals and logs
         raise bad(f"the name {_short(name)} holds control characters")
-    if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
+    if len(name) > MAX_NAME:
+        raise bad(f"the name {_short(name)} has {len(name):,} characters, more than {MAX_NAME:,}")
+    if not isinstance(fields, dict) or fields.keys() != _FIELDS:
         raise bad(f'"{name}" is not described by dtype, shape and data_offsets')
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise bad(f'"{name}" has dtype {_short(dtype)}, which is not a safetensors dtype')
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise bad(f'"{name}" has shape {_short(shape)} and data_offsets {_short(offsets)}, expected whole numbers')
+    if len(shape) > MAX_RANK:
+        raise bad(f'"{name}" has {len(shape):,} dimensions, more than {MAX_RANK}')
     begin, end = offsets
     if not _is_countable(shape):
         raise bad(f'"{name}" has shape {_short(shape)}, more elements than a file can hold')
@@ -193,8 +219,8 @@ def _is_countable(shape: list[int]) -> bool:
     return True
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
+def _short(value: Any, written: Callable[[object], str] = repr) -> str:
+    text = written(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 

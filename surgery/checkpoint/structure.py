@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -39,7 +39,9 @@ from surgery.checkpoint.tensor_roles import (
     tower_of,
     word_of,
 )
+from surgery.runtime.garbage import collector_paused
 
+MOST_NOTES = 50  # real models have up to ten; names can be made that give one for each tensor
 SIDE_WORDS = ("vision", "visual", "audio", "image", "encoder", "mtp")  # stacks beside the language model
 # Classes of transformers that have an output head; others (LlamaModel) are bare backbones.
 WITH_HEAD = re.compile(r"ForCausalLM|LMHead|ForConditionalGeneration|ForImageTextToText")
@@ -142,15 +144,16 @@ class ModelStructure:
         return {group: listed for group, listed in members.items() if listed}
 
 
+@collector_paused()
 def model_structure(checkpoint: Checkpoint) -> ModelStructure:
     """Derive the structure of `checkpoint`; what cannot be derived stays None or becomes a note."""
     tensors, config = checkpoint.tensors, language_config(checkpoint.config)
     notes: list[str] = []
     stack, others = _stacks(tensors, config)
-    members, towers = _members(tensors, stack, config, notes)
-    roots = [root for other in others if (root := _tower_root(stack or "", other))]
+    members, ahead = _members(tensors, stack, config, notes)
+    roots = list(dict.fromkeys(root for other in others if (root := _tower_root(stack or "", other))))
     notes += [f"{root} is a stack of its own beside the layers counted here" for root in roots]
-    towers += roots
+    towers = dict.fromkeys([*ahead, *roots])
     layer_of = {name: index for index, names in members.items() for name in names}
     outside = {name: tensors[name] for name in tensors if name not in layer_of}
 
@@ -187,10 +190,15 @@ def model_structure(checkpoint: Checkpoint) -> ModelStructure:
         roles={name: roles[name] for name in tensors if name in roles},
         groups=tuple(group for group in order if group in present),
         not_understood=tuple(name for name in tensors if name not in roles),
-        notes=tuple(notes),
+        notes=_shown(notes),
         group_by_name=groups,
         layer_by_name=layer_of,
     )
+
+
+def _shown(notes: Sequence[str]) -> tuple[str, ...]:
+    more = len(notes) - MOST_NOTES
+    return (*notes[:MOST_NOTES], f"… and {more:,} more") if more > 0 else tuple(notes)
 
 
 def _same(values: Iterable[T]) -> T | None:
@@ -271,7 +279,7 @@ def _tower_root(stack: str, other: str) -> str | None:
     return None
 
 
-def _outside_group(name: str, role: Role, root: str, towers: Sequence[str]) -> str:
+def _outside_group(name: str, role: Role, root: str, towers: Container[str]) -> str:
     if role == "lm head":
         return "lm_head"
     if "embedding" in role or (role == "norm" and "embed" in name):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -176,13 +176,19 @@ def word_of(parts: Parts) -> str:
     return leaf if len(module) < len(parts) and ATTENTION.fullmatch(module[-1]) else module[-1]
 
 
-def tower_of(name: str, towers: Sequence[str]) -> str | None:
-    """Return the one of `towers` (prefixes) that `name` is under."""
-    return next((root for root in towers if name.startswith(f"{root}.")), None)
+def tower_of(name: str, towers: Container[str]) -> str | None:
+    """Return the one of `towers` (prefixes) that `name` is under; of nested ones the outermost."""
+    # Looked up prefix by prefix: names may be many, and so may towers.
+    end = name.find(".")
+    while end >= 0:
+        if (prefix := name[:end]) in towers:
+            return prefix
+        end = name.find(".", end + 1)
+    return None
 
 
 def roles_outside(
-    tensors: Shapes, towers: Sequence[str], config: Mapping[str, Any], notes: list[str]
+    tensors: Shapes, towers: Container[str], config: Mapping[str, Any], notes: list[str]
 ) -> dict[str, Role]:
     """Return the roles of the tensors outside the layers, as far as they have one.
 
@@ -262,10 +268,11 @@ def experts_of(parts: Mapping[str, Parts], tensors: Shapes, config: Mapping[str,
             down = [name for name in names if _is_down(parts[name])]
         else:
             return None
+    own = frozenset(names)
     routers = [
         name
         for name, words in parts.items()
-        if name not in names and any(word in ROUTER_WORDS for word in words) and n in tensors[name].shape
+        if name not in own and any(word in ROUTER_WORDS for word in words) and n in tensors[name].shape
     ]
     shared = [n for n, words in parts.items() if any("shared_expert" in w or "shared_mlp" in w for w in words)]
     return ExpertLayer(layout, n, tuple(names), tuple(down), tuple(routers), tuple(shared))
