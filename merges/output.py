@@ -21,6 +21,7 @@ from surgery.checkpoint.vocabulary import read_vocabulary
 from surgery.engine.preflight import Preflight
 from surgery.errors import SurgeryError
 from surgery.io.json_io import read_json
+from surgery.io.output_files import write_output
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
@@ -35,9 +36,7 @@ class SideFiles:
     def write(self, folder: Path) -> None:
         """Write the files that are not copies."""
         for name, content in self.written.items():
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+            write_output(folder, name, content)
 
 
 def side_files(

@@ -12,7 +12,6 @@ This is logit averaging as in arXiv 2507.07129. The members must give every toke
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from merges.ensemble.shared_tensors import Shared, find_shared
 from merges.ensemble.tuning import Tuned, check_tuning, tune_members
 from surgery.checkpoint.checkpoint import ADAPTER_CONFIG, Checkpoint, read_file
 from surgery.checkpoint.resolve import open_checkpoint
+from surgery.checkpoint.side_files import INDEXES
 from surgery.engine.card import CardContent
 from surgery.engine.checkpoint_writer import OutputDescription, check_destination, write_checkpoint
 from surgery.engine.manifest import command_record
@@ -37,6 +37,8 @@ from surgery.engine.preflight import Preflight, check_quantised, check_space
 from surgery.engine.result import ExecutionResult
 from surgery.errors import usage_error
 from surgery.io.atomic import MANIFEST
+from surgery.io.output_files import copy_output, write_output
+from surgery.io.safe_paths import find_file, find_files
 from surgery.reporting.report import Column, Table, format_value
 from surgery.runtime.environment import n_processes
 
@@ -225,10 +227,10 @@ def _write(draft: _Draft, out: Path, options: ExecutionOptions) -> LogitsReport:
     report = draft.report(out)
 
     def describe(folder: Path, _: ExecutionResult) -> OutputDescription[LogitsReport]:
-        (folder / CONFIG).write_text(json.dumps(draft.config, indent=2) + "\n", encoding="utf-8")
-        shutil.copyfile(MODEL_FILE, folder / MODEL_FILE.name)
+        write_output(folder, CONFIG, json.dumps(draft.config, indent=2) + "\n")
+        copy_output(MODEL_FILE, folder, MODEL_FILE.name)
         for i, member in enumerate(draft.members):
-            (folder / MEMBERS / f"{i}.json").write_text(json.dumps(_record(member)) + "\n", encoding="utf-8")
+            write_output(folder, f"{MEMBERS}/{i}.json", json.dumps(_record(member)) + "\n")
         return OutputDescription(report, _summary(report), _card(report), kind="ensemble")
 
     return write_checkpoint(draft.plan, out, options, describe=describe)
@@ -263,8 +265,8 @@ def _config(
 def kept_files(checkpoint: Checkpoint) -> list[Path]:
     """Return all files beside the weights that `unpack` restores: side files, index, manifest, model card."""
     folder = cast(Path, checkpoint.folder)
-    extra = [folder / MANIFEST, folder / CARD, *sorted(folder.glob("*.safetensors.index.json"))]
-    return [*checkpoint.side_files, *(path for path in extra if path.is_file())]
+    described = [path for path in (find_file(folder, name) for name in (MANIFEST, CARD)) if path is not None]
+    return [*checkpoint.side_files, *described, *find_files(folder, INDEXES)]
 
 
 def _record(member: EnsembleMember) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.errors import SurgeryError, listing
 from surgery.hub import download as hub
 from surgery.io.json_io import read_json
+from surgery.io.safe_paths import find_file
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -81,7 +82,7 @@ def add_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
     """
     config = read_json(folder / ADAPTER_CONFIG)
     _refuse_other_kinds(config, folder)
-    if not (folder / WEIGHTS).is_file():
+    if find_file(folder, WEIGHTS) is None:
         raise SurgeryError(f"has no {WEIGHTS}", where=folder, hint="Save the adapter as safetensors.")
     stored = _stored(folder / WEIGHTS)
     structure = model_structure(base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,21 +15,17 @@ from typing import Any
 
 from surgery.checkpoint.dtypes import DTYPES, is_float, n_elements
 from surgery.checkpoint.safetensors_header import Entry, Header, read_header
+from surgery.checkpoint.side_files import INDEXES, find_side_files
 from surgery.errors import SurgeryError, listing
-from surgery.hub.file_selection import DUPLICATES, PICKLE_SUFFIXES
-from surgery.io.atomic import MANIFEST
+from surgery.hub.file_selection import DUPLICATES, PICKLE_SUFFIXES, WEIGHTS_SUFFIX
 from surgery.io.json_io import read_json
+from surgery.io.safe_paths import find_file, find_files, kind_of, list_folder
 from surgery.runtime.garbage import collector_paused
 
 ADAPTER_CONFIG = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-# Files beside the weights that are carried along unchanged. The model card and the manifest describe the weights that
-# they came with, and so are written anew.
-SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
-SIDE_PREFIXES = ("LICENSE", "NOTICE", "USE_POLICY")
-NOT_CARRIED = (MANIFEST, "trainer_state.json", "training.json", "scores.json")
 # ASCII: \d would also match the digits of other scripts.
 # The largest models on the Hub have about 1,000 files and 210,000 tensors.
 MAX_SHARDS = 10_000
@@ -137,10 +134,12 @@ class Checkpoint:
 
     @cached_property
     def side_files(self) -> tuple[Path, ...]:
-        """The files that an output carries along (config, tokenizer, chat template, licence): paths, sorted."""
-        if self.folder is None:
-            return ()
-        return tuple(path for path in sorted(self.folder.iterdir()) if path.is_file() and _is_side_file(path))
+        """The files that an output carries along (config, tokenizer, chat template, licence): paths, sorted.
+
+        Raises:
+            SurgeryError: one is a link that leads out of the folder, or no regular file.
+        """
+        return () if self.folder is None else tuple(find_side_files(self.folder))
 
     def float_names(self) -> list[str]:
         """Return the names of all float tensors, sorted. Raises SurgeryError if there is none."""
@@ -154,15 +153,19 @@ def read_folder(folder: Path) -> Checkpoint:
     """Open the model in `folder`: any layout of safetensors shards, with or without an index.
 
     Raises:
-        SurgeryError: shards are missing, damaged or contradict each other; or there are only pickles, or nothing.
+        SurgeryError: shards are missing, damaged or contradict each other; or there are only pickles, or nothing; or a
+            file, needed or not, is a link that leads out of `folder` or something else than a file.
     """
+    # Even where nothing reads them yet: what is opened here is copied, loaded by transformers, or pushed later.
+    find_side_files(folder)
     with collector_paused():
         index = _index_of(folder)
         named = _read_index(index, folder) if index else {}
         shard_names = sorted(set(named.values())) if index else _shards_without_index(folder)
         shards = _read_shards(folder, shard_names)
         tensors = _table(shards, named, index)
-    return Checkpoint(str(folder), folder, shards, tensors, read_json(folder / "config.json", missing={}))
+    config = find_file(folder, "config.json")
+    return Checkpoint(str(folder), folder, shards, tensors, {} if config is None else read_json(config))
 
 
 def read_file(path: Path) -> Checkpoint:
@@ -175,15 +178,17 @@ def read_file(path: Path) -> Checkpoint:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Return whether `folder` is a PEFT adapter without a model of its own."""
-    return _index_of(folder) is None and (folder / ADAPTER_CONFIG).is_file() and not (folder / SINGLE).is_file()
+    """Return whether `folder` is a PEFT adapter without a model of its own. Raises SurgeryError as `read_folder`."""
+    if find_file(folder, ADAPTER_CONFIG) is None:
+        return False
+    return _index_of(folder) is None and find_file(folder, SINGLE) is None
 
 
 def _index_of(folder: Path) -> Path | None:
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    indexes = find_files(folder, INDEXES)
     if len(indexes) > MAX_INDEXES:
         raise SurgeryError(f"{len(indexes):,} indexes, more than {MAX_INDEXES}", where=folder)
-    if (folder / SINGLE).is_file():
+    if find_file(folder, SINGLE) is not None:
         # As transformers does: beside a whole model, an index that does not name it is stale.
         indexes = [path for path in indexes if _names(path, SINGLE)]
     # Where a second format lies beside the usual one, as in Mistral's models: transformers reads this index alone.
@@ -224,26 +229,32 @@ def _read_index(index: Path, folder: Path) -> dict[str, str]:
                 where=index,
                 hint="Such an index is never followed: get the checkpoint from its author again.",
             )
-    missing = sorted(file for file in files if not (folder / file).is_file())
+    # No file has a name without letters, or with a zero byte.
+    missing = [
+        file for file in sorted(files) if not file or "\0" in file or find_file(folder, file, where=index) is None
+    ]
     if missing:
         raise SurgeryError(
             f"names {len(missing)} shard(s) that are not there: {listing(missing)}",
             where=index,
             hint="The download is incomplete: fetch the missing files.",
         )
+    # An output has the shards' names: one of another kind would take the place of a file that is written there.
+    if others := [file for file in sorted(files) if not file.endswith(WEIGHTS_SUFFIX)]:
+        raise SurgeryError(f"names shards that are no {WEIGHTS_SUFFIX} files: {listing(others)}", where=index)
     return weight_map
 
 
 def _shards_without_index(folder: Path) -> list[str]:
-    if (folder / SINGLE).is_file():
+    if find_file(folder, SINGLE) is not None:
         return [SINGLE]
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    names = [path.name for path in find_files(folder, f"*{WEIGHTS_SUFFIX}")]
     # Without an index nothing but the name tells Mistral's second copy of the same weights from further shards.
     names = [name for name in names if not fnmatchcase(name, DUPLICATES)] or names
     if names:
         _check_numbering(names, folder)
         return names
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    pickles = [path.name for path in list_folder(folder) if path.suffix in PICKLE_SUFFIXES]
     if pickles:
         raise _pickle_only(folder, listing(pickles, 3))
     raise SurgeryError("has no .safetensors file", where=folder, hint="Give the folder that holds model.safetensors.")
@@ -329,10 +340,19 @@ def _table(shards: tuple[Shard, ...], named: Mapping[str, str], index: Path | No
 
 
 def existing_path(text: str) -> Path | None:
-    """Return the folder or file that `text` names, or None. Raises SurgeryError if it may not be accessed."""
+    """Return the folder or file that `text` names, or None.
+
+    Raises:
+        SurgeryError: it may not be accessed, or is a pipe, a socket or a device.
+    """
     try:
         path = Path(text).expanduser()
-        return path if text and (path.is_dir() or path.is_file()) else None
+        if not text or not path.exists():
+            return None
+        mode = path.stat().st_mode
+        if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+            raise SurgeryError(f"is {kind_of(mode)}, expected a file or a folder", where=text)
+        return path
     except (RuntimeError, ValueError):  # ~nobody, or a zero byte
         return None
     except OSError as error:
@@ -345,12 +365,6 @@ def stored_tensor(entry: Entry, path: Path, header: Header) -> StoredTensor:
     """Return the location of the tensor `entry` of `header` in the file `path`."""
     start = header.data_start + entry.begin
     return StoredTensor(entry.name, entry.dtype, entry.shape, path, start, entry.end - entry.begin)
-
-
-def _is_side_file(path: Path) -> bool:
-    if path.name in NOT_CARRIED or path.name.endswith(".safetensors.index.json"):
-        return False
-    return path.suffix in SIDE_SUFFIXES or path.name.startswith(SIDE_PREFIXES)
 
 
 def loadable_folder(checkpoint: Checkpoint) -> Path:

@@ -14,6 +14,7 @@ from surgery.checkpoint.adapters import add_adapter, base_of
 from surgery.checkpoint.checkpoint import ADAPTER_CONFIG, Checkpoint, existing_path, is_adapter, read_file, read_folder
 from surgery.errors import SurgeryError, usage_error
 from surgery.hub import download as hub
+from surgery.io.safe_paths import find_file
 
 
 def open_checkpoint(ref: str | Path) -> Checkpoint:
@@ -72,7 +73,7 @@ def _adapter_folder(ref: str) -> Path:
         folder = hub.fetch(*hub.parse_repo_ref(ref)).folder
     if folder is None or not folder.is_dir():
         raise usage_error("no such adapter folder, and not a Hub id", where=ref)
-    if not (folder / ADAPTER_CONFIG).is_file():
+    if find_file(folder, ADAPTER_CONFIG) is None:
         raise usage_error(f"is not an adapter: it has no {ADAPTER_CONFIG}", where=ref)
     return folder
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from surgery.checkpoint.vocabulary import CONFIG, OTHER_FORMATS, SENTENCEPIECE, TOKENIZER
 from surgery.hub import file_selection
+from surgery.io.safe_paths import check_contained, list_folder
 
 SPECIAL_TOKENS = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
@@ -31,9 +32,17 @@ def is_tokenizer_file(name: str) -> bool:
 
 
 def list_tokenizer_files(folder: Path) -> list[Path]:
-    """Return the files in `folder` that belong to a tokenizer, sorted."""
-    inside = [*folder.iterdir(), *(folder / CHAT_TEMPLATES).glob("*.jinja")]
-    return sorted(path for path in inside if path.is_file() and is_tokenizer_file(path.relative_to(folder).as_posix()))
+    """Return the files in `folder` that belong to a tokenizer, sorted.
+
+    Raises:
+        SurgeryError: one is a link that leads out of `folder`, or no regular file.
+    """
+    templates = folder / CHAT_TEMPLATES
+    inside = [*list_folder(folder), *(list_folder(templates) if templates.is_dir() else ())]
+    paths = sorted(path for path in inside if is_tokenizer_file(path.relative_to(folder).as_posix()))
+    for path in paths:
+        check_contained(folder, path)
+    return paths
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

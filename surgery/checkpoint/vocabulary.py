@@ -6,7 +6,6 @@ tokenizer_config.json adds); no tokenizer is run.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,9 @@ import numpy.typing as npt
 
 from surgery.checkpoint.sentencepiece_model import read_pieces
 from surgery.errors import SurgeryError, listing
+from surgery.io.input_files import read_bytes
+from surgery.io.json_io import read_json
+from surgery.io.safe_paths import find_file, find_files
 
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -82,17 +84,20 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
             files give one token different ids.
     """
     for name, read in _READERS:
-        if (folder / name).is_file():
-            ids, source = read(folder / name), folder / name
+        source = find_file(folder, name)
+        if source is not None:
+            ids = read(source)
             break
     else:
-        unread = sorted(path for pattern in OTHER_FORMATS for path in folder.glob(pattern))
+        unread = [path for pattern in OTHER_FORMATS for path in find_files(folder, pattern)]
         if unread:
             raise SurgeryError("is a tokenizer of a format that is not read here", where=unread[0], hint=CONVERT)
         return None
-    if source.name != TOKENIZER:  # which lists its added tokens itself
-        _add(ids, _read_mapping(folder / "added_tokens.json"), source, folder / "added_tokens.json")
-    _add(ids, _read_config(folder / CONFIG), source, folder / CONFIG)
+    # tokenizer.json lists its added tokens itself.
+    if source.name != TOKENIZER and (added := find_file(folder, "added_tokens.json")):
+        _add(ids, _read_mapping(added), source, added)
+    if settings := find_file(folder, CONFIG):
+        _add(ids, _read_config(settings), source, settings)
     _check_unique(ids, source)
     return Vocabulary(ids, source)
 
@@ -135,7 +140,7 @@ def align_rows(target: Vocabulary, donor: Vocabulary, target_rows: int, donor_ro
 
 
 def _read_tokenizer(path: Path) -> dict[str, int]:
-    tokenizer = _read_object(path)
+    tokenizer = read_json(path)
     model = tokenizer.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, list):  # Unigram: [piece, score] in the order of ids; of two equal pieces the last counts
@@ -171,12 +176,12 @@ def _added_tokens(added: Iterable[Any], path: Path) -> dict[str, Any]:
 
 
 def _read_mapping(path: Path) -> dict[str, int]:
-    return _checked_ids(_read_object(path), path) if path.is_file() else {}
+    return _checked_ids(read_json(path), path)
 
 
 def _read_config(path: Path) -> dict[str, int]:
     """Return the tokens of `added_tokens_decoder` in tokenizer_config.json: {"id": {"content": token}}."""
-    decoder = (_read_object(path) if path.is_file() else {}).get("added_tokens_decoder") or {}
+    decoder = read_json(path).get("added_tokens_decoder") or {}
     entries = decoder.items() if isinstance(decoder, dict) else [("", None)]
     ids = {}
     for row, entry in entries:
@@ -193,7 +198,12 @@ def _read_config(path: Path) -> dict[str, int]:
 
 def _read_lines(path: Path) -> dict[str, int]:
     # Not splitlines(), which also splits at characters that may be in a token, such as U+2028.
-    lines = _read_text(path).replace("\r\n", "\n").split("\n")
+    try:
+        # A byte order mark stays, as in transformers: it is part of the first token.
+        text = read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise SurgeryError(f"is not UTF-8 text ({error.reason})", where=path, hint=FETCH_AGAIN) from error
+    lines = text.replace("\r\n", "\n").split("\n")
     if lines[-1] == "":
         lines.pop()
     if not lines:
@@ -203,9 +213,7 @@ def _read_lines(path: Path) -> dict[str, int]:
 
 def _read_sentencepiece(path: Path) -> dict[str, int]:
     try:
-        pieces = read_pieces(path.read_bytes())
-    except OSError as error:
-        raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
+        pieces = read_pieces(read_bytes(path))
     except ValueError as error:
         raise SurgeryError(
             f"is no whole sentencepiece model ({error})",
@@ -257,22 +265,3 @@ def _checked_ids(ids: Mapping[str, Any], path: Path) -> dict[str, int]:
                 f"{token!r} has id {row!r}, expected a whole number from 0", where=path, hint=FETCH_AGAIN
             )
     return dict(ids)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise SurgeryError(f"is not valid JSON ({error})", where=path, hint=FETCH_AGAIN) from error
-    if not isinstance(value, dict):
-        raise SurgeryError("is not a JSON object", where=path, hint=FETCH_AGAIN)
-    return value
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode()
-    except OSError as error:
-        raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
-    except UnicodeDecodeError as error:
-        raise SurgeryError(f"is not UTF-8 text ({error.reason})", where=path, hint=FETCH_AGAIN) from error

@@ -11,10 +11,11 @@ in a folder of its own because loaders take every safetensors file beside the we
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -47,6 +48,8 @@ from surgery.engine.result import ExecutionResult
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.io.atomic import disk_error
 from surgery.io.hashing import hash_parts
+from surgery.io.output_files import open_output
+from surgery.io.safe_paths import find_file
 
 UNDO = Path("undo") / "undo.safetensors"
 VERSION = "1"
@@ -100,8 +103,7 @@ def write_undo(folder: Path, blocks: Sequence[UndoBlocks], result: ExecutionResu
     path = folder / UNDO
     before = dict.fromkeys((block.tensor.name for block in blocks), _NO_HASH)
     try:
-        path.parent.mkdir(exist_ok=True)
-        with SourceFiles(file for block in blocks for file in block.tensor.files) as files, path.open("wb") as out:
+        with SourceFiles(file for block in blocks for file in block.tensor.files) as files, _create(folder) as out:
             # The hashes in the header are known when all is written; their length is fixed, so the header's is too.
             out.write(_header(blocks, before, result))
             reader = TensorReader(files)
@@ -193,6 +195,10 @@ def undo(model: str, out: Path, *, dry_run: bool = False, options: ExecutionOpti
     )
 
 
+def _create(folder: Path) -> BinaryIO:
+    return os.fdopen(open_output(folder, UNDO.as_posix(), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb")
+
+
 def _card(report: EditReport, edited: Checkpoint) -> CardContent:
     method = (
         f"The edit of {edited.repo_id or edited.ref} is undone: {report.edited} of {report.tensors} tensors have the "
@@ -229,8 +235,8 @@ def _undo_file(edited: Checkpoint) -> Path:
         raise usage_error(
             "is no folder that an edit wrote", where=edited.ref, hint="Give OUT of `surgery edit heads` or `experts`."
         )
-    path = edited.folder / UNDO
-    if not path.is_file():
+    path = find_file(edited.folder, UNDO.as_posix())
+    if path is None:
         raise usage_error(
             f"has no {UNDO}, so nothing can be undone",
             where=edited.ref,

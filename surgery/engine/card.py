@@ -12,6 +12,7 @@ import yaml
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.io.atomic import MANIFEST
 from surgery.io.hashing import KEY
+from surgery.io.output_files import write_output
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def write_card(folder: Path, manifest: Mapping[str, Any], sources: Mapping[str, 
 With {versions}. `{MANIFEST}` in this folder has every option and the hash of every tensor; `surgery verify` checks
 them.
 """
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    write_output(folder, "README.md", text)
 
 
 def _input_line(role: str, entry: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from surgery.checkpoint.dtypes import TORCH_NAMES
 from surgery.checkpoint.structure import model_structure
 from surgery.engine.result import ExecutionResult
 from surgery.io.json_io import read_json
+from surgery.io.output_files import write_output
 from surgery.reporting.report import Column, Table
 
 
@@ -127,7 +128,7 @@ def write_config_dtype(folder: Path, dtype: str) -> None:
     # Older versions of transformers read "torch_dtype": whichever key is there must agree with the weights.
     for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]:
         config[key] = spelled
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_output(folder, path.name, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def _group(name: str, rows: Sequence[Mapping[str, float]]) -> EditedGroup:

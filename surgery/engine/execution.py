@@ -31,10 +31,12 @@ from surgery.engine.work.partitioning import this_machine
 from surgery.engine.work.worker_job import FailureWatch, Records, WorkerJob
 from surgery.engine.work.workers import default_threads
 from surgery.errors import SurgeryError, listing
-from surgery.io.atomic import check_free, commit_folder, copy_file, disk_error, partial_path
+from surgery.io.atomic import check_free, commit_folder, disk_error, partial_path
+from surgery.io.output_files import copy_output
 from surgery.runtime.collectives import local_device, map_over_ranks, n_active_processes, on_main
 
-_FAILURE_FILE = "fault.txt"  # in the staging folder of several processes, once one of them has failed
+# In the staging folder of several processes, once one of them has failed. Hidden, so that no output has this name.
+_FAILURE_FILE = ".fault"
 
 T = TypeVar("T")
 
@@ -161,7 +163,7 @@ class _RankExecution:
         records = {key: record for part, _ in parts for key, record in part.items()}
         result = collect_result(self.plan, self.files, records, sum(resumed for _, resumed in parts))
         for name, source in self.plan.side_files.items():
-            copy_file(source, self.staging / name)
+            copy_output(source, self.staging, name)
         write_index(self.plan, self.staging)
         if validate is not None:
             try:

@@ -16,6 +16,8 @@ from surgery.io.atomic import MANIFEST
 from surgery.io.command_line import option_words
 from surgery.io.hashing import KEY, hash_tensors
 from surgery.io.json_io import read_json, to_json
+from surgery.io.output_files import write_output
+from surgery.io.safe_paths import find_file
 from surgery.runtime.version import installed_version
 
 # Goes up when a reader of the old form would misread the new one: `read_manifest` refuses every other number.
@@ -104,13 +106,13 @@ def input_entry(checkpoint: Checkpoint, hashes: Mapping[str, str]) -> dict[str, 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write surgery.json into `folder`."""
-    (folder / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
+    write_output(folder, MANIFEST, to_json(manifest))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest in `folder`. Raises SurgeryError where there is none, or one of another schema."""
     path = folder / MANIFEST
-    if not path.is_file():
+    if find_file(folder, MANIFEST) is None:
         raise SurgeryError(
             f"has no {MANIFEST}", where=folder, hint="Only folders that this tool wrote have a manifest."
         )

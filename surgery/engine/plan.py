@@ -14,7 +14,11 @@ from surgery.checkpoint.reader import SEGMENT, TensorInput
 from surgery.checkpoint.safetensors_header import PYTORCH, Header, build_header
 from surgery.engine.kernel import IDENTITY, Kernel, Parameter, Pass
 from surgery.errors import SurgeryError
+from surgery.hub.file_selection import WEIGHTS_SUFFIX
+from surgery.io.atomic import JOURNAL
 from surgery.io.hashing import hash_bytes, hash_text
+from surgery.io.output_files import write_output
+from surgery.io.safe_paths import folded, unique_paths
 
 # The shard size of transformers up to version 4, which most models on the Hub have: a failed transfer costs one shard.
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -65,6 +69,9 @@ class Plan:
         sources: role ("target", "tuned", "base", …) → checkpoint.
         side_files: path inside OUT → file to copy there.
         index_name: file name of the index where OUT has several weight files.
+
+    Raises:
+        SurgeryError: two files would have one name, or a name leads out of OUT or is the journal's.
     """
 
     command: Mapping[str, Any]
@@ -72,6 +79,20 @@ class Plan:
     files: tuple[PlannedFile, ...]
     side_files: Mapping[str, Path] = field(default_factory=dict)
     index_name: str = INDEX
+
+    def __post_init__(self) -> None:
+        # Names of shards and side files are those of the sources, which may be a stranger's: none may lead out of OUT,
+        # replace another, or take the place of what the execution itself writes.
+        written = (*(file.name for file in self.files), *self.side_files, self.index_name)
+        unique_paths(written, where="OUT", what="output file")
+        stem, suffix = JOURNAL.split(".")
+        for name in written:
+            top = folded(name.partition("/")[0])
+            if top.startswith(stem) and top.endswith(suffix):
+                raise SurgeryError(f'"{name}" has the name of a journal, which is written there', where="OUT")
+        for file in self.files:
+            if not file.name.endswith(WEIGHTS_SUFFIX):
+                raise SurgeryError(f'"{file.name}" holds weights, but is no {WEIGHTS_SUFFIX} file', where="OUT")
 
     @property
     def tensors(self) -> list[PlannedTensor]:
@@ -168,7 +189,7 @@ def write_index(plan: Plan, folder: Path) -> None:
     # Of the tensors without headers, as transformers counts it.
     total = sum(file.size - file.header.data_start for file in plan.files)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / plan.index_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_output(folder, plan.index_name, json.dumps(index, indent=2) + "\n")
 
 
 def check_output(out: Path, sources: Mapping[str, Checkpoint]) -> None:

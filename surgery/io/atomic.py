@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,13 +51,16 @@ def atomic_replace(path: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # In the target's own folder: a rename is atomic only within one file system.
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        temporary = Path(name)
+        # In the target's own folder: a rename is atomic only within one file system. Not by mkstemp, whose files only
+        # their owner can read: the user's umask decides.
+        named = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        descriptor = os.open(named, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+        temporary = named
+        mode = os.fstat(descriptor).st_mode
+        os.close(descriptor)
         yield temporary
-        # mkstemp makes files that only their owner can read; results are to be passed on.
-        temporary.chmod(path.stat().st_mode if path.exists() else 0o644)
+        # Again, since safetensors puts a file of its own in this one's place.
+        temporary.chmod(stat.S_IMODE(path.stat().st_mode if path.exists() else mode))
         fsync_path(temporary)
         temporary.replace(path)
         # The new name is an entry of the folder, which a power failure loses unless the folder is on the disk too.
@@ -169,19 +173,6 @@ def check_free(out: Path, *, overwrite: bool) -> None:
             where=out,
             hint="Choose another folder, or remove this one yourself.",
         )
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy one small file into a staging folder, creating the target's folder. Raises SurgeryError.
-
-    Not atomic by itself: the commit of the staging folder makes it durable.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # The content alone: with the mode of a read-only source the output could not be edited or replaced.
-        shutil.copyfile(source, target)
-    except OSError as error:
-        raise disk_error(error, target) from error
 
 
 def file_sizes(folder: Path) -> dict[str, int]:

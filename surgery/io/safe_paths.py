@@ -4,8 +4,8 @@ A checkpoint, an ensemble, a manifest, a recipe or a listing of the Hub may be a
 only by way of this module, so that nothing outside of the folder in question is ever read or written for it:
 
 - `safe_name` and `safe_relative_path` check a name by itself;
-- `unique_names` finds two names that would be one file;
-- `contained_file` finds a file to read, and where links to it end;
+- `unique_names` and `unique_paths` find two names that would be one file;
+- `contained_file`, `find_file` and `find_files` find files to read, and where links to them end;
 - `output_path` finds the place of a file to write.
 """
 
@@ -15,7 +15,8 @@ import os
 import stat
 import unicodedata
 from collections.abc import Iterable
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 
 from surgery.errors import SurgeryError
 
@@ -66,13 +67,32 @@ def unique_names(names: Iterable[str], *, where: object, what: str = "name") -> 
     """
     seen: dict[str, str] = {}
     for name in names:
-        # As file systems that ignore case and normalise accents (macOS, Windows) see it.
-        key = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+        key = folded(name)
         if key in seen:
             both = _quoted(name) if seen[key] == name else f"{_quoted(seen[key])} and {_quoted(name)}"
             raise _refusal(f"the {what} {both} is there twice, so that one would replace the other", where)
         seen[key] = name
     return list(seen.values())
+
+
+def unique_paths(paths: Iterable[str], *, where: object, what: str = "file") -> list[str]:
+    """Return the relative `paths` as a list if each would be a file of its own, and none the folder of another.
+
+    Raises:
+        SurgeryError: as `safe_relative_path` and `unique_names`; or one is a folder on the way to another.
+    """
+    names = unique_names((safe_relative_path(path, where=where, what=what) for path in paths), where=where, what=what)
+    keys = {folded(name) for name in names}
+    for name in names:
+        for parent in PurePosixPath(folded(name)).parents:
+            if str(parent) in keys:
+                raise _refusal(f"the {what} {_quoted(name)} lies in a folder of another {what}'s name", where)
+    return names
+
+
+def folded(name: str) -> str:
+    """Return what two names have in common that are one file where case and accents do not count (macOS, Windows)."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def contained_file(folder: Path, name: str, *, where: object | None = None) -> Path:
@@ -92,17 +112,71 @@ def contained_file(folder: Path, name: str, *, where: object | None = None) -> P
     return path
 
 
+def find_file(folder: Path, name: str, *, where: object | None = None) -> Path | None:
+    """Return the path of the regular file `name` of `folder` as `contained_file`; None where nothing has that name.
+
+    Not by `Path.is_file`, which is false for a pipe, a folder and a broken link: those are errors, and not missing.
+
+    Raises:
+        SurgeryError: as `contained_file`, except that it may be missing.
+    """
+    path = folder / safe_relative_path(name, where=folder if where is None else where)
+    if not path.exists() and not path.is_symlink():
+        return None
+    check_contained(folder, path)
+    return path
+
+
+def find_files(folder: Path, pattern: str) -> list[Path]:
+    """Return the files of `folder`, or of a folder in it, that match `pattern`, sorted; hidden ones do not count.
+
+    Args:
+        pattern: of the files' names, as in a shell; what is before its last `/` is the name of a folder in `folder`.
+
+    Raises:
+        SurgeryError: one is no regular file, or a link that leads out of `folder`; the folder cannot be read.
+    """
+    parent, _, name = pattern.rpartition("/")
+    inside = folder / parent
+    paths = [path for path in list_folder(inside) if fnmatchcase(path.name, name)] if inside.is_dir() else []
+    for path in paths:
+        check_contained(folder, path)
+    return paths
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """Return what is in `folder`, sorted, without what is hidden. Raises SurgeryError where it cannot be read."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise SurgeryError(f"cannot be read ({error.strerror})", where=folder) from error
+
+
+def contained_folder(folder: Path, name: str) -> Path:
+    """Return the path of the folder `name` in `folder`. Raises SurgeryError where a link leads out, or it is a file."""
+    path = folder / safe_relative_path(name, where=folder)
+    _check(folder, path, stat.S_IFDIR)
+    return path
+
+
 def check_contained(folder: Path, path: Path) -> None:
     """Raise SurgeryError where `path`, in `folder`, is no regular file or a link that leads out of `folder`."""
+    _check(folder, path, stat.S_IFREG)
+
+
+def _check(folder: Path, path: Path, kind: int) -> None:
     try:
         real = path.resolve(strict=True)
         status = real.stat()
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         reason = getattr(error, "strerror", None) or "links in a circle"
         raise SurgeryError(f"cannot be read ({reason})", where=path) from error
-    if not stat.S_ISREG(status.st_mode):
+    if stat.S_IFMT(status.st_mode) != kind:
+        wanted = "a file" if kind == stat.S_IFREG else "a folder"
         raise SurgeryError(
-            f"is {kind_of(status.st_mode)}, expected a file", where=path, hint="Put the file itself in its place."
+            f"is {kind_of(status.st_mode)}, expected {wanted}",
+            where=path,
+            hint=f"Put {wanted.replace('a ', 'the ')} itself in its place, or remove it.",
         )
     roots = _allowed_roots(folder)
     if not any(real.is_relative_to(root) for root in roots):
@@ -114,17 +188,20 @@ def check_contained(folder: Path, path: Path) -> None:
 
 
 def output_path(folder: Path, name: str) -> Path:
-    """Return the path of the file `name` to write in `folder`; no folder on the way to it may be a link.
+    """Return the path of the file `name` to write in `folder`; neither it nor a folder on the way to it may be a link.
 
     The last check before a byte is written: whatever a caller asks for, nothing leaves `folder`.
 
     Raises:
-        SurgeryError: the name is unsafe, or leads through a link.
+        SurgeryError: the name is unsafe, is a link, or leads through one.
     """
     path = folder / safe_relative_path(name, where=folder, what="output file")
     for parent in path.relative_to(folder).parents:
         if parent.name and (folder / parent).is_symlink():
             raise _refusal(f"the output file {_quoted(name)} leads through the link {parent}", folder)
+    # Written through, it would change the file that it leads to.
+    if path.is_symlink():
+        raise _refusal(f"the output file {_quoted(name)} is a link", folder)
     return path
 
 
@@ -137,6 +214,7 @@ def kind_of(mode: int) -> str:
         stat.S_IFCHR: "a device",
         stat.S_IFBLK: "a device",
         stat.S_IFLNK: "a link",
+        stat.S_IFREG: "a file",
     }
     return kinds.get(stat.S_IFMT(mode), "no regular file")
 

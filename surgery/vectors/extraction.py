@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import dtype_name
@@ -24,6 +24,7 @@ from surgery.engine.preflight import Preflight, check_ancestor, check_config, sk
 from surgery.engine.result import ExecutionResult
 from surgery.engine.work.workers import run_shared
 from surgery.errors import SurgeryError
+from surgery.io.output_files import write_output
 from surgery.reporting.report import Column, Table
 from surgery.vectors.align import VectorSettings, aligned_model, check_and_align
 from surgery.vectors.choices import VocabPolicy
@@ -127,8 +128,7 @@ def extract(
 
     def describe(folder: Path, result: ExecutionResult) -> OutputDescription[ExtractReport]:
         report = _with_norms(preview, pair, result)
-        (folder / DONOR).mkdir(exist_ok=True)
-        save_file(dict(pair.sketch), folder / DONOR / SKETCH)
+        write_output(folder, f"{DONOR}/{SKETCH}", save(dict(pair.sketch)))
         # With `zero` and `left_out` an application distinguishes a delta of zero from a tensor never compared.
         vector = {
             "format": FORMAT,

@@ -30,6 +30,7 @@ from surgery.engine.plan import Plan, PlannedTensor, plan_files
 from surgery.engine.reduce import reduce_tensors
 from surgery.engine.result import ExecutionResult
 from surgery.errors import SurgeryError, usage_error
+from surgery.io.output_files import write_output
 from surgery.reporting.report import Column, Table
 from surgery.vectors.align import VectorSettings
 from surgery.vectors.extraction import COMMAND, prepare_extraction
@@ -126,7 +127,7 @@ def extract_adapter(
     def describe(folder: Path, result: ExecutionResult) -> OutputDescription[AdapterReport]:
         report = _with_residual(preview, result, matrices, pair.aligned, options)
         config = _config(pair.base, matrices, rank, transposed)
-        (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_output(folder, ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
         return OutputDescription(report, report.summary(), _card(report), kind="adapter")
 
     return write_checkpoint(

@@ -93,7 +93,7 @@ def open_direct(path: Path) -> int | None:
     if not hasattr(os, "O_DIRECT"):
         return None
     try:
-        return os.open(path, os.O_RDWR | os.O_DIRECT | getattr(os, "O_CLOEXEC", 0))
+        return os.open(path, os.O_RDWR | os.O_DIRECT | os.O_NOFOLLOW | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
         if error.errno in _NOT_SUPPORTED:
             return None

@@ -12,6 +12,7 @@ from surgery.engine.plan import PlannedFile
 from surgery.engine.storage.direct_io import BLOCK, DIRECT_FROM, DirectFile, Edge, open_direct
 from surgery.errors import SurgeryError
 from surgery.io.atomic import disk_error
+from surgery.io.output_files import open_output
 
 _SYNC_FILE_RANGE_WRITE = 2
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -141,10 +142,7 @@ class ShardWriter:
         path = self.folder / file.name
         header = file.header
         try:
-            if create:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
-            descriptor = os.open(path, flags | os.O_CREAT if create else flags, 0o644)
+            descriptor = open_output(self.folder, file.name, os.O_RDWR | (os.O_CREAT if create else 0))
             self._descriptors[file.name] = descriptor
             if create:
                 _reserve(descriptor, file.size)

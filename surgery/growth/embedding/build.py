@@ -27,9 +27,10 @@ from surgery.growth.embedding.preview import embedding_preview
 from surgery.growth.embedding.report import Collisions, EmbeddingReport
 from surgery.growth.embedding.tables import Groups
 from surgery.growth.embedding.token_text import OpenTokenizer, open_tokenizer, token_strings
-from surgery.io.atomic import check_free, commit_folder, copy_file, create_partial_folder, file_sizes, write_file
+from surgery.io.atomic import check_free, commit_folder, create_partial_folder, file_sizes, write_file
 from surgery.io.hashing import KEY, hash_bytes, hash_tensors
 from surgery.io.json_io import read_json, to_json
+from surgery.io.output_files import copy_output
 from surgery.models.loading import save_tokenizer
 from surgery.runtime.progress import Progress, silent
 
@@ -304,7 +305,7 @@ def _tokenizer_entry(opened: OpenTokenizer) -> dict[str, Any]:
 
 def _write_tokenizer(folder: Path, opened: OpenTokenizer) -> None:
     for path in opened.files:
-        copy_file(path, folder / path.relative_to(opened.folder))
+        copy_output(path, folder, path.relative_to(opened.folder).as_posix())
     if "tokenizer_class" not in read_json(folder / CONFIG, missing={}):
         # Old tokenizers rely on the model's config for their class and special tokens; here there is no such config.
         save_tokenizer(opened.tokenizer, folder)

@@ -37,6 +37,7 @@ from surgery.growth.results import (
 from surgery.growth.training.flops import forward_cost, training_cost
 from surgery.growth.training.job import RunContext, TrainingJob
 from surgery.growth.training.loop import StageResult
+from surgery.io.output_files import write_output
 from surgery.models.loaded_model import LoadedModel
 from surgery.runtime.environment import n_processes
 
@@ -84,8 +85,8 @@ def save_stage(context: RunContext, job: TrainingJob, trained: FinishedTraining,
         changed = sorted(name for name, old in frozen.items() if written.hashes[name] != old)
         if changed:
             raise SurgeryError(f"frozen, but changed in training: {listing(changed)}", where=job.name)
-        (folder / TRAINING).write_text(training_text(record), encoding="utf-8")
-        (folder / PLAN).write_text(plan_text(context.plan), encoding="utf-8")
+        write_output(folder, TRAINING, training_text(record))
+        write_output(folder, PLAN, plan_text(context.plan))
         return OutputDescription(
             record,
             record.model_dump(mode="json", exclude={"curve"}),
