@@ -7,6 +7,8 @@ module.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -14,16 +16,34 @@ from typer.core import TyperGroup
 
 from cli.commands import edit, grow, lab, merge, models, probe, vector
 from surgery.errors import SurgeryError, did_you_mean, usage_error
+from surgery.io.escaping import one_line
 
 
 class StoppedError(Exception):
     """Ctrl-C, as an exception that Typer lets pass; at a KeyboardInterrupt it would exit without a message."""
 
 
+@contextmanager
+def _escaped_usage_errors() -> Iterator[None]:
+    """Escape what Typer says of words that it cannot use: it prints that by itself, past `cli.console`."""
+    try:
+        yield
+    # All of Typer's own errors have these two; their common class is not public.
+    except Exception as error:
+        if hasattr(error, "format_message") and isinstance(message := getattr(error, "message", None), str):
+            error.message = one_line(message)  # type: ignore[attr-defined]
+        raise
+
+
 class _Commands(TyperGroup):
+    def make_context(self, *args: Any, **settings: Any) -> Any:
+        with _escaped_usage_errors():
+            return super().make_context(*args, **settings)
+
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _escaped_usage_errors():
+                return super().invoke(ctx)
         except KeyboardInterrupt as stopped:
             raise StoppedError from stopped
         # Raised while the command line is parsed; Typer itself would print it with a usage text of several lines.

@@ -1,40 +1,47 @@
-"""Print to the terminal: results on stdout (tables, or one JSON object), everything else on stderr."""
+"""Print to the terminal: results on stdout (tables, or one JSON object), everything else on stderr.
+
+The only module that prints: what it is given may quote files of strangers, and passes `printable` on its way.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from surgery.io.escaping import one_line
 from surgery.runtime.environment import is_main, rank
+from surgery.runtime.terminal import printable, rich_console, trusted_stream
 
 if TYPE_CHECKING:
     from surgery.reporting.report import Figure, Table
 
 # In the environment, as `surgery run` starts its steps as processes, which are to show their tracebacks too.
 DEBUG = "SURGERY_DEBUG"
+MOST_CHARACTERS = 10_000  # of one message: longer ones hold what a file says, and nobody reads them
 
 
 def message(text: str) -> None:
     """Print a line for people on stderr."""
     # Under a launcher every process runs the command; one line each would say it many times.
     if is_main():
-        typer.echo(text, err=True)
+        _write(one_line(text, MOST_CHARACTERS))
 
 
 def warn(text: str) -> None:
     """Print a warning on stderr."""
     if is_main():
-        typer.secho("warning: ", fg="yellow", nl=False, err=True)
-        typer.echo(text, err=True)
+        _write("warning: ", fg="yellow", nl=False)
+        _write(one_line(text, MOST_CHARACTERS))
 
 
 def scored_token(text: str, score: float) -> None:
     """Print a piece of generated text on stdout, coloured by its score from red (0) over yellow to green (1)."""
     if is_main():
-        typer.secho(text, fg=_scale(score), nl=False)
+        _write(text, err=False, fg=_scale(score), nl=False)
 
 
 def _scale(score: float) -> tuple[int, int, int]:
@@ -43,20 +50,37 @@ def _scale(score: float) -> tuple[int, int, int]:
 
 
 def error(text: str) -> None:
-    """Print the line that explains a failure; of several processes each explains its own."""
-    typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-    typer.echo(text if is_main() else f"process {rank()}: {text}", err=True)
+    """Print the lines that explain a failure; of several processes each explains its own.
+
+    text: that of a `SurgeryError`, whose line breaks are its own; of other text the caller makes one line.
+    """
+    _write("error: ", fg="red", bold=True, nl=False)
+    _write(text if is_main() else f"process {rank()}: {text}")
+
+
+def result(text: str) -> None:
+    """Print a line on stdout that is the whole result, so that a script can take it."""
+    _write(one_line(text), err=False)
+
+
+def document(text: str) -> None:
+    """Print a text of several lines on stdout."""
+    _write(text, err=False, nl=False)
+
+
+def _write(text: str, *, err: bool = True, nl: bool = True, **style: Any) -> None:
+    # Escaped here and written past the guard of the stream, which would show the colours as text.
+    text, stream = printable(text), trusted_stream(sys.stderr if err else sys.stdout)
+    typer.echo(typer.style(text, **style) if style else text, file=stream, nl=nl)
 
 
 def show(*tables: Table) -> None:
     """Print result tables on stdout."""
-    from rich.console import Console
-
     if not is_main():
         return
-    console = Console()
+    console = rich_console(sys.stdout)
     if not console.is_terminal:
-        console = Console(width=2000)  # a file or a pipe has no edge to wrap at
+        console = rich_console(sys.stdout, width=2000)  # a file or a pipe has no edge to wrap at
     for table in tables:
         console.print(table.to_rich())
 
@@ -74,7 +98,7 @@ def show_json(value: Any) -> None:
 
     if is_main():
         # The text ends with a line break already.
-        typer.echo(to_json(value, indent=2), nl=False)
+        document(to_json(value, indent=2))
 
 
 def show_preflight(facts: Mapping[str, str], warnings: Sequence[str]) -> None:
@@ -82,7 +106,7 @@ def show_preflight(facts: Mapping[str, str], warnings: Sequence[str]) -> None:
     for label, value in facts.items():
         message(f"  {label:<14} {value}")
     for warning in warnings if is_main() else ():
-        typer.secho(f"  warning        {warning}", fg="yellow", err=True)
+        _write(f"  warning        {one_line(warning, MOST_CHARACTERS)}", fg="yellow")
 
 
 def version(wanted: bool) -> None:
@@ -90,5 +114,5 @@ def version(wanted: bool) -> None:
     if wanted:
         from surgery.runtime.version import __version__
 
-        typer.echo(__version__)
+        result(__version__)
         raise typer.Exit

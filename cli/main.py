@@ -15,8 +15,10 @@ from cli.app import app as app
 from cli.commands import push, reproduce
 from cli.commands import run as recipes
 from surgery.errors import FAILED, SurgeryError
+from surgery.io.escaping import one_line
 from surgery.runtime import environment as process
 from surgery.runtime.interrupts import redeliver_dropped_interrupts
+from surgery.runtime.terminal import escape_output
 
 # Here, since these commands read or run the app's others: see `cli.app`.
 app.command(epilog=recipes.EPILOG)(recipes.run)
@@ -67,6 +69,7 @@ def program() -> None:
 def run() -> None:
     """Run the command line and exit with its code."""
     gc.set_threshold(*RARE_COLLECTIONS)
+    escape_output()
     try:
         # Typer itself prints wrong usage and exits with code 2; everything else arrives here.
         app()
@@ -77,13 +80,14 @@ def run() -> None:
         _leave(error, "stopped. The same command goes on where it was.", 130)
     # From a library, of which our own code does not know what it was writing: a full disk, a pipe that was closed.
     except OSError as error:
-        _leave(error, f"{error.filename or 'the system'}: {error.strerror or error}", FAILED)
+        _leave(error, one_line(f"{error.filename or 'the system'}: {error.strerror or error}"), FAILED)
     except MemoryError as error:
         _leave(error, "out of memory. Use fewer --threads.", FAILED)
     except Exception as error:  # a bug of ours: say so in one line, and how to see where
         _leave(
             error,
-            f"internal error: {type(error).__name__}: {error}. Run `surgery --debug …` and report the traceback.",
+            f"internal error: {type(error).__name__}: {one_line(str(error))}. "
+            "Run `surgery --debug …` and report the traceback.",
             FAILED,
         )
 

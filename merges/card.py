@@ -11,6 +11,7 @@ from merges.methods.registry import METHODS
 from merges.report import MergeReport
 from surgery.engine.card import CardContent
 from surgery.errors import listing
+from surgery.io.escaping import markdown_block, markdown_code, markdown_text
 from surgery.reporting.report import Table
 
 _ARXIV = "arXiv:"
@@ -32,8 +33,8 @@ def merge_card(
     """
     method = METHODS[config.merge_method].spec
     # A method that does not set the base apart merges it like any other model, and the card names it among them.
-    others = [f"`{ref}`" for ref in config.models if ref != config.base_model or method.base == "none"]
-    onto = f" onto `{config.base_model}`" if config.base_model and method.base != "none" else ""
+    others = [markdown_code(ref) for ref in config.models if ref != config.base_model or method.base == "none"]
+    onto = f" onto {markdown_code(config.base_model)}" if config.base_model and method.base != "none" else ""
     sentence = (
         f"{listing(others, _MOST_MODELS)}, merged{onto} by **{method.name}**: {method.summary}{_source(method.paper)}."
     )
@@ -43,9 +44,9 @@ def merge_card(
     if steps:
         parts.append(_steps_table(steps).to_markdown())
     if "vocabulary" in report.preflight:
-        parts.append(f"Vocabulary: {report.preflight['vocabulary']}.")
+        parts.append(f"Vocabulary: {markdown_text(report.preflight['vocabulary'])}.")
     if text:
-        parts.append(f"## Config\n\n```yaml\n{text.strip()}\n```")
+        parts.append(f"## Config\n\n{markdown_block(text.strip(), 'yaml')}")
     return CardContent("Merged model", f"{sentence} {_computed(report)}", ("merge", method.name), "\n\n".join(parts))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,12 +11,20 @@ from typing import Any
 FAILED = 1
 WRONG_USAGE = 2
 
+# Of a stranger's file, names and what a parser says of them may be as long as the file.
+MOST_CHARACTERS = 2_000  # of one line of a message
+MOST_LINES = 1_000  # of a message
+_TAIL = 300  # characters from the end of a longer line that are shown too: what was expected stands there
+
 
 class SurgeryError(Exception):
     """A fault that the user can mend.
 
+    Line breaks in `what`, `where` and `hint` are written out as `\\n`, since names from files can have them and could
+    look like lines of ours; and what is too long for a message is cut.
+
     Args:
-        what: what is wrong, with the value found and the rule it breaks.
+        what: what is wrong, with the value found and the rule it breaks; or several lines.
         where: the file, tensor, key or option it was found in.
         hint: the next step, as a sentence.
         exit_code: 1 when the job failed, 2 when the request itself was wrong.
@@ -24,21 +32,21 @@ class SurgeryError(Exception):
 
     def __init__(
         self,
-        what: str,
+        what: str | Sequence[str],
         *,
         where: object | None = None,
         hint: str | None = None,
         exit_code: int = FAILED,
     ) -> None:
-        self.what = what
-        self.where = None if where is None else str(where)
-        self.hint = hint
+        self.what = "\n".join(_lines(what))
+        self.where = None if where is None else _flat(str(where))
+        self.hint = None if hint is None else _flat(hint)
         self.exit_code = exit_code
         super().__init__(str(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions are pickled by their positional arguments alone, which would lose all but the text.
-        return _rebuilt, (self.what, self.where, self.hint, self.exit_code)
+        return _rebuilt, (tuple(self.what.split("\n")), self.where, self.hint, self.exit_code)
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
@@ -46,11 +54,25 @@ class SurgeryError(Exception):
         return f"{place}{self.what}{stop} {self.hint}" if self.hint else f"{place}{self.what}"
 
 
-def _rebuilt(what: str, where: str | None, hint: str | None, exit_code: int) -> SurgeryError:
+def _rebuilt(what: tuple[str, ...], where: str | None, hint: str | None, exit_code: int) -> SurgeryError:
     return SurgeryError(what, where=where, hint=hint, exit_code=exit_code)
 
 
-def usage_error(what: str, *, where: object | None = None, hint: str | None = None) -> SurgeryError:
+def _lines(what: str | Sequence[str]) -> list[str]:
+    lines = [what] if isinstance(what, str) else list(what)
+    more = len(lines) - MOST_LINES
+    return [*map(_flat, lines[:MOST_LINES]), *([f"  … and {more:,} more."] if more > 0 else [])]
+
+
+def _flat(text: str) -> str:
+    """Return `text` on one line that is short enough for a message."""
+    if len(text) > MOST_CHARACTERS:
+        text = f"{text[: MOST_CHARACTERS - _TAIL]} … ({len(text):,} characters) … {text[-_TAIL:]}"
+    # Without a look at every other invisible character: those are written out where text meets a terminal or a page.
+    return "\\n".join(text.split("\n"))
+
+
+def usage_error(what: str | Sequence[str], *, where: object | None = None, hint: str | None = None) -> SurgeryError:
     """Return a `SurgeryError` for a request that is wrong in itself (exit code 2)."""
     return SurgeryError(what, where=where, hint=hint, exit_code=WRONG_USAGE)
 
@@ -80,7 +102,7 @@ def listing(names: Iterable[str], limit: int = 20) -> str:
 
 @dataclass
 class _Entry:
-    what: str
+    what: str | tuple[str, ...]
     hint: str | None = None
     usage: bool = False
     subjects: list[str] = field(default_factory=list)
@@ -103,7 +125,7 @@ class ErrorList:
     MOST_SUBJECTS = 3  # tensors named in a message that many of them share
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[str, str | None], _Entry] = {}
+        self._entries: dict[tuple[str | tuple[str, ...], str | None], _Entry] = {}
 
     def add(self, what: str, *, where: object | None = None, hint: str | None = None, usage: bool = False) -> None:
         """Add one error; the arguments are those of `SurgeryError`."""
@@ -120,7 +142,11 @@ class ErrorList:
         try:
             yield
         except SurgeryError as error:
-            self.add(str(error), where=where, usage=usage or error.exit_code == WRONG_USAGE)
+            first, *rest = str(error).split("\n")
+            lines = (first if where is None else f"{_flat(str(where))}: {first}", *rest)
+            # One line as `add` keeps it, so that the same error is there once.
+            what = lines if rest else lines[0]
+            self._entries.setdefault((what, None), _Entry(what, None, usage or error.exit_code == WRONG_USAGE))
 
     def extend(self, other: ErrorList) -> None:
         """Add every error of `other`."""
@@ -138,8 +164,20 @@ class ErrorList:
         """Raise one SurgeryError with every message (the first `limit` of them), if there are any."""
         if not self:
             return
-        lines = list(self)
-        more = 0 if limit is None else len(lines) - limit
-        shown = [*lines[:limit], f"… and {more} more."] if more > 0 else lines
+        messages = list(self)
+        more = 0 if limit is None else len(messages) - limit
+        shown = [*messages[:limit], f"… and {more} more."] if more > 0 else messages
         usage = any(entry.usage for entry in self._entries.values())
-        raise SurgeryError("\n  ".join(shown), where=where, exit_code=WRONG_USAGE if usage else FAILED)
+        raise SurgeryError(indented(shown), where=where, exit_code=WRONG_USAGE if usage else FAILED)
+
+
+def indented(messages: Iterable[str]) -> list[str]:
+    """Return the lines of a message that lists `messages`: the first after the place, the others below it, indented.
+
+    A message that has several lines, as that of a `SurgeryError` may, keeps them as they are.
+    """
+    return [
+        f"  {line}" if at and not below else line
+        for at, message in enumerate(messages)
+        for below, line in enumerate(message.split("\n"))
+    ]

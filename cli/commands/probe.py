@@ -453,4 +453,5 @@ def _watch(
     if as_json:
         console.show_json(trace)
         return
-    console.message("\n" + trace.sentence())
+    console.message("")
+    console.message(trace.sentence())

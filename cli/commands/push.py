@@ -73,14 +73,13 @@ def push(
         console.show_json(pushed)
     else:
         # Alone on stdout, so that a script can take it.
-        typer.echo(pushed.url)
+        console.result(pushed.url)
 
 
 def _show(preview: PushPreview) -> None:
-    import yaml
-
+    from surgery.io.escaping import yaml_text
     from surgery.reporting.report import Column, Table, Value
 
     rows: list[list[Value]] = [[name, size] for name, size in {**preview.files, "all": preview.n_bytes}.items()]
     console.show(Table(f"What would go to {preview.repo_id}", [Column("file"), Column("size", "bytes")], rows))
-    typer.echo(yaml.safe_dump(dict(preview.card.metadata), sort_keys=False, allow_unicode=True), nl=False)
+    console.document(yaml_text(dict(preview.card.metadata)))

@@ -37,6 +37,7 @@ from surgery.engine.preflight import Preflight, check_quantised, check_space
 from surgery.engine.result import ExecutionResult
 from surgery.errors import usage_error
 from surgery.io.atomic import MANIFEST
+from surgery.io.escaping import markdown_text
 from surgery.io.output_files import copy_output, write_output
 from surgery.io.safe_paths import find_file, find_files
 from surgery.reporting.report import Column, Table, format_value
@@ -297,7 +298,7 @@ def _summary(report: LogitsReport) -> dict[str, Any]:
 
 
 def _card(report: LogitsReport) -> CardContent:
-    names = ", ".join(f"{row.weight:.4g} · {row.name}" for row in report.members)
+    names = ", ".join(f"{row.weight:.4g} · {markdown_text(row.name)}" for row in report.members)
     method = (
         f"Every member runs on every token, and their {report.mode} are averaged (arXiv:2507.07129): {names}. Load it "
         "with `AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True)`, and the tokenizer likewise; `surgery "
@@ -306,5 +307,5 @@ def _card(report: LogitsReport) -> CardContent:
     )
     body = report.table().to_markdown()
     if report.tuning is not None:
-        body += f"\n\n{report.tuning.sentence()}"
+        body += f"\n\n{markdown_text(report.tuning.sentence())}"
     return CardContent("Logit ensemble", method, ("logit-ensemble", "merge"), body)

@@ -232,7 +232,7 @@ def _named_rows(
 
 def _raise_if_any(errors: Sequence[str]) -> None:
     if errors:
-        raise usage_error("\n".join(errors), where=WHERE)
+        raise usage_error(errors, where=WHERE)
 
 
 def _donor(source: str, refs: Sequence[str], base: str | None) -> str:

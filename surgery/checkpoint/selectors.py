@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self, TypeVar
 
-from surgery.errors import usage_error
+from surgery.errors import indented, usage_error
 
 
 @dataclass(frozen=True, order=True)
@@ -112,7 +112,7 @@ def parse_factors(kind: type[P], texts: Sequence[str], *, scale: float) -> dict[
         if earlier != factor and not (math.isnan(earlier) and math.isnan(factor)):
             errors.append(f"{part} is given twice, with {kind.SYMBOL} {earlier:g} and {factor:g}")
     if errors:
-        raise usage_error("\n  ".join(errors), where=f"--{kind.NOUN}")
+        raise usage_error(indented(errors), where=f"--{kind.NOUN}")
     return factors
 
 

@@ -24,6 +24,7 @@ from surgery.engine.plan import Plan, PlannedTensor, copy_tensor, plan_files
 from surgery.engine.preflight import Preflight
 from surgery.engine.result import ExecutionResult
 from surgery.errors import ErrorList, listing
+from surgery.io.escaping import markdown_text
 
 MODEL = "model"
 NOT_MEASURED = "Side effects were not measured."
@@ -205,7 +206,7 @@ def record(base: Checkpoint, command: str, options: Mapping[str, Any]) -> dict[s
 
 
 def _card(edit: Edit, report: EditReport, notes: EditNotes | None) -> CardContent:
-    text, name = edit.description, edit.base.repo_id or edit.base.ref
+    text, name = edit.description, markdown_text(edit.base.repo_id or edit.base.ref)
     caution = f"{text.caution} " if text.caution else ""
     method = (
         f"{name} with {text.what} at all positions, after {text.paper}, in the weights: {text.how}. {caution}"

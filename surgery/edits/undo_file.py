@@ -47,6 +47,7 @@ from surgery.engine.preflight import Preflight
 from surgery.engine.result import ExecutionResult
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.io.atomic import disk_error
+from surgery.io.escaping import markdown_text
 from surgery.io.hashing import hash_parts
 from surgery.io.output_files import open_output
 from surgery.io.safe_paths import find_file
@@ -201,8 +202,8 @@ def _create(folder: Path) -> BinaryIO:
 
 def _card(report: EditReport, edited: Checkpoint) -> CardContent:
     method = (
-        f"The edit of {edited.repo_id or edited.ref} is undone: {report.edited} of {report.tensors} tensors have the "
-        "bytes again that they had before it."
+        f"The edit of {markdown_text(edited.repo_id or edited.ref)} is undone: {report.edited} of {report.tensors} "
+        "tensors have the bytes again that they had before it."
     )
     return CardContent("Model with an edit undone", method, ("undo",), edit_table(report).to_markdown())
 

@@ -1,4 +1,7 @@
-"""Write README.md, the model card of an output, as the Hub reads it."""
+"""Write README.md, the model card of an output, as the Hub reads it.
+
+Names in a card come from files and the command line: they stand in code spans wherever they are more than plain words.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.io.atomic import MANIFEST
+from surgery.io.escaping import markdown_block, markdown_code, markdown_text, yaml_text
 from surgery.io.hashing import KEY
 from surgery.io.output_files import write_output
 
 
 @dataclass(frozen=True)
 class CardContent:
-    """The parts of a model card that no manifest has: title, a sentence on the method, tags, tables in Markdown."""
+    """The parts of a model card that no manifest has: title, a sentence on the method, tags, tables in Markdown.
+
+    The method and the body are Markdown: names in them have passed `surgery.io.escaping.markdown_text`.
+    """
 
     title: str
     method: str
@@ -33,14 +38,14 @@ def write_card(folder: Path, manifest: Mapping[str, Any], sources: Mapping[str, 
     library = "transformers" if manifest["kind"] in ("model", "ensemble") else None
     # In the form of huggingface_hub's ModelCardData, whose import would take longer than the rest of this function.
     data = {"base_model": hub_ids or None, "library_name": library, "tags": ["model-surgery", *card.tags]}
-    metadata = yaml.safe_dump({key: value for key, value in data.items() if value}, sort_keys=False).strip()
+    metadata = yaml_text({key: value for key, value in data.items() if value}).strip()
     inputs = "\n".join(_input_line(role, entry) for role, entry in manifest["inputs"].items())
-    versions = ", ".join(f"{name} {number}" for name, number in manifest["versions"].items())
+    versions = ", ".join(f"{name} {markdown_text(str(number))}" for name, number in manifest["versions"].items())
     text = f"""---
 {metadata}
 ---
 
-# {card.title}
+# {markdown_text(card.title)}
 
 {card.method}
 
@@ -54,9 +59,7 @@ def write_card(folder: Path, manifest: Mapping[str, Any], sources: Mapping[str, 
 
 ## How to make it again
 
-```
-{manifest["command"]["line"]}
-```
+{markdown_block(manifest["command"]["line"])}
 
 With {versions}. `{MANIFEST}` in this folder has every option and the hash of every tensor; `surgery verify` checks
 them.
@@ -65,5 +68,5 @@ them.
 
 
 def _input_line(role: str, entry: Mapping[str, Any]) -> str:
-    name = entry["repo_id"] or entry["ref"]
-    return f"| {role} | {name} | {entry['revision'] or '–'} | `{entry[KEY]}` |"
+    cells = (role, entry["repo_id"] or entry["ref"], entry["revision"] or "–")
+    return f"| {' | '.join(map(markdown_text, cells))} | {markdown_code(entry[KEY])} |"

@@ -13,6 +13,7 @@ from surgery.errors import SurgeryError
 from surgery.evaluation.perplexity import BITS, PERPLEXITY
 from surgery.evaluation.scoring import Score
 from surgery.io.atomic import MANIFEST, disk_error, write_file
+from surgery.io.escaping import markdown_block
 from surgery.io.hashing import KEY, hash_tensors
 from surgery.io.json_io import read_json, to_json
 from surgery.reporting.report import Column, Figure, Table, Value, format_value
@@ -88,7 +89,7 @@ def write_scores(folder: Path, scores: Sequence[Score], command: str) -> Path:
         raise SurgeryError(f"has no {MANIFEST}: only cards of folders that this tool wrote are changed", where=folder)
     path = folder / CARD
     _, _, table = score_table(scores).to_markdown().partition("\n\n")  # its title is the section's
-    section = f"{BEGIN}\n## Scores\n\n{table}\n\n```\n{command}\n```\n{END}\n"
+    section = f"{BEGIN}\n## Scores\n\n{table}\n\n{markdown_block(command)}\n{END}\n"
     try:
         card = path.read_text(encoding="utf-8") if path.exists() else ""
         write_file(path, _with_section(card, section, path))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import SurgeryError
+from surgery.io.escaping import json_text
 from surgery.io.input_files import MAX_TEXT_BYTES, read_bytes
 
 # Values of a parsed text, its keys among them: Python takes up to 72 bytes for each, so that a text of MAX_TEXT_BYTES
@@ -19,10 +20,13 @@ FETCH_AGAIN = "Fetch the file again."
 
 
 def to_json(value: Any, *, indent: int = 1) -> str:
-    """Return `value` as JSON text with a final line break; NaN and infinities, which JSON lacks, become null."""
+    """Return `value` as JSON text with a final line break; NaN and infinities, which JSON lacks, become null.
+
+    Invisible characters are escaped: the text may be printed, and of lone surrogates there is no UTF-8.
+    """
     # `jsonable` has replaced every NaN; if it ever misses one, an error is better than a file that other parsers
     # refuse.
-    return json.dumps(jsonable(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(json.dumps(jsonable(value), indent=indent, ensure_ascii=False, allow_nan=False)) + "\n"
 
 
 def jsonable(value: Any) -> Any:

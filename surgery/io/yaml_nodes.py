@@ -104,7 +104,7 @@ class YamlErrors:
         """Raise one SurgeryError with every error, in the order of their lines, if there are any."""
         if self.found:
             ordered = sorted(self.found, key=lambda error: (error.document, error.line or 0))
-            raise usage_error("\n".join(dict.fromkeys(self.line(error) for error in ordered)))
+            raise usage_error(list(dict.fromkeys(self.line(error) for error in ordered)))
 
 
 def read_documents(text: str, where: str) -> tuple[tuple[YamlNode, ...], YamlErrors]:

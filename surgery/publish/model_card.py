@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from surgery.evaluation.scoring import Score
 from surgery.hub import datasets as hub_data
 from surgery.hub.settings import cache_dir
 from surgery.io.atomic import MANIFEST
+from surgery.io.escaping import markdown_block, markdown_code, markdown_text, yaml_text
 from surgery.publish.package import CARD, UploadPackage
 from surgery.reporting.report import format_value
 
@@ -62,18 +64,16 @@ def build_hub_card(package: UploadPackage, name: str, *, recipe: tuple[str, str]
     metadata = {**existing, **completed, "tags": tags}
     if recipe is not None:
         body = f"{body.rstrip()}\n{_recipe_section(*recipe)}"
-    text = f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000).strip()}\n---\n{body}"
+    text = f"---\n{yaml_text(metadata, width=1000).strip()}\n---\n{body}"
     _check_metadata(text, package)
     return HubCard(text, metadata)
 
 
 def _recipe_section(name: str, text: str) -> str:
-    # Longer than any run of backticks in the text, or the text would close the block.
-    fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", text))])
     return (
         "\n## The recipe\n\nOf the pipeline that this is a result of. Save it as recipe.yaml, then "
-        f"`surgery run {name} --file recipe.yaml` does all of it again.\n\n"
-        f"{fence}yaml\n{text.rstrip()}\n{fence}\n"
+        f"{markdown_code(f'surgery run {shlex.quote(name)} --file recipe.yaml')} does all of it again.\n\n"
+        f"{markdown_block(text.rstrip(), 'yaml')}\n"
     )
 
 
@@ -82,8 +82,8 @@ def _read_card(package: UploadPackage, name: str) -> tuple[dict[str, Any], str]:
     path = package.folder / CARD
     if CARD not in package.names:
         line = package.command.get("line")
-        origin = f"Made by model-surgery:\n\n```\n{line}\n```\n" if line else "Made by model-surgery.\n"
-        return {}, f"\n# {name}\n\n{origin}"
+        origin = f"Made by model-surgery:\n\n{markdown_block(str(line))}\n" if line else "Made by model-surgery.\n"
+        return {}, f"\n# {markdown_text(name)}\n\n{origin}"
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -6,12 +6,13 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import SurgeryError
 from surgery.hub.errors import NO_SPACE, NOT_A_HUB, Repository, connection_failure, http_error_type, invalid_token_error
 from surgery.hub.settings import cache_dir, endpoint
+from surgery.runtime.terminal import library_bars
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -45,7 +46,8 @@ def capture_hub_logs(notify: Callable[[str], None], *, bars: bool) -> Iterator[N
             logger.handlers, logger.propagate = [_WaitHandler(notify)], False
             if hides:
                 disable_progress_bars()
-            yield
+            with library_bars() if bars else nullcontext():
+                yield
         finally:
             logger.handlers, logger.propagate = handlers, propagates
             if hides:

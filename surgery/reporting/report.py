@@ -7,7 +7,6 @@ all three format them by `format_value`.
 
 from __future__ import annotations
 
-import html
 import math
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote
 
 from surgery.io.atomic import write_file
+from surgery.io.escaping import html_text, markdown_text, one_line, visible
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -104,8 +104,8 @@ class Table:
 
     @property
     def headings(self) -> list[str]:
-        """The columns' names."""
-        return [column.name for column in self._columns]
+        """The columns' names, each on one line."""
+        return [one_line(column.name) for column in self._columns]
 
     @property
     def has_heading(self) -> bool:
@@ -114,9 +114,9 @@ class Table:
 
     @property
     def cells(self) -> list[list[str]]:
-        """The rows as text, every value by its column's format."""
+        """The rows as text, every value by its column's format, and on one line: names may have line breaks."""
         rules = [column.rule for column in self._columns]
-        return [[format_value(v, rule) for v, rule in zip(row, rules, strict=True)] for row in self.rows]
+        return [[one_line(format_value(v, rule)) for v, rule in zip(row, rules, strict=True)] for row in self.rows]
 
     @property
     def numeric(self) -> list[bool]:
@@ -131,15 +131,15 @@ class Table:
         from rich.text import Text
 
         table = RichTable(
-            title=Text(self.title, style="bold"),
-            caption=None if self.note is None else Text(self.note),
+            title=Text(one_line(self.title), style="bold"),
+            caption=None if self.note is None else Text(visible(self.note)),
             title_justify="left",
             caption_justify="left",
             box=box.SIMPLE_HEAD,
             show_header=self.has_heading,
         )
-        for column, numeric in zip(self._columns, self.numeric, strict=True):
-            table.add_column(Text(column.name), justify="right" if numeric else "left", overflow="fold")
+        for heading, numeric in zip(self.headings, self.numeric, strict=True):
+            table.add_column(Text(heading), justify="right" if numeric else "left", overflow="fold")
         for cells in self.cells:
             table.add_row(*map(Text, cells))
         return table
@@ -148,9 +148,9 @@ class Table:
         """Return the table in GitHub's Markdown, under its title in bold."""
         rule = " | ".join("---:" if numeric else "---" for numeric in self.numeric)
         lines = [self.headings, *self.cells]
-        heading, *body = (f"| {' | '.join(map(_markdown_cell, cells))} |" for cells in lines)
-        note = f"\n\n{self.note}" if self.note else ""
-        return "\n".join((f"**{_markdown_cell(self.title)}**", "", heading, f"| {rule} |", *body)) + note
+        heading, *body = (f"| {' | '.join(map(markdown_text, cells))} |" for cells in lines)
+        note = f"\n\n{markdown_text(self.note)}" if self.note else ""
+        return "\n".join((f"**{markdown_text(self.title)}**", "", heading, f"| {rule} |", *body)) + note
 
     def to_html(self) -> str:
         """Return the table as an HTML section."""
@@ -225,12 +225,6 @@ class Report:
         return write_file(path, self.to_html().encode())
 
 
-def _markdown_cell(text: str) -> str:
-    # A pipe would end the cell, and `<` would begin a tag; a line break would end the table.
-    escaped = text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
-    return " ".join(escaped.split())
-
-
 @cache
 def _environment() -> Environment:
     """Return the Jinja environment of the templates beside this file."""
@@ -239,8 +233,8 @@ def _environment() -> Environment:
     from markupsafe import Markup
 
     def escape(value: object) -> Markup:
-        # Python's own escaping in place of markupsafe's, which writes quotes as other entities than our pages have.
-        return value if isinstance(value, Markup) else Markup(html.escape(str(value)))  # noqa: S704  # escaped right here
+        # In place of markupsafe's, which lets invisible characters pass.
+        return value if isinstance(value, Markup) else Markup(html_text(str(value)))  # noqa: S704  # escaped there
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

@@ -17,7 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from surgery.io.escaping import one_line
 from surgery.runtime.environment import is_main
+from surgery.runtime.terminal import rich_console
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 Unit = Literal["bytes", "steps", "tokens"]
 
 FILE = "SURGERY_PROGRESS"  # the environment variable with the path of the progress file
+MOST_CHARACTERS = 200  # of a label or note, beside the bar
 WRITE_INTERVAL = 0.2  # seconds between two writes of the progress file
 
 
@@ -62,6 +65,7 @@ def terminal(label: str, total: int, unit: Unit = "bytes") -> Iterator[Advance]:
 
     Rank 0 also writes the progress file, if a parent process asked for one.
     """
+    label = one_line(label, MOST_CHARACTERS)
     file = ProgressFile(label, total, unit) if is_main() else None
     if _open_displays:
         display = _open_displays[-1]
@@ -146,6 +150,7 @@ def _write_event(path: Path, event: ProgressEvent) -> None:
 
 def _advance(display: Display, task: TaskID, label: str, file: ProgressFile | None) -> Advance:
     def advance(amount: int, note: str = "") -> None:
+        note = one_line(note, MOST_CHARACTERS)
         if file is not None:
             file.advance(amount, note)
         if note:
@@ -157,7 +162,6 @@ def _advance(display: Display, task: TaskID, label: str, file: ProgressFile | No
 
 def _create_display() -> Display:
     from rich import progress as bars
-    from rich.console import Console
     from rich.text import Text
 
     class StepRate(bars.ProgressColumn):
@@ -187,7 +191,7 @@ def _create_display() -> Display:
             return self.columns[task.fields["unit"]].render(task)
 
     # The stream as it is now: libraries that are silenced meanwhile, by redirecting stderr, must not silence the bar.
-    console = Console(file=sys.stderr)
+    console = rich_console(sys.stderr)
     return bars.Progress(
         bars.TextColumn("{task.description}", markup=False),
         bars.BarColumn(),

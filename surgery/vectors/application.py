@@ -21,6 +21,7 @@ from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, PlannedTensor, copy_tensor, plan_files
 from surgery.engine.preflight import Preflight, check_ancestor, check_config
 from surgery.engine.result import ExecutionResult
+from surgery.io.escaping import markdown_text
 from surgery.vectors.align import VectorSettings, aligned_model, check_and_align
 from surgery.vectors.choices import VocabPolicy
 from surgery.vectors.selection import TensorSelection
@@ -157,9 +158,9 @@ def _plan_tensors(
 
 
 def _card(report: EditReport, scale: float, donors: Mapping[str, Checkpoint], target: Checkpoint) -> CardContent:
-    names = " − ".join(checkpoint.repo_id or checkpoint.ref for checkpoint in donors.values())
+    names = " − ".join(markdown_text(checkpoint.repo_id or checkpoint.ref) for checkpoint in donors.values())
     method = (
-        f"{target.repo_id or target.ref} + {scale:g} · ({names}), added on the weights (task vector, "
+        f"{markdown_text(target.repo_id or target.ref)} + {scale:g} · ({names}), added on the weights (task vector, "
         f"arXiv:2509.01363): {report.edited} of {report.tensors} tensors changed. {report.delivered_fraction:.2%} of "
         "the non-zero updates change the stored value; the rest is lost to the rounding of the stored dtype."
     )

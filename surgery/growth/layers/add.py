@@ -35,6 +35,7 @@ from surgery.growth.choices import LayerInit, LayerPosition
 from surgery.growth.layers.plan_layers import COMMAND, LayerInsertionPlan
 from surgery.growth.layers.random_init import temporary_folder, transformers_version
 from surgery.io.atomic import write_file
+from surgery.io.escaping import markdown_text
 from surgery.reporting.report import Column, Table
 
 MODEL, NEW = "model", "new layers"
@@ -209,7 +210,8 @@ def _card(report: AddReport, base: Checkpoint, stored_as: str | None) -> CardCon
         also = f", and everything is stored as {stored_as}" if stored_as else ""
         kept = f"Nothing else was changed but the layers' numbers{also}."
     method = (
-        f"{base.repo_id or base.ref} with {report.layers_after} layers instead of {report.layers_before}: "
+        f"{markdown_text(base.repo_id or base.ref)} with {report.layers_after} layers instead of "
+        f"{report.layers_before}: "
         f"{'layer' if one else 'layers'} {where} {'is' if one else 'are'} new, and began as "
         f"{_PAPERS[report.init]}. {kept}"
     )

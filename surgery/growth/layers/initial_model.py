@@ -40,6 +40,7 @@ from surgery.growth.layers.random_init import (
 )
 from surgery.growth.layers.residual_writes import check_embedding
 from surgery.growth.plan import ModelShape
+from surgery.io.escaping import markdown_text
 from surgery.io.json_io import read_json
 from surgery.reporting.report import Column, Table
 
@@ -330,9 +331,10 @@ def _planned(sources: Mapping[str, Checkpoint], embedding: Embedding, stored_as:
 def _card(report: InitReport, stored_as: str) -> CardContent:
     exact = "to the bit" if stored_as == "F32" else f"rounded to {stored_as}"
     method = (
-        f"A {report.family} with {report.layers} layers on a frozen embedding (arXiv:2507.07129): its token embedding "
-        f"is the given one {exact}, is not tied to the head, and is not to be trained. Everything else is random, as "
-        "transformers initialises it. It is made to be grown: `surgery grow add` adds layers, `surgery grow run` "
+        f"A {markdown_text(report.family)} with {report.layers} layers on a frozen embedding (arXiv:2507.07129): "
+        f"its token embedding is the given one {exact}, is not tied to the head, and is not to be trained. "
+        "Everything else is random, as transformers initialises it. "
+        "It is made to be grown: `surgery grow add` adds layers, `surgery grow run` "
         "trains them."
     )
     return CardContent("Model to grow", method, ("frozen-embedding", "growth"), report.table().to_markdown())

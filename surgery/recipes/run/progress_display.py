@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from surgery.io.escaping import one_line
 from surgery.reporting.report import format_value
-from surgery.runtime.progress import ProgressEvent, read_progress, short
+from surgery.runtime.progress import MOST_CHARACTERS, ProgressEvent, read_progress, short
+from surgery.runtime.terminal import rich_console
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -47,9 +49,7 @@ class Display(Protocol):
 @contextmanager
 def display(names: Sequence[str], notify: Notify) -> Iterator[Display]:
     """A live table on stderr where that is a terminal; else `say` is called with each event."""
-    from rich.console import Console
-
-    console = Console(file=sys.stderr)
+    console = rich_console(sys.stderr)
     if not console.is_terminal:
         yield LineDisplay(notify)
         return
@@ -154,7 +154,9 @@ def format_progress(event: ProgressEvent | None) -> str:
         amount = f"{short(event.done)} of {short(event.total)} tokens"
     else:
         amount = f"{event.done:,} of {event.total:,}"
-    return " ".join(part for part in (bar, amount, event.label, event.note) if part)
+    # Of a file that a step's process writes, and so are its texts.
+    texts = (one_line(text, MOST_CHARACTERS) for text in (event.label, event.note))
+    return " ".join(part for part in (bar, amount, *texts) if part)
 
 
 def _counts(states: Mapping[str, str]) -> str:

@@ -64,13 +64,13 @@ class RunReport:
         paths = RunPaths(self.preview.pipeline, run)
         parts = []
         for name in self.failed:
-            why = "\n".join(f"  {line.removeprefix('error: ')}" for line in (self.steps[name].error or "").splitlines())
-            parts.append(f"step {name} failed:\n{why}\n  (its log: {paths.of(name).log})")
+            why = [f"  {line.removeprefix('error: ')}" for line in (self.steps[name].error or "").splitlines()]
+            parts += [f"step {name} failed:", *why, f"  (its log: {paths.of(name).log})"]
         left = [name for name, status in self.statuses.items() if status == "left out"]
         if left:
             parts.append(f"Left out, because they need it: {', '.join(left)}.")
         parts.append(f"{again} goes on from there.")
-        return SurgeryError("\n".join(parts))
+        return SurgeryError(parts)
 
 
 def run_pipeline(

@@ -207,7 +207,7 @@ def test_pickles_are_refused_with_the_way_to_convert(name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "ref", ["no/such/folder", "nothing.safetensors", "", "~nobody/x/y", "a\0b", "x" * 5000, "+", "a+"]
+    "ref", ["no/such/folder", "nothing.safetensors", "", "~nobody/x/y", "a\0b", "x" * 1500, "+", "a+"]
 )
 def test_reference_that_leads_nowhere_is_wrong_usage(ref: str) -> None:
     message = failure(ref, WRONG_USAGE)

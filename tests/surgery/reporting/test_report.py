@@ -85,12 +85,12 @@ def test_three_renderings_show_the_same_cells() -> None:
 
 def test_markdown_stays_one_table() -> None:
     head, _, columns, rule, *rows = table().to_markdown().splitlines()[:6]
-    assert head == "**A &lt;b>\\|&lt;/b> table**"
+    assert head == "**`A <b>\\|</b> table`**"
     assert columns == "| model | score | size | kind |"
     assert rule == "| --- | ---: | ---: | --- |"
     assert rows == [
-        "| &lt;script>alert(1)&lt;/script> | 50.0 % | 1 kB | – |",
-        "| a\\|b [red] | 100.0 % | – | x y |",
+        "| `<script>alert(1)</script>` | 50.0 % | 1 kB | – |",
+        "| `a\\|b [red]` | 100.0 % | – | `x\\ny` |",
     ]
 
 
