@@ -18,6 +18,7 @@ from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.vocabulary import Vocabulary, differences, read_vocabulary
 from surgery.engine.preflight import Preflight
 from surgery.errors import usage_error
+from surgery.io.safe_paths import folded
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ def _names(refs: Sequence[str]) -> list[str]:
         stem = re.sub(r"[^\w.+-]", "-", ref.rstrip("/").rpartition("/")[2]).lstrip(".") or "member"
         number = 1
         name = stem
-        while name in names:
+        # As `merge unpack` tells the folders apart, and as file systems that ignore case do.
+        while folded(name) in map(folded, names):
             number += 1
             name = f"{stem}-{number}"
         names.append(name)

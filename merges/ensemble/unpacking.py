@@ -5,24 +5,37 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from merges.ensemble.ensemble_model import MODEL_TYPE
 from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
 from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.safetensors_header import parse_header
+from surgery.checkpoint.side_files import INDEXES, is_side_file
 from surgery.engine.execution import execute
 from surgery.engine.manifest import command_record
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, PlannedFile, PlannedTensor, check_output
+from surgery.engine.preflight import Preflight, check_space
 from surgery.engine.result import ExecutionResult
-from surgery.errors import SurgeryError, usage_error
-from surgery.io.atomic import check_free
+from surgery.errors import SurgeryError, listing, usage_error
+from surgery.io.atomic import MANIFEST, check_free
 from surgery.io.json_io import read_json
+from surgery.io.safe_paths import (
+    check_contained,
+    contained_folder,
+    find_file,
+    list_folder,
+    safe_name,
+    unique_names,
+    unique_paths,
+)
 
 MEMBERS = "members"
+CARD = "README.md"
+FETCH_AGAIN = "Fetch the ensemble again."
 
 
 @dataclass(frozen=True)
@@ -51,21 +64,21 @@ def unpack(ensemble: str, out: Path, *, options: ExecutionOptions = ExecutionOpt
     check_output(out, {"ensemble": checkpoint})
     # Never overwritten: the folder gets no manifest, by which it would be known to be ours.
     check_free(out, overwrite=False)
-    count = len(checkpoint.config["members"])
-    records = [_read_record(folder / MEMBERS / f"{i}.json") for i in range(count)]
+    records = _read_records(checkpoint, folder)
     files: list[PlannedFile] = []
     side_files: dict[str, Path] = {}
     sizes = {}
     for i, record in enumerate(records):
         planned = _files(record, checkpoint, f"{MEMBERS}.{i}.", folder / MEMBERS / f"{i}.json")
         files += planned
-        sizes[record["name"]] = sum(file.size for file in planned)
-        files_of_member = folder / MEMBERS / str(i)
-        side_files |= {
-            f"{record['name']}/{path.name}": path for path in sorted(files_of_member.iterdir()) if path.is_file()
-        }
+        sizes[record.name] = sum(file.size for file in planned)
+        side_files |= {f"{record.name}/{path.name}": path for path in _kept_files(folder, i)}
     command = command_record("merge unpack", [ensemble])
     plan = Plan(command, {"ensemble": checkpoint}, tuple(files), side_files)
+    preflight = Preflight()
+    # A tensor that members share is stored once, and written for each: OUT may be far larger than the ensemble.
+    check_space(preflight, plan, out, options.threads)
+    preflight.errors.raise_if_any("merge unpack")
 
     # Not by `write_checkpoint`: `out` is a folder of models, and no model with a manifest and card itself.
     def finish(partial: Path, _: ExecutionResult) -> None:
@@ -76,43 +89,78 @@ def unpack(ensemble: str, out: Path, *, options: ExecutionOptions = ExecutionOpt
     return UnpackReport(out, sizes)
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+@dataclass(frozen=True)
+class _MemberRecord:
+    """A member's name, and of each of its weight files name, size in bytes, and header without its length."""
+
+    name: str
+    files: Sequence[tuple[str, int, bytes]]
+
+
+def _read_records(checkpoint: Checkpoint, folder: Path) -> list[_MemberRecord]:
+    """Return the records of all members, whose names are those of the folders to write. Raises SurgeryError."""
+    members = checkpoint.config.get("members")
+    if not isinstance(members, list) or not members:
+        raise SurgeryError('has no list of "members"', where=folder / "config.json", hint=FETCH_AGAIN)
+    records = [_read_record(folder, f"{MEMBERS}/{i}.json") for i in range(len(members))]
+    unique_names((record.name for record in records), where=folder / MEMBERS, what="member")
+    return records
+
+
+def _read_record(folder: Path, name: str) -> _MemberRecord:
+    path = find_file(folder, name)
+    if path is None:
         raise SurgeryError(
             "is missing, so the members' files cannot be restored",
-            where=path,
+            where=folder / name,
             hint="Use the folder as `surgery merge logits` wrote it.",
         )
     record = read_json(path)
-    name, files = record.get("name"), record.get("files")
-    if not isinstance(name, str) or Path(name).name != name or not _are_files(files):
-        raise SurgeryError("is damaged", where=path, hint="Fetch the ensemble again.")
-    return record
+    files = record.get("files")
+    if not isinstance(files, list) or not files or not all(map(_is_file_record, files)):
+        raise SurgeryError("is damaged", where=path, hint=FETCH_AGAIN)
+    # The names become those of folders and files: a stranger's must lead nowhere else, and none replace another.
+    member = safe_name(record.get("name"), where=path, what="member")
+    unique_paths((file["name"] for file in files), where=path)
+    try:
+        return _MemberRecord(member, [(file["name"], file["size"], file["header"].encode("utf-8")) for file in files])
+    except UnicodeEncodeError as error:  # half of a surrogate pair
+        raise SurgeryError("is damaged", where=path, hint=FETCH_AGAIN) from error
 
 
-def _are_files(files: object) -> bool:
-    """Return whether `files` is a list of weight files whose names do not leave the member's folder."""
-    return (
-        isinstance(files, list)
-        and bool(files)
-        and all(
-            isinstance(file, dict)
-            and isinstance(file.get("name"), str)
-            and isinstance(file.get("size"), int)
-            and isinstance(file.get("header"), str)
-            and not Path(file["name"]).is_absolute()
-            and ".." not in Path(file["name"]).parts
-            for file in files
-        )
+def _is_file_record(file: object) -> bool:
+    # `type … is`, since isinstance would accept true and false as numbers.
+    return isinstance(file, dict) and (type(file.get("name")), type(file.get("size")), type(file.get("header"))) == (
+        str,
+        int,
+        str,
     )
 
 
-def _files(record: Mapping[str, Any], checkpoint: Checkpoint, prefix: str, where: Path) -> list[PlannedFile]:
+def _kept_files(folder: Path, i: int) -> list[Path]:
+    """Return the files that were kept of a member beside its weights. Raises SurgeryError where one cannot be of it."""
+    paths = list_folder(contained_folder(folder, f"{MEMBERS}/{i}"))
+    for path in paths:
+        # Anything else was put there since: weights, a pickle or an adapter's config would change what the member is.
+        if not is_side_file(path.name) and path.name not in (MANIFEST, CARD) and not fnmatchcase(path.name, INDEXES):
+            raise SurgeryError(
+                "is no file that `surgery merge logits` keeps of a member",
+                where=path,
+                hint="Remove it, or fetch the ensemble again.",
+            )
+        check_contained(folder, path)
+    return paths
+
+
+def _files(record: _MemberRecord, checkpoint: Checkpoint, prefix: str, where: Path) -> list[PlannedFile]:
     files = []
-    for file in record["files"]:
+    names: set[str] = set()
+    for name, size, body in record.files:
         # The header as it was, to the byte, so that metadata and padding are restored as well.
-        body = file["header"].encode("utf-8")
-        header = parse_header(struct.pack("<Q", len(body)) + body, file["size"], where)
+        header = parse_header(struct.pack("<Q", len(body)) + body, size, where)
+        if twice := sorted(names.intersection(entry.name for entry in header.entries)):
+            raise SurgeryError(f"has a tensor in two files: {listing(twice)}", where=where, hint=FETCH_AGAIN)
+        names.update(entry.name for entry in header.entries)
         tensors = [
             PlannedTensor(
                 entry.name, entry.dtype, entry.shape, (TensorInput(_stored(checkpoint, prefix + entry.name, where)),)
@@ -121,13 +169,14 @@ def _files(record: Mapping[str, Any], checkpoint: Checkpoint, prefix: str, where
         ]
         # A record that was edited, or an ensemble that was saved again in another dtype, must not give wrong bytes.
         _check_shapes(tensors, where)
-        files.append(PlannedFile(f"{record['name']}/{file['name']}", header, tuple(tensors)))
+        files.append(PlannedFile(f"{record.name}/{name}", header, tuple(tensors)))
     return files
 
 
 def _stored(checkpoint: Checkpoint, name: str, where: Path) -> StoredTensor:
-    source = checkpoint.config.get("aliases", {}).get(name, name)
-    if source not in checkpoint.tensors:
+    aliases = checkpoint.config.get("aliases")
+    source = aliases.get(name, name) if isinstance(aliases, dict) else name
+    if not isinstance(source, str) or source not in checkpoint.tensors:
         raise SurgeryError(f'needs "{source}", which the ensemble does not hold', where=where)
     return checkpoint.tensors[source]
 
