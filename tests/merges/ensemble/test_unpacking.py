@@ -76,7 +76,7 @@ def refuse(place: Path, message: str) -> None:
         "a\nb",
         "a\x1b[31mb",
         "a\x00b",
-        "�",
+        "\ud800",
         "n" * 300,
         3,
         None,
