@@ -16,14 +16,13 @@ from typing import Any, get_args
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from merges.choices import TuneWhat
 from merges.ensemble.ensemble_model import LogitEnsembleConfig, LogitEnsembleForCausalLM, combine, head_of
 from surgery.checkpoint.checkpoint import Checkpoint, loadable_folder
 from surgery.engine.work.computation import torch_device
 from surgery.errors import SurgeryError, usage_error
-from surgery.models.loading import load_tokenizer
+from surgery.models.loading import load_tokenizer, load_weights
 from surgery.runtime.progress import Advance, Progress
 
 HELD_OUT = 0.2  # share of the rows, on which the fitted ensemble is compared with the average
@@ -265,10 +264,7 @@ def _row(line: str, where: str) -> TuningRow:
 
 
 def _load(checkpoint: Checkpoint) -> Any:
-    try:
-        return AutoModelForCausalLM.from_pretrained(loadable_folder(checkpoint), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise SurgeryError(f"cannot be loaded: {error}", where=checkpoint.ref) from error
+    return load_weights(checkpoint, checkpoint.ref)
 
 
 def _context(config: Any) -> int:

@@ -13,15 +13,18 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from probes.data.choices import Engine
+from surgery.checkpoint.checkpoint import read_folder
 from surgery.errors import SurgeryError, usage_error
 from surgery.io.hashing import hash_text
 from surgery.models.loading import ModelAndTokenizer
+from surgery.models.staging import keep_while_used, stage_model
 from surgery.runtime.environment import n_processes
 from surgery.runtime.quiet_libraries import quiet
 
@@ -136,7 +139,9 @@ def _vllm_engine(loaded: ModelAndTokenizer, settings: GenerationSettings, stop_i
     if n_processes() > 1:
         raise usage_error("vllm makes processes of its own", where="engine", hint="Start it in one process.")
     # vLLM cannot take a loaded model: it reads the folder again, with kernels of its own.
-    engine = LLM(model=loaded.tokenizer.name_or_path, seed=settings.seed)
+    staged = stage_model(read_folder(Path(loaded.tokenizer.name_or_path)))
+    engine = LLM(model=str(staged), seed=settings.seed, load_format="safetensors", trust_remote_code=False)
+    keep_while_used(engine, staged)
 
     def complete_batch(batch: Sequence[Request]) -> list[list[int]]:
         sampling = [

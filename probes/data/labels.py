@@ -15,6 +15,7 @@ from probes.data.generation import context_length, generate_texts
 from probes.data.markers import KNOWN_FAMILIES, never_closed, template_text
 from probes.data.tokenization import encode
 from surgery.errors import ErrorList, SurgeryError, listing, usage_error
+from surgery.models.chat_template import render_chat
 from surgery.models.loading import ModelAndTokenizer
 from surgery.runtime.progress import Progress, silent
 
@@ -209,16 +210,14 @@ def _thinks(response: str) -> bool:
 
 
 def _guard_prompt(guard: ModelAndTokenizer, example: Example, response: str) -> tuple[int, ...]:
-    from jinja2.exceptions import TemplateError
-
     # Guards judge a conversation; few of their templates accept system messages.
     turns = [dict(message) for message in example.messages if message["role"] in ("user", "assistant")]
     turns.append({"role": "assistant", "content": response})
     try:
-        text = guard.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise usage_error(f"the chat template refuses example {example.key} ({error})", where=guard.name) from error
-    return encode(guard.tokenizer, str(text))
+        text = render_chat(guard.tokenizer, turns, add_generation_prompt=True)
+    except SurgeryError as error:
+        raise usage_error(f"example {example.key}: {error}", where=guard.name) from error
+    return encode(guard.tokenizer, text)
 
 
 def _pattern(phrase: str) -> str:

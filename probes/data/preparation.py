@@ -125,13 +125,14 @@ def make_labeler(generation: GenerationOptions, *, device: str, progress: Progre
         return lambda examples: label_by_keywords(examples, phrases)
     if generation.phrases is not None:
         raise usage_error("--guard and --refusal-phrases are two ways to judge: give one of them.")
-    name, folder = generation.guard, loadable_folder(open_checkpoint(generation.guard))
+    name, checkpoint = generation.guard, open_checkpoint(generation.guard)
+    loadable_folder(checkpoint)
     loaded: list[ModelAndTokenizer] = []
 
     def by_guard(examples: Sequence[Example]) -> list[Example]:
         # Loaded at the first call: until then generation needs the memory.
         if not loaded:
-            loaded.append(load_model(folder, name, device=device))
+            loaded.append(load_model(checkpoint, name, device=device))
         return label_by_guard(examples, loaded[0], batch_size=generation.batch_size, progress=progress)
 
     return by_guard

@@ -25,6 +25,7 @@ from probes.data.markers import (
 )
 from surgery.errors import ErrorList, usage_error
 from surgery.io.hashing import hash_text
+from surgery.models.chat_template import render_chat
 from surgery.runtime.quiet_libraries import quiet
 
 # Some templates write today's date by strftime_now. The same data must give the same ids tomorrow, so they always get
@@ -180,20 +181,14 @@ def _conversation(tokenizer: Any, example: Example, *, thinks: bool) -> str:
                 hint="Without one, give a single prompt.",
             )
         return example.prompt
-    from jinja2.exceptions import TemplateError
-
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in example.messages],
-            chat_template=_SAME_DAY + template if STRFTIME_NOW in template else template,
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=thinks,  # Qwen3, GLM, Gemma 4
-            thinking=thinks,  # DeepSeek-V3.1, Granite
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise usage_error(f"the chat template refuses it ({error})") from error
-    return str(text)
+    return render_chat(
+        tokenizer,
+        example.messages,
+        template=_SAME_DAY + template if STRFTIME_NOW in template else template,
+        add_generation_prompt=True,
+        # The first is Qwen3's, GLM's and Gemma 4's name, the second DeepSeek V3.1's and Granite's.
+        settings={"enable_thinking": thinks, "thinking": thinks},
+    )
 
 
 def _segments(tokenizer: Any, prompt: str, example: Example, markers: Markers | None, *, answer: bool) -> _Text:

@@ -21,7 +21,6 @@ from surgery.models.loading import ModelAndTokenizer
 
 def add_scaled_models(
     opened: Mapping[str, Checkpoint],
-    folders: Mapping[str, Path],
     measures: Sequence[Measure],
     run: Path,
     *,
@@ -29,8 +28,8 @@ def add_scaled_models(
     scale: float,
     phase: Phase,
     options: ExecutionOptions = ExecutionOptions(),
-) -> tuple[dict[str, Path], list[Measure]]:
-    """Return the folders and measures by which `score_models` scores every model also with experts of `run` × `scale`.
+) -> tuple[dict[str, Checkpoint], list[Measure]]:
+    """Return the models and measures by which `score_models` scores every model also with experts of `run` × `scale`.
 
     Raises:
         SurgeryError: `run` has findings of another model, or ranks fewer than `top` experts; β or phase is wrong.
@@ -41,13 +40,12 @@ def add_scaled_models(
     scales = select_experts(ExpertSelection(run=run, top=top, scale=scale), findings)
     scaling = ExpertScaling(scales, phase=phase)
     suffix = f" + {', '.join(map(str, scales))} × {scale:g}"
-    # Both entries load the same folder: which of them is scaled is known by its name alone.
-    all_folders: dict[str, Path] = {}
-    scaled: dict[str, Checkpoint] = {}
-    for name, folder in folders.items():
-        all_folders |= {name: folder, name + suffix: folder}
-        scaled[name + suffix] = opened[name]
-    return all_folders, [partial(_score, measure=measure, scaled=scaled, scaling=scaling) for measure in measures]
+    # Both entries load the same model: which of them is scaled is known by its name alone.
+    models: dict[str, Checkpoint] = {}
+    for name, checkpoint in opened.items():
+        models |= {name: checkpoint, name + suffix: checkpoint}
+    scaled = {name + suffix: checkpoint for name, checkpoint in opened.items()}
+    return models, [partial(_score, measure=measure, scaled=scaled, scaling=scaling) for measure in measures]
 
 
 def _score(

@@ -27,11 +27,11 @@ ModelFolders = Mapping[str, Path]
 class EvaluationVariant:
     """A change to what is scored, such as each model also with experts scaled while it runs.
 
-    extend: takes the opened models, their folders and the measurements, and returns folders and measurements in their
-    place. options: the command line's options that ask for it, for the command on model cards.
+    extend: takes the opened models and the measurements, and returns models and measurements in their place.
+    options: the command line's options that ask for it, for the command on model cards.
     """
 
-    extend: Callable[[OpenedModels, ModelFolders, Sequence[Measure]], tuple[Mapping[str, Path], Sequence[Measure]]]
+    extend: Callable[[OpenedModels, Sequence[Measure]], tuple[OpenedModels, Sequence[Measure]]]
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -89,8 +89,8 @@ def evaluate(
     if not tasks and not texts:
         raise usage_error("nothing to score the models on.", hint="Add --task TASK, --perplexity TEXT, or both.")
     documents = [read_text(path) for path in texts]
-    opened = {model: open_checkpoint(model) for model in models}
-    folders: Mapping[str, Path] = {model: loadable_folder(checkpoint) for model, checkpoint in opened.items()}
+    opened: OpenedModels = {model: open_checkpoint(model) for model in models}
+    folders = {model: loadable_folder(checkpoint) for model, checkpoint in opened.items()}
     results = {model: folders[model] for model, checkpoint in opened.items() if scorecard.is_result(checkpoint)}
     # After the models' own errors, which show at once: finding a task takes the harness seconds.
     measures: Sequence[Measure] = on_tasks(tasks, limit=limit, batch_size=batch_size) if tasks else []
@@ -98,7 +98,7 @@ def evaluate(
         measures = [*measures, *on_texts(documents, limit=limit, batch_size=batch_size, progress=progress)]
     prepare(opened)
     if variant is not None:
-        folders, measures = variant.extend(opened, folders, measures)
-    scores = score_models(folders, measures, device=device, progress=progress)
+        opened, measures = variant.extend(opened, measures)
+    scores = score_models(opened, measures, device=device, progress=progress)
     options = {"task": list(tasks), "perplexity": list(texts), "limit": limit, **(variant.options if variant else {})}
     return EvaluationReport(scores, results, shlex.join(["surgery", "eval", *models, *option_words(options)]))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.errors import SurgeryError, did_you_mean, listing, usage_error
 from surgery.evaluation.scoring import Measure, Score
 from surgery.evaluation.statistics import Z, wilson_interval
+from surgery.models.chat_template import render_chat
 from surgery.models.loading import ModelAndTokenizer
 from surgery.runtime.quiet_libraries import quiet
 
@@ -81,10 +82,8 @@ def _score(loaded: ModelAndTokenizer, *, task: str, options: _TaskOptions) -> li
         raise usage_error("the tokenizer has no chat template.", where=loaded.name, hint="Leave the option out.")
     with quiet(), _seeded(options.seed):
         from lm_eval.evaluator import evaluate as run
-        from lm_eval.models.huggingface import HFLM
 
-        # Must be named: the harness moves a model only if it loads it itself, but sends inputs to this device.
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size, device=str(model.device))
+        wrapped = _harness_model(model, tokenizer, options.batch_size)
         loaded_tasks = options.manager.load([task])
         for one in loaded_tasks["tasks"].values():
             if one.get_config("num_fewshot") is None:
@@ -104,6 +103,32 @@ def _score(loaded: ModelAndTokenizer, *, task: str, options: _TaskOptions) -> li
             fewshot_as_multiturn=True,
         )
     return _read_scores(loaded.name, task, results)
+
+
+def _harness_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
+    """Return the harness's form of a model, which renders chat templates within bounds."""
+    from lm_eval.models.huggingface import HFLM
+
+    class BoundedModel(HFLM):  # type: ignore[misc]  # the harness is untyped here
+        def apply_chat_template(
+            self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+        ) -> str:
+            asked = {
+                "add_generation_prompt": add_generation_prompt,
+                "continue_final_message": not add_generation_prompt,
+                "settings": self.chat_template_args,
+            }
+            try:
+                return render_chat(self.tokenizer, chat_history, **asked)
+            except SurgeryError:
+                # As the harness does: some templates take no system message.
+                without = [message for message in chat_history if message["role"] != "system"]
+                if len(without) == len(chat_history):
+                    raise
+                return render_chat(self.tokenizer, without, **asked)
+
+    # The device must be named: the harness moves a model only if it loads it itself, but sends inputs to this one.
+    return BoundedModel(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
 
 
 def _samples(tasks: Mapping[str, Any], limit: int | None, number: int, of: int) -> dict[str, list[int]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.errors import usage_error
 from surgery.models.loading import ModelAndTokenizer, load_model
 from surgery.runtime.progress import Advance, Progress, silent
@@ -38,7 +39,7 @@ Measure = Callable[[ModelAndTokenizer], Sequence[Score]]
 
 
 def score_models(
-    models: Mapping[str, Path | str],
+    models: Mapping[str, Checkpoint | Path | str],
     measures: Sequence[Measure],
     *,
     device: str = "cpu",
@@ -48,7 +49,7 @@ def score_models(
     """Take every measurement of every model, with one model in memory at a time; return the scores model by model.
 
     Args:
-        models: display name → folder with a model and its tokenizer.
+        models: display name → a model, opened or its folder, with its tokenizer.
         dtype: that the models compute in; `auto` is the one they are stored in.
 
     Raises:
@@ -58,16 +59,16 @@ def score_models(
         raise usage_error("no model to evaluate was given.")
     scores = []
     with progress("Scoring", len(models) * len(measures), "steps") as advance:
-        for name, folder in models.items():
-            scores += _score_model(folder, name, measures, device, dtype, advance)
+        for name, model in models.items():
+            scores += _score_model(model, name, measures, device, dtype, advance)
     return scores
 
 
 def _score_model(
-    folder: Path | str, name: str, measures: Sequence[Measure], device: str, dtype: str, advance: Advance
+    model: Checkpoint | Path | str, name: str, measures: Sequence[Measure], device: str, dtype: str, advance: Advance
 ) -> list[Score]:
     # A function of its own, so that the model's memory is free before the next one is loaded.
-    loaded = load_model(folder, name, device=device, dtype=dtype)
+    loaded = load_model(model, name, device=device, dtype=dtype)
     scores: list[Score] = []
     for measure in measures:
         scores += measure(loaded)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.checkpoint.checkpoint import Checkpoint, loadable_folder
+from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.checkpoint.tensor_roles import NORM
@@ -123,8 +123,8 @@ def load_with_structure(
         SurgeryError: `ref` is no model folder, cannot be loaded, or has no layers that are understood.
     """
     checkpoint = open_checkpoint(ref)
-    folder, device = loadable_folder(checkpoint), local_device(device)
-    return attach_structure(load_model(folder, name or str(ref), device=device, dtype=dtype), checkpoint)
+    loaded = load_model(checkpoint, name or str(ref), device=local_device(device), dtype=dtype)
+    return attach_structure(loaded, checkpoint)
 
 
 def attach_structure(loaded: ModelAndTokenizer, checkpoint: Checkpoint) -> LoadedModel:

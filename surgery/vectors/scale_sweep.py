@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from surgery.checkpoint.checkpoint import Checkpoint, loadable_folder
+from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader, compute_dtype
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.options import ExecutionOptions
@@ -233,7 +233,7 @@ class _EditedModel:
     def __init__(
         self, checkpoint: Checkpoint, vector: Mapping[str, TensorInput], selection: TensorSelection, device: str
     ) -> None:
-        self.loaded = load_model(loadable_folder(checkpoint), checkpoint.ref, device=device)
+        self.loaded = load_model(checkpoint, checkpoint.ref, device=device)
         self._checkpoint, self._vector, self._selection = checkpoint, vector, selection
         self._parameters = dict(self._find_parameters())
         paths = {path for source in vector.values() for path in source.tensor.files}

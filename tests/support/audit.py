@@ -28,6 +28,8 @@ _CHANGES = {
     "os.truncate": (0,),
     "os.utime": (0,),
 }
+# Where these events have the descriptor of the folder that their path is relative to; -1 where there is none.
+_FOLDERS = {"os.mkdir": 2, "os.remove": 1, "os.rmdir": 1}
 # What Python and its libraries read whatever they are asked to do.
 _ALWAYS_READ = (
     sys.prefix,
@@ -110,8 +112,11 @@ def _record(event: str, args: tuple[Any, ...]) -> None:
         writes = bool((flags or 0) & _WRITING) or (isinstance(mode, str) and bool(set(mode) & set("wax+")))
         _note(path, writes=writes, follow=True)
     elif event in _CHANGES:
+        folder = args[_FOLDERS[event]] if event in _FOLDERS else -1
         for position in _CHANGES[event]:
-            _note(args[position], writes=True, follow=event in ("os.chmod", "os.truncate", "os.utime"))
+            # `shutil.rmtree` opens a folder and removes by names in it.
+            path = args[position] if folder in (-1, None) else f"/proc/self/fd/{folder}/{os.fsdecode(args[position])}"
+            _note(path, writes=True, follow=event in ("os.chmod", "os.truncate", "os.utime"))
 
 
 def _note(path: Any, *, writes: bool, follow: bool) -> None:

@@ -24,6 +24,7 @@ from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.checkpoint.tensor_roles import N_LAYERS
 from surgery.errors import SurgeryError
 from surgery.io.hashing import hash_bytes, hash_text
+from surgery.models.loading import load_weights
 from surgery.runtime.quiet_libraries import quiet
 
 SMALL_VOCABULARY = 16
@@ -90,7 +91,9 @@ def build_model(config: Mapping[str, Any], *, seed: int, depth: int | None = Non
             parsed = config_class.from_dict(_plain(config))
             generator.manual_seed(seed)
             # eager: it exists for every family, and initialisation does not depend on attention.
-            model = AutoModelForCausalLM.from_config(parsed, dtype=torch.float32, attn_implementation="eager").eval()
+            model = AutoModelForCausalLM.from_config(
+                parsed, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+            ).eval()
             if depth is not None:
                 generator.manual_seed(seed)
                 _initialise_as(model, depth)
@@ -119,16 +122,7 @@ def save_model(model: Any, folder: Path, *, state: Mapping[str, Any] | None = No
 
 def load_saved_model(folder: Path) -> Any:
     """Load the transformers model in `folder` in fp32 on the CPU. Raises SurgeryError."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with quiet():
-        try:
-            return AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=torch.float32, attn_implementation="eager"
-            ).eval()
-        except Exception as fault:  # whatever the code of a family raises
-            raise SurgeryError(f"cannot be loaded: {fault}", where=folder) from fault
+    return load_weights(folder, str(folder), dtype="float32", attention="eager")
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from support.architectures import build
 from support.chat_tokenizer import make_tokenizer
+from support.models import save
 from transformers import AutoModelForCausalLM
 
 from probes.data import generation, generation_engines
@@ -338,8 +340,9 @@ def vllm(monkeypatch):
     made = SimpleNamespace(engines=[], calls=[])
 
     class LLM:
-        def __init__(self, model, seed):
-            made.engines.append((model, seed))
+        def __init__(self, model, seed, *, load_format, trust_remote_code):
+            assert (load_format, trust_remote_code) == ("safetensors", False)
+            made.engines.append((sorted(path.name for path in Path(model).iterdir()), seed))
 
         def generate(self, prompts, sampling_params, *, use_tqdm):
             made.calls.append((prompts, sampling_params))
@@ -355,12 +358,15 @@ def vllm(monkeypatch):
 
 def test_vllm_gets_token_ids_and_gives_the_same_kind_of_text(vllm, tmp_path):
     tokenizer = make_tokenizer()
-    tokenizer.name_or_path = "/models/tiny"
+    folder = save("llama", tmp_path / "tiny")
+    (folder / "pytorch_model.bin").touch()
+    (folder / "adapter_config.json").write_text("{}")
+    tokenizer.name_or_path = str(folder)
     loaded = ModelAndTokenizer("m", None, tokenizer)
     settings = GenerationSettings("tiny@1", max_new_tokens=8, engine="vllm")
     done = complete_examples(loaded, PROMPTS, markers=THINK, cache=tmp_path / "c", settings=settings)
     assert {(e.thinking, e.closing, e.response) for e in done} == {("Hm.", "</think>", "So.")}
-    assert vllm.engines == [("/models/tiny", 0)]
+    assert vllm.engines == [(["config.json", "generation_config.json", "model.safetensors"], 0)]
     [(prompts, asked)] = vllm.calls
     texts = {text_before_answer(tokenizer, each, THINK) for each in PROMPTS}
     assert {tokenizer.decode(prompt["prompt_token_ids"]) for prompt in prompts} == texts

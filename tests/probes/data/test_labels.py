@@ -189,7 +189,7 @@ def test_a_guard_without_template_or_room_is_an_error(guard):
     with pytest.raises(SurgeryError, match="guard: has no chat template to ask it by"):
         label_by_guard([example("Sure")], guard)
     guard.tokenizer.chat_template = "{{ raise_exception('no') }}"
-    with pytest.raises(SurgeryError, match=r"guard: the chat template refuses example 4 \(no\)"):
+    with pytest.raises(SurgeryError, match=r"guard: example 4: the chat template refuses it \(no\)"):
         label_by_guard([example("Sure", key="4")], guard)
 
 

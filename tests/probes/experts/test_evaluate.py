@@ -41,14 +41,16 @@ def hooks_of(loaded: ModelAndTokenizer) -> int:
 
 def twice(bench: Path, measures: Any, names: tuple[str, ...] = ("m",), **how: Any):
     opened = {name: open_checkpoint(str(bench / name)) for name in names}
-    folders = {name: bench / name for name in names}
     how = {"top": 1, "scale": 64.0, "phase": "all", "options": ONE_THREAD, **how}
-    return add_scaled_models(opened, folders, measures, bench / "run", **how)
+    return add_scaled_models(opened, measures, bench / "run", **how)
 
 
 def test_each_model_has_a_column_as_it_is_and_one_reinforced(bench: Path, tmp_path: Path) -> None:
     models, measures = twice(bench, on_texts([read_text(bench / "text.txt")]), scale=COLLAPSING)
-    assert list(models.items()) == [("m", bench / "m"), (f"m + {AT_M} × 1.04858e+06", bench / "m")]
+    assert [(name, model.folder) for name, model in models.items()] == [
+        ("m", bench / "m"),
+        (f"m + {AT_M} × 1.04858e+06", bench / "m"),
+    ]
     scores = score_models(models, measures)
     by_model: dict[str, list[tuple[str, float]]] = {}
     for score in scores:

@@ -131,7 +131,7 @@ def test_nothing_to_do_is_wrong_usage(models, tasks):
 
 
 def test_a_folder_without_a_model_is_one_clear_error(tmp_path):
-    with pytest.raises(SurgeryError, match="empty: its tokenizer cannot be loaded"):
+    with pytest.raises(SurgeryError, match=r"has no \.safetensors file\. Give the folder"):
         evaluate({"empty": tmp_path}, ["lab_sums"])
 
 
