@@ -55,23 +55,32 @@ OTHER_KINDS = {
 BASE_CHANGING = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
-def base_of(folder: Path) -> str:
-    """Return the reference of the model that the adapter in `folder` was trained on. Raises SurgeryError."""
+def base_of(folder: Path, *, is_local: bool = True) -> str:
+    """Return the reference of the model that the adapter in `folder` was trained on, as its config names it.
+
+    Args:
+        is_local: the adapter is a folder of this machine, which may name another one. From the Hub, no file may choose
+            what is read here: it may name a model on the Hub, a lab model, or a folder of its own.
+
+    Raises:
+        SurgeryError: it names none, or one that is not there or that it may not name.
+    """
     config = read_json(folder / ADAPTER_CONFIG)
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base or not isinstance(base, str):
         raise SurgeryError('has no "base_model_name_or_path"', where=folder / ADAPTER_CONFIG, hint=NAME_THE_BASE)
     # Beside the adapter first: a folder that was moved together with its base still finds it.
-    for candidate in (str(folder / base), base):
-        if existing_path(candidate):
-            return candidate
+    beside = folder / base
+    if (is_local or beside.resolve().is_relative_to(folder.resolve())) and existing_path(str(beside)):
+        return str(beside)
+    if is_local and existing_path(base):
+        return base
     if hub.is_repo_id(base):
         return f"{base}@{revision}" if revision and "@" not in base else base
     if base.startswith("lab:"):
         return base
-    raise SurgeryError(
-        f'names the base "{base}", which is not there', where=folder / ADAPTER_CONFIG, hint=NAME_THE_BASE
-    )
+    reason = "is not there" if is_local else "is no model on the Hub: which of your folders it reads is for you to say"
+    raise SurgeryError(f'names the base "{base}", which {reason}', where=folder / ADAPTER_CONFIG, hint=NAME_THE_BASE)
 
 
 def add_adapter(base: Checkpoint, folder: Path) -> Checkpoint:

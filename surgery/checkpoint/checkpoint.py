@@ -101,6 +101,7 @@ class Checkpoint:
     tensors: sorted by name.
     revision: the commit hash on the Hub, if it is from there.
     adapter: the folder of the adapter whose updates the tensors have, if any.
+    named_base: the reference of the adapter's base, where not the user but the adapter's own config named it.
     """
 
     ref: str
@@ -111,6 +112,7 @@ class Checkpoint:
     revision: str | None = None
     repo_id: str | None = None
     adapter: Path | None = None
+    named_base: str | None = None
 
     @property
     def n_parameters(self) -> int:

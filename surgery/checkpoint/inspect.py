@@ -29,6 +29,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "ref": checkpoint.ref,
         "revision": checkpoint.revision,
+        "adapter_base": checkpoint.named_base,
         "architectures": list(checkpoint.config.get("architectures") or ()),
         "files": [str(path) for path in checkpoint.files],
         "bytes": checkpoint.n_bytes,
@@ -64,6 +65,7 @@ def inspect_tables(description: Mapping[str, Any]) -> tuple[Table, ...]:
     facts = [
         ("architecture", ", ".join(description["architectures"]) or None),
         ("revision", description["revision"]),
+        *([("base that the adapter names", base)] if (base := description["adapter_base"]) else []),
         ("files", len(description["files"])),
         ("size", format_value(description["bytes"], "bytes")),
         ("parameters", description["parameters"]),

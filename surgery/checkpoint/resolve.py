@@ -46,7 +46,7 @@ def _open(text: str, *, is_base: bool = False) -> Checkpoint:
         return replace(read_folder(lab.resolve(text.removeprefix(lab.PREFIX))), ref=text)
     if hub.is_repo_id(text):
         snapshot = hub.fetch(*hub.parse_repo_ref(text))
-        opened = _open_folder(snapshot.folder, is_base=is_base)
+        opened = _open_folder(snapshot.folder, is_base=is_base, is_local=False)
         return replace(opened, ref=text, revision=snapshot.revision, repo_id=snapshot.repo_id)
     raise usage_error(
         "no such folder or file, and not a Hub id (org/name[@revision]) or lab:NAME",
@@ -55,12 +55,14 @@ def _open(text: str, *, is_base: bool = False) -> Checkpoint:
     )
 
 
-def _open_folder(folder: Path, *, is_base: bool) -> Checkpoint:
+def _open_folder(folder: Path, *, is_base: bool, is_local: bool = True) -> Checkpoint:
     if not is_adapter(folder):
         return read_folder(folder)
     if is_base:
         raise _adapter_on_adapter(folder)
-    return _open_adapter(folder, base_of(folder))
+    base = base_of(folder, is_local=is_local)
+    # Kept to be shown: nobody typed it, and it may be any model of this machine.
+    return replace(_open_adapter(folder, base), named_base=base)
 
 
 def _open_adapter(folder: Path, base: str) -> Checkpoint:

@@ -94,8 +94,11 @@ def build_manifest_of_files(
 
 def input_entry(checkpoint: Checkpoint, hashes: Mapping[str, str]) -> dict[str, Any]:
     """Return a manifest's entry for a checkpoint of which the tensors in `hashes` (name → hash) were read."""
+    # Only where an adapter's own config chose it: what was read must never depend on a name that is not recorded.
+    base = {} if checkpoint.named_base is None else {"named_base": checkpoint.named_base}
     return {
         "ref": checkpoint.ref,
+        **base,
         "repo_id": checkpoint.repo_id,
         "revision": checkpoint.revision,
         "tensors_read": len(hashes),

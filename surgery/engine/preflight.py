@@ -143,7 +143,10 @@ def check_ancestor(
 
 
 def check_space(preflight: Preflight, plan: Plan, out: Path, threads: int | None) -> None:
-    """Add an error where the output does not fit the disk; what a `.partial` already takes counts as free."""
+    """Add an error where the output does not fit the disk; what a `.partial` already takes counts as free.
+
+    The facts say how much is needed, and which models are read that nobody typed: the bases that adapters name.
+    """
     # The nearest folder that exists: OUT's parents are created later.
     parent = next(folder for folder in (out.parent, *out.absolute().parents) if folder.exists())
     side = sum(path.stat().st_size for path in plan.side_files.values())
@@ -152,6 +155,8 @@ def check_space(preflight: Preflight, plan: Plan, out: Path, threads: int | None
     # Blocks, of 512 bytes whatever the file system: a resumed run's files may be sparse.
     taken = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
     free = shutil.disk_usage(parent).free + taken
+    for base, ref in sorted({(c.named_base, c.ref) for c in plan.sources.values() if c.named_base is not None}):
+        preflight.facts[f"base of {ref}"] = f"{base}, which the adapter names"
     preflight.facts["disk"] = f"{_size(needed)} needed, {_size(free)} free"
     preflight.facts["memory"] = (
         f"about {_size(plan.memory_bytes(threads or default_threads()))} of buffers beside Python and torch"
