@@ -26,6 +26,7 @@ from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.errors import SurgeryError, listing
 from surgery.hub import download as hub
 from surgery.io.json_io import read_json
+from surgery.io.patterns import SuffixPatterns
 from surgery.io.safe_paths import find_file
 
 WEIGHTS = "adapter_model.safetensors"
@@ -109,6 +110,7 @@ def add_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
             tensors[target] = replace(tensor, name=target)
     if not stored:
         raise SurgeryError("holds no tensor", where=folder / WEIGHTS)
+    alphas = _Alphas(config, folder)
     for (module, is_embedding), pair in factors.items():
         if pair.keys() != {"A", "B"}:
             raise SurgeryError(f'"{module}" has only one of lora_A and lora_B', where=folder / WEIGHTS)
@@ -117,7 +119,7 @@ def add_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
         # PEFT has an embedding's factors as those of a layer from tokens to width: B·A is (width, tokens).
         transposed = is_embedding or _is_transposed(target, structure, config)
         _check_factors(a, b, tensors[target], transposed, folder)
-        scale = _scale(module.removeprefix(PREFIX), a.shape[0], config, folder)
+        scale = alphas.scale(module.removeprefix(PREFIX), a.shape[0])
         update = LowRank(a, b, scale, transposed)
         tensors[target] = replace(tensors[target], update=update)
     return replace(base, tensors=tensors, adapter=folder)
@@ -202,21 +204,27 @@ def _is_transposed(target: str, structure: ModelStructure, config: Mapping[str, 
     return bool(config.get("fan_in_fan_out"))
 
 
-def _scale(module: str, rank: int, config: Mapping[str, Any], folder: Path) -> float:
-    """Return s of s·B·A. By PEFT's rule α is that of the first pattern that matches the end of the module's name."""
-    alpha = config.get("lora_alpha", DEFAULT_ALPHA)
-    try:
-        for pattern, value in (config.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                alpha = value
-                break
-        scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    # A stranger's config: each of these values may be of any type, and a pattern no regular expression.
-    except (AttributeError, TypeError, ValueError, OverflowError, re.error):
-        scale = math.nan
-    if not math.isfinite(scale):
-        raise SurgeryError(
-            f'lora_alpha and alpha_pattern give "{module}" no number (lora_alpha: {alpha!s:.40})',
-            where=folder / ADAPTER_CONFIG,
-        )
-    return scale
+class _Alphas:
+    """The α of each module: by PEFT's rule that of the first key of alpha_pattern that matches the end of its name."""
+
+    def __init__(self, config: Mapping[str, Any], folder: Path) -> None:
+        self._config, self._where = config, folder / ADAPTER_CONFIG
+        by_pattern = config.get("alpha_pattern") or {}
+        if not isinstance(by_pattern, dict):
+            raise SurgeryError(f"alpha_pattern is no table, but {by_pattern!r:.40}", where=self._where)
+        self._patterns = SuffixPatterns(by_pattern, where=self._where)
+        self._values = list(by_pattern.values())
+
+    def scale(self, module: str, rank: int) -> float:
+        """Return s of s·B·A. Raises SurgeryError where the config gives no number."""
+        at = self._patterns.first_match(module)
+        alpha = self._config.get("lora_alpha", DEFAULT_ALPHA) if at is None else self._values[at]
+        try:
+            scale = float(alpha) / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+        except (TypeError, ValueError, OverflowError):  # a stranger's config: the value may be of any type
+            scale = math.nan
+        if not math.isfinite(scale):
+            raise SurgeryError(
+                f'lora_alpha and alpha_pattern give "{module}" no number (lora_alpha: {alpha!s:.40})', where=self._where
+            )
+        return scale

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 from surgery.errors import listing, usage_error
+from surgery.io.patterns import check_length, matches_glob
+
+MAX_GLOBS = 200  # of each option: every one is tried on every tensor, and a glob stands for many names
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,12 @@ class TensorSelection:
         for option, value in named_scales:
             if not math.isfinite(value):
                 raise usage_error(f"got {value}, expected a finite number", where=option)
+        globs = {"--include": self.include, "--exclude": self.exclude, "--scale-for": tuple(self.scale_for)}
+        for option, patterns in globs.items():
+            if len(patterns) > MAX_GLOBS:
+                raise usage_error(f"got {len(patterns):,} globs, expected at most {MAX_GLOBS}", where=option)
+            for pattern in patterns:
+                check_length(pattern, where=option)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -55,7 +63,7 @@ class TensorSelection:
         scale = self.scale
         # No early exit: of several matches the last one counts, as with repeated command-line options.
         for glob, special in self.scale_for.items():
-            if fnmatchcase(name, glob):
+            if matches_glob(name, glob):
                 scale = special
         return scale
 
@@ -69,7 +77,7 @@ class TensorSelection:
             ("--scale-for", tuple(self.scale_for)),
         ):
             for glob in globs:
-                if not any(fnmatchcase(name, glob) for name in every):
+                if not any(matches_glob(name, glob) for name in every):
                     raise usage_error(
                         f"matches none of {len(every)} tensors, such as {listing(every, 3)}",
                         where=f"{option} {glob!r}",
@@ -94,4 +102,4 @@ def parse_scale_globs(texts: Sequence[str]) -> dict[str, float]:
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, glob) for glob in globs)
+    return any(matches_glob(name, glob) for glob in globs)

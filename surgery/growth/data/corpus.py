@@ -14,7 +14,6 @@ Text is UTF-8. Parquet and the Hub need the extra `data`.
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from surgery.errors import SurgeryError, first_line, usage_error
 from surgery.hub import datasets as hub_data
 from surgery.hub import download as hub
 from surgery.io.hashing import KEY, hash_text
+from surgery.io.patterns import glob_paths, has_wildcard
 
 FIELD = "text"
 # Size of the shuffle buffer: a small corpus is shuffled as a whole, a large one in bounded memory.
@@ -41,7 +41,6 @@ BUFFER_DOCUMENTS, BUFFER_CHARACTERS = 10_000, 64_000_000
 MAX_HASHED_BYTES = 2**30
 _SNIFFED = 8192  # bytes that are searched for a zero byte, as git does to tell text from binary files
 _CHUNK = 2**20
-_WILD = frozenset("*?[")
 
 
 @dataclass(frozen=True)
@@ -204,7 +203,7 @@ def _open(ref: str, field: str, commits: Mapping[str, str]) -> _Files | _Hub:
     data_set = hub_data.parse_dataset_ref(ref)
     if data_set is not None:
         return _Hub(data_set, commits.get(ref) or hub_data.resolve_commit(data_set), field)
-    if _WILD & set(ref):
+    if has_wildcard(ref):
         return _matching_files(ref, field)
     # Almost certainly a data set whose split was forgotten.
     if hub.is_repo_id(ref):
@@ -232,10 +231,8 @@ def _text_files(folder: Path) -> tuple[Path, ...]:
 def _matching_files(ref: str, field: str) -> _Files:
     """Return the text and row files that the glob `ref` matches."""
     pattern = Path(ref).expanduser()
-    base = Path(*takewhile(lambda part: not _WILD & set(part), pattern.parts))
-    # Path.glob would match hidden files too.
-    names = glob.glob(str(pattern), recursive=True)  # noqa: PTH207
-    found = [path for path in map(Path, names) if path.is_file()]
+    base = Path(*takewhile(lambda part: not has_wildcard(part), pattern.parts))
+    found = [path for path in map(Path, glob_paths(ref)) if path.is_file()]
     if not found:
         data_set = f" A Hub data set is given as {hub_data.REF_FORMAT}." if ":" in ref else ""
         raise usage_error("matches no file", where=ref, hint=f"Looked in {base.absolute()}.{data_set}")

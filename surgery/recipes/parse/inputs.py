@@ -6,7 +6,6 @@ Nothing is opened, trained or downloaded, and the Hub is not asked: a text of th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from glob import glob, has_magic
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from surgery.checkpoint.checkpoint import existing_path
 from surgery.errors import SurgeryError, listing
 from surgery.hub import datasets as hub_data
 from surgery.hub import download as hub
+from surgery.io.patterns import glob_paths, has_wildcard
 from surgery.lab.builder import check_data_ref
 from surgery.recipes.parse.file import nearest
 from surgery.recipes.types import InputKind
@@ -83,9 +83,8 @@ def _data(text: str) -> str | None:
 
 
 def _corpus(text: str) -> str | None:
-    if has_magic(text) and existing_path(text) is None and hub_data.parse_dataset_ref(text) is None:
-        # As corpora are matched: a pattern may be absolute, which Path.glob refuses.
-        return None if glob(str(Path(text).expanduser()), recursive=True) else "matches no file"  # noqa: PTH207
+    if has_wildcard(text) and existing_path(text) is None and hub_data.parse_dataset_ref(text) is None:
+        return None if glob_paths(text) else "matches no file"
     return _data(text)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from glob import glob, has_magic
 from pathlib import Path
 
 from surgery import lab
@@ -18,6 +17,7 @@ from surgery.errors import SurgeryError
 from surgery.hub import datasets as hub_data
 from surgery.hub import download as hub
 from surgery.io.hashing import hash_tensors
+from surgery.io.patterns import glob_paths, has_wildcard
 from surgery.io.yaml_nodes import read_documents
 from surgery.lab import python_text
 from surgery.recipes.run.content_hashes import WEIGHTS, FileHashCache
@@ -68,8 +68,7 @@ class InputResolver:
 
     def resolve_glob(self, pattern: str) -> ResolvedInput | None:
         """Return the files and folders that a glob matches, as one input; None if it matches none."""
-        # As corpora are matched: a pattern may be absolute, which Path.glob refuses.
-        paths = sorted(glob(pattern, recursive=True)) if has_magic(pattern) else []  # noqa: PTH207
+        paths = glob_paths(pattern) if has_wildcard(pattern) else []
         contents = {path: self._hashes.hash_content(Path(path)) for path in paths}
         return ResolvedInput(hash_tensors(contents)) if contents else None
 

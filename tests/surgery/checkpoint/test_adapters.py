@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -276,9 +277,7 @@ def test_damaged_factors_are_refused(make: Make) -> None:
     [
         {"lora_alpha": "x"},
         {"lora_alpha": None},
-        {"alpha_pattern": [1]},
         {"alpha_pattern": {"q_proj": "NaN"}},
-        {"alpha_pattern": {"(": 1}},
         {"lora_alpha": 10**400},
     ],
 )
@@ -322,3 +321,27 @@ def test_base_that_moved_away_is_named(make: Make) -> None:
         f'{adapter}/adapter_config.json: names the base "/gone/base", which is not there. '
         "Name the base yourself: BASE+ADAPTER."
     )
+
+
+@pytest.mark.parametrize(
+    ("patterns", "what"),
+    [
+        ([1], "alpha_pattern is no table, but [1]"),
+        ({"(": 1}, "the pattern '(' does not close a group"),
+        ({r"(.)\1": 1}, r"the pattern '(.)\\1' uses '\\1', which is not supported"),
+        ({"x" * 100_000: 1}, "the pattern 'xxx"),
+    ],
+)
+def test_patterns_that_cannot_be_matched_are_refused(patterns: object, what: str, make: Make) -> None:
+    adapter = edit(make("llama", target_modules=["q_proj"], r=2), alpha_pattern=patterns)
+    message = failure(adapter)
+    assert message.startswith(f"{adapter}/adapter_config.json: {what}")
+    assert len(message) < 400
+
+
+def test_patterns_that_make_re_hang_are_read_at_once(make: Make) -> None:
+    hostile = ("(a+)+b", "(.*)*!", "^(([a-z_.0-9])+.)+[A-Z]([a-z])+$", "([a-z_.0-9]+)+!")
+    adapter = edit(make("llama", target_modules=["q_proj"], r=2), alpha_pattern=dict.fromkeys(hostile, 1))
+    begin = time.perf_counter()
+    open_checkpoint(str(adapter))
+    assert time.perf_counter() - begin < 2
