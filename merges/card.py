@@ -66,7 +66,7 @@ def layers_table(config: MergeConfig, layout: Layout) -> Table:
 
 def _steps_table(steps: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = [
-        (name, role, entry["repo_id"] or entry["ref"], entry["revision"])
+        (name, role, entry.get("repo_id") or entry.get("ref"), entry.get("revision"))
         for name, manifest in steps.items()
         for role, entry in manifest["inputs"].items()
     ]

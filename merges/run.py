@@ -92,14 +92,14 @@ def _step(job: MergeJob, folder: Path, options: ExecutionOptions) -> Mapping[str
     def is_missing() -> bool:
         if not (folder / MANIFEST).is_file():
             return True
-        if read_manifest(folder)["report"]["fingerprint"] == planned.fingerprint:
+        if read_manifest(folder).get("report", {}).get("fingerprint") == planned.fingerprint:
             return False
         shutil.rmtree(folder)  # of another config, or of models that have changed since
         return True
 
     if on_main(is_missing):
         job.execute(planned, folder, options)
-    return read_manifest(folder)
+    return read_manifest(folder, needs=["inputs"])
 
 
 def _remove(steps: Path, folders: Mapping[str, Path]) -> None:

@@ -30,6 +30,7 @@ AUTO = "auto"
 # The names of `merges.tokenizer.chat_template.TEMPLATES`, repeated here so that configs are read without what opens
 # tokenizers; a test holds the two together.
 CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
+MAX_MULTIPLE = 1_000_000  # to which rows of an embedding are padded
 NO_MODEL = ""  # stands in for a reference that could not be read
 
 T = TypeVar("T")
@@ -210,7 +211,7 @@ class TokenizerKeys(Keys):
 
     source: Reference | None = None
     tokens: dict[str, TokenKeys] | None = None
-    pad_to_multiple_of: Annotated[int, _read_as("integer", low=1)] | None = None
+    pad_to_multiple_of: Annotated[int, _read_as("integer", low=1, high=MAX_MULTIPLE)] | None = None
 
 
 class DocumentKeys(Keys):

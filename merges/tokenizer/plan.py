@@ -35,7 +35,7 @@ import numpy.typing as npt
 from merges.config.schema import ModelToken, TokenizerRule, TokenRule, ZeroToken
 from merges.tokenizer.files import Entry, added_tokens, extend_tokenizer, read_tokenizer_files
 from surgery.checkpoint.structure import model_structure
-from surgery.checkpoint.vocabulary import MISSING, Vocabulary, read_vocabulary
+from surgery.checkpoint.vocabulary import MISSING, Vocabulary, check_rows, read_vocabulary
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.vectors.align import AlignedModel
 
@@ -116,7 +116,9 @@ def token_model(side: AlignedModel) -> TokenModel:
     names = model_structure(side.checkpoint).token_rows
     if not names:
         raise SurgeryError("no token embedding was found in it", where=side.ref)
-    return TokenModel(side.ref, side.tokenizer, min(side.checkpoint.tensors[name].shape[0] for name in names))
+    rows = min(side.checkpoint.tensors[name].shape[0] for name in names)
+    check_rows(rows, side.ref)
+    return TokenModel(side.ref, side.tokenizer, rows)
 
 
 def plan_tokens(

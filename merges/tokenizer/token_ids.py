@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.checkpoint.tensor_roles import NESTED
+from surgery.checkpoint.model_config import NESTED
 from surgery.checkpoint.vocabulary import Vocabulary
 
 VOCAB_SIZE = "vocab_size"

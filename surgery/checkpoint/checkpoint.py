@@ -14,12 +14,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from surgery.checkpoint.dtypes import DTYPES, is_float, n_elements
+from surgery.checkpoint.model_config import CONFIG, read_config
 from surgery.checkpoint.safetensors_header import Entry, Header, read_header
 from surgery.checkpoint.side_files import INDEXES, find_side_files
 from surgery.errors import SurgeryError, listing
 from surgery.hub.file_selection import DUPLICATES, PICKLE_SUFFIXES, WEIGHTS_SUFFIX
 from surgery.io.json_io import read_json
-from surgery.io.safe_paths import find_file, find_files, kind_of, list_folder
+from surgery.io.safe_paths import MAX_FILES, find_file, find_files, kind_of, list_folder
 from surgery.runtime.garbage import collector_paused
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -28,7 +29,7 @@ SINGLE = "model.safetensors"
 
 # ASCII: \d would also match the digits of other scripts.
 # The largest models on the Hub have about 1,000 files and 210,000 tensors.
-MAX_SHARDS = 10_000
+MAX_SHARDS = MAX_FILES
 MAX_TENSORS = 500_000
 MAX_INDEXES = 10  # each is read to find the one that counts
 MAX_INDEX_VALUES = 4 * MAX_TENSORS  # a tensor and its file are two; commas and colons in names are counted as well
@@ -166,8 +167,8 @@ def read_folder(folder: Path) -> Checkpoint:
         shard_names = sorted(set(named.values())) if index else _shards_without_index(folder)
         shards = _read_shards(folder, shard_names)
         tensors = _table(shards, named, index)
-    config = find_file(folder, "config.json")
-    return Checkpoint(str(folder), folder, shards, tensors, {} if config is None else read_json(config))
+    config = find_file(folder, CONFIG)
+    return Checkpoint(str(folder), folder, shards, tensors, {} if config is None else read_config(config))
 
 
 def read_file(path: Path) -> Checkpoint:

@@ -11,8 +11,8 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from surgery.checkpoint.model_config import N_LAYERS, NESTED
 from surgery.checkpoint.structure import ModelStructure
-from surgery.checkpoint.tensor_roles import N_LAYERS, NESTED
 
 # Lists with one entry per layer whose key does not contain "layer".
 _PER_LAYER = ("block_types", "attention_types", "block_configs", "activation_sparsity_pattern", "intermediate_size")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 from surgery.checkpoint.dtypes import DTYPES, n_bytes
 from surgery.errors import SurgeryError
 from surgery.io.input_files import MB, open_regular
-from surgery.io.json_io import check_json_size
+from surgery.io.json_io import check_depth, check_json_size
 
 # The format's own reader takes 100 MB, which would be parsed to gigabytes. The largest in use have a few MB: many
 # experts in one file, or the captions of a LoRA's training in its metadata.
@@ -28,6 +28,7 @@ MAX_HEADER_VALUES = 3_000_000  # numbers, names and lists: a tensor has about 10
 MAX_TENSORS = 100_000  # of one file; the largest checkpoints have 1,000 or 2,000 in each of their files
 MAX_NAME = 1_000  # characters of a tensor's name; the longest in use have about 150
 MAX_RANK = 64  # dimensions of a tensor: torch's limit
+MAX_EMPTY_DIMENSION = 1 << 24  # of a tensor without elements: no bytes of the file vouch for its other dimensions
 MAX_NUMBER = (1 << 64) - 1  # what the format's own reader counts with
 ALIGNMENT = 8  # data begins at a multiple of this, so that 64-bit tensors are aligned when mapped
 SHOWN = 80  # characters of a damaged value that a message repeats
@@ -114,6 +115,7 @@ def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
         raise bad(str(error)) from error
     if not isinstance(table, dict):
         raise bad("the header is not a JSON object")
+    check_depth(table, where=path)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise bad('"__metadata__" is not a table of strings')
@@ -192,6 +194,8 @@ def _entry(name: str, fields: Any, bad: Any) -> Entry:
         raise bad(f'"{name}" has shape {_short(shape)} and data_offsets {_short(offsets)}, expected whole numbers')
     if len(shape) > MAX_RANK:
         raise bad(f'"{name}" has {len(shape):,} dimensions, more than {MAX_RANK}')
+    if 0 in shape and max(shape) > MAX_EMPTY_DIMENSION:
+        raise bad(f'"{name}" has shape {_short(shape)}, more than a tensor without elements may claim')
     begin, end = offsets
     if not _is_countable(shape):
         raise bad(f'"{name}" has shape {_short(shape)}, more elements than a file can hold')

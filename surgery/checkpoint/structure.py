@@ -14,14 +14,19 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.tensor_roles import (
-    ATTENTION,
+from surgery.checkpoint.model_config import (
     EXPERTS_PER_TOKEN,
     HEAD_DIM,
     HIDDEN,
     N_EXPERTS,
     N_HEADS,
     N_KV_HEADS,
+    language_config,
+    layer_count,
+    number,
+)
+from surgery.checkpoint.tensor_roles import (
+    ATTENTION,
     NORM,
     NUMBER,
     ExpertLayer,
@@ -30,9 +35,6 @@ from surgery.checkpoint.tensor_roles import (
     Shapes,
     experts_of,
     heads_of,
-    language_config,
-    layer_count,
-    number,
     parts_of,
     roles_of,
     roles_outside,

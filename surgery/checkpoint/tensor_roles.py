@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from surgery.checkpoint.checkpoint import StoredTensor
+from surgery.checkpoint.model_config import N_EXPERTS, N_HEADS, N_KV_HEADS, number
 
 Role = Literal[
     "token embedding",
@@ -86,23 +87,6 @@ NORM = re.compile(r"norm|^ln(_|\d|$)")
 ATTENTION = re.compile(r"attn|attention|^att_")
 CROSS_ATTENTION = re.compile(r"cross|encdec")
 
-# For each number, the keys under which configs have it.
-N_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-LAYER_KINDS = ("layer_types", "layers_block_type")
-N_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
-N_KV_HEADS = ("num_key_value_heads", "n_head_kv", "kv_n_heads", "n_kv_heads", "num_kv_heads")
-HEAD_DIM = ("v_head_dim", "head_dim")  # MLA's head_dim is the rotary part of the keys; values decide
-HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
-N_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-EXPERTS_PER_TOKEN = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "experts_per_token",
-    "moe_top_k",
-    "moe_k",
-)
-NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "ffn_config", "attn_config")
-
 Shapes = Mapping[str, StoredTensor]
 Parts = Sequence[str]
 
@@ -138,29 +122,6 @@ class ExpertLayer:
     down: tuple[str, ...]
     routers: tuple[str, ...]
     shared: tuple[str, ...]
-
-
-def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the config of the language model: in a multimodal one, nested values override outer ones."""
-    for key in NESTED:
-        if isinstance(nested := config.get(key), Mapping):
-            rest = {name: value for name, value in config.items() if name != key}
-            inner = {name: value for name, value in nested.items() if value is not None}
-            return language_config({**rest, **inner})
-    return config
-
-
-def number(config: Mapping[str, Any], names: Sequence[str]) -> int | None:
-    """Return the first of the keys `names` that is a positive whole number in the config."""
-    # `type … is int`: true would pass for 1.
-    values = (config.get(name) for name in names)
-    return next((value for value in values if type(value) is int and value > 0), None)
-
-
-def layer_count(config: Mapping[str, Any]) -> int | None:
-    """Return the number of layers that the config states, as a number or by a list of their kinds."""
-    kinds = next((config[key] for key in LAYER_KINDS if isinstance(config.get(key), list)), None)
-    return number(config, N_LAYERS) or (len(kinds) if kinds else None)
 
 
 def parts_of(name: str) -> list[str]:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from surgery.checkpoint.sentencepiece_model import read_pieces
 from surgery.errors import SurgeryError, listing
 from surgery.io.input_files import read_bytes
+from surgery.io.json_fields import TABLE, TABLES, check_fields, shown, wrong_value
 from surgery.io.json_io import read_json
 from surgery.io.safe_paths import find_file, find_files
 
@@ -25,6 +26,7 @@ CONFIG = "tokenizer_config.json"
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 OTHER_FORMATS = ("tekken.json", "*.tiktoken")
 
+MAX_ROWS = 50_000_000  # of an embedding; the largest in use has 1 million
 MISSING = -1  # in aligned rows: the donor has no such token
 MAX_ID = 2**31 - 1  # a larger one is no row of any matrix
 EXAMPLES = 3  # of each difference, in a description
@@ -127,7 +129,11 @@ def align_rows(target: Vocabulary, donor: Vocabulary, target_rows: int, donor_ro
 
     Returns:
         (target_rows,) int64: the donor's row, or −1 where the row is padding or the donor lacks the token.
+
+    Raises:
+        SurgeryError: the matrix has more than `MAX_ROWS` rows, so that it cannot be an embedding.
     """
+    check_rows(target_rows, target.source.parent)
     n_tokens = len(target.ids)
     rows = np.fromiter(target.ids.values(), np.int64, n_tokens)
     sources = np.fromiter((donor.ids.get(token, MISSING) for token in target.ids), np.int64, n_tokens)
@@ -137,6 +143,14 @@ def align_rows(target: Vocabulary, donor: Vocabulary, target_rows: int, donor_ro
     aligned = np.full(target_rows, MISSING, np.int64)
     aligned[rows[inside]] = sources[inside]
     return aligned
+
+
+def check_rows(count: int, where: object) -> None:
+    """Raise SurgeryError where a matrix has too many rows for an embedding: a list of them would fill the memory."""
+    if count > MAX_ROWS:
+        raise SurgeryError(
+            f"an embedding with {count:,} rows is more than the {MAX_ROWS:,} that one may have", where=where
+        )
 
 
 def _read_tokenizer(path: Path) -> dict[str, int]:
@@ -149,9 +163,8 @@ def _read_tokenizer(path: Path) -> dict[str, int]:
         ids = _checked_ids(vocab, path)
     else:
         raise SurgeryError('has no "model.vocab" from tokens to ids', where=path, hint=FETCH_AGAIN)
+    check_fields(tokenizer, {"added_tokens": TABLES}, where=path, hint=FETCH_AGAIN)
     added = tokenizer.get("added_tokens") or []
-    if not isinstance(added, list):
-        raise SurgeryError('"added_tokens" is not a list', where=path, hint=FETCH_AGAIN)
     for token, row in _checked_ids(_added_tokens(added, path), path).items():
         ids.setdefault(token, row)  # as the tokenizers library: a token of the model keeps the model's id
     return ids
@@ -160,17 +173,15 @@ def _read_tokenizer(path: Path) -> dict[str, int]:
 def _pieces(vocab: Iterable[Any], path: Path) -> Iterator[str]:
     for entry in vocab:
         if not (isinstance(entry, list) and entry and isinstance(entry[0], str)):
-            raise SurgeryError(f'"model.vocab" holds {entry!r}, expected [piece, score]', where=path, hint=FETCH_AGAIN)
+            raise wrong_value("model.vocab", entry, "entries [piece, score]", where=path, hint=FETCH_AGAIN)
         yield entry[0]
 
 
 def _added_tokens(added: Iterable[Any], path: Path) -> dict[str, Any]:
     ids = {}
     for entry in added:
-        if not (isinstance(entry, dict) and isinstance(entry.get("content"), str)):
-            raise SurgeryError(
-                f'"added_tokens" holds {entry!r}, expected {{"id", "content"}}', where=path, hint=FETCH_AGAIN
-            )
+        if not isinstance(entry.get("content"), str):
+            raise wrong_value("added_tokens", entry, 'entries {"id", "content"}', where=path, hint=FETCH_AGAIN)
         ids[entry["content"]] = entry.get("id")
     return ids
 
@@ -181,14 +192,14 @@ def _read_mapping(path: Path) -> dict[str, int]:
 
 def _read_config(path: Path) -> dict[str, int]:
     """Return the tokens of `added_tokens_decoder` in tokenizer_config.json: {"id": {"content": token}}."""
-    decoder = read_json(path).get("added_tokens_decoder") or {}
-    entries = decoder.items() if isinstance(decoder, dict) else [("", None)]
+    settings = read_json(path)
+    check_fields(settings, {"added_tokens_decoder": TABLE}, where=path, hint=FETCH_AGAIN)
     ids = {}
-    for row, entry in entries:
+    for row, entry in (settings.get("added_tokens_decoder") or {}).items():
         content = entry.get("content") if isinstance(entry, dict) else entry
         if not (isinstance(content, str) and row.isascii() and row.removeprefix("-").isdigit()):
             raise SurgeryError(
-                f'"added_tokens_decoder" holds {row!r}: {entry!r}, expected an id and {{"content"}}',
+                f'"added_tokens_decoder" holds {shown(row)}: {shown(entry)}, expected an id and {{"content"}}',
                 where=path,
                 hint=FETCH_AGAIN,
             )
@@ -212,8 +223,9 @@ def _read_lines(path: Path) -> dict[str, int]:
 
 
 def _read_sentencepiece(path: Path) -> dict[str, int]:
+    content = read_bytes(path)
     try:
-        pieces = read_pieces(read_bytes(path))
+        pieces = read_pieces(content)
     except ValueError as error:
         raise SurgeryError(
             f"is no whole sentencepiece model ({error})",
@@ -262,6 +274,6 @@ def _checked_ids(ids: Mapping[str, Any], path: Path) -> dict[str, int]:
         # `type … is not`: true would pass for 1.
         if type(row) is not int or not 0 <= row <= MAX_ID:
             raise SurgeryError(
-                f"{token!r} has id {row!r}, expected a whole number from 0", where=path, hint=FETCH_AGAIN
+                f"{shown(token)} has id {shown(row)}, expected a whole number from 0", where=path, hint=FETCH_AGAIN
             )
     return dict(ids)

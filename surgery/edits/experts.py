@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
+from surgery.checkpoint.model_config import language_config
 from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader, segments
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Expert, Part, by_layer
 from surgery.checkpoint.structure import ModelStructure, model_structure
-from surgery.checkpoint.tensor_roles import ATTENTION, NORM, ExpertLayer, language_config, parts_of, word_of
+from surgery.checkpoint.tensor_roles import ATTENTION, NORM, ExpertLayer, parts_of, word_of
 from surgery.edits.common import (
     Edit,
     EditDescription,

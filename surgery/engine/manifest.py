@@ -8,20 +8,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint.checkpoint import Checkpoint
+from pydantic import ValidationError
+
+from surgery.checkpoint.checkpoint import MAX_TENSORS, Checkpoint
+from surgery.engine.manifest_schema import Manifest
 from surgery.engine.plan import Plan
 from surgery.engine.result import ExecutionResult
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, listing
 from surgery.io.atomic import MANIFEST
 from surgery.io.command_line import option_words
 from surgery.io.hashing import KEY, hash_tensors
+from surgery.io.json_fields import shown
 from surgery.io.json_io import read_json, to_json
+from surgery.io.json_records import invalid_record
 from surgery.io.output_files import write_output
 from surgery.io.safe_paths import find_file
 from surgery.runtime.version import installed_version
 
 # Goes up when a reader of the old form would misread the new one: `read_manifest` refuses every other number.
 SCHEMA = 1
+# An entry of a tensor has about 20 values; a copy of a plan or config may be among the rest.
+MAX_MANIFEST_VALUES = 20 * MAX_TENSORS
+MAKE_AGAIN = "The file is damaged: fetch or make the output again."
 
 
 def build_manifest(plan: Plan, result: ExecutionResult, *, kind: str, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,20 +120,33 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     write_output(folder, MANIFEST, to_json(manifest))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest in `folder`. Raises SurgeryError where there is none, or one of another schema."""
+def read_manifest(folder: Path, *, needs: Sequence[str] = ()) -> dict[str, Any]:
+    """Read the manifest in `folder`, and check the types of its fields: see `surgery.engine.manifest_schema`.
+
+    Args:
+        needs: the fields that must be there.
+
+    Raises:
+        SurgeryError: there is none, or one of another schema; a field is missing, or holds what it may not.
+    """
     path = folder / MANIFEST
     if find_file(folder, MANIFEST) is None:
         raise SurgeryError(
             f"has no {MANIFEST}", where=folder, hint="Only folders that this tool wrote have a manifest."
         )
-    manifest = read_json(path)
+    manifest = read_json(path, max_values=MAX_MANIFEST_VALUES)
     if manifest.get("schema") != SCHEMA:
         raise SurgeryError(
-            f"has schema {manifest.get('schema')!r}, this version reads {SCHEMA}",
+            f"has schema {shown(manifest.get('schema'))}, this version reads {SCHEMA}",
             where=path,
             hint="Use the version of model-surgery that wrote it.",
         )
+    try:
+        Manifest.model_validate(manifest)
+    except ValidationError as error:
+        raise invalid_record(error, path, hint=MAKE_AGAIN) from error
+    if missing := [name for name in needs if name not in manifest]:
+        raise SurgeryError(f"has no {listing(missing)}", where=path, hint=MAKE_AGAIN)
     return manifest
 
 

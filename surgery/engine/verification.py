@@ -85,7 +85,7 @@ def verify(model: str, *, options: ExecutionOptions = ExecutionOptions()) -> Ver
     # With an adapter the tensors are not those that the folder's manifest lists.
     has_manifest = folder is not None and (folder / MANIFEST).is_file() and checkpoint.adapter is None
     expected: Mapping[str, Mapping[str, object]] = (
-        read_manifest(folder)["tensors"] if has_manifest and folder is not None else {}
+        read_manifest(folder, needs=["tensors"])["tensors"] if has_manifest and folder is not None else {}
     )
 
     def check(tensor: StoredTensor, reader: TensorReader) -> tuple[StoredTensor, str, int]:

@@ -12,9 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from surgery.checkpoint.model_config import number, read_config
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.structure import model_structure
-from surgery.checkpoint.tensor_roles import number
 from surgery.engine.manifest import input_entry
 from surgery.engine.verification import tensor_hashes
 from surgery.errors import ErrorList, SurgeryError, listing, usage_error
@@ -25,7 +25,6 @@ from surgery.growth.embedding.token_text import open_tokenizer
 from surgery.growth.plan import GrowthPlan, ModelShape, read_plan
 from surgery.growth.results import RESULTS
 from surgery.io.hashing import KEY, hash_text
-from surgery.io.json_io import read_json
 from surgery.runtime.environment import n_processes
 
 COMMAND = "grow run"
@@ -127,7 +126,7 @@ def prepare_run(plan: GrowthPlan, run: Path) -> PreparedRun:
         "tokens": f"{total:,} in all, in windows of {plan.sequence:,}",
         "corpus": listing(plan.corpus, 3),
     }
-    config = read_json(plan.model.config) if plan.model and plan.model.config else None
+    config = read_config(plan.model.config) if plan.model and plan.model.config else None
     key = content_key(start.key, plan.model_dump(mode="json", exclude=NOT_IN_KEY), config)
     return PreparedRun(
         plan, run, key, start.layers, start.width, start.vocab_size, tokenizer, texts, facts, start.inputs
@@ -241,7 +240,7 @@ def _check_stages(plan: GrowthPlan, layers: int, errors: ErrorList) -> int:
 def _check_context(plan: GrowthPlan, errors: ErrorList) -> None:
     config = open_checkpoint(str(plan.start)).config if plan.start else {}
     if plan.model is not None and plan.model.config is not None:
-        config = read_json(plan.model.config)
+        config = read_config(plan.model.config)
     stated = number(config, ("max_position_embeddings",))
     context = stated if config else start_shape(plan, layers=0).context
     if context is not None and plan.sequence > context:

@@ -16,6 +16,7 @@ from surgery.io.input_files import MAX_TEXT_BYTES, read_bytes
 # Values of a parsed text, its keys among them: Python takes up to 72 bytes for each, so that a text of MAX_TEXT_BYTES
 # of nothing but brackets would take gigabytes. The tokenizer.json with most of them has about 3 million.
 MAX_VALUES = 6_000_000
+MAX_DEPTH = 100  # of lists and objects inside each other; what is written for such files reaches 10
 FETCH_AGAIN = "Fetch the file again."
 
 
@@ -73,13 +74,51 @@ def parse_json(content: bytes, *, where: object, max_values: int = MAX_VALUES) -
     """Return the JSON value in `content`, UTF-8 with or without a byte order mark.
 
     Raises:
-        SurgeryError: it is not JSON, is nested too deeply, or has more than `max_values` values.
+        SurgeryError: it is not JSON, is nested too deeply, has more than `max_values` values, or half of a surrogate
+            pair, which is no character.
     """
     check_json_size(content, where=where, max_values=max_values)
     try:
-        return json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of 5,000 digits
+        value = json.loads(content.decode("utf-8-sig"))
+        check_depth(value, where=where)
+        # UTF-8 has no halves of characters, but a JSON text may name them by their number; nothing could be written of
+        # them again. Emoji are written as two halves, so that these alone say nothing.
+        if b"\\ud" in content or b"\\uD" in content:
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise too_deep(where) from error
+    except UnicodeEncodeError as error:
+        raise SurgeryError(
+            f"holds {error.object[error.start]!a}, half of a character", where=where, hint=FETCH_AGAIN
+        ) from error
+    except ValueError as error:  # not UTF-8, not JSON, or a number of 5,000 digits
         raise SurgeryError(f"is not valid JSON ({error})", where=where, hint=FETCH_AGAIN) from error
+    return value
+
+
+def check_depth(value: Any, *, where: object) -> None:
+    """Raise SurgeryError where lists and objects in `value` are nested more than `MAX_DEPTH` deep.
+
+    What walks through such a value later, one call a level, then never reaches Python's limit of calls.
+    """
+    # Level by level, not by recursion, which is what could not be done.
+    level = [value] if isinstance(value, dict | list) else []
+    depth = 0
+    while level:
+        if depth == MAX_DEPTH:
+            raise too_deep(where)
+        depth += 1
+        level = [
+            child
+            for container in level
+            for child in (container.values() if type(container) is dict else container)
+            if type(child) is dict or type(child) is list
+        ]
+
+
+def too_deep(where: object) -> SurgeryError:
+    """Return the error of a value that is nested more than `MAX_DEPTH` deep."""
+    return SurgeryError(f"is nested more than {MAX_DEPTH} levels deep", where=where, hint=FETCH_AGAIN)
 
 
 def check_json_size(content: bytes, *, where: object, max_values: int = MAX_VALUES) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from surgery.errors import SurgeryError, usage_error
+from surgery.io.json_fields import shown
 from surgery.io.json_io import read_json, to_json
 
 HEADER = ("schema", "kind")  # the fields of every record that are not the model's
@@ -40,14 +42,33 @@ def read_record(path: Path, kind: str, schema: int, record: type[R], *, again: s
     # Checked first: of another kind every field would be wrong, and the list would hide the reason.
     if fields.get("kind") != kind or fields.get("schema") != schema:
         raise usage_error(
-            f"holds {fields.get('kind')!r} of schema {fields.get('schema')!r}, expected {kind!r} of schema {schema}",
+            f"holds {shown(fields.get('kind'))} of schema {shown(fields.get('schema'))}, expected {kind!r} of schema "
+            f"{schema}",
             where=path,
             hint=f"{again} with this version.",
         )
     try:
         return record.model_validate({name: value for name, value in fields.items() if name not in HEADER})
     except ValidationError as error:
-        # One error is enough: nobody writes these files by hand, and the remedy is the same for all.
-        first = error.errors()[0]
-        location = ".".join(map(str, first["loc"]))
-        raise SurgeryError(f"{location}: {first['msg']}", where=path, hint=f"{again}.") from error
+        raise invalid_record(error, path, hint=f"{again}.") from error
+
+
+def invalid_record(error: ValidationError, where: object, *, hint: str) -> SurgeryError:
+    """Return the first of pydantic's errors as a `SurgeryError`: file, key, what it holds, what was expected.
+
+    One is enough: nobody writes these files by hand, and the remedy is the same for all.
+    """
+    first = error.errors(include_url=False)[0]
+    # Cut: a key may be a name from a stranger's file.
+    location = ".".join(shown(part).strip("'") for part in first["loc"]) or "it"
+    return SurgeryError(f"{location}: {_sentence(first)}", where=where, hint=hint)
+
+
+def _sentence(detail: ErrorDetails) -> str:
+    if detail["type"] == "missing":
+        return "is missing"
+    if detail["type"] == "extra_forbidden":
+        return "is not known here"
+    # pydantic writes "Input should be a valid integer"; our errors say "expected a valid integer".
+    expected = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"got {shown(detail['input'])}, expected {expected[0].lower()}{expected[1:]}"

@@ -57,7 +57,7 @@ class UploadPackage:
     @property
     def command(self) -> Mapping[str, Any]:
         """The command that made it, as `manifest.command_record` writes it."""
-        command: Mapping[str, Any] = self.manifest.get("command") or {}
+        command: Mapping[str, Any] = self.manifest.get("command", {})
         return command
 
     @property
@@ -85,7 +85,7 @@ class UploadPackage:
     @property
     def inputs(self) -> list[Mapping[str, Any]]:
         """The manifest's entry of each input."""
-        return [entry for entry in (self.manifest.get("inputs") or {}).values() if isinstance(entry, dict)]
+        return list(self.manifest.get("inputs", {}).values())
 
     def check_unchanged(self) -> None:
         """Raise SurgeryError where a file was written, replaced or removed since it was collected."""
@@ -110,9 +110,9 @@ def collect_files(out: Path) -> UploadPackage:
         SurgeryError: surgery did not write `out`, it is unfinished, holds no weights, or is not what its manifest says.
     """
     manifest = read_manifest(_check_finished(out))
-    if not isinstance(manifest.get("tensors"), dict) or not isinstance(manifest.get("files"), dict):
+    if "tensors" not in manifest or "files" not in manifest:
         raise usage_error(
-            f"holds a {manifest.get('kind')}, expected weights that surgery wrote",
+            f"holds a {manifest['kind']}, expected weights that surgery wrote",
             where=out,
             hint="Push the model, vector, adapter, ensemble or embedding.",
         )

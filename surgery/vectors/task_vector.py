@@ -17,14 +17,15 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.checkpoint.checkpoint import Checkpoint, existing_path
+from surgery.checkpoint.model_config import CONFIG, read_config
 from surgery.checkpoint.resolve import open_checkpoint
+from surgery.checkpoint.safetensors_header import read_header
 from surgery.engine.kernel import Kernel
 from surgery.engine.manifest import read_manifest
-from surgery.engine.preflight import sketch
-from surgery.errors import usage_error
+from surgery.engine.preflight import SKETCH_ELEMENTS, sketch
+from surgery.errors import SurgeryError, usage_error
 from surgery.io.atomic import MANIFEST
-from surgery.io.json_io import read_json
 from surgery.vectors.align import AlignedModel, aligned_model
 from surgery.vectors.kernels import ADD_DIFFERENCE, ADD_VECTOR
 
@@ -58,14 +59,23 @@ class TaskVector:
         return AlignedModel(self.checkpoint, self.donor)
 
     def sketch(self) -> dict[str, Tensor]:
-        """Read the sketch of the donors' base."""
-        return load_file(self.donor / SKETCH)
+        """Read the sketch of the donors' base. Raises SurgeryError where it is missing, or is no sketch."""
+        path = self.donor / SKETCH
+        for entry in read_header(path).entries:
+            if entry.dtype != "F32" or len(entry.shape) != 1 or entry.shape[0] > SKETCH_ELEMENTS:
+                raise SurgeryError(
+                    f'"{entry.name}" is {entry.dtype} {list(entry.shape)}, expected up to {SKETCH_ELEMENTS:,} values '
+                    "in F32",
+                    where=path,
+                    hint="Extract the vector again.",
+                )
+        return load_file(path)
 
 
 def open_vector(ref: str | Path) -> TaskVector:
     """Open a vector folder. Raises SurgeryError where `ref` is none."""
-    folder = Path(ref).expanduser()
-    if not folder.is_dir():
+    folder = existing_path(str(ref))
+    if folder is None or not folder.is_dir():
         raise usage_error("no such vector folder", where=ref, hint="`surgery vector extract` writes one.")
     if not (folder / MANIFEST).is_file():
         raise usage_error(
@@ -74,12 +84,13 @@ def open_vector(ref: str | Path) -> TaskVector:
             hint="To use the difference of two models at once, give both to `surgery vector transfer`.",
         )
     manifest = read_manifest(folder)
-    if manifest.get("kind") != "vector" or manifest.get("vector", {}).get("format") != FORMAT:
-        raise usage_error(f"holds a {manifest.get('kind')}, expected a vector of format {FORMAT}", where=ref)
+    vector = manifest.get("vector") or {}
+    if manifest["kind"] != "vector" or vector.get("format") != FORMAT:
+        raise usage_error(f"holds a {manifest['kind']}, expected a vector of format {FORMAT}", where=ref)
     # The donor's config is in a subfolder, or tools would take the vector's folder for a model.
-    config = read_json(folder / DONOR / "config.json", missing={})
+    config = read_config(folder / DONOR / CONFIG, missing={})
     checkpoint = replace(open_checkpoint(folder), ref=str(ref), config=config)
-    return TaskVector(checkpoint, frozenset(manifest["vector"]["zero"]), folder / DONOR, manifest)
+    return TaskVector(checkpoint, frozenset(vector["zero"]), folder / DONOR, manifest)
 
 
 @dataclass(frozen=True)

@@ -53,13 +53,13 @@ def open_embedding(ref: str | Path) -> Embedding:
         )
     # A growth builds hours of training on this: a damaged or exchanged file must show now, from headers alone.
     weight = checkpoint.tensors.get(TENSOR)
-    try:
-        entry = manifest["tensors"][TENSOR]
-        matches = weight is not None and (weight.dtype, list(weight.shape)) == (entry["dtype"], entry["shape"])
-        table_hash = str(entry[KEY])
-    except (KeyError, TypeError):
-        matches = False
-    if weight is None or not matches or (weight.dtype, len(weight.shape)) != ("F32", 2):
+    entry = manifest.get("tensors", {}).get(TENSOR)
+    if (
+        weight is None
+        or entry is None
+        or (weight.dtype, list(weight.shape)) != (entry["dtype"], entry["shape"])
+        or (weight.dtype, len(weight.shape)) != ("F32", 2)
+    ):
         raise SurgeryError(f'"{TENSOR}" is not what the manifest says', where=folder, hint="Make the embedding again.")
     vocab_size, width = weight.shape
-    return Embedding(folder, weight, vocab_size, width, table_hash, manifest)
+    return Embedding(folder, weight, vocab_size, width, entry[KEY], manifest)

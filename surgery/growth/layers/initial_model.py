@@ -15,9 +15,9 @@ from typing import Any
 from surgery.checkpoint.checkpoint import Checkpoint, read_folder
 from surgery.checkpoint.config_layers import language_part, untied, with_count, with_explicit_layer_kinds
 from surgery.checkpoint.dtypes import TORCH_NAMES, dtype_name
+from surgery.checkpoint.model_config import HIDDEN, N_LAYERS, language_config, number, read_config
 from surgery.checkpoint.safetensors_header import PYTORCH
 from surgery.checkpoint.structure import model_structure
-from surgery.checkpoint.tensor_roles import HIDDEN, N_LAYERS, language_config, number
 from surgery.checkpoint.vocabulary import CONFIG as TOKENIZER_CONFIG
 from surgery.checkpoint.vocabulary import read_vocabulary
 from surgery.engine.card import CardContent
@@ -262,7 +262,7 @@ def _given_config(embedding: Embedding, shape: ModelShape) -> dict[str, Any]:
         raise usage_error(f"{', '.join(also_given)} cannot be given beside a config, which says them too", where=where)
     if not where.is_file():
         raise usage_error("no such file", where=where, hint="Give the config.json of a model.")
-    config = read_json(where)
+    config = read_config(where)
     # Vision-language models have their layers in a part; growing those is not supported.
     if language_part(config) is not config:
         raise usage_error("is of a model of several parts", where=where, hint="Take that of a language model.")

@@ -26,9 +26,10 @@ from surgery.checkpoint.config_layers import (
     with_explicit_layer_kinds,
     with_layers,
 )
+from surgery.checkpoint.model_config import layer_count
 from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.structure import ModelStructure
-from surgery.checkpoint.tensor_roles import NUMBER, layer_count
+from surgery.checkpoint.tensor_roles import NUMBER
 from surgery.engine.kernel import Kernel
 from surgery.engine.plan import PlannedTensor, copy_tensor
 from surgery.engine.preflight import Preflight, check_quantised

@@ -20,8 +20,8 @@ from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint, Shard, StoredTensor, read_folder
 from surgery.checkpoint.config_layers import inexpressible_layers, with_count, with_layers
+from surgery.checkpoint.model_config import N_LAYERS
 from surgery.checkpoint.structure import ModelStructure, model_structure
-from surgery.checkpoint.tensor_roles import N_LAYERS
 from surgery.errors import SurgeryError
 from surgery.io.hashing import hash_bytes, hash_text
 from surgery.models.loading import load_weights

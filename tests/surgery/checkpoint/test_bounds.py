@@ -17,6 +17,7 @@ from surgery.checkpoint import checkpoint, safetensors_header
 from surgery.checkpoint.inspect import inspect_checkpoint
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.errors import SurgeryError
+from surgery.io import safe_paths
 
 SECONDS = 20  # far above what any of these takes, on a slow machine too, and far below what the square of it would take
 MEGABYTES = 500
@@ -81,9 +82,10 @@ def test_tensors_of_all_shards_are_counted_together(tmp_path: Path, monkeypatch:
 
 def test_weight_files_are_counted_before_one_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "MAX_SHARDS", 5)
+    monkeypatch.setattr(safe_paths, "MAX_FILES", 5)
     for shard in range(6):
         (tmp_path / f"{shard}.safetensors").touch()
-    assert "has 6 weight files, more than the 5 that a checkpoint may have" in failure(tmp_path)
+    assert "holds 6 files *.safetensors, more than the 5 that it may" in failure(tmp_path)
     index = {"weight_map": {str(i): f"{i}.safetensors" for i in range(6)}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "has 6 weight files, more than the 5 that a checkpoint may have" in failure(tmp_path)

@@ -236,7 +236,7 @@ def test_files_without_tensors_are_refused(tmp_path: Path) -> None:
         (b"[1]", "is not a JSON object. Fetch the file again."),
         (b'{"a": "\xff"}', "is not valid JSON ('utf-8' codec"),
         (b'{"a": ' + b"9" * 5000 + b"}", "is not valid JSON (Exceeds the limit"),
-        (b"[" * 100_000, "is not valid JSON ("),
+        (b"[" * 100_000, "is nested more than 100 levels deep"),
     ],
 )
 def test_broken_config_is_named(text: bytes, message: str, tmp_path: Path) -> None:

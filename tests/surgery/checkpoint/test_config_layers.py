@@ -17,9 +17,9 @@ from surgery.checkpoint.config_layers import (
     with_explicit_layer_kinds,
     with_layers,
 )
+from surgery.checkpoint.model_config import N_LAYERS
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.structure import ModelStructure, model_structure
-from surgery.checkpoint.tensor_roles import N_LAYERS
 
 STACKED = """\
 merge_method: passthrough

@@ -298,7 +298,7 @@ def test_what_is_no_embedding_is_not_opened_as_one(tokenizer: str, tmp_path: Pat
     manifest = json.loads((tmp_path / "emb" / "surgery.json").read_text())
     for tensors in (None, [], {}, {"embedding": {"dtype": "F32", "shape": [3, 8]}}):
         (tmp_path / "emb" / "surgery.json").write_text(json.dumps(manifest | {"tensors": tensors}))
-        with pytest.raises(SurgeryError, match='"embedding" is not what the manifest says'):
+        with pytest.raises(SurgeryError, match=r'"embedding" is not what the manifest says|surgery\.json: tensors'):
             open_embedding(tmp_path / "emb")
     (tmp_path / "emb" / "surgery.json").write_text(json.dumps(manifest | {"kind": "model"}))
     with pytest.raises(SurgeryError, match="holds a model, expected an embedding"):
