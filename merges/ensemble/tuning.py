@@ -22,6 +22,7 @@ from merges.ensemble.ensemble_model import LogitEnsembleConfig, LogitEnsembleFor
 from surgery.checkpoint.checkpoint import Checkpoint, loadable_folder
 from surgery.engine.work.computation import torch_device
 from surgery.errors import SurgeryError, usage_error
+from surgery.io.input_files import read_given_text
 from surgery.models.loading import load_tokenizer, load_weights
 from surgery.runtime.progress import Advance, Progress
 
@@ -109,12 +110,7 @@ def read_rows(path: Path) -> list[TuningRow]:
     Raises:
         SurgeryError: the file cannot be read; a line is no such object; there are fewer than two rows.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
-    except UnicodeDecodeError as error:
-        raise SurgeryError("is not UTF-8 text", where=path) from error
+    lines = read_given_text(path).splitlines()
     rows = [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if len(rows) < 2:
         raise SurgeryError(

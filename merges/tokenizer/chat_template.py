@@ -16,7 +16,9 @@ from merges.tokenizer.files import dump
 from surgery.checkpoint.tokenizer_files import CHAT_TEMPLATE, CHAT_TEMPLATES, LEGACY_CHAT_TEMPLATE
 from surgery.checkpoint.vocabulary import CONFIG, Vocabulary
 from surgery.errors import SurgeryError, listing, usage_error
+from surgery.io.input_files import read_utf8
 from surgery.io.json_io import read_json
+from surgery.io.safe_paths import find_file
 
 AUTO = "auto"
 WHERE = "chat_template"
@@ -162,11 +164,8 @@ def read_chat_template(folder: Path) -> str | None:
     Raises:
         SurgeryError: a file cannot be read, or holds something else than a template.
     """
-    if (folder / CHAT_TEMPLATE).is_file():
-        try:
-            return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SurgeryError(f"cannot be read as text ({error})", where=folder / CHAT_TEMPLATE) from error
+    if (path := find_file(folder, CHAT_TEMPLATE)) is not None:
+        return read_utf8(path)
     for name in (CONFIG, LEGACY_CHAT_TEMPLATE):
         value = read_json(folder / name, missing={}).get("chat_template")
         if isinstance(value, list):

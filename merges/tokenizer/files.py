@@ -27,6 +27,7 @@ from surgery.checkpoint.tokenizer_files import (
 )
 from surgery.checkpoint.vocabulary import CONFIG, CONVERT, FETCH_AGAIN, TOKENIZER
 from surgery.errors import SurgeryError, listing
+from surgery.io.input_files import read_bytes
 from surgery.io.json_io import read_json
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -39,10 +40,7 @@ def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
     """Return the tokenizer's files in `folder`: path → content, sorted. Raises SurgeryError if one is unreadable."""
     files = {}
     for path in list_tokenizer_files(folder):
-        try:
-            files[path.relative_to(folder).as_posix()] = path.read_bytes()
-        except OSError as error:
-            raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
+        files[path.relative_to(folder).as_posix()] = read_bytes(path)
     return files
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import SurgeryError, usage_error
+from surgery.io.input_files import MAX_DATA_BYTES, read_bytes
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,10 @@ class GenerationCache:
         """Raises SurgeryError where the file cannot be read."""
         self.path = path
         try:
-            lines = path.read_bytes().split(b"\n")
-        except FileNotFoundError:
-            lines = []
-        except OSError as error:
-            raise usage_error(f"cannot be read ({error.strerror})", where=path) from error
+            exists = path.exists() or path.is_symlink()
+            lines = read_bytes(path, limit=MAX_DATA_BYTES).split(b"\n") if exists else []
+        except SurgeryError as error:
+            raise usage_error(error.what, where=path, hint=error.hint) from error
         self._completions = dict(record for line in lines if (record := _record(line)))
 
     def get(self, key: str) -> Completion | None:
@@ -66,7 +66,7 @@ class GenerationCache:
 
 def _append(path: Path, lines: Sequence[bytes]) -> None:
     # O_APPEND makes every write go to the end, also when another process has written since.
-    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         size = os.fstat(handle).st_size
         # A kill may have truncated the last line: the first new one must not be appended to it.

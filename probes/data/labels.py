@@ -15,6 +15,7 @@ from probes.data.generation import context_length, generate_texts
 from probes.data.markers import KNOWN_FAMILIES, never_closed, template_text
 from probes.data.tokenization import encode
 from surgery.errors import ErrorList, SurgeryError, listing, usage_error
+from surgery.io.input_files import read_given_text
 from surgery.models.chat_template import render_chat
 from surgery.models.loading import ModelAndTokenizer
 from surgery.runtime.progress import Progress, silent
@@ -95,12 +96,7 @@ def read_phrases(path: Path) -> tuple[str, ...]:
     Raises:
         SurgeryError: the file cannot be read, is not UTF-8, or has no phrases.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise usage_error(f"cannot be read ({error.strerror})", where=path) from error
-    except UnicodeDecodeError as error:
-        raise usage_error(f"is not UTF-8 (byte {error.start:,})", where=path, hint="Convert it first.") from error
+    lines = read_given_text(path).splitlines()
     phrases = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
     if not phrases:
         raise usage_error("has no phrases", where=path, hint="Give one a line.")

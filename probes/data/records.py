@@ -19,6 +19,7 @@ from surgery.engine.verification import weights_hash
 from surgery.errors import SurgeryError, usage_error
 from surgery.evaluation.statistics import EstimateWithInterval
 from surgery.io.atomic import MANIFEST, write_file
+from surgery.io.input_files import MAX_DATA_BYTES, read_bytes
 from surgery.io.json_io import read_json, to_json
 from surgery.io.json_records import Strict, record_text
 from surgery.io.json_records import read_record as read_file
@@ -92,7 +93,7 @@ def read_record(run: Path, kind: str, record: type[R]) -> R:
         SurgeryError: there is no such folder, or it contains something else, or findings of another version.
     """
     path = run / RESULTS
-    if not path.is_file():
+    if not path.exists():
         raise usage_error(
             f"has no {RESULTS}", where=run, hint=f"Give a folder that `surgery probe {kind} … -o RUN` wrote."
         )
@@ -134,9 +135,9 @@ def read_examples(run: Path) -> list[Example]:
     path = run / EXAMPLES
     try:
         # Not splitlines: JSON strings may contain line separators of Unicode.
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        rows = [json.loads(line) for line in read_bytes(path, limit=MAX_DATA_BYTES).decode().split("\n") if line]
         return [Example(**{**row, "messages": tuple(row["messages"])}) for row in rows]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise SurgeryError(f"cannot be read ({error})", where=path, hint="Probe the model again.") from error
 
 

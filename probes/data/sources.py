@@ -21,6 +21,7 @@ from surgery.checkpoint.checkpoint import existing_path
 from surgery.errors import ErrorList, first_line, listing, usage_error
 from surgery.hub import datasets as hub_data
 from surgery.hub import download as hub
+from surgery.io.input_files import read_given_text
 
 TEXT_FIELD = "prompt"  # of the rows of a .txt file
 
@@ -77,20 +78,10 @@ def _read_file(path: Path, errors: ErrorList, limit: int | None) -> list[SourceR
     return list(islice(reader(path, errors), limit))
 
 
-def _text(path: Path) -> str:
-    try:
-        # Spreadsheets put a byte-order mark before their CSV.
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise usage_error(f"cannot be read ({error.strerror})", where=path) from error
-    except UnicodeDecodeError as error:
-        raise usage_error(f"is not UTF-8 (byte {error.start:,})", where=path, hint="Convert it first.") from error
-
-
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield the lines that are not blank, with their numbers from 1."""
     # Not splitlines: JSON strings and prompts may contain line separators of Unicode.
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_given_text(path).split("\n"), start=1):
         if line.strip():
             yield number, line.rstrip("\r")
 
@@ -116,7 +107,7 @@ def _read_jsonl(path: Path, errors: ErrorList) -> Iterator[SourceRow]:
 
 def _read_json(path: Path, errors: ErrorList) -> Iterator[SourceRow]:
     try:
-        records = json.loads(_text(path))
+        records = json.loads(read_given_text(path))
     except (ValueError, RecursionError) as error:
         hint = "One object per line is a .jsonl file: rename it." if "Extra data" in str(error) else None
         raise usage_error(f"is not valid JSON ({error})", where=path, hint=hint) from error
@@ -133,7 +124,7 @@ def _read_csv(path: Path, errors: ErrorList) -> Iterator[SourceRow]:
     # A thinking may be longer than the csv module's limit of 131,072 characters for a cell.
     limit = csv.field_size_limit(sys.maxsize)
     try:
-        yield from _csv_rows(path, _text(path), errors)
+        yield from _csv_rows(path, read_given_text(path), errors)
     finally:
         csv.field_size_limit(limit)
 

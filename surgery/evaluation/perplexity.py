@@ -22,6 +22,7 @@ from surgery import lab
 from surgery.errors import SurgeryError, usage_error
 from surgery.evaluation.scoring import Measure, Score
 from surgery.evaluation.statistics import Z
+from surgery.io.input_files import read_given_text
 from surgery.models.loading import ModelAndTokenizer
 from surgery.runtime.progress import Progress, silent
 from surgery.runtime.quiet_libraries import quiet
@@ -67,12 +68,7 @@ def read_text(path: Path) -> Text:
         SurgeryError: the file cannot be read, is not UTF-8 or is empty; a line is no JSON object with a `text`.
     """
     file = lab.data_of(str(path)) or path
-    try:
-        content = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise usage_error(f"cannot be read ({error.strerror})", where=path) from error
-    except UnicodeDecodeError as error:
-        raise usage_error(f"is not UTF-8 (byte {error.start:,})", where=path, hint="Convert it first.") from error
+    content = read_given_text(file)
     if file.suffix != JSONL:
         documents = [content]
     else:

@@ -15,7 +15,9 @@ from surgery.evaluation.scoring import Score
 from surgery.io.atomic import MANIFEST, disk_error, write_file
 from surgery.io.escaping import markdown_block
 from surgery.io.hashing import KEY, hash_tensors
+from surgery.io.input_files import MAX_TEXT_BYTES, read_given_text
 from surgery.io.json_io import read_json, to_json
+from surgery.io.safe_paths import find_file
 from surgery.reporting.report import Column, Figure, Table, Value, format_value
 
 CARD = "README.md"
@@ -91,7 +93,7 @@ def write_scores(folder: Path, scores: Sequence[Score], command: str) -> Path:
     _, _, table = score_table(scores).to_markdown().partition("\n\n")  # its title is the section's
     section = f"{BEGIN}\n## Scores\n\n{table}\n\n{markdown_block(command)}\n{END}\n"
     try:
-        card = path.read_text(encoding="utf-8") if path.exists() else ""
+        card = "" if find_file(folder, CARD) is None else read_given_text(path, limit=MAX_TEXT_BYTES)
         write_file(path, _with_section(card, section, path))
     except UnicodeDecodeError as error:
         raise SurgeryError("is not UTF-8", where=path) from error

@@ -11,11 +11,12 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, usage_error
 from surgery.io.safe_paths import kind_of
 
 MB = 1_000_000
 MAX_TEXT_BYTES = 64 * MB  # what is parsed whole: the largest tokenizer.json in use has 35 MB
+MAX_DATA_BYTES = 2_000 * MB  # of a file of examples or texts, which its user knows the size of
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -77,3 +78,19 @@ def read_utf8(path: Path, *, limit: int = MAX_TEXT_BYTES) -> str:
         return read_bytes(path, limit=limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SurgeryError(f"is not UTF-8 text (byte {error.start:,})", where=path) from error
+
+
+def read_given_text(path: Path, *, limit: int = MAX_DATA_BYTES) -> str:
+    """Return the UTF-8 text in a file that the user named, without a byte order mark; its lines end in `\\n`.
+
+    Raises:
+        SurgeryError: as `read_utf8`, as an error of usage.
+    """
+    try:
+        text = read_bytes(path, limit=limit).decode("utf-8-sig")
+    except SurgeryError as error:
+        raise usage_error(error.what, where=error.where, hint=error.hint) from error
+    except UnicodeDecodeError as error:
+        raise usage_error(f"is not UTF-8 (byte {error.start:,})", where=path, hint="Convert it first.") from error
+    # As Python's text files: what was written on Windows is the same text.
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text

@@ -16,13 +16,16 @@ from typing import Any
 
 import yaml
 
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, first_line
 from surgery.evaluation.scorecard import read_scores
 from surgery.evaluation.scoring import Score
 from surgery.hub import datasets as hub_data
 from surgery.hub.settings import cache_dir
 from surgery.io.atomic import MANIFEST
 from surgery.io.escaping import markdown_block, markdown_code, markdown_text, yaml_text
+from surgery.io.input_files import MAX_TEXT_BYTES, read_given_text
+from surgery.io.yaml_models import MAX_YAML_BYTES
+from surgery.io.yaml_nodes import read_documents
 from surgery.publish.package import CARD, UploadPackage
 from surgery.reporting.report import format_value
 
@@ -84,19 +87,15 @@ def _read_card(package: UploadPackage, name: str) -> tuple[dict[str, Any], str]:
         line = package.command.get("line")
         origin = f"Made by model-surgery:\n\n{markdown_block(str(line))}\n" if line else "Made by model-surgery.\n"
         return {}, f"\n# {markdown_text(name)}\n\n{origin}"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SurgeryError("is not UTF-8", where=path) from error
-    except OSError as error:
-        raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
+    text = read_given_text(path, limit=MAX_TEXT_BYTES)
     front_matter = _FRONT_MATTER.match(text)
     if not front_matter:
         return {}, f"\n{text}"
     try:
-        metadata = yaml.safe_load(front_matter["yaml"]) or {}
-    except yaml.YAMLError as error:
+        documents = _load_yaml(front_matter["yaml"], path)
+    except SurgeryError as error:
         raise _metadata_error(package, "are no YAML") from error
+    metadata = (documents[0] if documents else None) or {}
     if not isinstance(metadata, dict):
         raise _metadata_error(package, "are no YAML mapping")
     return metadata, text[front_matter.end() :]
@@ -117,6 +116,18 @@ def _known_metadata(package: UploadPackage, name: str) -> dict[str, Any]:
     }
 
 
+def _load_yaml(text: str, where: object) -> list[Any]:
+    """Return the values of the documents in `text`. Raises SurgeryError where it is no YAML, or too large or deep."""
+    if len(text) > MAX_YAML_BYTES:
+        raise SurgeryError(f"has {len(text):,} characters of YAML, more than {MAX_YAML_BYTES:,}", where=where)
+    # It bounds nodes and depth, which PyYAML does not.
+    read_documents(text, str(where))
+    try:
+        return list(yaml.safe_load_all(text))
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: a date that is none
+        raise SurgeryError(f"is no YAML ({first_line(error)})", where=where) from error
+
+
 def _relation(package: UploadPackage) -> str:
     if package.kind in RELATIONS:
         return RELATIONS[package.kind]
@@ -133,8 +144,8 @@ def _dataset_ids(package: UploadPackage) -> list[str]:
     for name, text in (package.command.get("files") or {}).items():
         if name.endswith((".yml", ".yaml")):
             try:
-                named += yaml.safe_load_all(text)
-            except yaml.YAMLError as error:
+                named += _load_yaml(text, package.folder / MANIFEST)
+            except SurgeryError as error:
                 raise SurgeryError(f"its copy of {name} is no YAML", where=package.folder / MANIFEST) from error
     return sorted({name for each in named for name in _iter_dataset_ids(each)})
 
@@ -170,10 +181,11 @@ def _cached_licence(repo_id: str, revision: str | None) -> dict[str, Any]:
     if not isinstance(path, str):
         return {}
     try:
-        front_matter = _FRONT_MATTER.match(Path(path).read_text(encoding="utf-8"))
-        metadata = yaml.safe_load(front_matter["yaml"]) if front_matter else None
-    except (OSError, ValueError, yaml.YAMLError):
+        front_matter = _FRONT_MATTER.match(read_given_text(Path(path), limit=MAX_TEXT_BYTES))
+        documents = _load_yaml(front_matter["yaml"], path) if front_matter else []
+    except SurgeryError:
         return {}  # somebody else's card: it is as good as none
+    metadata = documents[0] if documents else None
     return {key: metadata[key] for key in LICENSE_KEYS if metadata.get(key)} if isinstance(metadata, dict) else {}
 
 

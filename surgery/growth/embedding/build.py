@@ -29,6 +29,7 @@ from surgery.growth.embedding.tables import Groups
 from surgery.growth.embedding.token_text import OpenTokenizer, open_tokenizer, token_strings
 from surgery.io.atomic import check_free, commit_folder, create_partial_folder, file_sizes, write_file
 from surgery.io.hashing import KEY, hash_bytes, hash_tensors
+from surgery.io.input_files import read_bytes
 from surgery.io.json_io import read_json, to_json
 from surgery.io.output_files import copy_output
 from surgery.models.loading import save_tokenizer
@@ -298,7 +299,7 @@ def _preview(strings: Sequence[str], built: _BuiltTable, groups: Groups, report:
 
 def _tokenizer_entry(opened: OpenTokenizer) -> dict[str, Any]:
     # Paths in the folder, not the disk: the same tokenizer elsewhere gives the same manifest.
-    hashes = {path.relative_to(opened.folder).as_posix(): hash_bytes(path.read_bytes()).hex() for path in opened.files}
+    hashes = {path.relative_to(opened.folder).as_posix(): hash_bytes(read_bytes(path)).hex() for path in opened.files}
     source = {"ref": opened.ref, "repo_id": opened.repo_id, "revision": opened.revision}
     return {**source, "files": hashes, KEY: hash_tensors(hashes)}
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from surgery.errors import SurgeryError, usage_error
 from surgery.io.hashing import hash_bytes
+from surgery.io.input_files import read_bytes
 
 Image = npt.NDArray[np.uint8]
 
@@ -80,9 +81,9 @@ def open_font(path: Path | None, *, height: int) -> Font:
 
         path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / DEFAULT_FONT
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise usage_error(f"cannot be read ({error.strerror})", where=path, hint="Give a font's file.") from error
+        data = read_bytes(path)
+    except SurgeryError as error:
+        raise usage_error(error.what, where=path, hint="Give a font's file.") from error
     draw = _hex_glyphs(data, path) if path.suffix == HEX else _outlines(path, height)
     return Font(path.name, hash_bytes(data).hex(), draw)
 

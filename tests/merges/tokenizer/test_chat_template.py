@@ -175,5 +175,5 @@ def test_damaged_templates_are_named(tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match=r'tokenizer_config\.json: "chat_template" holds 5, expected text'):
         read_chat_template(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(SurgeryError, match=r"chat_template\.jinja: cannot be read as text"):
+    with pytest.raises(SurgeryError, match=r"chat_template\.jinja: is not UTF-8 text"):
         read_chat_template(tmp_path)

@@ -265,7 +265,7 @@ def test_two_processes_may_write_one_cache(tmp_path):
 
 
 def test_a_cache_that_cannot_be_used_is_named(tmp_path):
-    with pytest.raises(SurgeryError, match=r"cannot be read \(Is a directory\)"):
+    with pytest.raises(SurgeryError, match=r"is a folder, expected a file"):
         GenerationCache(tmp_path)
     (tmp_path / "file").write_text("")
     cache = GenerationCache(tmp_path / "new")
