@@ -17,9 +17,11 @@ from merges.methods import METHODS
 from merges.report import MergeReport
 from surgery.engine.manifest import read_manifest
 from surgery.engine.options import ExecutionOptions
-from surgery.io.atomic import MANIFEST, check_free, partial_path
+from surgery.errors import usage_error
+from surgery.io.atomic import MANIFEST, partial_path
+from surgery.io.output_folder import check_free, output_lock
 from surgery.io.yaml_models import read_text
-from surgery.runtime.collectives import on_main
+from surgery.runtime.collectives import entered_on_main, on_main
 
 STEPS = ".steps"  # OUT.steps/ holds the results of named documents until the last is done
 
@@ -64,14 +66,17 @@ def merge(
     job = MergeJob(last, folders, line, text)
     if not dry_run:
         check_free(out, overwrite=options.overwrite)
+        if before and (steps.is_symlink() or (steps.exists() and not steps.is_dir())):
+            raise usage_error("is no folder, and in the way of the documents' results", where=steps, hint="Remove it.")
     if before or dry_run:  # an error of the last document must not show after hours of work on the first
         plans = [one.check(folder, options) for one, folder in zip([*jobs, job], [*folders.values(), out], strict=True)]
         if dry_run:
             return _dry_report(job, out, plans)
-    # Each in its own folder until the last is done: an interrupted run goes on after the last finished step.
-    done = {name: _step(one, folders[name], options) for name, one in zip(folders, jobs, strict=True)}
-    report = job.run(out, options, steps=done)
-    on_main(_remove, steps, folders)
+    with entered_on_main(output_lock(out)):
+        # Each in its own folder until the last is done: an interrupted run goes on after the last finished step.
+        done = {name: _step(one, folders[name], options) for name, one in zip(folders, jobs, strict=True)}
+        report = job.run(out, options, steps=done)
+        on_main(_remove, steps, folders)
     return report
 
 

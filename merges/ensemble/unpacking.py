@@ -21,8 +21,9 @@ from surgery.engine.plan import Plan, PlannedFile, PlannedTensor, check_output
 from surgery.engine.preflight import Preflight, check_space
 from surgery.engine.result import ExecutionResult
 from surgery.errors import SurgeryError, listing, usage_error
-from surgery.io.atomic import MANIFEST, check_free
+from surgery.io.atomic import MANIFEST
 from surgery.io.json_io import read_json
+from surgery.io.output_folder import check_free
 from surgery.io.safe_paths import (
     check_contained,
     contained_folder,

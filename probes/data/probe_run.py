@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +16,10 @@ from probes.data.preparation import CACHES, GenerationOptions, PreparedData, ope
 from probes.data.reader import read_data
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.verification import weights_hash
-from surgery.io.atomic import atomic_folder, check_free, check_no_journal, partial_path
+from surgery.io.atomic import partial_path
+from surgery.io.output_folder import atomic_folder, check_free, check_no_journal, output_lock
 from surgery.models.loaded_model import LoadedModel
-from surgery.runtime.collectives import on_main
+from surgery.runtime.collectives import entered_on_main, on_main
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class ProbeRun:
         )
 
 
+@contextmanager
 def open_run(
     model: str,
     data: str,
@@ -78,8 +81,8 @@ def open_run(
     limit: int | None,
     dtype: str,
     options: ExecutionOptions,
-) -> ProbeRun:
-    """Open what a probing run needs.
+) -> Iterator[ProbeRun]:
+    """Open what a probing run needs, and let no other process write `out` in the block.
 
     Args:
         data, transfer: files, Hub data sets or lab:NAME; see `probes.data.reader.read_data`.
@@ -90,9 +93,11 @@ def open_run(
         SurgeryError: `out` exists; a data set cannot be read; the model cannot be loaded.
     """
     check_free(out, overwrite=options.overwrite)
-    check_no_journal(partial_path(out), overwrite=options.overwrite)
-    # Data before the model: a misspelt file should not cost the minutes in which a large model is loaded.
-    dataset = read_data(data, limit=limit)
-    second = None if transfer is None else read_data(transfer, limit=limit)
-    live = open_model(model, device=options.device, dtype=dtype)
-    return ProbeRun(live, dataset, second, out, generation, options)
+    # From now on, as finished completions are kept in the staging folder.
+    with entered_on_main(output_lock(out)):
+        check_no_journal(partial_path(out), overwrite=options.overwrite)
+        # Data before the model: a misspelt file should not cost the minutes in which a large model is loaded.
+        dataset = read_data(data, limit=limit)
+        second = None if transfer is None else read_data(transfer, limit=limit)
+        live = open_model(model, device=options.device, dtype=dtype)
+        yield ProbeRun(live, dataset, second, out, generation, options)

@@ -67,8 +67,10 @@ def probe_experts(
     if grid is not None:
         # Before anything is loaded: the sweep comes last, after everything else has been paid for.
         check_tasks(grid)
-    run = open_run(model, data, out, transfer=transfer, generation=asking, limit=limit, dtype=dtype, options=options)
-    analysis = analyse(run, ExpertSettings(tuple(tokens), support, grid, limit, batch_tokens, seed))
-    findings = to_findings(analysis)
-    run.write(lambda folder: write_run(folder, findings, analysis))
+    with open_run(
+        model, data, out, transfer=transfer, generation=asking, limit=limit, dtype=dtype, options=options
+    ) as run:
+        analysis = analyse(run, ExpertSettings(tuple(tokens), support, grid, limit, batch_tokens, seed))
+        findings = to_findings(analysis)
+        run.write(lambda folder: write_run(folder, findings, analysis))
     return findings

@@ -60,9 +60,11 @@ def probe_refusal(
     if asking.phrases is not None:
         # The findings keep the phrases themselves: later verdicts must not depend on what has become of their file.
         asking = replace(asking, phrases=tuple(refusal_phrases(asking)))
-    run = open_run(model, data, out, transfer=transfer, generation=asking, limit=limit, dtype=dtype, options=options)
     settings = RefusalSettings(training, attribution, limit, batch_tokens)
-    analysis = analyse(run, run.prepare(), run.prepare_transfer(), settings)
-    findings = to_findings(analysis)
-    run.write(lambda folder: write_run(folder, findings, analysis))
+    with open_run(
+        model, data, out, transfer=transfer, generation=asking, limit=limit, dtype=dtype, options=options
+    ) as run:
+        analysis = analyse(run, run.prepare(), run.prepare_transfer(), settings)
+        findings = to_findings(analysis)
+        run.write(lambda folder: write_run(folder, findings, analysis))
     return findings

@@ -18,7 +18,7 @@ from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, check_output
 from surgery.engine.preflight import Preflight, check_space
 from surgery.engine.result import ExecutionResult
-from surgery.io.atomic import check_free
+from surgery.io.output_folder import check_free
 
 R = TypeVar("R")
 

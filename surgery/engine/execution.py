@@ -31,8 +31,9 @@ from surgery.engine.work.partitioning import this_machine
 from surgery.engine.work.worker_job import FailureWatch, Records, WorkerJob
 from surgery.engine.work.workers import default_threads
 from surgery.errors import SurgeryError, listing
-from surgery.io.atomic import check_free, commit_folder, disk_error, partial_path
+from surgery.io.atomic import disk_error, partial_path
 from surgery.io.output_files import copy_output
+from surgery.io.output_folder import check_free, commit_folder, output_lock
 from surgery.runtime.collectives import local_device, map_over_ranks, n_active_processes, on_main
 
 # In the staging folder of several processes, once one of them has failed. Hidden, so that no output has this name.
@@ -104,7 +105,6 @@ class _RankExecution:
         self.staging = partial_path(out)
         self.failure_file = self.staging / _FAILURE_FILE
         self.rejected = False
-        stack.callback(self._remove_rejected)  # registered first, so that it runs when all files are closed
 
     def open_sources(self, rank: int) -> _RankView:
         """Check OUT and the device, and open the sources."""
@@ -117,11 +117,14 @@ class _RankExecution:
 
     def prepare_folder(self) -> Records:
         """Create the staging folder, journal and weight files; return the records of earlier runs. Rank 0 only."""
+        # Before anything is written: another process may be at work in the same folder, or have finished it meanwhile.
+        self.stack.enter_context(output_lock(self.out))
+        self.stack.callback(self._remove_rejected)  # registered here, so that it runs when all files are closed
+        check_free(self.out, overwrite=self.options.overwrite)
         try:
             self.staging.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise disk_error(error, self.staging) from error
-        # Its lock comes before anything is written: another process may be at work in the same folder.
         self.journal = self.stack.enter_context(Journal(self.staging, self.fingerprint, discard=self.options.overwrite))
         self.failure_file.unlink(missing_ok=True)  # of a run that ended by a failure, which this one continues
         self.writer = self.stack.enter_context(ShardWriter(self.staging, self.plan.files))
@@ -172,10 +175,7 @@ class _RankExecution:
                 self.rejected = True
                 raise
         report = finish(self.staging, result)
-        # Before the rename, or OUT would contain it. A kill between the two leaves a manifest without a journal, by
-        # which the next run knows a finished output of its own.
-        self.journal.remove()
-        commit_folder(self.staging, self.out, overwrite=self.options.overwrite)
+        commit_folder(self.staging, self.out, overwrite=self.options.overwrite, discard=self.journal.names())
         return report
 
     def _remove_rejected(self) -> None:

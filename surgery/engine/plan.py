@@ -13,11 +13,12 @@ from surgery.checkpoint.dtypes import n_bytes
 from surgery.checkpoint.reader import SEGMENT, TensorInput
 from surgery.checkpoint.safetensors_header import PYTORCH, Header, build_header
 from surgery.engine.kernel import IDENTITY, Kernel, Parameter, Pass
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, usage_error
 from surgery.hub.file_selection import WEIGHTS_SUFFIX
 from surgery.io.atomic import JOURNAL
 from surgery.io.hashing import hash_bytes, hash_text
 from surgery.io.output_files import write_output
+from surgery.io.output_folder import staging_folders
 from surgery.io.safe_paths import folded, unique_paths
 
 # The shard size of transformers up to version 4, which most models on the Hub have: a failed transfer costs one shard.
@@ -193,8 +194,12 @@ def write_index(plan: Plan, folder: Path) -> None:
 
 
 def check_output(out: Path, sources: Mapping[str, Checkpoint]) -> None:
-    """Raise SurgeryError where writing `out` would write into one of the sources."""
-    resolved = out.resolve()
+    """Raise SurgeryError where writing `out` would write into one of the sources, or replace it."""
+    try:
+        # What lies beside OUT while it is written, too.
+        resolved, *beside = (path.resolve() for path in (out, *staging_folders(out)))
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise usage_error("is a link that leads nowhere", where=out, hint="Choose another folder.") from error
     for role, checkpoint in sources.items():
         for path in checkpoint.files:
             # Without a folder (a file given by its path) only that file's own folder is off limits.
@@ -205,6 +210,12 @@ def check_output(out: Path, sources: Mapping[str, Checkpoint]) -> None:
                     where=out,
                     hint="Choose a folder outside of it.",
                     exit_code=2,
+                )
+            if resolved in folder.parents or any(path == folder or path in folder.parents for path in beside):
+                raise usage_error(
+                    f"would take the place of the {role} {checkpoint.ref}",
+                    where=out,
+                    hint="Choose another folder.",
                 )
 
 

@@ -30,6 +30,7 @@ from surgery.growth.run import (
     read_existing_growth,
     read_existing_training,
     remove_folder,
+    run_lock,
     stage_keys,
     write_results,
 )
@@ -91,6 +92,13 @@ def train_baselines(
         SurgeryError: the growth is not finished; it deepened an existing model, whose training cannot be repeated in
             one go; else as `grow`.
     """
+    with run_lock(prepared.run):
+        return _train_baselines(prepared, budget, embedding, options)
+
+
+def _train_baselines(
+    prepared: PreparedRun, budget: BaselineBudget, embedding: BaselineEmbedding, options: RunOptions
+) -> Growth:
     plan, run = prepared.plan, prepared.run
     growth = _finished_growth(prepared)
     context = create_run_context(prepared, options)

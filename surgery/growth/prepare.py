@@ -6,6 +6,7 @@ The result is a `PreparedRun` that can be grown, or one error with everything th
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -25,10 +26,12 @@ from surgery.growth.embedding.token_text import open_tokenizer
 from surgery.growth.plan import GrowthPlan, ModelShape, read_plan
 from surgery.growth.results import RESULTS
 from surgery.io.hashing import KEY, hash_text
+from surgery.io.safe_paths import kind_of
 from surgery.runtime.environment import n_processes
 
 COMMAND = "grow run"
 TOKENS = "tokens"
+LOCK = ".lock"  # while a process trains in the folder
 # Parts of a plan that are not in a run's key: they change no weights, or their content is hashed instead of their path;
 # stages have keys of their own.
 NOT_IN_KEY: dict[str, Any] = {
@@ -195,10 +198,12 @@ def start_shape(plan: GrowthPlan, *, layers: int) -> ModelShape:
 
 
 def _check_folder(run: Path) -> None:
-    if run.exists() and not run.is_dir():
-        raise usage_error("is a file, expected a folder", where=run)
-    # A run that was killed in its first stage has tokens and no results yet.
-    if run.exists() and any(run.iterdir()) and not (run / RESULTS).exists() and not (run / TOKENS).exists():
+    if not run.is_dir() and os.path.lexists(run):
+        kind = "a link to nothing" if run.is_symlink() else kind_of(run.stat().st_mode)
+        raise usage_error(f"is {kind}, expected a folder", where=run)
+    # A run that was killed in its first stage has tokens and no results yet; before that, only its lock.
+    holds_more = run.exists() and any(path.name != LOCK for path in run.iterdir())
+    if holds_more and not (run / RESULTS).exists() and not (run / TOKENS).exists():
         raise usage_error("is not empty, and no growth", where=run, hint="Choose another folder.")
 
 

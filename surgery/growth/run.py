@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from surgery.growth.layers.random_init import part_seed
 from surgery.growth.options import RunOptions
 from surgery.growth.plan import PLAN, GrowthPlan, GrowthStage, plan_text
 from surgery.growth.prefix_cache.cache import cache_bytes
-from surgery.growth.prepare import TOKENS, PreparedRun, content_key, start_shape
+from surgery.growth.prepare import LOCK, TOKENS, PreparedRun, content_key, start_shape
 from surgery.growth.report import growth_report
 from surgery.growth.results import (
     REPORT,
@@ -40,10 +41,12 @@ from surgery.growth.results import (
 from surgery.growth.training.job import RunContext, TrainingJob
 from surgery.growth.training.stage_runner import train_checkpoint
 from surgery.io.atomic import write_file
-from surgery.runtime.collectives import barrier, local_device, on_main
+from surgery.io.locks import exclusive_lock
+from surgery.runtime.collectives import barrier, entered_on_main, local_device, on_main
 from surgery.runtime.environment import is_main
 
 START = "start"
+LOCK_PATIENCE = 10.0  # seconds that forked processes of a killed run may take to end: they hold its lock until then
 # Trained parts that lie below the new layers: what leaves those changes from step to step, and cannot be cached.
 BELOW_NEW_LAYERS = {"lora", "embedding", "all"}
 
@@ -59,6 +62,19 @@ def grow(prepared: PreparedRun, options: RunOptions = RunOptions()) -> Growth:
         SurgeryError: as `add_layers`, `train_checkpoint` and the measurements; an existing stage belongs to another
             plan.
     """
+    with run_lock(prepared.run):
+        return _grow(prepared, options)
+
+
+def run_lock(run: Path) -> AbstractContextManager[None]:
+    """Let no other process train in the folder `run` in the block, which all ranks enter. Raises SurgeryError."""
+    busy, hint = "another process is training here", "Wait until it is done, stop it, or choose another RUN."
+    return entered_on_main(
+        exclusive_lock(run / LOCK, where=run, busy=busy, hint=hint, patience=LOCK_PATIENCE, remove=True)
+    )
+
+
+def _grow(prepared: PreparedRun, options: RunOptions) -> Growth:
     plan, run = prepared.plan, prepared.run
     context = create_run_context(prepared, options)
     keys, existing = stage_keys(prepared, context), read_existing_growth(run)

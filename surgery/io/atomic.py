@@ -1,35 +1,41 @@
-"""Write files and folders atomically and durably: each appears whole or not at all.
+"""Write files atomically and durably: each appears whole or not at all. `surgery.io.output_folder` does so for folders.
 
-How it works, and what an error, a kill or a power failure leaves behind:
-
-- A file is written under a temporary name in its own folder, fsynced and renamed over its target. A kill leaves the
-  target as it was, and at worst a hidden file `.NAME.xxxxxxxx` beside it.
-- A folder `OUT` is written in `OUT.partial`. When it is complete every file in it is fsynced, then it is renamed to
-  `OUT`, then the folder around it is fsynced. An error or a kill before the rename leaves `OUT.partial`, which the next
-  run resumes or clears.
-- An earlier `OUT` that is to be overwritten is first renamed to `OUT.replaced` and deleted last. A kill between the two
-  renames leaves the old output in `OUT.replaced` and the complete new one in `OUT.partial`.
-
+A file is written under a temporary name in its own folder, fsynced and renamed over its target. A kill leaves the
+target as it was, and at worst a hidden file `.NAME.xxxxxxxx` beside it, which the next writing of the target removes.
 The order fsync → rename matters: renamed first, a file could be empty after a power failure although it has its name.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import re
 import secrets
 import shutil
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from surgery.errors import SurgeryError, usage_error
+from surgery.errors import SurgeryError
+from surgery.io.safe_paths import kind_of
 
 MANIFEST = "surgery.json"  # marks a folder as an output of this tool
 JOURNAL = "journal.jsonl"  # marks a staging folder whose job can be resumed; see `surgery.engine.storage.journal`
 PARTIAL = ".partial"  # suffix of a staging folder
-REPLACED = ".replaced"  # suffix of an output that is being overwritten
+TEMPORARY_END = "[0-9a-f]{8}"  # a regular expression: what is appended to the names of temporary files
+
+# What to do about a failed write: errno → hint.
+_HINTS: dict[int | None, str] = {
+    errno.EACCES: "Give yourself the permission to write there, or choose another place.",
+    errno.EPERM: "Give yourself the permission to write there, or choose another place.",
+    errno.EROFS: "Choose another place, or mount it for writing and run the same command again.",
+    errno.EIO: "The disk, or the connection to it, is failing: run the same command again, or choose another place.",
+    errno.EFBIG: "A limit on the size of files is set (`ulimit -f`), or the file system has one: choose another place.",
+    errno.EMFILE: "Allow more open files (`ulimit -n`), and run the same command again.",
+    errno.ENFILE: "The system has too many open files: run the same command again later.",
+}
 
 
 def write_file(path: Path, content: bytes | str) -> Path:
@@ -49,15 +55,13 @@ def atomic_replace(path: Path) -> Iterator[Path]:
         SurgeryError: the file cannot be written.
     """
     temporary: Path | None = None
+    descriptor: int | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # In the target's own folder: a rename is atomic only within one file system. Not by mkstemp, whose files only
-        # their owner can read: the user's umask decides.
-        named = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        descriptor = os.open(named, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
-        temporary = named
+        _check_replaceable(path)
+        remove_left_files(path)
+        descriptor, temporary = _temporary_file(path)
         mode = os.fstat(descriptor).st_mode
-        os.close(descriptor)
         yield temporary
         # Again, since safetensors puts a file of its own in this one's place.
         temporary.chmod(stat.S_IMODE(path.stat().st_mode if path.exists() else mode))
@@ -70,109 +74,63 @@ def atomic_replace(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
-@contextmanager
-def atomic_folder(
-    out: Path, *, overwrite: bool = False, keep: Collection[str] = (), suffix: str = PARTIAL
-) -> Iterator[Path]:
-    """Yield a staging folder to fill; at the end of the block it is made durable and becomes `out`.
-
-    After an error in the block `out` is unchanged and the staging folder stays, as after a kill; the next call clears
-    it. Errors of the block pass through unchanged.
-
-    Args:
-        overwrite: replace an earlier `out`, and discard a resumable job in the staging folder. Call `check_free` before
-            the work begins, to find out whether `out` may be replaced.
-        keep: names of files at the top of the staging folder that survive from a killed run, such as caches of
-            finished work. They are deleted just before the commit, so that a kill until then loses none of them.
-        suffix: what is appended to the name of `out` to name the staging folder.
-
-    Raises:
-        SurgeryError: as `create_partial_folder` and `commit_folder`.
-    """
-    partial = create_partial_folder(out, overwrite=overwrite, keep=keep, suffix=suffix)
-    yield partial
-    for name in keep:
-        remove_path(partial / name)
-    commit_folder(partial, out, overwrite=overwrite)
+def _check_replaceable(path: Path) -> None:
+    """Raise SurgeryError where `path` is something that a file must not take the place of, such as a device."""
+    mode = path.lstat().st_mode if os.path.lexists(path) else stat.S_IFREG
+    # A link itself is replaced, never what it leads to.
+    if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
+        raise SurgeryError(f"is {kind_of(mode)}, expected a file", where=path, hint="Choose another name.")
 
 
-def check_no_journal(partial: Path, *, overwrite: bool) -> None:
-    """Raise SurgeryError where a resumable job is in the staging folder `partial` and `overwrite` is off.
+def _temporary_file(path: Path) -> tuple[int, Path]:
+    """Create a temporary file beside `path`; return its descriptor, which has its lock, and its path."""
+    while True:
+        # In the target's own folder: a rename is atomic only within one file system. Not by mkstemp, whose files only
+        # their owner can read: the user's umask decides.
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
+        descriptor = os.open(temporary, flags, 0o666)
+        _lock(descriptor)
+        # Another process may have taken it for left over, before it was locked.
+        if os.fstat(descriptor).st_nlink:
+            return descriptor, temporary
+        os.close(descriptor)
 
-    For what takes long before it writes: an error of `create_partial_folder` at its end would waste all of the work.
-    """
-    # A journal marks hours of work of `surgery.engine`, which a quick command must not throw away unasked.
-    if (partial / JOURNAL).exists() and not overwrite:
-        raise usage_error(
-            "holds another job's work, which goes on where it stopped",
-            where=partial,
-            hint="Choose another folder, or add --overwrite.",
-        )
+
+def remove_left_files(path: Path) -> None:
+    """Remove the temporary files of `path` whose processes were killed: of those alive, the files are locked."""
+    pattern = re.compile(re.escape(f".{path.name}.") + TEMPORARY_END)
+    for left in path.parent.iterdir():
+        if not pattern.fullmatch(left.name):
+            continue
+        try:
+            descriptor = os.open(left, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:  # gone meanwhile, or none of ours
+            continue
+        try:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode) and _lock(descriptor):
+                left.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
 
 
-def create_partial_folder(out: Path, *, overwrite: bool, keep: Collection[str] = (), suffix: str = PARTIAL) -> Path:
-    """Create the folder in which `out` is written; what a killed run left in it is deleted, except the files in `keep`.
-
-    Raises:
-        SurgeryError: as `check_no_journal`; the folder cannot be written.
-    """
-    partial = partial_path(out, suffix)
-    check_no_journal(partial, overwrite=overwrite)
+def _lock(descriptor: int) -> bool:
+    """Lock an open file without waiting; return whether it is locked now. The kernel drops the lock with its holder."""
     try:
-        # The name may also be that of a file or a symbolic link, which cannot be filled.
-        if not keep:
-            remove_path(partial)
-        partial.mkdir(parents=True, exist_ok=True)
-        for path in partial.iterdir():
-            if path.name not in keep:
-                remove_path(path)
-    except OSError as error:
-        raise disk_error(error, partial) from error
-    return partial
-
-
-def commit_folder(partial: Path, out: Path, *, overwrite: bool) -> None:
-    """Make everything in `partial` durable and rename it to `out`; with `overwrite` an earlier `out` is deleted.
-
-    Raises:
-        SurgeryError: it cannot be written. Then either `out` is still the earlier one, or `partial` is complete.
-    """
-    replaced = partial_path(out, REPLACED)
-    try:
-        # Folders as well as files: a file whose entry in its folder is lost is lost with it.
-        for path in (*sorted(partial.rglob("*")), partial):
-            fsync_path(path)
-        # A folder cannot be renamed over one that is not empty, so the earlier output has to step aside first.
-        if overwrite and out.exists():
-            shutil.rmtree(replaced, ignore_errors=True)  # left by a kill between the two renames
-            out.rename(replaced)
-        partial.rename(out)
-        fsync_path(out.parent)
-    except OSError as error:
-        raise disk_error(error, out) from error
-    # The new output is complete: what cannot be deleted of the earlier one is no reason to report a failure.
-    shutil.rmtree(replaced, ignore_errors=True)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another process has it, or the file system has no locks: then nothing is taken for left over
+        return False
+    return True
 
 
 def partial_path(out: Path, suffix: str = PARTIAL) -> Path:
     """Return the path of the staging folder of `out`."""
-    return out.with_name(out.name + suffix)
-
-
-def check_free(out: Path, *, overwrite: bool) -> None:
-    """Raise SurgeryError if `out` exists and may not be replaced: only our own outputs are ever overwritten."""
-    if not out.exists():
-        return
-    if not overwrite:
-        raise usage_error("exists already", where=out, hint="Choose another folder, or add --overwrite.")
-    if not (out / MANIFEST).is_file():
-        raise usage_error(
-            f"was not written by this tool (it has no {MANIFEST}), so --overwrite will not remove it",
-            where=out,
-            hint="Choose another folder, or remove this one yourself.",
-        )
+    # Not by `with_name`, which fails where there is no name, as of `/`; `check_free` finds that out.
+    return out.parent / f"{out.name}{suffix}"
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
@@ -210,4 +168,4 @@ def disk_error(error: OSError, path: Path) -> SurgeryError:
             where=path,
             hint="Free some space and run the same command again: it goes on where it stopped.",
         )
-    return SurgeryError(f"cannot be written ({error.strerror})", where=path)
+    return SurgeryError(f"cannot be written ({error.strerror or error})", where=path, hint=_HINTS.get(error.errno))

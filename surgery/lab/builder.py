@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from surgery.errors import SurgeryError, listing, usage_error
-from surgery.io.atomic import atomic_folder
 from surgery.io.locks import exclusive_lock
+from surgery.io.output_folder import atomic_folder
 from surgery.lab import python_text
 from surgery.lab.catalogue import DATA, MODELS, PREFIX, find_model, lineage
 from surgery.lab.recipe import AnyRecipe, CliffRecipe, MoeRecipe, ReasoningRecipe, SpecialistsRecipe

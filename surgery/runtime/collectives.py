@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -121,6 +121,22 @@ def on_main(fn: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Resul
         SurgeryError: the call failed, on every rank; another process has ended.
     """
     return map_over_ranks([None], lambda _: fn(*args, **kwargs))[0]
+
+
+@contextmanager
+def entered_on_main(context: AbstractContextManager[Any]) -> Iterator[None]:
+    """Enter `context`, such as a lock, on rank 0, and leave it there at the end of the block.
+
+    Raises:
+        SurgeryError: it could not be entered, on every rank.
+    """
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(context)
+
+        on_main(enter)
+        yield
 
 
 def failure_text(error: Exception) -> str:

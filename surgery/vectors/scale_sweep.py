@@ -25,8 +25,9 @@ from surgery.engine.preflight import Preflight, check_ancestor, check_config
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.evaluation.harness import on_tasks
 from surgery.evaluation.scoring import Score
-from surgery.io.atomic import MANIFEST, check_free
+from surgery.io.atomic import MANIFEST
 from surgery.io.json_io import to_json
+from surgery.io.output_folder import atomic_folder, check_free
 from surgery.models.loading import load_model
 from surgery.reporting.plots import plot_scale_curve
 from surgery.reporting.report import Column, Figure, Report, Table
@@ -204,7 +205,7 @@ def sweep(
                 advance(1)
     report = SweepReport(vector, target, points, control_points, preflight.facts, preflight.warnings)
     if out is not None:
-        on_main(_write, report, out)
+        on_main(_write, report, out, overwrite=options.overwrite)
     return report
 
 
@@ -298,8 +299,12 @@ def _mean(point: SweepPoint) -> float:
     return math.fsum(score.value for score in point.scores) / len(point.scores)
 
 
-def _write(report: SweepReport, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
+def _write(report: SweepReport, out: Path, *, overwrite: bool) -> None:
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        _write_files(report, folder)
+
+
+def _write_files(report: SweepReport, out: Path) -> None:
     results = {
         "schema": SCHEMA,
         "kind": "sweep",

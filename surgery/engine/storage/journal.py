@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from surgery.errors import SurgeryError
-from surgery.io.atomic import JOURNAL, MANIFEST
+from surgery.io.atomic import JOURNAL
 
 # Goes up when the form of the lines changes: an old journal's first line then differs, as another job's does.
 VERSION = 1
@@ -98,11 +98,9 @@ class Journal:
         fields = [record.tensor, record.segment, record.digest, record.inputs, record.sums]
         self._file.write(json.dumps(fields, separators=(",", ":")).encode() + b"\n")
 
-    def remove(self) -> None:
-        """Delete all journals of the folder, once the job is complete."""
-        for path in self._path.parent.glob(_OTHERS):
-            path.unlink()
-        self._path.unlink()  # last: without it the folder would be another job's
+    def names(self) -> list[str]:
+        """Return the names of all journals of the folder, which are deleted once the job is complete."""
+        return [*sorted(path.name for path in self._path.parent.glob(_OTHERS)), NAME]
 
     def _open(self, folder: Path, header: bytes, discard: bool) -> None:
         _lock(self._file, folder)
@@ -117,9 +115,7 @@ class Journal:
             self._continue(header, lines)
             return
         others = [path for path in folder.iterdir() if path != self._path]
-        # A manifest without a journal is our own output, killed just before its last rename.
-        finished = len(lines) == 1 and (folder / MANIFEST).is_file()
-        if (others or len(lines) > 1) and not (discard or finished):
+        if (others or len(lines) > 1) and not discard:
             raise SurgeryError(
                 "holds the unfinished output of another job (or its sources have changed since)",
                 where=folder,

@@ -21,8 +21,9 @@ from surgery.checkpoint.vocabulary import TOKENIZER
 from surgery.engine.manifest import build_manifest_of_files, command_record, write_manifest
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.growth.data.corpus import FIELD
-from surgery.io.atomic import check_free, commit_folder, create_partial_folder, disk_error, file_sizes
+from surgery.io.atomic import disk_error, file_sizes
 from surgery.io.hashing import KEY, hash_bytes
+from surgery.io.output_folder import atomic_folder, check_free
 from surgery.models.loading import save_tokenizer
 from surgery.reporting.report import Column, Table
 from surgery.runtime.progress import Progress, silent
@@ -117,29 +118,34 @@ def train_tokenizer(
     if clash:
         raise usage_error(f"{listing(map(repr, clash))} is also learnt as ordinary text", where="--special")
     tokenizer = _assemble(learnt, special)
-    partial = create_partial_folder(out, overwrite=overwrite)
-    _save(tokenizer, special, partial)
-    report = TokenizerReport(
-        out,
-        tokenizer.get_vocab_size(),
-        vocab,
-        len(statistics.alphabet),
-        len(learnt["merges"]),
-        statistics.documents,
-        statistics.counts.total(),
-        statistics.covered,
-        hash_bytes((partial / TOKENIZER).read_bytes()).hex(),
-    )
+    with atomic_folder(out, overwrite=overwrite) as partial:
+        _save(tokenizer, special, partial)
+        report = TokenizerReport(
+            out,
+            tokenizer.get_vocab_size(),
+            vocab,
+            len(statistics.alphabet),
+            len(learnt["merges"]),
+            statistics.documents,
+            statistics.counts.total(),
+            statistics.covered,
+            hash_bytes((partial / TOKENIZER).read_bytes()).hex(),
+        )
+        _write_manifest(partial, report, refs=refs, special=special, field=field)
+    return report
+
+
+def _write_manifest(
+    folder: Path, report: TokenizerReport, *, refs: Sequence[str], special: Sequence[str], field: str
+) -> None:
     named = None if tuple(special) == (END,) else list(special)
     command = command_record(
-        "grow tokenizer", refs, vocab=vocab, special=named, field=None if field == FIELD else field
+        "grow tokenizer", refs, vocab=report.asked, special=named, field=None if field == FIELD else field
     )
     manifest = build_manifest_of_files(
-        KIND, command, inputs={}, files=file_sizes(partial), tensors={}, versions=_versions(), report=report.summary()
+        KIND, command, inputs={}, files=file_sizes(folder), tensors={}, versions=_versions(), report=report.summary()
     )
-    write_manifest(partial, manifest)
-    commit_folder(partial, out, overwrite=overwrite)
-    return report
+    write_manifest(folder, manifest)
 
 
 def _check_special(special: Sequence[str]) -> None:

@@ -27,11 +27,12 @@ from surgery.growth.embedding.preview import embedding_preview
 from surgery.growth.embedding.report import Collisions, EmbeddingReport
 from surgery.growth.embedding.tables import Groups
 from surgery.growth.embedding.token_text import OpenTokenizer, open_tokenizer, token_strings
-from surgery.io.atomic import check_free, commit_folder, create_partial_folder, file_sizes, write_file
+from surgery.io.atomic import file_sizes, write_file
 from surgery.io.hashing import KEY, hash_bytes, hash_tensors
 from surgery.io.input_files import read_bytes
 from surgery.io.json_io import read_json, to_json
 from surgery.io.output_files import copy_output
+from surgery.io.output_folder import atomic_folder, check_free
 from surgery.models.loading import save_tokenizer
 from surgery.runtime.progress import Progress, silent
 
@@ -105,10 +106,8 @@ def make_embedding(
     report = _preview_report(out, settings, built, Collisions.of(groups, strings), before)
     command = command_record("grow embed", [tokenizer], **settings.as_typed())
     # The folder appears as a whole: a half-written embedding would be trained on for hours before anyone noticed.
-    partial = create_partial_folder(out, overwrite=overwrite)
-    report = _write_folder(partial, _Content(report, built, groups, strings, opened), command, progress)
-    commit_folder(partial, out, overwrite=overwrite)
-    return report
+    with atomic_folder(out, overwrite=overwrite) as partial:
+        return _write_folder(partial, _Content(report, built, groups, strings, opened), command, progress)
 
 
 @dataclass(frozen=True)

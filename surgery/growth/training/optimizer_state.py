@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
-from surgery.io.atomic import commit_folder, disk_error, partial_path
+from surgery.io.atomic import disk_error, partial_path
 from surgery.io.hashing import hash_tensors, hash_text
+from surgery.io.output_folder import commit_folder
 from surgery.models.parameters import assign, gather_full, local, parameter_hashes
 
 TENSORS, NUMBERS = "state.safetensors", "state.json"

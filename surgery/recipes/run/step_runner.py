@@ -13,7 +13,8 @@ from typing import Literal
 
 from surgery.checkpoint.checkpoint import existing_path
 from surgery.errors import SurgeryError, usage_error
-from surgery.io.atomic import atomic_folder, disk_error, remove_path, write_file
+from surgery.io.atomic import disk_error, remove_path, write_file
+from surgery.io.output_folder import atomic_folder
 from surgery.recipes.run.cache_keys import KeyedOutput, cache_key
 from surgery.recipes.run.content_hashes import WEIGHTS, FileHashCache, output_hash
 from surgery.recipes.run.inputs import InputResolver

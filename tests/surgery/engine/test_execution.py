@@ -324,6 +324,7 @@ def test_nothing_of_a_discarded_job_reaches_the_output(tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
     (partial / "donor").mkdir(parents=True)
     (partial / "model-00002-of-00002.safetensors").write_text("stale")
+    (tmp_path / ".out.lock").touch()  # beside it the folder is known to be ours
     with pytest.raises(SurgeryError, match="unfinished output of another job"):
         run(plan_transfer(tmp_path), tmp_path / "out")
     run(plan_transfer(tmp_path), tmp_path / "out", overwrite=True)
@@ -340,12 +341,14 @@ def test_an_output_killed_just_before_its_rename_is_made_again(tmp_path: Path, m
         raise StoppedError
 
     with monkeypatch.context() as patch:
-        patch.setattr("surgery.engine.execution.commit_folder", killed)
+        # After the folder was found complete, when the journal is deleted.
+        patch.setattr("surgery.io.output_folder.remove_path", killed)
         with pytest.raises(StoppedError):
             execute(plan_transfer(tmp_path), tmp_path / "out", ExecutionOptions(), finish=manifest)
-    assert not (tmp_path / "out.partial" / JOURNAL).exists()
+    assert not (tmp_path / "out.partial").exists() and (tmp_path / "out.complete").is_dir()
     execute(plan_transfer(tmp_path), tmp_path / "out", ExecutionOptions(), finish=manifest)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["surgery.json", "target.safetensors"]
+    assert not list(tmp_path.glob("*out*.*"))
 
 
 def test_two_processes_never_write_one_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
