@@ -97,6 +97,7 @@ def test_what_a_killed_build_left_behind_is_cleared_away(cache):
     folder.rename(folder.with_name("base.partial"))
     (folder.with_name("base.partial") / "model.safetensors").write_bytes(b"half")
     (folder.with_name("base.partial") / "stray").touch()
+    folder.with_name(".base.lock").touch()
     assert hashes(lab.build("base", recipe=QUICK)) == clean
 
 

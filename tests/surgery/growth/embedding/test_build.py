@@ -241,6 +241,7 @@ def test_what_a_killed_run_left_is_begun_anew_and_another_jobs_work_is_not(token
     partial.mkdir()
     (partial / "embedding.safetensors").write_bytes(b"half")
     (partial / "stale.json").write_bytes(b"half")
+    (tmp_path / ".emb.lock").touch()
     make_embedding(tokenizer, tmp_path / "emb", kind="random", width=8)
     assert open_embedding(tmp_path / "emb").width == 8
     assert not partial.exists() and not (tmp_path / "emb" / "stale.json").exists()
