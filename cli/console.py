@@ -38,6 +38,19 @@ def warn(text: str) -> None:
         _write(one_line(text, MOST_CHARACTERS))
 
 
+def can_ask() -> bool:
+    """Return whether somebody sits at a terminal who can answer a question."""
+    return is_main() and sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def ask(question: str) -> bool:
+    """Ask a question on stderr; return whether the answer is yes. Without an answer it is no."""
+    try:
+        return typer.confirm(one_line(question, MOST_CHARACTERS), default=False, err=True)
+    except typer.Abort:  # Ctrl-C, or the end of the input
+        return False
+
+
 def scored_token(text: str, score: float) -> None:
     """Print a piece of generated text on stdout, coloured by its score from red (0) over yellow to green (1)."""
     if is_main():

@@ -23,7 +23,7 @@ from surgery.runtime.terminal import escape_output
 # Here, since these commands read or run the app's others: see `cli.app`.
 app.command(epilog=recipes.EPILOG)(recipes.run)
 app.command(epilog=push.EPILOG)(push.push)
-app.command(epilog=reproduce.EPILOG)(reproduce.reproduce)
+app.command(name=reproduce.NAME, epilog=reproduce.EPILOG)(reproduce.command)
 
 # Importing torch makes a few hundred thousand objects that stay; looking through them again and again for garbage takes
 # a quarter of a second at the default of (700, 10, 10).

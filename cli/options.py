@@ -9,7 +9,7 @@ import typer
 
 from surgery.checkpoint.dtypes import ComputeDtype, OutputDtype
 from surgery.io.command_line import option_flag
-from surgery.recipes.types import NamesInput
+from surgery.recipes.types import NamesInput, NamesOutput
 from surgery.vectors.choices import VocabPolicy
 
 # Not at run time, here and in all modules of commands: it imports torch, for which `--help` and Tab completion must not
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from surgery.engine.options import ExecutionOptions
 
 # `NamesInput` is for recipes: it says what the text names, so that a run checks before its first step that all of it is
-# there.
+# there. `NamesOutput` says that something is written there: no recipe and no manifest may say where. Every parameter
+# that is a path has one of the two, which a test asks for.
 Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="Folder, .safetensors file, org/name[@revision], adapter or lab:NAME."),
@@ -27,6 +28,7 @@ Model = Annotated[
 Out = Annotated[
     Path,
     typer.Option("-o", "--out", metavar="OUT", help="The folder to write; it appears whole or not at all."),
+    NamesOutput("folder"),
 ]
 Include = Annotated[
     list[str] | None,

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from typer.models import ArgumentInfo, OptionInfo
 
-from surgery.recipes.types import CommandParameter, NamesInput, ParameterKind
+from surgery.recipes.types import CommandParameter, NamesInput, NamesOutput, ParameterKind
 
 KINDS: dict[type, ParameterKind] = {str: "text", Path: "path", int: "whole", float: "number", bool: "flag"}
 
@@ -85,6 +85,7 @@ def _parameters(callback: Callable[..., Any]) -> Iterator[CommandParameter]:
             choices=choices,
             metavar=info.metavar,
             names=next((each.kind for each in metadata if isinstance(each, NamesInput)), None),
+            writes=next((each.kind for each in metadata if isinstance(each, NamesOutput)), None),
         )
 
 

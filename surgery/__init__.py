@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from surgery.runtime.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from cli.commands.reproduce import reproduce
     from cli.commands.run import run_recipe
     from surgery.checkpoint.resolve import open_checkpoint
     from surgery.edits.experts import scale_experts
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from surgery.growth.prepare import load_plan, prepare_run
     from surgery.growth.run import grow
     from surgery.publish.upload import push
-    from surgery.recipes.reproduction import reproduce
     from surgery.runtime.version import __version__
     from surgery.vectors.application import apply, transfer
     from surgery.vectors.comparison import compare, diff
@@ -72,6 +72,7 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "cli.commands.reproduce": ["reproduce"],
         "cli.commands.run": ["run_recipe"],
         "surgery.checkpoint.resolve": ["open_checkpoint"],
         "surgery.edits.experts": ["scale_experts"],
@@ -89,7 +90,6 @@ __getattr__, __dir__ = lazy_exports(
         "surgery.growth.prepare": ["load_plan", "prepare_run"],
         "surgery.growth.run": ["grow"],
         "surgery.publish.upload": ["push"],
-        "surgery.recipes.reproduction": ["reproduce"],
         "surgery.runtime.version": ["__version__"],
         "surgery.vectors.application": ["apply", "transfer"],
         "surgery.vectors.comparison": ["compare", "diff"],

@@ -11,7 +11,7 @@ from cli import console
 from cli import options as o
 from surgery.checkpoint.dtypes import OutputDtype
 from surgery.growth.choices import BaselineBudget, BaselineEmbedding, EmbeddingKind, LayerInit, LayerPosition
-from surgery.recipes.types import NamesInput
+from surgery.recipes.types import NamesInput, NamesOutput
 
 if TYPE_CHECKING:
     from surgery.growth.options import RunOptions
@@ -37,7 +37,9 @@ Corpus = Annotated[
 Tokens = Annotated[int | None, typer.Option(min=1, help="Of every stage, in place of the plan's.")]
 Seed = Annotated[int | None, typer.Option(help="In place of the plan's.")]
 Run = Annotated[
-    Path, typer.Option("-o", "--out", metavar="RUN", help="The run's folder; what was stopped goes on in it.")
+    Path,
+    typer.Option("-o", "--out", metavar="RUN", help="The run's folder; what was stopped goes on in it."),
+    NamesOutput("folder"),
 ]
 SaveEvery = Annotated[float, typer.Option(min=0, metavar="MINUTES", help="Between two states to go on from.")]
 Logs = Annotated[bool, typer.Option("--tensorboard", help="Write RUN/logs for TensorBoard (extra `logs`).")]

@@ -15,7 +15,7 @@ from cli.method_options import with_method_options
 from merges.choices import AveragingMode, Compat, TuneWhat
 from surgery.checkpoint.dtypes import OutputDtype
 from surgery.io.command_line import option_flag, option_words
-from surgery.recipes.types import NamesInput
+from surgery.recipes.types import NamesInput, NamesOutput
 
 if TYPE_CHECKING:
     from merges.config.schema import MergeConfig
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 WEIGHTS = "weights"  # the command behind `surgery merge CONFIG.yml` and `surgery merge METHOD A B`
 CONFIGS = (".yml", ".yaml", ".json")
+
+TokenizerSource = Annotated[
+    str | None, typer.Option(metavar="union|base|MODEL", help="Align tokens."), NamesInput("tokenizer source")
+]
+Plot = Annotated[
+    Path | None, typer.Option(metavar="PNG", help="Draw how far OUT is from each model."), NamesOutput("picture")
+]
 
 
 class _Group(TyperGroup):
@@ -69,11 +76,11 @@ def weights(
     *,
     parameters: dict[str, Any],
     dtype: Annotated[OutputDtype | None, typer.Option(help="Store float tensors as float32, bfloat16, …")] = None,
-    tokenizer_source: Annotated[str | None, typer.Option(metavar="union|base|MODEL", help="Align tokens.")] = None,
+    tokenizer_source: TokenizerSource = None,
     chat_template: Annotated[str | None, typer.Option(help="auto, chatml, llama3, … or a Jinja text.")] = None,
     compat: Annotated[Compat | None, typer.Option(help="Whose arithmetic, where they differ.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of methods that draw at random; 0 by default.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw how far OUT is from each model.")] = None,
+    plot: Plot = None,
     dry_run: o.DryRun = False,
     overwrite: o.Overwrite = False,
     allow_nonfinite: o.AllowNonfinite = False,

@@ -13,7 +13,7 @@ from cli import console
 from cli import options as o
 from probes.data.choices import Phase
 from surgery.io.command_line import option_flag
-from surgery.recipes.types import NamesInput
+from surgery.recipes.types import NamesInput, NamesOutput
 from surgery.runtime.environment import is_main
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ def diff(
         NamesInput("model"),
     ],
     b: Annotated[str, typer.Argument(metavar="B", help="The model to compare with it."), NamesInput("model")],
-    plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw how far each layer moved.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw how far each layer moved."), NamesOutput("picture")
+    ] = None,
     top: Annotated[int, typer.Option(min=0, help="Print the tensors that moved most.")] = 20,
     threads: o.Threads = None,
     as_json: o.Json = False,
@@ -112,7 +114,14 @@ def evaluate(
     no_card: Annotated[
         bool, typer.Option("--no-card", help="Leave the model cards of folders that surgery wrote as they are.")
     ] = False,
-    plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw the scores as bars.")] = None,
+    cards_in: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Change no model card outside of this folder; by default any."),
+        NamesOutput("cards"),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw the scores as bars."), NamesOutput("picture")
+    ] = None,
     as_json: o.Json = False,
 ) -> None:
     """Scores of models on tasks and texts, side by side with 95 % intervals; a result's model card gets them too."""
@@ -137,11 +146,15 @@ def evaluate(
     if plot:
         console.draw(report.figure(), plot)
     # After the table: a damaged card must not cost the scores.
-    for model in report.folders:
+    for model, folder in report.folders.items():
         for sentence in report.losses(model):
             console.message(f"warning: {sentence}")
-        if not no_card and is_main():
+        if no_card or not is_main():
+            continue
+        if cards_in is None or folder.resolve().is_relative_to(cards_in.resolve()):
             console.message(f"Scores are in {report.write_card(model)}")
+        else:
+            console.message(f"The card of {model} stays as it is: it is not in {cards_in}")
 
 
 def _register_ensembles(opened: Mapping[str, Checkpoint]) -> None:

@@ -12,7 +12,7 @@ from cli import console
 from cli import options as o
 from probes.data.choices import AblationKind, AttributionForm, Engine, Phase, RowStyle, ScalingMethod, TrainingCells
 from surgery.io.command_line import option_flag
-from surgery.recipes.types import NamesInput
+from surgery.recipes.types import NamesInput, NamesOutput
 
 if TYPE_CHECKING:
     from probes.experts.findings import ExpertFindings
@@ -50,7 +50,9 @@ DATA = "A .jsonl, .json, .csv, .parquet or .txt file, org/name[@revision]:split[
 
 
 FindingsOut = Annotated[
-    Path | None, typer.Option("-o", "--out", metavar="RUN", help="The folder for results, report and pictures.")
+    Path | None,
+    typer.Option("-o", "--out", metavar="RUN", help="The folder for results, report and pictures."),
+    NamesOutput("folder"),
 ]
 ProbesTransfer = Annotated[
     str | None,
@@ -221,7 +223,9 @@ def judge(
     run: Run,
     data: Annotated[str, typer.Option(metavar="POOL", help=DATA), NamesInput("data")],
     top: Annotated[str, typer.Option(metavar="SHARE|COUNT", help="How many of the pool to keep.")],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The .jsonl file to write.")],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="FILE", help="The .jsonl file to write."), NamesOutput("file")
+    ],
     style: Annotated[RowStyle, typer.Option(help="Rows for trl (messages) or llama-factory (alpaca).")] = "trl",
     limit: Limit = None,
     dtype: o.ModelDtype = "auto",
@@ -296,7 +300,11 @@ def experts(
     model: o.Model,
     data: Annotated[str, typer.Option(metavar="DATA", help=DATA), NamesInput("data")],
     token: MarkerTokens,
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="RUN", help="The folder for results, report, pictures.")],
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", metavar="RUN", help="The folder for results, report, pictures."),
+        NamesOutput("folder"),
+    ],
     transfer: RankingTransfer = None,
     sweep: BetaSweep = None,
     task: SweepTasks = None,
@@ -381,7 +389,9 @@ def _sweep_grid(
 @app.command(epilog="Example: surgery probe show cliff")
 def show(
     run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A folder that `surgery probe refusal` or `experts` wrote.")
+        Path,
+        typer.Argument(metavar="RUN", help="A folder that `surgery probe refusal` or `experts` wrote."),
+        NamesInput("path"),
     ],
     as_json: o.Json = False,
 ) -> None:

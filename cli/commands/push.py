@@ -10,17 +10,24 @@ import typer
 
 from cli import console
 from cli import options as o
+from surgery.recipes.types import NamesInput
 
 if TYPE_CHECKING:
     from surgery.publish.upload import PushPreview
 
-EPILOG = "Example: surgery push reasoning-instruct org/reasoning-instruct --private"
+EPILOG = "Example: surgery push reasoning-instruct org/reasoning-instruct"
 
 
 def push(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that surgery wrote.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that surgery wrote."), NamesInput("path")],
     repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository; it is made where there is none.")],
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Refuse a repository that is public; one that is made is private anyway.")
+    ] = False,
+    public: Annotated[
+        bool,
+        typer.Option("--public", help="Everybody may have it: make the repository public, or push to one that is."),
+    ] = False,
     revision: Annotated[
         str | None,
         typer.Option(metavar="R", help="A branch, made where there is none; or refs/pr/N, an open pull request."),
@@ -40,23 +47,13 @@ def push(
     from surgery.publish import upload as pushing
 
     if dry_run:
-        preview = pushing.preview_push(out, repo, revision=revision, pr=pr)
-        if as_json:
-            console.show_json(
-                {
-                    "repo_id": preview.repo_id,
-                    "files": preview.files,
-                    "n_bytes": preview.n_bytes,
-                    "card": preview.card.metadata,
-                }
-            )
-        else:
-            _show(preview)
+        _show(pushing.preview_push(out, repo, revision=revision, pr=pr), as_json=as_json)
         return
     pushed = pushing.push(
         out,
         repo,
         private=private,
+        public=public,
         revision=revision,
         pr=pr,
         message=message,
@@ -76,10 +73,16 @@ def push(
         console.result(pushed.url)
 
 
-def _show(preview: PushPreview) -> None:
+def _show(preview: PushPreview, *, as_json: bool) -> None:
     from surgery.io.escaping import yaml_text
     from surgery.reporting.report import Column, Table, Value
 
+    if as_json:
+        card = preview.card.metadata
+        console.show_json(
+            {"repo_id": preview.repo_id, "files": preview.files, "n_bytes": preview.n_bytes, "card": card}
+        )
+        return
     rows: list[list[Value]] = [[name, size] for name, size in {**preview.files, "all": preview.n_bytes}.items()]
     console.show(Table(f"What would go to {preview.repo_id}", [Column("file"), Column("size", "bytes")], rows))
     console.document(yaml_text(dict(preview.card.metadata)))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ from cli import console
 from cli import options as o
 from cli.app import app
 from cli.signatures import Signature, signatures
-from surgery.recipes.types import Command
+from surgery.recipes.types import Command, NamesInput, NamesOutput
 
 if TYPE_CHECKING:
     from surgery.recipes.run.preview import RunPreview
@@ -26,9 +27,9 @@ STOPPED = 130  # the exit code of what Ctrl-C ended: 128 + SIGINT, as shells cou
 
 # Commands that are no steps: they run recipes, leave nothing behind, or leave this machine.
 NO_STEPS = frozenset({"run", "push", "reproduce", "lab list", "lab build", "merge methods", "probe show"})
-# Options that a run sets for its steps (where results go, whether they are replaced) or that are for people at a
-# terminal: a step that sets one itself would break the run's bookkeeping.
-ENGINES = frozenset({"out", "json", "overwrite", "dry-run", "plot", "help"})
+# Options that a run sets for its steps (whether results are replaced) or that are for people at a terminal: a step that
+# sets one itself would break the run's bookkeeping. Nor does a step say where anything is written: `NamesOutput`.
+ENGINES = frozenset({"json", "overwrite", "dry-run", "help"})
 # Commands that change a folder that they are given, with the option that names it.
 CHANGING = {"probe heads": "from", "grow baseline": "out"}
 # Commands whose folder fills while they work, and that go on in it: that it exists does not mean that they are done.
@@ -40,13 +41,15 @@ def run(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="A recipe of the file; without one, they are listed.")
     ] = None,
-    file: Annotated[Path, typer.Option(metavar="YAML", help="The file with the recipes.")] = FILE,
+    file: Annotated[Path, typer.Option(metavar="YAML", help="The file with the recipes."), NamesInput("path")] = FILE,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A variable of the recipe; may be repeated."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="RUN", help="The run's folder; runs/NAME by default.")
+        Path | None,
+        typer.Option("-o", "--out", metavar="RUN", help="The run's folder; runs/NAME by default."),
+        NamesOutput("folder"),
     ] = None,
     from_step: Annotated[
         str | None, typer.Option("--from", metavar="STEP", help="Do this step again, and all that follow it.")
@@ -54,6 +57,18 @@ def run(
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Steps side by side at most; by default half the processors.")
     ] = None,
+    allow_push: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORG/NAME", help="Push to this repository, which the file names; may be repeated."),
+    ] = None,
+    allow_write: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FOLDER", help="Write into this folder, which a file names; may be repeated."),
+        NamesInput("path"),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="What goes to public repositories may be made from local files.")
+    ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipe files.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show what would be done; do nothing.")] = False,
     as_json: o.Json = False,
@@ -79,9 +94,13 @@ def run(
             jobs=jobs,
             from_step=from_step,
             dry_run=dry_run,
+            allow_push=allow_push or (),
+            allow_write=allow_write or (),
+            public=public,
+            ask=console.ask if console.can_ask() else None,
             notify=console.message,
             bars=sys.stderr.isatty(),
-            show=(lambda preview: None) if as_json else _show,
+            show=(lambda preview: None) if as_json else partial(_show, commands=dry_run),
         )
     except KeyboardInterrupt as stopped:
         console.error(f"stopped. {again} goes on where it was.")
@@ -107,6 +126,10 @@ def run_recipe(
     jobs: int | None = None,
     from_step: str | None = None,
     dry_run: bool = False,
+    allow_push: Sequence[str] = (),
+    allow_write: Sequence[Path] = (),
+    public: bool = False,
+    ask: Callable[[str], bool] | None = None,
     show: Callable[[RunPreview], None] = lambda preview: None,
     notify: Callable[[str], None] = lambda text: None,
     bars: bool = False,
@@ -124,6 +147,10 @@ def run_recipe(
         jobs: the largest number of steps that run in parallel; None for half of the processors.
         from_step: a step that is done again, with all that depend on it.
         dry_run: stop after the checks and `show`; nothing is written.
+        allow_push: repositories that may be pushed to though only the file names them.
+        allow_write: folders outside of the run's that may be written to though only a file names them.
+        public: whether everybody may have what was made from local files, where it goes to a public repository.
+        ask: asks the user for what is not allowed so; returns yes or no. Without it that is an error.
         show: called with the preview before anything is done.
         notify: called with a line per event.
         bars: whether huggingface_hub draws its progress bars on stderr while results are pushed.
@@ -134,6 +161,7 @@ def run_recipe(
         KeyboardInterrupt: Ctrl-C; all steps have ended then.
     """
     from surgery.recipes.parse.graph import build_pipeline
+    from surgery.recipes.run.consent import Consent
     from surgery.recipes.run.scheduler import run_pipeline
 
     pipeline = build_pipeline(file, name, commands=commands(), settings=settings)
@@ -143,6 +171,7 @@ def run_recipe(
         jobs=jobs,
         from_step=from_step,
         dry_run=dry_run,
+        consent=Consent(tuple(allow_push), tuple(allow_write), public, ask),
         show=show,
         notify=notify,
         bars=bars,
@@ -157,17 +186,23 @@ def commands() -> dict[str, Command]:
 def _command(signature: Signature) -> Command:
     parameters = {each.name: each for each in signature.parameters}
     changes = CHANGING.get(signature.name)
-    # A file in place of a folder shows only in the option's metavar, such as that of `probe judge -o FILE`.
-    writes_file = any(each.name == "out" and each.metavar == "FILE" for each in signature.parameters)
+    output = next((each for each in signature.parameters if each.writes in ("folder", "file")), None)
+    flags = {each.writes: each.flag for each in signature.parameters if each.writes is not None}
     return Command(
         signature.name,
         signature.help,
-        {key: each for key, each in parameters.items() if key not in ENGINES or key == changes},
-        writes="out" if "out" in parameters else changes,
+        {
+            key: each
+            for key, each in parameters.items()
+            if key == changes or (key not in ENGINES and each.writes is None)
+        },
+        writes=changes if output is None else output.name,
         changes=changes,
         goes_on=signature.name in FILLING,
-        plots=parameters["plot"].flag if "plot" in parameters else None,
-        suffix=FILE_SUFFIX if writes_file else "",
+        plots=flags.get("picture"),
+        suffix=FILE_SUFFIX if output is not None and output.writes == "file" else "",
+        cards=flags.get("cards"),
+        output=output,
     )
 
 
@@ -193,8 +228,8 @@ def _list(file: Path, *, as_json: bool) -> None:
     console.show(Table(str(file), [Column("recipe"), Column("what it does"), Column("needs")], rows))
 
 
-def _show(preview: RunPreview) -> None:
-    console.show(preview.table())
+def _show(preview: RunPreview, *, commands: bool) -> None:
+    console.show(*preview.tables(commands=commands))
 
 
 def _record(report: RunReport, folder: Path) -> dict[str, Any]:
@@ -202,6 +237,7 @@ def _record(report: RunReport, folder: Path) -> dict[str, Any]:
     steps = {
         step.step.name: {
             "command": step.step.command.name,
+            "line": preview.access.lines[step.step.name],
             "was_done": step.is_done,
             "memory": step.estimate.memory,
             "disk": step.estimate.disk,
@@ -220,6 +256,20 @@ def _record(report: RunReport, folder: Path) -> dict[str, Any]:
         "run": folder,
         "steps": steps,
         "downloads": preview.downloads,
+        "reads": preview.access.reads,
+        "writes": preview.access.writes,
+        "publishes": [
+            {
+                "to": each.push.repo_id,
+                "revision": each.push.revision,
+                "pull_request": each.push.pr,
+                "step": each.push.node,
+                "inside": each.push.inside,
+                "visibility": each.visibility,
+                "needs_consent": not each.push.is_allowed,
+            }
+            for each in preview.access.pushes
+        ],
         "notes": preview.notes,
         "pushes": report.pushes,
         "report": report.report,

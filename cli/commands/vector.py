@@ -10,7 +10,7 @@ import typer
 from cli import console
 from cli import options as o
 from surgery.checkpoint.dtypes import OutputDtype
-from surgery.recipes.types import NamesInput
+from surgery.recipes.types import NamesInput, NamesOutput
 
 if TYPE_CHECKING:
     from surgery.engine.edit_report import EditReport
@@ -89,13 +89,7 @@ def extract(
             dry_run=dry_run,
             options=options,
         )
-    if as_json:
-        console.show_json(report)
-        return
-    console.show_preflight(report.preflight, report.warnings)
-    if not report.dry_run:
-        console.show(report.table())
-    console.message(_ending(report.out, dry_run=report.dry_run))
+    _show_vector(report, as_json=as_json)
 
 
 @app.command(epilog="Example: surgery vector apply reasoning lab:instruct -o out --scale 0.75 --exclude '*embed*'")
@@ -185,7 +179,9 @@ def compare(
     vectors: Annotated[
         list[str], typer.Argument(metavar="V1 V2 …", help="Folders that `vector extract` wrote."), NamesInput("path")
     ],
-    plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw the cosines per layer.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw the cosines per layer."), NamesOutput("picture")
+    ] = None,
     threads: o.Threads = None,
     as_json: o.Json = False,
 ) -> None:
@@ -215,6 +211,7 @@ def sweep(
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", metavar="RUN", help="Folder for results.json, the picture and report.html."),
+        NamesOutput("folder"),
     ] = None,
     controls: Annotated[int, typer.Option(min=0, help="Norm-matched random vectors, tried at the best α.")] = 3,
     include: o.Include = None,
@@ -256,6 +253,16 @@ def sweep(
     console.show(*report.tables())
     if out:
         console.message(f"Report: {out / 'report.html'}")
+
+
+def _show_vector(report: AdapterReport | ExtractReport, *, as_json: bool) -> None:
+    if as_json:
+        console.show_json(report)
+        return
+    console.show_preflight(report.preflight, report.warnings)
+    if not report.dry_run:
+        console.show(report.table())
+    console.message(_ending(report.out, dry_run=report.dry_run))
 
 
 def _show_edit(report: EditReport, *, as_json: bool) -> None:

@@ -19,6 +19,7 @@ from surgery.hub.settings import endpoint
 from surgery.io.atomic import MANIFEST
 from surgery.publish.model_card import HubCard
 from surgery.publish.package import CARD, GITATTRIBUTES, UploadPackage
+from surgery.publish.privacy import check_may_be_public, input_privacy
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -159,6 +160,28 @@ def check_destination(
             where=target,
             hint="Loaders would mix the two: push to another repository or --revision, or remove them there first.",
         )
+
+
+@dataclass(frozen=True)
+class UploadPrivacy:
+    """Who may see what is pushed.
+
+    Attributes:
+        private: whether the repository must be private.
+        public: whether it is public if it is created.
+        vouched: whether the user says that everybody may have what was made from local files.
+    """
+
+    package: UploadPackage
+    private: bool
+    public: bool
+    vouched: bool
+
+    def check(self, remote: RemoteState | None, target: HubDestination) -> None:
+        """Raise SurgeryError where the push would make something public that must not be, or may not."""
+        if self.public if remote is None else not remote.private:
+            inputs = input_privacy(manifests=[self.package.manifest])
+            check_may_be_public(target, inputs, vouched=self.vouched)
 
 
 def files_to_delete(package: UploadPackage, remote: RemoteState) -> list[CommitOperationDelete]:

@@ -16,7 +16,12 @@ from surgery.errors import SurgeryError, listing, usage_error
 from surgery.hub.errors import TOKEN_HINT
 from surgery.hub.file_selection import WEIGHTS_SUFFIX
 from surgery.hub.settings import endpoint, is_offline
-from surgery.publish.commit_plan import HubDestination, check_destination, parse_destination, upload_sizes
+from surgery.publish.commit_plan import (
+    HubDestination,
+    UploadPrivacy,
+    parse_destination,
+    upload_sizes,
+)
 from surgery.publish.model_card import HubCard, build_hub_card
 from surgery.publish.package import CARD, UploadPackage, check_hashes, collect_files
 from surgery.publish.upload_errors import MovedError, capture_hub_logs, translate_upload_errors
@@ -49,6 +54,8 @@ def push(
     repo_id: str,
     *,
     private: bool = False,
+    public: bool = False,
+    vouched: bool | None = None,
     revision: str | None = None,
     pr: bool = False,
     message: str | None = None,
@@ -60,11 +67,16 @@ def push(
 ) -> PushResult:
     """Send the folder `out` to `repo_id` on the Hub as one commit; create the repository or branch if missing.
 
+    A repository that is created is private, unless `public` says otherwise; one that exists stays as it is.
+
     Example:
-        surgery.push(Path("OUT"), "org/name", private=True)
+        surgery.push(Path("OUT"), "org/name")
 
     Args:
-        private: make the repository private.
+        private: refuse a repository that exists and is public.
+        public: make a repository that is created public.
+        vouched: whether the user says that everybody may have what was made from local files; by default `public` says
+            so. What was made from private repositories never becomes public.
         revision: the branch to push to; refs/pr/N adds to a pull request.
         pr: open a pull request with the commit, against main.
         message: the commit's; by default it names the command that made `out`.
@@ -75,8 +87,11 @@ def push(
 
     Raises:
         SurgeryError: no token, or one that may not write there; offline mode; `out` was not written by surgery, or is
-            not what its manifest says; the Hub holds weights of another origin; it cannot be reached, or refuses.
+            not what its manifest says; it would become public, and was made from what is private; the Hub holds weights
+            of another origin; it cannot be reached, or refuses.
     """
+    if private and public:
+        raise usage_error("got private and public, expected one of them", where=repo_id)
     target = parse_destination(repo_id, revision, pr)
     token = _read_token(target)
     package = collect_files(out)
@@ -85,21 +100,29 @@ def push(
     from huggingface_hub import HfApi
 
     with capture_hub_logs(notify, bars=bars):
-        session = UploadSession(HfApi(endpoint=endpoint(), token=token), target, token, notify)
+        privacy = UploadPrivacy(package, private, public, vouched=public if vouched is None else vouched)
+        session = UploadSession(HfApi(endpoint=endpoint(), token=token), target, token, privacy, notify)
         # What the Hub forbids shows here, before hours of hashing; nothing is created before the hashes are right.
         session.check_token()
-        check_destination(session.read_remote(), target, package, private)
+        session.check_allowed(session.read_remote(), package)
         if package.local_refs:
             notify(f"Nobody else has what it was made from, so nobody can make it again: {listing(package.local_refs)}")
         if verify:
             check_hashes(package, options=options)
         text = message or f"Push {package.kind} made by {package.command.get('name', 'surgery')}"
-        try:
-            return session.send(package, card, private=private, message=text)
-        except MovedError as moved:
-            notify(f"{moved.where}: {moved.what}. Looking again.")
-        # Once more only: uploaded files are not sent again, but a branch that keeps moving is for people to settle.
-        return session.send(package, card, private=private, message=text)
+        return _send_twice(session, package, card, text, notify)
+
+
+def _send_twice(
+    session: UploadSession, package: UploadPackage, card: HubCard, message: str, notify: Notify
+) -> PushResult:
+    """Send `package`, and again if the branch moved meanwhile."""
+    try:
+        return session.send(package, card, message=message)
+    except MovedError as moved:
+        notify(f"{moved.where}: {moved.what}. Looking again.")
+    # Once more only: uploaded files are not sent again, but a branch that keeps moving is for people to settle.
+    return session.send(package, card, message=message)
 
 
 def _read_token(target: HubDestination) -> str:

@@ -15,6 +15,7 @@ from surgery.publish.commit_plan import (
     PULL_REQUESTS,
     HubDestination,
     RemoteState,
+    UploadPrivacy,
     check_destination,
     files_to_add,
     files_to_delete,
@@ -58,8 +59,9 @@ class PushResult:
 class UploadSession:
     """The requests of one push to `target`; `notify` gets a line for each wait and each deletion."""
 
-    def __init__(self, api: HfApi, target: HubDestination, token: str, notify: Notify) -> None:
+    def __init__(self, api: HfApi, target: HubDestination, token: str, privacy: UploadPrivacy, notify: Notify) -> None:
         self._api, self._target, self._token, self._notify = api, target, token, notify
+        self._privacy = privacy
         self._initial_commit: str | None = None  # the head of the branch before the first attempt
 
     def check_token(self) -> None:
@@ -97,14 +99,19 @@ class UploadSession:
         files = frozenset(file.rfilename for file in info.siblings or ())
         return RemoteState(str(info.sha), bool(info.private), files, is_new)
 
-    def send(self, package: UploadPackage, card: HubCard, *, private: bool, message: str) -> PushResult:
+    def check_allowed(self, remote: RemoteState | None, package: UploadPackage) -> None:
+        """Raise SurgeryError where the state of the repository forbids the push, or where it would become public."""
+        check_destination(remote, self._target, package, self._privacy.private)
+        self._privacy.check(remote, self._target)
+
+    def send(self, package: UploadPackage, card: HubCard, *, message: str) -> PushResult:
         """Upload the files and commit them, creating the repository or the branch where it is missing.
 
         Raises:
             MovedError: the branch moved meanwhile; the caller may try again.
             SurgeryError: the Hub refuses or cannot be reached; a file changed since it was collected.
         """
-        remote = self._prepare_remote(package, private)
+        remote = self._prepare_remote(package)
         adding = files_to_add(package, card, remote)
         deleting = files_to_delete(package, remote)
         # The card first: it is small, and whether one may write here shows before gigabytes are read.
@@ -125,11 +132,11 @@ class UploadSession:
         repo_id = self._target.repo_id
         return PushResult(repo_id, revision, commit.oid, url, changed, len(sizes), sum(sizes.values()), removed)
 
-    def _prepare_remote(self, package: UploadPackage, private: bool) -> RemoteState:
+    def _prepare_remote(self, package: UploadPackage) -> RemoteState:
         """Create what is missing, check that the push is allowed, and return the state of the repository."""
         remote = self.read_remote()
         if remote is None:
-            self._create_repo(private)
+            self._create_repo()
             remote = self.read_remote()
         # exist_ok: creating a repository that is there, but out of sight, is no error.
         if remote is None:
@@ -138,16 +145,19 @@ class UploadSession:
                 where=self._target,
                 hint="Choose another name, or use a token with access to it.",
             )
-        check_destination(remote, self._target, package, private)
+        # Again: somebody else, or a setting of the organisation, may have made it public in between.
+        self.check_allowed(remote, package)
         self._initial_commit = self._initial_commit or remote.commit
         if remote.is_new:
             self._create_branch(remote.commit)
         return remote
 
-    def _create_repo(self, private: bool) -> None:
-        repo_id = self._target.repo_id
+    def _create_repo(self) -> None:
+        repo_id, private = self._target.repo_id, not self._privacy.public
         # None, not False: an organisation may make its repositories private by default.
         self._request(lambda: self._api.create_repo(repo_id, private=private or None, exist_ok=True))
+        if private and not self._privacy.private:
+            self._notify(f"{self._target}: is new, and private.")
 
     def _create_branch(self, commit: str) -> None:
         target = self._target

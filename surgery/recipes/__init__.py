@@ -8,13 +8,14 @@ from surgery.runtime.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from surgery.recipes.parse.graph import build_pipeline
-    from surgery.recipes.reproduction import reproduce
+    from surgery.recipes.reproduction import Reproduction, reproduce_output
     from surgery.recipes.run.scheduler import RunReport, run_pipeline
 
 __all__ = [
+    "Reproduction",
     "RunReport",
     "build_pipeline",
-    "reproduce",
+    "reproduce_output",
     "run_pipeline",
 ]
 
@@ -22,7 +23,7 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "surgery.recipes.parse.graph": ["build_pipeline"],
-        "surgery.recipes.reproduction": ["reproduce"],
+        "surgery.recipes.reproduction": ["Reproduction", "reproduce_output"],
         "surgery.recipes.run.scheduler": ["RunReport", "run_pipeline"],
     },
 )

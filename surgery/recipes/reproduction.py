@@ -1,8 +1,8 @@
 """Run the command that made an output again, and compare the tensors' hashes with its manifest.
 
 The command runs in a temporary folder, on inputs pinned to the commits that were read. A manifest may be a stranger's:
-only commands that write checkpoints are run, with arguments that this tool's own parser reads, into that folder alone,
-and never through a shell.
+its command is read into typed values (`recorded_command`), of which the command line is built anew; only commands that
+write checkpoints are run, into that folder alone, and never through a shell. What they read is told before.
 """
 
 from __future__ import annotations
@@ -10,26 +10,32 @@ from __future__ import annotations
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from surgery import lab
 from surgery.checkpoint.checkpoint import existing_path
 from surgery.engine.manifest import read_manifest
 from surgery.errors import SurgeryError, usage_error
+from surgery.growth.plan import CacheSettings, GrowthPlan, plan_text
 from surgery.hub import download as hub
 from surgery.io.atomic import MANIFEST
 from surgery.io.hashing import KEY
+from surgery.io.yaml_models import parse_model
+from surgery.recipes.config_texts import config_texts
+from surgery.recipes.parse.inputs import NO_FILE, input_error
+from surgery.recipes.recorded_command import OUT, PROGRAM, TypedCommand, Values, pinned, read_line, read_record
+from surgery.recipes.run.paths import typed_words
 from surgery.recipes.run.subprocesses import child_environment, surgery_command
+from surgery.recipes.types import Command, CommandParameter, InputKind, Scalar
 from surgery.reporting.report import Column, Table
 
-OUT = "OUT"  # what stands for the output in a recorded line
-PROGRAM = "surgery"
-GROUPS = ("vector", "merge", "edit", "grow")  # of the commands that make what has a manifest
-TO = "-o"  # the option before the output
-WRITING = (TO, "--out", "--overwrite", "--plot")  # how the options begin that say where something is written
+# What a manifest has a copy of: a merge's config and a growth's plan.
+COPIED: tuple[InputKind, ...] = ("merge", "plan")
+# How the names of such files may end; commands tell configs from methods by it.
+SUFFIXES = (".yml", ".yaml", ".json")
 
 ReproductionRunner = Callable[[Sequence[str]], int]
 """Runs one of this tool's commands, given its arguments; returns the exit code."""
@@ -79,44 +85,51 @@ def run_in_process(arguments: Sequence[str]) -> int:
     return run.returncode
 
 
-def reproduce(ref: str, *, run: ReproductionRunner = run_in_process, scratch: Path | None = None) -> Reproduction:
+def reproduce_output(
+    ref: str,
+    *,
+    commands: Mapping[str, Command],
+    run: ReproductionRunner = run_in_process,
+    scratch: Path | None = None,
+    notify: Callable[[str], None] = lambda text: None,
+) -> Reproduction:
     """Run the command that made `ref` again, and compare every tensor's hash with its manifest's.
-
-    Example:
-        assert surgery.reproduce("OUT").same
 
     Args:
         ref: a folder with a surgery.json, or `org/name[@revision]` on the Hub.
+        commands: all commands of this tool, by name.
         run: see `ReproductionRunner`.
         scratch: where the output is made, and removed at the end; by default among the system's temporary files.
+        notify: called with a line for each file, folder or model that will be read.
 
     Raises:
         SurgeryError: `ref` has no manifest, or one without tensors or a command that can be run; an input is not there;
             the command failed.
     """
-    folder = _folder(ref)
-    manifest = read_manifest(folder)
-    command = manifest.get("command") or {}
-    if not manifest.get("tensors") or not command.get("line"):
+    manifest = read_manifest(_folder(ref))
+    record = read_record(manifest, ref)
+    if not manifest.get("tensors") or not record.line:
         raise SurgeryError(f"its {MANIFEST} names no tensors, or no command that makes them", where=ref)
-    # A stranger's manifest could otherwise make us read, and compare with, any file of this machine.
-    inside = PurePath(command.get("inside", ""))
-    if inside.is_absolute() or ".." in inside.parts:
-        raise SurgeryError(f"its {MANIFEST} names an output outside of what its command makes: {inside}", where=ref)
-    lines = [*command.get("first", ()), command["line"]]
-    _check_inputs(manifest, ref)
+    inputs = _inputs(manifest, ref)
+    steps = [_with_pinned_inputs(read_line(line, commands, ref), inputs, ref) for line in record.lines]
+    # All of them before the first runs: the second would otherwise fail after hours of work.
+    named = [value for step in steps for value in _checked_inputs(step, record.files, ref)]
+    named += [each for name, text in record.files.items() for each in config_texts(text, name)]
+    for value in dict.fromkeys(named):
+        if told := _read_notice(value):
+            notify(told)
     with tempfile.TemporaryDirectory(dir=scratch, prefix="surgery-") as name:
         temporary = Path(name)
-        files = _write_files(command.get("files", {}), temporary)
-        for line in lines:
-            arguments = _arguments(line, manifest, files, temporary, ref)
+        paths = _write_files(record.files, temporary, ref)
+        for step in steps:
+            arguments = _arguments(step, paths, temporary / OUT)
             code = run(arguments)
             if code:
                 raise SurgeryError(
                     f"its command failed with exit code {code}: {PROGRAM} {shlex.join(arguments)}", where=ref
                 )
-        reproduced = read_manifest(temporary / OUT / inside)
-    return _compare(ref, lines[-1], manifest, reproduced)
+        reproduced = read_manifest(temporary / OUT / record.inside)
+    return _compare(ref, record.line, manifest, reproduced)
 
 
 def _folder(ref: str) -> Path:
@@ -128,55 +141,94 @@ def _folder(ref: str) -> Path:
     raise usage_error("no such folder, and not a Hub id (org/name[@revision])", where=ref or '""')
 
 
-def _check_inputs(manifest: Mapping[str, Any], ref: str) -> None:
-    """Raise SurgeryError if an input does not exist, before anything runs.
+def _inputs(manifest: Mapping[str, Any], ref: str) -> dict[str, str]:
+    """Return reference → `org/name@commit`, of the inputs that came from the Hub.
 
-    Inputs that are made on the way are not in the command line, and are not checked.
+    Pinned to the commits that were read then: a branch may have moved since.
     """
-    line = manifest["command"]["line"]
-    for role, entry in manifest.get("inputs", {}).items():
-        source = str(entry.get("ref"))
-        # Fetched, made on the spot, or put together of two: these are found when the command runs.
-        if entry.get("repo_id") or source.startswith(lab.PREFIX) or "+" in source or source not in line:
-            continue
-        if existing_path(source) is None:
-            raise SurgeryError(
-                f"its {role} {source} is not here",
-                where=ref,
-                hint="Go to the folder in which the command was run, or put the input there.",
-            )
-
-
-def _write_files(files: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """Write the small files that a command reads into `folder`; return name in the command line → path."""
-    paths = {}
-    for number, (name, text) in enumerate(files.items()):
-        path = folder / f"{number}{Path(name).suffix}"
-        path.write_text(text, encoding="utf-8")
-        paths[name] = str(path)
-    return paths
-
-
-def _arguments(line: str, manifest: Mapping[str, Any], files: Mapping[str, str], folder: Path, ref: str) -> list[str]:
-    """Return the arguments of a recorded line, with the output in `folder`, files at their paths, and inputs pinned."""
-    try:
-        program, *arguments = shlex.split(line)
-    except ValueError as error:
-        raise SurgeryError(f"its command cannot be read ({error})", where=ref) from error
-    # Exactly one `-o OUT`, and no other option that writes: the command must write nowhere else.
-    outputs = [at for at in range(1, len(arguments)) if arguments[at - 1 : at + 1] == [TO, OUT]]
-    writing = [word for word in arguments if word.startswith(WRITING)]
-    if program != PROGRAM or not arguments or arguments[0] not in GROUPS or len(outputs) != 1 or writing != [TO]:
-        raise SurgeryError(f"its command cannot be run again: {line}", where=ref)
-    # Pinned to the commits that were read then: a branch may have moved since.
-    known = dict(files) | {
-        str(entry["ref"]): f"{entry['repo_id']}@{entry['revision']}"
+    return {
+        str(entry.get("ref")): pinned(entry["repo_id"], entry["revision"], ref)
         for entry in manifest.get("inputs", {}).values()
         if entry.get("repo_id") and entry.get("revision")
     }
-    arguments = [known.get(word, word) for word in arguments]
-    arguments[outputs[0]] = str(folder / OUT)
-    return arguments
+
+
+def _with_pinned_inputs(step: TypedCommand, inputs: Mapping[str, str], ref: str) -> TypedCommand:
+    """Return `step` with commits in the place of inputs of the Hub: only in parameters that name models."""
+
+    def value_of(parameter: CommandParameter, value: Scalar) -> Scalar:
+        if parameter.names in (None, *COPIED) or not isinstance(value, str):
+            return value
+        return inputs.get(value, value)
+
+    values: Values = {}
+    for name, given in step.values.items():
+        parameter = step.command.parameters[name]
+        many = isinstance(given, tuple)
+        items = tuple(value_of(parameter, item) for item in (given if isinstance(given, tuple) else (given,)))
+        values[name] = items if many else items[0]
+    return replace(step, values=values)
+
+
+def _checked_inputs(step: TypedCommand, files: Mapping[str, str], ref: str) -> Iterator[str]:
+    """Yield each input that `step` names. Raises SurgeryError where one is not there.
+
+    The small files that the manifest has a copy of are read from there.
+    """
+    for parameter, value in step.items():
+        kind = parameter.names
+        if kind is None or not isinstance(value, str) or (kind in COPIED and value in files):
+            continue
+        if problem := input_error(value, kind):
+            raise SurgeryError(
+                f"its {parameter.name} {value} is not here" + ("" if problem.startswith(NO_FILE) else f" ({problem})"),
+                where=ref,
+                hint="Go to the folder in which the command was run, or put the input there.",
+            )
+        yield value
+
+
+def _read_notice(value: str) -> str | None:
+    """Return the line that tells what is read for `value`; None where it names nothing."""
+    if not value.isprintable():
+        return None
+    path = existing_path(value)
+    if path is not None:
+        return f"reads {path.resolve()}, as its {MANIFEST} says"
+    is_reference = hub.is_repo_id(value) or value.startswith(lab.PREFIX) or "+" in value.strip("+")
+    return f"reads {value}, as its {MANIFEST} says" if is_reference else None
+
+
+def _write_files(files: Mapping[str, str], folder: Path, ref: str) -> dict[str, Path]:
+    """Write the small files that a command reads into `folder`; return name in the command line → path."""
+    paths = {}
+    for number, (name, text) in enumerate(files.items()):
+        # Of the name only the ending is used, and only one that commands look for.
+        suffix = next((each for each in SUFFIXES if name.endswith(each)), "")
+        paths[name] = folder / f"{number}{suffix}"
+        paths[name].write_text(text, encoding="utf-8", errors="surrogatepass")
+    return paths
+
+
+def _arguments(step: TypedCommand, files: Mapping[str, Path], out: Path) -> list[str]:
+    """Return what follows `surgery` on the command line of `step`, with its output at `out`."""
+    given = dict(step.values)
+    for name, value in step.values.items():
+        if step.command.parameters[name].names in COPIED and value in files:
+            path = files[str(value)]
+            if step.command.parameters[name].names == "plan":
+                _keep_cache_inside(path)
+            given[name] = str(path)
+    output = step.command.output
+    assert output is not None and output.flag is not None, "every command that is run again has an option -o"
+    return typed_words(step.command, given, {output.flag: out}, lambda made: out)
+
+
+def _keep_cache_inside(path: Path) -> None:
+    """Take the folder of the prefix cache out of the plan in `path`: the only place outside of OUT that plans name."""
+    plan = parse_model(path.read_text(encoding="utf-8"), MANIFEST, GrowthPlan)
+    cache = CacheSettings(use=plan.cache.use, dtype=plan.cache.dtype, disk=plan.cache.disk)
+    path.write_text(plan_text(plan.model_copy(update={"cache": cache})), encoding="utf-8")
 
 
 def _compare(ref: str, line: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Reproduction:

@@ -10,7 +10,8 @@ from typing import Literal
 Scalar = str | int | float | bool
 Value = Scalar | None | tuple[Scalar, ...]
 ParameterKind = Literal["text", "path", "whole", "number", "flag"]
-InputKind = Literal["model", "tokenizer", "data", "corpus", "text", "path", "plan", "merge", "task"]
+InputKind = Literal["model", "tokenizer", "tokenizer source", "data", "corpus", "text", "path", "plan", "merge", "task"]
+OutputKind = Literal["folder", "file", "picture", "cards"]
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,21 @@ class NamesInput:
 
     kind: "model", "tokenizer", "data" (labelled prompts), "corpus" and "text" (plain texts): what those commands open,
     local or on the Hub or of the lab. "path": a local file or folder. "plan": a growth plan. "merge": a merge config or
-    method. "task": a task of the evaluation harness.
+    method. "task": a task of the evaluation harness. "tokenizer source": union, base, or a model.
     """
 
     kind: InputKind
+
+
+@dataclass(frozen=True)
+class NamesOutput:
+    """Annotation of a command's parameter that says where the command writes, which no file may say for it.
+
+    kind: "folder" or "file": the command's result. "picture": one that it draws. "cards": the only folder in which it
+    may change model cards.
+    """
+
+    kind: OutputKind
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,7 @@ class CommandParameter:
     name: `scale-for`, `models`. kind: of one item where it takes `many`. flag: how it is typed, `--scale-for`; None for
     an argument. short: `-o`. off: what switches a flag off (`--no-rescale`). least, most: bounds of numbers. choices:
     every value that is allowed; empty where any is. metavar: what help pages call the value. names: what the value
-    names, if that must exist.
+    names, if that must exist. writes: what is written where the value says, if anything is.
     """
 
     name: str
@@ -49,6 +61,7 @@ class CommandParameter:
     short: str | None = None
     metavar: str | None = None
     names: InputKind | None = None
+    writes: OutputKind | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,8 @@ class Command:
     that names a folder which it adds to, so that a step works on a copy of it (`from` of `probe heads`). goes_on: its
     folder fills while it works, and the same command goes on in it; others write theirs whole or not at all. plots: the
     option that names a picture to write, which is the engine's. suffix: how the name of what it writes ends, where that
-    is a file and no folder.
+    is a file and no folder. cards: the option that names the folder in which it may change model cards. output: the
+    parameter that `writes` names, with its flags.
     """
 
     name: str
@@ -71,6 +85,8 @@ class Command:
     goes_on: bool = False
     plots: str | None = None
     suffix: str = ""
+    cards: str | None = None
+    output: CommandParameter | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +121,11 @@ class RecipeStep:
 
 @dataclass(frozen=True)
 class Push:
-    """What is to go to the Hub once all steps are done."""
+    """What is to go to the Hub once all steps are done.
+
+    private: refuse a public repository. public: it may be public. is_allowed: whether the command line names the
+    repository, by a variable that serves for nothing else; one that the file names needs consent.
+    """
 
     node: str
     repo_id: str
@@ -114,6 +134,8 @@ class Push:
     revision: str | None = None
     pr: bool = False
     message: str | None = None
+    public: bool = False
+    is_allowed: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +143,8 @@ class Pipeline:
     """A recipe that can be run: its nodes in an order in which each comes after those it needs.
 
     recipe: its name. about: in a line. text: of the recipe alone, as YAML with the values of this run in `vars`, for
-    cards and manifests. settings: the variables' values. needs: what the recipe says it takes.
+    cards and manifests. settings: the variables' values. needs: what the recipe says it takes. chosen: the texts that
+    the command line gave variables: what they name was not the file's choice.
     """
 
     recipe: str
@@ -132,3 +155,4 @@ class Pipeline:
     nodes: tuple[RecipeStep, ...]
     needs: Mapping[str, str] = field(default_factory=dict)
     pushes: tuple[Push, ...] = ()
+    chosen: tuple[str, ...] = ()

@@ -25,6 +25,7 @@ ENGINES: Mapping[str, str] = {
     "overwrite": "the run makes again what is out of date, by itself",
     "dry-run": "give it to the run, which then shows the whole plan",
     "plot": "the run says where files are written",
+    "cards-in": "a step changes model cards in the run's folder alone",
     "help": "it shows how a command is used",
     "debug": "give it to the run",
 }

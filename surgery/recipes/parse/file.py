@@ -68,7 +68,10 @@ class PushEntry(Strict):
 
     source: Any = Field(alias="from", description="The step whose output it is: $step.")
     to: Any = Field(description="org/name. The push is left out where this is a variable without a value.")
-    private: Any = Field(False, description="Whether a repository that is made is private.")
+    private: Any = Field(
+        False, description="Whether to refuse a public repository; one that is made is private anyway."
+    )
+    public: Any = Field(False, description="Whether a repository that is made is public; never with private inputs.")
     revision: Any = Field(None, description="A branch.")
     pr: Any = Field(False, description="Whether to open a pull request.")
     message: Any = Field(None, description="Of the commit.")

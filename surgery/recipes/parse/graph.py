@@ -8,7 +8,7 @@ The whole graph is checked before anything runs, steps that `when` leaves out in
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import cast
@@ -22,9 +22,10 @@ from surgery.recipes.parse.scalars import describe
 from surgery.recipes.parse.variables import StepInstance, StepTemplate, VariableScope, chosen_text, open_scope
 from surgery.recipes.types import Command, CommandParameter, Given, Pipeline, Push, RecipeStep, StepOutput
 
+_PUSH_FLAGS = ("private", "public", "pr")
 _PUSH = {
-    name: CommandParameter(name, "flag" if name in ("private", "pr") else "text", required=name in ("from", "to"))
-    for name in ("from", "to", "private", "revision", "pr", "message")
+    name: CommandParameter(name, "flag" if name in _PUSH_FLAGS else "text", required=name in ("from", "to"))
+    for name in ("from", "to", *_PUSH_FLAGS, "revision", "message")
 }
 
 
@@ -60,7 +61,15 @@ def build_pipeline(
         nodes=_ordered(nodes),
         needs=needs_of(recipe),
         pushes=pushes,
+        chosen=tuple(_chosen(scope)),
     )
+
+
+def _chosen(scope: VariableScope) -> Iterator[str]:
+    """Yield the texts that the command line gave variables."""
+    for name in scope.set_names:
+        value = scope.variables.get(name)
+        yield from (item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, str))
 
 
 def _text(name: str, recipe: YamlNode, scope: VariableScope) -> str:
@@ -184,8 +193,45 @@ def _push(entry: YamlNode, scope: VariableScope, resolver: ArgumentResolver) -> 
         scope.errors.add(written["to"], str(error))
     if not isinstance(source, StepOutput) or len(scope.errors.found) > known:
         return None
-    private, message = given.get("private") is True, texts.get("message")
-    return Push(source.step, texts["to"], source.inside, private, revision, pr, message)
+    private, public = given.get("private") is True, given.get("public") is True
+    if private and public:
+        scope.errors.add(entry, "is both private and public, expected one of them")
+    return Push(
+        source.step,
+        texts["to"],
+        source.inside,
+        private,
+        revision,
+        pr,
+        texts.get("message"),
+        public=public,
+        is_allowed=_is_named_by_command_line(written["to"], scope),
+    )
+
+
+def _is_named_by_command_line(to: YamlNode, scope: VariableScope) -> bool:
+    """Return whether the whole of a push's `to` is a variable that the command line sets, and no step uses.
+
+    Who sets the model to read, say, has not said that anything may be pushed there.
+    """
+    meant = meaning(to.value) if isinstance(to.value, str) else None
+    if not isinstance(meant, Reference) or meant.inside or meant.name not in scope.set_names:
+        return False
+    steps = scope.recipe.value.get("steps") if isinstance(scope.recipe.value, dict) else None
+    return steps is not None and not _mentions(steps, meant.name)
+
+
+def _mentions(node: YamlNode, name: str) -> bool:
+    """Return whether a text below `node` is a reference to `name`."""
+    if isinstance(node.value, dict):
+        return any(_mentions(child, name) for child in node.value.values())
+    if isinstance(node.value, tuple):
+        return any(_mentions(child, name) for child in node.value)
+    try:
+        meant = meaning(node.value) if isinstance(node.value, str) else None
+    except ValueError:
+        return False
+    return isinstance(meant, Reference) and meant.name == name
 
 
 def _is_given(to: YamlNode | None, scope: VariableScope) -> bool:

@@ -19,6 +19,8 @@ from surgery.lab.builder import check_data_ref
 from surgery.recipes.parse.file import nearest
 from surgery.recipes.types import InputKind
 
+NO_FILE = "no such file or folder"
+TOKENIZER_SOURCES = ("union", "base")  # of a merge; all else is a model
 MERGE_CONFIGS = (".yml", ".yaml", ".json")
 MAX_SIBLINGS = 10_000  # names of one folder that are compared with a misspelt one
 
@@ -62,6 +64,10 @@ def _model(text: str) -> str | None:
         lab.path_of(text.removeprefix(lab.PREFIX))
         return None
     return None if hub.is_repo_id(text) else _no_file(text, "a Hub id (org/name[@revision]) or lab:NAME")
+
+
+def _tokenizer_source(text: str) -> str | None:
+    return None if text in TOKENIZER_SOURCES else _model(text)
 
 
 def _adapter(text: str) -> str | None:
@@ -119,7 +125,7 @@ def _merge(text: str) -> str | None:
 
 def _no_file(text: str, otherwise: str | None = None) -> str:
     """Return the error for a text that is no path, nor `otherwise`, with the nearest name of the same folder."""
-    what = "no such file or folder" if otherwise is None else f"no such file or folder, and not {otherwise}"
+    what = NO_FILE if otherwise is None else f"{NO_FILE}, and not {otherwise}"
     folder, slash, name = text.rpartition("/")
     parent = Path(f"{folder}{slash}" or ".").expanduser()
     if not parent.is_dir():
@@ -133,6 +139,7 @@ def _no_file(text: str, otherwise: str | None = None) -> str:
 _CHECKS: Mapping[InputKind, Callable[[str], str | None]] = {
     "model": _model,
     "tokenizer": _model,
+    "tokenizer source": _tokenizer_source,
     "data": _data,
     "corpus": _corpus,
     "text": _text,

@@ -39,7 +39,7 @@ def json_schema(commands: Mapping[str, Command]) -> _Schema:
         "description": recipe["properties"]["push"]["description"],
         "anyOf": [entry, {"type": "array", "items": entry}],
     }
-    for key in ("private", "pr"):
+    for key in ("private", "public", "pr"):
         push["properties"][key] |= {"anyOf": [{"type": "boolean"}, _reference("reference")]}
     for key in ("to", "revision", "message"):
         push["properties"][key] |= {"type": ["string", "null"] if key == "to" else "string"}

@@ -59,7 +59,8 @@ class StepTemplate:
 @dataclass
 class VariableScope:
     """The names of a recipe. used: the variables that it names somewhere. faulty: those whose value has errors; what
-    depends on them is not known (`n_unclear` counts it), and has no errors of its own."""
+    depends on them is not known (`n_unclear` counts it), and has no errors of its own. set_names: the variables that
+    the command line sets."""
 
     recipe: YamlNode
     errors: YamlErrors
@@ -68,6 +69,7 @@ class VariableScope:
     used: set[str] = field(default_factory=set)
     faulty: set[str] = field(default_factory=set)
     n_unclear: int = 0
+    set_names: frozenset[str] = frozenset()
 
     @property
     def n_problems(self) -> int:
@@ -91,7 +93,7 @@ def open_scope(
     recipe: YamlNode, errors: YamlErrors, commands: Mapping[str, Command], settings: Mapping[str, str]
 ) -> VariableScope:
     """Return the names of `recipe`, with the variables as `settings` (variable → text as typed) sets them."""
-    scope = VariableScope(recipe, errors)
+    scope = VariableScope(recipe, errors, set_names=frozenset(settings))
     scope.variables, scope.faulty = _variables(recipe, errors, settings)
     steps = children(recipe, "steps")
     check_names(steps, errors, "a step")

@@ -5,7 +5,6 @@ Each text is looked up once. Nothing is loaded, trained or downloaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +16,10 @@ from surgery.errors import SurgeryError
 from surgery.hub import datasets as hub_data
 from surgery.hub import download as hub
 from surgery.io.hashing import hash_tensors
+from surgery.io.input_files import read_utf8
 from surgery.io.patterns import glob_paths, has_wildcard
-from surgery.io.yaml_nodes import read_documents
 from surgery.lab import python_text
+from surgery.recipes.config_texts import config_texts
 from surgery.recipes.run.content_hashes import WEIGHTS, FileHashCache
 
 # What a lab model that is not built yet will take, and more: they have up to 0.4 M parameters.
@@ -68,26 +68,30 @@ class InputResolver:
 
     def resolve_glob(self, pattern: str) -> ResolvedInput | None:
         """Return the files and folders that a glob matches, as one input; None if it matches none."""
-        paths = glob_paths(pattern) if has_wildcard(pattern) else []
-        contents = {path: self._hashes.hash_content(Path(path)) for path in paths}
+        contents = {str(path): self._hashes.hash_content(path) for path in self.matches(pattern)}
         return ResolvedInput(hash_tensors(contents)) if contents else None
+
+    def matches(self, pattern: str) -> list[Path]:
+        """Return the files and folders that a glob matches, in order."""
+        return list(map(Path, glob_paths(pattern))) if has_wildcard(pattern) else []
 
     def resolve_config(self, text: str) -> list[ResolvedInput]:
         """Return what the strings in the config file `text` name, in their order; nothing for other texts."""
+        strings = self.config_texts(text)
+        return [resolved for each in strings if each != text and (resolved := self.resolve_quietly(each)) is not None]
+
+    def config_texts(self, text: str) -> list[str]:
+        """Return the strings in the config file `text`, each once; nothing for other texts."""
         path = existing_path(text)
         if path is None or not path.is_file() or path.suffix not in CONFIGS or path.stat().st_size > CONFIG_BYTES:
             return []
         try:
-            nodes, _ = read_documents(path.read_text(encoding="utf-8"), text)
-        except (SurgeryError, OSError, UnicodeDecodeError):
+            return config_texts(read_utf8(path, limit=CONFIG_BYTES), text)
+        except SurgeryError:
             return []  # the command itself says what is wrong with its file
-        # Every string of the file: which of them name models, only the command knows.
-        strings = dict.fromkeys(each for node in nodes for each in _strings(node.plain) if "\n" not in each)
-        return [
-            resolved for each in strings if each != text and (resolved := self._resolve_config_text(each)) is not None
-        ]
 
-    def _resolve_config_text(self, text: str) -> ResolvedInput | None:
+    def resolve_quietly(self, text: str) -> ResolvedInput | None:
+        """Return what `text` names; None where it names nothing that can be read."""
         try:
             return self.resolve(text)
         except SurgeryError:
@@ -175,14 +179,3 @@ def _combine(parts: list[ResolvedInput]) -> ResolvedInput:
         next((part.repo for part in parts if part.repo), None),
         "; ".join(part.note for part in parts if part.note),
     )
-
-
-def _strings(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from _strings(each)
-    elif isinstance(value, list):
-        for each in value:
-            yield from _strings(each)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from surgery.io.atomic import partial_path
 from surgery.io.command_line import command_words, option_text
-from surgery.recipes.types import CommandParameter, Given, Pipeline, RecipeStep, Scalar, StepOutput
+from surgery.recipes.types import Command, CommandParameter, Given, Pipeline, RecipeStep, Scalar, StepOutput
 
 MANIFEST = "run.json"
 RECIPE = "recipe.yaml"
@@ -87,10 +87,29 @@ def cli_arguments(step: RecipeStep, paths: RunPaths) -> list[str]:
     given: dict[str, Given] = dict(step.given)
     if command.changes is not None:
         given[command.changes] = str(step_paths.out)  # a copy of what the recipe names
+    outputs: dict[str, Path] = {}
+    if command.writes is not None and command.writes != command.changes:
+        outputs[f"--{command.writes}"] = step_paths.out
+    if command.plots is not None:
+        outputs[command.plots] = step_paths.picture
+    if command.cards is not None:
+        outputs[command.cards] = paths.run
+    return typed_words(command, given, outputs, paths.output_path)
+
+
+def typed_words(
+    command: Command, given: Mapping[str, Given], outputs: Mapping[str, Path], path_of: Callable[[StepOutput], Path]
+) -> list[str]:
+    """Return the words that give `command` its values; a value never becomes an option, whatever it begins with.
+
+    Args:
+        given: parameter → value, which may be from a file.
+        outputs: option → where to write; never from a file.
+    """
     arguments: list[str] = []
     options: list[str] = []
     for parameter in command.parameters.values():
-        texts = list(_texts(parameter, given.get(parameter.name), paths.output_path))
+        texts = list(_texts(parameter, given.get(parameter.name), path_of))
         if parameter.flag is None:
             arguments += texts
         elif parameter.kind == "flag":
@@ -98,10 +117,8 @@ def cli_arguments(step: RecipeStep, paths: RunPaths) -> list[str]:
         else:
             for text in texts:
                 options += option_text(parameter.flag, text)
-    if command.writes is not None and command.writes != command.changes:
-        options += [f"--{command.writes}", str(step_paths.out)]
-    if command.plots is not None:
-        options += [command.plots, str(step_paths.picture)]
+    for flag, path in outputs.items():
+        options += option_text(flag, str(path))
     return command_words(command.name, arguments, options)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.errors import did_you_mean, usage_error
+from surgery.recipes.run.access import AccessList, list_access
 from surgery.recipes.run.cache_keys import KeyedOutput, cache_key
 from surgery.recipes.run.content_hashes import FileHashCache
 from surgery.recipes.run.estimates import ResourceEstimate, estimate
@@ -32,12 +33,13 @@ class StepPreview:
 
 @dataclass(frozen=True)
 class RunPreview:
-    """Preview of a whole run; `free` is in bytes, on the disk that RUN is on."""
+    """Preview of a whole run; `free` is in bytes, on the disk that RUN is on. access: what it reads, writes, pushes."""
 
     pipeline: Pipeline
     run: Path
     steps: tuple[StepPreview, ...]
     free: int
+    access: AccessList
 
     @property
     def to_do(self) -> tuple[StepPreview, ...]:
@@ -95,6 +97,17 @@ class RunPreview:
         )
         return Table(f"{self.pipeline.recipe} in {self.run}", columns, rows, note=f"{note}.")
 
+    def tables(self, *, commands: bool) -> list[Table]:
+        """Return the preview, what is read, written and pushed, and with `commands` every command line."""
+        access = self.access
+        tables = [self.table()]
+        tables += [access.command_table()] if commands else []
+        # Before a real run only what people may not expect; the whole is a dry run away.
+        tables += [access.read_table()] if access.reads and (commands or access.outside) else []
+        tables += [access.write_table()] if commands or any(each.needs_consent for each in access.writes) else []
+        tables += [access.push_table()] if access.pushes else []
+        return tables
+
 
 def preview_run(
     pipeline: Pipeline,
@@ -127,7 +140,7 @@ def preview_run(
         if not is_done:
             again.add(step.name)
         steps.append(StepPreview(step, estimates[step.name], is_done))
-    return RunPreview(pipeline, paths.run, tuple(steps), _free(paths.run))
+    return RunPreview(pipeline, paths.run, tuple(steps), _free(paths.run), list_access(pipeline, paths, inputs))
 
 
 def is_intact(known: StepRecord, paths: RunPaths, step: RecipeStep, *, hashes: FileHashCache) -> bool:

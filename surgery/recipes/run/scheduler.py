@@ -16,6 +16,7 @@ from typing import Any
 
 from surgery.errors import SurgeryError
 from surgery.io.atomic import write_file
+from surgery.recipes.run.consent import NO_CONSENT, Consent, check_consent
 from surgery.recipes.run.content_hashes import FileHashCache
 from surgery.recipes.run.estimates import MEMORY_SHARE, check_disk, free_memory
 from surgery.recipes.run.inputs import InputResolver
@@ -80,6 +81,7 @@ def run_pipeline(
     jobs: int | None = None,
     from_step: str | None = None,
     dry_run: bool = False,
+    consent: Consent = NO_CONSENT,
     runner: Runner = start,
     show: Callable[[RunPreview], None] = lambda preview: None,
     notify: Notify = lambda text: None,
@@ -93,6 +95,7 @@ def run_pipeline(
         jobs: the largest number of steps that run in parallel; None for half of the processors.
         from_step: a step that is done again, with all that depend on it.
         dry_run: stop after `show`; nothing is written.
+        consent: to what the file alone says: where it pushes, and where it writes outside of RUN.
         runner: starts steps; by default as processes of this program.
         show: called with the preview before anything is done.
         notify: called with a line per event, where no table can be drawn.
@@ -100,15 +103,17 @@ def run_pipeline(
 
     Raises:
         SurgeryError: another run is at work in `run`, or it holds something else; there is no step `from_step`; the lab
-            has nothing of a name; the disk is too small, or cannot be written; a push failed. A step that fails raises
-            nothing here: see `RunReport.error`.
+            has nothing of a name; consent is missing; the disk is too small, or cannot be written; a push failed. A
+            step that fails raises nothing here: see `RunReport.error`.
         KeyboardInterrupt: Ctrl-C; all steps have ended then.
     """
     if n_processes() == 1:
         with nullcontext(-1) if dry_run else locked(run) as lock:
-            return _Engine(pipeline, run, runner, show, notify, bars, lock).run(jobs, from_step, dry_run=dry_run)
+            return _Engine(pipeline, run, runner, show, notify, bars, consent, lock).run(
+                jobs, from_step, dry_run=dry_run
+            )
     with ExitStack() as stack:
-        engine = _Engine(pipeline, run, runner, show, notify, bars)
+        engine = _Engine(pipeline, run, runner, show, notify, bars, consent)
         if not dry_run:
             # On rank 0 only, since a lock is for one process; the others learn whether it could be taken.
             on_main(lambda: stack.enter_context(locked(run)))
@@ -130,10 +135,12 @@ class _Engine:
         show: Callable[[RunPreview], None],
         notify: Notify,
         bars: bool,
+        consent: Consent,
         lock: int = -1,
     ) -> None:
         self.pipeline, self.paths, self.lock = pipeline, RunPaths(pipeline, run), lock
         self.runner, self.show, self.notify, self.bars = runner, show, notify, bars
+        self.consent = consent
         self.hashes = FileHashCache(run / HASHES)
         self.inputs = InputResolver(self.hashes)
         self.record = RunRecord(pipeline, run)
@@ -149,6 +156,8 @@ class _Engine:
         self.show(preview)
         if dry_run:
             return preview
+        # Before anything is done: hours of work would otherwise end at a question that nobody answers.
+        check_consent(preview.access, self.consent)
         check_disk(run, preview.disk, preview.free)
         write_file(run / RECIPE, pipeline.text)
         self.step_runner = StepRunner(pipeline, paths, self.record, forced, hashes=self.hashes, inputs=self.inputs)
@@ -181,7 +190,7 @@ class _Engine:
         self.record.write()
         path = write_report(self.pipeline, self.paths, self.record, statuses, self.paths.run / REPORT)
         if not {"failed", "left out"} & set(statuses.values()):
-            for entry in push_all(self.pipeline, self.paths, notify=self.notify, bars=self.bars):
+            for entry in push_all(self.pipeline, self.paths, self.consent, notify=self.notify, bars=self.bars):
                 # Written after each push: one that fails must not make those before it forgotten.
                 self.record.pushes.append(entry)
                 self.record.write()

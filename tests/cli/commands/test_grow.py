@@ -12,7 +12,7 @@ from support.cli import Surgery, commands_in, contents, run_command
 from support.growth_runs import TOKENS, WIDTH, write_corpora, write_plan
 from transformers import AutoModelForCausalLM
 
-from surgery.recipes.reproduction import reproduce
+from cli.commands.reproduce import reproduce
 
 GROW = ("grow", "run", "plan.yml", "--embed", "emb", "--device", "cpu")
 

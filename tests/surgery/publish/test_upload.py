@@ -85,7 +85,7 @@ def test_private(server: HubServer, out: Path) -> None:
     push(out, REPO, private=True)
     assert server.repos[REPO].private
     push(out, REPO, private=True)
-    push(out, "lab/open")
+    push(out, "lab/open", public=True)
     assert not server.repos["lab/open"].private
     assert failure(out, "lab/open", private=True) == (
         "lab/open: is there already, and it is public. "
@@ -106,13 +106,13 @@ def test_a_pull_request_is_opened_by_the_commit_and_main_stays(server: HubServer
     server.add("elsewhere/model", folder_with(out.parent / "their", {"README.md": b"# theirs"}))
     server.repos[REPO] = server.repos.pop("elsewhere/model")
     server.namespaces = set()  # who may not write may propose
-    pushed = push(out, REPO, pr=True)
+    pushed = push(out, REPO, pr=True, public=True)
     assert pushed.url == f"{server.url}/{REPO}/discussions/1"
     assert pushed.revision == "refs/pr/1"
     assert set(files_at(server)) == {"README.md"}
     server.namespaces = {"lab"}
     (out / "README.md").write_text("# New words\n")
-    more = push(out, REPO, revision="refs/pr/1")
+    more = push(out, REPO, revision="refs/pr/1", public=True)
     assert (more.url, more.revision) == (pushed.url, "refs/pr/1")
     assert b"# New words" in files_at(server, "refs/pr/1")["README.md"]
     assert hub.fetch(REPO, "refs/pr/1", progress=False).revision == more.commit

@@ -14,8 +14,9 @@ from support.architectures import add_tokenizer, build, sibling
 from support.cli import Surgery, commands_in
 from support.hub_server import HubServer
 
+from cli.commands.reproduce import reproduce
 from surgery.errors import SurgeryError
-from surgery.recipes.reproduction import Reproduction, reproduce
+from surgery.recipes.reproduction import Reproduction
 
 Again = Callable[[str], Reproduction]
 
@@ -139,18 +140,19 @@ def test_a_repository_is_made_again_from_pinned_inputs(
         ({"command": {"line": "surgery merge linear a b -o OUT", "inside": "../b"}}, "outside of what its command"),
         ({"command": {}}, "names no tensors, or no command"),
         ({"tensors": {}}, "names no tensors, or no command"),
-        (
-            {"inputs": {"base": {"ref": "gone", "xxh3": ""}}, "command": {"line": "surgery x gone -o OUT"}},
-            "its base gone is not here",
-        ),
-        ({"command": {"line": "surgery merge linear a none -o OUT"}}, "its command failed with exit code 2"),
+        ({"command": {"line": "surgery merge linear a gone -o OUT"}}, "its models gone is not here"),
+        ({"command": {"line": "surgery merge linear a lab:none -o OUT"}}, "is not here .*none"),
+        ({"command": {"line": "surgery merge linear a b --seed none -o OUT"}}, "seed: got 'none', expected a whole"),
+        ({"command": {"line": "surgery merge liner a b -o OUT"}}, "its what liner is not here .*did you mean linear"),
+        ({"command": {"line": "surgery merge linear -o OUT"}}, "its command failed with exit code 2"),
     ],
 )
 def test_what_cannot_be_made_again_is_said(
     bench: Path, again: Again, tmp_path_factory: pytest.TempPathFactory, change: dict[str, object], message: str
 ) -> None:
     folder = tmp_path_factory.mktemp("wrong")
-    manifest = {"schema": 1, "kind": "model", "tensors": {"x": {"xxh3": "0"}}, "command": {"line": "surgery x -o OUT"}}
+    tensors = {"x": {"dtype": "F32", "shape": [1], "xxh3": "0"}}
+    manifest = {"schema": 1, "kind": "model", "tensors": tensors, "command": {"line": "surgery x -o OUT"}}
     (folder / "surgery.json").write_text(json.dumps(manifest | change))
     with pytest.raises(SurgeryError, match=message):
         again(str(folder))

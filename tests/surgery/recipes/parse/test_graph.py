@@ -43,7 +43,7 @@ def test_settings_are_read_as_yaml(read: Read) -> None:
         "repo": "org/name",
     }
     assert found.nodes[-1].given["task"] == ("a", "b")
-    assert found.pushes == (Push("vector", "org/name", "sub", private=True),)
+    assert found.pushes == (Push("vector", "org/name", "sub", private=True, is_allowed=True),)
 
 
 def test_every_fault_is_told_at_once_with_line_key_and_nearest_name(read: Read) -> None:
@@ -248,7 +248,10 @@ def test_pushes_are_done_where_they_have_a_place_to_go_to(read: Read) -> None:
     )
     second = Push("b.s=1", "org/b", "in", pr=True)
     assert read(text).pushes == (second,)
-    assert read(text, repo="org/a").pushes == (Push("a", "org/a", revision="x", message="Hello"), second)
+    assert read(text, repo="org/a").pushes == (
+        Push("a", "org/a", revision="x", message="Hello", is_allowed=True),
+        second,
+    )
 
 
 @pytest.mark.parametrize(

@@ -299,7 +299,7 @@ def test_what_the_recipe_pushes_goes_up_with_the_recipe_once_all_is_done(
             shutil.rmtree(job.paths.out)
             copy_of(out, job.paths.out)
 
-    what = program(node("a"), node("b"), pushes=[Push("a", REPO, message="made")])
+    what = program(node("a"), node("b"), pushes=[Push("a", REPO, message="made", is_allowed=True)])
     failing, _ = go(tmp_path / "run", what, Fakes(work=work, codes={"b": 1}))
     assert failing.pushes == ()
     report, _ = go(tmp_path / "run", what, Fakes(work=work))
