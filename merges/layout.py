@@ -17,8 +17,9 @@ from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
 from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.checkpoint.tensor_roles import NUMBER
 from surgery.engine.preflight import Preflight
-from surgery.errors import listing
+from surgery.errors import listing, usage_error
 
+MAX_LAYERS = 2_000  # of an output; the deepest models have about 130
 FINAL_NORM, LM_HEAD, BEYOND = "final norm", "lm_head", "beyond"
 
 
@@ -114,6 +115,9 @@ def lay_out(preflight: Preflight, config: MergeConfig, checkpoints: Mapping[str,
     builder.add_embeddings(config.sections[0])
     layers: list[int] = []
     for section in config.sections:
+        # Before its slots are made: a config of some kB can ask for any number of copies of layers.
+        if len(layers) + _length(section, models) > MAX_LAYERS:
+            raise usage_error(f"asks for more than {MAX_LAYERS:,} layers", where=config.where)
         layers += builder.add_layers(section, first=len(layers))
     builder.add_ends(config.sections[-1], len(layers))
     return Layout(
@@ -123,6 +127,14 @@ def lay_out(preflight: Preflight, config: MergeConfig, checkpoints: Mapping[str,
         tuple(sorted(builder.left_out)),
         {ref: models.outside(ref) for ref in checkpoints},
     )
+
+
+def _length(section: MergeSection, models: _Models) -> int:
+    """Return the number of layers that a section asks for: that of its first source."""
+    first = section.sources[0]
+    n_layers = len(models.layers[first.model])
+    begin, end = first.layer_range or (0, n_layers)
+    return min(end, n_layers) - begin
 
 
 class _LayoutBuilder:

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 FAILED = 1
@@ -14,6 +15,7 @@ WRONG_USAGE = 2
 # Of a stranger's file, names and what a parser says of them may be as long as the file.
 MOST_CHARACTERS = 2_000  # of one line of a message
 MOST_LINES = 1_000  # of a message
+_MOST_COMPARED, _LONGEST_COMPARED = 10_000, 200  # known names, and characters of each, to find a near one among
 _TAIL = 300  # characters from the end of a longer line that are shown too: what was expected stands there
 
 
@@ -79,13 +81,19 @@ def usage_error(what: str | Sequence[str], *, where: object | None = None, hint:
 
 def closest(name: str, known: Iterable[str]) -> str | None:
     """Return the entry of `known` that `name` may be a misspelling of; None where none is near."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+    return next(iter(_near(name, known, 1)), None)
 
 
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 1) -> str | None:
     """Return the hint `Did you mean X?` for the (up to `most`) entries of `known` near to `name`; None without any."""
-    near = difflib.get_close_matches(name, list(known), n=most)
+    near = _near(name, known, most)
     return f"Did you mean {listing(near)}?" if near else None
+
+
+def _near(name: str, known: Iterable[str], most: int) -> list[str]:
+    # Comparing two texts takes the product of their lengths: nobody misspells names of thousands of characters.
+    some = [text for text in islice(known, _MOST_COMPARED) if len(text) <= _LONGEST_COMPARED]
+    return difflib.get_close_matches(name, some, n=most) if len(name) <= _LONGEST_COMPARED else []
 
 
 def first_line(error: BaseException) -> str:

@@ -6,7 +6,7 @@ names, it is the one that no other uses.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -53,11 +53,11 @@ def check_names(documents: Sequence[ParsedDocument], errors: YamlErrors) -> list
     return uses
 
 
-def _named(document: ParsedDocument, names: Iterable[str], errors: YamlErrors) -> Iterable[list[str]]:
+def _named(document: ParsedDocument, names: Collection[str], errors: YamlErrors) -> Iterable[list[str]]:
     """Yield the documents that each reference names, as itself or as the base of an adapter."""
     for node, ref in document.refs:
         base = ref.partition("+")[0]
-        matches = [name for name in names if name in (ref, base)]
+        matches = [name for name in dict.fromkeys((ref, base)) if name in names]
         yield matches
         # A word without a slash could be a Hub id of old, but is far more often a misspelt name.
         if not matches and base and not any(mark in base for mark in "/\\:") and not _exists(base):

@@ -30,7 +30,7 @@ AUTO = "auto"
 # The names of `merges.tokenizer.chat_template.TEMPLATES`, repeated here so that configs are read without what opens
 # tokenizers; a test holds the two together.
 CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
-MAX_MULTIPLE = 1_000_000  # to which rows of an embedding are padded
+MAX_MULTIPLE = 65_536  # to which rows of an embedding are padded
 NO_MODEL = ""  # stands in for a reference that could not be read
 
 T = TypeVar("T")

@@ -14,6 +14,8 @@ from merges.config.settings import EVERYTHING, INT8_MASK, MethodSpec, ParameterS
 from merges.config.tolerant import ReadContext, nearest
 from surgery.io.yaml_nodes import YamlNode
 
+MAX_RULES = 1_000  # of one parameter: each is compared with the name of each tensor
+
 
 @dataclass(frozen=True)
 class ParameterReader:
@@ -71,6 +73,9 @@ class ParameterReader:
             return (self._rule(node, spec),)
         if not isinstance(node.value, tuple) or not any(isinstance(item.value, dict) for item in node.value):
             return (Rule(self._values(node, spec)),)
+        if len(node.value) > MAX_RULES:
+            self.context.errors.add(node, f"got {len(node.value):,} rules, expected at most {MAX_RULES:,}")
+            return ()
         rules: list[Rule] = []
         for item in node.value:
             if not isinstance(item.value, dict):

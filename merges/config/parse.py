@@ -23,6 +23,9 @@ from surgery.errors import usage_error
 from surgery.io.yaml_models import read_text
 from surgery.io.yaml_nodes import read_documents
 
+MAX_DOCUMENTS = 100
+MAX_MODELS = 500  # of one merge: each is opened, or fetched, before anything else is known of it
+
 
 def read_configs(path: Path, *, methods: Mapping[str, MethodSpec]) -> tuple[MergeConfig, ...]:
     """Return the merges that a file describes, in its order.
@@ -46,6 +49,8 @@ def parse_configs(text: str, where: str, *, methods: Mapping[str, MethodSpec]) -
     nodes, errors = read_documents(text, where)
     if not nodes:
         raise usage_error("holds no merge config", where=where)
+    if len(nodes) > MAX_DOCUMENTS:
+        raise usage_error(f"holds {len(nodes):,} documents, more than the {MAX_DOCUMENTS} that it may", where=where)
     documents = []
     for number, node in enumerate(nodes, start=1):
         errors.document = number
@@ -53,6 +58,11 @@ def parse_configs(text: str, where: str, *, methods: Mapping[str, MethodSpec]) -
     # One document alone has no names to refer to, so a bare word in it is left to the Hub.
     uses = check_names(documents, errors) if len(documents) > 1 else [()]
     errors.raise_if_any()
+    for parsed in documents:
+        if (count := len(parsed.config.models)) > MAX_MODELS:
+            raise usage_error(
+                f"names {count:,} models, more than the {MAX_MODELS} that one merge may have", where=parsed.config.where
+            )
     return tuple(
         parsed.config.model_copy(update={"uses": used, "warnings": errors.warnings_of(number)})
         for number, (parsed, used) in enumerate(zip(documents, uses, strict=True), start=1)

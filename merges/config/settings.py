@@ -10,7 +10,7 @@ A layer's position is a number t in [0, 1]: see `layer_position`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +21,7 @@ BaseModel = Literal["required", "optional", "none"]
 EVERYTHING = "*"
 # Characters of a wrong value in an error: with file, line and rule around it the message still fits two lines.
 MAX_SHOWN = 60
+_MAX_WRITTEN = 10 * MAX_SHOWN  # before line breaks and blanks in it are joined
 # Embeddings, final norm and head are in no layer; mergekit gives them the start of every gradient.
 EDGE_POSITION = 0.0
 
@@ -167,22 +168,36 @@ def resolve(setting: Setting, tensor_name: str, t: float) -> Scalar | None:
 
 def as_written(value: object) -> str:
     """Return `value` as a config writes it, on one line, cut at `MAX_SHOWN` characters."""
-    text = " ".join(_written(value).split())
+    # Only as much of it as is shown: a value may be a whole file.
+    beginning = ""
+    for piece in _written(value):
+        beginning += piece
+        if len(beginning) > _MAX_WRITTEN:
+            break
+    text = " ".join(beginning.split())
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
 
 
-def _written(value: object) -> str:
+def _written(value: object) -> Iterator[str]:
+    """Yield the pieces of `value` as a config writes it, on any number of lines."""
     if value is None:
-        return "nothing"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return f'"{value}"'
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{key}: {_written(inner)}' for key, inner in value.items())}}}"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_written(inner) for inner in value)}]"
-    return str(value)
+        yield "nothing"
+    elif isinstance(value, bool):
+        yield str(value).lower()
+    elif isinstance(value, str):
+        yield f'"{value}"'
+    elif isinstance(value, Mapping):
+        for i, (key, inner) in enumerate(value.items()):
+            yield f"{', ' if i else '{'}{key}: "
+            yield from _written(inner)
+        yield "}" if value else "{}"
+    elif isinstance(value, (list, tuple)):
+        for i, inner in enumerate(value):
+            yield ", " if i else "["
+            yield from _written(inner)
+        yield "]" if value else "[]"
+    else:
+        yield str(value)
 
 
 def _at(values: Sequence[Scalar], t: float) -> Scalar:

@@ -80,13 +80,13 @@ def _check_values(
     errors: YamlErrors,
 ) -> None:
     """Report required parameters that have no value, and values of a base model, which have no effect."""
-    merged = merged_sources(method, section)
+    merged = frozenset(merged_sources(method, section))
     for i, source in enumerate(section.sources):
         if i not in merged and source.parameters:
             errors.warn(places[i], f"is the base model: its {listing(source.parameters)} has no effect")
     for spec in method.parameters:
         if spec.default is not None or spec.name in outer:
             continue
-        missing = [places[i] for i in merged if spec.name not in section.sources[i].parameters]
+        missing = [places[i] for i in sorted(merged) if spec.name not in section.sources[i].parameters]
         for place in missing if spec.per_model else [node]:
             errors.add(place, f"{method.name} needs {spec.name}, {spec.rule}. Add it under parameters.")

@@ -18,7 +18,8 @@ from surgery.io.input_files import MB, read_utf8
 from surgery.io.yaml_nodes import YamlErrors, YamlNode, read_documents
 
 M = TypeVar("M", bound=BaseModel)
-MAX_YAML_BYTES = MB  # PyYAML reads about 0.2 MB a second; configs, plans and recipes have some kB
+# Configs, plans and recipes have some kB. PyYAML, without libyaml, takes a second or two for this.
+MAX_YAML_BYTES = MB // 4
 # Decimal, as reports write sizes.
 _UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 # pydantic's names of the errors for which the nearest known word is looked up.

@@ -7,7 +7,7 @@ but a duplicate key in a mapping is an error, and so is a key that is not text. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import yaml
@@ -15,10 +15,13 @@ import yaml
 from surgery.errors import SurgeryError, usage_error
 
 # A thousand times what real configs have. Without a limit, a few lines of nested aliases fill any memory.
-MAX_NODES = 200_000
+MAX_NODES = 200_000  # of all documents of a file
 MAX_DEPTH = 50  # of mappings and lists inside each other; real configs reach 10
 MAX_BITS = 64  # of whole numbers; Python takes long to write longer ones, or refuses
 TOO_DEEP = "is nested too deeply"
+# libyaml's, about ten times as fast, where PyYAML was built with it: its wheels are.
+_FAST_LOADER: type[yaml.CSafeLoader] | None = getattr(yaml, "CSafeLoader", None)
+_Loader = yaml.SafeLoader | yaml.CSafeLoader
 _TAGS = "tag:yaml.org,2002:"
 _MERGE = f"{_TAGS}merge"
 
@@ -114,15 +117,14 @@ def read_documents(text: str, where: str) -> tuple[tuple[YamlNode, ...], YamlErr
         SurgeryError: it is not YAML at all, or aliases make it larger than `MAX_NODES`.
     """
     try:
-        loader = yaml.SafeLoader(text)
+        loader, roots = _compose(text, where)
         try:
-            # Composed to PyYAML's nodes and not yet constructed to values: only nodes know their lines.
-            roots = list(_compose(loader))
             errors = YamlErrors(where, n_documents=len(roots))
             documents = []
+            tree = _Tree(loader, errors)
             for number, root in enumerate(roots, start=1):
                 errors.document = number
-                documents.append(_Tree(loader, errors).node(root, "", root.start_mark.line + 1))
+                documents.append(tree.node(root, "", root.start_mark.line + 1))
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
@@ -134,17 +136,48 @@ def read_documents(text: str, where: str) -> tuple[tuple[YamlNode, ...], YamlErr
     return tuple(documents), errors
 
 
-def _compose(loader: yaml.SafeLoader) -> Iterator[yaml.Node]:
-    while loader.check_node():
-        node = loader.get_node()
-        if node is not None and not (isinstance(node, yaml.ScalarNode) and node.value == ""):
-            yield node
+def _compose(text: str, where: str) -> tuple[_Loader, list[yaml.Node]]:
+    """Return the roots of the documents in `text`, and the loader that makes values of them; to be disposed of."""
+    # Composed to PyYAML's nodes and not yet constructed to values: only nodes know their lines.
+    if _FAST_LOADER is not None:
+        try:
+            _check_nesting(text, where, _FAST_LOADER)
+            return _composed(_FAST_LOADER(text))
+        except yaml.YAMLError:
+            pass  # again by the one in Python, whose errors say more: the same on every machine
+    return _composed(yaml.SafeLoader(text))
+
+
+def _composed(loader: _Loader) -> tuple[_Loader, list[yaml.Node]]:
+    roots = []
+    try:
+        while loader.check_node():
+            node = loader.get_node()
+            if node is not None and not (isinstance(node, yaml.ScalarNode) and node.value == ""):
+                roots.append(node)
+    except BaseException:
+        loader.dispose()
+        raise
+    return loader, roots
+
+
+def _check_nesting(text: str, where: str, loader: type[yaml.CSafeLoader]) -> None:
+    """Raise SurgeryError where a text is nested so deeply that libyaml, which has no limit, would crash."""
+    depth = 0
+    for event in yaml.parse(text, Loader=loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > MAX_DEPTH:
+                line = event.start_mark.line + 1 if event.start_mark else 1
+                raise usage_error(TOO_DEEP, where=f"{where}:{line}")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
 
 
 class _Tree:
-    """Builds the tree of one document, and counts its nodes."""
+    """Builds the trees of a file's documents, and counts their nodes."""
 
-    def __init__(self, loader: yaml.SafeLoader, errors: YamlErrors) -> None:
+    def __init__(self, loader: _Loader, errors: YamlErrors) -> None:
         self.loader = loader
         self.errors = errors
         self.count = 0

@@ -441,7 +441,7 @@ chat_template: chatlm
         ),
         (
             linear("tokenizer: {pad_to_multiple_of: 0}"),
-            "c.yml:4: tokenizer.pad_to_multiple_of: got 0, expected a whole number ≥ 1",
+            "c.yml:4: tokenizer.pad_to_multiple_of: got 0, expected a whole number in [1, 65536]",
         ),
         (linear("compat: papers"), 'c.yml:4: compat: got "papers". Did you mean "paper"?'),
         (

@@ -109,7 +109,7 @@ def test_all_faults_are_named_with_lines_and_documents() -> None:
         (f"a: 0x{'f' * 9999}\n", "c.yml:1: a: is a whole number of more than 64 bits"),
         (f"a: {'9' * 9999}\n", 'c.yml:1: a: cannot be read as int: "9'),
         (f"a:\n  {'[' * 60}{']' * 60}", "c.yml:2: is nested too deeply"),
-        ("[" * 5000, "c.yml: is nested too deeply"),
+        ("[" * 5000, "c.yml:1: is nested too deeply"),
     ],
 )
 def test_what_is_no_config_is_said_in_one_line(text: str, message: str) -> None:
