@@ -90,6 +90,16 @@ def run() -> None:
             "Run `surgery --debug …` and report the traceback.",
             FAILED,
         )
+    # Libraries in Rust panic with a class of their own, no Exception: tokenizers does where a pattern of a
+    # tokenizer.json goes back too often.
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        _leave(
+            error,
+            f"a library broke off: {one_line(str(error))}. Of a tokenizer's: get its files from their author again.",
+            FAILED,
+        )
 
 
 def _leave(error: BaseException, line: str, code: int) -> None:

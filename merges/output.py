@@ -20,6 +20,7 @@ from surgery.checkpoint.tokenizer_files import is_tokenizer_file
 from surgery.checkpoint.vocabulary import read_vocabulary
 from surgery.engine.preflight import Preflight
 from surgery.errors import SurgeryError
+from surgery.io.escaping import json_text
 from surgery.io.json_io import read_json
 from surgery.io.output_files import write_output
 
@@ -126,4 +127,4 @@ class _Renumbering:
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json_text(json.dumps(value, indent=2, ensure_ascii=False)) + "\n").encode()

@@ -19,6 +19,7 @@ from surgery.engine.verification import weights_hash
 from surgery.errors import SurgeryError, usage_error
 from surgery.evaluation.statistics import EstimateWithInterval
 from surgery.io.atomic import MANIFEST, write_file
+from surgery.io.escaping import json_text
 from surgery.io.input_files import MAX_DATA_BYTES, read_bytes
 from surgery.io.json_io import read_json, to_json
 from surgery.io.json_records import Strict, record_text
@@ -126,7 +127,7 @@ def check_model(findings: ModelFindings, checkpoint: Checkpoint, run: Path, *, o
 
 def write_examples(folder: Path, examples: Sequence[Example]) -> None:
     """Write examples.jsonl."""
-    rows = [json.dumps(asdict(example), ensure_ascii=False, default=str) for example in examples]
+    rows = [json_text(json.dumps(asdict(example), ensure_ascii=False, default=str)) for example in examples]
     write_file(folder / EXAMPLES, "\n".join(rows) + "\n")
 
 

@@ -30,6 +30,7 @@ from surgery.reporting.plots import (
     blank_canvas,
     label_lines,
     render_figure,
+    short_label,
     style,
     titled_axes,
 )
@@ -192,7 +193,7 @@ def ranking(
         axes.axvline(0, color=SOFT, linewidth=0.8)
     axes.grid(visible=False, axis="y")
     axes.grid(visible=True, axis="x", color=LINE, linewidth=0.8)
-    axes.set_yticks(rows, names[:MAX_RANKED], parse_math=False)
+    axes.set_yticks(rows, list(map(short_label, names[:MAX_RANKED])), parse_math=False)
     axes.set_ylim(len(drawn) - 0.4, -0.6)
     axes.set_xlabel(measure, parse_math=False)
     return render_figure(canvas, title, caption)

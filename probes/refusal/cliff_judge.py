@@ -26,6 +26,7 @@ from probes.refusal.probed_model import ProbedModel, open_probed_model
 from surgery.engine.options import ExecutionOptions
 from surgery.errors import SurgeryError, usage_error
 from surgery.io.atomic import atomic_replace
+from surgery.io.escaping import json_text
 from surgery.io.hashing import hash_text
 from surgery.reporting.report import Column, Table
 from surgery.runtime.collectives import on_main
@@ -196,6 +197,6 @@ def _to_row(example: Example, cliff: RefusalCliff, style: RowStyle, markers: Mar
 
 def _write_rows(out: Path, rows: Sequence[dict[str, Any]], cache: Path) -> None:
     with atomic_replace(out) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        file.writelines(json_text(json.dumps(row, ensure_ascii=False, default=str)) + "\n" for row in rows)
     # Only once the file is there: until then a killed run needs the completions.
     cache.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint, dtypes_of
 from surgery.checkpoint.structure import model_structure
+from surgery.io.escaping import one_line
 from surgery.io.json_io import read_json
 from surgery.reporting.report import Column, Table, format_value
 
@@ -85,7 +86,7 @@ def inspect_tables(description: Mapping[str, Any]) -> tuple[Table, ...]:
     ]
     dtypes = [(name, row["tensors"], row["parameters"], row["bytes"]) for name, row in description["dtypes"].items()]
     tables = [
-        Table(description["ref"], ("", ""), facts, note="\n".join(description["notes"]) or None),
+        Table(description["ref"], ("", ""), facts, note="\n".join(map(one_line, description["notes"])) or None),
         Table("Dtypes", ("dtype", "tensors", "parameters", Column("size", "bytes")), dtypes),
     ]
     if description["not_understood"]:

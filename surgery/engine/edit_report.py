@@ -13,6 +13,7 @@ from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import TORCH_NAMES
 from surgery.checkpoint.structure import model_structure
 from surgery.engine.result import ExecutionResult
+from surgery.io.escaping import json_text
 from surgery.io.json_io import read_json
 from surgery.io.output_files import write_output
 from surgery.reporting.report import Column, Table
@@ -128,7 +129,7 @@ def write_config_dtype(folder: Path, dtype: str) -> None:
     # Older versions of transformers read "torch_dtype": whichever key is there must agree with the weights.
     for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]:
         config[key] = spelled
-    write_output(folder, path.name, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_output(folder, path.name, json_text(json.dumps(config, indent=2, ensure_ascii=False)) + "\n")
 
 
 def _group(name: str, rows: Sequence[Mapping[str, float]]) -> EditedGroup:

@@ -9,7 +9,7 @@ import glob
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from surgery.errors import SurgeryError, usage_error
 from surgery.hub.errors import UnreachableError, no_space_error, translate_errors
 from surgery.hub.file_selection import DUPLICATES, MODEL_FILES, WEIGHTS_SUFFIX, select_files
 from surgery.hub.settings import cache_dir, endpoint, is_offline, request_timeout
+from surgery.runtime.terminal import library_bars
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -161,7 +162,7 @@ def _download(ref: _SnapshotRef, progress: bool) -> HubSnapshot:
         def __init__(self, *args: object, **options: object) -> None:
             super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
 
-    with _hub_request(ref):
+    with _hub_request(ref), library_bars() if progress else nullcontext():
         commit, files = _remote_files(ref)
         _check_space(ref, commit, files)
         folder = Path(

@@ -56,15 +56,17 @@ def one_line(text: str, most: int = MOST_CHARACTERS) -> str:
 
     most: characters that are shown; of a longer text the beginning and the end.
     """
-    return _HIDDEN_OR_BREAK.sub(_written_out, shortened(text, most))
+    # Before, so that a text of a million control characters takes no time; and after, as each becomes up to ten.
+    return shortened(_HIDDEN_OR_BREAK.sub(_written_out, shortened(text, most)), most)
 
 
 def shortened(text: str, most: int = MOST_CHARACTERS) -> str:
     """Return `text`, with its middle cut out where it has more than `most` characters."""
     if len(text) <= most:
         return text
+    note = f" … ({len(text):,} characters) … "
     tail = min(_TAIL, most // 4)
-    return f"{text[: most - tail]} … ({len(text):,} characters) … {text[len(text) - tail :]}"
+    return f"{text[: most - tail - len(note)]}{note}{text[len(text) - tail :]}"
 
 
 def _written_out(match: re.Match[str]) -> str:
@@ -109,7 +111,7 @@ def markdown_text(text: str) -> str:
 
     In a code span nothing is a link, a picture or a tag, while backslashes would depend on the dialect.
     """
-    line = one_line(text)
+    line = one_line(text).strip()
     return markdown_code(line) if _MARKDOWN.search(_INTERVAL.sub("", line)) else line
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from surgery.io.escaping import one_line
 from surgery.reporting.report import Figure, format_value
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ WIDTH, DPI, PAD = 9.0, 160, 0.12  # inches and dots per inch: sharp on a page 54
 MOST_VALUES, MOST_TICKS = 14, 24  # bars that still have room for a number, layers for a tick
 LABEL_HEIGHT = 0.06  # of a label at a line's end, as a share of the axes: closer ones are moved apart
 MOVEMENT = "change ‖A−B‖ / ‖A‖"
+MOST_CHARACTERS = 120  # of a title
+MOST_LABEL_CHARACTERS = 50  # of a name beside the plot: more would push it out of the picture
 MOST_NUMBERED = 64  # cells of a map that still have room for a number
 # How far up the colour map the largest value goes: at the very end, colours are too dark for a number on them.
 BRIGHTEST = 0.85
@@ -213,7 +217,7 @@ def _bar_panel(
             color=INK,
             fontsize=8,
         )
-    axes.set_yticks(range(len(models)), models, parse_math=False)
+    axes.set_yticks(range(len(models)), [short_label(model) for model in models], parse_math=False)
     # Upside down, so that the first model is at the top.
     axes.set_ylim(len(models) - 0.4, -0.6)
     # From 0, or the length of a bar would not be its score.
@@ -265,10 +269,33 @@ def style(axes: Axes) -> None:
 
 def render_figure(canvas: Canvas, title: str, caption: str) -> Figure:
     """Render the canvas as a PNG."""
+    _make_texts_plain(canvas)
     buffer = io.BytesIO()
-    # Without matplotlib's version in the metadata, equal plots have equal bytes.
-    canvas.figure.savefig(buffer, format="png", metadata={"Software": None})
+    with warnings.catch_warnings():
+        # A letter that the font lacks is drawn as a box; the report has the name in full.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        # Without matplotlib's version in the metadata, equal plots have equal bytes.
+        canvas.figure.savefig(buffer, format="png", metadata={"Software": None})
     return Figure(title, caption, buffer.getvalue())
+
+
+def _make_texts_plain(canvas: Canvas) -> None:
+    """Take every text of the picture for what it is: no formulas, no control characters, no more than fits."""
+    from matplotlib.text import Text
+
+    for text in canvas.figure.findobj(Text):
+        assert isinstance(text, Text)
+        content = text.get_text()
+        shown = one_line(content, MOST_CHARACTERS)
+        if shown != content:
+            text.set_text(shown)
+        # Between dollar signs matplotlib reads a formula, or raises an error.
+        text.set_parse_math(False)
+
+
+def short_label(text: str) -> str:
+    """Return a name as it can stand beside a plot, at a tick or a line's end, which both take their room from it."""
+    return one_line(text, MOST_LABEL_CHARACTERS)
 
 
 def _layer_number(group: str) -> int | None:
@@ -281,7 +308,7 @@ def group_ticks(axes: Axes, groups: Sequence[str]) -> None:
     numbers = [_layer_number(group) for group in groups]
     step = max(1, math.ceil(sum(number is not None for number in numbers) / MOST_TICKS))
     labelled = [at for at, number in enumerate(numbers) if number is None or number % step == 0]
-    axes.set_xticks(labelled, [groups[at].removeprefix("layer ") for at in labelled])
+    axes.set_xticks(labelled, [short_label(groups[at].removeprefix("layer ")) for at in labelled])
     for label, at in zip(axes.get_xticklabels(), labelled, strict=True):
         label.set_parse_math(False)
         if numbers[at] is None and len(groups) > MOST_VALUES:
@@ -312,7 +339,7 @@ def label_lines(axes: Axes, labels: Sequence[Label], *, spacing: float = LABEL_H
             "annotation_clip": False,
             "parse_math": False,
         }
-        axes.annotate(name, (1.012, place), color=colour, fontsize=9, **where)
+        axes.annotate(short_label(name), (1.012, place), color=colour, fontsize=9, **where)
 
 
 def _spread(stack: Sequence[float], spacing: float) -> list[float]:

@@ -11,7 +11,7 @@ import math
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote
@@ -244,7 +244,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters["lines"] = lambda text: escape(text).replace("\n", Markup("<br>"))
-    environment.filters["quote"] = quote
+    environment.filters["quote"] = partial(quote, errors="surrogatepass")
     return environment
 
 

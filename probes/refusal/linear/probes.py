@@ -16,6 +16,7 @@ from torch import Tensor
 from surgery.errors import SurgeryError, usage_error
 from surgery.evaluation.statistics import EstimateWithInterval
 from surgery.io.atomic import atomic_replace
+from surgery.io.escaping import json_text
 from surgery.io.json_io import jsonable
 
 SCHEMA = 1
@@ -132,7 +133,7 @@ class Probes:
             "fold_weights": self.fold_weights,
             "fold_biases": self.fold_biases,
         }
-        metadata = {RECORD: json.dumps(jsonable(record), ensure_ascii=False)}
+        metadata = {RECORD: json_text(json.dumps(jsonable(record), ensure_ascii=False))}
         try:
             with atomic_replace(path) as temporary:
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata)

@@ -34,6 +34,7 @@ from surgery.growth.data.corpus import (
 )
 from surgery.growth.data.token_index import StreamState, no_index, read_index
 from surgery.io.atomic import disk_error, write_file
+from surgery.io.escaping import json_text
 from surgery.io.hashing import hash_text
 from surgery.io.locks import exclusive_lock
 from surgery.models.special_tokens import backend_copy
@@ -328,7 +329,7 @@ class TokenStore:
         file.flush()
         os.fsync(file.fileno())
         content = {"made_of": self._made_of, "state": asdict(state)}
-        write_file(self._folder / INDEX, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_file(self._folder / INDEX, json_text(json.dumps(content, indent=2, ensure_ascii=False)) + "\n")
         self._written = state
 
     def _mapped(self) -> Any:

@@ -35,7 +35,7 @@ from surgery.growth.choices import LayerInit, LayerPosition
 from surgery.growth.layers.plan_layers import COMMAND, LayerInsertionPlan
 from surgery.growth.layers.random_init import temporary_folder, transformers_version
 from surgery.io.atomic import write_file
-from surgery.io.escaping import markdown_text
+from surgery.io.escaping import json_text, markdown_text
 from surgery.reporting.report import Column, Table
 
 MODEL, NEW = "model", "new layers"
@@ -198,7 +198,7 @@ def _preview(insertion: LayerInsertionPlan, plan: Plan, out: Path, *, dry_run: b
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write config.json into `folder`. Raises SurgeryError where it cannot be written."""
-    write_file(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_file(folder / CONFIG, json_text(json.dumps(config, indent=2, ensure_ascii=False)) + "\n")
 
 
 def _card(report: AddReport, base: Checkpoint, stored_as: str | None) -> CardContent:

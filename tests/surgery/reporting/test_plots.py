@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import pytest
+from support.hostile_names import HOSTILE_NAMES
 
 from surgery.reporting.plots import (
     plot_distances,
@@ -45,3 +49,26 @@ def test_pictures_are_png_and_repeat_byte_for_byte() -> None:
         assert figure.png.startswith(PNG)
         assert figure.png == other.png
         assert b"matplotlib" not in figure.png
+
+
+PLOTS: dict[str, Callable[[str], Figure]] = {
+    "layers": lambda name: plot_layer_changes(name, [name, f"layer {name}", "layer 0"], [0.1, 0.2, 0.3], measure=name),
+    "similarity": lambda name: plot_similarity(name, [name, "layer 0"], {name: [0.5, 0.6]}, caption=name),
+    "distances": lambda name: plot_distances(name, [name, "layer 0"], {name: [0.5, 0.6]}),
+    "bars": lambda name: plot_score_bars(name, {name: {name: Score(0.5, 0.4, 0.6)}}),
+    "sweep": lambda name: plot_scale_curve(
+        name,
+        [(0.0, Score(0.1, 0.0, 0.2))],
+        {name: [(1.0, Score(0.1, 0.0, 0.2))]},
+        lines={name: 0.5},
+        name=name,
+        score=name,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES.values(), ids=HOSTILE_NAMES)
+@pytest.mark.parametrize("plot", PLOTS.values(), ids=PLOTS)
+def test_names_are_drawn_as_they_are_and_not_as_formulas(plot: Callable[[str], Figure], name: str) -> None:
+    # Warnings are errors here: of letters that the font lacks, too.
+    assert plot(name).png.startswith(PNG)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import math
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from rich.console import Console
+from support.hostile_names import HOSTILE_NAMES, hidden_characters
 
 from surgery.errors import SurgeryError
 from surgery.reporting.report import (
@@ -116,6 +119,47 @@ def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     assert "<title>T &lt;&amp;&gt;</title>" in page
     assert "marks&lt;/b&gt;<br>and a second line" in page
     assert page.count("<section>") == page.count("</section>") == 1 + len(figures())
+
+
+class Elements(HTMLParser):
+    """Every tag of a page with the names of its attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[tuple[str, ...]] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.add((tag, *sorted(key for key, _ in attrs)))
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES.values(), ids=HOSTILE_NAMES)
+def test_no_name_adds_an_element_to_a_page_or_leads_anywhere(name: str) -> None:
+    def page(text: str) -> str:
+        report = Report(text, text).add(text).add(Table(text, ["n", Column(text)], [[1, text]], note=text))
+        report.add(Figure(text, text, PNG))
+        return report.add(PreformattedText(text, text, f"{text}.", text, {text: f"steps/{text}"})).to_html()
+
+    plain, hostile = Elements(), Elements()
+    plain.feed(page("x"))
+    text = page(name)
+    hostile.feed(text)
+    assert hostile.found - {("br",)} <= plain.found
+    assert hidden_characters(text) == []
+    # Relative, and with everything but letters encoded.
+    assert [target for target in re.findall(r'href="([^"]*)"', text) if not target.startswith("steps/")] == []
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in text
+    assert not re.search(r"(?<!-src 'none'; img-src )\bsrc=\"(?!data:image/png;base64,)", text)
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES.values(), ids=HOSTILE_NAMES)
+def test_every_name_is_one_cell_of_markdown(name: str) -> None:
+    text = Table(name, [name, "b"], [[name, "x"], ["y", name]], note=name).to_markdown()
+    tokens = MarkdownIt("gfm-like", {"linkify": False, "html": True}).parse(text)
+    kinds = [token.type for token in tokens]
+    assert kinds.count("table_open") == 1 and kinds.count("td_open") == 4 and kinds.count("tr_open") == 3
+    inside = {child.type for token in tokens for child in token.children or ()}
+    assert inside <= {"text", "code_inline", "strong_open", "strong_close", "softbreak"}
+    assert hidden_characters(text) == []
 
 
 def test_sections_have_the_bytes_that_published_reports_have() -> None:
