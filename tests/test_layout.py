@@ -151,7 +151,8 @@ def test_docstrings_are_plain_sentences() -> None:
 
 def test_tests_mirror_the_layout() -> None:
     folders = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
-    assert {str(folder) for folder in folders if not (ROOT / folder).is_dir()} == set()
+    # The fuzzer runs all packages: its tests mirror none.
+    assert {str(folder) for folder in folders if not (ROOT / folder).is_dir()} == {"fuzz"}
     assert {path.name for path in (ROOT / "tests").glob("*.py")} == {
         "conftest.py",
         "test_layout.py",

@@ -31,7 +31,7 @@ _CHANGES = {
 # Where these events have the descriptor of the folder that their path is relative to; -1 where there is none.
 _FOLDERS = {"os.mkdir": 2, "os.remove": 1, "os.rmdir": 1}
 # What Python and its libraries read whatever they are asked to do.
-_ALWAYS_READ = (
+ALWAYS_READ = (
     sys.prefix,
     sys.base_prefix,
     str(Path(__file__).resolve().parents[2]),  # this project's own sources
@@ -65,10 +65,10 @@ class WatchedFiles:
         Python, its libraries, this project's own sources and a few files of the system may always be read.
         """
         allowed = [os.path.realpath(path) for path in writes]
-        outside = sorted(str(path) for path in self.written if not _inside(path, (*allowed, *_ALWAYS_WRITTEN)))
+        outside = sorted(str(path) for path in self.written if not is_inside(path, (*allowed, *_ALWAYS_WRITTEN)))
         assert not outside, f"written outside of {allowed}: {outside}"
         allowed += [os.path.realpath(path) for path in reads]
-        outside = sorted(str(path) for path in self.read if not _inside(path, (*allowed, *_ALWAYS_READ)))
+        outside = sorted(str(path) for path in self.read if not is_inside(path, (*allowed, *ALWAYS_READ)))
         assert not outside, f"read outside of {allowed}: {outside}"
 
 
@@ -133,5 +133,6 @@ def _note(path: Any, *, writes: bool, follow: bool) -> None:
         (watched.written if writes else watched.read).add(real)
 
 
-def _inside(path: Path, folders: Iterable[str]) -> bool:
+def is_inside(path: Path, folders: Iterable[str | Path]) -> bool:
+    """Return whether `path` is one of `folders`, or below one; links are not followed."""
     return any(path == Path(folder) or Path(folder) in path.parents for folder in folders)

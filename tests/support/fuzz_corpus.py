@@ -1,0 +1,163 @@
+"""Write the valid files that the fuzzer mutates: one folder per seed, made by the commands that write such files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.architectures import add_tokenizer, build, sibling
+from support.chat_tokenizer import TEMPLATE
+from support.merges import add_lora
+
+from surgery.checkpoint.selectors import Head
+from surgery.edits.heads import scale_heads
+from surgery.engine.options import ExecutionOptions
+from surgery.vectors.application import transfer
+from surgery.vectors.extraction import extract
+
+ONE_THREAD = ExecutionOptions(threads=1)
+FAMILIES = ("gpt2", "mixtral", "gemma2", "deepseek_v3", "gpt_oss", "phi3")
+
+MERGES = {
+    "linear": """merge_method: linear
+models:
+  - model: a
+    parameters: {weight: 0.5}
+  - model: b
+    parameters:
+      weight:
+        - filter: self_attn
+          value: [0.1, 0.9]
+        - value: 0.5
+parameters: {normalize: true}
+dtype: bfloat16
+""",
+    "ties": """models:
+  - model: base
+  - model: a
+    parameters: {density: 0.5, weight: 0.3}
+  - model: b
+    parameters: {density: [0, 0.25, 1], weight: &w 0.7}
+merge_method: ties
+base_model: base
+parameters: {normalize: true, int8_mask: false}
+tokenizer_source: union
+out_dtype: float32
+chat_template: chatml
+""",
+    "slerp": """slices:
+  - sources:
+      - {model: a, layer_range: [0, 2]}
+      - {model: b, layer_range: [0, 2]}
+merge_method: slerp
+base_model: a
+parameters:
+  t:
+    - {filter: self_attn, value: [0, 1]}
+    - {value: 0.5}
+tokenizer: {source: base, tokens: {<s>: {source: a}, w9: {source: b, force: true}}}
+""",
+    "passthrough": """slices:
+  - sources: [{model: a, layer_range: [0, 1]}]
+  - sources: [{model: base+lora, layer_range: [0, 2], parameters: {scale: 0.5}}]
+merge_method: passthrough
+""",
+    "stock": """merge_method: dare_linear
+base_model: base
+models: [{model: a, parameters: {weight: 1.0, density: 0.5}}, {model: other, parameters: {weight: 1}}]
+parameters: {rescale: true}
+tokenizer_source: base
+""",
+}
+
+RECIPES = """recipes:
+  main:
+    about: One line.
+    needs: {disk: 10 MB}
+    vars: {tuned: a, base: base, target: b, task: lab_sums, measure: true, repo: lab/out}
+    steps:
+      vector:
+        run: vector extract
+        with: {tuned: $tuned, base: $base}
+        memory: 2 GB
+      moved:
+        run: vector apply
+        with: {vector: $vector, target: $target, scale: $scale}
+        matrix: {scale: [0.5, 1.0]}
+      scores:
+        run: eval
+        with: {models: [$target, $moved], task: [$task], limit: 200}
+        when: {measure: true}
+      merged:
+        run: merge weights
+        with: {what: merge.yml}
+      apart:
+        run: vector transfer
+        with: {tuned: a, base: base, target: b, scale: 0.5, include: ["*mlp*"]}
+    push: {from: $vector, to: $repo, private: true}
+"""
+
+CHAT = [
+    {"prompt": "how are you", "thinking": "hm", "response": "well", "label": "harmless/complied", "group": "g"},
+    {"prompt": "bad thing", "response": "no", "label": "harmful/refused"},
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "label": "harmless"},
+    {"messages": [{"role": "system", "content": "be"}, {"role": "user", "content": "hi"}], "extra": [1, {"a": None}]},
+]
+
+
+def make_corpus(corpus: Path) -> Path:
+    """Write every seed into `corpus`, and return it."""
+    corpus.mkdir(parents=True)
+    _models(corpus)
+    _merge(corpus)
+    _results(corpus)
+    return corpus
+
+
+def _models(corpus: Path) -> None:
+    model = add_tokenizer(build("llama", corpus / "model"))
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    (model / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}}))
+    (model / "added_tokens.json").write_text(json.dumps({"<extra>": 95}))
+    build("llama", corpus / "sharded", max_shard_size="20KB")
+    for name in FAMILIES:
+        build(name, corpus / name, dtype=torch.float32 if name == "gpt2" else torch.bfloat16)
+
+
+def _merge(corpus: Path) -> None:
+    folder = corpus / "merge"
+    base = build("llama", folder / "base")
+    for seed, child in enumerate(("a", "b", "other"), start=1):
+        add_tokenizer(sibling(base, folder / child, seed=seed))
+    add_tokenizer(base)
+    add_tokenizer(folder / "other", [f"w{i}" for i in reversed(range(4, 90))])
+    add_lora(folder / "lora", base)
+    # Beside the adapter, as a stranger's would name it.
+    _edit(folder / "lora" / "adapter_config.json", base_model_name_or_path="../base", alpha_pattern={"q_proj": 4})
+    for name, text in MERGES.items():
+        seed = corpus / f"merge-{name}"
+        shutil.copytree(folder, seed)
+        (seed / "merge.yml").write_text(text)
+    shutil.copytree(folder, corpus / "recipes")
+    (corpus / "recipes" / "merge.yml").write_text(MERGES["linear"])
+    (corpus / "recipes" / "recipes.yaml").write_text(RECIPES)
+
+
+def _results(corpus: Path) -> None:
+    a, b, base = (corpus / "merge" / name for name in ("a", "b", "base"))
+    here = corpus / "vector"
+    here.mkdir()
+    shutil.copytree(b, here / "target")
+    extract(str(a), str(base), here / "vector", options=ONE_THREAD)
+    transfer(str(a), str(base), str(b), corpus / "result" / "out", scale=0.5, options=ONE_THREAD)
+    scale_heads(str(a), corpus / "edited" / "out", scales={Head(0, 1): 0.0, Head(1, 2): 2.0}, options=ONE_THREAD)
+
+    for name in ("result", "edited"):
+        shutil.copytree(corpus / name / "out", corpus / name / "again")  # what reproducing it gives
+
+
+def _edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))

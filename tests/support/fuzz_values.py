@@ -1,0 +1,216 @@
+"""Values that programs handle badly, and texts that JSON parsers, YAML parsers and paths handle badly.
+
+Work folders of the fuzzer are beside a folder `outside` and a folder `home` (see `support.fuzzing`): paths here lead
+there, so that whoever follows one is seen.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+
+class Raw(str):
+    """JSON text that is written as it is, for numbers and trees that Python's parser would not give back."""
+
+
+class Pairs(list[tuple[str, Any]]):
+    """A mapping as pairs, in which a key may be there twice."""
+
+
+PATHS = (
+    "../outside/secret.txt",
+    "../outside",
+    "../outside/model",
+    "../outside/model/model.safetensors",
+    "../../../../../../etc/passwd",
+    "/etc/passwd",
+    "/dev/zero",
+    "/dev/stdin",
+    "/proc/self/environ",
+    "~",
+    "~/secret.txt",
+    "~root/.bashrc",
+    "$HOME/secret.txt",
+    ".",
+    "..",
+    "",
+    "/",
+    "a/../../outside/secret.txt",
+    "a\\..\\..\\outside",
+    "C:\\windows",
+    "file:///etc/passwd",
+    "http://127.0.0.1:9/x",
+    "-o",
+    "--out=/tmp/x",
+    "--overwrite",
+    "org/name",
+    "org/name@main",
+    "lab:",
+    "lab:nothing",
+    "lab:../../outside",
+    "a+b",
+    ".git/config",
+    "CON",
+    "a\x00b",
+    "a\nb",
+    "x" * 300,
+    "x/" * 600,
+)
+TEXTS = (
+    "",
+    " ",
+    "\x00",
+    "\x1b[31mred\x1b[0m",
+    "\x1b]0;title\x07",
+    "\u202etxt.exe",
+    "\u2066\u2069",
+    "\u200b",
+    "\ufeff",
+    "\r\n",
+    "line\nline",
+    "\ud800",
+    "\udcff",
+    "é",
+    "e\u0301",
+    "\U0001f600",
+    "<img src=x onerror=alert(1)>",
+    "[x](javascript:alert(1))",
+    "`code` | cell | {{ 7*7 }} {% for i in range(9) %}",
+    "{{ ''.__class__.__mro__ }}",
+    "%s%n%d{0}{x.__class__}",
+    "'; DROP TABLE x; --",
+    "$(touch ../outside/x)",
+    "`touch ../outside/x`",
+    "!!python/object/apply:os.system ['touch ../outside/x']",
+    "null",
+    "true",
+    "NaN",
+    "1e309",
+    "0x10",
+    "١٢٣",
+    "F32",
+    "(a+)+$",
+    "(.*)*(.*)*(.*)*x",
+    "[",
+    "*" * 50,
+    "**/**/**/*",
+    "a.b.c",
+    "__class__",
+    "0",
+    "-1",
+)
+NUMBERS: tuple[Any, ...] = (
+    0,
+    -1,
+    1,
+    2,
+    3,
+    7,
+    255,
+    65536,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**53 + 1,
+    2**63 - 1,
+    2**63,
+    2**64,
+    10**30,
+    -(2**63),
+    -(2**64),
+    0.5,
+    -0.0,
+    1.0,
+    1.5,
+    1e-320,
+    1e308,
+    -1e308,
+    Raw("1e309"),
+    Raw("-1e309"),
+    Raw("NaN"),
+    Raw("Infinity"),
+    Raw("-Infinity"),
+    Raw("-0"),
+    Raw("1E400"),
+    Raw("9" * 400),
+    Raw("0." + "3" * 400),
+)
+# Each over the limit of Python's own conversion of decimals, or of its recursion.
+_EXTREME = (
+    lambda: Raw("9" * 5_000),
+    lambda: Raw("[" * 1_000 + "]" * 1_000),
+    lambda: Raw('{"a":' * 1_000 + "1" + "}" * 1_000),
+    lambda: Raw("[" * 30_000),
+    lambda: "x" * 1_000_000,
+    lambda: "\u202e" * 100_000,
+    lambda: ["a"] * 20_000,
+    lambda: list(range(20_000)),
+    lambda: [[]] * 20_000,
+    lambda: {f"k{i}": i for i in range(20_000)},
+    lambda: {"a" * 100_000: 1},
+)
+_CONTAINERS: tuple[Any, ...] = (
+    [],
+    {},
+    [[]],
+    [None],
+    [{}],
+    {"": None},
+    {"a": {}},
+    {"a": 1, "b": [1, 2]},
+    [0, "x"],
+    ["x"],
+    [1, 2, 3],
+    [[0, 1], [2, 3]],
+)
+
+
+def odd_text(draw: random.Random) -> str:
+    """Return a text that something may take for a path, an option, markup or code."""
+    return draw.choice(PATHS if draw.random() < 0.4 else TEXTS)
+
+
+def odd_value(draw: random.Random) -> Any:
+    """Return any value: a scalar, a container, or one in twenty times a huge or deep one."""
+    kind = draw.random()
+    if kind < 0.05:
+        return draw.choice(_EXTREME)()
+    if kind < 0.3:
+        return draw.choice(NUMBERS)
+    if kind < 0.6:
+        return odd_text(draw)
+    if kind < 0.8:
+        return draw.choice(_CONTAINERS)
+    return draw.choice((None, True, False))
+
+
+def near_value(value: Any, draw: random.Random) -> Any:
+    """Return another value of the same kind, which a check of the type alone lets pass."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)) and not isinstance(value, Raw):
+        small = (value + 1, value - 1, -value, value * 2, 0, float(value), str(value), value * 1000)
+        return draw.choice(small) if draw.random() < 0.6 else draw.choice(NUMBERS)
+    if isinstance(value, str):
+        changed = (value.upper(), value + "x", value[:-1], value[1:], value * 2, f" {value}", value[::-1], [value])
+        return draw.choice(changed) if draw.random() < 0.5 else odd_text(draw)
+    if isinstance(value, list):
+        short = (value[:-1], value[1:], value * 2, value[::-1], [*value, odd_value(draw)], value * 100, value[:1])
+        return draw.choice(short)
+    if isinstance(value, dict):
+        return {**value, odd_text(draw): odd_value(draw)}
+    return odd_value(draw)
+
+
+def to_text(value: Any) -> str:
+    """Return the tree as JSON, `Raw` and `Pairs` as they are; lone surrogates as escapes."""
+    if isinstance(value, Raw):
+        return str(value)
+    if isinstance(value, (dict, Pairs)):
+        pairs = value.items() if isinstance(value, dict) else value
+        return "{" + ", ".join(f"{json.dumps(str(key))}: {to_text(item)}" for key, item in pairs) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(to_text(item) for item in value) + "]"
+    return json.dumps(value)
