@@ -1,5 +1,7 @@
 """Fetch repositories from the Hub: `org/name[@revision]` → a folder in the cache, pinned to one commit.
 
+Every file is checked against the Hub's hash of it before its folder is returned (`surgery.hub.verification`).
+
 `huggingface_hub` is imported inside the functions, or every command, `--help` too, would wait for it.
 """
 
@@ -9,20 +11,22 @@ import glob
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from surgery.errors import SurgeryError, usage_error
-from surgery.hub.errors import UnreachableError, no_space_error, translate_errors
+from surgery.hub.client import guarded, quiet_client
+from surgery.hub.errors import UnreachableError, cache_error, no_space_error, translate_errors
 from surgery.hub.file_selection import DUPLICATES, MODEL_FILES, WEIGHTS_SUFFIX, select_files
+from surgery.hub.listing import ListedFile
 from surgery.hub.settings import cache_dir, endpoint, is_offline, request_timeout
+from surgery.hub.verification import verify_files
+from surgery.io.atomic import write_file
+from surgery.io.input_files import read_utf8
+from surgery.io.private_files import FOLDER_MODE
+from surgery.io.safe_paths import safe_relative_path
 from surgery.runtime.terminal import library_bars
-
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import RepoSibling
-
 
 MAX_ID_LENGTH = 96  # the Hub's own limit
 
@@ -90,16 +94,16 @@ def fetch(
 
     Raises:
         SurgeryError: no such repository or revision, no access, no connection, no safetensors (with `patterns`:
-            no such file), no space.
+            no such file), no space; a file is not what the Hub lists.
     """
     ref = _checked_ref(repo_id, revision, None if patterns is None else tuple(patterns))
     if is_offline():
-        return _cached_snapshot(ref)
+        return _cached_snapshot(ref, progress)
     try:
         return _download(ref, progress)
     except UnreachableError:
         if ref.is_pinned and (snapshot := _find_cached(ref)):
-            return snapshot
+            return _verified(ref, snapshot, progress)
         raise
 
 
@@ -124,10 +128,9 @@ def list_repository(repo_id: str, revision: str | None = None) -> RepositoryList
         names = select_files([path.name for path in snapshot.folder.iterdir()], ref)
         weights = sum((snapshot.folder / name).stat().st_size for name in names if name.endswith(WEIGHTS_SUFFIX))
         return RepositoryListing(repo_id, snapshot.revision, weights, 0)
-    with _hub_request(ref):
-        commit, files = _remote_files(ref)
-        weights = sum(file.size or 0 for file in files if file.rfilename.endswith(WEIGHTS_SUFFIX))
-        return RepositoryListing(repo_id, commit, weights, _missing_bytes(ref, commit, files))
+    remote = _list_remote(ref)
+    weights = sum(file.size or 0 for file in remote.files if file.name.endswith(WEIGHTS_SUFFIX))
+    return RepositoryListing(repo_id, remote.commit, weights, _missing_bytes(ref, remote))
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,15 @@ def _checked_ref(repo_id: str, revision: str | None, patterns: tuple[str, ...] |
     return _SnapshotRef(repo_id, revision, patterns)
 
 
+@dataclass(frozen=True)
+class _Remote:
+    """What the Hub says of a repository: its commit, the files of it to fetch, and whether it is private."""
+
+    commit: str
+    files: tuple[ListedFile, ...]
+    private: bool
+
+
 def _download(ref: _SnapshotRef, progress: bool) -> HubSnapshot:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import tqdm
@@ -162,57 +174,88 @@ def _download(ref: _SnapshotRef, progress: bool) -> HubSnapshot:
         def __init__(self, *args: object, **options: object) -> None:
             super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
 
-    with _hub_request(ref), library_bars() if progress else nullcontext():
-        commit, files = _remote_files(ref)
-        _check_space(ref, commit, files)
+    remote = _list_remote(ref)
+    _check_space(ref, remote)
+    _create_cache(ref, remote)
+    sizes = [file.size for file in remote.files]
+    limits = guarded(largest_file=None if None in sizes else max(filter(None, sizes), default=0))
+    with _hub_request(ref), limits, library_bars() if progress else nullcontext():
         folder = Path(
             snapshot_download(
                 ref.repo_id,
-                # The branch, not its commit: the cache then has refs/<branch>, by which it is found offline.
-                revision=ref.revision,
+                # Not the branch, which may have moved since it was listed.
+                revision=remote.commit,
                 cache_dir=cache_dir(),
                 endpoint=endpoint(),
                 # A file may be called model[1].safetensors, which as a pattern would match another name.
-                allow_patterns=[glob.escape(file.rfilename) for file in files],
+                allow_patterns=[glob.escape(file.name) for file in remote.files],
                 tqdm_class=None if progress else Silent,
             )
         )
-    # The files were selected from one commit's listing and fetched by another request, which may have found a newer.
-    if folder.name != commit:
-        raise SurgeryError(
-            f"the Hub named commit {commit}, but {folder.name} arrived: the branch moved in between",
-            where=ref,
-            hint="Run the command again.",
-        )
-    return HubSnapshot(folder, ref.repo_id, folder.name)
+    verify_files(folder, remote.files, ref, progress=progress)
+    _write_ref(ref, remote.commit)
+    return HubSnapshot(folder, ref.repo_id, remote.commit)
 
 
-def _remote_files(ref: _SnapshotRef) -> tuple[str, list[RepoSibling]]:
-    """Ask the Hub for the commit that `ref` names, and return it with its files to fetch."""
+def _write_ref(ref: _SnapshotRef, commit: str) -> None:
+    """Note which commit the branch names, by which it is found offline: once it is whole, never before."""
+    path = _repository_folder(ref) / "refs" / (ref.revision or "main")
+    if ref.is_pinned or (path.is_file() and read_utf8(path, limit=MAX_ID_LENGTH) == commit):
+        return
+    # A cache that is complete may be read-only; that the branch is not found in it offline is told then.
+    with suppress(SurgeryError):
+        write_file(path, commit)
+
+
+def _list_remote(ref: _SnapshotRef) -> _Remote:
+    """Ask the Hub for the commit that `ref` names and for its files, and select those to fetch."""
     from huggingface_hub import HfApi
 
-    info = HfApi(endpoint=endpoint()).model_info(
-        ref.repo_id, revision=ref.revision, files_metadata=True, timeout=request_timeout()
-    )
-    files = info.siblings or []
-    names = select_files([file.rfilename for file in files], ref, ref.patterns)
-    return info.sha or "", [file for file in files if file.rfilename in names]
+    with _hub_request(ref), guarded():
+        info = HfApi(endpoint=endpoint()).model_info(
+            ref.repo_id, revision=ref.revision, files_metadata=True, timeout=request_timeout()
+        )
+        files = {file.rfilename: ListedFile.of(file) for file in info.siblings or []}
+    commit = info.sha or ""
+    # It becomes a folder's name.
+    if not _COMMIT.fullmatch(commit) or (ref.is_pinned and commit != ref.revision):
+        expected = ref.revision if ref.is_pinned else "40 hex digits"
+        what = f"the Hub names {commit[:50]!r} as its commit, expected {expected}"
+        raise SurgeryError(what, where=ref, hint="Check HF_ENDPOINT.")
+    names = select_files(list(files), ref, ref.patterns)
+    for name in names:
+        safe_relative_path(name, where=ref)
+    return _Remote(commit, tuple(files[name] for name in names), bool(info.private))
 
 
-def _missing_bytes(ref: _SnapshotRef, commit: str, files: Sequence[RepoSibling]) -> int:
+def _missing_bytes(ref: _SnapshotRef, remote: _Remote) -> int:
     """Return the bytes of those files of a commit that are not in the cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    return sum(
-        file.size or 0
-        for file in files
-        if try_to_load_from_cache(ref.repo_id, file.rfilename, cache_dir=cache_dir(), revision=commit) is None
-    )
+    snapshot = _repository_folder(ref) / "snapshots" / remote.commit
+    return sum(file.size or 0 for file in remote.files if not (snapshot / file.name).exists())
 
 
-def _check_space(ref: _SnapshotRef, commit: str, files: Sequence[RepoSibling]) -> None:
+def _repository_folder(ref: _SnapshotRef) -> Path:
+    from huggingface_hub.file_download import repo_folder_name
+
+    return cache_dir() / repo_folder_name(repo_id=ref.repo_id, repo_type="model")
+
+
+def _create_cache(ref: _SnapshotRef, remote: _Remote) -> None:
+    """Create the cache and, of a private model, its folder in it, so that only their owner may read them.
+
+    What is there already stays as it is: its owner may have wanted to share it.
+    """
+    try:
+        cache_dir().mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+        if remote.private:
+            _repository_folder(ref).mkdir(mode=FOLDER_MODE, exist_ok=True)
+    except OSError as error:
+        raise cache_error(error, ref) from error
+
+
+def _check_space(ref: _SnapshotRef, remote: _Remote) -> None:
     folder = cache_dir()
-    needed = _missing_bytes(ref, commit, files)
+    needed = _missing_bytes(ref, remote)
     # The cache's folder is made by the first download; its disk is that of the nearest folder that is there.
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
@@ -224,7 +267,7 @@ def _check_space(ref: _SnapshotRef, commit: str, files: Sequence[RepoSibling]) -
 def _hub_request(ref: _SnapshotRef) -> Iterator[None]:
     """Translate errors of the block; where the Hub cannot be reached, name the cached copy that could be used."""
     try:
-        with translate_errors(ref):
+        with quiet_client(), translate_errors(ref):
             yield
     except UnreachableError as error:
         if copy := _find_cached(ref):
@@ -233,7 +276,7 @@ def _hub_request(ref: _SnapshotRef) -> Iterator[None]:
         raise
 
 
-def _cached_snapshot(ref: _SnapshotRef) -> HubSnapshot:
+def _cached_snapshot(ref: _SnapshotRef, progress: bool = False) -> HubSnapshot:
     snapshot = _find_cached(ref)
     if snapshot is None:
         raise SurgeryError(
@@ -241,6 +284,15 @@ def _cached_snapshot(ref: _SnapshotRef) -> HubSnapshot:
             where=ref,
             hint="Unset HF_HUB_OFFLINE once, so that it can be downloaded.",
         )
+    return _verified(ref, snapshot, progress)
+
+
+def _verified(ref: _SnapshotRef, snapshot: HubSnapshot, progress: bool) -> HubSnapshot:
+    """Return `snapshot`, each file of which that `fetch` would download was checked."""
+    folder = snapshot.folder
+    found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
+    names = select_files(found, ref, ref.patterns)
+    verify_files(folder, [ListedFile(name, None, None, None) for name in names], ref, progress=progress)
     return snapshot
 
 

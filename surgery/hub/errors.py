@@ -9,10 +9,12 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
 
 from surgery.errors import SurgeryError
-from surgery.hub.settings import cache_dir, endpoint
+from surgery.hub.settings import cache_dir, shown_endpoint
+from surgery.io.redaction import holds_secret
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -34,21 +36,58 @@ class UnreachableError(SurgeryError):
     """The Hub did not answer, or not as a Hub does."""
 
 
+class RefusedAnswerError(Exception):
+    """An answer that no Hub may give, whatever asked for it: `what` is wrong, and `hint`, the next step.
+
+    Raised inside of huggingface_hub, by what `surgery.hub.client` has it call; so it is no OSError or ValueError, which
+    that would take for a failure of the network.
+    """
+
+    def __init__(self, what: str, hint: str) -> None:
+        super().__init__(what)
+        self.what, self.hint = what, hint
+
+
+# What huggingface_hub fails with when an answer has another form than it believes, e.g. a list for a table.
+MALFORMED = (TypeError, KeyError, AttributeError, IndexError, AssertionError, RecursionError, OverflowError)
+
+
 @contextmanager
 def translate_errors(repository: Repository) -> Iterator[None]:
-    """Raise what huggingface_hub raises in the block as a `SurgeryError` about `repository`."""
+    """Raise what huggingface_hub raises in the block as a `SurgeryError` about `repository`.
+
+    In the block stand calls of huggingface_hub alone: a TypeError of it means an answer of another form.
+    """
     from huggingface_hub import errors
 
     try:
         yield
+    except RefusedAnswerError as error:
+        raise SurgeryError(error.what, where=repository, hint=error.hint) from shown_cause(error)
     except (errors.LocalEntryNotFoundError, OSError, http_error_type()) as error:
-        raise _translated(error, repository) from error
-    except ValueError as error:  # not JSON: a login page of the network, or a wrong HF_ENDPOINT
-        raise _unreachable(repository, NOT_A_HUB) from error
+        raise _translated(error, repository) from shown_cause(error)
+    except (ValueError, *MALFORMED) as error:  # not JSON: a login page of the network, or a wrong HF_ENDPOINT
+        raise _unreachable(repository, NOT_A_HUB) from shown_cause(error)
     except RuntimeError as error:  # hf_xet, which moves large files, has no class of its own for a failed transfer
         raise SurgeryError(
             "the download broke off", where=repository, hint="Run the command again; finished files are kept."
-        ) from error
+        ) from shown_cause(error)
+
+
+def shown_cause(error: BaseException) -> BaseException | None:
+    """Return `error` to raise another from, or None where its text or that of a cause quotes a token.
+
+    Tracebacks show all of these texts, and those of a server may quote what was sent to it.
+    """
+    return None if any(holds_secret(f"{each} {each!r}") for each in causes(error)) else error
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield `error` and all that it came from; the library wraps errors in each other."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def http_error_type() -> type[Exception]:
@@ -60,21 +99,34 @@ def http_error_type() -> type[Exception]:
     return base
 
 
+def http_library() -> Any:
+    """Return the module of `http_error_type`."""
+    return import_module(http_error_type().__module__.partition(".")[0])
+
+
 def connection_failure(error: BaseException) -> str:
     """Return why the Hub was not reached: the first system error's text in the chain, else the exception's name."""
-    name = type(error).__name__
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in causes(error):
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return name
+        if isinstance(cause, http_library().TimeoutException):
+            return "it does not answer in time, or too slowly"
+    return type(error).__name__
 
 
 def no_space_error(what: str, repository: Repository) -> SurgeryError:
     """Return the error for a cache on a disk that is too small."""
     hint = "Free some space, or set HF_HUB_CACHE to a folder on a larger disk."
     return SurgeryError(what, where=repository, hint=hint)
+
+
+def cache_error(error: OSError, repository: Repository) -> SurgeryError:
+    """Return the error for a cache that cannot be written."""
+    if error.errno in NO_SPACE:
+        return no_space_error(f"the disk filled up while downloading to {cache_dir()}", repository)
+    return SurgeryError(
+        f"the cache at {cache_dir()} cannot be written", where=repository, hint="Set HF_HUB_CACHE to a folder of yours."
+    )
 
 
 def invalid_token_error(where: object) -> SurgeryError:
@@ -93,14 +145,8 @@ def _translated(error: BaseException, repository: Repository) -> SurgeryError:
     # From here on the order matters: HTTP errors and FileMetadataError are OSErrors too.
     if isinstance(error, errors.HfHubHTTPError):
         return _refused(error, repository)
-    if isinstance(error, OSError) and error.errno in NO_SPACE:
-        return no_space_error(f"the disk filled up while downloading to {cache_dir()}", repository)
-    if isinstance(error, PermissionError):
-        return SurgeryError(
-            f"the cache at {cache_dir()} cannot be written",
-            where=repository,
-            hint="Set HF_HUB_CACHE to a folder of yours.",
-        )
+    if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno in NO_SPACE):
+        return cache_error(error, repository)
     if isinstance(error, OSError) and "Consistency check failed" in str(error):
         return SurgeryError(
             "a file arrived with the wrong size", where=repository, hint="Run the command again to fetch it anew."
@@ -115,7 +161,7 @@ def _refused(error: HfHubHTTPError, repository: Repository) -> SurgeryError:
     from huggingface_hub import errors, get_token
 
     status = error.response.status_code
-    page = f"{endpoint()}/{repository.repo_id}"
+    page = f"{shown_endpoint()}/{repository.repo_id}"
     if status >= 500:
         return _unreachable(repository, f"HTTP {status}")
     # Classes before the status: the Hub answers 401 also for a repository that is missing, so as not to tell whether a
@@ -126,7 +172,7 @@ def _refused(error: HfHubHTTPError, repository: Repository) -> SurgeryError:
     elif isinstance(error, errors.RevisionNotFoundError):
         what, hint = "has no such revision", f"Its branches and tags are listed at {page}/tree/main."
     elif isinstance(error, errors.RepositoryNotFoundError):
-        what = f"no such model at {endpoint()}, or it is private and"
+        what = f"no such model at {shown_endpoint()}, or it is private and"
         if get_token():
             what, hint = f"{what} your token may not read it", "Check the spelling, and what the token may read."
         else:
@@ -145,4 +191,4 @@ def _refused(error: HfHubHTTPError, repository: Repository) -> SurgeryError:
 
 def _unreachable(repository: Repository, reason: str) -> UnreachableError:
     hint = "Check the connection (and HF_ENDPOINT, if set), or give a local folder."
-    return UnreachableError(f"cannot reach the Hub at {endpoint()} ({reason})", where=repository, hint=hint)
+    return UnreachableError(f"cannot reach the Hub at {shown_endpoint()} ({reason})", where=repository, hint=hint)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from surgery.io.redaction import redact
+
 DEFAULT_ENDPOINT = "https://huggingface.co"
 
 
@@ -25,6 +27,11 @@ def is_offline() -> bool:
 def endpoint() -> str:
     """Return the Hub's address, without a slash at its end."""
     return os.environ.get("HF_ENDPOINT", "").rstrip("/") or DEFAULT_ENDPOINT
+
+
+def shown_endpoint() -> str:
+    """Return the Hub's address for messages: without the user and password that it may hold."""
+    return redact(endpoint())
 
 
 def cache_dir() -> Path:

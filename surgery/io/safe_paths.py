@@ -249,8 +249,9 @@ def _why_unsafe(text: object) -> str | None:
 def _allowed_roots(folder: Path) -> list[Path]:
     root = folder.resolve()
     # A snapshot, or a folder inside of one: …/models--org--name/{blobs,snapshots/COMMIT/…}.
-    snapshots = [parent for parent in (root, *root.parents) if parent.parent.name == _HUB_SNAPSHOTS]
-    return [root, *(snapshot.parent.parent / _HUB_BLOBS for snapshot in snapshots)]
+    repositories = [parent.parent.parent for parent in (root, *root.parents) if parent.parent.name == _HUB_SNAPSHOTS]
+    # Blobs of one repository, which may be links to those that all repositories of the cache share.
+    return [root, *(folder / _HUB_BLOBS for repo in repositories for folder in (repo, repo.parent))]
 
 
 def _quoted(text: object) -> str:

@@ -7,7 +7,6 @@ A model is kept in the cache folder (`$SURGERY_CACHE`, else `$XDG_CACHE_HOME/sur
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +14,11 @@ from pathlib import Path
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.io.locks import exclusive_lock
 from surgery.io.output_folder import atomic_folder
+from surgery.io.private_files import make_private_folder
 from surgery.lab import python_text
 from surgery.lab.catalogue import DATA, MODELS, PREFIX, find_model, lineage
 from surgery.lab.recipe import AnyRecipe, CliffRecipe, MoeRecipe, ReasoningRecipe, SpecialistsRecipe
+from surgery.runtime.cache_folder import cache_folder
 from surgery.runtime.progress import Progress, terminal
 
 
@@ -28,7 +29,7 @@ def path_of(name: str, *, recipe: AnyRecipe | None = None) -> Path:
         SurgeryError: there is no model of this name.
     """
     model = find_model(name)
-    return _cache_folder() / (recipe or model.recipe).key / name
+    return cache_folder("lab") / (recipe or model.recipe).key / name
 
 
 def resolve(name: str, *, recipe: AnyRecipe | None = None) -> Path:
@@ -104,7 +105,7 @@ def _data_file(name: str, kind: str) -> str:
 
 
 def _python_text() -> Path:
-    folder = _cache_folder() / python_text.cache_key()
+    folder = cache_folder("lab") / python_text.cache_key()
     if folder.is_dir():
         return folder
     with _exclusive(folder.parent):
@@ -145,6 +146,7 @@ def _exclusive(folder: Path) -> Iterator[None]:
         SurgeryError: something in the block cannot be written, with advice on where to put the cache.
     """
     try:
+        make_private_folder(cache_folder("lab"))
         folder.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(folder / ".lock", where=folder, busy="another build is at work here", patience=math.inf):
             yield
@@ -154,10 +156,3 @@ def _exclusive(folder: Path) -> Iterator[None]:
             where=folder,
             hint="Set SURGERY_CACHE to a folder with room that you may write to.",
         ) from error
-
-
-def _cache_folder() -> Path:
-    own, shared = os.environ.get("SURGERY_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own).expanduser() / "lab"
-    return (Path(shared) if shared else Path.home() / ".cache") / "surgery" / "lab"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.hub import download as hub
 from surgery.hub.file_selection import CHAT_TEMPLATES, MEMBERS
-from surgery.hub.settings import endpoint
+from surgery.hub.settings import shown_endpoint
 from surgery.io.atomic import MANIFEST
 from surgery.publish.model_card import HubCard
 from surgery.publish.package import CARD, GITATTRIBUTES, UploadPackage
@@ -150,7 +150,7 @@ def check_destination(
         raise usage_error(
             "is there already, and it is public",
             where=target,
-            hint=f"Make it private at {endpoint()}/{target.repo_id}/settings, or push without --private.",
+            hint=f"Make it private at {shown_endpoint()}/{target.repo_id}/settings, or push without --private.",
         )
     # Weights under other names, in a repository without our manifest: somebody else's, which a push must not delete.
     foreign = sorted(name for name in remote.files - package.names if "/" not in name and _matches(name, WEIGHT_FILES))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from surgery.engine.options import ExecutionOptions
 from surgery.errors import SurgeryError, listing, usage_error
+from surgery.hub.client import guarded
 from surgery.hub.errors import TOKEN_HINT
 from surgery.hub.file_selection import WEIGHTS_SUFFIX
 from surgery.hub.settings import endpoint, is_offline
@@ -99,9 +100,9 @@ def push(
     _check_no_token(package, card, token)
     from huggingface_hub import HfApi
 
-    with capture_hub_logs(notify, bars=bars):
+    with guarded(), capture_hub_logs(notify, bars=bars):
         privacy = UploadPrivacy(package, private, public, vouched=public if vouched is None else vouched)
-        session = UploadSession(HfApi(endpoint=endpoint(), token=token), target, token, privacy, notify)
+        session = UploadSession(HfApi(endpoint=endpoint(), token=token), target, privacy, notify)
         # What the Hub forbids shows here, before hours of hashing; nothing is created before the hashes are right.
         session.check_token()
         session.check_allowed(session.read_remote(), package)
@@ -130,7 +131,7 @@ def _read_token(target: HubDestination) -> str:
 
     if is_offline():
         raise usage_error("offline mode is on, so nothing can be pushed", where=target, hint="Unset HF_HUB_OFFLINE.")
-    with translate_upload_errors(target, ""):
+    with translate_upload_errors(target):
         token = get_token()
     if not token:
         raise usage_error("pushing needs a token", where=target, hint=f"To give one {TOKEN_HINT}.")

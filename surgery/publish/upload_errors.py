@@ -7,18 +7,30 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from surgery.errors import SurgeryError
-from surgery.hub.errors import NO_SPACE, NOT_A_HUB, Repository, connection_failure, http_error_type, invalid_token_error
-from surgery.hub.settings import cache_dir, endpoint
+from surgery.hub.client import CLIENT_LOGGER, requested_delay
+from surgery.hub.errors import (
+    MALFORMED,
+    NO_SPACE,
+    NOT_A_HUB,
+    RefusedAnswerError,
+    Repository,
+    causes,
+    connection_failure,
+    http_error_type,
+    invalid_token_error,
+    shown_cause,
+)
+from surgery.hub.settings import cache_dir, endpoint, shown_endpoint
+from surgery.io.redaction import SHOWN, redact
 from surgery.runtime.terminal import library_bars
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 RESUME_HINT = "Run the same command again: what has arrived is not sent twice."
-CLIENT_LOGGER = "huggingface_hub"
 MOVED = (409, 412)  # HTTP status of a commit whose parent is no longer the branch's head
 MAX_QUOTE = 200  # characters of the Hub's own words that a message repeats
 # What the client logs before it waits by itself. Its words are no part of its API: without a match no line appears.
@@ -54,7 +66,7 @@ def capture_hub_logs(notify: Callable[[str], None], *, bars: bool) -> Iterator[N
                 enable_progress_bars()
     for warning in caught:
         if _BAD_CARD in str(warning.message):
-            notify(f"The Hub says of the card: {_redact(str(warning.message).partition(':')[2], '')}")
+            notify(f"The Hub says of the card: {_quotable(str(warning.message).partition(':')[2])}")
 
 
 class _WaitHandler(logging.Handler):
@@ -78,38 +90,39 @@ def retry_delay(error: BaseException, attempt: int, *, retry: bool) -> float | N
         return 2.0**attempt if retry and _is_transport(error) else None
     # Refused before anything was done: safe to repeat even without `retry`.
     if response.status_code == 429:
-        return _requested_delay(response.headers) or 2.0**attempt
+        return requested_delay(response.headers) or 2.0**attempt
     return 2.0**attempt if retry and response.status_code >= 500 else None
 
 
 @contextmanager
 def translate_upload_errors(
-    target: Repository, token: str, *, passthrough: type[Exception] | tuple[type[Exception], ...] = ()
+    target: Repository, *, passthrough: type[Exception] | tuple[type[Exception], ...] = ()
 ) -> Iterator[None]:
     """Raise what huggingface_hub raises in the block as a `SurgeryError`, except errors of the types `passthrough`."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, http_error_type()) as error:
+    except (RefusedAnswerError, OSError, ValueError, RuntimeError, http_error_type(), *MALFORMED) as error:
         if isinstance(error, passthrough):
             raise
-        # A traceback shows the causes' texts, and the Hub's may quote the token.
-        quotes_token = token and any(token in str(each) for each in _causes(error))
-        raise _translated(error, target, token) from None if quotes_token else error
+        raise _translated(error, target) from shown_cause(error)
 
 
-def _translated(error: BaseException, target: Repository, token: str) -> SurgeryError:
+def _translated(error: BaseException, target: Repository) -> SurgeryError:
     from huggingface_hub import errors
 
+    if isinstance(error, RefusedAnswerError):
+        return SurgeryError(error.what, where=target, hint=error.hint)
+
     # The client wraps errors; what tells them apart may be any of the causes.
-    chain = list(_causes(error))
+    chain = list(causes(error))
     if isinstance(error, ValueError) and "Invalid metadata in README.md" in str(error):
-        quote = _redact(str(error).partition("\n")[2], token)
+        quote = _quotable(str(error).partition("\n")[2])
         return SurgeryError(f"the Hub refuses the card's metadata: {quote}", where=target, hint="Mend README.md.")
     if isinstance(error, ValueError) and "LFS batch API" in str(error):
-        quote = _redact(str(error).rpartition("`")[2], token)
+        quote = _quotable(str(error).rpartition("`")[2])
         return SurgeryError(f"the Hub's storage refuses a file: {quote}", where=target)
     if refusal := next((each for each in chain if isinstance(each, errors.HfHubHTTPError)), None):
-        return _refused(refusal, target, token)
+        return _refused(refusal, target)
     if any(isinstance(each, errors.OfflineModeIsEnabled) for each in chain):
         return SurgeryError("offline mode is on", where=target, hint="Unset HF_HUB_OFFLINE.")
     if full := next((each for each in chain if isinstance(each, OSError) and each.errno in NO_SPACE), None):
@@ -121,25 +134,27 @@ def _translated(error: BaseException, target: Repository, token: str) -> Surgery
         return SurgeryError(
             f"cannot be read ({error.strerror or type(error).__name__})", where=error.filename or target
         )
-    if isinstance(error, ValueError):  # not JSON, or not what was asked: a login page, or a wrong HF_ENDPOINT
+    if isinstance(
+        error, (ValueError, *MALFORMED)
+    ):  # not JSON, or not what was asked: a login page, or a wrong HF_ENDPOINT
         return SurgeryError(
-            f"cannot push to {endpoint()} ({NOT_A_HUB})", where=target, hint="Check HF_ENDPOINT and the network."
+            f"cannot push to {shown_endpoint()} ({NOT_A_HUB})", where=target, hint="Check HF_ENDPOINT and the network."
         )
     return SurgeryError("the upload broke off", where=target, hint=RESUME_HINT)  # hf_xet has no class of its own for it
 
 
-def _refused(error: HfHubHTTPError, target: Repository, token: str) -> SurgeryError:
+def _refused(error: HfHubHTTPError, target: Repository) -> SurgeryError:
     """Return what a refused request means for a push."""
     from huggingface_hub import errors
 
     status = error.response.status_code
-    quote = _redact(error.server_message or "", token)
+    quote = _quotable(error.server_message or "")
     quoted = f": {quote}" if quote else ""
-    page, org = f"{endpoint()}/{target.repo_id}", target.repo_id.partition("/")[0]
+    page, org = f"{shown_endpoint()}/{target.repo_id}", target.repo_id.partition("/")[0]
     if status >= 500 or status == 408:
         return SurgeryError(f"the Hub fails (HTTP {status})", where=target, hint=f"Wait a little. {RESUME_HINT}")
     if status == 429:
-        wait = _requested_delay(error.response.headers)
+        wait = requested_delay(error.response.headers)
         hint = f"It asks to wait {wait:,.0f} seconds. {RESUME_HINT}" if wait else f"Wait some minutes. {RESUME_HINT}"
         return SurgeryError("the Hub limits how often you may ask (HTTP 429)", where=target, hint=hint)
     # The storage answers for itself: its 403 is an expired signature, not a missing right.
@@ -152,7 +167,7 @@ def _refused(error: HfHubHTTPError, target: Repository, token: str) -> SurgeryEr
         return SurgeryError(
             f"your token may not write here (HTTP {status}{quoted})",
             where=target,
-            hint=f"Use one with write access to {org} ({endpoint()}/settings/tokens), or propose it with --pr.",
+            hint=f"Use one with write access to {org} ({shown_endpoint()}/settings/tokens), or propose it with --pr.",
         )
     if status in MOVED:
         return MovedError(f"somebody else pushed in between (HTTP {status})", where=target, hint=RESUME_HINT)
@@ -169,17 +184,10 @@ def _refused(error: HfHubHTTPError, target: Repository, token: str) -> SurgeryEr
 
 def _unreachable(target: Repository, error: BaseException) -> SurgeryError:
     return SurgeryError(
-        f"cannot reach the Hub at {endpoint()} ({connection_failure(error)})",
+        f"cannot reach the Hub at {shown_endpoint()} ({connection_failure(error)})",
         where=target,
         hint=f"Check the connection (and HF_ENDPOINT, if set). {RESUME_HINT}",
     )
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        # The context too: some layers below raise without `from`.
-        error = error.__cause__ or error.__context__
 
 
 def _is_transport(error: BaseException) -> bool:
@@ -190,19 +198,9 @@ def _is_transport(error: BaseException) -> bool:
     return isinstance(error, (http_error_type(), ConnectionError, TimeoutError)) and not offline
 
 
-def _requested_delay(headers: Any) -> float | None:
-    """Return the seconds that an answer asks to wait: `Retry-After: 30`, or `RateLimit: "api";r=0;t=30`."""
-    if (value := str(headers.get("Retry-After", "")).strip()).isdecimal():
-        return float(value)
-    limit = re.search(r"r\s*=\s*0\s*;\s*t\s*=\s*(\d+)", str(headers.get("RateLimit", "")))
-    return float(limit[1]) if limit else None
-
-
-def _redact(text: str, token: str) -> str:
-    """Return the Hub's own words as one line without the token, anything that looks like one, and signed addresses."""
-    if token:
-        text = text.replace(token, "…")
-    text = re.sub(r"\b(?:hf|api_org)_\w+|\beyJ[\w.-]+", "…", text)
+def _quotable(text: str) -> str:
+    """Return the Hub's own words as one line without tokens, anything that looks like one, and signed addresses."""
+    text = re.sub(r"\b(?:hf|api_org)_\w+|\beyJ[\w.-]+", SHOWN, redact(text))
     # A storage address is signed by its query: who has it may upload.
     return _one_line(re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", text))
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
 from surgery.errors import SurgeryError, listing
-from surgery.hub.settings import endpoint
+from surgery.hub.client import MAX_WAIT
+from surgery.hub.settings import shown_endpoint
 from surgery.publish.commit_plan import (
     MAIN,
     PULL_REQUESTS,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 # Files sent per request. Those of finished requests are not sent again, should the upload break off later.
 FILES_PER_UPLOAD = 5
 MAX_ATTEMPTS = 4  # of a request that the client does not repeat by itself
-MAX_DELAY = 900  # seconds that a busy Hub may ask us to wait; with more it is better to come back later
 
 Result = TypeVar("Result")
 Notify = Callable[[str], None]
@@ -59,9 +59,8 @@ class PushResult:
 class UploadSession:
     """The requests of one push to `target`; `notify` gets a line for each wait and each deletion."""
 
-    def __init__(self, api: HfApi, target: HubDestination, token: str, privacy: UploadPrivacy, notify: Notify) -> None:
-        self._api, self._target, self._token, self._notify = api, target, token, notify
-        self._privacy = privacy
+    def __init__(self, api: HfApi, target: HubDestination, privacy: UploadPrivacy, notify: Notify) -> None:
+        self._api, self._target, self._privacy, self._notify = api, target, privacy, notify
         self._initial_commit: str | None = None  # the head of the branch before the first attempt
 
     def check_token(self) -> None:
@@ -73,7 +72,7 @@ class UploadSession:
             raise SurgeryError(
                 "your token can only read",
                 where=self._target,
-                hint=f"Make one that may write at {endpoint()}/settings/tokens, and set HF_TOKEN to it.",
+                hint=f"Make one that may write at {shown_endpoint()}/settings/tokens, and set HF_TOKEN to it.",
             )
 
     def read_remote(self) -> RemoteState | None:
@@ -166,7 +165,7 @@ class UploadSession:
         )
 
     def _upload(self, files: Sequence[CommitOperationAdd]) -> None:
-        with translate_upload_errors(self._target, self._token):  # the client itself tries again
+        with translate_upload_errors(self._target):  # the client itself tries again
             self._api.preupload_lfs_files(
                 self._target.repo_id,
                 files,
@@ -196,7 +195,7 @@ class UploadSession:
 
     def _page(self, commit: CommitInfo) -> tuple[str, str]:
         """Return the branch that has the commit, and the address of the page to open."""
-        page = f"{endpoint()}/{self._target.repo_id}"
+        page = f"{shown_endpoint()}/{self._target.repo_id}"
         branch = self._target.branch
         if commit.pr_url:
             return commit.pr_revision or branch, commit.pr_url
@@ -216,12 +215,12 @@ class UploadSession:
         Errors of the types `passthrough` are raised as they are, all others as SurgeryError.
         """
         for attempt in range(MAX_ATTEMPTS):
-            with translate_upload_errors(self._target, self._token, passthrough=passthrough):
+            with translate_upload_errors(self._target, passthrough=passthrough):
                 try:
                     return call()
                 except Exception as error:
                     seconds = retry_delay(error, attempt, retry=retry)
-                    if seconds is None or seconds > MAX_DELAY or attempt + 1 == MAX_ATTEMPTS:
+                    if seconds is None or seconds > MAX_WAIT or attempt + 1 == MAX_ATTEMPTS:
                         raise
             self._notify(f"{self._target}: the Hub is busy or did not answer; asking again in {seconds:g} s.")
             time.sleep(seconds)

@@ -1,4 +1,4 @@
-"""Write to the terminal: streams and rich consoles that show control characters instead of sending them.
+"""Write to the terminal: streams and consoles that show control characters instead of sending them, and no token.
 
 Whatever a program prints may quote a file that somebody else wrote. `escape_output` guards the streams themselves, so
 that warnings of libraries, log lines and tracebacks are safe too; what draws colours and bars for us writes past the
@@ -15,6 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from surgery.io.escaping import visible
+from surgery.io.redaction import redact
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,8 +62,8 @@ class _BarStream(EscapingStream):
 
 
 def printable(text: str) -> str:
-    """Return `text` as it may be sent to a terminal or a log: the one function that all output passes."""
-    return visible(text)
+    """Return `text` as it may be sent to a terminal or a log, without secrets: the one function all output passes."""
+    return visible(redact(text))
 
 
 def escape_output() -> None:

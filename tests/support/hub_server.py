@@ -255,10 +255,8 @@ class _Handler(Writing, BaseHTTPRequestHandler):
         if kind == "tree":
             found = [_tree_entry(name, data) for name, data in sorted(files.items()) if name.startswith(folder)]
             return self._send_json(found) if found else self._error(404, "EntryNotFound", "Entry not found")
-        sizes = "blobs" in query
-        siblings = [
-            {"rfilename": name, **({"size": len(data)} if sizes else {})} for name, data in sorted(files.items())
-        ]
+        blobs = "blobs" in query
+        siblings = [_sibling(name, data) if blobs else {"rfilename": name} for name, data in sorted(files.items())]
         info = {"id": repo_id, "modelId": repo_id, "sha": commit, "siblings": siblings, "tags": []}
         return self._send_json({**info, "private": repo.private, "gated": "manual" if repo.gated else False})
 
@@ -344,6 +342,13 @@ def _read(folder: Path) -> Files:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
     }
+
+
+def _sibling(name: str, data: bytes) -> dict[str, object]:
+    entry: dict[str, object] = {"rfilename": name, "size": len(data), "blobId": git_hash(data)}
+    if name.endswith(LARGE):
+        entry["lfs"] = {"sha256": sha256(data), "size": len(data), "pointerSize": 134}
+    return entry
 
 
 def _tree_entry(name: str, data: bytes) -> dict[str, object]:

@@ -210,4 +210,4 @@ def test_an_output_that_holds_the_token_is_not_sent(server: HubServer, out: Path
 
 def test_a_hub_that_repeats_the_token_is_not_repeated(server: HubServer, out: Path) -> None:
     server.fail("/create", 403, method="POST", body=json.dumps({"error": f"{TOKEN} and hf_other may not"}).encode())
-    assert "your token may not write here (HTTP 403: … and … may not)" in failure(out)
+    assert "your token may not write here (HTTP 403: hf_… and hf_… may not)" in failure(out)
