@@ -189,7 +189,7 @@ def test_pages_without_an_end_end(server: HubServer, model: Path, monkeypatch: p
 def test_a_file_that_goes_on_after_its_end_does_not_fill_the_disk(server: HubServer, model: Path) -> None:
     server.add(REPO, model)
     largest = max(map(len, FETCHED.values()))
-    server.fail("/config.json", 200, body=b" " * (largest + 1))
+    server.fail("/tokenizer.json", 200, body=b" " * (largest + 1))
     assert f"an answer has more than the {largest:,} bytes that it may have" in failure()
 
 

@@ -47,8 +47,9 @@ def test_weights_of_the_right_size_with_other_bytes_are_refused_and_fetched_anew
 
 def test_small_files_are_checked_by_their_git_hash(server: HubServer, model: Path) -> None:
     server.add(REPO, model)
-    server.fail("/config.json", 200, body=b"[]", times=9)
-    assert f"config.json has git SHA-1 {git_hash(b'[]')}, expected {git_hash(b'{}')}" in failure()
+    wrong, listed = OTHER[:13], FETCHED["tokenizer.json"]
+    server.fail("/tokenizer.json", 200, body=wrong, times=9)
+    assert f"tokenizer.json has git SHA-1 {git_hash(wrong)}, expected {git_hash(listed)}" in failure()
     server._faults.clear()
     assert content(hub.fetch(REPO, progress=False).folder) == FETCHED
 
@@ -94,10 +95,11 @@ def test_a_hub_that_says_two_hashes_is_refused(server: HubServer, model: Path) -
 
 def test_a_file_of_another_size_than_listed_is_refused(server: HubServer, model: Path) -> None:
     server.add(REPO, model)
-    headers = {"ETag": f'"{git_hash(b"{}")}"', "X-Repo-Commit": server.repos[REPO].revisions["main"]}
+    listed = FETCHED["tokenizer.json"]
+    headers = {"ETag": f'"{git_hash(listed)}"', "X-Repo-Commit": server.repos[REPO].revisions["main"]}
     for method in ("HEAD", "GET"):
-        server.fail("/config.json", 200, body=b"{ }", method=method, headers=headers)
-    assert failure() == f"lab/tiny: config.json has 3 bytes, expected 2. {ANEW}"
+        server.fail("/tokenizer.json", 200, body=listed + b" ", method=method, headers=headers)
+    assert failure() == f"lab/tiny: tokenizer.json has 14 bytes, expected 13. {ANEW}"
     assert content(hub.fetch(REPO, progress=False).folder) == FETCHED
 
 
