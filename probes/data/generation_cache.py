@@ -17,6 +17,7 @@ from typing import Any
 
 from surgery.errors import SurgeryError, usage_error
 from surgery.io.input_files import MAX_DATA_BYTES, read_bytes
+from surgery.io.private_files import FILE_MODE
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class GenerationCache:
 
 def _append(path: Path, lines: Sequence[bytes]) -> None:
     # O_APPEND makes every write go to the end, also when another process has written since.
-    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, FILE_MODE)
     try:
         size = os.fstat(handle).st_size
         # A kill may have truncated the last line: the first new one must not be appended to it.

@@ -42,6 +42,7 @@ from surgery.growth.training.job import RunContext, TrainingJob
 from surgery.growth.training.stage_runner import train_checkpoint
 from surgery.io.atomic import write_file
 from surgery.io.locks import exclusive_lock
+from surgery.io.private_files import make_private_folder
 from surgery.runtime.collectives import barrier, entered_on_main, local_device, on_main
 from surgery.runtime.environment import is_main
 
@@ -116,7 +117,7 @@ def create_run_context(prepared: PreparedRun, options: RunOptions) -> RunContext
         progress=options.progress,
     )
     # From now on the folder is recognised as a growth's, whatever ends this run.
-    (run / TOKENS).mkdir(parents=True, exist_ok=True)
+    make_private_folder(run / TOKENS)
     windows = _cached_windows(prepared, store)
     return RunContext(run, plan, store, windows, training_device(options), prepared.inputs, options)
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from surgery.errors import SurgeryError
+from surgery.io.redaction import redact
 from surgery.io.safe_paths import kind_of
 
 MANIFEST = "surgery.json"  # marks a folder as an output of this tool
@@ -39,9 +40,12 @@ _HINTS: dict[int | None, str] = {
 
 
 def write_file(path: Path, content: bytes | str) -> Path:
-    """Write `content` (text as UTF-8) to `path` atomically, creating its folder; return `path`. Raises SurgeryError."""
+    """Write `content` to `path` atomically, creating its folder; return `path`. Raises SurgeryError.
+
+    content: text is written as UTF-8, without tokens of the Hub.
+    """
     with atomic_replace(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(redact(content).encode() if isinstance(content, str) else content)
     return path
 
 

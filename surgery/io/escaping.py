@@ -7,6 +7,8 @@ characters make a name look like another one; in Markdown and HTML the same text
 - `visible` and `one_line` for terminals and plain text, `json_text` and `yaml_text` for those formats;
 - `markdown_text`, `markdown_code` and `markdown_block` for model cards;
 - `html_text` for pages.
+
+All of them leave out the user's tokens too (`surgery.io.redaction`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from __future__ import annotations
 import html
 import re
 from typing import Any
+
+from surgery.io.redaction import redact
 
 MOST_CHARACTERS = 2_000  # of one name, cell or line that is shown: far more than a path has, and it still fits a screen
 _TAIL = 200  # characters from the end of a longer text that are shown too
@@ -48,7 +52,7 @@ def visible(text: str) -> str:
 
     Line breaks and tabs stay: for text of several lines. A break of Windows (CR LF) becomes a line feed.
     """
-    return _HIDDEN.sub(_written_out, text.replace("\r\n", "\n"))
+    return _HIDDEN.sub(_written_out, redact(text).replace("\r\n", "\n"))
 
 
 def one_line(text: str, most: int = MOST_CHARACTERS) -> str:
@@ -57,7 +61,7 @@ def one_line(text: str, most: int = MOST_CHARACTERS) -> str:
     most: characters that are shown; of a longer text the beginning and the end.
     """
     # Before, so that a text of a million control characters takes no time; and after, as each becomes up to ten.
-    return shortened(_HIDDEN_OR_BREAK.sub(_written_out, shortened(text, most)), most)
+    return shortened(_HIDDEN_OR_BREAK.sub(_written_out, shortened(redact(text), most)), most)
 
 
 def shortened(text: str, most: int = MOST_CHARACTERS) -> str:
@@ -82,7 +86,7 @@ def json_text(text: str) -> str:
 
     text: of a JSON encoder, which has escaped everything below U+0020, so that the others stand inside of strings.
     """
-    return _HIDDEN.sub(_json_escape, text)
+    return _HIDDEN.sub(_json_escape, redact(text))
 
 
 def _json_escape(match: re.Match[str]) -> str:
@@ -103,7 +107,7 @@ def yaml_text(value: Any, **options: Any) -> str:
     if _HIDDEN.search(text) is not None:
         # PyYAML takes most invisible characters for printable ones; with ASCII alone it escapes all of them.
         text = yaml.safe_dump(value, sort_keys=False, **options)
-    return text
+    return redact(text)
 
 
 def markdown_text(text: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from surgery.errors import SurgeryError
 from surgery.io.atomic import disk_error
 from surgery.io.input_files import open_regular
+from surgery.io.redaction import redact
 from surgery.io.safe_paths import kind_of, output_path
 
 NEW_FILE = 0o666  # the mode of which the umask takes away what its user does not want
@@ -63,14 +64,14 @@ def _umask() -> int:
 
 
 def write_output(folder: Path, name: str, content: bytes | str) -> Path:
-    """Write `content` (text as UTF-8) to the file `name` of `folder`, and return its path.
+    """Write `content` to the file `name` of `folder`, and return its path; text as UTF-8, without tokens of the Hub.
 
     Not atomic by itself: the commit of a staging folder makes its files durable.
 
     Raises:
         SurgeryError: as `open_output`.
     """
-    data = content.encode() if isinstance(content, str) else content
+    data = redact(content).encode() if isinstance(content, str) else content
     path = folder / name
     try:
         with os.fdopen(open_output(folder, name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:

@@ -1,8 +1,8 @@
 """Keep the user's Hub tokens, and passwords in addresses, out of every text that leaves the program.
 
-What a server, a library or a traceback says may quote them. So texts pass through `redact` where they leave: on the
-way to a terminal or a log (`surgery.runtime.terminal.printable`), and into text files (`write_file`, `to_json`, cards
-and reports). Nothing is asked of the Hub; a token that is neither set nor stored is known by its looks only.
+What a server, a library or a traceback says may quote them. So texts pass through `redact` where they leave: by
+the functions that escape texts for terminals, logs, cards, pages, JSON and YAML (`surgery.io.escaping`), and by those
+that write text files. Nothing is asked of the Hub; a token that is neither set nor stored is known by its looks only.
 """
 
 from __future__ import annotations

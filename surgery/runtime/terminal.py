@@ -15,7 +15,6 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from surgery.io.escaping import visible
-from surgery.io.redaction import redact
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,7 +62,7 @@ class _BarStream(EscapingStream):
 
 def printable(text: str) -> str:
     """Return `text` as it may be sent to a terminal or a log, without secrets: the one function all output passes."""
-    return visible(redact(text))
+    return visible(text)
 
 
 def escape_output() -> None:

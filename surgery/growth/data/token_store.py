@@ -37,6 +37,7 @@ from surgery.io.atomic import disk_error, write_file
 from surgery.io.escaping import json_text
 from surgery.io.hashing import hash_text
 from surgery.io.locks import exclusive_lock
+from surgery.io.private_files import FILE_MODE, make_private_folder
 from surgery.models.special_tokens import backend_copy
 from surgery.runtime.collectives import on_main
 from surgery.runtime.environment import n_processes
@@ -229,6 +230,8 @@ class TokenStore:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         path = self._folder / TOKENS
         try:
+            # Texts as numbers are still texts: whoever may read the data need not be whoever may read the run.
+            make_private_folder(self._folder)
             with exclusive_lock(
                 self._folder / LOCK,
                 where=self._folder,
@@ -237,7 +240,7 @@ class TokenStore:
                 remove=True,
             ):
                 self._adopt_written()
-                path.touch()
+                path.touch(FILE_MODE)
                 return self._extend(path, self._written, needed)
         except BaseException as error:
             self._stream = None  # it is ahead of the committed state
@@ -329,7 +332,9 @@ class TokenStore:
         file.flush()
         os.fsync(file.fileno())
         content = {"made_of": self._made_of, "state": asdict(state)}
-        write_file(self._folder / INDEX, json_text(json.dumps(content, indent=2, ensure_ascii=False)) + "\n")
+        write_file(self._folder / INDEX, json_text(json.dumps(content, indent=2, ensure_ascii=False)) + "\n").chmod(
+            FILE_MODE
+        )
         self._written = state
 
     def _mapped(self) -> Any:

@@ -32,6 +32,7 @@ from xxhash import xxh3_64_intdigest
 from surgery.errors import SurgeryError, usage_error
 from surgery.io.atomic import disk_error, write_file
 from surgery.io.hashing import hash_text
+from surgery.io.private_files import FILE_MODE, make_private_folder
 from surgery.reporting.report import format_value
 from surgery.runtime.collectives import map_over_ranks, n_active_processes, on_main
 
@@ -261,7 +262,7 @@ class PrefixCache:
             data, at = data[written:], at + written
 
     def _prepare(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(self.folder)
         states, windows = self.folder / STATES, self.folder / WINDOWS
         size = self.windows * self.bytes_per_window
         valid = (
@@ -277,11 +278,13 @@ class PrefixCache:
         if not valid:
             records = np.zeros(self.windows, _RECORD)
             records["depth"] = NOT_CACHED
-            write_file(windows, records.tobytes())
+            write_file(windows, records.tobytes()).chmod(FILE_MODE)
             self._write_metadata({})
 
     def _write_metadata(self, prefixes: Mapping[int, str]) -> None:
-        write_file(self.folder / METADATA, json.dumps(self._metadata | {"prefixes": prefixes}, indent=2))
+        write_file(self.folder / METADATA, json.dumps(self._metadata | {"prefixes": prefixes}, indent=2)).chmod(
+            FILE_MODE
+        )
 
     def _prefetch_pages(self, indices: Sequence[int]) -> None:
         """Let the system read the windows at once, instead of page by page as they are touched."""
@@ -339,7 +342,7 @@ def _file_size(path: Path) -> int:
 def _allocate(path: Path, size: int) -> None:
     """Give the file its size and allocate it on the disk: a full disk must show now, not when a page is touched."""
     before = path.stat().st_blocks * 512 if path.is_file() else 0
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), FILE_MODE)
     try:
         if not _preallocate(descriptor, size) and shutil.disk_usage(path.parent).free + before < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

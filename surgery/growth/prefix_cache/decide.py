@@ -21,6 +21,7 @@ from surgery.growth.plan import CacheSettings
 from surgery.growth.prefix_cache.cache import STATES, PrefixCache, cache_bytes
 from surgery.growth.prefix_cache.prefix import autocasting, prefix_tensors
 from surgery.io.atomic import disk_error
+from surgery.io.private_files import make_private_folder
 from surgery.models import forward_pass as splice
 from surgery.models.loaded_model import LoadedModel
 from surgery.reporting.report import format_value
@@ -133,7 +134,7 @@ def _decide(question: _Question) -> CacheDecision:
     # A folder that is created only to measure its disk is removed again.
     is_new = not folder.exists()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(folder)
         obstacle = why_not_cacheable(question.live, question.depth, question.tokens) or _no_room(question)
         if obstacle is not None:
             if settings.use == "on":
