@@ -244,7 +244,7 @@ def _not_linear(why: str) -> SurgeryError:
 def _row(line: str, where: str) -> TuningRow:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SurgeryError(f"is not JSON ({error})", where=where) from error
     fields = value if isinstance(value, dict) else {}
     prompt, response = (None, fields.get("text"))

@@ -129,10 +129,10 @@ def _more_pieces(
         )
     if not ordinary:
         return []
-    scores = [score for _, *rest in pieces for score in rest]
-    if len(scores) != len(pieces) or not all(isinstance(score, int | float) for score in scores):
+    # `type … in`, since isinstance would accept true and false as numbers.
+    if not all(len(piece) == 2 and type(piece[1]) in (int, float) for piece in pieces):
         raise SurgeryError('"model.vocab" holds a piece without its score', where=where, hint=FETCH_AGAIN)
-    lowest = min(-1.0, *scores)
+    lowest = min(-1.0, *(score for _, score in pieces))
     reach = max(map(len, ordinary)) + 2 * max(len(piece) for piece, _ in pieces)
     return [(tokens[row], lowest * reach - 1) for row in appended]
 

@@ -83,7 +83,7 @@ def _append(path: Path, lines: Sequence[bytes]) -> None:
 def _record(line: bytes) -> tuple[str, Completion] | None:
     try:
         record: Any = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict):
         return None

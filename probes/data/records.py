@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from pydantic import TypeAdapter
+
 from probes.data.examples import Example
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.engine.options import ExecutionOptions
@@ -137,7 +139,7 @@ def read_examples(run: Path) -> list[Example]:
     try:
         # Not splitlines: JSON strings may contain line separators of Unicode.
         rows = [json.loads(line) for line in read_bytes(path, limit=MAX_DATA_BYTES).decode().split("\n") if line]
-        return [Example(**{**row, "messages": tuple(row["messages"])}) for row in rows]
+        return TypeAdapter(list[Example]).validate_python(rows)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise SurgeryError(f"cannot be read ({error})", where=path, hint="Probe the model again.") from error
 

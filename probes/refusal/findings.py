@@ -17,6 +17,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import model_validator
+
 from probes.data.choices import AttributionForm
 from probes.data.records import DataRecord, FindingsRecord, IntervalRecord, ModelRecord, read_record, write_record
 from surgery.checkpoint.selectors import Head
@@ -145,9 +147,20 @@ class Findings(FindingsRecord):
     def score_of(self, row: HeadRecord) -> float:
         """Return the attribution that heads are ranked by; below 0 the head writes against refusal."""
         # By the form that the run was asked for, even where the other one was computed too.
-        score = row.exact if self.attribution == "exact" else row.paper
-        assert score is not None and score.value is not None
-        return score.value
+        score = self._score(row)
+        assert score is not None  # see `_every_head_has_a_score`
+        return score
+
+    def _score(self, row: HeadRecord) -> float | None:
+        form = row.exact if self.attribution == "exact" else row.paper
+        return None if form is None else form.value
+
+    @model_validator(mode="after")
+    def _every_head_has_a_score(self) -> Findings:
+        for row in self.heads:
+            if self._score(row) is None:
+                raise ValueError(f"a score by the form {self.attribution} for each head, {row.name} has none")
+        return self
 
 
 def read_findings(run: Path) -> Findings:

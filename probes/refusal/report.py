@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors.torch import load_file
 
 from probes.data.examples import Example, TokenSequence
 from probes.data.records import REPORT, read_examples
@@ -23,8 +22,12 @@ from probes.refusal.findings import (
 from probes.refusal.heads.plots import cumulative_figure, head_map_figure, screen_figure
 from probes.refusal.tables import TABLE_HEADS, keyed_tables, ranked_score, refusal_sentences
 from surgery.checkpoint.selectors import Head
+from surgery.checkpoint.tensor_file import load_tensors
+from surgery.errors import SurgeryError
 from surgery.evaluation.statistics import EstimateWithInterval, Floats
 from surgery.reporting.report import Figure, Report
+
+AGAIN = "Probe the model again."
 
 FIGURES = ("cliffs", "heads", "probes", "misalignment", "cumulative", "screen")
 # Of the lowest head's contribution: a smaller one may differ from 0 and still be negligible.
@@ -102,9 +105,13 @@ def figures(folder: Path, findings: Findings) -> dict[str, Figure]:
 
 def read_traces(folder: Path) -> tuple[list[Example], list[TokenSequence], list[Floats]]:
     """Read a run's examples, their sequences (segments, with zeros for ids), and the last depth's scores of each."""
-    examples, stored = read_examples(folder), load_file(folder / TRACES)
+    path = folder / TRACES
+    examples, stored = read_examples(folder), load_tensors(path, {"ends": ("I64", 2), "scores": (None, 1)}, hint=AGAIN)
     ends = [tuple(int(end) for end in row) for row in stored["ends"]]
     scores = stored["scores"].double().numpy()
+    whole = all(len(row) == 4 and 0 <= row[0] <= row[1] <= row[2] <= row[3] for row in ends)
+    if not whole or len(ends) != len(examples) or sum(row[3] for row in ends) != len(scores):
+        raise SurgeryError(f"does not belong to the {len(examples):,} examples beside it", where=path, hint=AGAIN)
     # Scores are stored one example after the other.
     starts = np.cumsum([0, *(row[3] for row in ends)])
     sequences = [

@@ -25,6 +25,8 @@ from surgery.checkpoint.safetensors_header import read_header
 from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.errors import SurgeryError, listing
 from surgery.hub import download as hub
+from surgery.io.input_files import MB
+from surgery.io.json_fields import COUNT, FLAG, NUMBER, TEXT, check_fields
 from surgery.io.json_io import read_json
 from surgery.io.patterns import SuffixPatterns
 from surgery.io.safe_paths import find_file
@@ -54,6 +56,13 @@ OTHER_KINDS = {
 }
 # Initialisations that take their first B·A out of W, so that the adapter belongs to another base than it names.
 BASE_CHANGING = ("pissa", "corda", "olora", "loftq", "lora_ga")
+MAX_CONFIG_BYTES = MB
+_KINDS = {
+    **dict.fromkeys(("revision", "peft_type", "bias"), TEXT),
+    "r": COUNT,
+    "lora_alpha": NUMBER,
+    **dict.fromkeys(("use_rslora", "fan_in_fan_out"), FLAG),
+}
 
 
 def base_of(folder: Path, *, is_local: bool = True) -> str:
@@ -66,7 +75,7 @@ def base_of(folder: Path, *, is_local: bool = True) -> str:
     Raises:
         SurgeryError: it names none, or one that is not there or that it may not name.
     """
-    config = read_json(folder / ADAPTER_CONFIG)
+    config = _read_config(folder / ADAPTER_CONFIG)
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base or not isinstance(base, str):
         raise SurgeryError('has no "base_model_name_or_path"', where=folder / ADAPTER_CONFIG, hint=NAME_THE_BASE)
@@ -90,7 +99,7 @@ def add_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
     Raises:
         SurgeryError: the adapter is of a kind that cannot be rebuilt, or does not fit `base`.
     """
-    config = read_json(folder / ADAPTER_CONFIG)
+    config = _read_config(folder / ADAPTER_CONFIG)
     _refuse_other_kinds(config, folder)
     if find_file(folder, WEIGHTS) is None:
         raise SurgeryError(f"has no {WEIGHTS}", where=folder, hint="Save the adapter as safetensors.")
@@ -123,6 +132,12 @@ def add_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
         update = LowRank(a, b, scale, transposed)
         tensors[target] = replace(tensors[target], update=update)
     return replace(base, tensors=tensors, adapter=folder)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json(path, limit=MAX_CONFIG_BYTES)
+    check_fields(config, _KINDS, where=path)
+    return config
 
 
 def _stored(path: Path) -> dict[str, StoredTensor]:

@@ -49,6 +49,7 @@ from surgery.errors import SurgeryError, listing, usage_error
 from surgery.io.atomic import disk_error
 from surgery.io.escaping import markdown_text
 from surgery.io.hashing import hash_parts
+from surgery.io.json_io import parse_json
 from surgery.io.output_files import open_output
 from surgery.io.safe_paths import find_file
 
@@ -57,6 +58,7 @@ VERSION = "1"
 VERSION_KEY = "model_surgery_undo"
 EDITS_KEY = "edits"
 # Integers of each width: bytes are copied, never converted as values would be.
+MAX_BLOCKS = 1 << 20  # in which a matrix is divided: heads, or experts
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # As long as a hash, so that the header keeps its length when the real ones take its place.
 _NO_HASH = "0" * 32
@@ -257,12 +259,12 @@ def _read_edits(path: Path) -> dict[str, dict[str, Any]]:
             hint="Use the version of model-surgery that wrote it." if version else None,
         )
     try:
-        edits = json.loads(metadata[EDITS_KEY])
+        edits = parse_json(metadata[EDITS_KEY].encode(), where=path)
         checked = {name: _checked(fields) for name, fields in edits.items()}
         if not checked:
             raise ValueError(edits)
         return checked
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (SurgeryError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise SurgeryError(f'has no readable "{EDITS_KEY}"', where=path, hint="Fetch the file again.") from error
 
 
@@ -272,7 +274,7 @@ def _checked(fields: Mapping[str, Any]) -> dict[str, Any]:
     # `type … is`, since isinstance would accept true and false as numbers.
     numbers = all(type(value) is int for value in (*heads, n_heads)) and type(transposed) is bool
     ordered = list(heads) == sorted(set(heads))
-    if not (numbers and heads and ordered and all(0 <= head < n_heads for head in heads)):
+    if not (numbers and heads and ordered and all(0 <= head < n_heads <= MAX_BLOCKS for head in heads)):
         raise ValueError(heads)
     return {
         "heads": heads,

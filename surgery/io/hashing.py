@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from xxhash import xxh3_128
 
+DIGEST_BYTES = 16
 KEY = "xxh3"  # the key of a hash in manifests
 
 

@@ -14,13 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from surgery.checkpoint.checkpoint import Checkpoint, existing_path
 from surgery.checkpoint.model_config import CONFIG, read_config
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.safetensors_header import read_header
+from surgery.checkpoint.tensor_file import load_tensors
 from surgery.engine.kernel import Kernel
 from surgery.engine.manifest import read_manifest
 from surgery.engine.preflight import SKETCH_ELEMENTS, sketch
@@ -61,7 +61,8 @@ class TaskVector:
     def sketch(self) -> dict[str, Tensor]:
         """Read the sketch of the donors' base. Raises SurgeryError where it is missing, or is no sketch."""
         path = self.donor / SKETCH
-        for entry in read_header(path).entries:
+        entries = read_header(path).entries
+        for entry in entries:
             if entry.dtype != "F32" or len(entry.shape) != 1 or entry.shape[0] > SKETCH_ELEMENTS:
                 raise SurgeryError(
                     f'"{entry.name}" is {entry.dtype} {list(entry.shape)}, expected up to {SKETCH_ELEMENTS:,} values '
@@ -69,7 +70,7 @@ class TaskVector:
                     where=path,
                     hint="Extract the vector again.",
                 )
-        return load_file(path)
+        return load_tensors(path, {entry.name: ("F32", 1) for entry in entries}, hint="Extract the vector again.")
 
 
 def open_vector(ref: str | Path) -> TaskVector:

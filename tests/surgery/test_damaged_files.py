@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.architectures import add_tokenizer, build, sibling
 from support.damage import failures_of
 from support.merges import add_lora
@@ -21,8 +21,10 @@ from surgery.checkpoint.selectors import Head
 from surgery.checkpoint.structure import model_structure
 from surgery.checkpoint.vocabulary import read_vocabulary
 from surgery.edits.heads import scale_heads
+from surgery.edits.undo_file import undo
 from surgery.engine.manifest import read_manifest
 from surgery.engine.preflight import Preflight, check_config, check_quantised
+from surgery.engine.storage.journal import Journal, SegmentRecord
 from surgery.engine.verification import verify
 from surgery.errors import SurgeryError
 from surgery.evaluation.scorecard import read_scores, write_scores
@@ -162,6 +164,36 @@ def test_a_damaged_sketch_is_named(kind: str, copies: Path) -> None:
         save_file(content, sketch)
     with pytest.raises(SurgeryError, match=r"donor/sketch\.safetensors: "):
         apply(str(copies / "vector"), str(copies / "base"), copies / "out", dry_run=True)
+
+
+def test_record_of_an_undo_file(copies: Path) -> None:
+    path = copies / "edited" / "undo" / "undo.safetensors"
+    record = copies / "edits.json"
+    metadata, tensors = dict(open_checkpoint(path).metadata), load_file(path)
+    record.write_text(metadata["edits"])
+
+    def use() -> None:
+        save_file(tensors, path, metadata | {"edits": record.read_bytes().decode(errors="replace")})
+        undo(str(copies / "edited"), copies / "out", dry_run=True)
+
+    check(record, use)
+
+
+def test_journal_of_an_unfinished_output(tmp_path: Path) -> None:
+    fingerprint = "x"
+    with Journal(tmp_path, fingerprint) as journal:
+        journal.append(SegmentRecord(0, 0, "0" * 32, ("1" * 32,), (0.5, 1.0)))
+    path = tmp_path / "journal.jsonl"
+    first, line = path.read_bytes().splitlines()
+    record = tmp_path.with_name("line.json")
+    record.write_bytes(line)
+
+    def use() -> None:
+        path.write_bytes(first + b"\n" + record.read_bytes() + b"\n")
+        with Journal(tmp_path, fingerprint) as journal:
+            assert all(bytes.fromhex(each.digest) for each in journal.records.values())
+
+    check(record, use)
 
 
 def test_what_is_wrong_is_told_with_file_key_value_and_rule(copies: Path) -> None:

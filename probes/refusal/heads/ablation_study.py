@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from probes.data.choices import AblationKind
@@ -30,6 +29,7 @@ from probes.refusal.heads.attribution import head_inputs
 from probes.refusal.probed_model import ProbedModel
 from probes.side_effects.effects import ComparedModel, Rate, greedy_answers, measure_divergence
 from surgery.checkpoint.selectors import Head
+from surgery.checkpoint.tensor_file import load_tensors
 from surgery.engine.options import ExecutionOptions
 from surgery.errors import usage_error
 from surgery.evaluation.statistics import bootstrap_mean
@@ -237,8 +237,11 @@ class AblationStudy:
     @cached_property
     def _mean_inputs(self) -> Mapping[int, Tensor]:
         """Layer → (W,): the mean input of the output projection, as the run stored it."""
-        stored = load_file(self._run / HEADS)
-        return {layer: stored[f"layer.{layer}"].flatten() for layer in self._probed.live.projections}
+        names = {layer: f"layer.{layer}" for layer in self._probed.live.projections}
+        stored = load_tensors(
+            self._run / HEADS, dict.fromkeys(names.values(), (None, 2)), hint="Probe the model again."
+        )
+        return {layer: stored[name].flatten() for layer, name in names.items()}
 
     def _set_ablation(self) -> Ablation:
         """The ablation of a head that joins a set: what can be baked."""

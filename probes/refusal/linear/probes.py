@@ -9,18 +9,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from surgery.checkpoint.safetensors_header import read_header
+from surgery.checkpoint.tensor_file import load_tensors
 from surgery.errors import SurgeryError, usage_error
 from surgery.evaluation.statistics import EstimateWithInterval
 from surgery.io.atomic import atomic_replace
 from surgery.io.escaping import json_text
-from surgery.io.json_io import jsonable
+from surgery.io.json_fields import COUNT, NUMBER, TABLE, TABLES, TEXTS, check_fields, shown
+from surgery.io.json_io import jsonable, parse_json
 
 SCHEMA = 1
 RECORD = "probes"
+
+_TENSORS: dict[str, tuple[str | None, int]] = {
+    "weights": ("F32", 2),
+    "biases": ("F32", 1),
+    "out_of_fold": ("F32", 2),
+    "fold": ("I64", 1),
+    "fold_weights": ("F32", 3),
+    "fold_biases": ("F32", 2),
+}
+_KINDS = {
+    "metrics": TABLES,
+    "folds": COUNT,
+    **dict.fromkeys(("C", "seed"), NUMBER),
+    "counts": TABLE,
+    "notes": TEXTS,
+    "about": TABLE,
+}
 
 
 @dataclass(frozen=True)
@@ -148,27 +168,15 @@ class Probes:
         Raises:
             SurgeryError: the file cannot be read, is no file of probes, or has another schema.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                # `safe_open` has keys() but no __iter__.
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise usage_error(f"cannot be read ({reason})", where=path) from error
-        try:
-            record = json.loads(metadata[RECORD])
-            # Before any other field, which another schema may not have.
-            schema = record["schema"]
-        except (KeyError, TypeError, ValueError) as error:
-            hint = "`surgery probe refusal` writes one."
-            raise usage_error("is not a file of refusal probes", where=path, hint=hint) from error
-        if schema != SCHEMA:
+        record = _read_record(path)
+        if record["schema"] != SCHEMA:
             raise usage_error(
-                f"holds probes of schema {schema}, expected {SCHEMA}",
+                f"holds probes of schema {shown(record['schema'])}, expected {SCHEMA}",
                 where=path,
                 hint="Train them again with this version.",
             )
+        check_fields(record, _KINDS, where=path)
+        tensors = load_tensors(path, _TENSORS, hint="Train them again.")
         try:
             probes = cls(
                 tensors["weights"],
@@ -193,3 +201,12 @@ class Probes:
         if not consistent:
             raise usage_error("its weights, biases and metrics are not of the same layers", where=path)
         return probes
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """Return the record in the metadata of a file of probes, of whatever schema. Raises SurgeryError."""
+    metadata = read_header(path).metadata
+    record = parse_json(metadata[RECORD].encode(), where=path) if RECORD in metadata else None
+    if not isinstance(record, dict) or "schema" not in record:
+        raise usage_error("is not a file of refusal probes", where=path, hint="`surgery probe refusal` writes one.")
+    return record

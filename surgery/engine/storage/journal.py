@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, first_line
 from surgery.io.atomic import JOURNAL
+from surgery.io.hashing import DIGEST_BYTES
 
 # Goes up when the form of the lines changes: an old journal's first line then differs, as another job's does.
 VERSION = 1
@@ -137,12 +138,23 @@ class Journal:
     def _load(self, path: Path, lines: Sequence[bytes]) -> None:
         for line in lines:
             try:
-                tensor, segment, digest, inputs, sums = json.loads(line)
-            except (ValueError, TypeError) as error:
+                record = _parse(line)
+            except (ValueError, TypeError, RecursionError) as error:
                 raise SurgeryError(
-                    "is damaged", where=path, hint="Remove the .partial folder and start anew."
+                    f"is damaged ({first_line(error)})", where=path, hint="Remove the .partial folder and start anew."
                 ) from error
-            self.records[tensor, segment] = SegmentRecord(tensor, segment, digest, tuple(inputs), tuple(sums))
+            self.records[record.tensor, record.segment] = record
+
+
+def _parse(line: bytes) -> SegmentRecord:
+    """Return the record in a line. Raises ValueError, TypeError or RecursionError where it is none."""
+    tensor, segment, digest, inputs, sums = json.loads(line)
+    # `type … is`, since isinstance would accept true and false as numbers.
+    if not all(type(number) is int and number >= 0 for number in (tensor, segment)):
+        raise ValueError("a segment has no number")
+    if not all(len(bytes.fromhex(text)) == DIGEST_BYTES for text in (digest, *inputs)):
+        raise ValueError("a digest is cut short")
+    return SegmentRecord(tensor, segment, digest, tuple(inputs), tuple(float(number) for number in sums))
 
 
 def _header(fingerprint: str) -> bytes:

@@ -32,6 +32,7 @@ from xxhash import xxh3_64_intdigest
 from surgery.errors import SurgeryError, usage_error
 from surgery.io.atomic import disk_error, write_file
 from surgery.io.hashing import hash_text
+from surgery.io.json_io import read_json
 from surgery.io.private_files import FILE_MODE, make_private_folder
 from surgery.reporting.report import format_value
 from surgery.runtime.collectives import map_over_ranks, n_active_processes, on_main
@@ -318,10 +319,10 @@ def _metadata(windows: int, sequence: int, width: int, dtype: torch.dtype, token
 
 def _read_prefixes(folder: Path, metadata: Mapping[str, Any]) -> dict[int, str] | None:
     try:
-        content = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+        content = read_json(folder / METADATA)
         prefixes = {int(depth): str(prefix) for depth, prefix in content.pop("prefixes").items()}
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+    except (SurgeryError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # only a cache: it is made again
     return prefixes if content == metadata else None
 
 

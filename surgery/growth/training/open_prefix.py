@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
+from pydantic import ValidationError
 
 from surgery.errors import SurgeryError
 from surgery.growth.prefix_cache.cache import PrefixCache, cached_prefixes
@@ -17,6 +18,8 @@ from surgery.growth.training.accelerator import autocast_dtype, is_sharded
 from surgery.growth.training.job import RunContext, TrainingJob
 from surgery.growth.training.stage_model import StageModel
 from surgery.io.atomic import write_file
+from surgery.io.json_io import read_json
+from surgery.io.json_records import invalid_record
 from surgery.runtime.collectives import on_main
 from surgery.runtime.environment import is_main
 
@@ -113,7 +116,12 @@ def _layout(context: RunContext, model: StageModel) -> _CacheLayout:
 
 def _read_decision(path: Path) -> CacheUse | None:
     """Return what was decided when this training started, if it is resumed."""
-    return CacheUse.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return CacheUse.model_validate(read_json(path))
+    except ValidationError as error:
+        raise invalid_record(error, path, hint="Remove it, and it is decided anew.") from error
 
 
 def _decide(context: RunContext, job: TrainingJob, model: StageModel) -> CacheDecision:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from surgery.errors import SurgeryError
 from surgery.io.atomic import disk_error, partial_path
 from surgery.io.hashing import hash_tensors, hash_text
+from surgery.io.json_io import read_json
 from surgery.io.output_folder import commit_folder
 from surgery.models.parameters import assign, gather_full, local, parameter_hashes
 
@@ -85,7 +86,7 @@ def load_state(folder: Path, *, fingerprint: str) -> TrainingState | None:
             continue
         try:
             return _read(candidate, fingerprint)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             errors.append((candidate, error))
     if not errors:
         return None
@@ -143,7 +144,7 @@ def _hash(body: Mapping[str, Any]) -> str:
 
 
 def _read(folder: Path, fingerprint: str) -> TrainingState:
-    content = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
+    content = read_json(folder / NUMBERS)
     body = content["state"]
     if content["hash"] != _hash(body):
         raise ValueError(f"{NUMBERS} does not match its hash")

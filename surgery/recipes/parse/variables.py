@@ -188,8 +188,9 @@ def _template(
     errors = scope.errors
     run = text_at(node, "run")
     command = commands.get(run)
-    if run and command is None:
-        at = node.value["run"] if isinstance(node.value, dict) else node
+    at = node.value.get("run") if isinstance(node.value, dict) else None
+    # An empty text is no command either; what is no text, or not there at all, is told by the file's reader.
+    if command is None and at is not None and isinstance(at.value, str):
         near = nearest(run, commands) or f"there are {listing(sorted(commands))}"
         errors.add(at, f"got {run!r}, expected a command; {near}")
     known = scope.n_problems

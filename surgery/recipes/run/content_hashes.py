@@ -45,7 +45,9 @@ class FileHashCache:
             except SurgeryError:
                 record = {}  # only a cache: the files are hashed again
             files = record.get("files") if record.get("schema") == SCHEMA else None
-            self._known = files if isinstance(files, dict) else {}
+            # Only a cache: what is no entry is left out, and hashed again.
+            entries = files.items() if isinstance(files, dict) else ()
+            self._known = {key: entry for key, entry in entries if isinstance(entry, list) and len(entry) == 4}
 
     def hash_file(self, path: Path) -> str:
         """Return the hash of a file: of a .safetensors' tensors, of another's bytes. Raises SurgeryError."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from surgery.errors import SurgeryError, usage_error
 from surgery.io.atomic import write_file
+from surgery.io.json_fields import NUMBER, TABLE, TEXT, TEXT_TABLE, FieldKind, check_fields, shown
 from surgery.io.json_io import read_json, to_json
 from surgery.io.locks import exclusive_lock
 from surgery.recipes.run.paths import LOCK, MANIFEST
@@ -20,6 +21,13 @@ SCHEMA = 1
 PATIENCE = 5.0
 
 State = Literal["waiting", "running", "done", "failed"]
+REMOVE = "Remove it: what is whole is done again quickly."
+_FIELDS = {
+    **dict.fromkeys(("step", "line", "key", "output", "error"), TEXT),
+    "state": FieldKind(f"one of {', '.join(get_args(State))}", lambda value: value in get_args(State)),
+    "seconds": NUMBER,
+    "files": TEXT_TABLE,
+}
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,7 @@ def read_record(pipeline: Pipeline, run: Path, lines: Mapping[str, str]) -> RunR
     else:
         value = read_json(path)
         if value.get("schema") != SCHEMA or not isinstance(value.get("steps"), dict):
-            raise usage_error(f"has schema {value.get('schema')!r}, this version reads {SCHEMA}", where=path)
+            raise usage_error(f"has schema {shown(value.get('schema'))}, this version reads {SCHEMA}", where=path)
         if value.get("recipe") != pipeline.recipe:
             raise usage_error(
                 f"holds a run of the recipe {value.get('recipe')!r}, not of {pipeline.recipe!r}",
@@ -101,18 +109,18 @@ def read_record(pipeline: Pipeline, run: Path, lines: Mapping[str, str]) -> RunR
                 hint="Choose another folder with -o.",
             )
         # Current entries win over earlier ones of the same name.
-        known = {name: _step(each, path) for name, each in {**value.get("earlier", {}), **value["steps"]}.items()}
+        check_fields(value, {"earlier": TABLE}, where=path, hint=REMOVE)
+        known = {name: _step(each, path) for name, each in {**(value.get("earlier") or {}), **value["steps"]}.items()}
     steps = {step.name: known.get(step.name) or StepRecord(step.step, lines[step.name]) for step in pipeline.nodes}
     earlier = {name: each for name, each in known.items() if name not in steps}
     return RunRecord(pipeline, run, steps, earlier)
 
 
 def _step(value: Any, path: Path) -> StepRecord:
-    names = {each.name for each in fields(StepRecord)}
-    try:
-        return StepRecord(**{name: each for name, each in value.items() if name in names})
-    except (TypeError, AttributeError) as error:
-        raise SurgeryError("is damaged", where=path, hint="Remove it: what is whole is done again quickly.") from error
+    if not isinstance(value, dict) or value.get("step") is None or value.get("line") is None:
+        raise SurgeryError("is damaged: a step has no name or no line", where=path, hint=REMOVE)
+    check_fields(value, _FIELDS, where=path, hint=REMOVE)
+    return StepRecord(**{name: each for name, each in value.items() if name in _FIELDS and each is not None})
 
 
 def locked(run: Path) -> AbstractContextManager[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -275,10 +276,9 @@ def test_damaged_factors_are_refused(make: Make) -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        {"lora_alpha": "x"},
         {"lora_alpha": None},
         {"alpha_pattern": {"q_proj": "NaN"}},
-        {"lora_alpha": 10**400},
+        {"alpha_pattern": {"q_proj": 10**400}},
     ],
 )
 def test_alpha_that_is_no_number_is_refused(values: dict[str, object], make: Make) -> None:
@@ -287,6 +287,13 @@ def test_alpha_that_is_no_number_is_refused(values: dict[str, object], make: Mak
     assert (
         message.startswith(f"{adapter}/adapter_config.json: lora_alpha and alpha_pattern give ") and len(message) < 400
     )
+
+
+@pytest.mark.parametrize("alpha", ["x", True, 10**400, math.nan, math.inf, [], {}])
+def test_alpha_of_another_type_is_refused(alpha: object, make: Make) -> None:
+    adapter = edit(make("llama", target_modules=["q_proj"], r=2), lora_alpha=alpha)
+    assert failure(adapter).startswith(f'{adapter}/adapter_config.json: "lora_alpha": got ')
+    assert failure(adapter).endswith("expected a finite number. Fetch the file again.")
 
 
 def test_base_is_found_beside_the_adapter_and_by_its_path(make: Make, bases: dict[str, Path]) -> None:

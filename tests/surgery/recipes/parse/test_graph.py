@@ -324,3 +324,13 @@ def escaped_value(value: Any) -> Any:
 
 def _without_lines(found: Pipeline) -> Pipeline:
     return replace(found, nodes=tuple(replace(node, line=None) for node in found.nodes))
+
+
+def test_an_empty_command_is_told_and_not_left_to_the_graph(read: Read) -> None:
+    assert "got '', expected a command" in note_of_fault(read, RECIPE.replace("run: vector extract", "run: ''"))
+
+
+def note_of_fault(read: Read, text: str) -> str:
+    with pytest.raises(SurgeryError) as caught:
+        read(text)
+    return str(caught.value)
