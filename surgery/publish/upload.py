@@ -17,6 +17,7 @@ from surgery.hub.client import guarded
 from surgery.hub.errors import TOKEN_HINT
 from surgery.hub.file_selection import WEIGHTS_SUFFIX
 from surgery.hub.settings import endpoint, is_offline
+from surgery.io.redaction import redact
 from surgery.publish.commit_plan import (
     HubDestination,
     UploadPrivacy,
@@ -110,7 +111,7 @@ def push(
             notify(f"Nobody else has what it was made from, so nobody can make it again: {listing(package.local_refs)}")
         if verify:
             check_hashes(package, options=options)
-        text = message or f"Push {package.kind} made by {package.command.get('name', 'surgery')}"
+        text = redact(message or f"Push {package.kind} made by {package.command.get('name', 'surgery')}")
         return _send_twice(session, package, card, text, notify)
 
 
