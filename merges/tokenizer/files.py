@@ -132,8 +132,8 @@ def _more_pieces(
     # `type … in`, since isinstance would accept true and false as numbers.
     if not all(len(piece) == 2 and type(piece[1]) in (int, float) for piece in pieces):
         raise SurgeryError('"model.vocab" holds a piece without its score', where=where, hint=FETCH_AGAIN)
-    lowest = min(-1.0, *(score for _, score in pieces))
-    reach = max(map(len, ordinary)) + 2 * max(len(piece) for piece, _ in pieces)
+    lowest = min([-1.0, *(score for _, score in pieces)])
+    reach = max(map(len, ordinary)) + 2 * max((len(piece) for piece, _ in pieces), default=0)
     return [(tokens[row], lowest * reach - 1) for row in appended]
 
 

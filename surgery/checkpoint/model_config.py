@@ -9,7 +9,6 @@ from typing import Any
 from surgery.io.input_files import MB
 from surgery.io.json_fields import (
     COUNT,
-    COUNTS,
     FLAG,
     LIST,
     TABLE,
@@ -19,6 +18,7 @@ from surgery.io.json_fields import (
     TEXTS,
     FieldKind,
     check_fields,
+    whole_number,
 )
 from surgery.io.json_io import read_json
 
@@ -44,9 +44,14 @@ CONFIG = "config.json"
 MAX_CONFIG_BYTES = 16 * MB
 MAX_CONFIG_VALUES = 1_000_000
 
+# Ten times and more of what any model has. What builds a model of a config counts to these numbers, so that a damaged
+# one would keep it busy for ever. Some families give a number for each layer, or for each kind of input.
+_MOST = {N_LAYERS: 10_000, N_EXPERTS: 100_000, HIDDEN: 10_000_000, ("vocab_size",): 50_000_000}
+_MOST |= dict.fromkeys((("intermediate_size",), ("moe_intermediate_size",), ("n_inner",)), 10_000_000)
+_MOST |= dict.fromkeys((N_HEADS, N_KV_HEADS, HEAD_DIM, EXPERTS_PER_TOKEN), 1_000_000)
+
 _KINDS: Mapping[str, FieldKind] = {
-    **dict.fromkeys(N_LAYERS, COUNT),
-    **dict.fromkeys((*N_HEADS, *N_KV_HEADS, *HEAD_DIM, *HIDDEN, *N_EXPERTS, *EXPERTS_PER_TOKEN, "vocab_size"), COUNTS),
+    **{key: whole_number(most, or_several=keys != N_LAYERS) for keys, most in _MOST.items() for key in keys},
     "num_nextn_predict_layers": COUNT,
     "first_k_dense_replace": COUNT,
     "decoder_sparse_step": COUNT,

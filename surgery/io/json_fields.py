@@ -27,11 +27,6 @@ class FieldKind:
     accepts: Callable[[Any], bool]
 
 
-def _is_count(value: Any) -> bool:
-    # `type … is`, since isinstance would accept true and false as numbers.
-    return type(value) is int and 0 <= value <= MAX_COUNT
-
-
 def _is_number(value: Any) -> bool:
     if type(value) not in (int, float):
         return False
@@ -45,9 +40,17 @@ def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-COUNT = FieldKind(f"a whole number from 0 to {MAX_COUNT:,}", _is_count)
-# Some families give a number for each layer, or for each kind of input.
-COUNTS = FieldKind(f"{COUNT.expected}, or several", lambda v: _is_count(v) or isinstance(v, list | dict))
+def whole_number(most: int, *, or_several: bool = False) -> FieldKind:
+    """Return the kind of whole numbers from 0 to `most`; `or_several`: or a list or table, which is not looked into."""
+
+    def accepts(value: Any) -> bool:
+        # `type … is`, since isinstance would accept true and false as numbers.
+        return (type(value) is int and 0 <= value <= most) or (or_several and isinstance(value, list | dict))
+
+    return FieldKind(f"a whole number from 0 to {most:,}" + (", or several" if or_several else ""), accepts)
+
+
+COUNT = whole_number(MAX_COUNT)
 NUMBER = FieldKind("a finite number", _is_number)
 FLAG = FieldKind("true or false", lambda value: isinstance(value, bool))
 TEXT = FieldKind("text", lambda value: isinstance(value, str))

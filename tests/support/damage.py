@@ -11,7 +11,7 @@ from surgery.errors import SurgeryError
 
 NESTED: Any = json.loads("[" * 90 + "]" * 90)
 ODD: tuple[Any, ...] = (
-    *(None, True, 0, -1, 1.5, 2**63, 2**80, float("inf"), float("nan")),
+    *(None, True, 0, -1, 1.5, 10**9, 2**63, 2**80, float("inf"), float("nan")),
     *("", "many", "../x", "\x1b[31m", "x" * 5_000),
     *([], [None], [[1]], ["x", -1], {}, {"a": {"b": None}}, NESTED),
 )

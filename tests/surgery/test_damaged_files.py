@@ -17,9 +17,10 @@ from support.merges import add_lora
 from surgery.checkpoint.config_layers import inexpressible_layers, untied, with_count, with_layers
 from surgery.checkpoint.inspect import inspect_checkpoint, inspect_tables
 from surgery.checkpoint.resolve import open_checkpoint
-from surgery.checkpoint.selectors import Head
+from surgery.checkpoint.selectors import Expert, Head
 from surgery.checkpoint.structure import model_structure
 from surgery.checkpoint.vocabulary import read_vocabulary
+from surgery.edits.experts import scale_experts
 from surgery.edits.heads import scale_heads
 from surgery.edits.undo_file import undo
 from surgery.engine.manifest import read_manifest
@@ -86,6 +87,16 @@ def test_config_of_a_target(copies: Path) -> None:
         check_config(preflight, target, tuned.config, "tuned")
         check_config(preflight, tuned, target.config, "base")
         check_quantised(preflight, [target])
+
+    check(copies / "base" / "config.json", use)
+
+
+def test_config_of_a_model_to_edit(copies: Path) -> None:
+    ref, out = str(copies / "base"), copies / "out"
+
+    def use() -> None:
+        scale_heads(ref, out, scales={Head(0, 1): 0.5}, dry_run=True)
+        scale_experts(ref, out, scales={Expert(0, 1): 0.5}, dry_run=True)
 
     check(copies / "base" / "config.json", use)
 

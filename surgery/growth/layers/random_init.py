@@ -18,17 +18,21 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from surgery.checkpoint.checkpoint import Checkpoint, Shard, StoredTensor, read_folder
 from surgery.checkpoint.config_layers import inexpressible_layers, with_count, with_layers
-from surgery.checkpoint.model_config import N_LAYERS
+from surgery.checkpoint.model_config import HIDDEN, N_EXPERTS, N_LAYERS, language_config, layer_count, number
 from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.errors import SurgeryError
 from surgery.io.hashing import hash_bytes, hash_text
 from surgery.models.loading import load_weights
+from surgery.reporting.report import format_value
 from surgery.runtime.quiet_libraries import quiet
 
 SMALL_VOCABULARY = 16
 ONE_FILE = "1000TB"  # shard size for save_pretrained that no model reaches, so that it writes a single file
+BYTES = 4  # of a value in fp32
 _MARK = ".random-weights"
 _REMOTE_CODE = ("quantization_config", "auto_map")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -85,6 +89,7 @@ def build_model(config: Mapping[str, Any], *, seed: int, depth: int | None = Non
     from transformers import AutoModelForCausalLM
 
     config_class = _config_class(config)
+    _check_memory(config)
     with quiet(), torch.random.fork_rng(devices=[]):
         generator = torch.default_generator  # torch.manual_seed would move the GPUs' too
         try:
@@ -102,6 +107,21 @@ def build_model(config: Mapping[str, Any], *, seed: int, depth: int | None = Non
                 error
             )
     return model
+
+
+def _check_memory(config: Mapping[str, Any]) -> None:
+    """Raise SurgeryError where a model of `config` needs more memory than there is: the system would be stopped."""
+    whole = language_config(config)
+    width, vocabulary, experts = (number(whole, keys) or 1 for keys in (HIDDEN, ("vocab_size",), N_EXPERTS))
+    inner = number(whole, ("moe_intermediate_size", "intermediate_size", "n_inner")) or 1
+    # Less than it takes: what attention and norms have beside it is of no account here.
+    values = vocabulary * width + (layer_count(config) or 0) * experts * width * inner
+    needed, free = values * BYTES, psutil.virtual_memory().available
+    if needed > free:
+        raise SurgeryError(
+            f"a {config.get('model_type')} of this config takes {format_value(needed, 'bytes')} of memory or more, "
+            f"{format_value(free, 'bytes')} are free"
+        )
 
 
 def save_model(model: Any, folder: Path, *, state: Mapping[str, Any] | None = None) -> Checkpoint:
@@ -156,18 +176,18 @@ def random_layers(
     shards: list[Shard] = []
     inner: dict[int, dict[str, StoredTensor]] = {}
     outside = frozenset[str]()
-    for number, spec in specs.items():
-        model = build_model(spec.single_layer_config(), seed=part_seed(seed, f"layer {number}"), depth=depth)
-        saved = save_model(model, folder / f"layer-{number}")
+    for index, spec in specs.items():
+        model = build_model(spec.single_layer_config(), seed=part_seed(seed, f"layer {index}"), depth=depth)
+        saved = save_model(model, folder / f"layer-{index}")
         structure = model_structure(saved)
         if structure.stack is None or structure.layers != 1:
             raise SurgeryError("no layer was found in the names that transformers gives a model of this family")
-        # Only the number differs between a model of one layer and the final one.
+        # Only the index differs between a model of one layer and the final one.
         stack = structure.stack if stack is None else stack
         layer = {name: saved.tensors[name] for name in structure.blocks[0].names}
         short = {name.removeprefix(f"{layer_prefix(structure.stack)}0."): tensor for name, tensor in layer.items()}
-        inner[number] = {
-            name: replace(tensor, name=f"{layer_prefix(stack)}{number}.{name}") for name, tensor in short.items()
+        inner[index] = {
+            name: replace(tensor, name=f"{layer_prefix(stack)}{index}.{name}") for name, tensor in short.items()
         }
         # The same for every layer: what a model of this family has beside them.
         outside = frozenset(saved.tensors.keys() - layer.keys())
