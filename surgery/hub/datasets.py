@@ -1,7 +1,8 @@
 """Read data sets of the Hub: `org/name[/config][@revision]:split[a:b]` → its rows, all of one commit.
 
-`load_rows` fetches a whole data set into the cache of `datasets`; `stream_column` reads a large one without keeping
-it. Both need the extra `data`.
+`load_rows` fetches a whole data set into the cache of `datasets`, and checks each file against the Hub's hash of it;
+`stream_column` reads a large one without keeping it, so that only the connection vouches for its bytes. Both need the
+extra `data`, and read files of the data set's own repository only.
 """
 
 from __future__ import annotations
@@ -10,11 +11,24 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from surgery.errors import SurgeryError, first_line, listing, usage_error
 from surgery.hub import download as hub
-from surgery.hub.errors import TOKEN_HINT, http_error_type
+from surgery.hub.client import guarded, quiet_client
+from surgery.hub.dataset_files import DatasetCommit, fetch_checked, own_files
+from surgery.hub.errors import (
+    MALFORMED,
+    NOT_A_HUB,
+    TOKEN_HINT,
+    RefusedAnswerError,
+    causes,
+    connection_failure,
+    http_error_type,
+    shown_cause,
+)
+from surgery.io.redaction import redact
 from surgery.runtime.quiet_libraries import quiet
 
 REF_FORMAT = "org/name[/config][@revision]:split[a:b]"
@@ -85,7 +99,10 @@ def resolve_commit(dataset: HubDataset) -> str:
 
     hub.check_revision(dataset.repo_id, dataset.revision)
     try:
-        info = HfApi(endpoint=endpoint).dataset_info(dataset.repo_id, revision=dataset.revision)
+        with guarded(), quiet_client():
+            info = HfApi(endpoint=endpoint).dataset_info(dataset.repo_id, revision=dataset.revision)
+    except RefusedAnswerError as error:
+        raise SurgeryError(error.what, where=dataset.ref, hint=error.hint) from shown_cause(error)
     except errors.OfflineModeIsEnabled as error:
         raise usage_error(
             "offline mode is on, so that its commit cannot be looked up",
@@ -105,12 +122,14 @@ def resolve_commit(dataset: HubDataset) -> str:
             where=dataset.ref,
             hint=f"Check the spelling; for a private one {TOKEN_HINT}.",
         ) from error
-    except (errors.HfHubHTTPError, http_error_type(), OSError) as error:
-        # Never its text: it may quote a token.
-        status = f"HTTP {error.response.status_code}" if isinstance(error, errors.HfHubHTTPError) else "no connection"
+    except (errors.HfHubHTTPError, http_error_type(), OSError, ValueError, *MALFORMED) as error:
         raise SurgeryError(
-            f"the Hub cannot be asked for its commit ({status})", where=dataset.ref, hint="Check the connection."
-        ) from error
+            f"the Hub cannot be asked for its commit ({_reason(error)})",
+            where=dataset.ref,
+            hint="Check the connection.",
+        ) from shown_cause(error)
+    if not _COMMIT.fullmatch(str(info.sha)):
+        raise SurgeryError(f"the Hub cannot be asked for its commit ({NOT_A_HUB})", where=dataset.ref)
     return str(info.sha)
 
 
@@ -157,14 +176,14 @@ def _column_values(dataset: HubDataset, commit: str, column: str) -> Iterator[An
     while True:
         try:
             # Around each batch, not around the loop: a generator that pauses inside would silence its caller too.
-            with quiet():
+            with quiet(), guarded():
                 batch = next(batches, None)
         except _load_errors(datasets) as error:
             raise SurgeryError(
                 f"the stream broke off after {done:,} rows ({_reason(error)})",
                 where=dataset.ref,
                 hint="Run the same command again.",
-            ) from error
+            ) from shown_cause(error)
         if batch is None:
             return
         if column not in batch.column_names:
@@ -175,13 +194,22 @@ def _column_values(dataset: HubDataset, commit: str, column: str) -> Iterator[An
 
 def _load_dataset(dataset: HubDataset, commit: str, *, streaming: bool) -> Any:
     datasets = _import_datasets(dataset)
+    from huggingface_hub import constants
+
+    data = DatasetCommit(dataset.ref, dataset.repo_id, commit)
     try:
-        with quiet():
-            return datasets.load_dataset(
-                dataset.repo_id, dataset.config, split=dataset.split, revision=commit, streaming=streaming
-            )
+        # Step by step, as `datasets.load_dataset` does it, so that the files are checked before they are read.
+        with quiet(), guarded():
+            builder = datasets.load_dataset_builder(dataset.repo_id, dataset.config, revision=commit)
+            names = own_files(data, builder.config.data_files)
+            if streaming:
+                return builder.as_streaming_dataset(split=dataset.split)
+            # Where and from where `datasets` will ask for them: it read both settings when it was imported.
+            fetch_checked(data, names, endpoint=datasets.config.HF_ENDPOINT, cache=Path(constants.HF_HUB_CACHE))
+            builder.download_and_prepare()
+            return builder.as_dataset(split=dataset.split)
     except _load_errors(datasets) as error:
-        raise usage_error(f"cannot be loaded ({_reason(error)})", where=dataset.ref) from error
+        raise usage_error(f"cannot be loaded ({_reason(error)})", where=dataset.ref) from shown_cause(error)
 
 
 def _import_datasets(dataset: HubDataset) -> Any:
@@ -194,7 +222,8 @@ def _import_datasets(dataset: HubDataset) -> Any:
 
 def _load_errors(datasets: Any) -> tuple[type[BaseException], ...]:
     """Return what `datasets` raises where data is missing, damaged or out of reach."""
-    return OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, http_error_type()
+    known = OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, http_error_type()
+    return *known, RefusedAnswerError, *MALFORMED
 
 
 def _reason(error: BaseException) -> str:
@@ -203,4 +232,9 @@ def _reason(error: BaseException) -> str:
 
     if isinstance(error, errors.HfHubHTTPError):
         return f"HTTP {error.response.status_code}"
-    return "no connection" if isinstance(error, http_error_type()) else first_line(error)
+    refused = next((cause for cause in causes(error) if isinstance(cause, RefusedAnswerError)), None)
+    if refused is not None:
+        return refused.what
+    if isinstance(error, http_error_type()):
+        return connection_failure(error)
+    return NOT_A_HUB if isinstance(error, MALFORMED) else redact(first_line(error))

@@ -11,6 +11,7 @@ import pytest
 from support.hub_server import HubServer
 
 from surgery.errors import WRONG_USAGE, SurgeryError
+from surgery.hub.dataset_files import DatasetCommit, own_files
 from surgery.hub.datasets import HubDataset, load_rows, parse_dataset_ref, resolve_commit, stream_column
 
 ROWS = 2500  # more than two batches of the stream
@@ -158,3 +159,56 @@ def test_without_the_extra_its_name_is_told(monkeypatch):
     with pytest.raises(SurgeryError) as caught:
         resolve_commit(dataset("org/name:train"))
     assert str(caught.value) == "org/name:train: needs the extra `data`. Install it: pip install 'model-surgery[data]'"
+
+
+def card(path: str) -> str:
+    return f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: '{path}'\n---\n"
+
+
+@pytest.mark.parametrize("read", [streamed, lambda ref: load_rows(dataset(ref), resolve_commit(dataset(ref)))])
+def test_files_of_this_machine_are_no_data_of_a_strangers_set(hub, tmp_path, read):
+    secret = tmp_path / "private.jsonl"
+    secret.write_text(rows("secret"))
+    (tmp_path / "lab-data" / "README.md").write_text(card(str(secret)))
+    hub.add("datasets/lab/data", tmp_path / "lab-data")
+    # By us, or by a `datasets` that does it too.
+    with pytest.raises(SurgeryError, match=r"is made of a file outside of its repository|Data files don't belong to"):
+        read("lab/data:train")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "/etc/passwd",
+        "file:///etc/passwd",
+        "https://evil.test/x.jsonl",
+        "hf://datasets/other/data@{commit}/x.jsonl",
+        "hf://datasets/lab/data@{other}/x.jsonl",
+        "hf://datasets/lab/data@{commit}/../x.jsonl",
+        "hf://datasets/lab/data@{commit}/%2e%2e/x.jsonl",
+        "zip://x.jsonl::/home/x.zip",
+    ],
+)
+def test_only_files_of_its_own_repository_and_commit_are_read(place):
+    data = DatasetCommit("lab/data:train", "lab/data", "a" * 40)
+    own = f"hf://datasets/lab/data@{'a' * 40}/"
+    assert own_files(data, {"train": [f"{own}x.jsonl", f"zip://a.txt::{own}b.zip"]}) == ["x.jsonl", "b.zip"]
+    with pytest.raises(SurgeryError):
+        own_files(data, {"train": [f"{own}x.jsonl"], "test": [place.format(commit="a" * 40, other="b" * 40)]})
+
+
+def test_rows_with_other_bytes_than_listed_are_refused_and_fetched_anew(hub):
+    commit = resolve_commit(dataset("lab/data:test"))
+    real = hub.repos["datasets/lab/data"].commits[commit]["test.jsonl"]
+    hub.fail("/test.jsonl", 200, body=real.replace(b"only", b"evil"))
+    with pytest.raises(SurgeryError, match=r"the cache holds other bytes than the Hub lists: test.jsonl has git SHA-1"):
+        load_rows(dataset("lab/data:test"), commit)
+    assert [row["text"] for row in load_rows(dataset("lab/data:test"), commit)] == ["only"]
+
+
+@pytest.mark.parametrize("body", [b"[]", b"{}", b'{"id": 5}', b"<html>", b'{"id": "x", "sha": "../x", "siblings": []}'])
+def test_an_answer_that_is_no_data_set_is_one_line(hub, body):
+    hub.fail("/api/datasets", 200, body=body, times=9)
+    with pytest.raises(SurgeryError) as caught:
+        resolve_commit(dataset("lab/data:test"))
+    assert str(caught.value).startswith("lab/data:test: ") and "\n" not in str(caught.value)
