@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+# Of a message. The largest models have a million pieces, each of which is a field and a message of three.
+MAX_FIELDS = 1_100_000
 _PIECES, _PIECE = 1, 1  # field numbers
 # Wire types; 3 and 4, groups, are deprecated and refused here.
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
@@ -28,8 +30,11 @@ def read_pieces(data: bytes) -> list[str]:
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield the fields of a message: number, and the bytes of a length-delimited one (b"" for all others)."""
-    at = 0
+    at = count = 0
     while at < len(message):
+        count += 1
+        if count > MAX_FIELDS:
+            raise ValueError(f"more than {MAX_FIELDS:,} fields")
         key, at = _varint(message, at)
         wire_type = key & 7  # the low three bits; the rest is the field's number
         start = at

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from surgery.checkpoint.sentencepiece_model import read_pieces
 from surgery.errors import SurgeryError, listing
-from surgery.io.input_files import read_bytes
+from surgery.io.input_files import MB, read_bytes
 from surgery.io.json_fields import TABLE, TABLES, check_fields, shown, wrong_value
 from surgery.io.json_io import read_json
 from surgery.io.safe_paths import find_file, find_files
@@ -26,6 +26,7 @@ CONFIG = "tokenizer_config.json"
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 OTHER_FORMATS = ("tekken.json", "*.tiktoken")
 
+MAX_SENTENCEPIECE_BYTES = 32 * MB  # a million pieces take 20 MB, and most models have 250,000 or fewer
 MAX_ROWS = 50_000_000  # of an embedding; the largest in use has 1 million
 MISSING = -1  # in aligned rows: the donor has no such token
 MAX_ID = 2**31 - 1  # a larger one is no row of any matrix
@@ -223,7 +224,7 @@ def _read_lines(path: Path) -> dict[str, int]:
 
 
 def _read_sentencepiece(path: Path) -> dict[str, int]:
-    content = read_bytes(path)
+    content = read_bytes(path, limit=MAX_SENTENCEPIECE_BYTES)
     try:
         pieces = read_pieces(content)
     except ValueError as error:

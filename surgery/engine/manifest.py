@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from surgery.checkpoint.checkpoint import MAX_TENSORS, Checkpoint
+from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.engine.manifest_schema import Manifest
 from surgery.engine.plan import Plan
 from surgery.engine.result import ExecutionResult
@@ -27,8 +27,6 @@ from surgery.runtime.version import installed_version
 
 # Goes up when a reader of the old form would misread the new one: `read_manifest` refuses every other number.
 SCHEMA = 1
-# An entry of a tensor has about 20 values; a copy of a plan or config may be among the rest.
-MAX_MANIFEST_VALUES = 20 * MAX_TENSORS
 MAKE_AGAIN = "The file is damaged: fetch or make the output again."
 
 
@@ -134,7 +132,7 @@ def read_manifest(folder: Path, *, needs: Sequence[str] = ()) -> dict[str, Any]:
         raise SurgeryError(
             f"has no {MANIFEST}", where=folder, hint="Only folders that this tool wrote have a manifest."
         )
-    manifest = read_json(path, max_values=MAX_MANIFEST_VALUES)
+    manifest = read_json(path)
     if manifest.get("schema") != SCHEMA:
         raise SurgeryError(
             f"has schema {shown(manifest.get('schema'))}, this version reads {SCHEMA}",

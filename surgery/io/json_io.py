@@ -15,7 +15,7 @@ from surgery.io.input_files import MAX_TEXT_BYTES, read_bytes
 
 # Values of a parsed text, its keys among them: Python takes up to 72 bytes for each, so that a text of MAX_TEXT_BYTES
 # of nothing but brackets would take gigabytes. The tokenizer.json with most of them has about 3 million.
-MAX_VALUES = 6_000_000
+MAX_VALUES = 4_000_000
 MAX_DEPTH = 100  # of lists and objects inside each other; what is written for such files reaches 10
 FETCH_AGAIN = "Fetch the file again."
 

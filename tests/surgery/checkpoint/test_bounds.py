@@ -16,6 +16,8 @@ import pytest
 from surgery.checkpoint import checkpoint, safetensors_header
 from surgery.checkpoint.inspect import inspect_checkpoint
 from surgery.checkpoint.resolve import open_checkpoint
+from surgery.checkpoint.sentencepiece_model import MAX_FIELDS
+from surgery.checkpoint.vocabulary import align_rows, read_vocabulary
 from surgery.errors import SurgeryError
 from surgery.io import safe_paths
 
@@ -171,3 +173,25 @@ def test_memory_is_bounded(case: str, tmp_path: Path) -> None:
     megabytes, text = memory_of(tmp_path)
     assert "more than the" in text
     assert megabytes < MEGABYTES
+
+
+def test_pieces_of_a_sentencepiece_model_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(b"\x0a\x00" * (MAX_FIELDS + 1))
+    began = time.process_time()
+    with pytest.raises(SurgeryError, match="is no whole sentencepiece model \\(more than 1,100,000 fields\\)"):
+        read_vocabulary(tmp_path)
+    assert time.process_time() - began < SECONDS
+    sparse(path, 40_000_000)
+    with pytest.raises(SurgeryError, match="has 40,000,000 bytes, more than the 32,000,000"):
+        read_vocabulary(tmp_path)
+
+
+def test_rows_of_an_embedding_are_never_listed_for_a_claim(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    vocabulary = read_vocabulary(tmp_path)
+    assert vocabulary is not None
+    with pytest.raises(SurgeryError, match="an embedding with 1,099,511,627,776 rows is more than the 50,000,000"):
+        align_rows(vocabulary, vocabulary, 2**40, 1)
+    path = write_empty(tmp_path / "model.safetensors", ["a"], shape=[2**40, 0])
+    assert "more than a tensor without elements may claim" in failure(path)
