@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import re
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,12 +24,12 @@ from urllib.parse import urlsplit
 from surgery.hub.errors import RefusedAnswerError, http_library
 from surgery.hub.listing import check_listing
 from surgery.hub.settings import DEFAULT_ENDPOINT, endpoint, request_timeout
+from surgery.hub.transfer_rate import watch_rate
 from surgery.io.input_files import MAX_TEXT_BYTES, MB
 from surgery.io.redaction import holds_secret
 
 CLIENT_LOGGER = "huggingface_hub"
 MAX_WAIT = 900.0  # seconds that a busy Hub may ask to wait; with more it is better to come back later
-_MIN_RATE = 1_000  # bytes per second; slower than any line on which a model would ever arrive
 _WRITE_TIMEOUT = 600.0  # seconds for the answer to an upload: a commit of many files takes the Hub minutes
 _MAX_ERROR_BYTES = 1 * MB  # of an error or a redirect, whose text is a line
 # Of all answers of the API to one command, which may be a listing of many pages. Each counts as _MIN_COST bytes at
@@ -39,6 +38,7 @@ _MAX_API_BYTES = MAX_TEXT_BYTES
 _MIN_COST = 16_000
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ETAG = re.compile(r'(?:W/)?"?[\w-][\w.:-]{0,127}"?', re.ASCII)  # becomes a file name: no separator, no leading dot
+_LOCAL = re.compile(r"localhost|.+\.localhost|127(?:\.\d{1,3}){3}|::1")  # this machine itself
 _HUB_HOME = "https://hf.co"
 _RESET = re.compile(r"r\s*=\s*0\s*;\s*t\s*=\s*(\d+)")
 
@@ -92,6 +92,22 @@ def quiet_client() -> Iterator[None]:
         logger.handlers, logger.propagate = handlers, propagates
 
 
+@contextmanager
+def own_blobs() -> Iterator[None]:
+    """Keep what is downloaded in the block in its repository's folder of the cache, which may be closed to others.
+
+    Where repositories share a blob, huggingface_hub keeps it where everybody who may enter the cache may read it.
+    """
+    from huggingface_hub import constants
+
+    before = getattr(constants, "HF_HUB_DISABLE_SHARED_BLOBS", False)
+    constants.HF_HUB_DISABLE_SHARED_BLOBS = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_SHARED_BLOBS = before
+
+
 def requested_delay(headers: Mapping[str, str]) -> float | None:
     """Return the seconds that an answer asks to wait (`Retry-After`, or the Hub's `RateLimit`); None without any."""
     after = str(headers.get("Retry-After", "")).strip()
@@ -113,6 +129,7 @@ def _install() -> None:
 
         def guarded_factory() -> Any:
             client = factory()
+            watch_rate(client, lambda: bool(_active))
             hooks = client.event_hooks
             client.event_hooks = {
                 "request": [*hooks["request"], _check_request],
@@ -129,14 +146,26 @@ def _check_request(request: Any) -> None:
     if not _active:
         return
     url = str(request.url)
-    if not is_hub_address(url) and (holds_secret(url) or any(map(holds_secret, request.headers.values()))):
-        raise RefusedAnswerError(
-            f"the Hub asks to send your token to {request.url.host}, which was not done",
-            "If that is your Hub's own address, set HF_ENDPOINT to it.",
-        )
+    if holds_secret(url) or any(map(holds_secret, request.headers.values())):
+        _check_recipient(url)
     # Uncompressed, or a few bytes could become any number of them.
     request.headers["Accept-Encoding"] = "identity"
     request.extensions["timeout"] = _timeouts(request)
+
+
+def _check_recipient(url: str) -> None:
+    """Raise RefusedAnswerError where a token may not go to `url`."""
+    parts = urlsplit(url)
+    if not is_hub_address(url):
+        raise RefusedAnswerError(
+            f"the Hub asks to send your token to {parts.hostname}, which was not done",
+            "If that is your Hub's own address, set HF_ENDPOINT to it.",
+        )
+    if parts.scheme != "https" and not _LOCAL.fullmatch(parts.hostname or ""):
+        raise RefusedAnswerError(
+            f"your token would go to {parts.hostname} for everybody on the way to read, which was not done",
+            "Give HF_ENDPOINT an https address; for public models unset the token.",
+        )
 
 
 def _timeouts(request: Any) -> dict[str, float]:
@@ -224,11 +253,7 @@ def _check_headers(response: Any) -> None:
     # Where the token for the storage of large files is asked for, with the Hub's own token.
     routes = [link.get("url", "") for key, link in response.links.items() if key == "xet-auth"]
     for route in (*routes, *headers.get_list("X-Xet-Refresh-Route")):
-        if not is_hub_address(route):
-            raise RefusedAnswerError(
-                f"the Hub asks to send your token to {urlsplit(route).hostname}, which was not done",
-                "If that is your Hub's own address, set HF_ENDPOINT to it.",
-            )
+        _check_recipient(route)
 
 
 def _bad_header(what: str, value: str) -> RefusedAnswerError:
@@ -237,33 +262,18 @@ def _bad_header(what: str, value: str) -> RefusedAnswerError:
 
 
 def _bounded(library: Any, response: Any, limit: int | None, shared: _Limits | None) -> Any:
-    """Return the body of `response`, which raises where it is longer than `limit` bytes or slower than _MIN_RATE."""
-    body, request = response.stream, response.request
-    window = (request.extensions.get("timeout") or {}).get("read") or request_timeout()
+    """Return the body of `response`, which raises where it is longer than `limit` bytes."""
+    body = response.stream
 
     class Bounded(library.SyncByteStream):  # type: ignore[misc]
         def __iter__(self) -> Iterator[bytes]:
-            total = received = 0
-            waited = 0.0
-            chunks = iter(body)
-            while True:
-                start = time.monotonic()
-                chunk = next(chunks, None)
-                # The time of the reader, who may write to a slow disk, is not the server's.
-                waited += time.monotonic() - start
-                if chunk is None:
-                    break
-                total, received = total + len(chunk), received + len(chunk)
+            total = 0
+            for chunk in body:
+                total += len(chunk)
                 if limit is not None and total > limit:
                     raise RefusedAnswerError(
                         f"an answer has more than the {limit:,} bytes that it may have", "Check HF_ENDPOINT."
                     )
-                if waited >= window:
-                    if received < _MIN_RATE * waited:
-                        raise library.ReadTimeout(
-                            f"less than {_MIN_RATE:,} bytes a second arrived in {waited:.0f} seconds", request=request
-                        )
-                    received, waited = 0, 0.0
                 yield chunk
             if shared is not None:
                 shared.api_bytes -= total

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.errors import SurgeryError, usage_error
-from surgery.hub.client import guarded, quiet_client
+from surgery.hub.client import guarded, own_blobs, quiet_client
 from surgery.hub.errors import UnreachableError, cache_error, no_space_error, translate_errors
 from surgery.hub.file_selection import DUPLICATES, MODEL_FILES, WEIGHTS_SUFFIX, select_files
 from surgery.hub.listing import ListedFile
@@ -179,7 +179,8 @@ def _download(ref: _SnapshotRef, progress: bool) -> HubSnapshot:
     _create_cache(ref, remote)
     sizes = [file.size for file in remote.files]
     limits = guarded(largest_file=None if None in sizes else max(filter(None, sizes), default=0))
-    with _hub_request(ref), limits, library_bars() if progress else nullcontext():
+    blobs = own_blobs() if remote.private else nullcontext()
+    with _hub_request(ref), limits, blobs, library_bars() if progress else nullcontext():
         folder = Path(
             snapshot_download(
                 ref.repo_id,

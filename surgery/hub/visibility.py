@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from surgery.hub.errors import http_error_type
+from surgery.hub.client import guarded, quiet_client
+from surgery.hub.errors import MALFORMED, RefusedAnswerError, http_error_type
 from surgery.hub.settings import endpoint, is_offline, request_timeout
 
 RepositoryKind = Literal["model", "dataset"]
@@ -20,14 +21,15 @@ def visibility(repo_id: str, kind: RepositoryKind = "model") -> Visibility:
         return "unknown"
     api, timeout = HfApi(endpoint=endpoint()), request_timeout()
     try:
-        if kind == "dataset":
-            private = api.dataset_info(repo_id, timeout=timeout).private
-        else:
-            private = api.model_info(repo_id, timeout=timeout).private
+        with guarded(), quiet_client():
+            if kind == "dataset":
+                private = api.dataset_info(repo_id, timeout=timeout).private
+            else:
+                private = api.model_info(repo_id, timeout=timeout).private
     # Gated ones are listed for everybody: `model_info` succeeds.
     except errors.RepositoryNotFoundError:
         return "hidden"
-    except (errors.HfHubHTTPError, http_error_type(), OSError, ValueError, TypeError):
+    except (errors.HfHubHTTPError, http_error_type(), OSError, ValueError, RefusedAnswerError, *MALFORMED):
         return "unknown"
     # `is False`: an answer that does not say so is none.
     return "public" if private is False else "private"

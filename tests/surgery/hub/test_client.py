@@ -99,6 +99,18 @@ def test_a_token_for_storage_is_not_asked_for_elsewhere(
     assert other.requests == []
 
 
+@pytest.mark.parametrize(("host", "is_sent"), [("hub.test", False), ("10.0.0.1", False), ("127.0.0.1", True)])
+def test_no_token_goes_through_a_network_unencrypted(
+    server: HubServer, token: str, monkeypatch: pytest.MonkeyPatch, host: str, is_sent: bool
+) -> None:
+    port = server.url.rpartition(":")[2]
+    monkeypatch.setenv("HF_ENDPOINT", f"http://{host}:{port}")
+    if is_sent:
+        assert content(hub.fetch(REPO, progress=False).folder) == FETCHED
+    else:
+        assert f"your token would go to {host} for everybody on the way to read, which was not done" in failure()
+
+
 def test_a_redirect_to_another_scheme_is_one_line(server: HubServer, token: str) -> None:
     for target in ("file:///etc/passwd", "ftp://127.0.0.1/x", "javascript:x", "http://[", "http://%00"):
         server.fail("/api/models", 302, headers={"Location": target})
@@ -258,8 +270,15 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"
 
 @pytest.mark.parametrize(
     "pieces",
-    [[], [b"HTTP/1.1 200 OK\r\n"], [HEAD], [HEAD, b"{"], [HEAD, *([b" "] * 1000)]],
-    ids=["silence", "half a head", "head", "stall", "trickle"],
+    [
+        [],
+        [b"HTTP/1.1 200 OK\r\n"],
+        [HEAD],
+        [HEAD, b"{"],
+        [HEAD, *([b" "] * 1000)],
+        [HEAD[:17], b"X: ", *([b"x"] * 1000)],
+    ],
+    ids=["silence", "half a head", "head", "stall", "trickle", "trickle in the head"],
 )
 def test_a_slow_server_times_out_with_a_line(slow: list[bytes], pieces: list[bytes]) -> None:
     slow.extend(pieces)

@@ -194,6 +194,21 @@ def test_too_little_space_is_seen_before_the_download(
     assert hub.fetch(REPO, progress=False), "what is cached needs no space"
 
 
+@pytest.mark.parametrize("private", [True, False])
+def test_a_cache_that_we_create_and_private_models_are_their_owners_alone(
+    server: HubServer, model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, private: bool
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", server.token)
+    server.add(REPO, model, private=private)
+    hub.fetch(REPO, progress=False)
+    assert cache.stat().st_mode & 0o777 == 0o700
+    shutil.rmtree(cache)
+    cache.mkdir(mode=0o755)  # of somebody who shares it
+    hub.fetch(REPO, progress=False)
+    assert cache.stat().st_mode & 0o777 == 0o755
+    assert (cache / "models--lab--tiny").stat().st_mode & 0o777 == (0o700 if private else 0o755)
+
+
 def test_progress_can_be_silenced_and_stays_off_stdout(
     server: HubServer, model: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
