@@ -23,9 +23,9 @@ from surgery.hub.errors import (
     NOT_A_HUB,
     TOKEN_HINT,
     RefusedAnswerError,
-    causes,
     connection_failure,
     http_error_type,
+    refused_answer,
     shown_cause,
 )
 from surgery.io.redaction import redact
@@ -232,8 +232,7 @@ def _reason(error: BaseException) -> str:
 
     if isinstance(error, errors.HfHubHTTPError):
         return f"HTTP {error.response.status_code}"
-    refused = next((cause for cause in causes(error) if isinstance(cause, RefusedAnswerError)), None)
-    if refused is not None:
+    if refused := refused_answer(error):
         return refused.what
     if isinstance(error, http_error_type()):
         return connection_failure(error)

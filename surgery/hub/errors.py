@@ -49,7 +49,7 @@ class RefusedAnswerError(Exception):
 
 
 # What huggingface_hub fails with when an answer has another form than it believes, e.g. a list for a table.
-MALFORMED = (TypeError, KeyError, AttributeError, IndexError, AssertionError, RecursionError, OverflowError)
+MALFORMED = (TypeError, LookupError, AttributeError, NameError, AssertionError, RecursionError, OverflowError)
 
 
 @contextmanager
@@ -62,16 +62,12 @@ def translate_errors(repository: Repository) -> Iterator[None]:
 
     try:
         yield
-    except RefusedAnswerError as error:
-        raise SurgeryError(error.what, where=repository, hint=error.hint) from shown_cause(error)
-    except (errors.LocalEntryNotFoundError, OSError, http_error_type()) as error:
+    except (RefusedAnswerError, errors.LocalEntryNotFoundError, OSError, http_error_type()) as error:
         raise _translated(error, repository) from shown_cause(error)
     except (ValueError, *MALFORMED) as error:  # not JSON: a login page of the network, or a wrong HF_ENDPOINT
         raise _unreachable(repository, NOT_A_HUB) from shown_cause(error)
     except RuntimeError as error:  # hf_xet, which moves large files, has no class of its own for a failed transfer
-        raise SurgeryError(
-            "the download broke off", where=repository, hint="Run the command again; finished files are kept."
-        ) from shown_cause(error)
+        raise _translated(error, repository) from shown_cause(error)
 
 
 def shown_cause(error: BaseException) -> BaseException | None:
@@ -88,6 +84,11 @@ def causes(error: BaseException) -> Iterator[BaseException]:
     while cause is not None:
         yield cause
         cause = cause.__cause__ or cause.__context__
+
+
+def refused_answer(error: BaseException) -> RefusedAnswerError | None:
+    """Return the RefusedAnswerError that `error` came from, which the client may have wrapped; None without any."""
+    return next((cause for cause in causes(error) if isinstance(cause, RefusedAnswerError)), None)
 
 
 def http_error_type() -> type[Exception]:
@@ -139,6 +140,11 @@ def invalid_token_error(where: object) -> SurgeryError:
 def _translated(error: BaseException, repository: Repository) -> SurgeryError:
     from huggingface_hub import errors
 
+    if refused := refused_answer(error):
+        return SurgeryError(refused.what, where=repository, hint=refused.hint)
+    if isinstance(error, RuntimeError):
+        hint = "Run the command again; finished files are kept."
+        return SurgeryError("the download broke off", where=repository, hint=hint)
     # LocalEntryNotFoundError means "could not ask, and nothing is cached". Why not is in its cause.
     if isinstance(error, errors.LocalEntryNotFoundError):
         return _translated(error.__cause__, repository) if error.__cause__ else _unreachable(repository, "no answer")

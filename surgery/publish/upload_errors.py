@@ -21,6 +21,7 @@ from surgery.hub.errors import (
     connection_failure,
     http_error_type,
     invalid_token_error,
+    refused_answer,
     shown_cause,
 )
 from surgery.hub.settings import cache_dir, endpoint, shown_endpoint
@@ -110,8 +111,8 @@ def translate_upload_errors(
 def _translated(error: BaseException, target: Repository) -> SurgeryError:
     from huggingface_hub import errors
 
-    if isinstance(error, RefusedAnswerError):
-        return SurgeryError(error.what, where=target, hint=error.hint)
+    if refused := refused_answer(error):
+        return SurgeryError(refused.what, where=target, hint=refused.hint)
 
     # The client wraps errors; what tells them apart may be any of the causes.
     chain = list(causes(error))

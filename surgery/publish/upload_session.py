@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from surgery.errors import SurgeryError, listing
@@ -66,9 +66,11 @@ class UploadSession:
     def check_token(self) -> None:
         """Raise SurgeryError where the Hub does not know the token, or it can only read."""
         user = self._request(self._api.whoami)
-        access = (user.get("auth") or {}).get("accessToken") or {}
+        role: Any = user
+        for key in ("auth", "accessToken", "role"):
+            role = role.get(key) if isinstance(role, dict) else None
         # Whoever may read may open a pull request.
-        if access.get("role") == "read" and not self._target.pr:
+        if role == "read" and not self._target.pr:
             raise SurgeryError(
                 "your token can only read",
                 where=self._target,

@@ -14,6 +14,7 @@ from support.hub_server import HubServer
 from support.hub_uploads import sha256
 from support.publish import REPO, TOKEN, commits, failure, files_at, uploads
 
+from surgery.publish import upload_session
 from surgery.publish.upload import push
 
 pytestmark = pytest.mark.usefixtures("writable")
@@ -217,3 +218,34 @@ def test_nothing_is_printed(server: HubServer, out: Path, capfd: pytest.CaptureF
     server.fail("/uploads/", 500, method="PUT")
     push(out, REPO)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_storage_that_has_uploads_confirmed_elsewhere_gets_no_token(
+    server: HubServer, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload_session, "FILES_PER_UPLOAD", 100)
+    with HubServer() as other:
+        objects = []
+        for path in sorted(out.glob("*.safetensors")):
+            oid = sha256(path.read_bytes())
+            actions = {name: {"href": f"{other.url}/{name}/{oid}"} for name in ("upload", "verify")}
+            objects.append({"oid": oid, "size": path.stat().st_size, "actions": actions})
+            other.fail(f"/upload/{oid}", 200, method="PUT", headers={"ETag": f'"{oid}"'})
+        body = json.dumps({"transfer": "basic", "objects": objects}).encode()
+        server.fail("/objects/batch", 200, method="POST", body=body, times=9)
+        assert "asks to send your token to 127.0.0.1, which was not done" in failure(out)
+        assert other.asked("/upload/") and not other.asked("/verify/")
+        assert not [each for each in other.requests if "authorization" in each.headers]
+
+
+@pytest.mark.parametrize(
+    "body", [b"[]", b"{}", b'{"objects": 5}', b'{"objects": [5]}', b"null", b"<html>", b"[" * 99999]
+)
+@pytest.mark.parametrize("path", ["/whoami", "/create", "/preupload/", "/objects/batch", "/commit/"])
+def test_an_answer_of_another_form_is_one_line(server: HubServer, out: Path, path: str, body: bytes) -> None:
+    for method in ("GET", "POST"):
+        server.fail(path, 200, method=method, body=body, times=9)
+    if path == "/whoami" and body not in (b"<html>", b"[" * 99999):
+        push(out, REPO)  # whose token it is matters only where it may not write
+    else:
+        assert failure(out).startswith(f"{REPO}: ")
