@@ -139,6 +139,8 @@ def read_examples(run: Path) -> list[Example]:
     try:
         # Not splitlines: JSON strings may contain line separators of Unicode.
         rows = [json.loads(line) for line in read_bytes(path, limit=MAX_DATA_BYTES).decode().split("\n") if line]
+        for row in rows:
+            Example(**row)  # a key that is not known is an error
         return TypeAdapter(list[Example]).validate_python(rows)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise SurgeryError(f"cannot be read ({error})", where=path, hint="Probe the model again.") from error

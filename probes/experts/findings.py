@@ -12,6 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import model_validator
+
 from probes.data.records import DataRecord, FindingsRecord, IntervalRecord, ModelRecord, read_record, write_record
 from surgery.checkpoint.selectors import Expert
 
@@ -86,6 +88,15 @@ class SweepRecord(FindingsRecord):
     points: list[PointRecord]
     best: float
 
+    @model_validator(mode="after")
+    def _has_what_the_report_tells(self) -> SweepRecord:
+        tested = {point.beta for point in self.points if point.part == "test" and point.control is None}
+        if not self.tasks or not {1.0, self.best} <= tested:
+            raise ValueError(f"a task, and points of the test half for β = 1 and the best, {self.best:g}")
+        if any(point.scores.keys() != set(self.tasks) for point in self.points):
+            raise ValueError("a score of every task at each point")
+        return self
+
 
 class OverlapRecord(FindingsRecord):
     """The agreement of the ranking with that on a second data set."""
@@ -115,6 +126,15 @@ class ExpertFindings(FindingsRecord):
     experts: list[ExpertRecord]
     overlap: OverlapRecord | None = None
     sweep: SweepRecord | None = None
+
+    @model_validator(mode="after")
+    def _experts_are_of_the_layers(self) -> ExpertFindings:
+        if not len(self.layers) == len(self.n_experts) == len(self.top_k):
+            raise ValueError("as many layers as numbers of experts")
+        size = dict(zip(self.layers, self.n_experts, strict=True))
+        if stray := next((row for row in self.experts if not 0 <= row.expert < size.get(row.layer, 0)), None):
+            raise ValueError(f"experts of these layers, {stray.name} is none")
+        return self
 
     @property
     def ranked(self) -> list[ExpertRecord]:

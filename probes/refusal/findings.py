@@ -112,6 +112,12 @@ class CausalRecord(FindingsRecord):
     control: list[list[GreedyStepRecord]]
     kl_budget: float
 
+    @model_validator(mode="after")
+    def _every_set_has_heads(self) -> CausalRecord:
+        if not all(step.heads for step in self.steps):
+            raise ValueError("heads in each of the greedy sets")
+        return self
+
 
 class Findings(FindingsRecord):
     """All findings of a run. `settings` are the options it ran with; `causal` is added by `prove_heads`."""
@@ -157,6 +163,10 @@ class Findings(FindingsRecord):
 
     @model_validator(mode="after")
     def _every_head_has_a_score(self) -> Findings:
+        if not 0 <= self.depth < len(self.probes):
+            raise ValueError(f"a depth of the {len(self.probes)} probes, depth is {self.depth}")
+        if self.transfer is not None and len(self.transfer) != len(self.probes):
+            raise ValueError(f"as many rows of transfer as probes, {len(self.probes)}")
         for row in self.heads:
             if self._score(row) is None:
                 raise ValueError(f"a score by the form {self.attribution} for each head, {row.name} has none")

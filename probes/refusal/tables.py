@@ -173,7 +173,9 @@ def _proof_table(causal: CausalRecord) -> Table:
     rows = [_step_row("none", causal.base)]
     rows += [_step_row(f"{size}: + {step.heads[-1]}", step) for size, step in enumerate(causal.steps, start=1)]
     rows += [
-        _step_row(f"random {number} ({len(steps)} heads)", steps[-1]) for number, steps in enumerate(causal.control)
+        _step_row(f"random {number} ({len(steps)} heads)", steps[-1])
+        for number, steps in enumerate(causal.control)
+        if steps
     ]
     note = (
         f"Ablation: {causal.ablation}, at all positions. Score: the probe's, just before the answer, on {causal.n} "
@@ -198,12 +200,12 @@ def _proof_sentence(causal: CausalRecord) -> str:
         return f"No set of heads was found: {causal.stopped}."
     before, after = causal.base.refusal, causal.steps[-1].refusal
     # Answers were only generated for the largest random sets.
-    ends = [steps[-1].refusal for steps in causal.control]
+    ends = [steps[-1].refusal for steps in causal.control if steps]
     most = max((rate.value for rate in ends if rate is not None and rate.value is not None), default=None)
     control = "" if most is None else f"; as many random heads give at most {most:.0%}"
     heads = ", ".join(causal.steps[-1].heads)
     # Findings may lack verdicts; the score is always there.
-    if before is None or after is None:
+    if before is None or after is None or before.value is None or after.value is None:
         return f"Ablating {heads} raises the probe's score to {causal.steps[-1].score.text()}."
     return f"Ablating {heads} takes refusal from {before.value:.0%} to {after.value:.0%}{control}."
 

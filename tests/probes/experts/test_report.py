@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.damage import failures_of
 
 from probes.data.records import DataRecord, IntervalRecord, ModelRecord
 from probes.experts.findings import (
@@ -15,6 +16,7 @@ from probes.experts.findings import (
     OverlapRecord,
     PointRecord,
     SweepRecord,
+    read_expert_findings,
     write_expert_findings,
 )
 from probes.experts.report import TABLE_EXPERTS, expert_sentences, expert_tables, write_expert_report
@@ -183,3 +185,15 @@ def test_the_page_is_made_of_what_lies_in_the_folder(found: ExpertFindings, pict
         assert text in page
     assert ("Note: Take care." in page) == bool(found.warnings)
     assert page.count("<img") + page.count("<svg") >= len(pictures)
+
+
+def test_damaged_findings_are_named_or_shown(tmp_path: Path) -> None:
+    write_expert_findings(tmp_path, findings(sweep=sweep(8)))
+
+    def use() -> None:
+        found = read_expert_findings(tmp_path)
+        expert_sentences(found)
+        for table in expert_tables(found):
+            table.to_markdown()
+
+    assert failures_of(tmp_path / "results.json", use) == []

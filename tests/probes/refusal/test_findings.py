@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.architectures import build, sibling
+from support.damage import failures_of
 
 from probes.data.examples import Example
 from probes.data.records import (
@@ -35,6 +36,7 @@ from probes.refusal.findings import (
     read_findings,
     write_findings,
 )
+from probes.refusal.tables import refusal_sentences, refusal_tables
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Head
 from surgery.engine.options import ExecutionOptions
@@ -86,8 +88,8 @@ def findings(**changes):
         "generated": 1,
         "warnings": ["ein Wörtchen"],
         "folds": 5,
-        "probes": [PROBE],
-        "transfer": [PROBE],
+        "probes": [PROBE] * 3,
+        "transfer": [PROBE] * 3,
         "transfer_data": data,
         "depth": 2,
         "cliffs": [
@@ -141,13 +143,13 @@ def test_a_folder_without_findings_is_named(tmp_path):
     ("change", "message"),
     [
         ({"schema": 2}, "holds 'refusal' of schema 2, expected 'refusal' of schema 1"),
-        ({"schema": None}, "holds 'refusal' of schema None"),
+        ({"schema": None}, "holds 'refusal' of schema nothing"),
         ({"kind": "merge"}, "holds 'merge' of schema 1"),
-        ({"folds": "many"}, "folds: Input should be a valid integer"),
-        ({"strange": 1}, "strange: Extra inputs are not permitted"),
-        ({"attribution": "guess"}, "attribution: Input should be 'exact' or 'paper'"),
-        ({"model": {"ref": "m"}}, "model.repo_id: Field required"),
-        ({"heads": [{"layer": 0}]}, "heads.0.head: Field required"),
+        ({"folds": "many"}, "folds: got 'many', expected a valid integer"),
+        ({"strange": 1}, "strange: is not known here"),
+        ({"attribution": "guess"}, "attribution: got 'guess', expected 'exact' or 'paper'"),
+        ({"model": {"ref": "m"}}, "model.repo_id: is missing"),
+        ({"heads": [{"layer": 0}]}, "heads.0.head: is missing"),
     ],
 )
 def test_findings_of_another_form_are_refused(change, message, tmp_path):
@@ -173,7 +175,7 @@ def test_findings_that_lack_something_are_refused(tmp_path):
     record = json.loads(path.read_text(encoding="utf-8"))
     del record["heads"]
     path.write_text(json.dumps(record), encoding="utf-8")
-    with pytest.raises(SurgeryError, match="heads: Field required") as error:
+    with pytest.raises(SurgeryError, match="heads: is missing") as error:
         read_findings(tmp_path)
     assert error.value.exit_code == FAILED
 
@@ -273,3 +275,16 @@ def test_what_is_neither_share_nor_count_is_refused(text):
 def test_shares_at_the_edges():
     assert [parse_top(text, 100) for text in ("7%", "0.1%", "100%", " 3 %", "1e1%")] == [7, 1, 100, 3, 10]
     assert parse_top("3%", 32) == 1
+
+
+def test_damaged_findings_are_named_or_shown(tmp_path):
+    write_findings(tmp_path, findings())
+
+    def use():
+        found = read_findings(tmp_path)
+        assert len(found.ranked) == len(found.heads)
+        refusal_sentences(found)
+        for table in refusal_tables(found):
+            table.to_markdown()
+
+    assert failures_of(tmp_path / "results.json", use) == []
