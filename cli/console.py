@@ -6,12 +6,15 @@ The only module that prints: what it is given may quote files of strangers, and 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
+from surgery.errors import SurgeryWarning
 from surgery.io.escaping import one_line
 from surgery.runtime.environment import is_main, rank
 from surgery.runtime.terminal import printable, rich_console, trusted_stream
@@ -49,6 +52,33 @@ def ask(question: str) -> bool:
         return typer.confirm(one_line(question, MOST_CHARACTERS), default=False, err=True)
     except typer.Abort:  # Ctrl-C, or the end of the input
         return False
+
+
+@contextmanager
+def shown_warnings() -> Iterator[None]:
+    """Print each `SurgeryWarning` of the block once, as `warn` does; other warnings stay what they are."""
+    shown = set[str]()
+    other = warnings.showwarning
+
+    # With the parameters of `warnings.showwarning`, in whose place it stands.
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if not issubclass(category, SurgeryWarning):
+            other(message, category, filename, lineno, file, line)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            warn(str(message))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", SurgeryWarning)
+        warnings.showwarning = show
+        yield
 
 
 def scored_token(text: str, score: float) -> None:

@@ -72,7 +72,8 @@ def run() -> None:
     escape_output()
     try:
         # Typer itself prints wrong usage and exits with code 2; everything else arrives here.
-        app()
+        with console.shown_warnings():
+            app()
     except SurgeryError as error:
         _leave(error, str(error), error.exit_code)
     except (StoppedError, KeyboardInterrupt) as error:

@@ -1,4 +1,4 @@
-"""Errors that users see: `SurgeryError`, and `ErrorList`, which collects many and raises them as one."""
+"""Errors and warnings that users see: `SurgeryError`, `ErrorList`, which raises many as one, and `SurgeryWarning`."""
 
 from __future__ import annotations
 
@@ -54,6 +54,10 @@ class SurgeryError(Exception):
         place = f"{self.where}: " if self.where else ""
         stop = "" if self.what.endswith((".", "!", "?")) else "."
         return f"{place}{self.what}{stop} {self.hint}" if self.hint else f"{place}{self.what}"
+
+
+class SurgeryWarning(UserWarning):
+    """What a user should know, although nothing is wrong with the result; emitted by `warnings.warn`."""
 
 
 def _rebuilt(what: tuple[str, ...], where: str | None, hint: str | None, exit_code: int) -> SurgeryError:

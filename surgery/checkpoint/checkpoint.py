@@ -103,6 +103,7 @@ class Checkpoint:
     revision: the commit hash on the Hub, if it is from there.
     adapter: the folder of the adapter whose updates the tensors have, if any.
     named_base: the reference of the adapter's base, where not the user but the adapter's own config named it.
+    index: the index that names the shards, if any.
     """
 
     ref: str
@@ -114,6 +115,7 @@ class Checkpoint:
     repo_id: str | None = None
     adapter: Path | None = None
     named_base: str | None = None
+    index: Path | None = None
 
     @property
     def n_parameters(self) -> int:
@@ -168,7 +170,8 @@ def read_folder(folder: Path) -> Checkpoint:
         shards = _read_shards(folder, shard_names)
         tensors = _table(shards, named, index)
     config = find_file(folder, CONFIG)
-    return Checkpoint(str(folder), folder, shards, tensors, {} if config is None else read_config(config))
+    values = {} if config is None else read_config(config)
+    return Checkpoint(str(folder), folder, shards, tensors, values, index=index)
 
 
 def read_file(path: Path) -> Checkpoint:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint, dtypes_of
+from surgery.checkpoint.other_weights import find_other_weights
 from surgery.checkpoint.structure import model_structure
 from surgery.io.escaping import one_line
 from surgery.io.json_io import read_json
@@ -50,6 +51,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "chat_template": _has_chat_template(checkpoint, side_files),
         "quantization_config": checkpoint.config.get("quantization_config"),
         "not_understood": list(structure.not_understood),
+        "not_read": find_other_weights(checkpoint),
         "notes": list(structure.notes),
     }
 
@@ -69,6 +71,7 @@ def inspect_tables(description: Mapping[str, Any]) -> tuple[Table, ...]:
         *([("base that the adapter names", base)] if (base := description["adapter_base"]) else []),
         ("files", len(description["files"])),
         ("size", format_value(description["bytes"], "bytes")),
+        ("weights not read", ", ".join(description["not_read"]) or None),
         ("parameters", description["parameters"]),
         ("tensors", description["tensors"]),
         ("layers", description["layers"]),

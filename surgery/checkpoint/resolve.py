@@ -12,6 +12,7 @@ from pathlib import Path
 from surgery import lab
 from surgery.checkpoint.adapters import add_adapter, base_of
 from surgery.checkpoint.checkpoint import ADAPTER_CONFIG, Checkpoint, existing_path, is_adapter, read_file, read_folder
+from surgery.checkpoint.other_weights import warn_of_other_weights
 from surgery.errors import SurgeryError, usage_error
 from surgery.hub import download as hub
 from surgery.io.safe_paths import find_file
@@ -24,10 +25,14 @@ def open_checkpoint(ref: str | Path) -> Checkpoint:
         checkpoint = surgery.open_checkpoint("lab:grpo")
         print(len(checkpoint.tensors), checkpoint.config["model_type"])
 
+    A `SurgeryWarning` tells where other weights lie beside those that count.
+
     Raises:
         SurgeryError: the reference names nothing, or the model is damaged or not safetensors.
     """
-    return _open(str(ref))
+    checkpoint = _open(str(ref))
+    warn_of_other_weights(checkpoint)
+    return checkpoint
 
 
 def _open(text: str, *, is_base: bool = False) -> Checkpoint:

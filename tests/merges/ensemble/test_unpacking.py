@@ -185,8 +185,8 @@ SPECIAL: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.mark.parametrize("kind", SPECIAL)
 def test_a_members_files_are_regular_and_its_own(place: Path, kind: str) -> None:
     make, message = SPECIAL[kind]
-    make(place / "stranger" / "members" / "1" / "notes.json")
-    refuse(place, f"notes.json: {message}")
+    make(place / "stranger" / "members" / "1" / "vocab.json")
+    refuse(place, f"vocab.json: {message}")
 
 
 @pytest.mark.parametrize("kind", SPECIAL)

@@ -102,11 +102,13 @@ def test_only_file_counts_whatever_its_name(name: str, tmp_path: Path) -> None:
     assert same(values(open_checkpoint(write(tmp_path, {name: {"a": A}}))), {"a": A})
 
 
+@pytest.mark.filterwarnings("ignore::surgery.errors.SurgeryWarning")
 def test_consolidated_copy_beside_shards_is_left_out(tmp_path: Path) -> None:
     write(tmp_path, {"consolidated.safetensors": {"wq": B}, "part.safetensors": {"a": A}})
     assert same(values(open_checkpoint(tmp_path)), {"a": A})
 
 
+@pytest.mark.filterwarnings("ignore::surgery.errors.SurgeryWarning")
 def test_model_safetensors_wins_over_other_files_and_a_stale_index(tmp_path: Path) -> None:
     """As in transformers, which looks for it first."""
     shard = "model-00001-of-00002.safetensors"
@@ -176,6 +178,7 @@ def test_two_copies_of_a_tensor_without_an_index_are_refused(tmp_path: Path) -> 
     )
 
 
+@pytest.mark.filterwarnings("ignore::surgery.errors.SurgeryWarning")
 def test_of_two_indexes_the_usual_one_counts_and_others_must_be_unambiguous(tmp_path: Path) -> None:
     write(tmp_path, {"one.safetensors": {"a": A}}, index={"a": "one.safetensors"}, name="other")
     assert same(values(open_checkpoint(tmp_path)), {"a": A})
@@ -245,6 +248,36 @@ def test_broken_config_is_named(text: bytes, message: str, tmp_path: Path) -> No
     assert failure(tmp_path).startswith(f"{tmp_path}/config.json: {message}")
 
 
+# What trainings, adapters, other tools and our own commands leave in a model's folder.
+NOT_OF_A_MODEL = (
+    "README.md",
+    "surgery.json",
+    "adapter_config.json",
+    "adapter_model.bin",
+    "all_results.json",
+    "events.out.tfevents.1",
+    "findings.json",
+    "journal.jsonl",
+    "notes.txt",
+    "optimizer.pt",
+    "plot.png",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "requirements.txt",
+    "results.json",
+    "rng_state_0.pth",
+    "scheduler.pt",
+    "scores.json",
+    "trainer_state.json",
+    "training.json",
+    "training_args.bin",
+    "train.py",
+    ".env",
+    ".hidden.json",
+)
+
+
+@pytest.mark.filterwarnings("ignore::surgery.errors.SurgeryWarning")
 def test_side_files_are_what_a_model_needs_besides_its_weights(tmp_path: Path) -> None:
     folder = add_tokenizer(build("llama", tmp_path / "m", max_shard_size="10KB"))
     carried = [
@@ -252,16 +285,36 @@ def test_side_files_are_what_a_model_needs_besides_its_weights(tmp_path: Path) -
         "merges.txt",
         "tokenizer.model",
         "qwen.tiktoken",
-        "modeling_x.py",
+        "special_tokens_map.json",
+        "preprocessor_config.json",
         "LICENSE",
+        "LICENSE.txt",
         "NOTICE",
     ]
-    left = ["README.md", "surgery.json", "trainer_state.json", "pytorch_model.bin", "plot.png", "training_args.bin"]
-    for name in (*carried, *left):
+    for name in (*carried, *NOT_OF_A_MODEL):
         (folder / name).write_text("{}")
     (folder / "folder.json").mkdir()
     made = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
     assert [path.name for path in open_checkpoint(folder).side_files] == sorted(carried + made)
+
+
+def test_code_is_carried_where_a_config_names_it_and_with_what_it_imports(tmp_path: Path) -> None:
+    folder = add_tokenizer(build("llama", tmp_path / "m"))
+    auto_map = {"AutoModel": "modeling_x.X", "AutoConfig": "org/other--configuration_y.Y", "AutoImage": "../up.Z"}
+    for name, value in {"config.json": auto_map, "tokenizer_config.json": ["tokenization_x.T", None, 3]}.items():
+        settings = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(settings | {"auto_map": value}))
+    code = {
+        "modeling_x": "import torch\nfrom .helper import f\nfrom . import loop\n",
+        "helper": "    from .modeling_x import X\nfrom .missing import g\nimport os\n",
+        "tokenization_x": "",
+        "configuration_y": "",
+        "setup": "raise SystemExit",
+    }
+    for name, text in code.items():
+        (folder / f"{name}.py").write_text(text)
+    carried = [path.name for path in open_checkpoint(folder).side_files if path.suffix == ".py"]
+    assert carried == ["helper.py", "modeling_x.py", "tokenization_x.py"]
 
 
 def test_hub_id_is_fetched_and_its_commit_recorded(server: HubServer, tmp_path: Path) -> None:

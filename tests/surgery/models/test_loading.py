@@ -176,16 +176,16 @@ def test_a_config_chooses_neither_files_nor_code_nor_kernels(model, plain, tmp_p
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1,000,000,000,000, more than its weights can hold"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000, more than its weights can hold"),
         ({"num_hidden_layers": 3}, "lacks 9 weights of the model that its config describes"),
         ({"intermediate_size": 10**8}, "its config describes .* parameters, and it holds"),
         ({"intermediate_size": 97}, "in another shape: model.layers.0.mlp"),
         ({"vocab_size": 10**9}, "its config describes .* parameters"),
         ({"model_type": "evil", "auto_map": {"AutoConfig": "own.C"}}, "it: needs code of its own, which is not run"),
         ({"model_type": "evil"}, "it: transformers knows no model of type 'evil'"),
-        ({"model_type": ["llama"]}, r"it: transformers knows no model of type \"\['llama'\]\""),
+        ({"model_type": ["llama"]}, '"model_type": got a list of 1, expected text'),
         ({"model_type": "clip"}, "it: is no language model: transformers has none of type 'clip'"),
-        ({"hidden_size": "many"}, "it: cannot be loaded"),
+        ({"hidden_size": "many"}, "got 'many', expected a whole number"),
         ({"hidden_size": 0}, "it: "),
         ({"num_attention_heads": 0}, "it: "),
         ({"dtype": "load"}, "it: cannot be loaded"),
@@ -193,7 +193,7 @@ def test_a_config_chooses_neither_files_nor_code_nor_kernels(model, plain, tmp_p
         ({"rope_scaling": {"rope_type": "evil"}}, "it: cannot be loaded"),
         ({"quantization_config": {"quant_method": "torchao"}}, "quantised as 'torchao', and only awq"),
         ({"quantization_config": {"quant_method": "compressed-tensors", "x": "re:(a+)+$"}}, "'compressed-tensors'"),
-        ({"quantization_config": "fp8"}, "its weights are quantised as 'None'"),
+        ({"quantization_config": {"bits": 4}}, "its weights are quantised as 'None'"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "it: cannot be loaded"),
     ],
 )
