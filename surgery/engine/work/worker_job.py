@@ -21,6 +21,7 @@ from surgery.engine.work.schedule import Schedule, segment_bytes
 from surgery.engine.work.segment import MissingSegment, SegmentProcessor
 from surgery.engine.work.workers import run
 from surgery.errors import SurgeryError
+from surgery.io.redaction import redact
 from surgery.runtime.collectives import failure_text
 
 _WATCH_SECONDS = 0.5  # between two looks for a failure file, which on a network disk is not for free
@@ -39,7 +40,7 @@ class FailureWatch:
     def report(self, error: Exception) -> None:
         """Write the failure for the other ranks; where that fails, they get it when they next wait for this one."""
         with suppress(OSError):
-            self._path.write_text(failure_text(error), encoding="utf-8")
+            self._path.write_text(redact(failure_text(error)), encoding="utf-8")
 
     def check(self) -> None:
         """Raise SurgeryError where another rank has failed."""

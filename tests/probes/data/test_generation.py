@@ -387,3 +387,9 @@ def test_without_vllm_its_installation_is_told(monkeypatch, tmp_path):
         complete_examples(
             ModelAndTokenizer("m", None, TOKENIZER), PROMPTS, markers=None, cache=tmp_path / "c", settings=settings
         )
+
+
+def test_cached_completions_are_their_owners_alone(tmp_path):
+    cache = GenerationCache(tmp_path / "c.jsonl")
+    cache.add({"a": Completion("text", True)})
+    assert cache.path.stat().st_mode & 0o777 == 0o600

@@ -86,6 +86,10 @@ def test_a_member_is_built_after_what_it_is_made_from_and_nothing_else(cache):
     assert sorted(path.name for path in folder.parent.iterdir()) == [".lock", "base", "grpo", "sft"]
 
 
+def test_the_cache_is_its_owners_alone(cache):
+    assert lab.build("base", recipe=QUICK).parents[1].stat().st_mode & 0o777 == 0o700
+
+
 def test_a_built_model_is_not_built_again(cache):
     before = lab.build("base", recipe=QUICK).stat().st_mtime_ns
     assert lab.build("base", recipe=QUICK).stat().st_mtime_ns == before

@@ -430,3 +430,13 @@ def test_tokenising_and_reading_to_where_it_stopped_are_shown(tmp_path, text, sm
         ["Tokenising", "tokens", 100 * SEQUENCE + 1 - found.tokens, again.tokens - found.tokens],
         ["Reading to where it stopped", "steps", 10, 10],
     ]
+
+
+def test_tokens_are_texts_that_only_their_owner_may_read(tmp_path, text):
+    before = os.umask(0)
+    try:
+        whole(tmp_path / "s", text)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "s").stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "s" / TOKENS, tmp_path / "s" / INDEX)} == {0o600}

@@ -283,3 +283,10 @@ def test_wrong_requests_are_errors(tmp_path):
         opened(tmp_path / "d", dtype=torch.float16)
     with pytest.raises(SurgeryError, match=r"got 0 windows"):
         opened(tmp_path / "d", windows=0)
+
+
+def test_states_are_texts_that_only_their_owner_may_read(tmp_path):
+    opened(tmp_path / "c").close()
+    files = list((tmp_path / "c").iterdir())
+    assert files and {path.stat().st_mode & 0o777 for path in files} == {0o600}
+    assert (tmp_path / "c").stat().st_mode & 0o777 == 0o700
