@@ -25,7 +25,7 @@ PACKAGES = ("cli", "merges", "probes", "surgery")
 # Where text is escaped, and where a process that is no command answers its parent.
 PRINTING = {"cli/console.py", "surgery/runtime/terminal.py", "surgery/models/chat_template_worker.py"}
 PRINTERS = {
-    *("print", "echo", "secho", "pprint", "input"),
+    *("print", "echo", "secho", "pprint", "input", "confirm"),
     *("print_exc", "print_exception", "StreamHandler", "Console", "Live"),
 }
 STREAMS = {"sys.stdout", "sys.stderr", "sys.__stdout__", "sys.__stderr__"}

@@ -178,5 +178,6 @@ def test_who_pushes_is_told_what_nobody_else_has(server: HubServer, out: Path, r
     push(out, REPO, notify=messages.append)
     assert messages == [
         "Nobody else has what it was made from, so nobody can make it again: "
-        + ", ".join(str(results / name) for name in ("target", "tuned", "base"))
+        + ", ".join(str(results / name) for name in ("target", "tuned", "base")),
+        f"{REPO}: is new, and private.",
     ]
