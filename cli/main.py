@@ -17,7 +17,7 @@ from cli.commands import run as recipes
 from surgery.errors import FAILED, SurgeryError
 from surgery.io.escaping import one_line
 from surgery.runtime import environment as process
-from surgery.runtime.interrupts import redeliver_dropped_interrupts
+from surgery.runtime.interrupts import redeliver_dropped_interrupts, stop_at_termination, stopped_exit_code
 from surgery.runtime.terminal import escape_output
 
 # Here, since these commands read or run the app's others: see `cli.app`.
@@ -57,6 +57,9 @@ def program() -> None:
     # Before torch is imported, which reads its settings then.
     process.configure_cli_process()
     redeliver_dropped_interrupts()
+    # A launcher ends all of its processes when one of them fails: those that wait for another would not notice.
+    if process.n_processes() == 1:
+        stop_at_termination()
     try:
         run()
     # As the interpreter does: None is success, a number the exit code, and anything else a failure.
@@ -77,8 +80,7 @@ def run() -> None:
     except SurgeryError as error:
         _leave(error, str(error), error.exit_code)
     except (StoppedError, KeyboardInterrupt) as error:
-        # 128 + the number of SIGINT, as shells count.
-        _leave(error, "stopped. The same command goes on where it was.", 130)
+        _leave(error, "stopped. The same command goes on where it was.", stopped_exit_code())
     # From a library, of which our own code does not know what it was writing: a full disk, a pipe that was closed.
     except OSError as error:
         _leave(error, one_line(f"{error.filename or 'the system'}: {error.strerror or error}"), FAILED)

@@ -15,6 +15,7 @@ from cli import options as o
 from cli.app import app
 from cli.signatures import Signature, signatures
 from surgery.recipes.types import Command, NamesInput, NamesOutput
+from surgery.runtime.interrupts import stopped_exit_code
 
 if TYPE_CHECKING:
     from surgery.recipes.run.preview import RunPreview
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 EPILOG = "Example: surgery run reasoning-vector --set scale=0.5 -o runs/half"
 FILE = Path("recipes.yaml")
 RUNS = Path("runs")
-STOPPED = 130  # the exit code of what Ctrl-C ended: 128 + SIGINT, as shells count
 
 # Commands that are no steps: they run recipes, leave nothing behind, or leave this machine.
 NO_STEPS = frozenset({"run", "push", "reproduce", "lab list", "lab build", "merge methods", "probe show"})
@@ -104,7 +104,7 @@ def run(
         )
     except KeyboardInterrupt as stopped:
         console.error(f"stopped. {again} goes on where it was.")
-        raise typer.Exit(STOPPED) from stopped
+        raise typer.Exit(stopped_exit_code()) from stopped
     if as_json:
         console.show_json(_record(report, folder))
     elif dry_run:

@@ -1,4 +1,4 @@
-"""Handle Ctrl-C: defer it to a safe point, and deliver it again where Python would drop it."""
+"""Handle Ctrl-C and SIGTERM: defer them to a safe point, and deliver them again where Python would drop them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from types import FrameType
 
 # Seconds until a dropped Ctrl-C is delivered again: time for the callback that dropped it to return.
 REDELIVERY_DELAY = 0.02
+
+_stopped_by = signal.SIGINT
 
 
 class DeferredInterrupt:
@@ -38,6 +40,26 @@ class DeferredInterrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+
+
+def stop_at_termination() -> None:
+    """Let SIGTERM stop this process as Ctrl-C does, for the rest of it; only programs call this.
+
+    `kill`, `timeout`, container engines and batch systems send it, some a while before they send SIGKILL.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def stopped_exit_code() -> int:
+    """Return the exit code of a process that was stopped, as shells count: 128 + the signal, SIGINT or SIGTERM."""
+    return 128 + _stopped_by
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    global _stopped_by
+    _stopped_by = signal.Signals(number)
+    # By the handler of Ctrl-C that is installed now, which may defer it.
+    signal.raise_signal(signal.SIGINT)
 
 
 def redeliver_dropped_interrupts() -> None:

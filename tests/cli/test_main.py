@@ -114,7 +114,8 @@ def test_the_installed_program_leaves_with_the_commands_exit_code_and_all_of_its
 
 
 @pytest.mark.slow
-def test_ctrl_c_is_told_in_a_line_and_leaves_with_130() -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_termination_are_told_in_a_line(number: int, code: int) -> None:
     script = (
         "import time, surgery.checkpoint.inspect\nfrom cli import main\nfrom cli.commands import models\n"
         "def work(*_, **__): print('working', flush=True); time.sleep(60)\n"
@@ -125,9 +126,9 @@ def test_ctrl_c_is_told_in_a_line_and_leaves_with_130() -> None:
         [sys.executable, "-c", script, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as running:
         assert running.stdout is not None and running.stdout.readline() == "working\n"
-        running.send_signal(signal.SIGINT)
+        running.send_signal(number)
         out, err = running.communicate(timeout=60)
-    assert (running.returncode, out) == (130, "")
+    assert (running.returncode, out) == (code, "")
     assert err == "error: stopped. The same command goes on where it was.\n"
 
 

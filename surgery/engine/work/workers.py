@@ -153,6 +153,7 @@ def _start_worker(work: Callable[[Any, TensorReader], Any], files: SourceFiles, 
 def _start_forked_worker(parent: int, *start: Any) -> None:
     # Ctrl-C reaches every process of the terminal, the parent among them, which ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # or it would be a Ctrl-C
     # A worker must not continue to write when its parent was killed: the same command may already run again.
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

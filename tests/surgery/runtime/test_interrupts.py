@@ -9,7 +9,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from surgery.runtime.interrupts import DeferredInterrupt, redeliver_dropped_interrupts
+from surgery.runtime.interrupts import (
+    DeferredInterrupt,
+    redeliver_dropped_interrupts,
+    stop_at_termination,
+    stopped_exit_code,
+)
 
 
 def press() -> None:
@@ -108,3 +113,17 @@ def test_other_errors_that_python_drops_are_printed_as_ever(capfd: pytest.Captur
     Broken()
     assert "Exception ignored in" in (err := capfd.readouterr().err)
     assert "ValueError: broken" in err
+
+
+def test_termination_is_deferred_as_ctrl_c_is_and_has_its_own_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surgery.runtime.interrupts._stopped_by", signal.SIGINT)
+    assert stopped_exit_code() == 130
+    before = signal.getsignal(signal.SIGTERM)
+    stop_at_termination()
+    try:
+        with pytest.raises(KeyboardInterrupt), DeferredInterrupt() as deferred:
+            signal.raise_signal(signal.SIGTERM)
+            assert deferred.asked
+        assert stopped_exit_code() == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
