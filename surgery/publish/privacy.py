@@ -92,8 +92,8 @@ class _Inputs:
         path = _path(ref)
         if path is not None:
             self._add_path(ref, path)
-        elif ref.startswith(lab.PREFIX):
-            return
+        elif ref.startswith(lab.PREFIX) and "+" not in ref:
+            return  # made from nothing but texts of our own
         elif data := hub_data.parse_dataset_ref(ref):
             self._add_repository(data.repo_id, "dataset")
         elif "+" in ref.strip("+"):
