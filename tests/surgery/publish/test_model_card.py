@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from support.hostile_names import HOSTILE_NAMES, hidden_characters
 from support.hub_server import HubServer
 from support.publish import REPO, edit_manifest, failure, files_at, folder_with
 
+from surgery.publish.model_card import build_hub_card
+from surgery.publish.package import collect_files
 from surgery.publish.upload import preview_push, push
 
 pytestmark = pytest.mark.usefixtures("writable")
@@ -181,3 +185,21 @@ def test_who_pushes_is_told_what_nobody_else_has(server: HubServer, out: Path, r
         + ", ".join(str(results / name) for name in ("target", "tuned", "base")),
         f"{REPO}: is new, and private.",
     ]
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES.values(), ids=HOSTILE_NAMES)
+def test_no_name_in_a_recipe_or_command_acts_in_the_card(name: str, out: Path) -> None:
+    (out / "README.md").unlink(missing_ok=True)
+    package = collect_files(out)
+    package.manifest["command"]["line"] = name
+    text = build_hub_card(package, name, recipe=(name, f"recipe: {name}")).text
+    assert hidden_characters(text) == []
+    # Two blocks of code, and no element, picture or link.
+    tokens = MarkdownIt("gfm-like", {"linkify": False, "html": True}).parse(ModelCard(text).text)
+    kinds = [token.type for token in tokens] + [child.type for token in tokens for child in token.children or ()]
+    assert kinds.count("fence") == 1 + bool(name)
+    assert kinds.count("heading_open") == 2
+    assert {*kinds} <= {
+        *("inline", "text", "code_inline", "softbreak", "fence"),
+        *("heading_open", "heading_close", "paragraph_open", "paragraph_close"),
+    }
