@@ -26,6 +26,7 @@ from surgery.io.input_files import MAX_DATA_BYTES, read_bytes
 from surgery.io.json_io import read_json, to_json
 from surgery.io.json_records import Strict, record_text
 from surgery.io.json_records import read_record as read_file
+from surgery.io.safe_paths import contained_file, find_file
 from surgery.reporting.report import MISSING
 
 SCHEMA = 1
@@ -95,8 +96,8 @@ def read_record(run: Path, kind: str, record: type[R]) -> R:
     Raises:
         SurgeryError: there is no such folder, or it contains something else, or findings of another version.
     """
-    path = run / RESULTS
-    if not path.exists():
+    path = find_file(run, RESULTS)
+    if path is None:
         raise usage_error(
             f"has no {RESULTS}", where=run, hint=f"Give a folder that `surgery probe {kind} … -o RUN` wrote."
         )
@@ -111,7 +112,8 @@ def write_record(folder: Path, kind: str, record: FindingsRecord, model: ModelRe
 
 def findings_kind(run: Path) -> str | None:
     """Return the kind of findings in `run`; None if there are none."""
-    kind = read_json(run / RESULTS, missing={}).get("kind")
+    path = find_file(run, RESULTS)
+    kind = None if path is None else read_json(path).get("kind")
     return kind if isinstance(kind, str) else None
 
 
@@ -135,7 +137,7 @@ def write_examples(folder: Path, examples: Sequence[Example]) -> None:
 
 def read_examples(run: Path) -> list[Example]:
     """Read the examples that a run probed. Raises SurgeryError."""
-    path = run / EXAMPLES
+    path = contained_file(run, EXAMPLES)
     try:
         # Not splitlines: JSON strings may contain line separators of Unicode.
         rows = [json.loads(line) for line in read_bytes(path, limit=MAX_DATA_BYTES).decode().split("\n") if line]

@@ -25,6 +25,7 @@ from surgery.edits.heads import mean_heads, scale_heads
 from surgery.engine.edit_report import EditReport
 from surgery.engine.options import ExecutionOptions
 from surgery.errors import usage_error
+from surgery.io.safe_paths import contained_file
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,8 @@ def edit_heads(
     writing = replace(options, device="cpu")
     if choice.mode == "mean":
         assert choice.run is not None  # `select_heads` requires it
-        report = mean_heads(
-            model, out, heads=scales, means=choice.run / HEADS, measure=measure, dry_run=dry_run, options=writing
-        )
+        means = contained_file(choice.run, HEADS)
+        report = mean_heads(model, out, heads=scales, means=means, measure=measure, dry_run=dry_run, options=writing)
     else:
         report = scale_heads(model, out, scales=scales, measure=measure, dry_run=dry_run, options=writing)
     named = {str(head): scale for head, scale in sorted(scales.items())}

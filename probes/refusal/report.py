@@ -25,6 +25,7 @@ from surgery.checkpoint.selectors import Head
 from surgery.checkpoint.tensor_file import load_tensors
 from surgery.errors import SurgeryError
 from surgery.evaluation.statistics import EstimateWithInterval, Floats
+from surgery.io.safe_paths import contained_file
 from surgery.reporting.report import Figure, Report
 
 AGAIN = "Probe the model again."
@@ -105,7 +106,7 @@ def figures(folder: Path, findings: Findings) -> dict[str, Figure]:
 
 def read_traces(folder: Path) -> tuple[list[Example], list[TokenSequence], list[Floats]]:
     """Read a run's examples, their sequences (segments, with zeros for ids), and the last depth's scores of each."""
-    path = folder / TRACES
+    path = contained_file(folder, TRACES)
     examples, stored = read_examples(folder), load_tensors(path, {"ends": ("I64", 2), "scores": (None, 1)}, hint=AGAIN)
     ends = [tuple(int(end) for end in row) for row in stored["ends"]]
     scores = stored["scores"].double().numpy()

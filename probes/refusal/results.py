@@ -35,9 +35,9 @@ from probes.refusal.linear.training import find_confounds
 from surgery.errors import SurgeryError
 from surgery.evaluation.statistics import EstimateWithInterval, bootstrap_mean
 from surgery.io.json_io import jsonable
+from surgery.io.output_files import use_new_file_mode
 from surgery.models.loaded_model import LoadedModel
 
-READABLE = 0o644  # safetensors makes files that only their owner can read
 # The parts of the probe's logit must sum to it within this share of its size, by the dtype of the model. In half
 # precision every layer rounds its sum to 8 or 11 bits, and the parts are computed in fp32.
 UNEXPLAINED = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -195,7 +195,7 @@ def _save_traces(path: Path, analysis: RefusalAnalysis) -> None:
         "ends": torch.tensor([list(sequence.ends) for sequence in analysis.prepared.sequences]),
     }
     save_file(tensors, path)
-    path.chmod(READABLE)
+    use_new_file_mode(path)  # safetensors makes files that only their owner can read
 
 
 def _save_heads(path: Path, live: LoadedModel, heads: HeadAttribution) -> None:
@@ -212,4 +212,4 @@ def _save_heads(path: Path, live: LoadedModel, heads: HeadAttribution) -> None:
         projection = live.projections[layer]
         tensors[f"layer.{layer}"] = inputs.mean(0).view(projection.n_heads, projection.head_dim).contiguous()
     save_file(tensors, path)
-    path.chmod(READABLE)
+    use_new_file_mode(path)  # safetensors makes files that only their owner can read

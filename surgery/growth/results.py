@@ -16,6 +16,7 @@ from surgery.evaluation.scoring import Score
 from surgery.growth.plan import GrowthPlan, GrowthStage
 from surgery.io.atomic import write_file
 from surgery.io.json_records import Strict, read_record, record_text
+from surgery.io.safe_paths import find_file
 
 SCHEMA = 1
 KIND = "growth"
@@ -160,16 +161,16 @@ def first_and_last_loss(losses: Sequence[float]) -> tuple[float, float]:
 
 def read_training(folder: Path) -> TrainingRecord:
     """Read the record of the training that wrote the model in `folder`. Raises SurgeryError without one."""
-    path = folder / TRAINING
-    if not path.is_file():
+    path = find_file(folder, TRAINING)
+    if path is None:
         raise SurgeryError(f"has no {TRAINING}: it is no stage of a growth", where=folder)
     return read_record(path, KIND, SCHEMA, TrainingRecord, again=AGAIN)
 
 
 def read_growth(run: Path) -> Growth:
     """Read the results in the folder `run`. Raises SurgeryError without any."""
-    path = run / RESULTS
-    if not path.is_file():
+    path = find_file(run, RESULTS)
+    if path is None:
         raise usage_error(f"has no {RESULTS}", where=run, hint="Give a folder that `surgery grow run … -o RUN` wrote.")
     return read_record(path, KIND, SCHEMA, Growth, again=AGAIN)
 

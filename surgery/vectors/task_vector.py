@@ -26,6 +26,7 @@ from surgery.engine.manifest import read_manifest
 from surgery.engine.preflight import SKETCH_ELEMENTS, sketch
 from surgery.errors import SurgeryError, usage_error
 from surgery.io.atomic import MANIFEST
+from surgery.io.safe_paths import contained_file, contained_folder, find_file
 from surgery.vectors.align import AlignedModel, aligned_model
 from surgery.vectors.kernels import ADD_DIFFERENCE, ADD_VECTOR
 
@@ -60,7 +61,7 @@ class TaskVector:
 
     def sketch(self) -> dict[str, Tensor]:
         """Read the sketch of the donors' base. Raises SurgeryError where it is missing, or is no sketch."""
-        path = self.donor / SKETCH
+        path = contained_file(self.donor, SKETCH)
         entries = read_header(path).entries
         for entry in entries:
             if entry.dtype != "F32" or len(entry.shape) != 1 or entry.shape[0] > SKETCH_ELEMENTS:
@@ -78,7 +79,7 @@ def open_vector(ref: str | Path) -> TaskVector:
     folder = existing_path(str(ref))
     if folder is None or not folder.is_dir():
         raise usage_error("no such vector folder", where=ref, hint="`surgery vector extract` writes one.")
-    if not (folder / MANIFEST).is_file():
+    if find_file(folder, MANIFEST) is None:
         raise usage_error(
             "is not a vector: it has no surgery.json",
             where=ref,
@@ -89,9 +90,11 @@ def open_vector(ref: str | Path) -> TaskVector:
     if manifest["kind"] != "vector" or vector.get("format") != FORMAT:
         raise usage_error(f"holds a {manifest['kind']}, expected a vector of format {FORMAT}", where=ref)
     # The donor's config is in a subfolder, or tools would take the vector's folder for a model.
-    config = read_config(folder / DONOR / CONFIG, missing={})
+    # A folder that led elsewhere would count as its own, with all that is in it.
+    donor = contained_folder(folder, DONOR)
+    config = {} if find_file(donor, CONFIG) is None else read_config(donor / CONFIG)
     checkpoint = replace(open_checkpoint(folder), ref=str(ref), config=config)
-    return TaskVector(checkpoint, frozenset(vector["zero"]), folder / DONOR, manifest)
+    return TaskVector(checkpoint, frozenset(vector["zero"]), donor, manifest)
 
 
 @dataclass(frozen=True)

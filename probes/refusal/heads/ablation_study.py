@@ -33,6 +33,7 @@ from surgery.checkpoint.tensor_file import load_tensors
 from surgery.engine.options import ExecutionOptions
 from surgery.errors import usage_error
 from surgery.evaluation.statistics import bootstrap_mean
+from surgery.io.safe_paths import contained_file
 
 HARMLESS = "harmless/complied"
 # A head that adds less than this share of what the set has gained already is not worth its side effects.
@@ -239,7 +240,7 @@ class AblationStudy:
         """Layer → (W,): the mean input of the output projection, as the run stored it."""
         names = {layer: f"layer.{layer}" for layer in self._probed.live.projections}
         stored = load_tensors(
-            self._run / HEADS, dict.fromkeys(names.values(), (None, 2)), hint="Probe the model again."
+            contained_file(self._run, HEADS), dict.fromkeys(names.values(), (None, 2)), hint="Probe the model again."
         )
         return {layer: stored[name].flatten() for layer, name in names.items()}
 

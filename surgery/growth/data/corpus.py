@@ -14,6 +14,7 @@ Text is UTF-8. Parquet and the Hub need the extra `data`.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,7 +33,9 @@ from surgery.errors import SurgeryError, first_line, usage_error
 from surgery.hub import datasets as hub_data
 from surgery.hub import download as hub
 from surgery.io.hashing import KEY, hash_text
+from surgery.io.input_files import open_regular
 from surgery.io.patterns import glob_paths, has_wildcard
+from surgery.io.safe_paths import check_contained
 
 FIELD = "text"
 # Size of the shuffle buffer: a small corpus is shuffled as a whole, a large one in bounded memory.
@@ -216,13 +219,15 @@ def _open(ref: str, field: str, commits: Mapping[str, str]) -> _Files | _Hub:
 
 
 def _text_files(folder: Path) -> tuple[Path, ...]:
-    """Return all text and row files under `folder`, sorted."""
+    """Return all text and row files under `folder`, sorted; a link that leads out of it is an error."""
     found = []
     for inside, folders, files in os.walk(folder, onerror=_raise):
         # In place: os.walk then does not enter the others (.git, .venv).
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(inside, name) for name in files if not name.startswith(".")]
-    paths = tuple(sorted(path for path in found if path.is_file() and (_is_rows(path) or _holds_text(path))))
+    for path in found:
+        check_contained(folder, path)  # a stranger's data must not have a private file learnt
+    paths = tuple(sorted(path for path in found if _is_rows(path) or _holds_text(path)))
     if not paths:
         raise usage_error(f"holds no text: none of its {len(found)} files is text, JSONL or Parquet", where=folder)
     return paths
@@ -232,7 +237,9 @@ def _matching_files(ref: str, field: str) -> _Files:
     """Return the text and row files that the glob `ref` matches."""
     pattern = Path(ref).expanduser()
     base = Path(*takewhile(lambda part: not has_wildcard(part), pattern.parts))
-    found = [path for path in map(Path, glob_paths(ref)) if path.is_file()]
+    found = [path for path in map(Path, glob_paths(ref)) if not path.is_dir()]
+    for path in found:
+        check_contained(base, path)
     if not found:
         data_set = f" A Hub data set is given as {hub_data.REF_FORMAT}." if ":" in ref else ""
         raise usage_error("matches no file", where=ref, hint=f"Looked in {base.absolute()}.{data_set}")
@@ -253,7 +260,7 @@ def _is_rows(path: Path) -> bool:
 
 
 def _holds_text(path: Path) -> bool:
-    with _reading(path), path.open("rb") as file:
+    with _reading(path), open_regular(path) as file:
         return b"\0" not in file.read(_SNIFFED)
 
 
@@ -267,7 +274,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _hash_file(path: Path) -> str:
     state = xxh3_128()
-    with _reading(path), path.open("rb") as file:
+    with _reading(path), open_regular(path) as file:
         while chunk := file.read(_CHUNK):
             state.update(chunk)
     return state.hexdigest()
@@ -279,15 +286,17 @@ def _time_of_change(path: Path) -> str:
 
 def _text_file(path: Path, field: str) -> Iterator[Document]:
     try:
-        with _reading(path):
+        with _reading(path), open_regular(path) as file:
             # Decoded as `perplexity` does, so that a model is measured on the same text that it is trained on.
-            yield Document(str(path), path.read_text(encoding="utf-8-sig"))
+            with io.TextIOWrapper(file, encoding="utf-8-sig") as text:
+                content = text.read()
+        yield Document(str(path), content)
     except UnicodeDecodeError as error:
         raise _no_utf8(path, error) from error
 
 
 def _jsonl(path: Path, field: str) -> Iterator[Document]:
-    with _reading(path), path.open("rb") as file:
+    with _reading(path), open_regular(path) as file:
         # As bytes: text mode would split lines at Unicode separators inside JSON strings.
         for number, raw in enumerate(file, start=1):
             where = f"{path}:{number}"
