@@ -286,10 +286,9 @@ def _time_of_change(path: Path) -> str:
 
 def _text_file(path: Path, field: str) -> Iterator[Document]:
     try:
-        with _reading(path), open_regular(path) as file:
-            # Decoded as `perplexity` does, so that a model is measured on the same text that it is trained on.
-            with io.TextIOWrapper(file, encoding="utf-8-sig") as text:
-                content = text.read()
+        # Decoded as `perplexity` does, so that a model is measured on the same text that it is trained on.
+        with _reading(path), io.TextIOWrapper(open_regular(path), encoding="utf-8-sig") as text:
+            content = text.read()
         yield Document(str(path), content)
     except UnicodeDecodeError as error:
         raise _no_utf8(path, error) from error

@@ -302,3 +302,18 @@ def test_a_fingerprint_of_much_text_knows_sizes_and_times(tree, monkeypatch):
     assert fingerprint([str(tree)]) == first
     os.utime(tree / "a.txt", (0, 0))
     assert fingerprint([str(tree)]) != first
+
+
+def test_a_link_that_leads_out_of_a_corpus_is_not_learnt(tree, tmp_path):
+    (tmp_path / "secret").write_text("mine")
+    (tree / "notes.txt").symlink_to(tmp_path / "secret")
+    for ref in (tree, tree / "*.txt"):
+        with pytest.raises(SurgeryError, match=r"notes\.txt: is a link that leads out of its folder, to .*secret"):
+            list(documents([str(ref)]))
+
+
+def test_a_pipe_in_a_corpus_is_called_one(tree):
+    os.mkfifo(tree / "pipe.txt")
+    for ref in (tree, tree / "*.txt", tree / "pipe.txt"):
+        with pytest.raises(SurgeryError, match=r"pipe\.txt: is a pipe, expected a file"):
+            list(documents([str(ref)]))
