@@ -193,7 +193,7 @@ def test_record_of_an_undo_file(copies: Path) -> None:
 def test_journal_of_an_unfinished_output(tmp_path: Path) -> None:
     fingerprint = "x"
     with Journal(tmp_path, fingerprint) as journal:
-        journal.append(SegmentRecord(0, 0, "0" * 32, ("1" * 32,), (0.5, 1.0)))
+        journal.append(SegmentRecord(0, 0, "0" * 32, ("1" * 32, ""), (0.5, 1.0)))
     path = tmp_path / "journal.jsonl"
     first, line = path.read_bytes().splitlines()
     record = tmp_path.with_name("line.json")

@@ -152,7 +152,8 @@ def _parse(line: bytes) -> SegmentRecord:
     # `type … is`, since isinstance would accept true and false as numbers.
     if not all(type(number) is int and number >= 0 for number in (tensor, segment)):
         raise ValueError("a segment has no number")
-    if not all(len(bytes.fromhex(text)) == DIGEST_BYTES for text in (digest, *inputs)):
+    # An input that is not hashed segment by segment, such as one with its rows in another order, has an empty one.
+    if not all(len(bytes.fromhex(text)) == DIGEST_BYTES for text in (digest, *filter(None, inputs))):
         raise ValueError("a digest is cut short")
     return SegmentRecord(tensor, segment, digest, tuple(inputs), tuple(float(number) for number in sums))
 
