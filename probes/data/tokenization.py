@@ -26,6 +26,7 @@ from probes.data.markers import (
 from surgery.errors import ErrorList, usage_error
 from surgery.io.hashing import hash_text
 from surgery.models.chat_template import render_chat
+from surgery.models.special_tokens import warn_of_special_tokens
 from surgery.runtime.quiet_libraries import quiet
 
 # Some templates write today's date by strftime_now. The same data must give the same ids tomorrow, so they always get
@@ -128,6 +129,9 @@ def build_sequences(
             markers, was never closed; the chat template rejects it; it is too long, or its prompt has no tokens.
     """
     errors = ErrorList()
+    # Of the conversations alone: thinking and response may be the model's own, with its own tokens in them.
+    contents = (message.get("content") for example in examples for message in example.messages)
+    warn_of_special_tokens(tokenizer, (text for text in contents if isinstance(text, str)), where=where)
     texts: list[tuple[Example, _Text]] = []
     for example in split_responses(examples, markers):
         with errors.collect(f"{where}: example {example.key}", usage=True):

@@ -24,6 +24,7 @@ from surgery.evaluation.scoring import Measure, Score
 from surgery.evaluation.statistics import Z
 from surgery.io.input_files import read_given_text
 from surgery.models.loading import ModelAndTokenizer
+from surgery.models.special_tokens import warn_of_special_tokens
 from surgery.runtime.progress import Progress, silent
 from surgery.runtime.quiet_libraries import quiet
 
@@ -121,6 +122,7 @@ def perplexity_of(
         SurgeryError: the text is shorter than two tokens.
     """
     name, model, tokenizer = loaded.name, loaded.model, loaded.tokenizer
+    warn_of_special_tokens(tokenizer, text.documents[:limit], where=text.name)
     windows, n_bytes = _windows_of(model, tokenizer, text.documents[:limit])
     if not windows:
         raise SurgeryError(

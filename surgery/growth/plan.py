@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from surgery.errors import listing, usage_error
-from surgery.growth.choices import LayerInit, LayerPosition
+from surgery.growth.choices import LayerInit, LayerPosition, SpecialTokens
 from surgery.io.json_records import Strict
 from surgery.io.yaml_models import dump_yaml, n_bytes, parse_model, read_text
 
@@ -160,9 +160,10 @@ class Evaluation(Strict):
 class GrowthPlan(Strict):
     """A whole growth.
 
-    embed: a frozen embedding (`surgery grow embed`), on which a model of the shape `model` is created; or start: the
-    model that is deepened. corpus: texts, see `surgery.growth.data.corpus`. field: the column of a corpus's records
-    with the text. sequence: tokens in a window. batch: windows in an optimizer step. dtype: of stored checkpoints.
+    embed: a frozen embedding (`surgery grow embed`), on which a model of the shape `model` is created; or start:
+    the model that is deepened. corpus: texts, see `surgery.growth.data.corpus`. field: the column of a corpus's
+    records with the text. special_tokens: what the text of a special token in the corpus is, text or that token.
+    sequence: tokens in a window. batch: windows in an optimizer step. dtype: of stored checkpoints.
     """
 
     embed: str | None = None
@@ -170,6 +171,7 @@ class GrowthPlan(Strict):
     start: str | None = None
     corpus: Names = ()
     field: str = "text"
+    special_tokens: SpecialTokens = "text"
     sequence: PositiveInt = 256
     batch: PositiveInt = 16
     seed: int = 0

@@ -35,7 +35,7 @@ LOCK = ".lock"  # while a process trains in the folder
 # Parts of a plan that are not in a run's key: they change no weights, or their content is hashed instead of their path;
 # stages have keys of their own.
 NOT_IN_KEY: dict[str, Any] = {
-    **dict.fromkeys(("evaluate", "stages", "embed", "start", "corpus"), True),
+    **dict.fromkeys(("evaluate", "stages", "embed", "start", "corpus", "special_tokens"), True),
     "cache": {"use", "disk", "folder"},
     "model": {"config"},
 }

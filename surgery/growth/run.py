@@ -114,6 +114,7 @@ def create_run_context(prepared: PreparedRun, options: RunOptions) -> RunContext
         field=plan.field,
         eos=prepared.tokenizer.eos_token_id,
         vocab_size=prepared.vocab_size,
+        parse_special=plan.special_tokens == "parse",
         progress=options.progress,
     )
     # From now on the folder is recognised as a growth's, whatever ends this run.

@@ -39,6 +39,17 @@ def read_index(index: Path) -> tuple[dict[str, Any], StreamState] | None:
     return made_of, state
 
 
+def check_size(tokens: Path, state: StreamState, width: int) -> None:
+    """Raise SurgeryError where the file `tokens` has fewer than the committed tokens, of `width` bytes each."""
+    size = tokens.stat().st_size if tokens.is_file() else 0
+    if size < state.tokens * width:
+        raise SurgeryError(
+            f"holds {size:,} bytes, but tokens.json counts {state.tokens:,} tokens of {width} bytes",
+            where=tokens,
+            hint="Remove both, so that they are made again.",
+        )
+
+
 def no_index(index: Path) -> SurgeryError:
     """Return the error for a damaged index."""
     return SurgeryError("is no index of a token stream", where=index, hint="Remove its folder.")

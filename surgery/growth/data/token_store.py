@@ -32,7 +32,7 @@ from surgery.growth.data.corpus import (
     open_corpus,
     shuffle,
 )
-from surgery.growth.data.token_index import StreamState, no_index, read_index
+from surgery.growth.data.token_index import StreamState, check_size, no_index, read_index
 from surgery.io.atomic import disk_error, write_file
 from surgery.io.escaping import json_text
 from surgery.io.hashing import hash_text
@@ -74,6 +74,7 @@ class TokenStore:
         field: str = FIELD,
         eos: int,
         vocab_size: int,
+        parse_special: bool = False,
         progress: Progress = silent,
     ) -> None:
         """Open the stream in `folder`, or start a new one; nothing is tokenised yet.
@@ -84,6 +85,7 @@ class TokenStore:
             sequence: tokens of a window, without the last one, which is only predicted.
             eos: the id that follows each document.
             vocab_size: rows of the embedding.
+            parse_special: whether the text of a special token in the corpus becomes that token.
 
         Raises:
             SurgeryError: the corpus cannot be opened; the tokenizer cannot be used, or is not this embedding's; the
@@ -96,7 +98,9 @@ class TokenStore:
         self._eos, self._vocab_size, self._progress = eos, vocab_size, progress
         # Little-endian on every machine, as the file may be moved.
         self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-        self._tokenizer = backend_copy(tokenizer)
+        self._parse_special = parse_special
+        self._tokenizer = backend_copy(tokenizer, parse_special=parse_special)
+        self._tokenizer_hash = hash_text(backend_copy(tokenizer).to_str())
         self._stream: Iterator[Document] | None = None
         self._made_of: dict[str, Any]
         self._state: StreamState
@@ -191,11 +195,11 @@ class TokenStore:
         # A data set whose branch has moved on the Hub is read on at its old commit.
         made_of = self._settings(open_corpus(self._refs, field=self._field, commits=commits).fingerprint())
         self._check_same(made_of, before)
-        self._check_size(state)
+        check_size(self._folder / TOKENS, state, self._dtype.itemsize)
         return made_of, state
 
     def _check_same(self, made_of: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-        changed = [name for name in made_of if made_of[name] != before.get(name)]
+        changed = [name for name in dict.fromkeys([*made_of, *before]) if made_of.get(name) != before.get(name)]
         if changed:
             raise SurgeryError(
                 f"these tokens were made with another {' and '.join(changed)}",
@@ -203,25 +207,17 @@ class TokenStore:
                 hint="Put back what was changed, or begin anew in another folder.",
             )
 
-    def _check_size(self, state: StreamState) -> None:
-        path = self._folder / TOKENS
-        size = path.stat().st_size if path.is_file() else 0
-        if size < state.tokens * self._dtype.itemsize:
-            raise SurgeryError(
-                f"holds {size:,} bytes, but {INDEX} counts {state.tokens:,} tokens of {self._dtype.itemsize} bytes",
-                where=path,
-                hint="Remove both, so that they are made again.",
-            )
-
     def _settings(self, corpus: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "version": VERSION,
             "corpus": corpus,
-            "tokenizer": hash_text(self._tokenizer.to_str()),
+            "tokenizer": self._tokenizer_hash,
             "seed": self._seed,
             "end-of-text id": self._eos,
             "dtype": self._dtype.name,
             "shuffle": [BUFFER_DOCUMENTS, BUFFER_CHARACTERS],
+            # Only where they are text: streams that are older than the choice were made with it the other way.
+            **({} if self._parse_special else {"reading of special tokens": "text"}),
         }
 
     def _tokenise(self, needed: int) -> StreamState:
@@ -255,7 +251,7 @@ class TokenStore:
         if state == self._written and found:
             return
         self._check_same(self._made_of, made_of)
-        self._check_size(state)
+        check_size(self._folder / TOKENS, state, self._dtype.itemsize)
         if state.tokens < self._written.tokens:
             raise SurgeryError("was begun anew by another run", where=self._folder, hint="Run the command again.")
         # The open documents follow the state that this store knew.

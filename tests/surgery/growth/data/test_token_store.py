@@ -274,6 +274,20 @@ def test_a_folder_that_another_run_writes_to_is_left_alone(tmp_path, text, small
     assert found.documents == 300
 
 
+def test_a_special_token_in_the_corpus_is_text_unless_it_is_asked_to_be_that_token(tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("one<|endoftext|>two")
+    plain, parsed = store(tmp_path / "text", texts), store(tmp_path / "parse", texts, parse_special=True, sequence=4)
+    plain.require(1)
+    parsed.require(1)
+    read = [np.fromfile(tmp_path / name / TOKENS, "<u2").tolist() for name in ("text", "parse")]
+    assert [ids.count(EOS) for ids in read] == [1, 2]
+    assert plain.identity != parsed.identity
+    for name, parse in (("text", True), ("parse", False)):
+        with pytest.raises(SurgeryError, match="these tokens were made with another reading of special tokens"):
+            store(tmp_path / name, texts, parse_special=parse)
+
+
 def test_a_stream_that_another_run_began_anew_is_not_mixed_with_the_old_one(tmp_path, text, small_steps):
     found = store(tmp_path / "s", text)
     found.require(20)
