@@ -16,7 +16,7 @@ from surgery.engine.plan import Plan
 from surgery.engine.result import ExecutionResult
 from surgery.errors import SurgeryError, listing
 from surgery.io.atomic import MANIFEST
-from surgery.io.command_line import option_words
+from surgery.io.command_line import command_words, option_words
 from surgery.io.hashing import KEY, hash_tensors
 from surgery.io.json_fields import shown
 from surgery.io.json_io import read_json, to_json
@@ -151,7 +151,7 @@ def read_manifest(folder: Path, *, needs: Sequence[str] = ()) -> dict[str, Any]:
 def command_record(name: str, arguments: Sequence[str], **options: Any) -> dict[str, Any]:
     """Return the manifest's record of a command: name, arguments, options, and the line that repeats it."""
     # OUT instead of the folder's name: the manifest is the same wherever it was written.
-    words = ["surgery", *name.split(), *map(str, arguments), "-o", "OUT", *option_words(options)]
+    words = ["surgery", *command_words(name, list(map(str, arguments)), ["-o", "OUT", *option_words(options)])]
     return {
         "name": name,
         "arguments": list(map(str, arguments)),

@@ -85,6 +85,9 @@ class FileHashCache:
 
     def is_intact(self, path: Path, files: Mapping[str, str]) -> bool:
         """Whether the files hashed in `files` by `hash_files` are unchanged; files added since do not matter."""
+        # run.json may be a stranger's: nothing outside of the step's folder is read for it.
+        if any(PurePath(name).is_absolute() or ".." in PurePath(name).parts for name in files):
+            return False
         try:
             return path.exists() and all(
                 self.hash_file(path if name == "." else path / name) == digest for name, digest in files.items()

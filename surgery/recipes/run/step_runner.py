@@ -15,10 +15,11 @@ from surgery.checkpoint.checkpoint import existing_path
 from surgery.errors import SurgeryError, usage_error
 from surgery.io.atomic import disk_error, remove_path, write_file
 from surgery.io.output_folder import atomic_folder
+from surgery.io.safe_paths import check_contained
 from surgery.recipes.run.cache_keys import KeyedOutput, cache_key
 from surgery.recipes.run.content_hashes import WEIGHTS, FileHashCache, output_hash
 from surgery.recipes.run.inputs import InputResolver
-from surgery.recipes.run.paths import RunPaths, StepPaths, command_line, dependencies
+from surgery.recipes.run.paths import STEPS, RunPaths, StepPaths, command_line, dependencies
 from surgery.recipes.run.preview import is_intact, must_score_again
 from surgery.recipes.run.state import RunRecord, StepRecord, last_lines
 from surgery.recipes.types import Given, Pipeline, RecipeStep, StepOutput
@@ -133,6 +134,10 @@ class StepRunner:
         return files, {path.name: self._hashes.hash_file(path) for path in texts}
 
     def _prepare_folder(self, step: RecipeStep, step_paths: StepPaths, key: str, *, goes_on: bool) -> None:
+        # RUN may have come with a stranger's recipe: what is written must not go where a link in it leads.
+        for path in (self.paths.run / STEPS, step_paths.folder, step_paths.out):
+            if path.is_symlink():
+                raise usage_error("is a link, expected a folder of the run", where=path, hint="Remove it.")
         if not goes_on:
             remove_path(step_paths.folder)
         elif not (step.command.goes_on or step.command.changes):
@@ -189,6 +194,10 @@ def _copy(source: Path, target: Path) -> None:
     Weights become hard links where the disk allows, because they are never written in place. All else is copied byte
     for byte, because logs are appended to.
     """
+    for path in sorted(source.rglob("*")):
+        # What a link leads to would be copied with the rest, from anywhere on this machine.
+        if path.is_symlink() or not path.is_dir():
+            check_contained(source, path)
     with atomic_folder(target, suffix=COPYING) as partial:
         shutil.copytree(source, partial, dirs_exist_ok=True, copy_function=_link_or_copy)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support.audit import tree
+from support.audit import tree, watch_files
 from support.cli import Surgery, commands_in
 from support.hub_server import HubServer
 from support.recipe_runs import make_models
@@ -306,6 +306,35 @@ def test_scores_go_into_no_card_outside_of_the_run(
     assert said.code == 0, said.err
     assert tree(tmp_path / "mine") == before
     assert (folder / "run/steps/inside/out/scores.json").is_file()
+
+
+def test_a_link_in_the_run_s_folder_leads_nowhere(
+    surgery: Surgery, folder: Path, models: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe(folder, {"v": {"run": "verify", "with": {"model": str(models["base"])}}})
+    assert surgery("run", "r", "-o", "run").code == 0
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim/kept.txt").write_text("kept")
+    (folder / "run/steps").rename(folder / "run/moved")
+    (folder / "run/steps").symlink_to(tmp_path / "victim")
+    said = surgery("run", "r", "-o", "run", "--from", "v")
+    assert said.code == 2 and "is a link, expected a folder of the run" in said.err
+    assert tree(tmp_path / "victim") == {"kept.txt": b"kept"}
+
+
+def test_a_record_of_a_run_reads_nothing_outside_of_it(
+    surgery: Surgery, folder: Path, models: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe(folder, {"v": {"run": "verify", "with": {"model": str(models["base"])}}})
+    assert surgery("run", "r", "-o", "run").code == 0
+    record = json.loads((folder / "run/run.json").read_text())
+    record["steps"]["v"]["files"] |= {"../../../../secret.txt": "0", "/etc/hostname": "0"}
+    (folder / "run/run.json").write_text(json.dumps(record))
+    (tmp_path / "secret.txt").write_text("x")
+    with watch_files() as watched:
+        found = surgery("run", "r", "-o", "run", "--dry-run")
+    assert "to do" in found.out
+    assert not {tmp_path / "secret.txt", Path("/etc/hostname").resolve()} & watched.read
 
 
 # The file itself
