@@ -144,7 +144,10 @@ def _hash(body: Mapping[str, Any]) -> str:
 
 
 def _read(folder: Path, fingerprint: str) -> TrainingState:
-    content = read_json(folder / NUMBERS)
+    try:
+        content = read_json(folder / NUMBERS)
+    except SurgeryError as error:
+        raise ValueError(str(error)) from error  # told with what to do about it, if no older state is whole
     body = content["state"]
     if content["hash"] != _hash(body):
         raise ValueError(f"{NUMBERS} does not match its hash")
