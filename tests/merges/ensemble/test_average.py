@@ -332,7 +332,7 @@ def test_different_tokens_are_refused(pair: tuple[str, str], tmp_path: Path) -> 
         ({"model_type": "t5"}, r"is no causal language model \(model_type 't5'\)"),
         ({"model_type": "mamba", "architectures": None}, "keeps its state elsewhere than in a key-value cache"),
         ({"model_type": "logit_ensemble"}, "is an ensemble itself"),
-        ({"num_attention_heads": "many"}, "has a config.json that transformers refuses"),
+        ({"rms_norm_eps": "many"}, "has a config.json that transformers refuses"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"is quantised \(gptq\)"),
     ],
 )
