@@ -12,9 +12,7 @@ from surgery.io.json_fields import (
     FLAG,
     LIST,
     TABLE,
-    TABLES,
     TEXT,
-    TEXT_TABLE,
     TEXTS,
     FieldKind,
     check_fields,
@@ -63,9 +61,6 @@ _KINDS: Mapping[str, FieldKind] = {
     "quantization_config": TABLE,
     "auto_map": TABLE,
     **dict.fromkeys(NESTED, TABLE),
-    # Of a logit ensemble.
-    "members": TABLES,
-    "aliases": TEXT_TABLE,
 }
 
 
