@@ -87,7 +87,7 @@ def refuse(place: Path, message: str) -> None:
 )
 def test_a_member_cannot_name_another_folder(place: Path, name: object) -> None:
     change_record(place / "stranger", 1, name=name)
-    refuse(place, "1.json: the member .* (leads|is no name|is hidden|holds|is longer)")
+    refuse(place, "1.json: (the member .* (leads|is no name|is hidden|holds|is longer)|holds .* half of a character)")
 
 
 @pytest.mark.parametrize("name", ["a", "A"])
@@ -221,7 +221,7 @@ def test_a_link_inside_of_the_ensemble_is_followed(place: Path) -> None:
         ({"files": {}}, "is damaged"),
         ({"files": [3]}, "is damaged"),
         ({"files": [{"name": "model.safetensors", "size": True, "header": "{}"}]}, "is damaged"),
-        ({"files": [{"name": "model.safetensors", "size": 2, "header": "\ud800"}]}, "is damaged"),
+        ({"files": [{"name": "model.safetensors", "size": 2, "header": "\ud800"}]}, "half of a character"),
         ({"files": [{"name": "model.safetensors", "size": 3, "header": "{"}]}, "the header is not JSON"),
         ({"files": [{"name": "model.safetensors", "size": -1, "header": "{}"}]}, "belong to none"),
         ({"files": [{"name": "model.safetensors", "size": 1 << 62, "header": "{}"}]}, "belong to none"),
