@@ -45,6 +45,7 @@ def twice(bench: Path, measures: Any, names: tuple[str, ...] = ("m",), **how: An
     return add_scaled_models(opened, measures, bench / "run", **how)
 
 
+@pytest.mark.filterwarnings("ignore:.*its texts hold special tokens:surgery.errors.SurgeryWarning")
 def test_each_model_has_a_column_as_it_is_and_one_reinforced(bench: Path, tmp_path: Path) -> None:
     models, measures = twice(bench, on_texts([read_text(bench / "text.txt")]), scale=COLLAPSING)
     assert [(name, model.folder) for name, model in models.items()] == [
@@ -88,6 +89,7 @@ def test_the_model_is_let_go_as_it_was(bench: Path) -> None:
     assert {hooks_of(loaded) for loaded, _ in seen} == {plain[1]}
 
 
+@pytest.mark.filterwarnings("ignore:.*its texts hold special tokens:surgery.errors.SurgeryWarning")
 def test_a_phase_that_reaches_nothing_is_told_not_scored(bench: Path) -> None:
     models, measures = twice(bench, on_texts([read_text(bench / "text.txt")]), phase="generated")
     with pytest.raises(SurgeryError, match="so that --phase generated changed nothing") as caught:
