@@ -24,6 +24,7 @@ from typing import BinaryIO
 from surgery.errors import SurgeryError, first_line
 from surgery.io.atomic import JOURNAL
 from surgery.io.hashing import DIGEST_BYTES
+from surgery.io.output_files import open_output
 
 # Goes up when the form of the lines changes: an old journal's first line then differs, as another job's does.
 VERSION = 1
@@ -54,7 +55,7 @@ class Journal:
     def __init__(self, folder: Path, fingerprint: str, *, discard: bool = False) -> None:
         self._path = folder / NAME
         # Appending: a second process that fails to get the lock must not truncate the file.
-        self._file = self._path.open("a+b", buffering=0)
+        self._file = _open_journal(folder, NAME)
         self.records: dict[tuple[int, int], SegmentRecord] = {}
         try:
             self._open(folder, _header(fingerprint), discard)
@@ -70,7 +71,7 @@ class Journal:
         # Without __init__, which reads and clears the folder: rank 0 has done that for all.
         journal = cls.__new__(cls)
         journal._path = folder / f"journal-{process}.jsonl"
-        journal._file = journal._path.open("a+b", buffering=0)
+        journal._file = _open_journal(folder, journal._path.name)
         journal.records = dict(records)
         try:
             _lock(journal._file, folder)
@@ -168,9 +169,14 @@ def _lines(file: BinaryIO) -> list[bytes]:
     return file.read().split(b"\n")
 
 
+def _open_journal(folder: Path, name: str) -> BinaryIO:
+    # Never through a link that lies there, or what it leads to would be cut off.
+    return os.fdopen(open_output(folder, name, os.O_RDWR | os.O_CREAT | os.O_APPEND), "a+b", buffering=0)
+
+
 def _read_locked(path: Path, folder: Path) -> list[bytes]:
     """Return the lines of another rank's journal, once that process has ended."""
-    with path.open("r+b") as file:
+    with _open_journal(folder, path.name) as file:
         _lock(file, folder)
         return _lines(file)
 

@@ -17,6 +17,7 @@ from torch import zeros
 
 from merges.ensemble.average import average_logits
 from merges.ensemble.unpacking import unpack
+from surgery.engine.options import ExecutionOptions
 from surgery.errors import SurgeryError
 
 
@@ -243,10 +244,18 @@ def test_a_config_without_its_members_is_refused(place: Path, members: object) -
 def test_damaged_aliases_are_refused(place: Path, aliases: object) -> None:
     path = place / "stranger" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "aliases": aliases}))
-    if isinstance(aliases, dict):
-        refuse(place, "which the ensemble does not hold")
+    if aliases is not None:
+        refuse(place, '"aliases": got .*, expected a table of texts')
     else:  # nothing is shared in it: no alias is needed
         unpack(str(place / "stranger"), place / "out")
+
+
+def test_a_staging_folder_that_leads_elsewhere_is_not_written_into(place: Path) -> None:
+    (place / "out.partial").symlink_to(place / "home")
+    before = tree(place / "home")
+    with pytest.raises(SurgeryError, match="is a link"):
+        unpack(str(place / "stranger"), place / "out")
+    assert tree(place / "home") == before
 
 
 def test_a_planted_link_in_the_staging_folder_is_not_written_through(place: Path) -> None:
@@ -254,8 +263,9 @@ def test_a_planted_link_in_the_staging_folder_is_not_written_through(place: Path
     (staging / "a").mkdir(parents=True)
     (staging / "a" / "model.safetensors").symlink_to(place / "home" / ".bashrc")
     (staging / "journal.jsonl").symlink_to(place / "home" / ".bashrc")
-    with pytest.raises(SurgeryError):
-        unpack(str(place / "stranger"), place / "out")
+    for overwrite in (False, True):
+        with pytest.raises(SurgeryError):
+            unpack(str(place / "stranger"), place / "out", options=ExecutionOptions(overwrite=overwrite))
     assert (place / "home" / ".bashrc").read_text() == "mine"
 
 
