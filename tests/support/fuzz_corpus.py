@@ -10,15 +10,23 @@ from typing import Any
 import torch
 from support.architectures import add_tokenizer, build, sibling
 from support.chat_tokenizer import TEMPLATE
+from support.growth_runs import CPU, TOKENS, write_corpora, write_plan, write_substrate
 from support.merges import add_lora
 
+from merges.ensemble.average import average_logits
 from surgery.checkpoint.selectors import Head
 from surgery.edits.heads import scale_heads
 from surgery.engine.options import ExecutionOptions
+from surgery.engine.storage.journal import Journal, SegmentRecord
+from surgery.evaluation.scorecard import write_scores
+from surgery.evaluation.scoring import Score
+from surgery.growth.prepare import load_plan, prepare_run
+from surgery.growth.run import grow
 from surgery.vectors.application import transfer
 from surgery.vectors.extraction import extract
 
 ONE_THREAD = ExecutionOptions(threads=1)
+FINGERPRINT = "f" * 32  # of the job whose journal is mutated
 FAMILIES = ("gpt2", "mixtral", "gemma2", "deepseek_v3", "gpt_oss", "phi3")
 
 MERGES = {
@@ -114,6 +122,8 @@ def make_corpus(corpus: Path) -> Path:
     _models(corpus)
     _merge(corpus)
     _results(corpus)
+    _data(corpus)
+    _runs(corpus)
     return corpus
 
 
@@ -157,6 +167,42 @@ def _results(corpus: Path) -> None:
 
     for name in ("result", "edited"):
         shutil.copytree(corpus / name / "out", corpus / name / "again")  # what reproducing it gives
+
+
+def _data(corpus: Path) -> None:
+    folder = corpus / "data"
+    folder.mkdir()
+    lines = [json.dumps(row) for row in CHAT]
+    (folder / "rows.jsonl").write_text("\n".join([*lines, ""]))
+    (folder / "rows.json").write_text(json.dumps(CHAT))
+    (folder / "rows.csv").write_text('prompt,response,label\nhow,"well, so",harmless\nbad,"no\nno",harmful/refused\n')
+    (folder / "rows.txt").write_text("how are you\nbad thing\n")
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"w{i} w5"}) + "\n" for i in range(6)))
+
+
+def _runs(corpus: Path) -> None:
+    folder = corpus / "growth"
+    folder.mkdir()
+    write_corpora(folder)
+    write_substrate(folder)
+    write_plan(folder, stages=[{"tokens": TOKENS}], evaluate={"texts": ["words.txt"], "limit": 2})
+    plan = load_plan(str(folder / "plan.yml"), embed=str(folder / "emb"), corpus=[str(folder / "sums.txt")])
+    plan = plan.model_copy(update={"evaluate": plan.evaluate.model_copy(update={"texts": ()})})
+    grow(prepare_run(plan, folder / "run"), CPU)
+    # The plan names them, as people write plans.
+    write_plan(folder, embed="emb", corpus=["sums.txt"], evaluate={"texts": ["words.txt"], "limit": 2})
+    scored = corpus / "scores" / "out"
+    shutil.copytree(corpus / "result" / "out", scored)
+    write_scores(scored, [Score(str(scored), "sums", "acc", 0.5, 0.4, 0.6, 10, True)], "surgery eval out")
+    with Journal(_made(corpus / "journal" / "partial"), FINGERPRINT) as journal:
+        for segment in range(3):
+            journal.append(SegmentRecord(0, segment, "0" * 32, ("1" * 32,), (0.5, 1.0)))
+    average_logits([str(corpus / "merge" / name) for name in ("a", "b")], corpus / "ensemble" / "out")
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
 
 
 def _edit(path: Path, **values: Any) -> None:

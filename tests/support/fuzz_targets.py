@@ -11,9 +11,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from support.fuzz_corpus import FAMILIES, MERGES, ONE_THREAD
+from support.fuzz_run_targets import RUN_TARGETS
 from support.fuzzing import FuzzTarget
 
 from cli import main
+from cli.commands.reproduce import reproduce
 from cli.commands.run import run_recipe
 from merges.run import merge
 from surgery.checkpoint.inspect import inspect_checkpoint, inspect_tables
@@ -26,7 +28,6 @@ from surgery.engine.verification import verify
 from surgery.errors import FAILED, WRONG_USAGE, SurgeryError
 from surgery.evaluation import harness
 from surgery.publish.upload import preview_push
-from surgery.recipes.reproduction import reproduce
 from surgery.vectors.application import apply, transfer
 from surgery.vectors.comparison import compare
 
@@ -179,4 +180,5 @@ TARGETS = (
     FuzzTarget("push", ("result", "edited"), ("out/surgery.json", "out/README.md", "out/*"), _push, weight=2),
     FuzzTarget("recipe", ("recipes",), ("recipes.yaml",), _recipe, weight=3, named=_RECIPE, follows=True),
     FuzzTarget("recipe command", ("recipes",), _RECIPE, _recipe_command, named=_RECIPE, follows=True),
+    *RUN_TARGETS,
 )

@@ -207,7 +207,8 @@ def _outside(watched: WatchedFiles, target: FuzzTarget, folder: Path, out: Path,
     """Yield in words what was written or read where it may not."""
     writable = [out, place.folder / "tmp", *place.caches, *([folder] if target.writes else [])]
     for path in sorted(watched.written):
-        if not is_inside(path, writable) and not _is_beside(path, out):
+        # Made if it is not there.
+        if path != out.parent and not is_inside(path, writable) and not _is_beside(path, out):
             yield f"writes {path.relative_to(place.folder) if path.is_relative_to(place.folder) else path}"
     readable = [*writable, folder, place.corpus, *(Path(os.path.realpath(folder / name)) for name in target.named)]
     if target.follows:
