@@ -97,6 +97,7 @@ def _set_environment(folder: Path) -> Sequence[Path]:
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
+        "MPLCONFIGDIR": str(caches[2]),
         "MPLBACKEND": "agg",
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -122,7 +122,7 @@ def read_scores(folder: Path) -> OwnScores | None:
         SurgeryError: scores.json is damaged, or of another schema.
     """
     path = folder / SCORES
-    record = read_json(path, missing={})
+    record = {} if find_file(folder, SCORES) is None else read_json(path)
     if not record:
         return None
     if record.get("schema") != SCHEMA:
@@ -147,8 +147,12 @@ def _score(entry: Mapping[str, Any]) -> Score:
 
 def _weights(folder: Path) -> str:
     """Return the hash of all tensors that the folder's manifest lists."""
-    tensors = read_json(folder / MANIFEST).get("tensors") or {}
-    return hash_tensors({name: entry[KEY] for name, entry in tensors.items()})
+    path = folder / MANIFEST
+    tensors = read_json(path).get("tensors") or {}
+    try:
+        return hash_tensors({name: entry[KEY] for name, entry in tensors.items()})
+    except (AttributeError, KeyError, TypeError) as error:
+        raise SurgeryError('"tensors" names no hashes', where=path, hint="Fetch the file again.") from error
 
 
 def _rows(scores: Sequence[Score]) -> dict[tuple[str, str], dict[str, Score]]:

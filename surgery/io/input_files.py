@@ -55,11 +55,12 @@ def read_bytes(path: Path, *, limit: int = MAX_TEXT_BYTES) -> bytes:
     with open_regular(path) as file:
         try:
             # One byte more than allowed: the file may grow while it is read, so that its size alone proves nothing.
-            content = file.read(limit + 1)
+            known = os.fstat(file.fileno()).st_size
+            content = b"" if known > limit else file.read(limit + 1)
         except OSError as error:
             raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
-        if len(content) > limit:
-            size = max(os.fstat(file.fileno()).st_size, len(content))
+        size = max(known, len(content))
+        if size > limit:
             raise SurgeryError(
                 f"has {size:,} bytes, more than the {limit:,} that such a file may have",
                 where=path,

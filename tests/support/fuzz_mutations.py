@@ -68,7 +68,8 @@ def mutate_folder(folder: Path, files: Sequence[str], draw: random.Random) -> No
         # Each pattern gets its share, however many files another one finds.
         pattern = draw.choice(files)
         path = draw.choice([path for path in found if path.match(pattern)] or found)
-        if path.is_symlink() or path.stat().st_size > _LARGE:
+        # A change of a linked file, or of one in a linked folder, would be one of a file outside.
+        if path.resolve() != folder.resolve() / path.relative_to(folder) or path.stat().st_size > _LARGE:
             continue
         if draw.random() < 0.06:
             _replace_file(path, folder, draw)
@@ -323,8 +324,8 @@ def _replace_file(path: Path, folder: Path, draw: random.Random) -> None:
     elif kind == 6:
         path.symlink_to(draw.choice(("/dev/zero", "/dev/null", "/dev/tty")))
     elif kind == 7:
-        with path.open("wb") as file:  # sparse: it takes no room, but whoever reads it whole takes a gigabyte
-            file.truncate(10**9)
+        with path.open("wb") as file:  # sparse: it takes no room, but whoever reads it whole takes gigabytes
+            file.truncate(3 * 10**9)
     elif kind == 8:
         _bind(path)
     elif kind == 9:

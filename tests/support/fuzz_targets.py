@@ -56,6 +56,8 @@ def command(*arguments: object) -> None:
 def prepare_targets() -> None:
     """Set up this process before workers are forked from it."""
     # A name that is no task has lm-eval read its thousands of own files, once in a process. They are no input.
+    import urllib3.util.connection  # noqa: F401 - it tries once whether this machine has IPv6, by opening a socket
+
     index = harness._index
     harness._index = lru_cache(lambda defaults: index(False))  # type: ignore[assignment]
 

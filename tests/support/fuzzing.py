@@ -35,7 +35,7 @@ from surgery.errors import SurgeryError
 
 MAX_SECONDS = 2.0
 MAX_MB = 500.0
-MAX_MESSAGE = 20_000  # characters
+MAX_MESSAGE = 250_000  # characters: a thousand lines, of as many faults in one file
 # By the clock, for what waits for ever. Longer than MAX_SECONDS: a busy machine is not a fault of the input's.
 HUNG_SECONDS = 20.0
 # How often an input that took too long is run: what is slow in itself is slow each time.

@@ -30,6 +30,8 @@ from surgery.io.output_files import open_output
 VERSION = 1
 NAME = JOURNAL
 _OTHERS = "journal-*.jsonl"
+# A model of a trillion values has a million segments, with a few hundred bytes for each.
+MAX_BYTES = 1_000_000_000
 # For the lock, 2 s in all: enough for workers of a killed run to end, without keeping a user from the error.
 _TRIES, _PAUSE = 40, 0.05  # the pause in seconds
 
@@ -75,7 +77,7 @@ class Journal:
         journal.records = dict(records)
         try:
             _lock(journal._file, folder)
-            journal._continue(_header(fingerprint), _lines(journal._file))
+            journal._continue(_header(fingerprint), _lines(journal._file, folder))
         except BaseException:
             journal._file.close()
             raise
@@ -107,7 +109,7 @@ class Journal:
     def _open(self, folder: Path, header: bytes, discard: bool) -> None:
         _lock(self._file, folder)
         beside = {path: _read_locked(path, folder) for path in sorted(folder.glob(_OTHERS))}
-        lines = _lines(self._file)
+        lines = _lines(self._file, folder)
         # More than one: the last entry is what follows the last line break, so then the first line is whole.
         if len(lines) > 1 and lines[0] == header:
             for path, content in {self._path: lines, **beside}.items():
@@ -163,8 +165,15 @@ def _header(fingerprint: str) -> bytes:
     return json.dumps({"version": VERSION, "fingerprint": fingerprint}).encode()
 
 
-def _lines(file: BinaryIO) -> list[bytes]:
+def _lines(file: BinaryIO, folder: Path) -> list[bytes]:
     """Return the lines of a journal; the last entry is what follows the last line break."""
+    size = os.fstat(file.fileno()).st_size
+    if size > MAX_BYTES:
+        raise SurgeryError(
+            f"a journal in it has {size:,} bytes, more than the {MAX_BYTES:,} that one may have",
+            where=folder,
+            hint="Remove the folder, so that the job starts anew.",
+        )
     file.seek(0)
     return file.read().split(b"\n")
 
@@ -178,7 +187,7 @@ def _read_locked(path: Path, folder: Path) -> list[bytes]:
     """Return the lines of another rank's journal, once that process has ended."""
     with _open_journal(folder, path.name) as file:
         _lock(file, folder)
-        return _lines(file)
+        return _lines(file, folder)
 
 
 def _lock(file: BinaryIO, folder: Path) -> None:
