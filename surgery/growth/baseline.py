@@ -92,6 +92,8 @@ def train_baselines(
         SurgeryError: the growth is not finished; it deepened an existing model, whose training cannot be repeated in
             one go; else as `grow`.
     """
+    # Before the lock, which creates the folder: where there is no growth, nothing is left behind.
+    _finished_growth(prepared)
     with run_lock(prepared.run):
         return _train_baselines(prepared, budget, embedding, options)
 

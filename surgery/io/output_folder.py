@@ -196,6 +196,23 @@ def commit_folder(partial: Path, out: Path, *, overwrite: bool, discard: Collect
         _delete_output(replaced)
 
 
+@contextmanager
+def extended_output(out: Path) -> Iterator[None]:
+    """Let the block write further files into `out`, an output of ours, and list them in its manifest as such.
+
+    What this tool did not write there before stays foreign, so that `check_free` still refuses to remove it.
+
+    Raises:
+        SurgeryError: the manifest cannot be read or written. Errors of the block pass through.
+    """
+    foreign = _foreign(out)
+    yield
+    try:
+        _list_side_files(out, foreign)
+    except OSError as error:
+        raise disk_error(error, out) from error
+
+
 def staging_folders(out: Path) -> list[Path]:
     """Return the paths of the folders that lie beside `out` while it is written."""
     return [partial_path(out, suffix) for suffix in (PARTIAL, COMPLETE, REPLACED)]

@@ -26,6 +26,7 @@ from surgery.checkpoint.selectors import Head
 from surgery.engine.options import ExecutionOptions
 from surgery.errors import SurgeryError, usage_error
 from surgery.evaluation.statistics import bootstrap_mean, spearman
+from surgery.io.output_folder import extended_output
 from surgery.runtime.collectives import on_main
 
 # 5 % of a small model's heads are one or two, too few for a set to grow from.
@@ -149,5 +150,6 @@ def _write(run: Path, findings: Findings) -> None:
     # Matplotlib is slow to import, and only the process that writes needs it.
     from probes.refusal.report import write_report
 
-    write_findings(run, findings)
-    write_report(run, name=str(run))
+    with extended_output(run):
+        write_findings(run, findings)
+        write_report(run, name=str(run))

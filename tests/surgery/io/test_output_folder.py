@@ -20,6 +20,7 @@ from surgery.io.output_folder import (
     atomic_folder,
     check_free,
     create_partial_folder,
+    extended_output,
     output_lock,
 )
 
@@ -115,6 +116,18 @@ def test_an_earlier_output_is_replaced_only_when_all_of_it_is_ours(tmp_path: Pat
         write_file(out / ours, "")
     make_output(out, "new", overwrite=True)
     assert files(tmp_path) == files(out, "out/") and (out / "a.txt").read_text() == "new"
+
+
+def test_what_a_later_command_adds_is_ours_and_a_users_file_beside_it_is_not(tmp_path: Path) -> None:
+    out = make_output(tmp_path / "out", "old")
+    write_file(out / "notes.txt", "mine")
+    with extended_output(out):
+        write_file(out / "proof.png", "")
+        write_file(out / MANIFEST, "{}")  # written anew, without the list
+    with pytest.raises(SurgeryError, match=r"will not remove it: notes\.txt\."):
+        check_free(out, overwrite=True)
+    (out / "notes.txt").unlink()
+    check_free(out, overwrite=True)
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "sub/notes.txt", "undo/x", ".hidden", ".notes.abcdef01"])

@@ -332,7 +332,7 @@ def test_requests_that_cannot_be_are_named(tmp_path: Path) -> None:
     refused(base, "--at: got -1, expected", at=-1)
     refused(base, "--layers: got 0, expected 1 or more", layers=0)
     refused(base, "--init: got 'noise', expected one of identity, random, copy", init="noise")
-    with pytest.raises(SurgeryError, match="exists already"):
+    with pytest.raises(SurgeryError, match="would take the place of the model"):
         add_layers(str(base), base.parent)
     with pytest.raises(SurgeryError, match="lies inside the model"):
         add_layers(str(base), base / "out")
@@ -421,5 +421,5 @@ def test_a_layer_that_transformers_would_name_otherwise_is_no_template(tmp_path:
 
 def test_a_config_that_cannot_be_written_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(SurgeryError, match=r"config.json: cannot be written \(Is a directory\)"):
+    with pytest.raises(SurgeryError, match=r"config\.json: is a folder, expected a file"):
         write_config(tmp_path, {})
