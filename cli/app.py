@@ -37,8 +37,11 @@ def _escaped_usage_errors() -> Iterator[None]:
 
 class _Commands(TyperGroup):
     def make_context(self, *args: Any, **settings: Any) -> Any:
-        with _escaped_usage_errors():
-            return super().make_context(*args, **settings)
+        try:
+            with _escaped_usage_errors():
+                return super().make_context(*args, **settings)
+        except KeyboardInterrupt as stopped:
+            raise StoppedError from stopped
 
     def invoke(self, ctx: Any) -> Any:
         try:

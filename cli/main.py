@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +17,7 @@ from cli.app import app as app
 from cli.commands import push, reproduce
 from cli.commands import run as recipes
 from surgery.errors import FAILED, SurgeryError
+from surgery.io.atomic import disk_error
 from surgery.io.escaping import one_line
 from surgery.runtime import environment as process
 from surgery.runtime.interrupts import redeliver_dropped_interrupts, stop_at_termination, stopped_exit_code
@@ -83,7 +86,10 @@ def run() -> None:
         _leave(error, "stopped. The same command goes on where it was.", stopped_exit_code())
     # From a library, of which our own code does not know what it was writing: a full disk, a pipe that was closed.
     except OSError as error:
-        _leave(error, one_line(f"{error.filename or 'the system'}: {error.strerror or error}"), FAILED)
+        where = error.filename or "the system"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        said = str(disk_error(error, Path(where))) if full else f"{where}: {error.strerror or error}"
+        _leave(error, one_line(said), FAILED)
     except MemoryError as error:
         _leave(error, "out of memory. Use fewer --threads.", FAILED)
     except Exception as error:  # a bug of ours: say so in one line, and how to see where

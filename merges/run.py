@@ -18,8 +18,8 @@ from merges.report import MergeReport
 from surgery.engine.manifest import read_manifest
 from surgery.engine.options import ExecutionOptions
 from surgery.errors import usage_error
-from surgery.io.atomic import MANIFEST, partial_path
-from surgery.io.output_folder import check_free, output_lock
+from surgery.io.atomic import MANIFEST
+from surgery.io.output_folder import check_free, discard_output, output_lock
 from surgery.io.yaml_models import read_text
 from surgery.runtime.collectives import entered_on_main, on_main
 
@@ -65,6 +65,8 @@ def merge(
     jobs = [MergeJob(config, folders, line) for config in before]
     job = MergeJob(last, folders, line, text)
     if not dry_run:
+        if before and not options.overwrite:
+            on_main(_remove_left, out, steps, folders)
         check_free(out, overwrite=options.overwrite)
         if before and (steps.is_symlink() or (steps.exists() and not steps.is_dir())):
             raise usage_error("is no folder, and in the way of the documents' results", where=steps, hint="Remove it.")
@@ -107,11 +109,21 @@ def _step(job: MergeJob, folder: Path, options: ExecutionOptions) -> Mapping[str
     return read_manifest(folder, needs=["inputs"])
 
 
+def _remove_left(out: Path, steps: Path, folders: Mapping[str, Path]) -> None:
+    """Remove the results of documents that a run left beside `out`, complete, when it was killed at its very end."""
+    if not steps.is_dir() or steps.is_symlink() or not (out / MANIFEST).is_file():
+        return
+    used = read_manifest(out)["report"].get("steps") or {}
+    left = {name: read_manifest(folder) for name, folder in folders.items() if (folder / MANIFEST).is_file()}
+    # Those of another merge are the finished part of a run that is still to go on.
+    if used.keys() == folders.keys() and all(used[name] == {"inputs": one["inputs"]} for name, one in left.items()):
+        with output_lock(out):
+            _remove(steps, folders)
+
+
 def _remove(steps: Path, folders: Mapping[str, Path]) -> None:
     """Remove the results of named documents, and nothing else that may be in their folder."""
     for folder in folders.values():
-        shutil.rmtree(folder)
-        # Left by a run that was interrupted in the middle of this step.
-        shutil.rmtree(partial_path(folder), ignore_errors=True)
+        discard_output(folder)
     if folders and not any(steps.iterdir()):
         steps.rmdir()

@@ -49,9 +49,12 @@ def exclusive_lock(
     """
     descriptor = _acquire(path, where, busy, hint, patience)
     try:
-        # Cut off only now: before, the file names the holder.
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        try:
+            # Cut off only now: before, the file names the holder.
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        except OSError as error:
+            raise disk_error(error, path) from error
         yield descriptor
     finally:
         # While the lock is held, so that nobody else can have locked what is removed: `_open` looks whether the file

@@ -218,6 +218,13 @@ def staging_folders(out: Path) -> list[Path]:
     return [partial_path(out, suffix) for suffix in (PARTIAL, COMPLETE, REPLACED)]
 
 
+def discard_output(out: Path) -> None:
+    """Delete an output of ours that nobody needs any more, with what a killed run left beside it."""
+    for path in (out, *staging_folders(out)):
+        shutil.rmtree(path, ignore_errors=True)
+    _lock_path(out).unlink(missing_ok=True)
+
+
 def _lock_path(out: Path) -> Path:
     return out.absolute().parent / f".{out.name}.lock"
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
+import urllib.request
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -44,6 +47,7 @@ class Job:
         timed: files of these kinds hold times: only that they are there is compared.
         before: folder of the inputs, folder of the run → prepares the latter.
         content: in place of the files of OUT, what is compared.
+        every: it takes part in one of so many rounds, since it takes long.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Job:
     timed: bool = False
     before: Callable[[Path, Path], None] | None = None
     content: Callable[[Path], Mapping[str, str]] | None = None
+    every: int = 1
 
 
 @dataclass
@@ -80,7 +85,7 @@ def content_of(folder: Path, *, timed: bool) -> dict[str, str]:
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
             found[name] = f"link to {path.readlink()}"
-        elif path.is_file() and timed and path.suffix in TIMED:
+        elif path.is_file() and timed and (path.suffix in TIMED or path.name == ".lock"):
             found[name] = "there"
         elif path.is_file():
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -318,7 +323,13 @@ MODULES = (
 
 def import_everything() -> None:
     """Import what commands use, and let recipes fork their steps."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "300", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "300",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     for name in MODULES:
         importlib.import_module(name)
     torch, scheduler = (importlib.import_module(name) for name in ("torch", "surgery.recipes.run.scheduler"))
@@ -399,15 +410,76 @@ def jobs() -> list[Job]:
         Job("merge logits", lambda i: ["merge", "logits", i / "tuned", i / "target", "-o", OUT, "--threads", 1]),
         Job("merge unpack", lambda i: ["merge", "unpack", i / "ensemble", "-o", OUT, "--threads", 1]),
         Job("grow embed", lambda i: ["grow", "embed", i / "corpus/tok", *embed]),
-        Job("grow run, cache on", grow("on"), goes_on=True, timed=True),
-        Job("grow run, cache off", grow("off"), goes_on=True, timed=True),
+        Job("grow run, cache on", grow("on"), goes_on=True, timed=True, every=4),
+        Job("grow run, cache off", grow("off"), goes_on=True, timed=True, every=4),
         Job(
             "run RECIPE",
             lambda i: ["run", "reasoning", "--file", i / "recipes.yaml", "-o", OUT],
             goes_on=True,
             timed=True,
+            every=4,
+        ),
+        Job(
+            "push",
+            lambda i: ["push", i / "earlier", REPO, "--private"],
+            goes_on=True,
+            before=lambda inputs, work: forget_repositories(),
+            content=lambda work: pushed_files(),
         ),
     ]
+
+
+REPO = "lab/tortured"
+HUB = """
+import signal, sys
+from support.hub_server import HubServer
+with HubServer() as hub:
+    def forget(*_):
+        hub.repos.clear()
+        hub.blobs.clear()
+        print("forgotten", flush=True)
+    signal.signal(signal.SIGUSR1, forget)
+    print(hub.url, hub.token, flush=True)
+    while True:
+        signal.pause()
+"""
+_hub: list[subprocess.Popen[str]] = []
+
+
+@contextmanager
+def local_hub(folder: Path) -> Iterator[None]:
+    """Start a Hub of our own in another process, and let pushes go there."""
+    command = [sys.executable, "-c", HUB]
+    paths = {"PYTHONPATH": os.pathsep.join(str(Path(__file__).parents[n]) for n in (1, 2))}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | paths
+    ) as hub:
+        assert hub.stdout is not None
+        url, token = hub.stdout.readline().split()
+        os.environ |= {"HF_ENDPOINT": url, "HF_TOKEN": token, "HF_HOME": str(folder / "hf")}
+        os.environ |= {"NO_PROXY": "127.0.0.1,localhost", "HF_HUB_DISABLE_XET": "1"}
+        _hub.append(hub)
+        try:
+            yield
+        finally:
+            hub.kill()
+
+
+def forget_repositories() -> None:
+    """Let the Hub lose everything."""
+    hub = _hub[-1]
+    hub.send_signal(signal.SIGUSR1)
+    assert hub.stdout is not None and hub.stdout.readline() == "forgotten\n"
+
+
+def pushed_files() -> dict[str, str]:
+    """Return path → hash of what the Hub has."""
+    request = urllib.request.Request(  # noqa: S310 (our own server)
+        f"{os.environ['HF_ENDPOINT']}/api/models/{REPO}/tree/main?recursive=true",
+        headers={"Authorization": f"Bearer {os.environ['HF_TOKEN']}"},
+    )
+    with urllib.request.urlopen(request) as answer:  # noqa: S310
+        return {entry["path"]: json.dumps(entry, sort_keys=True) for entry in json.load(answer)}
 
 
 def torture(folder: Path, *, kills: int, faults: int, seed: int, only: str = "") -> dict[str, Score]:
@@ -419,19 +491,26 @@ def torture(folder: Path, *, kills: int, faults: int, seed: int, only: str = "")
     arena = Arena(folder, seed=seed)
     chosen = [job for job in jobs() if re.search(only, job.name)]
     scores = {job.name: Score() for job in chosen}
-    # In turn, so that all have had the same share wherever it ends.
-    turn = 0
-    while sum(score.tally["kills"] + score.tally["stops"] for score in scores.values()) < kills:
-        job = chosen[turn % len(chosen)]
-        with _timed(scores[job.name]):
-            arena.kill(job, scores[job.name])
-        turn += 1
-    for number in range(faults):
-        job = chosen[number % len(chosen)]
-        fault = arena.random.choice([*ERRORS, "short"])
-        with _timed(scores[job.name]):
-            arena.fault(job, scores[job.name], arena.random.randint(1, arena.undisturbed(job).calls), fault)
+    with local_hub(folder):
+        turns = _turns(chosen)
+        while sum(score.tally["kills"] + score.tally["stops"] for score in scores.values()) < kills:
+            job = next(turns)
+            with _timed(scores[job.name]):
+                arena.kill(job, scores[job.name])
+        turns = _turns(chosen)
+        while sum(score.tally["faults"] for score in scores.values()) < faults:
+            job = next(turns)
+            with _timed(scores[job.name]):
+                if calls := arena.undisturbed(job).calls:
+                    fault = arena.random.choice([*ERRORS, "short"])
+                    arena.fault(job, scores[job.name], arena.random.randint(1, calls), fault)
     return scores
+
+
+def _turns(chosen: Sequence[Job]) -> Iterator[Job]:
+    """Yield the jobs in turn for ever, so that all have had their share wherever it ends."""
+    for number in itertools.count():
+        yield from (job for job in chosen if number % job.every == 0)
 
 
 @contextmanager
