@@ -7,13 +7,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from support import moe, refusal
 from support.architectures import add_tokenizer, build, sibling
 from support.chat_tokenizer import TEMPLATE
 from support.growth_runs import CPU, TOKENS, write_corpora, write_plan, write_substrate
 from support.merges import add_lora
 
 from merges.ensemble.average import average_logits
+from probes.experts.run import probe_experts
+from probes.experts.scoring import Support
 from surgery.checkpoint.selectors import Head
 from surgery.edits.heads import scale_heads
 from surgery.engine.options import ExecutionOptions
@@ -124,6 +128,7 @@ def make_corpus(corpus: Path) -> Path:
     _results(corpus)
     _data(corpus)
     _runs(corpus)
+    _findings(corpus)
     return corpus
 
 
@@ -198,6 +203,21 @@ def _runs(corpus: Path) -> None:
         for segment in range(3):
             journal.append(SegmentRecord(0, segment, "0" * 32, ("1" * 32,), (0.5, 1.0)))
     average_logits([str(corpus / "merge" / name) for name in ("a", "b")], corpus / "ensemble" / "out")
+
+
+def _findings(corpus: Path) -> None:
+    """Write a run of `probe refusal` and one of `probe experts`, without the pictures, which take longer."""
+    refusal_model = refusal.make_model(corpus / "refusal-model")
+    thinker = moe.make_thinker(corpus / "thinker")
+    folder = _made(corpus / "findings")
+    with pytest.MonkeyPatch.context() as patch:
+        refusal.no_pictures(patch)
+        moe.no_pictures(patch)
+        # Four groups in each cell, or there are no folds to train on.
+        refusal.make_run(refusal_model, folder / "refusal", refusal.rows_of(dict.fromkeys(refusal.CELLS, 6)))
+        data = moe.write_rows(folder / "rows.jsonl", moe.rows(12))
+        support = Support(fires=2)
+        probe_experts(str(thinker), str(data), ["<think>"], folder / "experts", support=support, options=ONE_THREAD)
 
 
 def _made(folder: Path) -> Path:

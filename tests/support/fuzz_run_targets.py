@@ -10,6 +10,11 @@ from support.fuzzing import FuzzTarget
 from merges.ensemble.tuning import read_rows
 from merges.ensemble.unpacking import unpack
 from probes.data.reader import read_data
+from probes.data.records import read_examples
+from probes.experts.findings import read_expert_findings
+from probes.experts.report import expert_sentences, expert_tables
+from probes.refusal.findings import read_findings
+from probes.refusal.tables import refusal_sentences, refusal_tables
 from surgery.checkpoint.inspect import inspect_checkpoint, inspect_tables
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.storage.journal import Journal
@@ -76,10 +81,26 @@ def _scores(folder: Path, out: Path) -> None:
     read_scores(folder / "out")
 
 
+def _findings(folder: Path, out: Path) -> None:
+    found = read_findings(folder / "refusal")
+    refusal_tables(found)
+    refusal_sentences(found)
+    read_examples(folder / "refusal")
+
+
+def _experts(folder: Path, out: Path) -> None:
+    found = read_expert_findings(folder / "experts")
+    expert_tables(found)
+    expert_sentences(found)
+    read_examples(folder / "experts")
+
+
 PLAN = ("plan.yml", "sums.txt", "words.txt")
 RUN_TARGETS = (
     FuzzTarget("data", ("data",), _ROWS, _data, weight=3, named=_ROWS),
     FuzzTarget("texts", ("data",), ("text.jsonl", "rows.txt"), _texts, named=("text.jsonl", "rows.txt")),
+    FuzzTarget("findings", ("findings",), ("refusal/*.json", "refusal/*.jsonl"), _findings, weight=2),
+    FuzzTarget("expert findings", ("findings",), ("experts/*.json", "experts/*.jsonl"), _experts, weight=2),
     FuzzTarget("growth plan", ("growth",), ("plan.yml",), _plan, weight=2, named=PLAN, follows=True),
     FuzzTarget("embedding", ("growth",), ("emb/*",), _embedding),
     FuzzTarget("growth results", ("growth",), ("run/results.json", "run/*/*.json"), _growth, weight=2),
