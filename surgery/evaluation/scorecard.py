@@ -17,7 +17,7 @@ from surgery.io.escaping import markdown_block
 from surgery.io.hashing import KEY, hash_tensors
 from surgery.io.input_files import MAX_TEXT_BYTES, read_given_text
 from surgery.io.json_io import read_json, to_json
-from surgery.io.safe_paths import find_file
+from surgery.io.safe_paths import contained_file, find_file
 from surgery.reporting.report import Column, Figure, Table, Value, format_value
 
 CARD = "README.md"
@@ -147,7 +147,7 @@ def _score(entry: Mapping[str, Any]) -> Score:
 
 def _weights(folder: Path) -> str:
     """Return the hash of all tensors that the folder's manifest lists."""
-    path = folder / MANIFEST
+    path = contained_file(folder, MANIFEST)
     tensors = read_json(path).get("tensors") or {}
     try:
         return hash_tensors({name: entry[KEY] for name, entry in tensors.items()})

@@ -18,6 +18,8 @@ from surgery.io.json_records import Strict
 from surgery.io.yaml_models import dump_yaml, n_bytes, parse_model, read_text
 
 TrainableParts = Literal["new", "head", "norm", "lora", "embedding", "all"]
+# Ten times what anybody has trained so; without a bound a plan of one line fills the memory.
+MOST_STAGES, MOST_LAYERS = 1_000, 1_000
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # In YAML, a list of one name may be written without brackets.
@@ -43,7 +45,7 @@ class ModelShape(Strict):
     kv_heads: PositiveInt | None = None
     mlp: PositiveInt | None = None
     context: PositiveInt = 1024
-    layers: Annotated[int, Field(ge=0)] = 0
+    layers: Annotated[int, Field(ge=0, le=MOST_LAYERS)] = 0
     config: Path | None = None
 
 
@@ -91,7 +93,7 @@ class GrowthStage(Strict):
     stage stopped. times: how often the stage is repeated.
     """
 
-    add: Annotated[int, Field(ge=0)] = 1
+    add: Annotated[int, Field(ge=0, le=MOST_LAYERS)] = 1
     at: LayerPosition = "top"
     init: LayerInit = "identity"
     train: Annotated[tuple[TrainableParts, ...], _LISTED] = ("new", "head", "norm")
@@ -186,6 +188,8 @@ class GrowthPlan(Strict):
     def _at_least_one(cls, stages: tuple[GrowthStage, ...]) -> tuple[GrowthStage, ...]:
         if not stages:
             raise ValueError("holds no stage")
+        if sum(stage.times for stage in stages) > MOST_STAGES:
+            raise ValueError(f"holds more than {MOST_STAGES:,} stages, repetitions counted")
         return stages
 
     @property

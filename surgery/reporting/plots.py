@@ -327,7 +327,8 @@ def label_lines(axes: Axes, labels: Sequence[Label], *, spacing: float = LABEL_H
     ordered = sorted(labels, key=lambda label: label[0])
     stacks: list[list[float]] = []  # ideal heights, as shares of the axes, of labels that touch each other
     for height, _, _ in ordered:
-        stacks.append([(height - low) / (high - low)])
+        # Lines that end beyond the axes are labelled at their edge: a name far outside could not be drawn at all.
+        stacks.append([min(max((height - low) / (high - low), 0.0), 1.0)])
         # Two stacks that touch become one, which takes more room and may touch the next in its turn.
         while len(stacks) > 1 and _spread(stacks[-2], spacing)[-1] + spacing > _spread(stacks[-1], spacing)[0]:
             stacks[-2:] = [stacks[-2] + stacks[-1]]

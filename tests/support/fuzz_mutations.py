@@ -86,7 +86,7 @@ def mutate_content(name: str, content: bytes, draw: random.Random) -> bytes:
         try:
             return structural(content, draw)
         # An earlier change has left what is no tree any more.
-        except (ValueError, RecursionError, yaml.YAMLError, struct.error, TypeError, AttributeError):
+        except (ValueError, RecursionError, yaml.YAMLError, struct.error, TypeError, AttributeError, LookupError):
             pass
     return mutate_bytes(content, draw)
 

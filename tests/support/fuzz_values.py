@@ -31,7 +31,7 @@ PATHS = (
     "/proc/self/environ",
     "~",
     "~/secret.txt",
-    "~root/.bashrc",
+    "~nobody/.bashrc",
     "$HOME/secret.txt",
     ".",
     "..",

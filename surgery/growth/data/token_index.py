@@ -8,6 +8,7 @@ from typing import Any
 
 from surgery.errors import SurgeryError
 from surgery.io.json_io import read_json
+from surgery.io.safe_paths import find_file
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ def read_index(index: Path) -> tuple[dict[str, Any], StreamState] | None:
     Raises:
         SurgeryError: the file is damaged.
     """
-    content = read_json(index, missing={})
+    content = {} if find_file(index.parent, index.name) is None else read_json(index)
     if not content:
         return None
     try:

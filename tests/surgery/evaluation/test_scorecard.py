@@ -196,6 +196,25 @@ def test_a_folder_without_a_manifest_is_never_touched(result):
     assert card_of(result) == before
 
 
+def test_scores_and_a_manifest_that_are_links_to_elsewhere_are_not_read(result, tmp_path_factory):
+    write_scores(result, [RESULT], COMMAND)
+    for name in ("scores.json", "surgery.json"):
+        outside = tmp_path_factory.mktemp("outside") / name
+        (result / name).rename(outside)
+        (result / name).symlink_to(outside)
+        with pytest.raises(SurgeryError, match=f"{name}: is a link that leads out of its folder"):
+            read_scores(result)
+        (result / name).unlink()
+        outside.rename(result / name)
+
+
+def test_a_manifest_whose_tensors_have_no_hashes_is_damaged(result):
+    write_scores(result, [RESULT], COMMAND)
+    (result / "surgery.json").write_text('{"tensors": {"a": "b"}}')
+    with pytest.raises(SurgeryError, match=r'surgery.json: "tensors" names no hashes'):
+        read_scores(result)
+
+
 @pytest.mark.parametrize("damaged", [f"{BEGIN}\n", f"{END}\n{BEGIN}\n", f"{BEGIN}{END}{BEGIN}{END}", END])
 def test_damaged_markers_are_an_error_and_the_card_stays(result, damaged):
     (result / "README.md").write_text(damaged, encoding="utf-8")

@@ -86,6 +86,11 @@ def test_the_papers_schedules_ship_with_the_tool() -> None:
             "stages: [{tokens: 5}]\ncache: {disk: inf GB}",
             "p.yml:2: cache.disk: got 'inf GB', expected a number of bytes",
         ),
+        (
+            "stages: [{tokens: 5, times: 9223372036854775808}]",
+            "stages: holds more than 1,000 stages, repetitions counted",
+        ),
+        ("stages: [{tokens: 5, add: 1001}]", "stages[0].add: got 1001, expected less than or equal to 1000"),
         ("stages: [{token: 5}]", "p.yml:1: stages[0].token: is not known here; did you mean tokens?"),
         ("stages: [{tokens: 0}]", "stages[0].tokens: got 0, expected greater than 0"),
         ("stages: [{tokens: 5}]\ncache: {disk: 5 XB}", "p.yml:2: cache.disk: got '5 XB', expected a number of bytes"),

@@ -10,11 +10,14 @@ import pytest
 from support.hostile_names import HOSTILE_NAMES
 
 from surgery.reporting.plots import (
+    label_lines,
     plot_distances,
     plot_layer_changes,
     plot_scale_curve,
     plot_score_bars,
     plot_similarity,
+    render_figure,
+    titled_axes,
 )
 from surgery.reporting.report import Figure
 
@@ -72,3 +75,10 @@ PLOTS: dict[str, Callable[[str], Figure]] = {
 def test_names_are_drawn_as_they_are_and_not_as_formulas(plot: Callable[[str], Figure], name: str) -> None:
     # Warnings are errors here: of letters that the font lacks, too.
     assert plot(name).png.startswith(PNG)
+
+
+def test_a_line_that_ends_far_beyond_the_axes_is_labelled_at_their_edge() -> None:
+    canvas, axes = titled_axes("t", height=3)
+    axes.set_ylim(0, 1)
+    label_lines(axes, [(2147483647, "far", "#000000"), (-1e300, "low", "#000000"), (0.5, "here", "#000000")])
+    assert render_figure(canvas, "t", "c").png.startswith(PNG)
