@@ -5,6 +5,7 @@ Each text is looked up once. Nothing is loaded, trained or downloaded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +81,7 @@ class InputResolver:
         strings = self.config_texts(text)
         return [resolved for each in strings if each != text and (resolved := self.resolve_quietly(each)) is not None]
 
-    def config_texts(self, text: str) -> list[str]:
+    def config_texts(self, text: str) -> Sequence[str]:
         """Return the strings in the config file `text`, each once; nothing for other texts."""
         path = existing_path(text)
         if path is None or not path.is_file() or path.suffix not in CONFIGS or path.stat().st_size > CONFIG_BYTES:
