@@ -34,6 +34,8 @@ HANGS = 120.0  # seconds after which a run counts as hanging
 POLL = 0.002
 OUT = "out"
 TIMED = (".json", ".jsonl", ".md", ".html", ".log", ".txt", ".png", ".svg", ".key")  # files that hold times
+# What is said where a child of the command, a worker or a recipe's step, was killed in its place.
+CHILD_KILLED = ("a worker process was ended from outside", "ended by signal 9")
 STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -134,8 +136,8 @@ class Arena:
                     self._failed(job, score, f"{where}: does not say that it goes on")
             elif number in STOPPED and code in (-number, 70):
                 score.tally["kills"] += 1  # before the program had begun
-            elif how == "call" and code == 1 and "a worker process was ended from outside" in self._said():
-                score.tally["kills"] += 1  # a worker made that call
+            elif how == "call" and code == 1 and any(said in self._said() for said in CHILD_KILLED):
+                score.tally["kills"] += 1  # a child made that call
             elif self._is_done(job, code, disturbed):
                 score.tally["too late"] += 1
                 break

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from surgery.errors import SurgeryError, first_line
-from surgery.io.atomic import JOURNAL
+from surgery.io.atomic import JOURNAL, disk_error
 from surgery.io.hashing import DIGEST_BYTES
 from surgery.io.output_files import open_output
 
@@ -100,7 +100,7 @@ class Journal:
     def append(self, record: SegmentRecord) -> None:
         """Append a record. Unbuffered: the kernel has it when this returns, so a kill of the process cannot lose it."""
         fields = [record.tensor, record.segment, record.digest, record.inputs, record.sums]
-        self._file.write(json.dumps(fields, separators=(",", ":")).encode() + b"\n")
+        self._write(json.dumps(fields, separators=(",", ":")).encode() + b"\n")
 
     def names(self) -> list[str]:
         """Return the names of all journals of the folder, which are deleted once the job is complete."""
@@ -136,7 +136,16 @@ class Journal:
             os.ftruncate(self._file.fileno(), sum(len(line) + 1 for line in lines[:-1]))
             return
         os.ftruncate(self._file.fileno(), 0)
-        self._file.write(header + b"\n")
+        self._write(header + b"\n")
+
+    def _write(self, line: bytes) -> None:
+        rest = memoryview(line)
+        try:
+            # A write may be cut short, as on a disk that is about to be full; the next line must not be glued to it.
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise disk_error(error, self._path) from error
 
     def _load(self, path: Path, lines: Sequence[bytes]) -> None:
         for line in lines:

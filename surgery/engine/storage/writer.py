@@ -108,13 +108,10 @@ class ShardWriter:
             What must be given to `complete`, in the process that created this writer.
         """
         descriptor, direct = self._descriptors[file], self._direct.get(file)
-        done = 0
         try:
             if direct is not None:
                 return direct.write(position, data)
-            # A write may be cut short, by a signal or at 2 GiB.
-            while done < len(data):
-                done += os.pwrite(descriptor, data[done:], position + done)
+            _write_all(descriptor, data, position)
         except OSError as error:
             raise disk_error(error, self.folder / file) from error
         start_writeback(descriptor, position, len(data))
@@ -146,7 +143,7 @@ class ShardWriter:
             self._descriptors[file.name] = descriptor
             if create:
                 _reserve(descriptor, file.size)
-                os.pwrite(descriptor, header.raw, 0)
+                _write_all(descriptor, memoryview(header.raw), 0)
             # Files of copies alone are written inside the kernel, by way of the page cache.
             if file.size >= DIRECT_FROM and any(tensor.kernel is not None for tensor in file.tensors):
                 self._open_direct(file, descriptor)
@@ -169,6 +166,13 @@ def start_writeback(descriptor: int, position: int, size: int) -> None:
     """
     if hasattr(_LIBC, "sync_file_range"):
         _LIBC.sync_file_range(descriptor, ctypes.c_int64(position), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE)
+
+
+def _write_all(descriptor: int, data: memoryview, position: int) -> None:
+    # A write may be cut short: by a signal, at 2 GiB, or on a disk that is about to be full.
+    while data:
+        count = os.pwrite(descriptor, data, position)
+        data, position = data[count:], position + count
 
 
 def _reserve(descriptor: int, size: int) -> None:

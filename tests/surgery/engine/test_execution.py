@@ -351,6 +351,20 @@ def test_an_output_killed_just_before_its_rename_is_made_again(tmp_path: Path, m
     assert not list(tmp_path.glob("*out*.*"))
 
 
+def test_writes_that_are_cut_short_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_models(tmp_path, shapes=SHAPES)
+    run(plan_transfer(tmp_path), tmp_path / "whole")
+    write = os.pwrite
+
+    def halve(descriptor: int, data: memoryview | bytes, position: int) -> int:
+        return write(descriptor, memoryview(data)[: max(len(data) // 2, 1)], position)
+
+    monkeypatch.setattr(os, "pwrite", halve)
+    run(plan_transfer(tmp_path), tmp_path / "out")
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_two_processes_never_write_one_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_models(tmp_path, shapes=SHAPES)
 
