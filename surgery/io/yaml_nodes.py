@@ -247,16 +247,31 @@ class _Tree:
     def scalar(self, source: yaml.ScalarNode, path: str, line: int) -> YamlNode:
         try:
             value = self.loader.construct_object(source)
+            if isinstance(value, str) and not value.isascii():
+                value = _with_whole_pairs(value)
             if not isinstance(value, int) or value.bit_length() <= MAX_BITS:
                 return YamlNode(path, line, value)
             return self.wrong(path, line, f"is a whole number of more than {MAX_BITS} bits")
-        except (yaml.YAMLError, ValueError, TypeError, OverflowError):  # an unknown tag, the 99th of a month
+        except (
+            yaml.YAMLError,
+            ValueError,
+            TypeError,
+            OverflowError,
+        ):  # an unknown tag, the 99th of a month, half of a pair
             return self.wrong(path, line, f'cannot be read as {source.tag.removeprefix(_TAGS)}: "{source.value}"')
 
     def wrong(self, path: str, line: int, what: str) -> YamlNode:
         node = YamlNode(path, line, None)
         self.errors.add(node, what)
         return node
+
+
+def _with_whole_pairs(text: str) -> str:
+    """Return `text` with surrogate pairs, as JSON escapes them (`"\\ud83d\\ude00"`), as the characters they stand for.
+
+    Raises ValueError where half of a pair is left, of which there is no UTF-8.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16")
 
 
 def _syntax_error(error: yaml.MarkedYAMLError, where: str) -> SurgeryError:

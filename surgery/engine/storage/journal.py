@@ -151,7 +151,7 @@ class Journal:
         for line in lines:
             try:
                 record = _parse(line)
-            except (ValueError, TypeError, RecursionError) as error:
+            except (ValueError, TypeError, OverflowError, RecursionError) as error:
                 raise SurgeryError(
                     f"is damaged ({first_line(error)})", where=path, hint="Remove the .partial folder and start anew."
                 ) from error
@@ -159,7 +159,7 @@ class Journal:
 
 
 def _parse(line: bytes) -> SegmentRecord:
-    """Return the record in a line. Raises ValueError, TypeError or RecursionError where it is none."""
+    """Return the record in a line. Raises ValueError, TypeError, OverflowError or RecursionError where it is none."""
     tensor, segment, digest, inputs, sums = json.loads(line)
     # `type … is`, since isinstance would accept true and false as numbers.
     if not all(type(number) is int and number >= 0 for number in (tensor, segment)):

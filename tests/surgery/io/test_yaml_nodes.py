@@ -108,6 +108,8 @@ def test_all_faults_are_named_with_lines_and_documents() -> None:
         (f"a: {2**64}\n", "c.yml:1: a: is a whole number of more than 64 bits"),
         (f"a: 0x{'f' * 9999}\n", "c.yml:1: a: is a whole number of more than 64 bits"),
         (f"a: {'9' * 9999}\n", 'c.yml:1: a: cannot be read as int: "9'),
+        ('a: "\\ud83d"\n', "c.yml:1: a: cannot be read as str"),
+        ('"\\ude00": 1\n', "c.yml:1: cannot be read as str"),
         (f"a:\n  {'[' * 60}{']' * 60}", "c.yml:2: is nested too deeply"),
         ("[" * 5000, "c.yml:1: is nested too deeply"),
     ],
@@ -121,3 +123,8 @@ def test_aliases_that_multiply_are_stopped() -> None:
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
     expected = f"c.yml: holds more than {MAX_NODES} values, aliases counted each time"
     assert failure("\n".join(lines)) == expected
+
+
+def test_surrogate_pairs_as_json_escapes_them_are_characters() -> None:
+    ((root,), _) = read_documents('{"\\ud83d\\ude00": "\\ud83d\\ude00é"}', "c.yml")
+    assert root.plain == {"😀": "😀é"}

@@ -52,7 +52,7 @@ def test_values_are_converted_to_what_the_option_takes(
         ("rescale", "yes", "got 'yes', expected true or false"),
         ("rescale", 1, "got 1, expected true or false"),
         ("config", "a\0b", "expected text without NUL"),
-        ("config", "\ud800", "expected text without NUL"),
+        ("config", "\ud800", "cannot be read as str"),
         ("config", "${HOME}", "got '${HOME}', expected $name or $name/inside/path"),
         ("config", "$t/../../etc", "expected a path that stays inside $t"),
         ("scale-for", [["a"]], "got a list, expected text"),
