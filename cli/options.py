@@ -9,6 +9,7 @@ import typer
 
 from surgery.checkpoint.dtypes import ComputeDtype, OutputDtype
 from surgery.io.command_line import option_flag
+from surgery.models.choices import SpecialTokens
 from surgery.recipes.types import NamesInput, NamesOutput
 from surgery.vectors.choices import VocabPolicy
 
@@ -50,6 +51,10 @@ Vocab = Annotated[
 Unrelated = Annotated[bool, typer.Option("--allow-unrelated", help="Go on where the models share no ancestor.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Stop after the checks; write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+ReadSpecialTokens = Annotated[
+    SpecialTokens,
+    typer.Option(help="What special tokens such as </think> in texts of files are: text, or those tokens (parse)."),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Processors to work on; by default all.")]
 Device = Annotated[str, typer.Option(help="Where the arithmetic runs: cpu or cuda[:N].")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an OUT that surgery wrote.")]

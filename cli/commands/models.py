@@ -95,6 +95,7 @@ def evaluate(
         typer.Option(metavar="TEXT", help='A text to predict: a file, or a .jsonl with "text"; may be repeated.'),
         NamesInput("text"),
     ] = None,
+    special_tokens: o.ReadSpecialTokens = "text",
     reinforce: Annotated[
         Path | None,
         typer.Option(metavar="RUN", help="Score each model also with the experts of RUN reinforced, without writing."),
@@ -132,6 +133,7 @@ def evaluate(
         models,
         tasks=task or (),
         texts=perplexity or (),
+        special_tokens=special_tokens,
         limit=limit,
         batch_size=batch_size,
         device=device,

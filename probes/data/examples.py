@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Topic = Literal["harmful", "harmless"]
+LiteralText = Literal["messages", "thinking", "closing", "response"]
 Segment = Literal["prompt", "thinking", "closing", "answer"]
 # Errors about single examples that one message lists: the first few show what is wrong with the others.
 MAX_REPORTED = 20
@@ -30,6 +31,8 @@ class Example:
     topic: what is asked for. refused: whether the response refuses. Both None if not labelled yet.
     group: examples of one group are never on both sides of a train/test split.
     row: the record as it is in the file.
+    literal: the texts in which special tokens are text like any other, as they come from a file. In others, such as the
+        model's own, they are those tokens.
     """
 
     key: str
@@ -41,6 +44,7 @@ class Example:
     topic: Topic | None = None
     refused: bool | None = None
     row: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    literal: tuple[LiteralText, ...] = ()
 
     @property
     def prompt(self) -> str:

@@ -15,7 +15,7 @@ from probes.data.examples import MAX_REPORTED, Example
 from probes.data.generation_cache import Completion, GenerationCache
 from probes.data.generation_engines import GenerationSettings, Request, make_engine
 from probes.data.markers import Markers, never_closed, split_completion, split_responses, validate_split
-from probes.data.tokenization import encode, text_before_answer
+from probes.data.tokenization import encode_before_answer
 from surgery.errors import ErrorList, usage_error
 from surgery.models.loading import ModelAndTokenizer
 from surgery.runtime.collectives import barrier, map_over_ranks
@@ -131,8 +131,7 @@ def _requests(
                     validate_split(example, markers)
                 if example.response is not None:
                     continue
-                text = text_before_answer(loaded.tokenizer, example, markers)
-                ids = encode(loaded.tokenizer, text)
+                text, ids = encode_before_answer(loaded.tokenizer, example, markers)
                 if not ids:
                     raise usage_error("its prompt has no tokens")
                 if context is not None and len(ids) + settings.max_new_tokens > context:
@@ -147,6 +146,9 @@ def _requests(
 
 
 def _completed(example: Example, markers: Markers | None, completion: Completion) -> Example:
+    # What the model writes has its own tokens in it.
+    given = ("messages",) if example.thinking is None else ("messages", "thinking", "closing")
+    example = replace(example, literal=tuple(name for name in example.literal if name in given))
     if markers is None:
         return replace(example, response=completion.text)
     # The prompt ended with the closing template: the text is the response alone.

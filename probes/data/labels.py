@@ -12,6 +12,7 @@ from pathlib import Path
 
 from probes.data.examples import MAX_REPORTED, Example, Topic
 from probes.data.generation import context_length, generate_texts
+from probes.data.literal_text import SpecialTokenMask, masked_messages
 from probes.data.markers import KNOWN_FAMILIES, never_closed, template_text
 from probes.data.tokenization import encode
 from surgery.errors import ErrorList, SurgeryError, listing, usage_error
@@ -207,13 +208,16 @@ def _thinks(response: str) -> bool:
 
 def _guard_prompt(guard: ModelAndTokenizer, example: Example, response: str) -> tuple[int, ...]:
     # Guards judge a conversation; few of their templates accept system messages.
-    turns = [dict(message) for message in example.messages if message["role"] in ("user", "assistant")]
-    turns.append({"role": "assistant", "content": response})
+    # The guard has special tokens of its own, by which data could end the conversation and answer for it.
+    mask = SpecialTokenMask(guard.tokenizer)
+    messages = masked_messages(mask, example)
+    turns = [dict(message) for message in messages if message["role"] in ("user", "assistant")]
+    turns.append({"role": "assistant", "content": mask.hide(response) if "response" in example.literal else response})
     try:
         text = render_chat(guard.tokenizer, turns, add_generation_prompt=True)
     except SurgeryError as error:
         raise usage_error(f"example {example.key}: {error}", where=guard.name) from error
-    return encode(guard.tokenizer, text)
+    return encode(guard.tokenizer, *mask.reveal(text))
 
 
 def _pattern(phrase: str) -> str:

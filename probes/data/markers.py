@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from probes.data.examples import Example
+from probes.data.examples import Example, LiteralText
 from surgery.errors import SurgeryError, listing, usage_error
 
 OPEN_OPTION, CLOSE_OPTION, NONE_OPTION = "--think-open", "--think-close", "--no-thinking"
@@ -171,7 +171,10 @@ def _split(example: Example, markers: Markers) -> Example:
     if markers.close not in response and not starts_open(response, markers):
         return example
     thinking, closing, answer = split_completion(response, markers)
-    return replace(example, thinking=thinking, closing=closing, response=answer)
+    # The parts are of the kind that the whole was.
+    names: tuple[LiteralText, ...] = ("messages", "thinking", "closing", "response")
+    literal = names if "response" in example.literal else example.literal
+    return replace(example, thinking=thinking, closing=closing, response=answer, literal=literal)
 
 
 def _given_markers(opening: str | None, closing: str | None) -> Markers:

@@ -12,6 +12,7 @@ from probes.data.examples import MAX_REPORTED, DataSet, Example, TokenSequence
 from probes.data.generation import complete_examples, context_length, remaining_tokens
 from probes.data.generation_engines import GenerationSettings
 from probes.data.labels import REFUSAL_PHRASES, label_by_guard, label_by_keywords, read_phrases
+from probes.data.literal_text import without_idle_literals
 from probes.data.markers import (
     CLOSE_OPTION,
     NONE_OPTION,
@@ -22,7 +23,7 @@ from probes.data.markers import (
     split_responses,
 )
 from probes.data.records import DataRecord, ModelRecord
-from probes.data.tokenization import build_sequences, encode, template_hash, text_before_answer, tokenizer_hash
+from probes.data.tokenization import build_sequences, encode_before_answer, template_hash, tokenizer_hash
 from surgery.checkpoint.checkpoint import loadable_folder
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.tokenizer_files import TOKENIZER_FILES
@@ -159,8 +160,7 @@ def generation_settings(
         for row in rows:
             if row.response is None:
                 with errors.collect(f"example {row.key}", usage=True):
-                    text = text_before_answer(live.tokenizer, row, markers)
-                    longest = max(longest, len(encode(live.tokenizer, text)))
+                    longest = max(longest, len(encode_before_answer(live.tokenizer, row, markers)[1]))
         errors.raise_if_any(limit=MAX_REPORTED)
         # One limit for all prompts, so that long ones are not cut earlier than short ones.
         limit = remaining_tokens(live.model, longest)
@@ -208,6 +208,7 @@ def prepare(
     max_tokens = context_length(live.model)
     sequences = build_sequences(live.tokenizer, examples, markers, max_tokens=max_tokens, where=data.ref)
     left_out = tuple(example for example in completed if example.key in unfinished)
+    examples = [without_idle_literals(live.tokenizer, example, markers) for example in examples]
     return PreparedData(tuple(examples), tuple(sequences), markers, left_out, incomplete)
 
 

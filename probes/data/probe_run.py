@@ -18,6 +18,7 @@ from surgery.engine.options import ExecutionOptions
 from surgery.engine.verification import weights_hash
 from surgery.io.atomic import partial_path
 from surgery.io.output_folder import atomic_folder, check_free, check_no_journal, output_lock
+from surgery.models.choices import SpecialTokens
 from surgery.models.loaded_model import LoadedModel
 from surgery.runtime.collectives import entered_on_main, on_main
 
@@ -78,6 +79,7 @@ def open_run(
     *,
     transfer: str | None,
     generation: GenerationOptions,
+    special_tokens: SpecialTokens,
     limit: int | None,
     dtype: str,
     options: ExecutionOptions,
@@ -86,6 +88,7 @@ def open_run(
 
     Args:
         data, transfer: files, Hub data sets or lab:NAME; see `probes.data.reader.read_data`.
+        special_tokens: what special tokens in the data are, see `probes.data.reader.read_data`.
         limit: only the first examples of each data set.
         dtype: that the model computes in; auto is the one it is stored in.
 
@@ -97,7 +100,7 @@ def open_run(
     with entered_on_main(output_lock(out)):
         check_no_journal(partial_path(out), overwrite=options.overwrite)
         # Data before the model: a misspelt file should not cost the minutes in which a large model is loaded.
-        dataset = read_data(data, limit=limit)
-        second = None if transfer is None else read_data(transfer, limit=limit)
+        dataset = read_data(data, limit=limit, special_tokens=special_tokens)
+        second = None if transfer is None else read_data(transfer, limit=limit, special_tokens=special_tokens)
         live = open_model(model, device=options.device, dtype=dtype)
         yield ProbeRun(live, dataset, second, out, generation, options)

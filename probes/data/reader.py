@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from probes.data.examples import MAX_REPORTED, DataSet, Example, Topic
+from probes.data.examples import MAX_REPORTED, DataSet, Example, LiteralText, Topic
 from probes.data.sources import SourceRow, read_rows
 from surgery.errors import ErrorList, listing, usage_error
 from surgery.io.hashing import hash_text
+from surgery.models.choices import SpecialTokens
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXT_FIELDS = ("prompt", "thinking", "closing", "response", "label", "group")
@@ -40,7 +41,7 @@ VERDICTS: Mapping[str, bool] = {
 MAX_QUOTED = 60  # characters of a wrong value that an error message quotes
 
 
-def read_data(source: str, *, limit: int | None = None) -> DataSet:
+def read_data(source: str, *, limit: int | None = None, special_tokens: SpecialTokens = "text") -> DataSet:
     """Read the examples of `source`, at most the first `limit`.
 
     Fields of a row, all of them text; only the first is required:
@@ -57,6 +58,10 @@ def read_data(source: str, *, limit: int | None = None) -> DataSet:
     error. In CSV, `messages` is JSON. Other fields are kept in `Example.row`. An example's key is its row's number in
     the source, from 0: in org/name:train[100:200] the first is "100".
 
+    Args:
+        special_tokens: what special tokens in the rows' texts are: text, or those tokens (parse). Data of the lab are
+            trusted: in them they are always tokens.
+
     Raises:
         SurgeryError: the source cannot be read or has no rows; otherwise the first 20 errors of its rows, each with
             its place.
@@ -70,7 +75,7 @@ def read_data(source: str, *, limit: int | None = None) -> DataSet:
     # All rows are parsed before any error is raised: users see what is wrong in one run.
     examples = []
     for row in source_rows.rows:
-        parser = _RowParser(row)
+        parser = _RowParser(row, literal=special_tokens == "text" and not source_rows.trusted)
         example = parser.parse()
         errors.extend(parser.errors)
         if example is not None:
@@ -99,6 +104,7 @@ class _RowParser:
     """Parse one row into an `Example`, and collect everything that is wrong with it in `errors`."""
 
     row: SourceRow
+    literal: bool = False
     errors: ErrorList = field(default_factory=ErrorList)
 
     def parse(self) -> Example | None:
@@ -124,6 +130,7 @@ class _RowParser:
             topic=topic,
             refused=refused,
             row=self.row.record,
+            literal=_literal(thinking, fields["closing"], response) if self.literal else (),
         )
 
     def _add(self, what: str) -> None:
@@ -223,6 +230,13 @@ class _RowParser:
                 self._add(f"label is {label!r}, expected {_accepted_labels()}")
                 break
         return topic, refused
+
+
+def _literal(thinking: str | None, closing: str | None, response: str | None) -> tuple[LiteralText, ...]:
+    """Return the names of the texts that a row has; those that it lacks will be the model's own."""
+    names: tuple[LiteralText, ...] = ("thinking", "closing", "response")
+    given = zip(names, (thinking, closing, response), strict=True)
+    return ("messages", *(name for name, text in given if text is not None))
 
 
 def _accepted_labels() -> str:

@@ -27,6 +27,7 @@ from surgery.io.json_io import read_json, to_json
 from surgery.io.json_records import Strict, record_text
 from surgery.io.json_records import read_record as read_file
 from surgery.io.safe_paths import contained_file, find_file
+from surgery.models.choices import SpecialTokens
 from surgery.reporting.report import MISSING
 
 SCHEMA = 1
@@ -131,7 +132,12 @@ def check_model(findings: ModelFindings, checkpoint: Checkpoint, run: Path, *, o
 
 def write_examples(folder: Path, examples: Sequence[Example]) -> None:
     """Write examples.jsonl."""
-    rows = [json_text(json.dumps(asdict(example), ensure_ascii=False, default=str)) for example in examples]
+    records = [asdict(example) for example in examples]
+    for record in records:
+        # Only where it says something: most data hold no special tokens.
+        if not record["literal"]:
+            del record["literal"]
+    rows = [json_text(json.dumps(record, ensure_ascii=False, default=str)) for record in records]
     write_file(folder / EXAMPLES, "\n".join(rows) + "\n")
 
 
@@ -152,6 +158,11 @@ def interval_record(estimate: Any, n: int | None = None) -> IntervalRecord:
     """Return the record of an estimate (value, low, high), with None for NaN, which JSON does not have."""
     value, low, high = (None if math.isnan(x) else float(x) for x in (estimate.value, estimate.low, estimate.high))
     return IntervalRecord(value=value, low=low, high=high, n=n)
+
+
+def special_tokens_record(special_tokens: SpecialTokens) -> dict[str, str]:
+    """Return the entry of a run's settings; none for text, the default."""
+    return {} if special_tokens == "text" else {"special_tokens": special_tokens}
 
 
 def parse_top(text: str, of: int, *, where: str = "--top") -> int:

@@ -37,10 +37,11 @@ class SourceRow:
 
 @dataclass(frozen=True)
 class SourceRows:
-    """The records of a source; `revision` is the commit of a Hub data set."""
+    """The records of a source; `revision` is the commit of a Hub data set. trusted: whether they are the lab's own."""
 
     rows: Sequence[SourceRow]
     revision: str | None = None
+    trusted: bool = False
 
 
 def read_rows(source: str, errors: ErrorList, *, limit: int | None = None) -> SourceRows:
@@ -57,7 +58,7 @@ def read_rows(source: str, errors: ErrorList, *, limit: int | None = None) -> So
     if path is not None:
         return SourceRows(_read_file(path, errors, limit))
     if (data := lab.data_of(source)) is not None:
-        return SourceRows(_read_file(data, errors, limit))
+        return SourceRows(_read_file(data, errors, limit), trusted=True)
     hub_reference = hub_data.parse_dataset_ref(source)
     if hub_reference is not None:
         return _read_hub(hub_reference, limit)

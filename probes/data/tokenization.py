@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import accumulate
 from typing import Any
 
 from probes.data.examples import MAX_REPORTED, Example, TokenSequence
+from probes.data.literal_text import SpecialTokenMask, literal_spans, masked_messages
 from probes.data.markers import (
     KNOWN_FAMILIES,
     NONE_OPTION,
@@ -26,7 +27,7 @@ from probes.data.markers import (
 from surgery.errors import ErrorList, usage_error
 from surgery.io.hashing import hash_text
 from surgery.models.chat_template import render_chat
-from surgery.models.special_tokens import warn_of_special_tokens
+from surgery.models.special_tokens import Span, acts, encode_literal, warn_of_special_tokens, without_special
 from surgery.runtime.quiet_libraries import quiet
 
 # Some templates write today's date by strftime_now. The same data must give the same ids tomorrow, so they always get
@@ -44,12 +45,13 @@ Cut = tuple[tuple[int, ...], tuple[int, int, int]]  # ids; how many end before p
 
 @dataclass(frozen=True)
 class _Text:
-    """The text of an example in its four segments."""
+    """The text of an example in its four segments, and where in the whole of it special tokens are text."""
 
     prompt: str
     thinking: str
     closing: str
     answer: str
+    literal: tuple[Span, ...] = ()
 
     @property
     def whole(self) -> str:
@@ -74,28 +76,49 @@ def render_prompt(tokenizer: Any, example: Example, markers: Markers | None) -> 
         SurgeryError: the template rejects the conversation, or there is none and the conversation is more than a
             prompt; the template closes the thinking, or opens one although there are no markers.
     """
-    text = _conversation(tokenizer, example, thinks=markers is not None)
+    return _prompt(tokenizer, example, markers)[0]
+
+
+def _prompt(tokenizer: Any, example: Example, markers: Markers | None) -> tuple[str, tuple[Span, ...]]:
+    """Return the text of `render_prompt`, and where special tokens in it are text."""
+    mask = SpecialTokenMask(tokenizer)
+    text = _conversation(tokenizer, masked_messages(mask, example), thinks=markers is not None)
     tail = text.rstrip()
     if markers is None:
         opened = next((f.markers.open for f in KNOWN_FAMILIES if tail.endswith(f.markers.open)), None)
         if opened:
             raise usage_error(f"the chat template begins a thinking with {opened}", hint=f"Drop {NONE_OPTION}.")
-        return text
+        return mask.reveal(text)
     # Some templates switch thinking off by an empty pair of markers, whatever they are asked for.
     if tail.endswith(markers.close):
         raise usage_error(
             f"the chat template ends the thinking before it begins, with {markers.close}",
             hint=f"Give {NONE_OPTION}, or a conversation that lets the model think.",
         )
-    return text if tail.endswith(markers.open) else text + markers.opening
+    return mask.reveal(text if tail.endswith(markers.open) else text + markers.opening)
 
 
 def text_before_answer(tokenizer: Any, example: Example, markers: Markers | None) -> str:
     """Return the text that the model continues: with thinking and closing template if the thinking is known."""
-    prompt = render_prompt(tokenizer, example, markers)
+    return _before_answer(tokenizer, example, markers)[0]
+
+
+def encode_before_answer(tokenizer: Any, example: Example, markers: Markers | None) -> tuple[str, tuple[int, ...]]:
+    """Return the text that the model continues, and its ids.
+
+    Where special tokens in the text are text it ends in the places of these, so that it says what its ids are.
+    """
+    text, literal = _before_answer(tokenizer, example, markers)
+    ids = encode(tokenizer, text, literal)
+    return (f"{text}\0{literal}" if acts(tokenizer, text, literal) else text), ids
+
+
+def _before_answer(tokenizer: Any, example: Example, markers: Markers | None) -> tuple[str, tuple[Span, ...]]:
+    prompt, literal = _prompt(tokenizer, example, markers)
     if example.thinking is None:
-        return prompt
-    return _segments(tokenizer, prompt, example, markers, answer=False).whole
+        return prompt, literal
+    text = _segments(tokenizer, prompt, literal, example, markers, answer=False)
+    return text.whole, text.literal
 
 
 def build_sequences(
@@ -130,15 +153,16 @@ def build_sequences(
     """
     errors = ErrorList()
     # Of the conversations alone: thinking and response may be the model's own, with its own tokens in them.
-    contents = (message.get("content") for example in examples for message in example.messages)
+    trusted = (example for example in examples if "messages" not in example.literal)
+    contents = (message.get("content") for example in trusted for message in example.messages)
     warn_of_special_tokens(tokenizer, (text for text in contents if isinstance(text, str)), where=where)
     texts: list[tuple[Example, _Text]] = []
     for example in split_responses(examples, markers):
         with errors.collect(f"{where}: example {example.key}", usage=True):
-            prompt = render_prompt(tokenizer, example, markers)
-            texts.append((example, _segments(tokenizer, prompt, example, markers, answer=answer)))
+            prompt, literal = _prompt(tokenizer, example, markers)
+            texts.append((example, _segments(tokenizer, prompt, literal, example, markers, answer=answer)))
     # The same for all texts: what a tokenizer adds in front does not depend on the text.
-    prefix = _prefix(tokenizer, texts[0][1].whole) if texts else ()
+    prefix = _prefix_of(tokenizer, texts[0][1]) if texts else ()
     sequences = []
     cuts = _cut_all(tokenizer, [text for _, text in texts])
     for (example, _), (ids, ends) in zip(texts, cuts, strict=True):
@@ -155,9 +179,14 @@ def build_sequences(
     return sequences
 
 
-def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Return the ids of a text from `render_prompt` or `text_before_answer`, with at most one BOS."""
+def encode(tokenizer: Any, text: str, literal: Sequence[Span] = ()) -> tuple[int, ...]:
+    """Return the ids of a text from `render_prompt` or `text_before_answer`, with at most one BOS.
+
+    Special tokens that have characters in the spans `literal` are text.
+    """
     with quiet():  # the tokenizer's warning of long texts; callers raise an error that names the example
+        if acts(tokenizer, text, literal):
+            return (*_prefix(tokenizer, without_special(tokenizer, text)), *encode_literal(tokenizer, text, literal)[0])
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return (*_prefix(tokenizer, text), *ids)
 
@@ -176,18 +205,18 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hash_text(vocabulary + json.dumps(rules, sort_keys=True))
 
 
-def _conversation(tokenizer: Any, example: Example, *, thinks: bool) -> str:
+def _conversation(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, thinks: bool) -> str:
     template = template_text(tokenizer)
     if not template:
-        if len(example.messages) > 1:
+        if len(messages) > 1:
             raise usage_error(
-                f"is a conversation of {len(example.messages)} messages, and the tokenizer has no chat template",
+                f"is a conversation of {len(messages)} messages, and the tokenizer has no chat template",
                 hint="Without one, give a single prompt.",
             )
-        return example.prompt
+        return str(messages[-1]["content"])
     return render_chat(
         tokenizer,
-        example.messages,
+        messages,
         template=_SAME_DAY + template if STRFTIME_NOW in template else template,
         add_generation_prompt=True,
         # The first is Qwen3's, GLM's and Gemma 4's name, the second DeepSeek V3.1's and Granite's.
@@ -195,8 +224,20 @@ def _conversation(tokenizer: Any, example: Example, *, thinks: bool) -> str:
     )
 
 
-def _segments(tokenizer: Any, prompt: str, example: Example, markers: Markers | None, *, answer: bool) -> _Text:
-    """Return the example's text. Raises SurgeryError if a segment is missing, or does not fit the markers."""
+def _segments(
+    tokenizer: Any,
+    prompt: str,
+    literal: tuple[Span, ...],
+    example: Example,
+    markers: Markers | None,
+    *,
+    answer: bool,
+) -> _Text:
+    """Return the example's text after `prompt`, in which special tokens at `literal` are text.
+
+    Raises:
+        SurgeryError: a segment is missing, or does not fit the markers.
+    """
     response = example.response
     if markers is not None:
         validate_split(example, markers)
@@ -209,7 +250,8 @@ def _segments(tokenizer: Any, prompt: str, example: Example, markers: Markers | 
         closing = example.closing or ""
     if answer and response is None:
         raise usage_error("its response is not known yet", hint="Generate it first.")
-    return _Text(prompt, example.thinking or "", closing, response or "")
+    spans = (*literal, *literal_spans(example, closing, markers, start=len(prompt)))
+    return _Text(prompt, example.thinking or "", closing, response or "", spans)
 
 
 def _prefix(tokenizer: Any, text: str) -> tuple[int, ...]:
@@ -225,20 +267,31 @@ def _prefix(tokenizer: Any, text: str) -> tuple[int, ...]:
     raise usage_error("cuts a text differently when it adds special tokens", where=tokenizer.name_or_path)
 
 
+def _prefix_of(tokenizer: Any, text: _Text) -> tuple[int, ...]:
+    acting = acts(tokenizer, text.whole, text.literal)
+    return _prefix(tokenizer, without_special(tokenizer, text.whole) if acting else text.whole)
+
+
 def _cut_all(tokenizer: Any, texts: Sequence[_Text]) -> Iterator[Cut]:
     """Yield the ids of each text, and how many of them are before the ends of prompt, thinking and closing."""
     for start in range(0, len(texts), CHUNK):
         chunk = texts[start : start + CHUNK]
-        wholes = [text.whole for text in chunk]
+        literal = [acts(tokenizer, text.whole, text.literal) for text in chunk]
+        wholes = ["" if own else text.whole for text, own in zip(chunk, literal, strict=True)]
         if tokenizer.is_fast:
             with quiet():
                 encoded = tokenizer(wholes, add_special_tokens=False, return_offsets_mapping=True)
-            for text, ids, offsets in zip(chunk, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            found = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+            for text, own, (ids, offsets) in zip(chunk, literal, found, strict=True):
+                if own:
+                    ids, offsets = encode_literal(tokenizer, text.whole, text.literal)
                 yield _cut_by_offsets(tokenizer, text, tuple(ids), offsets)
         else:
             with quiet():
                 encoded = tokenizer(wholes, add_special_tokens=False)
-            for text, ids in zip(chunk, encoded["input_ids"], strict=True):
+            for text, own, ids in zip(chunk, literal, encoded["input_ids"], strict=True):
+                if own:
+                    encode_literal(tokenizer, text.whole, text.literal)  # raises its error
                 yield _cut_by_prefixes(tokenizer, text, tuple(ids))
 
 
@@ -266,8 +319,15 @@ def _cut_by_prefixes(tokenizer: Any, text: _Text, ids: tuple[int, ...]) -> Cut:
 
 def _cut_apart(tokenizer: Any, text: _Text) -> Cut:
     """Cut a text whose part before the answer and whose answer are tokenised each on its own."""
-    before = _Text(text.prompt, text.thinking, text.closing, "")
+    border = text.borders[2]
+    # No span crosses the border: that of the response begins there.
+    before = _Text(
+        text.prompt, text.thinking, text.closing, "", tuple(span for span in text.literal if span[1] <= border)
+    )
     [(ids_before, ends)] = _cut_all(tokenizer, [before])
+    own = tuple((start - border, end - border) for start, end in text.literal if start >= border)
+    if acts(tokenizer, text.answer, own):
+        return (*ids_before, *encode_literal(tokenizer, text.answer, own)[0]), ends
     answer_ids = tokenizer(text.answer, add_special_tokens=False)["input_ids"]
     return (*ids_before, *answer_ids), ends
 

@@ -10,7 +10,7 @@ from typing import Any
 from probes.data.preparation import PreparedData
 from probes.data.probe_run import ProbeRun
 from probes.data.records import interval_record
-from probes.data.tokenization import encode, render_prompt
+from probes.data.tokenization import encode_before_answer
 from probes.experts.findings import ExpertRecord, SweepRecord
 from probes.experts.scoring import ExpertScores, Support, check_markers, score_experts
 from probes.experts.sweep import BetaGrid, sweep_beta
@@ -21,6 +21,7 @@ from probes.side_effects.compare import bare_prompts
 from surgery.checkpoint.selectors import Expert
 from surgery.errors import usage_error
 from surgery.evaluation.statistics import EstimateWithInterval
+from surgery.models.choices import SpecialTokens
 
 # Ranked experts whose share of the residual stream is measured: each takes one more run of its layer's experts.
 MEASURED_EXPERTS = 10
@@ -36,6 +37,7 @@ class ExpertSettings:
     limit: int | None
     batch_tokens: int | None
     seed: int
+    special_tokens: SpecialTokens = "text"
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,4 +183,4 @@ def _expert_records(data: ScoredData) -> list[ExpertRecord]:
 def _bare_prompts(tokenizer: Any, prepared: PreparedData) -> list[tuple[int, ...]]:
     """Return each prompt once, as ids, without thinking and response."""
     bare = bare_prompts(prepared.examples, len(prepared.examples), any_topic=True)
-    return [encode(tokenizer, render_prompt(tokenizer, example, prepared.markers)) for example in bare]
+    return [encode_before_answer(tokenizer, example, prepared.markers)[1] for example in bare]

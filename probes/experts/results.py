@@ -8,7 +8,7 @@ from typing import Any
 
 from probes.data.examples import DataSet
 from probes.data.preparation import data_record, model_record
-from probes.data.records import interval_record, write_examples
+from probes.data.records import interval_record, special_tokens_record, write_examples
 from probes.experts.analysis import ExpertAnalysis, ScoredData
 from probes.experts.findings import ExpertFindings, MarkerRecord, OverlapRecord, write_expert_findings
 from probes.experts.report import write_expert_report
@@ -95,6 +95,7 @@ def _settings(analysis: ExpertAnalysis) -> dict[str, Any]:
             "grid": None if settings.grid is None else asdict(settings.grid),
             "limit": settings.limit,
             "seed": settings.seed,
+            **special_tokens_record(settings.special_tokens),
         }
     )
     assert isinstance(record, dict)

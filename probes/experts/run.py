@@ -22,6 +22,7 @@ from probes.experts.scoring import Support
 from probes.experts.sweep import BetaGrid, check_tasks
 from surgery.engine.options import ExecutionOptions
 from surgery.errors import usage_error
+from surgery.models.choices import SpecialTokens
 
 
 def probe_experts(
@@ -34,6 +35,7 @@ def probe_experts(
     asking: GenerationOptions = GenerationOptions(),
     support: Support = Support(),
     grid: BetaGrid | None = None,
+    special_tokens: SpecialTokens = "text",
     limit: int | None = None,
     dtype: str = "auto",
     batch_tokens: int | None = None,
@@ -47,12 +49,12 @@ def probe_experts(
 
     Args:
         data: texts to count on, see `probes.data.reader.read_data`; what they lack is generated.
-        tokens: markers with signed weights: `<think>`, `-</think>`, `-0.5*Alternatively`; see
-            `probes.model.routing.parse_marker`.
+        tokens: markers with signed weights, as `-0.5*Alternatively`; see `probes.model.routing.parse_marker`.
         transfer: a second data set, whose ranking is compared with the first.
         asking: how missing thinking and responses are generated.
         support: what an expert needs to be ranked.
         grid: β to try on tasks; None leaves that out.
+        special_tokens: what special tokens in the data are, see `probes.data.reader.read_data`.
         limit: only the first examples of each data set.
         dtype: that the model computes in; auto is the one it is stored in.
         batch_tokens: tokens of a batch; None tries what fits.
@@ -67,10 +69,19 @@ def probe_experts(
     if grid is not None:
         # Before anything is loaded: the sweep comes last, after everything else has been paid for.
         check_tasks(grid)
+    settings = ExpertSettings(tuple(tokens), support, grid, limit, batch_tokens, seed, special_tokens)
     with open_run(
-        model, data, out, transfer=transfer, generation=asking, limit=limit, dtype=dtype, options=options
+        model,
+        data,
+        out,
+        transfer=transfer,
+        generation=asking,
+        special_tokens=special_tokens,
+        limit=limit,
+        dtype=dtype,
+        options=options,
     ) as run:
-        analysis = analyse(run, ExpertSettings(tuple(tokens), support, grid, limit, batch_tokens, seed))
+        analysis = analyse(run, settings)
         findings = to_findings(analysis)
         run.write(lambda folder: write_run(folder, findings, analysis))
     return findings

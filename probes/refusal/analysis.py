@@ -17,6 +17,7 @@ from probes.refusal.cliffs import RefusalCliff
 from probes.refusal.fitted_probes import FittedProbes, ProbeTraining, fit_probes, measure_transfer, trace_scores
 from probes.refusal.heads.attribution import HeadAttribution, attribute_heads
 from probes.refusal.linear.probes import LayerMetrics
+from surgery.models.choices import SpecialTokens
 
 # A mean over fewer examples than this would rank heads by the accidents of one prompt.
 LEAST_SCORED = 3
@@ -32,6 +33,7 @@ class RefusalSettings:
     attribution: AttributionForm
     limit: int | None
     batch_tokens: int | None
+    special_tokens: SpecialTokens = "text"
 
 
 @dataclass(frozen=True, eq=False)

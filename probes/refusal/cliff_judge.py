@@ -28,6 +28,7 @@ from surgery.errors import SurgeryError, usage_error
 from surgery.io.atomic import atomic_replace
 from surgery.io.escaping import json_text
 from surgery.io.hashing import hash_text
+from surgery.models.choices import SpecialTokens
 from surgery.reporting.report import Column, Table
 from surgery.runtime.collectives import on_main
 
@@ -78,6 +79,7 @@ def judge(
     *,
     top: str,
     style: RowStyle = "trl",
+    special_tokens: SpecialTokens = "text",
     limit: int | None = None,
     dtype: str = "auto",
     batch_tokens: int | None = None,
@@ -95,8 +97,8 @@ def judge(
         run: a folder that `probe_refusal` wrote for the same model.
         top: a share such as 1.7%, or a count.
         style: `trl` rows have `messages` with the response as the assistant's; without a response, `prompt`.
-            `llama-factory` rows have `instruction`, `input`, `output` (alpaca), the last of them null without a
-            response, so that it is not trained on an empty one.
+            `llama-factory` rows have `instruction`, `input`, `output` (alpaca), the last null without a response.
+        special_tokens: what special tokens in the pool are while it is scored, see `probes.data.reader.read_data`.
 
     Raises:
         SurgeryError: findings of another model; `out` exists; the pool is empty or none of it can be scored.
@@ -107,7 +109,7 @@ def judge(
         raise usage_error("exists already", where=out, hint="Choose another file, or add --overwrite.")
     # All that can be wrong in the request is checked before the model is loaded.
     findings = read_findings(run)
-    pool = read_data(data, limit=limit)
+    pool = read_data(data, limit=limit, special_tokens=special_tokens)
     count = parse_top(top, len(pool.examples))
     probed = open_probed_model(model, findings, run, dtype=dtype, options=options)
     cache = out.with_name(f"{out.name}.partial")

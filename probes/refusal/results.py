@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from probes.data.preparation import data_record, model_record
-from probes.data.records import interval_record, write_examples
+from probes.data.records import interval_record, special_tokens_record, write_examples
 from probes.refusal import cliffs as cliff_measures
 from probes.refusal.analysis import RefusalAnalysis
 from probes.refusal.findings import (
@@ -183,6 +183,7 @@ def _settings_record(analysis: RefusalAnalysis) -> dict[str, Any]:
         "training": asdict(settings.training),
         "attribution": settings.attribution,
         "limit": settings.limit,
+        **special_tokens_record(settings.special_tokens),
     }
 
 

@@ -23,6 +23,7 @@ from probes.refusal.fitted_probes import ProbeTraining
 from probes.refusal.results import to_findings, write_run
 from surgery.engine.options import ExecutionOptions
 from surgery.errors import usage_error
+from surgery.models.choices import SpecialTokens
 
 
 def probe_refusal(
@@ -34,6 +35,7 @@ def probe_refusal(
     asking: GenerationOptions = GenerationOptions(),
     training: ProbeTraining = ProbeTraining(),
     attribution: AttributionForm = "exact",
+    special_tokens: SpecialTokens = "text",
     limit: int | None = None,
     dtype: str = "auto",
     batch_tokens: int | None = None,
@@ -48,6 +50,7 @@ def probe_refusal(
         data: a file, a Hub data set, or lab:NAME; see `probes.data.reader.read_data`.
         transfer: a second data set that the probes are tested on.
         attribution: exact folds the norms in, so that all parts sum to the probe's logit; paper does not.
+        special_tokens: what special tokens in the data are, see `probes.data.reader.read_data`.
         limit: only the first examples of each data set.
         dtype: that the model computes in; auto is the one it is stored in.
         batch_tokens: tokens of a batch; None tries what fits.
@@ -60,9 +63,17 @@ def probe_refusal(
     if asking.phrases is not None:
         # The findings keep the phrases themselves: later verdicts must not depend on what has become of their file.
         asking = replace(asking, phrases=tuple(refusal_phrases(asking)))
-    settings = RefusalSettings(training, attribution, limit, batch_tokens)
+    settings = RefusalSettings(training, attribution, limit, batch_tokens, special_tokens)
     with open_run(
-        model, data, out, transfer=transfer, generation=asking, limit=limit, dtype=dtype, options=options
+        model,
+        data,
+        out,
+        transfer=transfer,
+        generation=asking,
+        special_tokens=special_tokens,
+        limit=limit,
+        dtype=dtype,
+        options=options,
     ) as run:
         analysis = analyse(run, run.prepare(), run.prepare_transfer(), settings)
         findings = to_findings(analysis)

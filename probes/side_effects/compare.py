@@ -42,7 +42,9 @@ def bare_prompts(examples: Sequence[Example], most: int, *, any_topic: bool = Fa
             continue
         seen.add(key)
         n_of_topic[example.topic] += 1
-        prompts.append(replace(example, thinking=None, closing=None, response=None, refused=None))
+        literal = tuple(name for name in example.literal if name == "messages")
+        bare = replace(example, thinking=None, closing=None, response=None, refused=None, literal=literal)
+        prompts.append(bare)
     return prompts
 
 

@@ -16,6 +16,7 @@ from surgery.evaluation.harness import on_tasks
 from surgery.evaluation.perplexity import on_texts, read_text
 from surgery.evaluation.scoring import Measure, Score, score_models
 from surgery.io.command_line import option_words
+from surgery.models.choices import SpecialTokens
 from surgery.reporting.report import Figure, Table
 from surgery.runtime.progress import Progress, silent
 
@@ -65,6 +66,7 @@ def evaluate(
     *,
     tasks: Sequence[str] = (),
     texts: Sequence[Path] = (),
+    special_tokens: SpecialTokens = "text",
     limit: int | None = None,
     batch_size: int = 64,
     device: str = "cpu",
@@ -80,6 +82,7 @@ def evaluate(
     Args:
         tasks: of the evaluation harness, or of the lab.
         texts: files to predict, see `perplexity.read_text`.
+        special_tokens: what special tokens in `texts` are, see `perplexity.read_text`.
         limit: only the first samples of each task or text.
         prepare: called with the opened models before any is loaded, to register model classes with transformers.
 
@@ -88,7 +91,7 @@ def evaluate(
     """
     if not tasks and not texts:
         raise usage_error("nothing to score the models on.", hint="Add --task TASK, --perplexity TEXT, or both.")
-    documents = [read_text(path) for path in texts]
+    documents = [read_text(path, special_tokens=special_tokens) for path in texts]
     opened: OpenedModels = {model: open_checkpoint(model) for model in models}
     folders = {model: loadable_folder(checkpoint) for model, checkpoint in opened.items()}
     results = {model: folders[model] for model, checkpoint in opened.items() if scorecard.is_result(checkpoint)}
@@ -100,5 +103,11 @@ def evaluate(
     if variant is not None:
         opened, measures = variant.extend(opened, measures)
     scores = score_models(opened, measures, device=device, progress=progress)
-    options = {"task": list(tasks), "perplexity": list(texts), "limit": limit, **(variant.options if variant else {})}
+    options = {
+        "task": list(tasks),
+        "perplexity": list(texts),
+        "special_tokens": None if special_tokens == "text" else special_tokens,
+        "limit": limit,
+        **(variant.options if variant else {}),
+    }
     return EvaluationReport(scores, results, shlex.join(["surgery", "eval", *models, *option_words(options)]))

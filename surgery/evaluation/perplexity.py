@@ -23,8 +23,9 @@ from surgery.errors import SurgeryError, usage_error
 from surgery.evaluation.scoring import Measure, Score
 from surgery.evaluation.statistics import Z
 from surgery.io.input_files import read_given_text
+from surgery.models.choices import SpecialTokens
 from surgery.models.loading import ModelAndTokenizer
-from surgery.models.special_tokens import warn_of_special_tokens
+from surgery.models.special_tokens import acts, encode_literal, warn_of_special_tokens, without_special
 from surgery.runtime.progress import Progress, silent
 from surgery.runtime.quiet_libraries import quiet
 
@@ -42,10 +43,11 @@ IGNORED = -100  # cross_entropy's default for targets that do not count
 
 @dataclass(frozen=True)
 class Text:
-    """The documents of a file, and its `name` in tables."""
+    """The documents of a file, its `name` in tables, and what special tokens in the documents are."""
 
     name: str
     documents: Sequence[str]
+    special_tokens: SpecialTokens = "text"
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,20 @@ class Window:
     scored: int
 
 
-def read_text(path: Path) -> Text:
+def read_text(path: Path, *, special_tokens: SpecialTokens = "text") -> Text:
     """Read the documents in `path`: the lines' `text` of a .jsonl file, else the whole file as one.
 
     `lab:python/docs-held` and the like are texts of the lab, see `surgery.lab.python_text`.
 
+    Args:
+        special_tokens: what special tokens in the documents are: text, or those tokens (parse). Texts of the lab are
+            trusted: in them they are always tokens.
+
     Raises:
         SurgeryError: the file cannot be read, is not UTF-8 or is empty; a line is no JSON object with a `text`.
     """
-    file = lab.data_of(str(path)) or path
+    own = lab.data_of(str(path))
+    file = own or path
     content = read_given_text(file)
     if file.suffix != JSONL:
         documents = [content]
@@ -78,7 +85,7 @@ def read_text(path: Path) -> Text:
         documents = [_document(line, f"{path}:{number}") for number, line in lines if line.strip()]
     if not any(document.strip() for document in documents):
         raise usage_error("is empty", where=path, hint="Give a file with text to be predicted.")
-    return Text(str(path), documents)
+    return Text(str(path), documents, special_tokens if own is None else "parse")
 
 
 def on_texts(
@@ -122,8 +129,9 @@ def perplexity_of(
         SurgeryError: the text is shorter than two tokens.
     """
     name, model, tokenizer = loaded.name, loaded.model, loaded.tokenizer
-    warn_of_special_tokens(tokenizer, text.documents[:limit], where=text.name)
-    windows, n_bytes = _windows_of(model, tokenizer, text.documents[:limit])
+    if text.special_tokens == "parse":
+        warn_of_special_tokens(tokenizer, text.documents[:limit], where=text.name)
+    windows, n_bytes = _windows_of(model, tokenizer, text.documents[:limit], text.special_tokens)
     if not windows:
         raise SurgeryError(
             f"is shorter than two tokens of {name}, so that there is nothing to predict", where=text.name
@@ -179,21 +187,33 @@ def split_into_windows(prefix: Sequence[int], tokens: Sequence[int], size: int, 
         done = end
 
 
-def _windows_of(model: Any, tokenizer: Any, documents: Sequence[str]) -> tuple[list[Window], int]:
+def _windows_of(
+    model: Any, tokenizer: Any, documents: Sequence[str], special_tokens: SpecialTokens
+) -> tuple[list[Window], int]:
     """Return the windows of all documents, and the number of bytes that the scored tokens encode."""
     size = _context(model, tokenizer)
     windows: list[Window] = []
     n_bytes = 0
     for number, document in enumerate(documents):
         with quiet():  # the tokenizer warns of texts longer than the context, which windows take care of
-            tokens = list(tokenizer(document, add_special_tokens=False)["input_ids"])
-            prefix = _prefix(tokenizer, document, tokens)
+            prefix, tokens = _encode(tokenizer, document, special_tokens)
             unscored = "" if prefix else tokenizer.decode(tokens[:1], clean_up_tokenization_spaces=False)
         own = list(split_into_windows(prefix, tokens, size, document=number))
         windows += own
         if own:
             n_bytes += len(document.encode()) - len(unscored.encode())
     return windows, n_bytes
+
+
+def _encode(tokenizer: Any, document: str, special_tokens: SpecialTokens) -> tuple[list[int], list[int]]:
+    """Return what the tokenizer puts before a document, and the document's own ids."""
+    whole = ((0, len(document)),)
+    if special_tokens == "text" and acts(tokenizer, document, whole):
+        tokens = encode_literal(tokenizer, document, whole)[0]
+        document = without_special(tokenizer, document)
+        return _prefix(tokenizer, document, tokenizer(document, add_special_tokens=False)["input_ids"]), tokens
+    tokens = list(tokenizer(document, add_special_tokens=False)["input_ids"])
+    return _prefix(tokenizer, document, tokens), tokens
 
 
 def _prefix(tokenizer: Any, document: str, tokens: Sequence[int]) -> list[int]:

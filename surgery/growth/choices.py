@@ -10,9 +10,6 @@ EmbeddingKind = Literal["glyphs", "bits", "random", "table"]
 LayerInit = Literal["identity", "random", "copy"]
 """How added layers begin: the model computes what it did, random weights, or copies of the layers below."""
 
-SpecialTokens = Literal["text", "parse"]
-"""What the text of a special token in a corpus is: text like any other, or that token."""
-
 LayerPosition = Literal["top", "middle"] | int
 """Where layers are added; a number K stands for before layer K."""
 

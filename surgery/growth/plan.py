@@ -13,9 +13,10 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from surgery.errors import listing, usage_error
-from surgery.growth.choices import LayerInit, LayerPosition, SpecialTokens
+from surgery.growth.choices import LayerInit, LayerPosition
 from surgery.io.json_records import Strict
 from surgery.io.yaml_models import dump_yaml, n_bytes, parse_model, read_text
+from surgery.models.choices import SpecialTokens
 
 TrainableParts = Literal["new", "head", "norm", "lora", "embedding", "all"]
 # Ten times what anybody has trained so; without a bound a plan of one line fills the memory.

@@ -274,4 +274,4 @@ def _evaluation_text(ref: str, plan: GrowthPlan, errors: ErrorList) -> Text:
             errors.add("holds no text to be measured on.", where=ref, usage=True)
     except SurgeryError as error:
         errors.add(str(error), usage=True)
-    return Text(ref, texts)
+    return Text(ref, texts, plan.special_tokens)

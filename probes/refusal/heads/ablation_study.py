@@ -215,7 +215,9 @@ class AblationStudy:
         """The share of examples that the model refuses, given their own prompt and thinking."""
         texts = greedy_answers(model, encoded.sequences)
         answered = [
-            replace(example, response=text, refused=None) for example, text in zip(encoded.examples, texts, strict=True)
+            # What the model writes has its own tokens in it.
+            replace(example, response=text, refused=None, literal=tuple(n for n in example.literal if n != "response"))
+            for example, text in zip(encoded.examples, texts, strict=True)
         ]
         rate = Rate.of([bool(example.refused) for example in self._label(answered)])
         return interval_record(rate, rate.n)
