@@ -20,7 +20,7 @@ CHOICES = [(command, one) for command in COMMANDS.values() for one in command.pa
 IDS = [f"{command.name} {one.name}" for command, one in CHOICES]
 EXPECTED = {
     *("vocab", "mode", "kind", "init", "budget", "embedding", "engine", "cells", "attribution", "ablate", "style"),
-    *("way", "phase", "dtype", "tune-what", "compat"),
+    *("way", "phase", "dtype", "tune-what", "compat", "special-tokens"),
 }
 
 
