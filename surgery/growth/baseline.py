@@ -23,6 +23,7 @@ from surgery.growth.plan import GrowthStage
 from surgery.growth.prepare import PreparedRun, content_key
 from surgery.growth.results import Budget, EmbeddingTraining, Growth, TrainedStage
 from surgery.growth.run import (
+    START_SUFFIX,
     create_run_context,
     create_start_model,
     evaluate_model,
@@ -146,7 +147,7 @@ def _train_baseline(
 ) -> TrainedStage:
     plan, last = prepared.plan, growth.stages[-1].training
     name = f"baseline-{budget}-{embedding}"
-    seed, start = part_seed(plan.seed, name), prepared.run / f"{name}.start"
+    seed, start = part_seed(plan.seed, name), prepared.run / f"{name}{START_SUFFIX}"
     # The last stage's key covers all stages, whose windows and operations the baseline takes.
     key = content_key(prepared.key, last.key, name, plan.training.model_dump(mode="json"))
     record = read_existing_training(prepared.run / name, key)

@@ -39,14 +39,16 @@ from surgery.growth.results import (
     write_growth,
 )
 from surgery.growth.training.job import RunContext, TrainingJob
-from surgery.growth.training.stage_runner import train_checkpoint
+from surgery.growth.training.stage_runner import TRAINING_SUFFIX, train_checkpoint
 from surgery.io.atomic import write_file
 from surgery.io.locks import exclusive_lock
+from surgery.io.output_folder import discard_output
 from surgery.io.private_files import make_private_folder
 from surgery.runtime.collectives import barrier, entered_on_main, local_device, on_main
 from surgery.runtime.environment import is_main
 
 START = "start"
+START_SUFFIX = ".start"  # of the folder of the model that a training begins with
 LOCK_PATIENCE = 10.0  # seconds that forked processes of a killed run may take to end: they hold its lock until then
 # Trained parts that lie below the new layers: what leaves those changes from step to step, and cannot be cached.
 BELOW_NEW_LAYERS = {"lora", "embedding", "all"}
@@ -192,6 +194,8 @@ def write_results(
 def read_existing_training(folder: Path, key: str) -> TrainingRecord | None:
     """Return the record of the finished training in `folder`, or None where the folder does not exist.
 
+    What a killed run left beside it is deleted.
+
     Raises:
         SurgeryError: it belongs to another plan or corpus.
     """
@@ -203,6 +207,10 @@ def read_existing_training(folder: Path, key: str) -> TrainingRecord | None:
             where=folder,
             hint="Choose another RUN, or remove this folder and those after it.",
         )
+    if record is not None:
+        # Left where a kill came after the checkpoint had its place: what it was trained from, and the training's state.
+        for suffix in (START_SUFFIX, TRAINING_SUFFIX):
+            on_main(discard_output, folder.with_name(folder.name + suffix))
     return record
 
 
@@ -238,7 +246,7 @@ def _train_stage(prepared: PreparedRun, context: RunContext, index: int, key: st
     plan, run, name = prepared.plan, prepared.run, _stage_name(index)
     stage, seed = plan.expanded[index], part_seed(plan.seed, name)
     before = run / _stage_name(index - 1) if index else _first_model(prepared)
-    deepened = run / f"{name}.start"
+    deepened = run / f"{name}{START_SUFFIX}"
     start, new = _add_stage_layers(before, stage, deepened, seed, context.options)
     passes = _cache_passes(plan, index, context.cached_windows)
     record = train_checkpoint(context, TrainingJob(name, start, stage, new, key, seed, first_window, passes))

@@ -22,6 +22,8 @@ from surgery.models.parameters import gather_full
 from surgery.runtime.collectives import on_main
 from surgery.runtime.environment import is_main
 
+TRAINING_SUFFIX = ".training"  # of the folder of a training's state, beside its checkpoint
+
 LOGS = "logs"
 
 
@@ -31,7 +33,7 @@ def train_checkpoint(context: RunContext, job: TrainingJob) -> TrainingRecord:
     Raises:
         SurgeryError: as `train_stage`, `decide_caching` and `execute`; a frozen tensor was changed.
     """
-    folder = context.run / f"{job.name}.training"
+    folder = context.run / f"{job.name}{TRAINING_SUFFIX}"
     schedule = job.schedule(context.plan)
     live = load_with_structure(job.start, device=context.device, dtype="float32", name=job.name)
     with _logging(context, job) as log, trainable_model(live, schedule, job.new) as model:
