@@ -10,6 +10,7 @@ from pathlib import Path
 
 from merges.ensemble.ensemble_model import MODEL_TYPE
 from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
+from surgery.checkpoint.model_config import CONFIG
 from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.safetensors_header import parse_header
@@ -22,6 +23,7 @@ from surgery.engine.preflight import Preflight, check_space
 from surgery.engine.result import ExecutionResult
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.io.atomic import MANIFEST
+from surgery.io.json_fields import TEXT_TABLE, check_fields
 from surgery.io.json_io import read_json
 from surgery.io.output_folder import check_free
 from surgery.io.safe_paths import (
@@ -62,6 +64,7 @@ def unpack(ensemble: str, out: Path, *, options: ExecutionOptions = ExecutionOpt
     folder = checkpoint.folder
     if folder is None or checkpoint.config.get("model_type") != MODEL_TYPE:
         raise usage_error("is no logit ensemble", where=ensemble, hint="`surgery merge logits` writes one.")
+    check_fields(checkpoint.config, {"aliases": TEXT_TABLE}, where=folder / CONFIG)
     check_output(out, {"ensemble": checkpoint})
     # Never overwritten: the folder gets no manifest, by which it would be known to be ours.
     check_free(out, overwrite=False)
@@ -175,9 +178,8 @@ def _files(record: _MemberRecord, checkpoint: Checkpoint, prefix: str, where: Pa
 
 
 def _stored(checkpoint: Checkpoint, name: str, where: Path) -> StoredTensor:
-    aliases = checkpoint.config.get("aliases")
-    source = aliases.get(name, name) if isinstance(aliases, dict) else name
-    if not isinstance(source, str) or source not in checkpoint.tensors:
+    source = (checkpoint.config.get("aliases") or {}).get(name, name)
+    if source not in checkpoint.tensors:
         raise SurgeryError(f'needs "{source}", which the ensemble does not hold', where=where)
     return checkpoint.tensors[source]
 
