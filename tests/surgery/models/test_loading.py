@@ -61,6 +61,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plain: Path) -> Ite
         raise AssertionError(f"connected to {address}")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
+    gc.collect()  # models of earlier tests, which remove what was staged for them when they go
     with watch_files() as files:
         yield
     files.check(reads=[tmp_path, plain], writes=[tmp_path])
