@@ -158,7 +158,7 @@ def _check_recipient(url: str) -> None:
     parts = urlsplit(url)
     if not is_hub_address(url):
         raise RefusedAnswerError(
-            f"the Hub asks to send your token to {parts.hostname}, which was not done",
+            f"the Hub asks to send your token to {parts.hostname or 'an address without a host'}, which was not done",
             "If that is your Hub's own address, set HF_ENDPOINT to it.",
         )
     if parts.scheme != "https" and not _LOCAL.fullmatch(parts.hostname or ""):

@@ -12,6 +12,7 @@ import torch
 from support import moe, refusal
 from support.architectures import add_tokenizer, build, sibling
 from support.chat_tokenizer import TEMPLATE
+from support.fuzz_answers import write_answers
 from support.growth_runs import CPU, TOKENS, write_corpora, write_plan, write_substrate
 from support.merges import add_lora
 
@@ -129,6 +130,7 @@ def make_corpus(corpus: Path) -> Path:
     _data(corpus)
     _runs(corpus)
     _findings(corpus)
+    write_answers(corpus / "hub")
     return corpus
 
 

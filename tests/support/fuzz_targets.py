@@ -10,6 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from functools import lru_cache
 from pathlib import Path
 
+from support.fuzz_answers import HUB_TARGETS
 from support.fuzz_corpus import FAMILIES, MERGES, ONE_THREAD
 from support.fuzz_run_targets import RUN_TARGETS
 from support.fuzzing import FuzzTarget
@@ -183,4 +184,5 @@ TARGETS = (
     FuzzTarget("recipe", ("recipes",), ("recipes.yaml",), _recipe, weight=3, named=_RECIPE, follows=True),
     FuzzTarget("recipe command", ("recipes",), _RECIPE, _recipe_command, named=_RECIPE, follows=True),
     *RUN_TARGETS,
+    *HUB_TARGETS,
 )
