@@ -6,6 +6,7 @@ nothing for `SILENT_SECONDS`, or ends, fails the input that it was at; another o
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import resource
@@ -69,9 +70,16 @@ class Campaign:
 
     @property
     def schedule(self) -> list[FuzzTarget]:
-        """Targets by turns, those of weight 2 twice in a round."""
+        """Targets by turns, those of weight 2 twice in a round, those of every 2 in every second round."""
         most = max(target.weight for target in self.targets)
-        return [target for turn in range(most) for target in self.targets if target.weight > turn]
+        rounds = math.lcm(*(target.every for target in self.targets))
+        return [
+            target
+            for number in range(rounds)
+            for turn in range(most)
+            for target in self.targets
+            if target.weight > turn and number % target.every == 0
+        ]
 
     def target_of(self, number: int) -> FuzzTarget:
         """Return the target of the input `number`."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from support.fuzz_answers import HUB_TARGETS
 from support.fuzz_corpus import FAMILIES, MERGES, ONE_THREAD
 from support.fuzz_run_targets import RUN_TARGETS
+from support.fuzz_templates import TEMPLATE_TARGETS
 from support.fuzzing import FuzzTarget
 
 from cli import main
@@ -185,4 +186,5 @@ TARGETS = (
     FuzzTarget("recipe command", ("recipes",), _RECIPE, _recipe_command, named=_RECIPE, follows=True),
     *RUN_TARGETS,
     *HUB_TARGETS,
+    *TEMPLATE_TARGETS,
 )

@@ -6,7 +6,8 @@ is repeated by naming them. `run_input` runs one and returns its `Outcome`; `sur
 - a result or a `SurgeryError`, with a message of readable length;
 - in `MAX_SECONDS`, with at most `MAX_MB` more memory than before;
 - nothing is written outside of OUT, the folder of temporary files and the caches; nothing is read outside of the input;
-- no process is started, no connection made (but to `FuzzTarget.host`), no code of the input compiled or unpickled.
+- no process is started (but `FuzzTarget.program`), no connection made (but to `FuzzTarget.host`), no code of the input
+  compiled or unpickled.
 
 Layout of a worker's folder: `in-N` (the input, and the working directory), `out-N`, `tmp`, `home`, and `outside`: what
 no input may reach.
@@ -65,6 +66,8 @@ class FuzzTarget:
     follows: whether the input may name what is read, wherever it is: the models of a merge, the base of an adapter.
     writes: whether it may write into the input, e.g. what it resumes; by default only into OUT.
     host: the one address that it may connect to.
+    every: it takes part in one of so many rounds.
+    program: the one script that it may start, in a process of its own.
     """
 
     name: str
@@ -77,6 +80,8 @@ class FuzzTarget:
     follows: bool = False
     writes: bool = False
     host: tuple[str, int] | None = None
+    every: int = 1
+    program: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -101,16 +106,23 @@ class _Forbidden:
 
     folder: str | None = None
     host: tuple[str, int] | None = None
+    program: Path | None = None
     found: list[str] = field(default_factory=list)
     installed: bool = False
 
     def hook(self, event: str, args: tuple[Any, ...]) -> None:
-        if self.folder is None:
+        if self.folder is None or (event == "subprocess.Popen" and self._is_program(args)):
             return
         if event in _FORBIDDEN or (event in ("socket.connect", "socket.bind") and args[1] != self.host):
             self.found.append(f"{event} {str(args)[:200]}")
         elif event in ("compile", "exec", "import") and self._is_inside(event, args):
             self.found.append(f"{event} of code in the input: {str(args)[:200]}")
+
+    def _is_program(self, args: tuple[Any, ...]) -> bool:
+        """Return whether the process started is this interpreter, running `program` apart from its user's packages."""
+        if self.program is None or os.fsdecode(args[0]) != sys.executable:
+            return False
+        return [os.fsdecode(word) for word in args[1][1:3]] == ["-I", str(self.program)]
 
     def _is_inside(self, event: str, args: tuple[Any, ...]) -> bool:
         assert self.folder is not None
@@ -172,7 +184,7 @@ def _run_once(target: FuzzTarget, number: int, place: Workplace) -> Outcome:
     memory, start = _memory("VmRSS"), time.process_time()
     seconds = 0.0
     try:
-        with watch_files() as watched, _watching(folder, target.host), _alarm(HUNG_SECONDS):
+        with watch_files() as watched, _watching(folder, target), _alarm(HUNG_SECONDS):
             try:
                 target.call(folder, out)
             except SurgeryError as error:
@@ -207,6 +219,7 @@ def _run_once(target: FuzzTarget, number: int, place: Workplace) -> Outcome:
 def _outside(watched: WatchedFiles, target: FuzzTarget, folder: Path, out: Path, place: Workplace) -> Iterator[str]:
     """Yield in words what was written or read where it may not."""
     writable = [out, place.folder / "tmp", *place.caches, *([folder] if target.writes else [])]
+    writable += [Path("/dev/null")] if target.program else []  # what a program says is thrown away
     for path in sorted(watched.written):
         # Made if it is not there.
         if path != out.parent and not is_inside(path, writable) and not _is_beside(path, out):
@@ -235,11 +248,12 @@ def _link(source: str, copy: str) -> None:
 
 
 @contextmanager
-def _watching(folder: Path, host: tuple[str, int] | None) -> Iterator[None]:
+def _watching(folder: Path, target: FuzzTarget) -> Iterator[None]:
     if not _forbidden.installed:
         sys.addaudithook(_forbidden.hook)
         _forbidden.installed = True
-    _forbidden.folder, _forbidden.host, _forbidden.found = str(folder), host, []
+    _forbidden.host, _forbidden.program, _forbidden.found = target.host, target.program, []
+    _forbidden.folder = str(folder)
     try:
         yield
     finally:
