@@ -13,6 +13,7 @@ from support import moe, refusal
 from support.architectures import add_tokenizer, build, sibling
 from support.chat_tokenizer import TEMPLATE
 from support.fuzz_answers import write_answers
+from support.fuzz_run_records import write_run
 from support.fuzz_templates import write_templates
 from support.growth_runs import CPU, TOKENS, write_corpora, write_plan, write_substrate
 from support.merges import add_lora
@@ -133,6 +134,7 @@ def make_corpus(corpus: Path) -> Path:
     _findings(corpus)
     write_answers(corpus / "hub")
     write_templates(corpus)
+    write_run(corpus / "run")
     return corpus
 
 

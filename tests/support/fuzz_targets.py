@@ -12,6 +12,7 @@ from pathlib import Path
 
 from support.fuzz_answers import HUB_TARGETS
 from support.fuzz_corpus import FAMILIES, MERGES, ONE_THREAD
+from support.fuzz_run_records import RECORD_TARGETS
 from support.fuzz_run_targets import RUN_TARGETS
 from support.fuzz_templates import TEMPLATE_TARGETS
 from support.fuzzing import FuzzTarget
@@ -187,4 +188,5 @@ TARGETS = (
     *RUN_TARGETS,
     *HUB_TARGETS,
     *TEMPLATE_TARGETS,
+    *RECORD_TARGETS,
 )

@@ -19,7 +19,9 @@ from surgery.engine.work.workers import run
 from surgery.errors import SurgeryError
 from surgery.io.atomic import MANIFEST, write_file
 from surgery.io.hashing import KEY, hash_tensors, hash_text
+from surgery.io.input_files import open_regular
 from surgery.io.json_io import read_json, to_json
+from surgery.io.safe_paths import check_contained
 from surgery.recipes.run.paths import STEPS, StepPaths
 
 WEIGHTS = ".safetensors"
@@ -41,6 +43,7 @@ class FileHashCache:
         self._changed = False
         if path is not None and path.is_file():
             try:
+                check_contained(path.parent, path)
                 record = read_json(path)
             except SurgeryError:
                 record = {}  # only a cache: the files are hashed again
@@ -85,13 +88,19 @@ class FileHashCache:
 
     def is_intact(self, path: Path, files: Mapping[str, str]) -> bool:
         """Whether the files hashed in `files` by `hash_files` are unchanged; files added since do not matter."""
-        # run.json may be a stranger's: nothing outside of the step's folder is read for it.
+        # run.json and the folder may be a stranger's: nothing outside of it is read, by a name or by a link.
         if any(PurePath(name).is_absolute() or ".." in PurePath(name).parts for name in files):
             return False
         try:
-            return path.exists() and all(
-                self.hash_file(path if name == "." else path / name) == digest for name, digest in files.items()
-            )
+            if not path.exists():
+                return False
+            for name, digest in files.items():
+                file = path if name == "." else path / name
+                if name != ".":
+                    check_contained(path, file)
+                if self.hash_file(file) != digest:
+                    return False
+            return True
         except SurgeryError:
             return False
 
@@ -161,7 +170,7 @@ def _stamp(path: Path) -> tuple[str, list[int]]:
 def _bytes_hash(path: Path) -> str:
     state = xxh3_128()
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while chunk := file.read(_CHUNK):
                 state.update(chunk)
     except OSError as error:

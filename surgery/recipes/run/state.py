@@ -13,6 +13,7 @@ from surgery.io.atomic import write_file
 from surgery.io.json_fields import NUMBER, TABLE, TEXT, TEXT_TABLE, FieldKind, check_fields, shown
 from surgery.io.json_io import read_json, to_json
 from surgery.io.locks import exclusive_lock
+from surgery.io.safe_paths import check_contained
 from surgery.recipes.run.paths import LOCK, MANIFEST
 from surgery.recipes.types import Pipeline
 
@@ -99,6 +100,7 @@ def read_record(pipeline: Pipeline, run: Path, lines: Mapping[str, str]) -> RunR
             raise usage_error("is not empty, and no run of a recipe", where=run, hint="Choose another folder with -o.")
         known: dict[str, StepRecord] = {}
     else:
+        check_contained(run, path)
         value = read_json(path)
         if value.get("schema") != SCHEMA or not isinstance(value.get("steps"), dict):
             raise usage_error(f"has schema {shown(value.get('schema'))}, this version reads {SCHEMA}", where=path)

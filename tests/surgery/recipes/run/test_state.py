@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from support.audit import watch_files
 from support.damage import failures_of
 from support.recipe_texts import RECIPE, read_text
 
@@ -50,3 +52,24 @@ def test_a_damaged_cache_of_hashes_is_made_again(tmp_path: Path) -> None:
     for entries in ("x", [], {str(file): 3}, {str(file): [1]}, {str(file): "abcd"}):
         path.write_text(to_json({"schema": 1, "files": entries}))
         assert FileHashCache(path).hash_file(file) == expected
+
+
+def test_a_link_or_a_pipe_in_the_place_of_an_output_is_not_read(tmp_path: Path) -> None:
+    step, secret = tmp_path / "step", tmp_path / "secret.txt"
+    step.mkdir()
+    secret.write_text("secret")
+    (step / "output.txt").write_text("secret")
+    cache = FileHashCache()
+    found = cache.hash_files(step)
+    assert cache.is_intact(step, found)
+    for place in (secret, Path("/dev/zero")):
+        (step / "output.txt").unlink()
+        (step / "output.txt").symlink_to(place)
+        with watch_files() as watched:
+            assert not FileHashCache().is_intact(step, found)
+        assert watched.read == set()
+    (step / "output.txt").unlink()
+    os.mkfifo(step / "output.txt")
+    assert not FileHashCache().is_intact(step, found)
+    with pytest.raises(SurgeryError, match="is a pipe"):
+        FileHashCache().hash_file(step / "output.txt")
