@@ -343,7 +343,7 @@ def test_a_fault_in_one_process_is_told_by_all(models: Path) -> None:
     codes, _ = launch(folder, TRANSFER, processes=2, fault="full 1")
     assert codes == [1, 1]
     assert "process 1 failed: " in said(folder, 0, 0)
-    assert "No space left on device" in said(folder, 0, 0) and "No space left on device" in said(folder, 0, 1)
+    assert "No space left on device" in said(folder, 0, 0) and "the disk is full" in said(folder, 0, 1)
     assert (folder / "out.partial").is_dir() and not (folder / "out").exists()
     codes, _ = launch(folder, TRANSFER, processes=2)
     assert codes == [0, 0]
