@@ -8,9 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
+import hypothesis
 import pytest
 from huggingface_hub import constants, file_download
+from hypothesis import HealthCheck
 from support.hub_server import HubServer
+
+# On a machine with other work everything takes long, which is no fault of a test's.
+hypothesis.settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy machine")
 
 # Commands that run in the background of a shell ignore Ctrl-C, and what they start does too: not so what tests start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

@@ -36,6 +36,8 @@ TODAY = datetime(2025, 1, 1)
 STRFTIME_NOW = "strftime_now"
 _PARTS = "".join(f"|replace('%{code}', '{TODAY.strftime(f'%{code}')}')" for code in "aAbBdejmyYHIMSp")
 _SAME_DAY = "{% macro " + STRFTIME_NOW + "(format) %}{{ format" + _PARTS + " }}{% endmacro %}{{ '' }}"
+# Characters before a border that a merge across it may reach, for tokenizers without offsets.
+LONGEST_MERGE = 16
 # Texts at a time: enough for every thread of the tokenizer, few enough that their offsets fit the memory.
 CHUNK = 512
 
@@ -306,10 +308,19 @@ def _cut_by_offsets(tokenizer: Any, text: _Text, ids: tuple[int, ...], offsets: 
 
 
 def _cut_by_prefixes(tokenizer: Any, text: _Text, ids: tuple[int, ...]) -> Cut:
-    def n_shared(part: str) -> int:
-        return _common_prefix_length(ids, tokenizer(part, add_special_tokens=False)["input_ids"])
+    def n_before(border: int) -> int:
+        most = 0
+        # What is cut may merge with its end otherwise than the whole does (`>` `\n\n` is cut to `>\n`, which may be one
+        # token): shorter beginnings then have more tokens in common with it.
+        for end in range(border, max(border - LONGEST_MERGE, 0) - 1, -1):
+            part = tokenizer(text.whole[:end], add_special_tokens=False)["input_ids"]
+            shared = _common_prefix_length(ids, part)
+            most = max(most, shared)
+            if shared == len(part):
+                break
+        return most
 
-    first, second, third = (n_shared(text.whole[:border]) for border in text.borders)
+    first, second, third = map(n_before, text.borders)
     # All tokens of the text before the answer must be before the cut, except for white space at its end.
     bare = tokenizer(text.whole[: text.borders[2]].rstrip(), add_special_tokens=False)["input_ids"]
     if text.answer and third < len(bare):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from hypothesis import example as tried
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.chat_tokenizer import CHARACTERS, MARKS, TEMPLATE, make_tokenizer
@@ -320,6 +321,7 @@ SLOW.chat_template = TEMPLATE
 
 @settings(deadline=None)
 @given(TEXT, TEXT, st.sampled_from([" ", "\n", "\n\n", ""]), TEXT)
+@tried("", ">\n", " ", "")  # of the thinking alone, its end would be one token
 def test_a_slow_tokenizer_is_cut_where_a_fast_one_is(prompt, thinking, space, response):
     if starts_open(thinking, THINK) or "</think>" in thinking + response:
         return
