@@ -27,12 +27,12 @@ ADAPTER_CONFIG = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-# ASCII: \d would also match the digits of other scripts.
 # The largest models on the Hub have about 1,000 files and 210,000 tensors.
 MAX_SHARDS = MAX_FILES
 MAX_TENSORS = 500_000
 MAX_INDEXES = 10  # each is read to find the one that counts
 MAX_INDEX_VALUES = 4 * MAX_TENSORS  # a tensor and its file are two; commas and colons in names are counted as well
+# ASCII: \d would also match the digits of other scripts.
 _NUMBERED = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors", re.ASCII)
 
 
