@@ -81,16 +81,23 @@ def base_of(folder: Path, *, is_local: bool = True) -> str:
         raise SurgeryError('has no "base_model_name_or_path"', where=folder / ADAPTER_CONFIG, hint=NAME_THE_BASE)
     # Beside the adapter first: a folder that was moved together with its base still finds it.
     beside = folder / base
-    if (is_local or beside.resolve().is_relative_to(folder.resolve())) and existing_path(str(beside)):
+    if (is_local or beside.resolve().is_relative_to(folder.resolve())) and _is_folder(beside):
         return str(beside)
-    if is_local and existing_path(base):
+    # Folders alone, as PEFT writes them: a file that a stranger's adapter names could be any of this machine.
+    if is_local and _is_folder(Path(base)):
         return base
     if hub.is_repo_id(base):
         return f"{base}@{revision}" if revision and "@" not in base else base
     if base.startswith("lab:"):
         return base
-    reason = "is not there" if is_local else "is no model on the Hub: which of your folders it reads is for you to say"
+    missing = "is no folder" if existing_path(base) else "is not there"
+    reason = missing if is_local else "is no model on the Hub: which of your folders it reads is for you to say"
     raise SurgeryError(f'names the base "{base}", which {reason}', where=folder / ADAPTER_CONFIG, hint=NAME_THE_BASE)
+
+
+def _is_folder(path: Path) -> bool:
+    found = existing_path(str(path))
+    return found is not None and found.is_dir()
 
 
 def add_adapter(base: Checkpoint, folder: Path) -> Checkpoint:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from surgery.io.input_files import MAX_TEXT_BYTES, read_bytes
 MAX_VALUES = 4_000_000
 MAX_DEPTH = 100  # of lists and objects inside each other; what is written for such files reaches 10
 FETCH_AGAIN = "Fetch the file again."
+# Digits of a whole number that may not be a float: sums, plots and sizes would fail on it wherever it is used.
+_LONG_NUMBER = re.compile(rb"[0-9]{309}")
 
 
 def to_json(value: Any, *, indent: int = 1) -> str:
@@ -79,7 +83,8 @@ def parse_json(content: bytes, *, where: object, max_values: int = MAX_VALUES) -
     """
     check_json_size(content, where=where, max_values=max_values)
     try:
-        value = json.loads(content.decode("utf-8-sig"))
+        has_long = _LONG_NUMBER.search(content) is not None
+        value = json.loads(content.decode("utf-8-sig"), parse_int=_bounded_int if has_long else None)
         check_depth(value, where=where)
         # UTF-8 has no halves of characters, but a JSON text may name them by their number; nothing could be written of
         # them again. Emoji are written as two halves, so that these alone say nothing.
@@ -91,9 +96,19 @@ def parse_json(content: bytes, *, where: object, max_values: int = MAX_VALUES) -
         raise SurgeryError(
             f"holds {error.object[error.start]!a}, half of a character", where=where, hint=FETCH_AGAIN
         ) from error
-    except ValueError as error:  # not UTF-8, not JSON, or a number of 5,000 digits
+    except OverflowError as error:
+        raise SurgeryError(
+            f"holds a whole number that is larger than {sys.float_info.max:.1e}", where=where, hint=FETCH_AGAIN
+        ) from error
+    except ValueError as error:  # not UTF-8, not JSON, or a number that is too long
         raise SurgeryError(f"is not valid JSON ({error})", where=where, hint=FETCH_AGAIN) from error
     return value
+
+
+def _bounded_int(text: str) -> int:
+    number = int(text)
+    float(number)
+    return number
 
 
 def check_depth(value: Any, *, where: object) -> None:

@@ -48,3 +48,12 @@ def test_a_link_to_nowhere_is_not_a_missing_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").symlink_to("gone")
     with pytest.raises(SurgeryError, match="cannot be read"):
         read_json(tmp_path / "config.json", missing={})
+
+
+def test_whole_numbers_are_no_larger_than_floats_can_be(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text('{"model_max_length": 1000000000000000019884624838656, "digits": "' + "9" * 400 + '"}')
+    assert read_json(path)["model_max_length"] == int(1e30)
+    path.write_text('{"loss": ' + "9" * 400 + "}")
+    with pytest.raises(SurgeryError, match=r"holds a whole number that is larger than 1\.8e\+308"):
+        read_json(path)
