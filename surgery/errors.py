@@ -70,10 +70,17 @@ def _lines(what: str | Sequence[str]) -> list[str]:
     return [*map(_flat, lines[:MOST_LINES]), *([f"  … and {more:,} more."] if more > 0 else [])]
 
 
+def shortened(text: str, most: int, tail: int) -> str:
+    """Return `text`; of one with more than `most` characters the beginning and the last `tail`, `most` in all."""
+    if len(text) <= most:
+        return text
+    note = f" … ({len(text):,} characters) … "
+    return f"{text[: most - tail - len(note)]}{note}{text[len(text) - tail :]}"
+
+
 def _flat(text: str) -> str:
     """Return `text` on one line that is short enough for a message."""
-    if len(text) > MOST_CHARACTERS:
-        text = f"{text[: MOST_CHARACTERS - _TAIL]} … ({len(text):,} characters) … {text[-_TAIL:]}"
+    text = shortened(text, MOST_CHARACTERS, _TAIL)
     # Without a look at every other invisible character: those are written out where text meets a terminal or a page.
     return "\\n".join(text.split("\n"))
 

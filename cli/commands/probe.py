@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from probes.experts.sweep import BetaGrid
     from probes.refusal.findings import Findings
     from surgery.engine.options import ExecutionOptions
+    from surgery.reporting.report import Table
+
+F = TypeVar("F", "Findings", "ExpertFindings")
 
 app = typer.Typer(
     help="Looks into models: refusal cliffs of reasoning models and the heads that make them (arXiv 2510.06036), and "
@@ -413,24 +416,28 @@ def show(
 
 
 def _show_experts(findings: ExpertFindings, run: Path, *, as_json: bool) -> None:
-    from probes.data.records import REPORT
     from probes.experts.report import expert_sentences, expert_tables
 
-    if as_json:
-        console.show_json(findings.model_dump(mode="json"))
-        return
-    for warning in findings.warnings:
-        console.warn(warning)
-    console.show(*expert_tables(findings))
-    for sentence in expert_sentences(findings):
-        console.message(sentence)
-    console.message(f"Report: {run / REPORT}")
+    _print_findings(findings, run, expert_tables, expert_sentences, as_json=as_json)
 
 
 def _show(findings: Findings, run: Path, *, as_json: bool, last: int = 0) -> None:
     """Print the tables, or only the `last` ones."""
-    from probes.data.records import REPORT
     from probes.refusal.tables import refusal_sentences, refusal_tables
+
+    _print_findings(findings, run, refusal_tables, refusal_sentences, as_json=as_json, last=last)
+
+
+def _print_findings(
+    findings: F,
+    run: Path,
+    tables: Callable[[F], Sequence[Table]],
+    sentences: Callable[[F], Sequence[str]],
+    *,
+    as_json: bool,
+    last: int = 0,
+) -> None:
+    from probes.data.records import REPORT
 
     if as_json:
         console.show_json(findings.model_dump(mode="json"))
@@ -438,8 +445,8 @@ def _show(findings: Findings, run: Path, *, as_json: bool, last: int = 0) -> Non
     for warning in findings.warnings:
         console.warn(warning)
     # With `last` = 0 the slice is the whole list.
-    console.show(*refusal_tables(findings)[-last:])
-    for sentence in refusal_sentences(findings)[-last:]:
+    console.show(*tables(findings)[-last:])
+    for sentence in sentences(findings)[-last:]:
         console.message(sentence)
     console.message(f"Report: {run / REPORT}")
 

@@ -17,6 +17,7 @@ import html
 import re
 from typing import Any
 
+from surgery.errors import shortened
 from surgery.io.redaction import redact
 
 MOST_CHARACTERS = 2_000  # of one name, cell or line that is shown: far more than a path has, and it still fits a screen
@@ -61,16 +62,8 @@ def one_line(text: str, most: int = MOST_CHARACTERS) -> str:
     most: characters that are shown; of a longer text the beginning and the end.
     """
     # Before, so that a text of a million control characters takes no time; and after, as each becomes up to ten.
-    return shortened(_HIDDEN_OR_BREAK.sub(_written_out, shortened(redact(text), most)), most)
-
-
-def shortened(text: str, most: int = MOST_CHARACTERS) -> str:
-    """Return `text`, with its middle cut out where it has more than `most` characters."""
-    if len(text) <= most:
-        return text
-    note = f" … ({len(text):,} characters) … "
     tail = min(_TAIL, most // 4)
-    return f"{text[: most - tail - len(note)]}{note}{text[len(text) - tail :]}"
+    return shortened(_HIDDEN_OR_BREAK.sub(_written_out, shortened(redact(text), most, tail)), most, tail)
 
 
 def _written_out(match: re.Match[str]) -> str:

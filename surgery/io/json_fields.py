@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery.errors import SurgeryError
+from surgery.io.json_io import FETCH_AGAIN
 
 MAX_COUNT = 2**31 - 1  # of layers, heads, tokens: what transformers' tensors of ids hold
 MAX_SHOWN = 60  # characters of a wrong value in a message
-FETCH_AGAIN = "Fetch the file again."
 
 
 @dataclass(frozen=True)

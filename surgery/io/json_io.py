@@ -7,7 +7,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,18 @@ def _bounded_int(text: str) -> int:
     number = int(text)
     float(number)
     return number
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Yield every text among the values of `value`, as deep as lists and tables go; keys are not among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from texts_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from texts_in(item)
 
 
 def check_depth(value: Any, *, where: object) -> None:

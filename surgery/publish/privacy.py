@@ -20,6 +20,7 @@ from surgery.hub import datasets as hub_data
 from surgery.hub import download as hub
 from surgery.hub.visibility import RepositoryKind, Visibility, visibility
 from surgery.io.atomic import MANIFEST
+from surgery.io.json_io import texts_in
 from surgery.io.yaml_nodes import read_documents
 
 MAX_INPUTS = 10_000  # that are looked at: a stranger's manifest may name millions
@@ -149,23 +150,12 @@ def _data_names(manifest: Mapping[str, Any]) -> Iterator[str]:
             nodes, _ = read_documents(text if isinstance(text, str) else "", MANIFEST)
             documents += [node.plain for node in nodes]
     for document in documents:
-        yield from (text for text in _texts(document) if hub_data.parse_dataset_ref(text))
+        yield from (text for text in texts_in(document) if hub_data.parse_dataset_ref(text))
         for key in CORPUS:
-            yield from _texts(document.get(key)) if isinstance(document, dict) else ()
+            yield from texts_in(document.get(key)) if isinstance(document, dict) else ()
     options = command.get("options")
     # Of other options a text is only what they are called by; --tune learns from the file.
-    yield from _texts(options.get("tune")) if isinstance(options, dict) else ()
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _texts(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _texts(item)
+    yield from texts_in(options.get("tune")) if isinstance(options, dict) else ()
 
 
 def _path(ref: str) -> Path | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 
 from surgery.errors import SurgeryError
+from surgery.io.json_io import texts_in
 from surgery.io.yaml_nodes import read_documents
 
 
@@ -20,15 +20,4 @@ def config_texts(text: str, where: str) -> tuple[str, ...]:
         nodes, _ = read_documents(text, where)
     except SurgeryError:
         return ()  # the command itself says what is wrong with its file
-    return tuple(dict.fromkeys(each for node in nodes for each in _strings(node.plain) if "\n" not in each))
-
-
-def _strings(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from _strings(each)
-    elif isinstance(value, list):
-        for each in value:
-            yield from _strings(each)
+    return tuple(dict.fromkeys(each for node in nodes for each in texts_in(node.plain) if "\n" not in each))
