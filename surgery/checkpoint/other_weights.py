@@ -31,13 +31,16 @@ def find_other_weights(checkpoint: Checkpoint) -> list[str]:
     read = {shard.path for shard in checkpoint.shards}
     # The files of an adapter that is applied lie in its own folder, or beside its base.
     applied = checkpoint.adapter == checkpoint.folder
+    paths = list_folder(checkpoint.folder)
     names = []
-    for path in list_folder(checkpoint.folder):
+    for path in paths:
         if path in read or path in checkpoint.files or (path.is_dir() and not path.is_symlink()):
             continue
         if _is_weights(path) or (path.name == ADAPTER_CONFIG and not applied):
             names.append(path.name)
-    return names + _other_indexes(checkpoint)
+    # Indexes list other files than those that are read, or a pickle's.
+    names += [path.name for path in paths if fnmatchcase(path.name, OTHER_INDEXES)]
+    return names + [path.name for path in paths if fnmatchcase(path.name, INDEXES) and path != checkpoint.index]
 
 
 def warn_of_other_weights(checkpoint: Checkpoint) -> None:
@@ -53,11 +56,3 @@ def _is_weights(path: Path) -> bool:
     if any(fnmatchcase(path.name, pattern) for pattern in _NO_WEIGHTS):
         return False
     return path.name.endswith((WEIGHTS_SUFFIX, *PICKLE_SUFFIXES, *OTHER_FORMATS))
-
-
-def _other_indexes(checkpoint: Checkpoint) -> list[str]:
-    """Return the names of indexes that list no shard that is read."""
-    assert checkpoint.folder is not None
-    indexes = [path for path in list_folder(checkpoint.folder) if fnmatchcase(path.name, INDEXES)]
-    others = [path.name for path in list_folder(checkpoint.folder) if fnmatchcase(path.name, OTHER_INDEXES)]
-    return others + [path.name for path in indexes if path != checkpoint.index]

@@ -59,8 +59,13 @@ TOKENIZERS = (
 LICENCES = ("COPYING*", "LICENCE*", "LICENSE*", "NOTICE*", "Notice*", "USE_POLICY*")
 _PATTERNS = (*CONFIGS, *TOKENIZERS, *LICENCES)
 # Where code is named: `"auto_map": {"AutoModel": "modeling_x.Model"}`.
-_NAMING_CODE = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-                "tokenizer_config.json")  # fmt: skip
+_NAMING_CODE = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+)
 _CODE = ".py"
 _MODULE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _RELATIVE_IMPORT = re.compile(r"^\s*(?:from|import)\s+\.([A-Za-z_]\w*)", re.ASCII | re.MULTILINE)

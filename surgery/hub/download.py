@@ -98,7 +98,7 @@ def fetch(
     """
     ref = _checked_ref(repo_id, revision, None if patterns is None else tuple(patterns))
     if is_offline():
-        return _cached_snapshot(ref, progress)
+        return _verified(ref, _cached_snapshot(ref), progress)
     try:
         return _download(ref, progress)
     except UnreachableError:
@@ -277,7 +277,7 @@ def _hub_request(ref: _SnapshotRef) -> Iterator[None]:
         raise
 
 
-def _cached_snapshot(ref: _SnapshotRef, progress: bool = False) -> HubSnapshot:
+def _cached_snapshot(ref: _SnapshotRef) -> HubSnapshot:
     snapshot = _find_cached(ref)
     if snapshot is None:
         raise SurgeryError(
@@ -285,7 +285,7 @@ def _cached_snapshot(ref: _SnapshotRef, progress: bool = False) -> HubSnapshot:
             where=ref,
             hint="Unset HF_HUB_OFFLINE once, so that it can be downloaded.",
         )
-    return _verified(ref, snapshot, progress)
+    return snapshot
 
 
 def _verified(ref: _SnapshotRef, snapshot: HubSnapshot, progress: bool) -> HubSnapshot:
