@@ -93,12 +93,20 @@ def test_the_dry_run_shows_destinations_reads_and_commands(
     assert not (folder / "run").exists()
     found = surgery("run", "r", "-o", "run", "--dry-run", "--json").json
     assert found["publishes"] == [
-        {"to": LOOT, "revision": None, "pull_request": True, "step": "v", "inside": "", "visibility": "new, private",
-         "needs_consent": True}
-    ]  # fmt: skip
+        {
+            "to": LOOT,
+            "revision": None,
+            "pull_request": True,
+            "step": "v",
+            "inside": "",
+            "visibility": "new, private",
+            "needs_consent": True,
+        }
+    ]
     assert {each["place"]: each["is_outside"] for each in found["reads"]} == {
-        f"me/private@{commit}": False, str(models["base"].resolve()): True,
-    }  # fmt: skip
+        f"me/private@{commit}": False,
+        str(models["base"].resolve()): True,
+    }
     assert found["steps"]["v"]["line"].startswith("surgery vector extract me/private")
     assert found["writes"][0]["path"] == "run"
 
@@ -153,8 +161,11 @@ def test_only_a_variable_for_nothing_else_names_a_repository_on_the_command_line
     steps["w"] = {"run": "diff", "with": {"a": "$target", "b": "$v"}}
     steps["x"] = {"run": "diff", "with": {"a": "$target", "b": "$other"}}
     variables = {"repo": "lab/theirs", "org": "lab", "target": str(models["base"]), "other": str(models["base"])}
-    used = {name: value for name, value in variables.items() if name in (*push.values(), "target", "other")
-            or f"${name}" in push["to"]}  # fmt: skip
+    used = {
+        name: value
+        for name, value in variables.items()
+        if name in (*push.values(), "target", "other") or f"${name}" in push["to"]
+    }
     recipe(folder, steps, {"from": "$v", **push}, **used)
     options = [word for each in settings for word in ("--set", each) if each.partition("=")[0] in used]
     found = surgery("run", "r", *options, "--dry-run", "--json")
@@ -234,8 +245,10 @@ def test_paths_are_outside_wherever_they_lead_there(
     recipe(folder, steps)
     found = surgery("run", "r", "--dry-run", "--json").json["reads"]
     assert {each["place"]: each["is_outside"] for each in found} == {
-        str(models["base"].resolve()): True, str(folder.resolve() / "own.txt"): False, "/etc/hostname": True,
-    }  # fmt: skip
+        str(models["base"].resolve()): True,
+        str(folder.resolve() / "own.txt"): False,
+        "/etc/hostname": True,
+    }
 
 
 def test_what_configs_plans_and_adapters_name_is_listed_too(
@@ -281,8 +294,12 @@ def test_what_configs_plans_and_adapters_name_is_listed_too(
 def test_a_plan_s_cache_outside_of_the_run_needs_consent(
     surgery: Surgery, folder: Path, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    plan = {"start": str(models["base"]), "corpus": ["own.txt"], "stages": [{"tokens": 100}],
-            "cache": {"folder": str(tmp_path / "elsewhere")}}  # fmt: skip
+    plan = {
+        "start": str(models["base"]),
+        "corpus": ["own.txt"],
+        "stages": [{"tokens": 100}],
+        "cache": {"folder": str(tmp_path / "elsewhere")},
+    }
     (folder / "own.txt").write_text("x")
     (folder / "plan.yml").write_text(yaml.safe_dump(plan))
     recipe(folder, {"grown": {"run": "grow run", "with": {"plan": "plan.yml"}}})
@@ -298,8 +315,7 @@ def test_scores_go_into_no_card_outside_of_the_run(
     assert surgery("vector", "transfer", *three, "-o", tmp_path / "mine").code == 0
     (folder / "own.txt").write_text("some words to be predicted")
     before = tree(tmp_path / "mine")
-    inside = {"run": "vector transfer",
-              "with": {name: str(models[name]) for name in ("tuned", "base", "target")}}  # fmt: skip
+    inside = {"run": "vector transfer", "with": {name: str(models[name]) for name in ("tuned", "base", "target")}}
     scores = {"run": "eval", "with": {"models": [str(tmp_path / "mine"), "$inside"], "perplexity": ["own.txt"]}}
     recipe(folder, {"inside": inside, "scores": scores})
     said = surgery("run", "r", "-o", "run")

@@ -28,8 +28,17 @@ from surgery.io.escaping import (
 
 names = pytest.mark.parametrize("name", HOSTILE_NAMES.values(), ids=HOSTILE_NAMES)
 GITHUB = MarkdownIt("gfm-like", {"linkify": False, "html": True})
-INERT = {"inline", "text", "code_inline", "softbreak", *(f"{tag}_{side}" for tag in ("paragraph", "heading", "table",
-    "thead", "tbody", "tr", "th", "td") for side in ("open", "close"))}  # fmt: skip
+INERT = {
+    "inline",
+    "text",
+    "code_inline",
+    "softbreak",
+    *(
+        f"{tag}_{side}"
+        for tag in ("paragraph", "heading", "table", "thead", "tbody", "tr", "th", "td")
+        for side in ("open", "close")
+    ),
+}
 
 FRAMES = [
     "{}",

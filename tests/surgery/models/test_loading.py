@@ -253,10 +253,11 @@ def test_a_tokenizer_s_settings_name_no_files(model, tmp_path, name, values):
         lambda folder: edit(folder / "tokenizer.json", model={"type": "BPE", "vocab": {"a": 2**63}, "merges": []}),
         lambda folder: (folder / "tokenizer.json").write_text("[]"),
         lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
-        lambda folder: edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]},
-                            tokenizer_class="Own"),
+        lambda folder: edit(
+            folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]}, tokenizer_class="Own"
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_tokenizer_is_one_line(model, tmp_path, break_it: Callable[[Path], object]):
     (model / "own.py").write_text(f"open({str(tmp_path / 'exploded')!r}, 'w')")
     break_it(model)

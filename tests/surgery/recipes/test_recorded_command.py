@@ -199,11 +199,24 @@ def test_a_model_may_begin_with_a_dash_behind_two(at: Path, tmp_path: Path, benc
         {"line": "surgery merge linear a base -o OUT", "files": ["x"]},
         {"line": "surgery merge linear a base -o OUT", "files": {"x": 1}},
         {"line": "surgery merge linear a base -o OUT", "files": {str(n): "x" for n in range(100)}},
-        *({"line": "surgery merge linear a base -o OUT", "inside": inside} for inside in (
-            "..", "../..", "/etc", "a/../..", "a\x00", ".", "a//b", ".hidden", ["a"], "x" * 5000, "a\n",
-        )),
+        *(
+            {"line": "surgery merge linear a base -o OUT", "inside": inside}
+            for inside in (
+                "..",
+                "../..",
+                "/etc",
+                "a/../..",
+                "a\x00",
+                ".",
+                "a//b",
+                ".hidden",
+                ["a"],
+                "x" * 5000,
+                "a\n",
+            )
+        ),
     ],
-)  # fmt: skip
+)
 def test_damaged_records_are_one_line(at: Path, tmp_path: Path, command: object) -> None:
     ref = hostile(tmp_path / "stranger", command)
     with pytest.raises(SurgeryError) as caught:
@@ -264,8 +277,13 @@ def test_what_a_manifest_reads_is_told_before_it_is_read(at: Path, tmp_path: Pat
             ref = hostile(tmp_path / "stranger", record)
             reproduce(ref, run=lambda words: 7, scratch=tmp_path, notify=told.append)
     named = [line.partition(", as")[0].removeprefix("reads ") for line in told]
-    assert named == [str(Path("~/../tmp").expanduser().resolve()), str(at / "base"), str(tmp_path / "private"),
-                     "org/name", "lab:sft"]  # fmt: skip
+    assert named == [
+        str(Path("~/../tmp").expanduser().resolve()),
+        str(at / "base"),
+        str(tmp_path / "private"),
+        "org/name",
+        "lab:sft",
+    ]
 
 
 def test_the_command_line_writes_nowhere_but_into_the_scratch_folder(
