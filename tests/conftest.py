@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,33 @@ hypothesis.settings.load_profile("busy machine")
 # Commands that run in the background of a shell ignore Ctrl-C, and what they start does too: not so what tests start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config) -> None:
+    """Keep the order of `pytest_collection_modifyitems`: xdist would begin with the files of most tests."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the files that take longest first, so that no process of several ends with one while the others are done.
+
+    They are those that start processes, which often hold one test alone; then those of most tests.
+    """
+    if hasattr(config, "workerinput"):
+        counts = Counter(item.path for item in items)
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: (item.path not in slow, -counts[item.path], item.path))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen_imports() -> None:
+    """Keep what is there before a file's tests, such as torch and transformers, out of each garbage collection.
+
+    To look through those takes half a second each time, and models are collected hundreds of times.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
