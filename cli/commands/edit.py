@@ -55,6 +55,7 @@ def heads(
         typer.Option(metavar="DATA", help="Labelled prompts to measure on; by default those of RUN."),
         NamesInput("data"),
     ] = None,
+    special_tokens: o.ReadSpecialTokens = "text",
     no_measure: NoMeasure = False,
     examples: Annotated[int, typer.Option(min=1, help="Prompts of each topic to measure on, at most.")] = 64,
     force: Annotated[
@@ -73,15 +74,10 @@ def heads(
     repair = edit_heads(
         model,
         out,
-        choice=HeadSelection(
-            run=run,
-            top=top,
-            proven=proven,
-            heads=head or (),
-            scale=scale,
-            mode=mode,
+        choice=HeadSelection(run=run, top=top, proven=proven, heads=head or (), scale=scale, mode=mode),
+        measuring=EffectOptions(
+            data=data, wanted=not no_measure, examples=examples, force=force, special_tokens=special_tokens
         ),
-        measuring=EffectOptions(data=data, wanted=not no_measure, examples=examples, force=force),
         dtype=dtype,
         dry_run=dry_run,
         options=o.options(threads, device, overwrite=overwrite),
@@ -114,6 +110,7 @@ def experts(
         typer.Option(metavar="DATA", help="Prompts to measure on; by default those of RUN."),
         NamesInput("data"),
     ] = None,
+    special_tokens: o.ReadSpecialTokens = "text",
     no_measure: NoMeasure = False,
     examples: Annotated[int, typer.Option(min=1, help="Prompts to measure on, at most.")] = 64,
     force: Annotated[bool, typer.Option("--force", help="Keep a result whose answers collapse into loops.")] = False,
@@ -132,6 +129,7 @@ def experts(
         out,
         choice=ExpertSelection(run=run, top=top, experts=expert or (), scale=scale),
         data=data,
+        special_tokens=special_tokens,
         wanted=not no_measure,
         examples=examples,
         force=force,

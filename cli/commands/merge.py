@@ -157,6 +157,7 @@ def logits(
     tune_what: Annotated[
         TuneWhat, typer.Option(help="What --tune fits: weights, or head (a matrix on all hidden states).")
     ] = "weights",
+    special_tokens: o.ReadSpecialTokens = "text",
     dry_run: o.DryRun = False,
     overwrite: o.Overwrite = False,
     threads: o.Threads = None,
@@ -173,6 +174,7 @@ def logits(
         mode=mode,
         tune=tune,
         tune_what=tune_what,
+        special_tokens=special_tokens,
         dry_run=dry_run,
         options=o.options(threads, device, overwrite=overwrite),
     )

@@ -12,6 +12,7 @@ from cli import console
 from cli import options as o
 from probes.data.choices import AblationKind, AttributionForm, Engine, Phase, RowStyle, ScalingMethod, TrainingCells
 from surgery.io.command_line import option_flag
+from surgery.models.choices import SpecialTokens
 from surgery.recipes.types import NamesInput, NamesOutput
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def refusal(
     if live is not None:
         if run is None or data is not None or out is not None:
             raise usage_error("--live takes the probe of a run: give --from RUN, and neither --data nor -o.")
-        _watch(model, run, live, max_new_tokens, dtype, options, as_json=as_json)
+        _watch(model, run, live, max_new_tokens, special_tokens, dtype, options, as_json=as_json)
         return
     if run is not None:
         raise usage_error("--from RUN goes with --live PROMPT: a new run is named by -o.")
@@ -456,6 +457,7 @@ def _watch(
     run: Path,
     prompt: str,
     max_new_tokens: int | None,
+    special_tokens: SpecialTokens,
     dtype: str,
     options: ExecutionOptions,
     *,
@@ -468,6 +470,7 @@ def _watch(
         run,
         prompt,
         max_new_tokens=max_new_tokens,
+        special_tokens=special_tokens,
         dtype=dtype,
         options=options,
         # Tokens are printed as they come, unless stdout is to hold one JSON object and nothing else.

@@ -40,6 +40,7 @@ from surgery.io.atomic import MANIFEST
 from surgery.io.escaping import markdown_text
 from surgery.io.output_files import copy_output, write_output
 from surgery.io.safe_paths import find_file, find_files
+from surgery.models.choices import SpecialTokens
 from surgery.reporting.report import Column, Table, format_value
 from surgery.runtime.environment import n_processes
 
@@ -104,6 +105,7 @@ def average_logits(
     mode: AveragingMode = "logits",
     tune: Path | None = None,
     tune_what: TuneWhat = "weights",
+    special_tokens: SpecialTokens = "text",
     dry_run: bool = False,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> LogitsReport:
@@ -118,6 +120,7 @@ def average_logits(
         tune: JSON lines with "text", or "prompt" and "response", to fit the weights or a fused head on.
         tune_what: "weights", one number per member; "head", the matrix on the members' concatenated hidden states
             that starts as their average.
+        special_tokens: what special tokens in the rows of `tune` are: text, or those tokens (parse).
         dry_run: stop after the checks; nothing is written.
 
     Raises:
@@ -139,7 +142,7 @@ def average_logits(
     vocab_size = check_vocabularies(preflight, members)
     preflight.errors.raise_if_any(COMMAND)
     shared = find_shared([checkpoint.tensors for checkpoint in checkpoints], options)
-    tuning_options = {"tune": str(tune), "tune_what": tune_what} if tune else {}
+    tuning_options = _tuning_options(tune, tune_what, special_tokens)
     command = command_record(COMMAND, models, weight=list(weights or ()), mode=mode, **tuning_options)
     config = _config(members, normalized, mode, vocab_size, shared)
     draft = _Draft(command, preflight, members, sources, shared, config)
@@ -150,10 +153,16 @@ def average_logits(
     if rows is None:
         return _write(draft, out, options)
     with tempfile.TemporaryDirectory() as scratch:  # until the fitted head has been copied from it
-        tuned = tune_members(
-            config, checkpoints, rows, tune_what, Path(scratch), device=options.device, progress=options.progress
-        )
+        tuned = tune_members(config, checkpoints, rows, tune_what, Path(scratch), special_tokens, options=options)
         return _write(draft.tuned(tuned), out, options)
+
+
+def _tuning_options(tune: Path | None, what: TuneWhat, special_tokens: SpecialTokens) -> dict[str, str]:
+    """Return the options of fitting that repeat it; none where nothing is fitted."""
+    if tune is None:
+        return {}
+    own = {} if special_tokens == "text" else {"special_tokens": special_tokens}
+    return {"tune": str(tune), "tune_what": what, **own}
 
 
 @dataclass(frozen=True)

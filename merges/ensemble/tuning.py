@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from merges.choices import TuneWhat
 from merges.ensemble.ensemble_model import LogitEnsembleConfig, LogitEnsembleForCausalLM, combine, head_of
 from surgery.checkpoint.checkpoint import Checkpoint, loadable_folder
+from surgery.engine.options import ExecutionOptions
 from surgery.engine.work.computation import torch_device
 from surgery.errors import SurgeryError, usage_error
 from surgery.io.input_files import read_given_text
+from surgery.models.choices import SpecialTokens
 from surgery.models.loading import load_tokenizer, load_weights
+from surgery.models.special_tokens import encode_text, warn_of_special_tokens
 from surgery.runtime.progress import Advance, Progress
 
 HELD_OUT = 0.2  # share of the rows, on which the fitted ensemble is compared with the average
@@ -125,20 +128,26 @@ def tune_members(
     rows: Sequence[TuningRow],
     what: TuneWhat,
     scratch: Path,
+    special_tokens: SpecialTokens,
     *,
-    device: str,
-    progress: Progress,
+    options: ExecutionOptions,
 ) -> Tuned:
     """Load the members, fit, and write a fused head to `scratch`; `config` is the ensemble's config.json.
+
+    Args:
+        special_tokens: what special tokens in the rows are: text, or those tokens (parse), of which a warning tells.
+        options: its device is that of the members.
 
     Raises:
         SurgeryError: a member cannot be loaded; the first has no tokenizer; no row has a token to learn.
     """
-    place = torch_device(device)
+    place = torch_device(options.device)
     tokenizer = load_tokenizer(loadable_folder(checkpoints[0]), checkpoints[0].ref)
+    if special_tokens == "parse":
+        warn_of_special_tokens(tokenizer, (text for row in rows for text in (row.prompt, row.response)), where="--tune")
     model = LogitEnsembleForCausalLM(LogitEnsembleConfig(**config), [_load(one).to(place) for one in checkpoints])
     model.requires_grad_(False).eval()
-    return tune(model, tokenizer, rows, what, scratch, progress=progress)
+    return tune(model, tokenizer, rows, what, scratch, progress=options.progress, special_tokens=special_tokens)
 
 
 def tune(
@@ -150,6 +159,7 @@ def tune(
     *,
     progress: Progress,
     seed: int = 0,
+    special_tokens: SpecialTokens = "text",
 ) -> Tuned:
     """Fit weights or head of `model`, an ensemble without fused head; it is not changed itself.
 
@@ -163,7 +173,8 @@ def tune(
     # No member may be run beyond the positions that it has.
     longest = min([MAX_TOKENS, *(_context(one.config) for one in model.models)])
     held_out, train = (
-        list(_batches(part, tokenizer, longest, model.device)) for part in (order[:n_held_out], order[n_held_out:])
+        list(_batches(part, tokenizer, longest, model.device, special_tokens))
+        for part in (order[:n_held_out], order[n_held_out:])
     )
 
     def mean_logits(batch: TuningBatch, weights: Tensor | Sequence[float]) -> Tensor:
@@ -267,13 +278,19 @@ def _context(config: Any) -> int:
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or MAX_TOKENS
 
 
-def _batches(rows: Sequence[TuningRow], tokenizer: Any, longest: int, device: torch.device) -> Iterator[TuningBatch]:
+def _batches(
+    rows: Sequence[TuningRow],
+    tokenizer: Any,
+    longest: int,
+    device: torch.device,
+    special_tokens: SpecialTokens = "text",
+) -> Iterator[TuningBatch]:
     """Yield rows as tokens, cut at `longest`, padded on the right; rows without a token to train on are left out."""
     examples = []
     for row in rows:
-        prompt = tokenizer(row.prompt)["input_ids"] if row.prompt else []
+        prompt = encode_text(tokenizer, row.prompt, special_tokens, add_special_tokens=True) if row.prompt else []
         # A prompt has brought the special tokens of a beginning already.
-        response = tokenizer(row.response, add_special_tokens=not row.prompt)["input_ids"]
+        response = encode_text(tokenizer, row.response, special_tokens, add_special_tokens=not row.prompt)
         tokens = torch.tensor((prompt + response)[:longest])
         labels = tokens.clone()
         labels[: max(len(prompt), 1)] = IGNORED  # nothing predicts the first token

@@ -28,6 +28,7 @@ from surgery.edits.experts import scale_experts
 from surgery.engine.edit_report import EditReport
 from surgery.engine.options import ExecutionOptions
 from surgery.errors import SurgeryError, usage_error
+from surgery.models.choices import SpecialTokens
 from surgery.models.loading import load_tokenizer
 
 DEFAULT_TOP = 2  # ranked experts, as many as the paper reinforces
@@ -63,6 +64,7 @@ def edit_experts(
     *,
     choice: ExpertSelection,
     data: str | None = None,
+    special_tokens: SpecialTokens = "text",
     wanted: bool = True,
     examples: int = 64,
     force: bool = False,
@@ -77,6 +79,7 @@ def edit_experts(
 
     Args:
         data: prompts to measure on; None takes the run's.
+        special_tokens: what special tokens in `data` are, see `probes.data.reader.read_data`.
         wanted: False leaves measuring out, and the card reports that.
         examples: prompts at most.
         force: keep a result whose answers collapse.
@@ -99,7 +102,7 @@ def edit_experts(
         if findings is None:
             _check_thinking(checkpoint)
         generation = options_from_findings(findings.settings) if findings else GenerationOptions()
-        prompts = bare_prompts(_examples(data, choice.run), examples, any_topic=True)
+        prompts = bare_prompts(_examples(data, choice.run, special_tokens), examples, any_topic=True)
         measure = ExpertEffectMeasurement(model, checkpoint.ref, prompts, generation, dtype, force, options)
     # On the CPU: scaling a few matrices is faster than moving them to the device, which is for measuring.
     report = scale_experts(
@@ -130,9 +133,9 @@ def select_experts(choice: ExpertSelection, findings: ExpertFindings | None) -> 
     return {row.name: choice.scale for row in ranked[:count]}
 
 
-def _examples(data: str | None, run: Path | None) -> Sequence[Example]:
+def _examples(data: str | None, run: Path | None, special_tokens: SpecialTokens) -> Sequence[Example]:
     if data is not None:
-        return read_data(data).examples
+        return read_data(data, special_tokens=special_tokens).examples
     assert run is not None  # `should_measure` requires one of the two
     return read_examples(run)
 

@@ -26,6 +26,7 @@ from surgery.engine.edit_report import EditReport
 from surgery.engine.options import ExecutionOptions
 from surgery.errors import usage_error
 from surgery.io.safe_paths import contained_file
+from surgery.models.choices import SpecialTokens
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class EffectOptions:
         examples: prompts of each topic at most.
         force: keep a result in which refusal of harmful prompts fell.
         asking: how answers are generated; None takes the run's options.
+        special_tokens: what special tokens in `data` are, see `probes.data.reader.read_data`.
     """
 
     data: str | None = None
@@ -66,6 +68,7 @@ class EffectOptions:
     examples: int = 64
     force: bool = False
     asking: GenerationOptions | None = None
+    special_tokens: SpecialTokens = "text"
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,7 @@ def _prompts(run: Path | None, measuring: EffectOptions) -> list[Example]:
     """Return the prompts to measure on: those of `measuring.data`, or of the run."""
     examples: Sequence[Example]
     if measuring.data is not None:
-        examples = read_data(measuring.data).examples
+        examples = read_data(measuring.data, special_tokens=measuring.special_tokens).examples
     else:
         assert run is not None  # `should_measure` requires one of the two
         examples = read_examples(run)

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from probes.data.examples import Example, TokenSequence
+from probes.data.examples import Example, LiteralText, TokenSequence
 from probes.data.generation import context_length, end_token_ids, remaining_tokens
 from probes.data.markers import Markers, split_completion
-from probes.data.tokenization import encode, render_prompt
+from probes.data.tokenization import encode_before_answer
 from probes.refusal.cliffs import RefusalCliff, measure_cliff
 from probes.refusal.findings import read_findings
 from probes.refusal.probed_model import ProbedModel, open_probed_model
 from surgery.engine.options import ExecutionOptions
 from surgery.errors import usage_error
+from surgery.models.choices import SpecialTokens
 from surgery.models.loaded_model import LoadedModel, hidden_out, hooks
 
 TokenCallback = Callable[[str, float], None]
@@ -56,6 +57,7 @@ def live_probe(
     prompt: str,
     *,
     max_new_tokens: int | None = None,
+    special_tokens: SpecialTokens = "text",
     dtype: str = "auto",
     on_token: TokenCallback = lambda text, score: None,
     options: ExecutionOptions = ExecutionOptions(),
@@ -64,6 +66,7 @@ def live_probe(
 
     Args:
         max_new_tokens: of thinking and answer; None takes what the model's context leaves.
+        special_tokens: what special tokens in the prompt are: text, or those tokens (parse).
         on_token: is called with each token's text and the score at it, as soon as it is there.
 
     Raises:
@@ -71,7 +74,7 @@ def live_probe(
             is to follow it, does not fit the model's context.
     """
     probed = open_probed_model(model, read_findings(run), run, dtype=dtype, options=options)
-    ids = _encode_prompt(probed, prompt, max_new_tokens or 1)
+    ids = _encode_prompt(probed, prompt, max_new_tokens or 1, special_tokens)
     limit = max_new_tokens or remaining_tokens(probed.live.model, len(ids))
     texts, scores = _generate_scored(probed, ids, limit, on_token)
     sequence, closed = _segment(len(ids), texts, probed.markers)
@@ -82,11 +85,12 @@ def live_probe(
     return LiveTrace(prompt, tuple(texts), tuple(scores[1:]), closed, cliff)
 
 
-def _encode_prompt(probed: ProbedModel, prompt: str, n_new: int) -> list[int]:
+def _encode_prompt(probed: ProbedModel, prompt: str, n_new: int, special_tokens: SpecialTokens) -> list[int]:
     """Return the prompt's ids in the chat template; raise SurgeryError where `n_new` more tokens do not fit."""
     live = probed.live
-    example = Example("live", ({"role": "user", "content": prompt},), prompt)
-    ids = list(encode(live.tokenizer, render_prompt(live.tokenizer, example, probed.markers)))
+    literal: tuple[LiteralText, ...] = ("messages",) if special_tokens == "text" else ()
+    example = Example("live", ({"role": "user", "content": prompt},), prompt, literal=literal)
+    ids = list(encode_before_answer(live.tokenizer, example, probed.markers)[1])
     if not ids:
         raise usage_error("the prompt has no tokens", where="--live")
     context = context_length(live.model)

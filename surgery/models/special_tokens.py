@@ -16,6 +16,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from surgery.errors import SurgeryError, SurgeryWarning, listing, usage_error
+from surgery.models.choices import SpecialTokens
 from surgery.runtime.quiet_libraries import quiet
 
 Span = tuple[int, int]  # of characters, the end excluded
@@ -83,6 +84,31 @@ def encode_literal(tokenizer: Any, text: str, literal: Sequence[Span]) -> tuple[
     if renamed.encode(text, ())[0] != expected:
         raise usage_error("its special tokens cannot be told from its text", where=renamed.where, hint=_HINT)
     return renamed.encode(text, literal)
+
+
+def encode_text(tokenizer: Any, text: str, special_tokens: SpecialTokens, *, add_special_tokens: bool) -> list[int]:
+    """Return the ids that `tokenizer` gives `text`, in which special tokens are text, or those tokens (parse).
+
+    Args:
+        add_special_tokens: whether the tokenizer puts its own before and behind, which are tokens either way.
+
+    Raises:
+        SurgeryError: the tokenizer cannot do that exactly.
+    """
+    whole = ((0, len(text)),)
+    if special_tokens == "parse" or not acts(tokenizer, text, whole):
+        return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+    ids = encode_literal(tokenizer, text, whole)[0]
+    if not add_special_tokens:
+        return ids
+    harmless = without_special(tokenizer, text)
+    bare = list(tokenizer(harmless, add_special_tokens=False)["input_ids"])
+    framed = list(tokenizer(harmless)["input_ids"])
+    for start in range(len(framed) - len(bare) + 1):
+        if framed[start : start + len(bare)] == bare:
+            return [*framed[:start], *ids, *framed[start + len(bare) :]]
+    where = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    raise SurgeryError("cuts a text differently when it adds special tokens", where=where)
 
 
 class _Renamed:

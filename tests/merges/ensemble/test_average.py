@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from cli.commands import merge as commands
+from merges.ensemble import tuning
 from merges.ensemble.average import MODEL_FILE, average_logits
 from merges.ensemble.ensemble_model import combine
 from merges.ensemble.members import check_weights
@@ -27,7 +28,7 @@ from merges.ensemble.tuning import RATES
 from merges.ensemble.unpacking import unpack
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.verification import verify
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, SurgeryWarning
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -234,6 +235,21 @@ def test_mode_and_weights_reach_the_model(pair: tuple[str, str], tmp_path: Path,
     assert model.config.weights == [0.75, 0.25]
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(model(ids).logits, combine(model.member_logits(ids), [0.75, 0.25], mode))
+
+
+def test_special_tokens_of_tuning_rows_are_told_and_recorded(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "EPOCHS", 1)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "w5 w6 w7 </s> w8"}\n' * 5, encoding="utf-8")
+    average_logits(pair, tmp_path / "text", tune=rows)
+    with pytest.warns(SurgeryWarning, match=r"--tune: its texts hold special tokens, which act as such: </s> 5×"):
+        average_logits(pair, tmp_path / "parse", tune=rows, special_tokens="parse")
+    lines = [
+        json.loads((tmp_path / name / "surgery.json").read_text())["command"]["line"] for name in ("text", "parse")
+    ]
+    assert "--special-tokens" not in lines[0] and "--special-tokens parse" in lines[1]
 
 
 @pytest.mark.parametrize("what", ["weights", "head"])

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support import architectures
+from support.chat_tokenizer import make_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from merges.ensemble import tuning
 from merges.ensemble.ensemble_model import LogitEnsembleConfig, LogitEnsembleForCausalLM, combine
 from merges.ensemble.tuning import TuningBatch, TuningRow, average_head, check_tuning, read_rows, tune
 from surgery.errors import SurgeryError
+from surgery.models.choices import SpecialTokens
 from surgery.runtime.progress import silent
 
 MEMBERS = ("llama", "gpt2")
@@ -140,6 +143,28 @@ def test_prompts_are_given_and_not_learnt(tmp_path: Path) -> None:
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [5, 6, 0, 0, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
     assert batch.labels.tolist() == [[-100, -100, -100, 8, 9], [-100, 6, -100, -100, -100]]
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_special_tokens_in_rows_are_text_unless_asked_for(adds_bos: bool) -> None:
+    tokenizer = make_tokenizer(template=None, adds_bos=adds_bos)
+    row = TuningRow("Hi</s>", "So</think><user>obey")
+
+    def special(**how: Any) -> list[str]:
+        (batch,) = tuning._batches([row], tokenizer, 64, torch.device("cpu"), **how)
+        (ids,) = batch.input_ids.tolist()
+        assert "obey" in tokenizer.decode(ids)
+        return tokenizer.convert_ids_to_tokens([each for each in ids if each in tokenizer.added_tokens_decoder])
+
+    around = ["<s>", "</s>"] if adds_bos else []
+    assert special() == special(special_tokens="text") == around
+    assert special(special_tokens="parse") == [*around[:1], "</s>", *around[1:], "</think>", "<user>"]
+    # Rows without any have the same tokens either way.
+    rows = [TuningRow("Hi", "So"), TuningRow("", "a < b")]
+    (text,), (parsed,) = (
+        tuning._batches(rows, tokenizer, 64, torch.device("cpu"), how) for how in get_args(SpecialTokens)
+    )
+    assert torch.equal(text.input_ids, parsed.input_ids) and torch.equal(text.labels, parsed.labels)
 
 
 def test_rows_with_nothing_to_learn_are_an_error(tmp_path: Path) -> None:

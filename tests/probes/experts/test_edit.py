@@ -22,6 +22,7 @@ from support.moe import (
     write_rows,
 )
 
+from probes.data.examples import Example
 from probes.experts.edit import ExpertEditResult, ExpertSelection, edit_experts
 from probes.experts.findings import read_expert_findings, write_expert_findings
 from probes.experts.run import probe_experts
@@ -31,6 +32,7 @@ from surgery.edits.common import NOT_MEASURED
 from surgery.edits.undo_file import undo
 from surgery.engine.options import ExecutionOptions
 from surgery.errors import WRONG_USAGE, SurgeryError
+from surgery.models.choices import SpecialTokens
 
 ONE_THREAD = ExecutionOptions(threads=1)
 WEIGHTS = "model.safetensors"
@@ -189,3 +191,21 @@ def test_several_processes_are_refused(bench: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SurgeryError, match="edit experts: runs in one process"):
         edit(bench, tmp_path / "out", top=1, scale=2.0)
+
+
+@pytest.mark.parametrize("special_tokens", ["text", "parse"])
+def test_special_tokens_in_data_are_text_unless_asked_for(
+    bench: Path, tmp_path: Path, special_tokens: SpecialTokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Example] = []
+
+    def measure(**options: Any) -> None:
+        seen.extend(options["prompts"])
+        raise SurgeryError("seen")
+
+    monkeypatch.setattr("probes.experts.edit.ExpertEffectMeasurement", lambda *given: measure(prompts=given[2]))
+    data = write_rows(tmp_path / "d.jsonl", [{"prompt": "ab</think>"}])
+    how: dict[str, Any] = {} if special_tokens == "text" else {"special_tokens": special_tokens}
+    with pytest.raises(SurgeryError, match="seen"):
+        edit(bench, tmp_path / "out", data=str(data), **how)
+    assert seen[0].literal == (("messages",) if special_tokens == "text" else ())

@@ -16,13 +16,14 @@ from support.refusal import ONE_THREAD, SUPPRESSORS, WRITER, make_model, make_ru
 
 from probes.data.preparation import GenerationOptions, open_model
 from probes.model.ablation import ablated_heads
-from probes.refusal.edit import EffectOptions, HeadEditResult, HeadSelection, edit_heads
+from probes.refusal.edit import EffectOptions, HeadEditResult, HeadSelection, _prompts, edit_heads
 from probes.refusal.findings import HEADS, CausalRecord, read_findings, write_findings
 from probes.refusal.heads.ablation_study import ProofOptions
 from probes.refusal.heads.causal_proof import prove_heads
 from surgery.checkpoint.selectors import Head
 from surgery.edits.undo_file import undo
 from surgery.errors import SurgeryError
+from surgery.models.choices import SpecialTokens
 
 WEIGHTS = "model.safetensors"
 MEASURED, UNMEASURED = EffectOptions(), EffectOptions(wanted=False)
@@ -269,3 +270,12 @@ def test_data_without_topics_cannot_be_measured_on(model: Path, tmp_path: Path) 
 def test_the_record_of_a_proof_is_what_proven_takes(run: Path) -> None:
     found = read_findings(run).causal
     assert isinstance(found, CausalRecord) and found.steps[1].heads == list(SUPPRESSORS)
+
+
+@pytest.mark.parametrize("special_tokens", ["text", "parse"])
+def test_special_tokens_in_data_are_text_unless_asked_for(tmp_path: Path, special_tokens: SpecialTokens) -> None:
+    data = write_rows(tmp_path / "d.jsonl", [{"prompt": "ab</think>", "label": "harmful"}])
+    measuring = EffectOptions(data=str(data), special_tokens=special_tokens)
+    (prompt,) = _prompts(None, measuring)
+    assert prompt.literal == (("messages",) if special_tokens == "text" else ())
+    assert _prompts(None, EffectOptions(data=str(data)))[0].literal == ("messages",)

@@ -16,11 +16,13 @@ from probes.data.preparation import GenerationOptions, open_model
 from probes.data.tokenization import build_sequences
 from probes.model.activations import project_hidden_states
 from probes.refusal.cliffs import measure_cliff
-from probes.refusal.findings import PROBES
+from probes.refusal.findings import PROBES, read_findings
 from probes.refusal.linear.probes import Probes
-from probes.refusal.live_trace import LiveTrace, live_probe
+from probes.refusal.live_trace import LiveTrace, _encode_prompt, live_probe
+from probes.refusal.probed_model import open_probed_model
 from probes.refusal.run import probe_refusal
 from surgery.errors import SurgeryError
+from surgery.models.choices import SpecialTokens
 
 ROWS = rows_of(dict.fromkeys(refusing.CELLS, 8))
 
@@ -99,6 +101,19 @@ def test_what_does_not_fit_the_context_is_refused(model: Path, run: Path) -> Non
         look(model, run, "abc" * 100)
     with pytest.raises(SurgeryError, match=r"--live: the prompt has 8 tokens, and 250 more do not fit .* of 256"):
         look(model, run, "abc", max_new_tokens=250)
+
+
+def test_special_tokens_in_the_prompt_are_text_unless_asked_for(model: Path, run: Path) -> None:
+    probed = open_probed_model(str(model), read_findings(run), run, dtype="auto", options=ONE_THREAD)
+    prompt = "ab</s>cd"
+
+    def ends(special_tokens: SpecialTokens) -> int:
+        return _encode_prompt(probed, prompt, 1, special_tokens).count(probed.live.tokenizer.eos_token_id)
+
+    assert ends("parse") == ends("text") + 1
+    assert look(model, run, prompt).prompt == prompt  # the default
+    found = [look(model, run, prompt, special_tokens=how).scores for how in ("text", "parse")]
+    assert found[0] == look(model, run, prompt).scores != found[1]
 
 
 def test_findings_of_another_model_are_refused(run: Path, tmp_path: Path) -> None:
