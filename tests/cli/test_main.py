@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.architectures import add_tokenizer, build, sibling
+from support.cli import Surgery, commands_in
 
 COMMANDS = {
     "inspect",
@@ -52,8 +53,8 @@ COMMANDS = {
 }
 
 
-def surgery(*arguments: str | Path, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs the real command in a process of its own, as wide as a terminal."""
+def surgery_process(*arguments: str | Path, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command in a process of its own, which takes seconds: where that is what a test is about."""
     script = "from cli.main import run; run()"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", **env}
     return subprocess.run(
@@ -64,6 +65,12 @@ def surgery(*arguments: str | Path, cwd: Path | None = None, **env: str) -> subp
         env=environment,
         timeout=300,
     )
+
+
+@pytest.fixture
+def surgery(models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Surgery:
+    """Runs a command in this process, in the folder `models`, as wide as a terminal."""
+    return commands_in(models, monkeypatch, capsys, columns=120)
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +84,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_command_has_help_with_an_example() -> None:
+def test_every_command_has_help_with_an_example(surgery: Surgery) -> None:
     for command in sorted(COMMANDS):
         result = surgery(*command.split(), "--help")
-        assert result.returncode == 0
-        assert f"Example: surgery {command}" in " ".join(result.stdout.split())
+        assert result.code == 0
+        assert f"Example: surgery {command}" in " ".join(result.out.split())
 
 
 def test_the_list_of_commands_and_options_is_frozen() -> None:
@@ -165,20 +172,20 @@ def test_weight_commands_never_import_transformers(models: Path, tmp_path: Path)
     subprocess.run([sys.executable, "-c", script, json.dumps(commands)], cwd=models, check=True, capture_output=True)
 
 
-def test_the_readmes_commands_on_tiny_models(models: Path, tmp_path: Path) -> None:
-    assert "4 × 8" in surgery("inspect", "base", cwd=models).stdout
-    moved = surgery("diff", "base", "tuned", "--plot", tmp_path / "moved.png", cwd=models)
-    assert "layer 1" in moved.stdout and (tmp_path / "moved.png").read_bytes().startswith(b"\x89PNG")
-    made = surgery("vector", "extract", "tuned", "base", "-o", tmp_path / "v", cwd=models)
-    assert made.returncode == 0 and "same ancestor" in made.stderr
-    made = surgery("vector", "apply", tmp_path / "v", "target", "-o", tmp_path / "out", "--scale", "-1", cwd=models)
-    assert made.returncode == 0 and "delivered" in made.stdout and f"Wrote {tmp_path / 'out'}" in made.stderr
-    assert "hashes as in the manifest" in surgery("verify", tmp_path / "out").stderr
+def test_the_readmes_commands_on_tiny_models(models: Path, tmp_path: Path, surgery: Surgery) -> None:
+    assert "4 × 8" in surgery("inspect", "base").out
+    moved = surgery("diff", "base", "tuned", "--plot", tmp_path / "moved.png")
+    assert "layer 1" in moved.out and (tmp_path / "moved.png").read_bytes().startswith(b"\x89PNG")
+    made = surgery("vector", "extract", "tuned", "base", "-o", tmp_path / "v")
+    assert made.code == 0 and "same ancestor" in made.err
+    made = surgery("vector", "apply", tmp_path / "v", "target", "-o", tmp_path / "out", "--scale", "-1")
+    assert made.code == 0 and "delivered" in made.out and f"Wrote {tmp_path / 'out'}" in made.err
+    assert "hashes as in the manifest" in surgery("verify", tmp_path / "out").err
     compared = surgery("vector", "compare", tmp_path / "v", tmp_path / "v", "--plot", tmp_path / "cos.png")
-    assert "1.000" in compared.stdout and (tmp_path / "cos.png").exists()
+    assert "1.000" in compared.out and (tmp_path / "cos.png").exists()
 
 
-def test_json_is_one_object_on_stdout(models: Path, tmp_path: Path) -> None:
+def test_json_is_one_object_on_stdout(models: Path, tmp_path: Path, surgery: Surgery) -> None:
     commands: list[list[str | Path]] = [
         ["inspect", "base"],
         ["diff", "base", "tuned"],
@@ -190,29 +197,31 @@ def test_json_is_one_object_on_stdout(models: Path, tmp_path: Path) -> None:
         ["lab", "list"],
     ]
     for command in commands:
-        result = surgery(*command, "--json", cwd=models)
-        assert result.returncode == 0, result.stderr
-        assert isinstance(json.loads(result.stdout), dict), command
+        result = surgery(*command, "--json")
+        assert result.code == 0, result.err
+        assert isinstance(json.loads(result.out), dict), command
 
 
-def test_eval_puts_members_and_result_side_by_side_and_into_the_result_s_card(models: Path, tmp_path: Path) -> None:
+def test_eval_puts_members_and_result_side_by_side_and_into_the_result_s_card(
+    models: Path, tmp_path: Path, surgery: Surgery
+) -> None:
     text, out = tmp_path / "text.jsonl", tmp_path / "out"
     text.write_text('{"text": "w10 w11 w12 w13"}\n{"text": "w20 w21 w22"}\n')
-    surgery("vector", "transfer", "tuned", "base", "target", "-o", out, cwd=models)
+    surgery("vector", "transfer", "tuned", "base", "target", "-o", out)
     card = (out / "README.md").read_text()
 
-    untouched = surgery("eval", "base", out, "--perplexity", text, "--no-card", "--json", cwd=models)
-    assert untouched.returncode == 0, untouched.stderr
-    scores = json.loads(untouched.stdout)["scores"]
+    untouched = surgery("eval", "base", out, "--perplexity", text, "--no-card", "--json")
+    assert untouched.code == 0, untouched.err
+    scores = json.loads(untouched.out)["scores"]
     assert [(s["model"], s["metric"], s["n"]) for s in scores[:4:3]] == [
         ("base", "perplexity", 5),
         (str(out), "perplexity", 5),
     ]
     assert (out / "README.md").read_text() == card
 
-    shown = surgery("eval", "base", out, "--perplexity", text, cwd=models)
-    assert "perplexity ↓" in shown.stdout and "★" in shown.stdout
-    assert f"Scores are in {out / 'README.md'}" in shown.stderr
+    shown = surgery("eval", "base", out, "--perplexity", text)
+    assert "perplexity ↓" in shown.out and "★" in shown.out
+    assert f"Scores are in {out / 'README.md'}" in shown.err
     written = (out / "README.md").read_text()
     assert written.startswith(card) and f"surgery eval base {out} --perplexity {text}" in written
     assert "## Scores" not in "".join(path.read_text() for path in models.glob("*/README.md"))
@@ -224,7 +233,7 @@ def test_eval_loads_a_logit_ensemble(models: Path, tmp_path: Path) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "ensemble"
     text.write_text("w10 w11 w12 w13 w20 w21 w22")
     average_logits([str(models / "base"), str(models / "tuned")], out)
-    result = surgery("eval", models / "base", models / "tuned", out, "--perplexity", text, "--json")
+    result = surgery_process("eval", models / "base", models / "tuned", out, "--perplexity", text, "--json")
     assert result.returncode == 0, result.stderr
     values = [s["value"] for s in json.loads(result.stdout)["scores"] if s["metric"] == "nats per token"]
     # The mean of logits is the normalised geometric mean: never worse than the members' mean loss.
@@ -232,30 +241,30 @@ def test_eval_loads_a_logit_ensemble(models: Path, tmp_path: Path) -> None:
 
 
 def test_an_error_is_one_line_and_debug_shows_where(models: Path) -> None:
-    plain = surgery("inspect", "nowhere", cwd=models)
+    plain = surgery_process("inspect", "nowhere", cwd=models)
     assert (plain.returncode, plain.stdout) == (2, "")
     assert plain.stderr.count("\n") == 1 and plain.stderr.startswith("error: nowhere: no such folder")
-    assert "Traceback" in surgery("--debug", "inspect", "nowhere", cwd=models).stderr
+    assert "Traceback" in surgery_process("--debug", "inspect", "nowhere", cwd=models).stderr
 
 
-def test_verify_fails_where_a_byte_has_changed(models: Path, tmp_path: Path) -> None:
-    surgery("vector", "transfer", "tuned", "base", "target", "-o", tmp_path / "out", cwd=models)
+def test_verify_fails_where_a_byte_has_changed(models: Path, tmp_path: Path, surgery: Surgery) -> None:
+    surgery("vector", "transfer", "tuned", "base", "target", "-o", tmp_path / "out")
     weights = tmp_path / "out/model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
     result = surgery("verify", tmp_path / "out")
-    assert result.returncode == 1
-    assert "1 tensor(s) are not what the manifest says: model.norm.weight" in result.stderr
+    assert result.code == 1
+    assert "1 tensor(s) are not what the manifest says: model.norm.weight" in result.err
 
 
-def test_verify_names_tensors_that_are_not_finite(models: Path, tmp_path: Path) -> None:
+def test_verify_names_tensors_that_are_not_finite(models: Path, tmp_path: Path, surgery: Surgery) -> None:
     tensors = load_file(models / "base/model.safetensors")
     tensors["model.norm.weight"][:2] = torch.nan
     save_file(tensors, tmp_path / "bad.safetensors")
     result = surgery("verify", tmp_path / "bad.safetensors")
-    assert result.returncode == 1
-    assert "hold NaN or infinite values: model.norm.weight (2)" in result.stderr
+    assert result.code == 1
+    assert "hold NaN or infinite values: model.norm.weight (2)" in result.err
 
 
 TRANSFER = ["vector", "transfer", "tuned", "base", "target", "-o"]
@@ -276,11 +285,13 @@ BAD_USAGE = [
 
 
 @pytest.mark.parametrize(("arguments", "text"), BAD_USAGE)
-def test_wrong_usage_is_told_in_a_line_with_exit_code_2(arguments: list[str], text: str, models: Path) -> None:
+def test_wrong_usage_is_told_in_a_line_with_exit_code_2(
+    arguments: list[str], text: str, models: Path, surgery: Surgery
+) -> None:
     before = sorted(models.rglob("*"))
-    result = surgery(*arguments, cwd=models)
-    assert result.returncode == 2, result.stderr
-    assert text in result.stderr and "Traceback" not in result.stderr
+    result = surgery(*arguments)
+    assert result.code == 2, result.err
+    assert text in result.err and "Traceback" not in result.err
     assert sorted(models.rglob("*")) == before
 
 
@@ -338,20 +349,26 @@ DAMAGE = [
 
 @pytest.mark.parametrize(("damage", "text"), DAMAGE, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_damaged_target_fails_with_what_where_and_what_to_do(
-    damage: Callable[[Path], None], text: str, models: Path, tmp_path: Path
+    damage: Callable[[Path], None],
+    text: str,
+    models: Path,
+    tmp_path: Path,
+    surgery: Surgery,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("tuned", "base"):
         (tmp_path / name).symlink_to(models / name)
     shutil.copytree(models / "target", tmp_path / "broken")
     damage(tmp_path / "broken")
-    result = surgery("vector", "transfer", "tuned", "base", "broken", "-o", "out", cwd=tmp_path)
-    assert result.returncode == 1, result.stderr
-    assert text in result.stderr and "Traceback" not in result.stderr
+    monkeypatch.chdir(tmp_path)
+    result = surgery("vector", "transfer", "tuned", "base", "broken", "-o", "out")
+    assert result.code == 1, result.err
+    assert text in result.err and "Traceback" not in result.err
     left = {path.name for path in tmp_path.iterdir()} - {"tuned", "base", "broken"}
     assert left == ({"out.partial", ".out.lock"} if damage is nonfinite else set())
 
 
 def test_a_hub_id_that_is_not_cached_says_so_offline(tmp_path: Path) -> None:
-    result = surgery("inspect", "nobody/nothing", HF_HUB_CACHE=str(tmp_path))
+    result = surgery_process("inspect", "nobody/nothing", HF_HUB_CACHE=str(tmp_path))
     assert result.returncode == 1
     assert result.stderr.startswith("error: nobody/nothing") and "Traceback" not in result.stderr
