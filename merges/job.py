@@ -166,7 +166,7 @@ class MergeJob:
             content = merge_card(self.config, planned.layout, report, steps or {}, self.text)
             return OutputDescription(report, {**report.summary(), **extra}, content)
 
-        return write_checkpoint(planned.plan, out, options, describe=describe)
+        return write_checkpoint(planned.plan, out, options, describe=describe, writes=planned.side_files.written)
 
     def report(self, planned: PlannedMerge, out: Path) -> MergeReport:
         """Return what is known of the merge before it is written."""

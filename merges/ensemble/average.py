@@ -243,7 +243,8 @@ def _write(draft: _Draft, out: Path, options: ExecutionOptions) -> LogitsReport:
             write_output(folder, f"{MEMBERS}/{i}.json", json.dumps(_record(member)) + "\n")
         return OutputDescription(report, _summary(report), _card(report), kind="ensemble")
 
-    return write_checkpoint(draft.plan, out, options, describe=describe)
+    writes = (CONFIG, MODEL_FILE.name, *(f"{MEMBERS}/{i}.json" for i in range(len(draft.members))))
+    return write_checkpoint(draft.plan, out, options, describe=describe, writes=writes)
 
 
 def _config(

@@ -197,6 +197,7 @@ def write_edit(
         preflight=preflight,
         dry_run_report=preview if dry_run else None,
         validate=validate,
+        writes=(UNDO.as_posix(),),
     )
 
 

@@ -5,7 +5,7 @@ Every command that writes a checkpoint ends here, so that all outputs are checke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -18,7 +18,8 @@ from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, check_output
 from surgery.engine.preflight import Preflight, check_space
 from surgery.engine.result import ExecutionResult
-from surgery.io.output_folder import check_free
+from surgery.io.atomic import MANIFEST
+from surgery.io.output_folder import LATER_FILES, check_free
 
 R = TypeVar("R")
 
@@ -64,6 +65,7 @@ def write_checkpoint(
     preflight: Preflight | None = None,
     dry_run_report: R | None = None,
     validate: Callable[[Path, ExecutionResult], None] | None = None,
+    writes: Iterable[str] = (),
 ) -> R:
     """Check `plan` against the disk, write it to the folder `out` with manifest and model card, return the report.
 
@@ -85,10 +87,13 @@ def write_checkpoint(
             where the caller has checked everything, `check_space` among it.
         dry_run_report: returned after the checks, and nothing is written; None writes.
         validate: see `execute`.
+        writes: paths inside OUT of what `describe` writes, other than over side files that it changes; needed where a
+            source names files beside them.
 
     Raises:
-        SurgeryError: `preflight` has errors; as `execute`.
+        SurgeryError: `preflight` has errors; a source's file has the name of one of ours; as `execute`.
     """
+    plan.check_names((MANIFEST, *LATER_FILES, *writes))
     if preflight is not None:
         check_space(preflight, plan, out, options.threads)
         preflight.errors.raise_if_any(str(plan.command["name"]))

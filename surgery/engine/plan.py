@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,24 @@ class Plan:
         for file in self.files:
             if not file.name.endswith(WEIGHTS_SUFFIX):
                 raise SurgeryError(f'"{file.name}" holds weights, but is no {WEIGHTS_SUFFIX} file', where="OUT")
+
+    def check_names(self, own: Iterable[str]) -> None:
+        """Raise SurgeryError where a file of the plan has the name of one that the command writes itself.
+
+        A source says how its shards are called: written later under such a name, ours would replace one in silence.
+
+        Args:
+            own: paths inside OUT; a file of the plan may not be a folder on the way to one either.
+        """
+        taken = [folded(name) for name in own]
+        for name in (*(file.name for file in self.files), *self.side_files):
+            key = folded(name)
+            if any(key == one or key.startswith(f"{one}/") or one.startswith(f"{key}/") for one in taken):
+                raise SurgeryError(
+                    f'"{name}" of the model has the name of a file that is written there beside it',
+                    where="OUT",
+                    hint="Give the file another name, in the model's index too.",
+                )
 
     @property
     def tensors(self) -> list[PlannedTensor]:

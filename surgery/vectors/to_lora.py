@@ -131,7 +131,13 @@ def extract_adapter(
         return OutputDescription(report, report.summary(), _card(report), kind="adapter")
 
     return write_checkpoint(
-        plan, out, options, describe=describe, preflight=pair.preflight, dry_run_report=preview if dry_run else None
+        plan,
+        out,
+        options,
+        describe=describe,
+        preflight=pair.preflight,
+        dry_run_report=preview if dry_run else None,
+        writes=(ADAPTER_CONFIG,),
     )
 
 

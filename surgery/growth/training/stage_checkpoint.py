@@ -96,7 +96,8 @@ def save_stage(context: RunContext, job: TrainingJob, trained: FinishedTraining,
         )
 
     # A half-written copy of a killed run had sources that no longer exist, so that it cannot be resumed.
-    write_checkpoint(plan, context.run / job.name, ExecutionOptions(overwrite=True), describe=describe)
+    options = ExecutionOptions(overwrite=True)
+    write_checkpoint(plan, context.run / job.name, options, describe=describe, writes=(TRAINING, PLAN))
     shutil.rmtree(work, ignore_errors=True)
     return record
 

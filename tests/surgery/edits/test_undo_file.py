@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 from support.architectures import build
 
+from surgery.checkpoint.checkpoint import INDEX
+from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Head
 from surgery.edits.heads import scale_heads
 from surgery.edits.undo_file import UNDO, undo
@@ -44,6 +46,21 @@ def test_undo_refuses_other_weights(tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match="belongs to other weights"):
         undo(str(wider), tmp_path / "restored")
     assert not list(tmp_path.glob("restored*"))
+
+
+@pytest.mark.parametrize("name", [UNDO.as_posix(), "undo/UNDO.safetensors"])
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_shard_named_as_the_undo_file_is_not_replaced_by_it(tmp_path: Path, name: str, dry_run: bool) -> None:
+    base = build("llama", tmp_path / "base", max_shard_size="10KB")
+    index = base / INDEX
+    shard = open_checkpoint(base).shards[0].name
+    (base / name).parent.mkdir()
+    (base / shard).rename(base / name)
+    index.write_text(index.read_text().replace(shard, name))
+    assert name in {one.name for one in open_checkpoint(base).shards}
+    with pytest.raises(SurgeryError, match=f'OUT: "{name}" of the model has the name of a file that is written there'):
+        scale_heads(str(base), tmp_path / "out", scales={Head(0, 0): 0.0}, dry_run=dry_run)
+    assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob(".out*"))
 
 
 def test_a_damaged_undo_file_gives_nothing(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,39 @@ def test_a_destination_inside_a_source_or_taken_is_refused(model: Checkpoint, tm
     check_destination(tmp_path / "taken", {"model": model}, OPTIONS, dry_run=True)
     with pytest.raises(SurgeryError, match="exists already"):
         check_destination(tmp_path / "taken", {"model": model}, OPTIONS, dry_run=False)
+
+
+@pytest.mark.parametrize(
+    ("shard", "writes"),
+    [
+        ("undo/undo.safetensors", "undo/undo.safetensors"),
+        ("Undo/UNDO.safetensors", "undo/undo.safetensors"),
+        ("undo/undo.safetensors/a.safetensors", "undo/undo.safetensors"),
+        ("notes.safetensors", "notes.safetensors/1.json"),
+        ("README.md/a.safetensors", None),
+        ("surgery.json/a.safetensors", None),
+        ("scores.json/a.safetensors", None),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_shard_with_the_name_of_a_file_that_the_command_writes_is_refused_before_anything_is_written(
+    model: Checkpoint, tmp_path: Path, shard: str, writes: str | None, dry_run: bool
+) -> None:
+    plan = plan_copy(model)
+    plan = replace(plan, files=(replace(plan.files[0], name=shard),))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(
+        SurgeryError, match=rf'OUT: "{shard}" of the model has the name of a file that is written there'
+    ):
+        write_checkpoint(
+            plan,
+            tmp_path / "out",
+            OPTIONS,
+            describe=describe,
+            dry_run_report="preview" if dry_run else None,
+            writes=() if writes is None else (writes,),
+        )
+    assert sorted(tmp_path.rglob("*")) == before
+    # Beside such a file it is no harm.
+    plan_copy(model).check_names(["undo/undo.safetensors"])
+    replace(plan, files=(replace(plan.files[0], name="undo/other.safetensors"),)).check_names(["undo/undo.safetensors"])
