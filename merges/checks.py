@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
+from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.reader import SourceFiles, TensorReader, count_nonfinite, segments
+from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.vocabulary import Vocabulary, read_vocabulary
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.preflight import Preflight, check_config

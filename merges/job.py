@@ -17,10 +17,11 @@ from merges.plan import MergedTensor, plan_tensors
 from merges.report import MergeReport, with_result
 from merges.tokenizer.embeddings import TokenInputs
 from merges.tokenizer.plan import plan_tokens, token_model
-from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
+from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import dtype_name
 from surgery.checkpoint.reader import SourceFiles
 from surgery.checkpoint.resolve import open_checkpoint
+from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.engine.checkpoint_writer import OutputDescription, write_checkpoint
 from surgery.engine.edit_report import write_config_dtype
 from surgery.engine.options import ExecutionOptions

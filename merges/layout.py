@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from merges.config.schema import MergeConfig, MergeSection
 from merges.config.settings import EDGE_POSITION, layer_position
-from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.checkpoint.tensor_roles import NUMBER
 from surgery.engine.preflight import Preflight

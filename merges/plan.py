@@ -10,9 +10,9 @@ from merges.config.schema import MergeConfig, merged_sources
 from merges.layout import Layout, Slot
 from merges.methods.registry import METHODS, Method, argument
 from merges.tokenizer.embeddings import TokenInputs
-from surgery.checkpoint.checkpoint import StoredTensor
 from surgery.checkpoint.dtypes import dtype_name
 from surgery.checkpoint.reader import TensorInput
+from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.engine.kernel import Parameter
 from surgery.engine.plan import PlannedTensor, copy_tensor
 from surgery.engine.preflight import Preflight

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
-from surgery.checkpoint.checkpoint import StoredTensor
 from surgery.checkpoint.reader import SourceFiles, TensorReader, digest, hash_tensor
+from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.work.workers import run_shared
 
@@ -28,7 +28,7 @@ def find_shared(members: Sequence[Mapping[str, StoredTensor]], options: Executio
         for i, member in enumerate(members)
         for name, tensor in member.items()
         # An adapter's tensor exists only once it is added up, and empty tensors would all be equal.
-        if tensor.update is None and tensor.n_bytes
+        if tensor.derivation is None and tensor.n_bytes
     }
     # Three filters, each more expensive than the one before: shape and dtype, the first bytes, all bytes.
     groups = _split([list(tensors)], lambda key: (tensors[key].dtype, tensors[key].shape))

@@ -9,12 +9,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from merges.ensemble.ensemble_model import MODEL_TYPE
-from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
+from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.model_config import CONFIG
 from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.safetensors_header import parse_header
 from surgery.checkpoint.side_files import INDEXES, is_side_file
+from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.engine.execution import execute
 from surgery.engine.manifest import command_record
 from surgery.engine.options import ExecutionOptions

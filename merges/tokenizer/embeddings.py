@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from merges.tokenizer.plan import TokenPlan
-from surgery.checkpoint.checkpoint import StoredTensor
 from surgery.checkpoint.reader import SEGMENT, SourceFiles, TensorInput, TensorReader
+from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.errors import SurgeryError
 
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from surgery.runtime.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
+    from surgery.checkpoint.checkpoint import Checkpoint
     from surgery.checkpoint.resolve import open_checkpoint
     from surgery.checkpoint.selectors import Expert, Head
+    from surgery.checkpoint.stored_tensor import StoredTensor
     from surgery.checkpoint.structure import ModelStructure, model_structure
 
 __all__ = [
@@ -25,9 +26,10 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "surgery.checkpoint.checkpoint": ["Checkpoint", "StoredTensor"],
+        "surgery.checkpoint.checkpoint": ["Checkpoint"],
         "surgery.checkpoint.resolve": ["open_checkpoint"],
         "surgery.checkpoint.selectors": ["Expert", "Head"],
+        "surgery.checkpoint.stored_tensor": ["StoredTensor"],
         "surgery.checkpoint.structure": ["ModelStructure", "model_structure"],
     },
 )

@@ -13,15 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint.checkpoint import (
-    ADAPTER_CONFIG,
-    Checkpoint,
-    LowRank,
-    StoredTensor,
-    existing_path,
-    stored_tensor,
-)
+from surgery.checkpoint.checkpoint import ADAPTER_CONFIG, Checkpoint, existing_path
+from surgery.checkpoint.low_rank import LowRank
 from surgery.checkpoint.safetensors_header import read_header
+from surgery.checkpoint.stored_tensor import StoredTensor, stored_tensor
 from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.errors import SurgeryError, listing
 from surgery.hub import download as hub
@@ -136,8 +131,8 @@ def add_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
         transposed = is_embedding or _is_transposed(target, structure, config)
         _check_factors(a, b, tensors[target], transposed, folder)
         scale = alphas.scale(module.removeprefix(PREFIX), a.shape[0])
-        update = LowRank(a, b, scale, transposed)
-        tensors[target] = replace(tensors[target], update=update)
+        weight = tensors[target]
+        tensors[target] = replace(weight, derivation=LowRank(weight, a, b, scale, transposed))
     return replace(base, tensors=tensors, adapter=folder)
 
 

@@ -13,10 +13,11 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from surgery.checkpoint.dtypes import DTYPES, is_float, n_elements
+from surgery.checkpoint.dtypes import DTYPES
 from surgery.checkpoint.model_config import CONFIG, read_config
-from surgery.checkpoint.safetensors_header import Entry, Header, read_header
+from surgery.checkpoint.safetensors_header import Header, read_header
 from surgery.checkpoint.side_files import INDEXES, find_side_files
+from surgery.checkpoint.stored_tensor import StoredTensor, stored_tensor
 from surgery.errors import SurgeryError, listing
 from surgery.hub.file_selection import DUPLICATES, PICKLE_SUFFIXES, WEIGHTS_SUFFIX
 from surgery.io.json_io import read_json
@@ -34,54 +35,6 @@ MAX_INDEXES = 10  # each is read to find the one that counts
 MAX_INDEX_VALUES = 4 * MAX_TENSORS  # a tensor and its file are two; commas and colons in names are counted as well
 # ASCII: \d would also match the digits of other scripts.
 _NUMBERED = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors", re.ASCII)
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """A LoRA update of a stored tensor: ΔW = scale · B·A, transposed if the stored weight is (in, out).
-
-    a: (r, in), b: (out, r), both 2-D in the adapter's file.
-    """
-
-    a: StoredTensor
-    b: StoredTensor
-    scale: float
-    transposed: bool = False
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """The location of a tensor's bytes.
-
-    start, n_bytes: in bytes of `file`.
-    update: added to the values when they are read.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-    n_bytes: int
-    update: LowRank | None = None
-
-    @property
-    def n_elements(self) -> int:
-        return n_elements(self.shape)
-
-    @property
-    def parts(self) -> tuple[StoredTensor, ...]:
-        """The tensors read for this one: itself, and the two factors of its update."""
-        return (self,) if self.update is None else (self, self.update.a, self.update.b)
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files read for this tensor."""
-        return tuple(part.file for part in self.parts)
-
-    @property
-    def is_float(self) -> bool:
-        return is_float(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -365,12 +318,6 @@ def existing_path(text: str) -> Path | None:
         if error.errno == errno.ENAMETOOLONG:
             return None
         raise SurgeryError(f"cannot be read ({error.strerror})", where=text) from error
-
-
-def stored_tensor(entry: Entry, path: Path, header: Header) -> StoredTensor:
-    """Return the location of the tensor `entry` of `header` in the file `path`."""
-    start = header.data_start + entry.begin
-    return StoredTensor(entry.name, entry.dtype, entry.shape, path, start, entry.end - entry.begin)
 
 
 def loadable_folder(checkpoint: Checkpoint) -> Path:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surgery.checkpoint.checkpoint import StoredTensor
 from surgery.checkpoint.dtypes import DTYPES, n_bytes, n_elements
+from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.errors import SurgeryError
 from surgery.io.hashing import hash_bytes, hash_parts
 from surgery.io.input_files import open_descriptor
@@ -69,7 +69,7 @@ class TensorInput:
 
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:
-        """Every stored tensor that it is read from, without their updates."""
+        """Every tensor that it is read from."""
         return (self.tensor, *(tensor for tensor, _ in self.others))
 
     @property
@@ -170,8 +170,14 @@ class TensorReader:
             self._buffers[slot] = buffer
         return buffer[:size]
 
+    @staticmethod
+    def compute_dtype(dtypes: Iterable[str]) -> torch.dtype:
+        """Return the dtype to compute in: fp64 if any of `dtypes` is F64, else fp32."""
+        return compute_dtype(dtypes)
+
     def raw(self, tensor: StoredTensor, begin: int, end: int, slot: object) -> Tensor:
-        """Read the stored bytes of elements [begin, end) of `tensor`, uint8."""
+        """Read the stored bytes of elements [begin, end) of `tensor`, uint8. It must not be derived."""
+        assert tensor.derivation is None, f"{tensor.name} is computed, and has no stored bytes"
         first = n_bytes(tensor.dtype, (begin,))
         size = n_bytes(tensor.dtype, (end,)) - first
         target = self.buffer(slot, size)
@@ -179,36 +185,27 @@ class TensorReader:
         return target
 
     def values(self, source: TensorInput, begin: int, end: int, slot: object) -> Tensor:
-        """Read elements [begin, end) of `source`, 1-D: in the stored dtype, or in fp32/fp64 if it has an update."""
+        """Read elements [begin, end) of `source`, 1-D: in its dtype, or in a wider one if it is derived."""
         tensor = source.tensor
         if source.others or source.constant is not None:
             return self._mean_of_rows(source, begin, end, slot)
         if source.rows is not None:
             return self._rows(tensor, source.rows, begin, end, slot)
-        stored = self.raw(tensor, begin, end, slot).view(TORCH_DTYPES[tensor.dtype])
-        return stored if tensor.update is None else self._with_update(tensor, stored, begin, end, slot)
+        return self.tensor(tensor, begin, end, slot)
+
+    def tensor(self, tensor: StoredTensor, begin: int, end: int, slot: object) -> Tensor:
+        """Read elements [begin, end) of `tensor`, 1-D: as they are stored, or as its derivation computes them."""
+        if tensor.derivation is not None:
+            return tensor.derivation.values(tensor, begin, end, self, slot)
+        return self.raw(tensor, begin, end, slot).view(TORCH_DTYPES[tensor.dtype])
+
+    def whole_tensor(self, tensor: StoredTensor, slot: object) -> Tensor:
+        """Read all of `tensor` in its shape; dtype as in `tensor`."""
+        return self.tensor(tensor, 0, tensor.n_elements, slot).view(tensor.shape)
 
     def whole(self, source: TensorInput, slot: object) -> Tensor:
         """Read all of `source` in its shape; dtype as in `values`."""
         return self.values(source, 0, source.n_elements, slot).view(source.shape)
-
-    def _with_update(self, tensor: StoredTensor, stored: Tensor, begin: int, end: int, slot: object) -> Tensor:
-        update = tensor.update
-        assert update is not None
-        compute = compute_dtype((tensor.dtype, update.a.dtype, update.b.dtype))
-        width = tensor.shape[1]
-        # Only the rows that [begin, end) touches: the product for a whole embedding would take gigabytes.
-        first, last = begin // width, -(-end // width)
-        a = self.whole(TensorInput(update.a), (slot, "a")).to(compute)
-        if update.transposed:
-            b = self.whole(TensorInput(update.b), (slot, "b")).to(compute)
-            rows = a[:, first:last].T @ b.T
-        else:
-            rank = update.b.shape[1]
-            b = self.values(TensorInput(update.b), first * rank, last * rank, (slot, "b")).to(compute)
-            rows = b.view(last - first, rank) @ a
-        delta = rows.reshape(-1)[begin - first * width : end - first * width]
-        return stored.to(compute) + update.scale * delta
 
     def _mean_of_rows(self, source: TensorInput, begin: int, end: int, slot: object) -> Tensor:
         assert source.rows is not None
@@ -245,8 +242,8 @@ class TensorReader:
             if row < 0:
                 continue
             size = int(run_end - run_begin)
-            run = self.values(TensorInput(tensor), row * width, (row + size) * width, (slot, "run"))
-            # Now, not before: with an adapter's update the values come in fp32, not in the stored dtype.
+            run = self.tensor(tensor, row * width, (row + size) * width, (slot, "run"))
+            # Now, not before: derived values may come in another dtype than the tensor's.
             if gathered is None:
                 gathered = torch.zeros((len(wanted), width), dtype=run.dtype)
             gathered[run_begin:run_end] = run.view(size, width)
@@ -285,7 +282,7 @@ def digest(data: Tensor) -> bytes:
 
 
 def hash_tensor(reader: TensorReader, tensor: StoredTensor) -> str:
-    """Return the hash of a tensor as stored on disk, without an adapter's update."""
+    """Return the hash of a tensor's stored bytes. It must not be derived: its `parts` are not."""
     return hash_parts(digest(reader.raw(tensor, begin, end, "hash")) for begin, end in segments(tensor.n_elements))
 
 

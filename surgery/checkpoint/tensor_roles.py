@@ -12,8 +12,8 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from surgery.checkpoint.checkpoint import StoredTensor
 from surgery.checkpoint.model_config import N_EXPERTS, N_HEADS, N_KV_HEADS, number
+from surgery.checkpoint.stored_tensor import StoredTensor
 
 Role = Literal[
     "token embedding",

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor, read_file
+from surgery.checkpoint.checkpoint import Checkpoint, read_file
 from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Head, Part, by_layer
+from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.edits.common import (
     Edit,

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor, read_file
+from surgery.checkpoint.checkpoint import Checkpoint, read_file
 from surgery.checkpoint.dtypes import DTYPES
 from surgery.checkpoint.reader import (
     TORCH_DTYPES,
@@ -35,6 +35,7 @@ from surgery.checkpoint.reader import (
 )
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.safetensors_header import build_header
+from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.edits.kernels import RESTORE_BLOCKS, flags_of, spread
 from surgery.engine.card import CardContent
 from surgery.engine.checkpoint_writer import OutputDescription, check_destination, write_checkpoint
@@ -125,9 +126,10 @@ def write_undo(folder: Path, blocks: Sequence[UndoBlocks], result: ExecutionResu
         raise disk_error(error, path) from error
     for block in blocks:
         # With an adapter's update the blocks are those of W + ΔW, of which no source has the hash.
-        if block.tensor.update is None and before[block.tensor.name] != result.source_hashes[role][block.tensor.name]:
+        name = block.tensor.name
+        if block.tensor.derivation is None and before[name] != result.source_hashes[role][name]:
             raise SurgeryError(
-                f'"{block.tensor.name}" changed while it was being edited',
+                f'"{name}" changed while it was being edited',
                 where=block.tensor.file,
                 hint="Run the command again when nothing writes to it.",
             )
@@ -225,7 +227,7 @@ def _header(blocks: Sequence[UndoBlocks], before: Mapping[str, str], result: Exe
 
 def _stored(reader: TensorReader, tensor: StoredTensor, begin: int, end: int) -> torch.Tensor:
     """Return elements [begin, end) as a copy of `tensor` would store them, as integers of the same width."""
-    if tensor.update is None:
+    if tensor.derivation is None:
         stored = reader.raw(tensor, begin, end, "undo")
     else:
         values = reader.values(TensorInput(tensor), begin, end, "undo").to(compute_dtype((tensor.dtype,)))

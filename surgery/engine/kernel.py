@@ -85,5 +85,5 @@ def identity(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0]
 
 
-# For tensors whose bytes cannot be copied: they change their dtype, or an adapter's update is added on reading.
+# For tensors whose bytes cannot be copied: they change their dtype, or are computed on reading.
 IDENTITY = Kernel("identity", identity)

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint.checkpoint import INDEX, Checkpoint, StoredTensor
+from surgery.checkpoint.checkpoint import INDEX, Checkpoint
 from surgery.checkpoint.dtypes import n_bytes
 from surgery.checkpoint.reader import SEGMENT, TensorInput
 from surgery.checkpoint.safetensors_header import PYTORCH, Header, build_header
+from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.engine.kernel import IDENTITY, Kernel, Parameter, Pass
 from surgery.errors import SurgeryError, usage_error
 from surgery.hub.file_selection import WEIGHTS_SUFFIX
@@ -193,9 +194,9 @@ def plan_files(
 
 
 def copy_tensor(tensor: StoredTensor, *, dtype: str | None = None) -> PlannedTensor:
-    """Plan a copy of `tensor`: of its bytes, unless an adapter's update or another float dtype needs arithmetic."""
+    """Plan a copy of `tensor`: of its bytes, unless it is derived or another float dtype needs arithmetic."""
     wanted = dtype if dtype and tensor.is_float else tensor.dtype
-    kernel = None if tensor.update is None and wanted == tensor.dtype else IDENTITY
+    kernel = None if tensor.derivation is None and wanted == tensor.dtype else IDENTITY
     return PlannedTensor(tensor.name, wanted, tensor.shape, (TensorInput(tensor),), kernel)
 
 
@@ -280,10 +281,8 @@ def _input_key(source: TensorInput) -> list[Any]:
     # Where a value is read from decides it; the file's size and time are among the stamps.
     key: list[Any] = []
     for tensor, rows in ((source.tensor, source.rows), *source.others):
-        update = tensor.update
-        low_rank = None if update is None else [update.a.name, update.b.name, update.scale, update.transposed]
         row_hash = None if rows is None else hash_bytes(rows.tobytes()).hex()
-        key += [str(tensor.file), tensor.name, tensor.start, row_hash, low_rank]
+        key += [tensor.key(), row_hash]
     if source.constant is not None:
         key += [hash_bytes(part.tobytes()).hex() for part in source.constant]
     return key

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
+from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader
+from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.engine.plan import Plan
 from surgery.engine.work.workers import default_threads
 from surgery.errors import ErrorList, listing

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from surgery.checkpoint.checkpoint import StoredTensor
 from surgery.checkpoint.reader import (
     BLOCK,
     SourceFiles,
@@ -16,6 +15,7 @@ from surgery.checkpoint.reader import (
     compute_dtype,
     segments,
 )
+from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.engine.work.workers import run_shared
 from surgery.runtime.progress import Progress, silent
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from surgery.checkpoint.checkpoint import StoredTensor
 from surgery.checkpoint.dtypes import n_elements
 from surgery.checkpoint.reader import SourceFiles, TensorReader, hash_tensor, segments
+from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.engine.plan import Plan
 from surgery.engine.storage.journal import SegmentRecord
 from surgery.engine.work.computation import is_plain
@@ -74,5 +74,5 @@ def _source_hashes(plan: Plan, files: SourceFiles, known: dict[int, str]) -> dic
     for role, checkpoint in plan.sources.items():
         hashes = by_role[role] = {}
         for stored in checkpoint.tensors.values():
-            hashes.update({part.name: known[id(part)] for part in stored.parts if id(part) in known})
+            hashes.update({part.name_in_file: known[id(part)] for part in stored.parts if id(part) in known})
     return by_role

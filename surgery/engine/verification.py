@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
+from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.reader import (
     SourceFiles,
     TensorReader,
@@ -15,6 +15,7 @@ from surgery.checkpoint.reader import (
     segments,
 )
 from surgery.checkpoint.resolve import open_checkpoint
+from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.engine.manifest import read_manifest
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.work.workers import run_shared
@@ -98,24 +99,25 @@ def verify(model: str, *, options: ExecutionOptions = ExecutionOptions()) -> Ver
         return tensor, hash_parts(digests), nonfinite
 
     changed, bad = [], {}
-    tensors = checkpoint.tensors
-    with SourceFiles(checkpoint.files) as files, options.progress("Verifying", checkpoint.n_bytes) as advance:
+    tensors = _stored_tensors(checkpoint)
+    size = sum(tensor.n_bytes for tensor in tensors.values())
+    with SourceFiles(checkpoint.files) as files, options.progress("Verifying", size) as advance:
         for tensor, tensor_hash, nonfinite in run_shared(list(tensors.values()), check, files, threads=options.threads):
             advance(tensor.n_bytes)
             if nonfinite:
-                bad[tensor.name] = nonfinite
-            entry = expected.get(tensor.name)
+                bad[tensor.name_in_file] = nonfinite
+            entry = expected.get(tensor.name_in_file)
             # Dtype and shape count too: the same bytes under another dtype are other weights.
             if entry and (entry[KEY], entry["dtype"], entry["shape"]) != (
                 tensor_hash,
                 tensor.dtype,
                 list(tensor.shape),
             ):
-                changed.append(tensor.name)
+                changed.append(tensor.name_in_file)
     return VerifyReport(
         model,
         len(tensors),
-        checkpoint.n_bytes,
+        size,
         bool(has_manifest),
         dict(sorted(bad.items())),
         sorted(changed),
@@ -139,12 +141,17 @@ def tensor_hashes(checkpoint: Checkpoint, *, options: ExecutionOptions = Executi
     def work(tensor: StoredTensor, reader: TensorReader) -> tuple[StoredTensor, str]:
         return tensor, hash_tensor(reader, tensor)
 
-    tensors = {part.name: part for stored in checkpoint.tensors.values() for part in stored.parts}
+    tensors = _stored_tensors(checkpoint)
     hashes = {}
     size = sum(tensor.n_bytes for tensor in tensors.values())
     with SourceFiles(checkpoint.files) as files, options.progress("Hashing the model", size) as advance:
         for tensor, tensor_hash in run_shared(list(tensors.values()), work, files, threads=options.threads):
-            hashes[tensor.name] = tensor_hash
+            hashes[tensor.name_in_file] = tensor_hash
             advance(tensor.n_bytes)
         files.check_unchanged()
     return hashes
+
+
+def _stored_tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    """Return every tensor that is read from a file, those that others are computed from among them, by name."""
+    return {part.name_in_file: part for stored in checkpoint.tensors.values() for part in stored.parts}

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint.checkpoint import StoredTensor, stored_tensor
 from surgery.checkpoint.reader import SourceFiles, TensorReader, hash_tensor
 from surgery.checkpoint.safetensors_header import read_header
+from surgery.checkpoint.stored_tensor import StoredTensor, stored_tensor
 from surgery.engine.manifest import read_manifest
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.work.workers import run

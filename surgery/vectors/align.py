@@ -14,9 +14,10 @@ from typing import Any, get_args
 
 import numpy as np
 
-from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
+from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import dtype_name
 from surgery.checkpoint.reader import TensorInput
+from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.checkpoint.vocabulary import Vocabulary, align_rows, differences, read_vocabulary
 from surgery.engine.preflight import Preflight, check_names, check_quantised

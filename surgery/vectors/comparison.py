@@ -11,9 +11,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from surgery.checkpoint.checkpoint import StoredTensor
 from surgery.checkpoint.reader import SourceFiles, TensorReader
 from surgery.checkpoint.resolve import open_checkpoint
+from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.structure import model_structure
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.reduce import reduce_tensors

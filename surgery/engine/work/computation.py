@@ -117,7 +117,7 @@ def compute_whole(tensors: Sequence[PlannedTensor], reader: TensorReader, device
 
 def is_plain(source: TensorInput) -> bool:
     """Return whether the values are read as they are stored, so that their hash is the stored tensor's."""
-    return source.rows is None and source.tensor.update is None and is_float(source.tensor.dtype)
+    return source.rows is None and source.tensor.derivation is None and is_float(source.tensor.dtype)
 
 
 def torch_device(name: str) -> torch.device:

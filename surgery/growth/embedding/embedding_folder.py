@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint.checkpoint import StoredTensor
 from surgery.checkpoint.resolve import open_checkpoint
+from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.tokenizer_files import list_tokenizer_files
 from surgery.engine.manifest import read_manifest
 from surgery.errors import SurgeryError, usage_error

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
+from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader, hash_tensor, segments
 from surgery.checkpoint.resolve import open_checkpoint
+from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.structure import model_structure
 from surgery.checkpoint.table_file import Table
 from surgery.checkpoint.vocabulary import differences, read_vocabulary
@@ -56,7 +57,7 @@ def embedding_rows(opened: OpenTokenizer, ref: str, rows: int) -> tuple[Table, s
         reader = TensorReader(files)
         for begin, end in segments(table.size):
             flat[begin:end] = reader.values(TensorInput(tensor), begin, end, "table").float().numpy()
-        entry = input_entry(source, {part.name: hash_tensor(reader, part) for part in tensor.parts})
+        entry = input_entry(source, {part.name_in_file: hash_tensor(reader, part) for part in tensor.parts})
         # A source that is written to meanwhile would give rows of two versions.
         files.check_unchanged()
     if not np.isfinite(table).all():

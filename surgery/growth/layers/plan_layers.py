@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
+from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.config_layers import (
     inexpressible_layers,
     language_part,
@@ -28,6 +28,7 @@ from surgery.checkpoint.config_layers import (
 )
 from surgery.checkpoint.model_config import layer_count
 from surgery.checkpoint.reader import TensorInput
+from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.structure import ModelStructure
 from surgery.checkpoint.tensor_roles import NUMBER
 from surgery.engine.kernel import Kernel

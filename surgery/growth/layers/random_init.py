@@ -20,9 +20,10 @@ from typing import Any
 
 import psutil
 
-from surgery.checkpoint.checkpoint import Checkpoint, Shard, StoredTensor, read_folder
+from surgery.checkpoint.checkpoint import Checkpoint, Shard, read_folder
 from surgery.checkpoint.config_layers import inexpressible_layers, with_count, with_layers
 from surgery.checkpoint.model_config import HIDDEN, N_EXPERTS, N_LAYERS, language_config, layer_count, number
+from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.errors import SurgeryError
 from surgery.io.hashing import hash_bytes, hash_text

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from surgery.checkpoint.checkpoint import Checkpoint, StoredTensor
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.checkpoint.tensor_roles import ATTENTION_WORDS, MLP_WORDS, parts_of, word_of
 from surgery.errors import SurgeryError, listing

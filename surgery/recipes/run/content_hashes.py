@@ -12,9 +12,9 @@ from typing import Any
 
 from xxhash import xxh3_128
 
-from surgery.checkpoint.checkpoint import stored_tensor
 from surgery.checkpoint.reader import SourceFiles, TensorReader, hash_tensor
 from surgery.checkpoint.safetensors_header import Header, read_header
+from surgery.checkpoint.stored_tensor import stored_tensor
 from surgery.engine.work.workers import run
 from surgery.errors import SurgeryError
 from surgery.io.atomic import MANIFEST, write_file

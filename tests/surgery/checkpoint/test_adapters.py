@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from surgery.checkpoint.adapters import base_of
+from surgery.checkpoint.low_rank import LowRank
 from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.errors import SurgeryError
@@ -170,8 +171,9 @@ def test_factors_of_any_float_dtype_are_multiplied_in_full_precision(
 def test_any_slice_of_an_updated_tensor_is_the_slice_of_the_whole(base: str, make: Make) -> None:
     targets = ["q_proj", "embed_tokens"] if base == "llama" else ["c_attn", "wte"]
     opened = open_checkpoint(make(base, target_modules=targets, r=3))
-    updated = [tensor for tensor in opened.tensors.values() if tensor.update]
-    assert len(updated) == 3 and any(tensor.update and tensor.update.transposed for tensor in updated)
+    updated = [tensor for tensor in opened.tensors.values() if tensor.derivation]
+    assert len(updated) == 3
+    assert any(isinstance(tensor.derivation, LowRank) and tensor.derivation.transposed for tensor in updated)
     with SourceFiles(opened.files) as files:
         reader = TensorReader(files)
         wholes = {tensor.name: reader.whole(TensorInput(tensor), 0).reshape(-1).clone() for tensor in updated}

@@ -69,7 +69,7 @@ def test_the_fingerprint_covers_all_that_decides_the_bytes(tmp_path: Path) -> No
 
 def test_memory_does_not_grow_with_the_model() -> None:
     def plan(rows: int) -> Plan:
-        from surgery.checkpoint.checkpoint import StoredTensor
+        from surgery.checkpoint.stored_tensor import StoredTensor
 
         stored = StoredTensor("x", "BF16", (rows, 4096), Path("x"), 0, rows * 8192)
         return Plan({}, {}, plan_files([PlannedTensor("x", "BF16", stored.shape, (TensorInput(stored),), IDENTITY)]))
