@@ -53,7 +53,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Stop after the checks; 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 ReadSpecialTokens = Annotated[
     SpecialTokens,
-    typer.Option(help="What special tokens such as </think> in given texts are: text, or those tokens (parse)."),
+    typer.Option(help="What special tokens and markers of thinking in given texts are: text, or those tokens (parse)."),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Processors to work on; by default all.")]
 Device = Annotated[str, typer.Option(help="Where the arithmetic runs: cpu or cuda[:N].")]

@@ -126,12 +126,17 @@ class SourceFiles:
         return self._descriptors[path]
 
     def check_unchanged(self) -> None:
-        """Raise SurgeryError if a source was written or replaced since it was opened."""
+        """Raise SurgeryError if a source was written, replaced or removed since it was opened."""
         for path, stamp in self._stamps.items():
             try:
                 now = _stamp(path.stat())
-            except OSError:
-                now = None
+            except OSError as error:
+                # What was read of the open file is whole, but nobody could tell what the result was made from.
+                raise SurgeryError(
+                    f"vanished while it was being read ({error.strerror})",
+                    where=path,
+                    hint="Put it back, or fetch it again, and run the same command.",
+                ) from error
             if now != stamp:
                 raise SurgeryError(
                     "changed while it was being read, so the result would mix two versions",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,10 +38,13 @@ from probes.data.markers import find_markers
 from probes.data.preparation import GENERATIONS, GenerationOptions, open_model
 from probes.data.records import EXAMPLES, REPORT, RESULTS, read_examples
 from probes.data.tokenization import build_sequences
+from probes.refusal.cliff_judge import judge
 from probes.refusal.cliffs import measure_cliff
 from probes.refusal.findings import HEADS as HEADS_FILE
 from probes.refusal.findings import PROBES, TRACES, Findings, read_findings
 from probes.refusal.fitted_probes import ProbeTraining, decision_states
+from probes.refusal.heads.ablation_study import ProofOptions
+from probes.refusal.heads.causal_proof import prove_heads
 from probes.refusal.linear.probes import Probes
 from probes.refusal.report import read_traces
 from probes.refusal.run import probe_refusal
@@ -417,3 +421,27 @@ def test_another_jobs_work_in_the_way_is_told_before_any_work(model: Path, tmp_p
     with pytest.raises(SurgeryError, match="holds another job's work"):
         probe_refusal(str(model), "nowhere.jsonl", tmp_path / "run")
     assert (tmp_path / "run.partial" / JOURNAL).exists()
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o027, 0o002])
+def test_what_a_probe_writes_has_the_modes_that_the_umask_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: int
+) -> None:
+    if umask != 0o002:
+        no_pictures(monkeypatch)  # once with the report
+    model = make_model(tmp_path / "m")
+    before = os.umask(umask)
+    try:
+        run = make_run(model, tmp_path / "new" / "run", rows_of(dict.fromkeys(refusing.CELLS, 6)))
+        prove_heads(str(model), run, proof=ProofOptions(controls=0, examples=4), options=ONE_THREAD)
+        pool = write_rows(tmp_path / "pool.jsonl", [{"prompt": "ab!cd", "label": "harmful"}] * 4)
+        judge(str(model), run, str(pool), tmp_path / "new" / "subset.jsonl", top="2", options=ONE_THREAD)
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in (tmp_path / "new").rglob("*")}
+    assert len(modes) > 5
+    # Except for what a rerun goes on from, which is its owner's alone.
+    files = {path.name: mode for path, mode in modes.items() if path.is_file() and path.name != GENERATIONS}
+    assert {"results.json", "examples.jsonl", "subset.jsonl"} < files.keys()
+    assert set(files.values()) == {0o666 & ~umask}
+    assert {mode for path, mode in modes.items() if path.is_dir()} == {0o777 & ~umask}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.hub_server import HubServer
 
 from surgery.engine.options import ExecutionOptions
 from surgery.errors import SurgeryError
@@ -76,7 +78,7 @@ def test_a_source_that_vanishes_midway_is_named_and_once_back_gives_the_same_byt
     source = models / "base.safetensors"
     with monkeypatch.context() as patch:
         at_read(patch, int(share * reads), lambda: source.rename(models / "away"))
-        with pytest.raises(SurgeryError, match=r"base\.safetensors: changed while it was being read"):
+        with pytest.raises(SurgeryError, match=r"base\.safetensors: vanished while it was being read"):
             run(models, models / "out")
     assert not (models / "out").exists()
     (models / "away").rename(source)
@@ -134,3 +136,58 @@ def test_an_output_may_lie_on_another_file_system(models: Path) -> None:
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         assert run(models, Path(folder) / "out") == run(models, models / "expected")
         assert [path.name for path in Path(folder).iterdir()] == ["out"]
+
+
+@pytest.fixture
+def on_hub(models: Path, server: HubServer) -> list[str]:
+    """The models as repositories of a Hub; their names in the order of `transfer`."""
+    names = []
+    for role in ("tuned", "base", "target"):
+        (models / role).mkdir()
+        (models / f"{role}.safetensors").rename(models / role / "model.safetensors")
+        (models / role / "config.json").write_text("{}")
+        names.append(f"lab/{role}")
+        server.add(names[-1], models / role)
+    return names
+
+
+def run_from_hub(names: list[str], out: Path) -> bytes:
+    transfer(*names, out, options=ONE_THREAD)
+    return (out / "model.safetensors").read_bytes()
+
+
+def test_a_repository_that_vanishes_midway_is_named_and_once_back_gives_the_same_bytes(
+    on_hub: list[str], models: Path, server: HubServer
+) -> None:
+    server.before("/lab/target/resolve/", lambda: server.repos.pop("lab/target"), method="HEAD")
+    with pytest.raises(SurgeryError, match=r"lab/target: no such model at http\S+, or it is private"):
+        run_from_hub(on_hub, models / "out")
+    assert not list(models.glob("out*"))
+    server.add("lab/target", models / "target")
+    assert run_from_hub(on_hub, models / "out") == run_from_hub(
+        [str(models / n) for n in ("tuned", "base", "target")], models / "e"
+    )
+
+
+def test_a_hub_that_falls_silent_midway_is_named(on_hub: list[str], models: Path, server: HubServer) -> None:
+    for each in ("GET", "HEAD"):
+        server.fail("/lab/target/resolve/", 503, times=100, method=each)
+    with pytest.raises(SurgeryError, match=r"lab/target: cannot reach the Hub at http\S+ \(HTTP 503\)"):
+        run_from_hub(on_hub, models / "out")
+    assert not list(models.glob("out*"))
+
+
+def test_a_cached_copy_that_vanishes_midway_is_named_and_fetched_again(
+    reads: int, on_hub: list[str], models: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run_from_hub(on_hub, models / "expected")
+    with monkeypatch.context() as patch:
+        at_read(patch, reads // 2, lambda: shutil.rmtree(cache / "models--lab--base"))
+        with pytest.raises(SurgeryError, match=r"lab--base/.*: vanished while it was being read .*fetch it again"):
+            run_from_hub(on_hub, models / "out")
+    assert not (models / "out").exists()
+    # What is fetched anew has another time, by which it may be another version.
+    with pytest.raises(SurgeryError, match=r"another job \(or its sources have changed since\)"):
+        run_from_hub(on_hub, models / "out")
+    transfer(*on_hub, models / "out", options=replace(ONE_THREAD, overwrite=True))
+    assert (models / "out" / "model.safetensors").read_bytes() == expected

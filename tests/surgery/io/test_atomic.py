@@ -27,6 +27,22 @@ def test_a_new_file_may_be_read_by_all_and_an_old_one_keeps_its_mode(tmp_path: P
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize("umask", [0o077, 0o027, 0o022, 0o002, 0])
+def test_new_files_and_folders_have_the_modes_that_the_umask_allows(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_file(tmp_path / "new" / "text", "1")
+        with atomic_replace(tmp_path / "new" / "tensors") as temporary:
+            assert temporary.stat().st_mode & 0o777 == 0o666 & ~umask  # at no time more than at the end
+            temporary.unlink()
+            temporary.touch(0o600)  # as safetensors does
+        write_file(tmp_path / "new" / "text", "2")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {"new": 0o777 & ~umask, "text": 0o666 & ~umask, "tensors": 0o666 & ~umask}
+
+
 @pytest.mark.parametrize("fault", [ValueError("bug"), KeyboardInterrupt()])
 def test_an_error_in_the_block_leaves_what_was_there(tmp_path: Path, fault: BaseException) -> None:
     path = write_file(tmp_path / "a", "old")
