@@ -8,6 +8,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from support.forks import Fork
+
 # What a process may take before it counts as hanging; most take about ten.
 SECONDS = 180
 
@@ -49,3 +51,19 @@ def run_ranks(
         for process in running:
             process.kill()
     return [process.returncode for process in running], [err for _, err in said], [out for out, _ in said]
+
+
+def fork_ranks(
+    script: str, *arguments: object, world: int = 2, cwd: Path | None = None
+) -> tuple[list[int], list[str], list[str]]:
+    """As `run_ranks`, of a script in forks, which need not import everything again."""
+    port = free_port()
+    running = [
+        Fork(script, *arguments, cwd=cwd, environment=known_to(rank, world=world, port=port)) for rank in range(world)
+    ]
+    try:
+        ended = [process.wait(SECONDS) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [code for code, _, _ in ended], [err for _, _, err in ended], [out for _, out, _ in ended]

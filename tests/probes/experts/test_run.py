@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from support.moe import (
     write_rows,
 )
 from support.moe_families import EXPERTS
-from support.processes import run_ranks
+from support.processes import fork_ranks
 
 from probes.data.generation_cache import Completion, GenerationCache
 from probes.data.preparation import GENERATIONS, GenerationOptions
@@ -208,12 +207,10 @@ probe_experts(
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_does(bench: Path, tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT, encoding="utf-8")
     paths = [ROOT, ROOT / "tests", Path(__file__).parent]
     for world, count in (("one", 1), ("two", 2)):
         (tmp_path / world).mkdir()
-        codes, said, _ = run_ranks([sys.executable, script, bench, *paths], world=count, cwd=tmp_path / world)
+        codes, said, _ = fork_ranks(SCRIPT, bench, *paths, world=count, cwd=tmp_path / world)
         assert codes == [0] * count, said
     assert contents(tmp_path / "two/run") == contents(tmp_path / "one/run")
     assert not list(tmp_path.glob("*/*.partial"))

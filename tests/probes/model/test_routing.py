@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from support.chat_tokenizer import make_tokenizer
 from support.moe import MARKER, PLANTED, Lives, plant, planter, texts, watch_experts
 from support.moe_families import EXPERTS, FAMILIES, TOP_K, WITH_ZERO_EXPERTS
-from support.processes import run_ranks
+from support.processes import fork_ranks
 from torch import Tensor
 
 from probes.data.examples import TokenSequence
@@ -259,10 +258,8 @@ def everything(live: LoadedModel) -> dict[str, Tensor]:
 @pytest.mark.slow
 def test_two_processes_count_what_one_does(tmp_path: Path) -> None:
     live = plant("qwen3_moe", tmp_path / "m")
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT, encoding="utf-8")
     paths = [ROOT, ROOT / "tests", Path(__file__).parent]
-    codes, said, _ = run_ranks([sys.executable, script, tmp_path / "m", tmp_path, *paths])
+    codes, said, _ = fork_ranks(SCRIPT, tmp_path / "m", tmp_path, *paths)
     assert codes == [0, 0], said
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

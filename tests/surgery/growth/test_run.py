@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.architectures import add_tokenizer, build
+from support.forks import Fork
 from support.growth_runs import (
     BATCH,
     CPU,
@@ -156,6 +155,7 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = sys.argv[5:]
+from support.forks import Fork
 from support.growth_runs import CPU, prepared
 from surgery.growth.run import grow
 
@@ -198,14 +198,9 @@ def test_a_killed_run_ends_as_one_that_was_not(bench: Path, tmp_path: Path, plac
     whole = bench / "whole"
     if not whole.exists():
         grow(prepared(bench, whole, plan=bench / "killed.yml"), CPU)
-    child = subprocess.run(
-        [sys.executable, "-c", KILLING, bench, tmp_path / "run", place, str(calls), ROOT, ROOT / "tests"],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    assert child.returncode == -signal.SIGKILL, child.stderr
+    child = Fork(KILLING, bench, tmp_path / "run", place, calls, ROOT, ROOT / "tests")
+    code, _, complaints = child.wait(SECONDS)
+    assert code == -signal.SIGKILL, complaints
     growth = grow(prepared(bench, tmp_path / "run", plan=bench / "killed.yml"), CPU)
     assert curves(growth) == curves(read_growth(whole))
     one, other = weights(tmp_path / "run"), weights(whole)

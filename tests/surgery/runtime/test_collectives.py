@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.models import make_sequences, open_folder, probe_for, save
-from support.processes import free_port, known_to, run_ranks
+from support.processes import fork_ranks, free_port, known_to
 from torch import Tensor
 
 from probes.model.ablation import ablate_each_head, all_heads
@@ -97,10 +96,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launched(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int], list[str]]:
     """Where two processes that know of each other wrote what they found; their exit codes and complaints."""
     out = tmp_path_factory.mktemp("out")
-    script = out / "script.py"
-    script.write_text(SCRIPT, encoding="utf-8")
     paths = [ROOT, ROOT / "tests", Path(__file__).parent]
-    codes, complaints, _ = run_ranks([sys.executable, script, folder, out, *paths], world=PROCESSES)
+    codes, complaints, _ = fork_ranks(SCRIPT, folder, out, *paths, world=PROCESSES)
     return out, codes, complaints
 
 

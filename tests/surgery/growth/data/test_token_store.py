@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.processes import run_ranks
+from support.processes import fork_ranks
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -405,11 +405,7 @@ store(folder / "bad", folder / "bad.jsonl").require(1)
 
 @pytest.mark.slow
 def test_two_processes_read_what_one_writes_and_end_together(tmp_path, text):
-    (tmp_path / "script.py").write_text(SHARED)
-    script = tmp_path / "script.py"
-    codes, complaints, _ = run_ranks(
-        [sys.executable, script, tmp_path, text, ROOT, ROOT / "tests", Path(__file__).parent]
-    )
+    codes, complaints, _ = fork_ranks(SHARED, tmp_path, text, ROOT, ROOT / "tests", Path(__file__).parent)
     assert codes == [1, 1], complaints
     assert "bad.jsonl:2: is not valid JSON" in complaints[0]
     assert "SurgeryError: process 0 failed:" in complaints[1] and "bad.jsonl:2: is not valid JSON" in complaints[1]

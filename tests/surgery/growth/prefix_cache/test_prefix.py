@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support.models import FAMILIES, MORE, make_live, maker, open_folder
-from support.processes import run_ranks
+from support.processes import fork_ranks
 from torch import nn
 
 from surgery.errors import SurgeryError
@@ -258,10 +257,9 @@ save_file(found, out / f"{rank()}.safetensors")
 @pytest.mark.slow
 def test_two_processes_share_a_cache(live, tmp_path):
     live.model.save_pretrained(tmp_path / "llama")
-    (tmp_path / "sharing.py").write_text(SHARING)
     here = Path(__file__).parent
     paths = [here.parents[3], here.parents[2], here]
-    codes, complaints, _ = run_ranks([sys.executable, tmp_path / "sharing.py", tmp_path / "llama", tmp_path, *paths])
+    codes, complaints, _ = fork_ranks(SHARING, tmp_path / "llama", tmp_path, *paths)
     assert codes == [0, 0], complaints
     alone = open_folder(tmp_path / "llama")
     for rank in range(2):

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.forks import Fork
 from support.growth import BATCH, COUNT, SEQUENCE, Windows, make_stage, train, train_live
 from support.models import make_live, open_folder, save
-from support.processes import run_ranks
+from support.processes import fork_ranks
 from torch.nn import functional
 
 from surgery.errors import SurgeryError
@@ -29,6 +27,8 @@ from surgery.growth.training.schedule import has_plateaued, learning_rate
 
 ROOT = Path(__file__).parents[4]
 TOKENS_PER_STEP = BATCH * SEQUENCE
+# What a process may take before it counts as hanging; it takes a second.
+SECONDS = 120
 
 KINDS: dict[str, GrowthStage] = {
     "plain": make_stage(),
@@ -178,16 +178,12 @@ def test_killed_at_any_time_it_ends_as_if_it_had_never_been(kind: str, model: Pa
     stage, cached = KINDS[kind], kind == "accumulate"
     whole = train(model, stage, tmp_path / "whole", cache=tmp_path / "other" if cached else None)
     kill_after = random.randint(1, 5)
-    script = tmp_path / "child.py"
-    script.write_text(CHILD, encoding="utf-8")
-    arguments = [sys.executable, script, model, tmp_path, kind, *paths()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        for _ in range(kill_after):
-            assert child.stdout.readline()
-        child.kill()
-    assert child.returncode == -signal.SIGKILL
+    child = Fork(CHILD, model, tmp_path, kind, *paths())
+    for _ in range(kill_after):
+        assert child.stdout.readline()
+    child.kill()
+    code, _, complaints = child.wait(SECONDS)
+    assert code == -signal.SIGKILL, complaints
     steps: list[TrainingStep] = []
     resumed = train(model, stage, tmp_path / "state", cache=tmp_path / "cache" if cached else None, log=steps.append)
     assert 6 - kill_after - 1 <= len(steps) <= 6 - kill_after + 1
@@ -261,9 +257,7 @@ except SurgeryError as error:
 
 def launch(model: Path, out: Path, how: str) -> list[dict[str, Any]]:
     """What two processes that know of each other found; their weights lie in `out`."""
-    script = out / "script.py"
-    script.write_text(RANK, encoding="utf-8")
-    codes, complaints, _ = run_ranks([sys.executable, script, model, out, how, *paths()])
+    codes, complaints, _ = fork_ranks(RANK, model, out, how, *paths())
     assert codes == [0, 0], complaints
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 
