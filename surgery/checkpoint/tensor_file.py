@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +24,6 @@ def load_tensors(path: Path, expected: Mapping[str, tuple[str | None, int]], *, 
     Raises:
         SurgeryError: the file cannot be read, is damaged, lacks a tensor, or has it in another form.
     """
-    from safetensors import SafetensorError, safe_open
-
     entries = {entry.name: entry for entry in read_header(path).entries}
     for name, (dtype, rank) in expected.items():
         entry = entries.get(name)
@@ -38,8 +36,19 @@ def load_tensors(path: Path, expected: Mapping[str, tuple[str | None, int]], *, 
                 where=path,
                 hint=hint,
             )
+    return _load(path, expected)
+
+
+def load_all_tensors(path: Path) -> dict[str, Tensor]:
+    """Return every tensor in the file `path`. Raises SurgeryError where it cannot be read, or is damaged."""
+    return _load(path, [entry.name for entry in read_header(path).entries])
+
+
+def _load(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in expected}
+            return {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise SurgeryError(f"cannot be read ({getattr(error, 'strerror', None) or error})", where=path) from error

@@ -30,10 +30,11 @@ from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
 from surgery.errors import SurgeryError, usage_error
-from surgery.io.atomic import disk_error, write_file
+from surgery.io.atomic import disk_error, remove_path, write_file
 from surgery.io.hashing import hash_text
 from surgery.io.json_io import read_json
 from surgery.io.private_files import FILE_MODE, make_private_folder
+from surgery.io.safe_paths import contained_file
 from surgery.reporting.report import format_value
 from surgery.runtime.collectives import map_over_ranks, n_active_processes, on_main
 
@@ -269,11 +270,14 @@ class PrefixCache:
         valid = (
             _read_prefixes(self.folder, self._metadata) is not None
             and _file_size(windows) == self.windows * _RECORD.itemsize
+            # Through a link another file would be overwritten.
+            and not states.is_symlink()
+            and (states.is_file() or not states.exists())
         )
         if not valid:
             # The metadata first: after a kill in between, no valid-looking cache remains.
             for path in (self.folder / METADATA, windows, states):
-                path.unlink(missing_ok=True)
+                remove_path(path)
         # Where a valid file had lost its end, the states in it no longer match their hashes.
         _allocate(states, size)
         if not valid:
@@ -319,7 +323,7 @@ def _metadata(windows: int, sequence: int, width: int, dtype: torch.dtype, token
 
 def _read_prefixes(folder: Path, metadata: Mapping[str, Any]) -> dict[int, str] | None:
     try:
-        content = read_json(folder / METADATA)
+        content = read_json(contained_file(folder, METADATA))
         prefixes = {int(depth): str(prefix) for depth, prefix in content.pop("prefixes").items()}
     except (SurgeryError, ValueError, KeyError, TypeError, AttributeError):
         return None  # only a cache: it is made again
@@ -337,7 +341,7 @@ def _map_file(path: Path) -> mmap.mmap:
 
 
 def _file_size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+    return path.stat().st_size if path.is_file() and not path.is_symlink() else 0
 
 
 def _allocate(path: Path, size: int) -> None:

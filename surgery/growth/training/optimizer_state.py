@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from surgery.checkpoint.tensor_file import load_all_tensors
 from surgery.errors import SurgeryError
 from surgery.io.atomic import disk_error, partial_path
 from surgery.io.hashing import hash_tensors, hash_text
 from surgery.io.json_io import read_json
 from surgery.io.output_folder import commit_folder
+from surgery.io.safe_paths import contained_file
 from surgery.models.parameters import assign, gather_full, local, parameter_hashes
 
 TENSORS, NUMBERS = "state.safetensors", "state.json"
@@ -145,7 +147,7 @@ def _hash(body: Mapping[str, Any]) -> str:
 
 def _read(folder: Path, fingerprint: str) -> TrainingState:
     try:
-        content = read_json(folder / NUMBERS)
+        content = read_json(contained_file(folder, NUMBERS))
     except SurgeryError as error:
         raise ValueError(str(error)) from error  # told with what to do about it, if no older state is whole
     body = content["state"]
@@ -157,7 +159,10 @@ def _read(folder: Path, fingerprint: str) -> TrainingState:
             where=folder,
             hint="Choose another folder, or remove this one to begin the stage anew.",
         )
-    tensors = load_file(folder / TENSORS)
+    try:
+        tensors = load_all_tensors(contained_file(folder, TENSORS))
+    except SurgeryError as error:
+        raise ValueError(str(error)) from error
     # A torn file may still have a valid header.
     if hash_tensors(parameter_hashes(tensors)) != hash_tensors(body["tensors"]):
         raise ValueError(f"{TENSORS} does not match its hashes")

@@ -432,6 +432,7 @@ def test_what_a_probe_writes_has_the_modes_that_the_umask_allows(
     model = make_model(tmp_path / "m")
     before = os.umask(umask)
     try:
+        (tmp_path / "new").mkdir()
         run = make_run(model, tmp_path / "new" / "run", rows_of(dict.fromkeys(refusing.CELLS, 6)))
         prove_heads(str(model), run, proof=ProofOptions(controls=0, examples=4), options=ONE_THREAD)
         pool = write_rows(tmp_path / "pool.jsonl", [{"prompt": "ab!cd", "label": "harmful"}] * 4)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from surgery.errors import SurgeryError
 from surgery.growth.prefix_cache import cache as module
-from surgery.growth.prefix_cache.cache import STATES, WINDOWS, PrefixCache, cache_bytes, cached_prefixes
+from surgery.growth.prefix_cache.cache import METADATA, STATES, WINDOWS, PrefixCache, cache_bytes, cached_prefixes
 
 SIZES = {"windows": 10, "sequence": 6, "width": 8}
 MADE = {1: "first", 2: "second", 3: "third"}
@@ -290,3 +290,27 @@ def test_states_are_texts_that_only_their_owner_may_read(tmp_path):
     files = list((tmp_path / "c").iterdir())
     assert files and {path.stat().st_mode & 0o777 for path in files} == {0o600}
     assert (tmp_path / "c").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+@pytest.mark.parametrize("name", [METADATA, STATES, WINDOWS])
+def test_what_is_no_file_of_the_cache_is_made_anew_and_what_a_link_leads_to_stays(tmp_path, name, kind):
+    cache, hidden = opened(tmp_path / "c"), states(1)
+    cache.write([3], 2, hidden)
+    cache.flush()
+    cache.close()
+    path, outside = tmp_path / "c" / name, tmp_path / "outside"
+    path.rename(outside)
+    before = outside.read_bytes()
+    if kind == "link":
+        path.symlink_to(outside)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    again = opened(tmp_path / "c")
+    assert again.depths([3]) == [-1] and again.read([3], 2) is None
+    again.write([3], 2, -hidden)
+    again.flush()
+    assert torch.equal(again.read([3], 2), -hidden)
+    assert outside.read_bytes() == before and path.is_file() and not path.is_symlink()

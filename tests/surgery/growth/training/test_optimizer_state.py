@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -173,3 +174,21 @@ def test_hashes_are_those_of_segments() -> None:
     expected = hash_parts([digest(values[:SEGMENT].clone()), digest(values[SEGMENT:].clone())])
     assert parameter_hashes({"x": values.view(-1, 1)}) == {"x": expected}
     assert parameter_hashes({"x": values.view(-1, 1).T.contiguous().T}) == {"x": expected}
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+@pytest.mark.parametrize("file", [TENSORS, NUMBERS])
+def test_what_is_no_file_of_the_state_is_damage_and_is_not_waited_for(file: str, kind: str, tmp_path: Path) -> None:
+    write(tmp_path / "state", 1)
+    path = tmp_path / "state" / file
+    path.rename(tmp_path / "outside")
+    if kind == "link":
+        path.symlink_to(tmp_path / "outside")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.raises(
+        SurgeryError, match=rf"state: the state of training that is kept here is damaged .*{file}: is a"
+    ):
+        load_state(tmp_path / "state", fingerprint="ours")
