@@ -11,12 +11,15 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import TextIO
 
 ROOT = Path(__file__).parents[2]
+# What a process may take before it counts as hanging; most take a second.
+SECONDS = 120
 IMPORTS = (
     "pytest",
     "accelerate",
@@ -70,12 +73,16 @@ class Fork:
         if not self._has_ended:
             self._process.kill()
 
-    def wait(self, timeout: float) -> tuple[int, str, str]:
+    def wait(self, timeout: float = SECONDS) -> tuple[int, str, str]:
         """Return its exit code, a signal's negative, and what is left of its output, and its complaints.
 
         Raises:
             TimeoutError: it did not end within `timeout` seconds, and was killed.
         """
+        printed: list[str] = []
+        # It could not end where what it prints did not fit into the pipe.
+        reader = threading.Thread(target=lambda: printed.append(self.stdout.read()))
+        reader.start()
         self._process.join(timeout)
         is_late = self._process.exitcode is None
         if is_late:
@@ -85,13 +92,13 @@ class Fork:
         assert code is not None
         self._process.close()
         self._has_ended = True
-        with self.stdout:
-            out = self.stdout.read()
+        reader.join()
+        self.stdout.close()
         errors = self._errors.read_text(encoding="utf-8", errors="replace")
         self._errors.unlink()
         if is_late:
             raise TimeoutError(f"it did not end within {timeout} seconds: {errors}")
-        return code, out, errors
+        return code, "".join(printed), errors
 
 
 def _start_server() -> None:

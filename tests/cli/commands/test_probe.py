@@ -279,12 +279,16 @@ def test_two_processes_find_what_one_does(bench: Path, tmp_path: Path) -> None:
 
 def test_an_edit_without_measuring_is_arithmetic_on_files(bench: Path, tmp_path: Path) -> None:
     script = (
-        "import sys\nfrom cli.main import run\n"
-        "try: run()\nexcept SystemExit as left: assert not left.code\n"
+        "import json, sys\nfrom cli.main import run\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    sys.argv = ['surgery', *words]\n"
+        "    try: run()\n    except SystemExit as left: assert not left.code, words\n"
         "print(sorted({'transformers', 'accelerate', 'sklearn', 'matplotlib', 'datasets'} & set(sys.modules)))"
     )
-    for choice in (["--head", "L1H2"], ["--from", "run", "--top", "2"]):
-        words = ["edit", "heads", "m", *choice, "--no-measure", "-o", str(tmp_path / choice[0])]
-        command = [sys.executable, "-c", script, *words]
-        done = subprocess.run(command, cwd=bench, capture_output=True, text=True, check=False)
-        assert done.stdout.splitlines()[-1] == "[]"
+    commands = [
+        ["edit", "heads", "m", *choice, "--no-measure", "-o", str(tmp_path / choice[0])]
+        for choice in (["--head", "L1H2"], ["--from", "run", "--top", "2"])
+    ]
+    command = [sys.executable, "-c", script, json.dumps(commands)]
+    done = subprocess.run(command, cwd=bench, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr

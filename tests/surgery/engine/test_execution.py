@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support.forks import Fork
 from torch import Tensor
 
 import surgery.checkpoint.reader
@@ -182,30 +183,24 @@ KILLED = textwrap.dedent(
 @pytest.mark.parametrize("form", ["threads", "forks"])
 def test_killed_at_any_write_it_resumes_to_identical_bytes(tmp_path: Path, form: str) -> None:
     write_models(tmp_path, shapes=SHAPES)
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED.format(tests=str(Path(__file__).parent)))
+    script = KILLED.format(tests=str(Path(__file__).parent))
     generator = random.Random(0)
 
-    def attempt(countdown: int) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, script, tmp_path, str(countdown), form],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
+    def attempt(countdown: int) -> tuple[int, str]:
+        code, _, complaints = Fork(script, tmp_path, countdown, form).wait(120)
+        return code, complaints
 
     kills = 0
     writes = 90 if form == "threads" else 30  # each process counts its own
     for countdown in [1, 2, *generator.sample(range(3, writes), 8)]:
-        result = attempt(countdown)
-        if result.returncode == 0:
+        code, complaints = attempt(countdown)
+        if code == 0:
             break
-        assert result.returncode == -signal.SIGKILL, result.stderr
+        assert code == -signal.SIGKILL, complaints
         assert not (tmp_path / "out").exists()
         kills += 1
     else:
-        assert attempt(10**9).returncode == 0
+        assert attempt(10**9)[0] == 0
     assert kills >= 3
     assert not (tmp_path / "out.partial").exists()
     with pytest.MonkeyPatch.context() as patch:

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.forks import Fork
 from support.processes import fork_ranks
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -30,8 +29,6 @@ from surgery.io.locks import exclusive_lock
 ROOT = Path(__file__).parents[4]
 EOS, VOCAB = 256, 257
 SEQUENCE = 16
-# What a process may take before it counts as hanging; it takes about five.
-SECONDS = 120
 
 
 def bytewise() -> PreTrainedTokenizerFast:
@@ -180,21 +177,11 @@ store(Path(sys.argv[1]), sys.argv[2]).require(10**6)
 @pytest.mark.slow
 def test_after_a_kill_the_stream_is_continued_with_the_same_bytes(tmp_path, text, monkeypatch):
     expected, folder = whole(tmp_path / "uninterrupted", text), tmp_path / "killed"
-    (tmp_path / "script.py").write_text(KILLED)
     # Killed twice: first in its middle, then while it goes on.
     for calls, seen in ((8, 0), (9, 70)):
-        command = [
-            sys.executable,
-            tmp_path / "script.py",
-            folder,
-            text,
-            str(calls),
-            str(ROOT),
-            str(ROOT / "tests"),
-            str(Path(__file__).parent),
-        ]
-        killed = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        killed = Fork(KILLED, folder, text, calls, ROOT, ROOT / "tests", Path(__file__).parent)
+        code, _, complaints = killed.wait()
+        assert code == -signal.SIGKILL, complaints
         held = json.loads((folder / INDEX).read_text())["state"]
         assert seen < held["documents"] < 300 and (folder / TOKENS).stat().st_size > 2 * held["tokens"]
     monkeypatch.setattr(token_store, "COMMIT", 500)

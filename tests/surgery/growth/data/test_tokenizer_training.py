@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.forks import Fork
 from transformers import AutoTokenizer
 
 from surgery.engine.manifest import read_manifest
@@ -141,7 +142,6 @@ def test_a_disk_that_takes_no_more_is_said_in_one_line(tmp_path: Path, room: int
         f"try: train_tokenizer(['the cat ' * 200] * {texts}, Path(sys.argv[1]), vocab=300)\n"
         "except SurgeryError as error: print(error.what)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "tok")], check=True, capture_output=True, text=True
-    )
-    assert done.stdout.startswith(f"{what} (File too large")
+    exit_code, out, complaints = Fork(code, tmp_path / "tok").wait()
+    assert exit_code == 0, complaints
+    assert out.startswith(f"{what} (File too large")

@@ -6,15 +6,13 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections import namedtuple
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.forks import Fork
 
 from surgery.errors import SurgeryError
 from surgery.growth.prefix_cache import cache as module
@@ -194,14 +192,12 @@ for depth in range(1, 1000):
 @pytest.mark.slow
 @pytest.mark.parametrize("lines", [3, 11, 26])
 def test_after_a_real_kill_every_state_is_whole_or_missing(tmp_path, lines):
-    (tmp_path / "writing.py").write_text(WRITING)
-    root = str(Path(module.__file__).parents[3])
-    command = [sys.executable, tmp_path / "writing.py", tmp_path / "c"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": root}) as writing:
-        for _ in range(lines):
-            writing.stdout.readline()
-        writing.send_signal(signal.SIGKILL)
-    assert writing.returncode == -signal.SIGKILL
+    writing = Fork(WRITING, tmp_path / "c")
+    for _ in range(lines):
+        writing.stdout.readline()
+    writing.kill()
+    code, _, complaints = writing.wait()
+    assert code == -signal.SIGKILL, complaints
     cache = PrefixCache(
         tmp_path / "c", windows=64, sequence=64, width=256, dtype=torch.float32, tokens="text", alone=True
     )
