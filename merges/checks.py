@@ -35,7 +35,8 @@ def check_vocabularies(preflight: Preflight, checkpoints: Sequence[Checkpoint]) 
     known: list[tuple[str, Vocabulary]] = []
     unknown = []
     for checkpoint in checkpoints:
-        vocabulary = read_vocabulary(checkpoint.folder) if checkpoint.folder else None
+        folder = checkpoint.tokenizer_folder
+        vocabulary = read_vocabulary(folder) if folder else None
         if vocabulary is None:
             unknown.append(checkpoint.ref)
         else:

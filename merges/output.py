@@ -31,7 +31,7 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 class SideFiles:
     """The output's files beside the weights: `copied` from the template, `written` with new content."""
 
-    copied: Mapping[str, Path]
+    copied: Mapping[str, Path | bytes]
     written: Mapping[str, bytes] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
@@ -63,7 +63,7 @@ def side_files(
     if shape.tied and any(slot.group == LM_HEAD for slot in layout.slots):
         config = untied(config)
         preflight.warnings.append("a model has an output head of its own, so the result has one: it is not tied")
-    copied = {path.name: path for path in template.side_files}
+    copied = dict(template.side_files)
     written: dict[str, bytes] = {}
     if tokens is not None:
         # The template's configs name tokens by ids of its own tokenizer, which may stand for others in the output's.
@@ -92,12 +92,13 @@ def _with_chat_template(
     checkpoints: Mapping[str, Checkpoint],
 ) -> Mapping[str, bytes] | None:
     """Return the tokenizer's files with the chat template `wanted`; None where that is an error."""
-    folders = {ref: checkpoint.folder for ref, checkpoint in checkpoints.items() if checkpoint.folder is not None}
-    vocabulary = tokens.vocabulary if tokens else template.folder and read_vocabulary(template.folder)
-    if not vocabulary or template.folder is None:
+    folders = {ref: found for ref, one in checkpoints.items() if (found := one.tokenizer_folder) is not None}
+    own = template.tokenizer_folder
+    vocabulary = tokens.vocabulary if tokens else own and read_vocabulary(own)
+    if not vocabulary or own is None:
         preflight.errors.add(f"chat_template: {template.ref} has no tokenizer to put it beside. Leave it out.")
         return None
-    files = tokens.files if tokens else read_tokenizer_files(template.folder)
+    files = tokens.files if tokens else read_tokenizer_files(own)
     try:
         files, warnings = set_chat_template(files, wanted, folders=folders, vocabulary=vocabulary)
     except SurgeryError as error:
@@ -112,7 +113,8 @@ class _Renumbering:
 
     def __init__(self, preflight: Preflight, template: Checkpoint, tokens: TokenPlan, donor: Checkpoint) -> None:
         self._preflight = preflight
-        self._before = read_vocabulary(template.folder) if template.folder else None
+        folder = template.tokenizer_folder
+        self._before = read_vocabulary(folder) if folder else None
         self._after = tokens.vocabulary
         # For the template's own tokenizer its own special ids are right already.
         self._donor = donor.folder if donor.ref != template.ref else None

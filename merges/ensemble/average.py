@@ -194,12 +194,12 @@ class _Draft:
         ]
         # Code of the first member's would shadow the ensemble's own, and an adapter's config would make it one.
         side_files = {
-            path.name: path
-            for path in self.members[0].checkpoint.side_files
-            if path.name not in (CONFIG, ADAPTER_CONFIG) and path.suffix != ".py"
+            name: file
+            for name, file in self.members[0].checkpoint.side_files.items()
+            if name not in (CONFIG, ADAPTER_CONFIG) and not name.endswith(".py")
         }
         for i, member in enumerate(self.members):
-            side_files |= {f"{MEMBERS}/{i}/{path.name}": path for path in kept_files(member.checkpoint)}
+            side_files |= {f"{MEMBERS}/{i}/{name}": file for name, file in kept_files(member.checkpoint).items()}
         return Plan(self.command, self.sources, plan_files(planned), side_files)
 
     def report(self, out: Path) -> LogitsReport:
@@ -273,11 +273,11 @@ def _config(
     }
 
 
-def kept_files(checkpoint: Checkpoint) -> list[Path]:
+def kept_files(checkpoint: Checkpoint) -> dict[str, Path | bytes]:
     """Return all files beside the weights that `unpack` restores: side files, index, manifest, model card."""
     folder = cast(Path, checkpoint.folder)
     described = [path for path in (find_file(folder, name) for name in (MANIFEST, CARD)) if path is not None]
-    return [*checkpoint.side_files, *described, *find_files(folder, INDEXES)]
+    return {**checkpoint.side_files, **{path.name: path for path in (*described, *find_files(folder, INDEXES))}}
 
 
 def _record(member: EnsembleMember) -> dict[str, Any]:

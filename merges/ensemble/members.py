@@ -103,7 +103,7 @@ def find_members(preflight: Preflight, checkpoints: Sequence[Checkpoint]) -> lis
         if reason:
             preflight.errors.add(f"{checkpoint.ref} {reason}")
             continue
-        folder = checkpoint.folder
+        folder = checkpoint.tokenizer_folder
         vocabulary = read_vocabulary(folder) if folder is not None else None
         members.append(
             EnsembleMember(name, checkpoint, config, config.get_text_config(decoder=True).vocab_size, vocabulary)

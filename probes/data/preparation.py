@@ -96,7 +96,7 @@ def open_model(ref: str | Path, *, device: str = "cpu", dtype: str = "auto", nam
     """
     checkpoint = open_checkpoint(ref)
     # Before the weights are loaded, which takes minutes.
-    if not {path.name for path in checkpoint.side_files} & set(TOKENIZER_FILES):
+    if not checkpoint.side_files.keys() & set(TOKENIZER_FILES):
         raise usage_error(
             "has no tokenizer beside its weights", where=name or ref, hint="Copy its tokenizer.json into the folder."
         )

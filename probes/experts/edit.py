@@ -142,7 +142,7 @@ def _examples(data: str | None, run: Path | None, special_tokens: SpecialTokens)
 
 def _check_thinking(checkpoint: Checkpoint) -> None:
     """Raise SurgeryError if the model's thinking markers are unknown: before the checkpoint is written, not after."""
-    if not {path.name for path in checkpoint.side_files} & set(TOKENIZER_FILES):
+    if not checkpoint.side_files.keys() & set(TOKENIZER_FILES):
         raise usage_error(
             "has no tokenizer beside its weights",
             where=checkpoint.ref,

@@ -57,6 +57,9 @@ class Checkpoint:
     adapter: the folder of the adapter whose updates the tensors have, if any.
     named_base: the reference of the adapter's base, where not the user but the adapter's own config named it.
     index: the index that names the shards, if any.
+    file_overrides: name of a side file → what it is instead of the folder's: a file elsewhere, its content, or None
+        where it is left out. Where `config` is not what the folder's config.json says, its text is among them.
+    tokenizer_from: the folder of its tokenizer, where that is not `folder`.
     """
 
     ref: str
@@ -69,6 +72,8 @@ class Checkpoint:
     adapter: Path | None = None
     named_base: str | None = None
     index: Path | None = None
+    file_overrides: Mapping[str, Path | bytes | None] = field(default_factory=dict)
+    tokenizer_from: Path | None = None
 
     @property
     def n_parameters(self) -> int:
@@ -91,13 +96,22 @@ class Checkpoint:
         return tuple(sorted({path for tensor in self.tensors.values() for path in tensor.files}))
 
     @cached_property
-    def side_files(self) -> tuple[Path, ...]:
-        """The files that an output carries along (config, tokenizer, chat template, licence): paths, sorted.
+    def side_files(self) -> Mapping[str, Path | bytes]:
+        """The files that an output carries along (config, tokenizer, chat template, licence), sorted by name.
+
+        Each is the path of the file to copy, or the content where there is no such file.
 
         Raises:
             SurgeryError: one is a link that leads out of the folder, or no regular file.
         """
-        return () if self.folder is None else tuple(find_side_files(self.folder))
+        found = [] if self.folder is None else find_side_files(self.folder)
+        files = {**{path.name: path for path in found}, **self.file_overrides}
+        return {name: content for name, content in sorted(files.items()) if content is not None}
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """The folder that its tokenizer is in; None for a single file of weights."""
+        return self.tokenizer_from or self.folder
 
     def float_names(self) -> list[str]:
         """Return the names of all float tensors, sorted. Raises SurgeryError if there is none."""

@@ -27,7 +27,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
             "parameters": sum(tensor.n_elements for tensor in group),
             "bytes": sum(tensor.n_bytes for tensor in group),
         }
-    side_files = {path.name for path in checkpoint.side_files}
+    side_files = set(checkpoint.side_files)
     return {
         "ref": checkpoint.ref,
         "revision": checkpoint.revision,
@@ -57,9 +57,10 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _has_chat_template(checkpoint: Checkpoint, side_files: set[str]) -> bool:
-    if checkpoint.folder is None or side_files & {"chat_template.jinja", "chat_template.json"}:
-        return checkpoint.folder is not None
-    settings = read_json(checkpoint.folder / "tokenizer_config.json", missing={})
+    folder = checkpoint.tokenizer_folder
+    if folder is None or side_files & {"chat_template.jinja", "chat_template.json"}:
+        return folder is not None
+    settings = read_json(folder / "tokenizer_config.json", missing={})
     return bool(settings.get("chat_template"))
 
 

@@ -167,8 +167,7 @@ def write_edit(
     check_destination(out, sources, options, dry_run=dry_run)
     replaced = {change.planned.name: change.planned for change in edit.changes}
     planned = [replaced.get(name) or copy_tensor(tensor) for name, tensor in base.tensors.items()]
-    side_files = {path.name: path for path in base.side_files}
-    plan = Plan(edit.command, sources, plan_files(planned, like=base), side_files)
+    plan = Plan(edit.command, sources, plan_files(planned, like=base), base.side_files)
     preflight = Preflight(warnings=list(edit.warnings))
     layers = len({part.layer for part in edit.scales})
     preflight.facts[edit.nouns] = f"{len(edit.scales)} in {layers} of {edit.structure.layers} layers"

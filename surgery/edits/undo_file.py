@@ -169,7 +169,7 @@ def undo(model: str, out: Path, *, dry_run: bool = False, options: ExecutionOpti
         else copy_tensor(t)
         for name, t in edited.tensors.items()
     ]
-    side_files = {file.name: file for file in edited.side_files}
+    side_files = dict(edited.side_files)
     command = command_record("edit undo", [model])
     plan = Plan(command, {"model": edited, "undo": restored}, plan_files(planned, like=edited), side_files)
     preflight = Preflight()

@@ -32,7 +32,7 @@ from surgery.engine.work.worker_job import FailureWatch, Records, WorkerJob
 from surgery.engine.work.workers import default_threads
 from surgery.errors import SurgeryError, listing
 from surgery.io.atomic import disk_error, partial_path
-from surgery.io.output_files import copy_output
+from surgery.io.output_files import copy_output, write_output
 from surgery.io.output_folder import check_free, commit_folder, output_lock
 from surgery.runtime.collectives import local_device, map_over_ranks, n_active_processes, on_main
 
@@ -166,7 +166,10 @@ class _RankExecution:
         records = {key: record for part, _ in parts for key, record in part.items()}
         result = collect_result(self.plan, self.files, records, sum(resumed for _, resumed in parts))
         for name, source in self.plan.side_files.items():
-            copy_output(source, self.staging, name)
+            if isinstance(source, bytes):
+                write_output(self.staging, name, source)
+            else:
+                copy_output(source, self.staging, name)
         write_index(self.plan, self.staging)
         if validate is not None:
             try:

@@ -69,7 +69,7 @@ class Plan:
     Args:
         command: the manifest's record of the command; see `surgery.engine.manifest.command_record`.
         sources: role ("target", "tuned", "base", …) → checkpoint.
-        side_files: path inside OUT → file to copy there.
+        side_files: path inside OUT → file to copy there, or the content to write.
         index_name: file name of the index where OUT has several weight files.
 
     Raises:
@@ -79,7 +79,7 @@ class Plan:
     command: Mapping[str, Any]
     sources: Mapping[str, Checkpoint]
     files: tuple[PlannedFile, ...]
-    side_files: Mapping[str, Path] = field(default_factory=dict)
+    side_files: Mapping[str, Path | bytes] = field(default_factory=dict)
     index_name: str = INDEX
 
     def __post_init__(self) -> None:
@@ -180,16 +180,21 @@ def plan_files(
     if like is None or shard_bytes is not None:
         return _by_size(tensors, metadata, shard_bytes or DEFAULT_SHARD_BYTES, stem)
     by_name = {tensor.name: tensor for tensor in tensors}
-    files = []
     # Loaders and people expect a tensor in the file where they know it, and unchanged files keep their hash.
-    for shard in like.shards:
-        own = [by_name.pop(e.name) for e in shard.header.entries if _belongs_to(like, e.name, shard.path, by_name)]
-        if not own:
-            continue
+    taken = [
+        (shard, [by_name.pop(e.name) for e in shard.header.entries if _belongs_to(like, e.name, shard.path, by_name)])
+        for shard in like.shards
+    ]
+    kept = [(shard, own) for shard, own in taken if own]
+    if by_name:
+        # What `like` has beside its files: an output head that an adapter parted from the embedding.
+        assert kept and by_name.keys() <= like.tensors.keys(), f"{like.ref} does not have {sorted(by_name)}"
+        kept[-1][1].extend(tensor for _, tensor in sorted(by_name.items()))
+    files = []
+    for shard, own in kept:
         header = build_header(((t.name, t.dtype, t.shape) for t in own), shard.header.metadata)
         unchanged = header.entries == shard.header.entries
         files.append(PlannedFile(shard.name, shard.header if unchanged else header, tuple(own)))
-    assert not by_name, f"planned tensors that {like.ref} does not have: {sorted(by_name)}"
     return tuple(files)
 
 

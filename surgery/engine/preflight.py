@@ -150,7 +150,7 @@ def check_space(preflight: Preflight, plan: Plan, out: Path, threads: int | None
     """
     # The nearest folder that exists: OUT's parents are created later.
     parent = next(folder for folder in (out.parent, *out.absolute().parents) if folder.exists())
-    side = sum(path.stat().st_size for path in plan.side_files.values())
+    side = sum(len(one) if isinstance(one, bytes) else one.stat().st_size for one in plan.side_files.values())
     needed = plan.output_bytes + side
     partial = partial_path(out)
     # Blocks, of 512 bytes whatever the file system: a resumed run's files may be sparse.

@@ -78,7 +78,7 @@ class AlignedModel:
 
 def aligned_model(checkpoint: Checkpoint) -> AlignedModel:
     """Return a model with its own tokenizer."""
-    return AlignedModel(checkpoint, checkpoint.folder)
+    return AlignedModel(checkpoint, checkpoint.tokenizer_folder)
 
 
 def check_and_align(

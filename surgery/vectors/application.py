@@ -125,8 +125,7 @@ def _add(
     # Counted by the kernel, not by whether there is one: copies to another dtype have the identity kernel.
     if not edited:
         preflight.errors.add("nothing to do: every scale is 0, or the vector is zero where the mask lets it through.")
-    side_files = {path.name: path for path in base.side_files}
-    plan = Plan(command, sources, plan_files(planned, like=base), side_files)
+    plan = Plan(command, sources, plan_files(planned, like=base), base.side_files)
     preview = EditReport(out, preflight.facts, preflight.warnings, len(edited), len(planned), dry_run=dry_run)
 
     def describe(folder: Path, result: ExecutionResult) -> OutputDescription[EditReport]:

@@ -120,7 +120,7 @@ def extract(
         command,
         pair.sources,
         plan_files(_plan_tensors(pair, dtype_name(dtype)), stem=STEM),
-        {f"{DONOR}/{path.name}": path for path in pair.tuned.side_files},
+        {f"{DONOR}/{name}": file for name, file in pair.tuned.side_files.items()},
         index_name=f"{STEM}.safetensors.index.json",
     )
     facts, warnings = pair.preflight.facts, pair.preflight.warnings

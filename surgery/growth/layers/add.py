@@ -173,8 +173,7 @@ def _check_arguments(layers: int, init: str) -> None:
 def _plan(insertion: LayerInsertionPlan, command: Mapping[str, Any], sources: Mapping[str, Checkpoint]) -> Plan:
     base = insertion.base
     planned = [*insertion.old_tensors(), *insertion.new_tensors()]
-    side_files = {path.name: path for path in base.side_files}
-    return Plan(command, sources, plan_files(planned, metadata=base.metadata or PYTORCH), side_files)
+    return Plan(command, sources, plan_files(planned, metadata=base.metadata or PYTORCH), base.side_files)
 
 
 def _preview(insertion: LayerInsertionPlan, plan: Plan, out: Path, *, dry_run: bool) -> AddReport:

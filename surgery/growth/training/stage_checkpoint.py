@@ -75,8 +75,7 @@ def save_stage(context: RunContext, job: TrainingJob, trained: FinishedTraining,
     _check_names(before, saved, job)
     planned = [copy_tensor(saved.tensors[name], dtype=tensor.dtype) for name, tensor in before.tensors.items()]
     sources = {BEFORE: before, TRAINED: saved}
-    side_files = {path.name: path for path in before.side_files}
-    plan = Plan(_command(context, job), sources, plan_files(planned, like=before), side_files)
+    plan = Plan(_command(context, job), sources, plan_files(planned, like=before), before.side_files)
     trainable = _trainable_tensors(before, job)
     frozen = {name: old for name, old in tensor_hashes(before).items() if name not in trainable}
     record = _record(context, job, trained, proven=len(frozen))

@@ -208,7 +208,7 @@ def test_hidden_files_do_not_count(place: Path) -> None:
     # As tar of macOS leaves them beside every file.
     for name in ("._config.json", "._model.safetensors.index.json", "._x.safetensors", ".notes.txt"):
         (place / "stranger" / name).symlink_to(place / "private" / "config.json")
-    assert not [path for path in open_checkpoint(place / "stranger").side_files if path.name.startswith(".")]
+    assert not [name for name in open_checkpoint(place / "stranger").side_files if name.startswith(".")]
 
 
 def test_a_snapshot_of_the_hub_is_links_to_its_blobs(server: HubServer, sharded: Path, place: Path) -> None:

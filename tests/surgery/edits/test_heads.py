@@ -244,7 +244,7 @@ def test_an_adapter_is_edited_as_part_of_the_weights(tmp_path: Path) -> None:
     peft.get_peft_model(load(base), config).save_pretrained(tmp_path / "adapter")
     ref = f"{base}+{tmp_path / 'adapter'}"
     whole = open_checkpoint(ref)
-    sides = {path.name: path for path in whole.side_files}
+    sides = whole.side_files
     copies = plan_files([copy_tensor(tensor) for tensor in whole.tensors.values()], like=whole)
     execute(Plan({}, {"model": whole}, copies, sides), tmp_path / "merged", ExecutionOptions(), finish=lambda *_: None)
     assert shards(tmp_path / "merged") != shards(base)

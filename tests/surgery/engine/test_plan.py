@@ -39,7 +39,7 @@ def test_shards_are_no_larger_than_asked_for(tmp_path: Path) -> None:
 def test_several_files_get_an_index_that_loaders_follow(tmp_path: Path) -> None:
     model = open_checkpoint(build("llama", tmp_path / "m"))
     files = plan_files([copy_tensor(tensor) for tensor in model.tensors.values()], shard_bytes=8000)
-    plan = Plan({"name": "x"}, {"m": model}, files, {p.name: p for p in model.side_files})
+    plan = Plan({"name": "x"}, {"m": model}, files, model.side_files)
     execute(plan, tmp_path / "out", ExecutionOptions(), finish=lambda folder, outcome: None)
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == model.n_bytes
