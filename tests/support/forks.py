@@ -7,6 +7,7 @@ starts a real process.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -123,8 +124,12 @@ def _run(
     errors: str,
 ) -> None:
     """Run the script in this process, which is a fork."""
+    gc.freeze()  # what was imported is no garbage, and to look through it takes half a second
     os.dup2(writing.fileno(), 1)
     os.dup2(os.open(errors, os.O_WRONLY), 2)
+    # Anew: those of the server took what it writes to for a file, in which one can seek.
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,6 +19,7 @@ from surgery.growth.options import RunOptions
 from surgery.growth.prepare import PreparedRun, load_plan, prepare_run
 from surgery.growth.results import Growth
 from surgery.growth.run import grow
+from surgery.reporting.report import Figure
 
 WIDTH, SEQUENCE, BATCH = 16, 8, 4
 STEPS = 6
@@ -69,6 +71,11 @@ def prepared(
 def grown(bench: Path, run: Path, *, corpus: str = "sums.txt", options: RunOptions = CPU, **changes: Any) -> Growth:
     """That run, done."""
     return grow(prepared(bench, run, corpus=corpus, **changes), options)
+
+
+def no_pictures(patch: pytest.MonkeyPatch) -> None:
+    """Leave out the pictures of reports, which take as long as the training."""
+    patch.setattr("surgery.growth.plots.render_figure", lambda canvas, title, caption: Figure(title, caption, b""))
 
 
 def weights(run: Path) -> Mapping[str, Tensor]:

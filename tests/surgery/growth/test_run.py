@@ -23,6 +23,7 @@ from support.growth_runs import (
     WIDTH,
     curves,
     grown,
+    no_pictures,
     prepared,
     weights,
     write_corpora,
@@ -59,6 +60,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_corpora(folder)
     write_substrate(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_pictures(monkeypatch)  # those of `run` are real: a fixture of the whole file begins before
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from support.growth_runs import (
     TOKENS,
     curves,
     grown,
+    no_pictures,
     prepared,
     weights,
     write_corpora,
@@ -48,10 +49,12 @@ class StopError(Exception):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
+def _one_thread_and_no_pictures() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums are split by threads
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        no_pictures(patch)
+        yield
     torch.set_num_threads(threads)
 
 

@@ -365,18 +365,19 @@ def test_children_die_with_the_run_that_started_them(models: dict[str, Path], tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_termination_say_that_the_same_command_goes_on(
-    models: dict[str, Path], expected: dict[str, str], tmp_path: Path, number: int, code: int
+    models: dict[str, Path], expected: dict[str, str], tmp_path: Path
 ) -> None:
     write_recipe(tmp_path, models)
-    process = surgery_run(tmp_path, "reasoning", "-o", "run", environment=hold_step(tmp_path / "held", "extract"))
-    child = wait_for_held_step(tmp_path / "held", process)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=SECONDS)
-    assert process.returncode == code
-    assert "The same command goes on where it was." in err
-    assert _gone(child)
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        held = tmp_path / f"held {code}"
+        process = surgery_run(tmp_path, "reasoning", "-o", "run", environment=hold_step(held, "extract"))
+        child = wait_for_held_step(held, process)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=SECONDS)
+        assert process.returncode == code
+        assert "The same command goes on where it was." in err
+        assert _gone(child)
     again = surgery_run(tmp_path, "reasoning", "-o", "run")
     _, err = again.communicate(timeout=SECONDS)
     assert again.returncode == 0, err
