@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from merges.layout import LM_HEAD, Layout
-from merges.tokenizer.chat_template import set_chat_template
+from merges.tokenizer.chat_template import AUTO, set_chat_template
 from merges.tokenizer.files import read_tokenizer_files
 from merges.tokenizer.plan import TokenPlan
 from merges.tokenizer.token_ids import remap_ids, resize_vocabulary
@@ -91,11 +91,14 @@ def _with_chat_template(
     tokens: TokenPlan | None,
     checkpoints: Mapping[str, Checkpoint],
 ) -> Mapping[str, bytes] | None:
-    """Return the tokenizer's files with the chat template `wanted`; None where that is an error."""
+    """Return the tokenizer's files with the chat template `wanted`; None where that is an error, or has no effect."""
     folders = {ref: found for ref, one in checkpoints.items() if (found := one.tokenizer_folder) is not None}
     own = template.tokenizer_folder
     vocabulary = tokens.vocabulary if tokens else own and read_vocabulary(own)
     if not vocabulary or own is None:
+        if wanted == AUTO:
+            preflight.warnings.append(f"chat_template: {AUTO} has no effect, as {template.ref} has no tokenizer")
+            return None
         preflight.errors.add(f"chat_template: {template.ref} has no tokenizer to put it beside. Leave it out.")
         return None
     files = tokens.files if tokens else read_tokenizer_files(own)

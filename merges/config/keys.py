@@ -22,15 +22,19 @@ from pydantic import (
 )
 
 from merges.choices import Compat
+from merges.config.ignored_keys import dead_keys
 from merges.config.settings import ParameterSpec, as_written
 from merges.config.tolerant import Keys, NodeDict, ReadContext, nearest
-from surgery.checkpoint.dtypes import TORCH_NAMES
+from surgery.checkpoint.dtypes import TORCH_NAMES, dtype_guess
 
 AUTO = "auto"
 # The names of `merges.tokenizer.chat_template.TEMPLATES`, repeated here so that configs are read without what opens
 # tokenizers; a test holds the two together.
 CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
 MAX_MULTIPLE = 65_536  # to which rows of an embedding are padded
+_REVISION = "has no effect here, as in mergekit: the default revision is read. Write model: NAME@REVISION for another"
+_LORA = "has no effect here, as in mergekit: no adapter is added. Write model: BASE+ADAPTER for one"
+_IN_TOKENIZER = "has no effect here, as in mergekit: it belongs under tokenizer"
 NO_MODEL = ""  # stands in for a reference that could not be read
 
 T = TypeVar("T")
@@ -48,9 +52,15 @@ def _one_of(known: Iterable[str], text: str) -> str:
     raise ValueError(f"got {as_written(text)}. {nearest(text, every)}")
 
 
-def _dtype(text: str) -> str:
-    short = text.removeprefix("torch.")
-    return short if short in TORCH_NAMES else _one_of(TORCH_NAMES, text)
+def _dtype(value: object) -> object:
+    if not isinstance(value, (str, int, float)):
+        return value
+    short = str(value).removeprefix("torch.")
+    if short in TORCH_NAMES:
+        return short
+    if (guess := dtype_guess(short)) is not None:  # before the spelling: "float" is nearer to "bfloat16" than to fp32
+        raise ValueError(f"got {as_written(value)}. {guess}")
+    return _one_of(TORCH_NAMES, str(value))
 
 
 def _chat_template(text: str) -> str:
@@ -116,9 +126,10 @@ class ReferenceKeys(Keys):
     """`{model, lora}`, of which each may be text or `RepositoryKeys`."""
 
     required = ("model",)
-    ignored: ClassVar[Mapping[str, str]] = {
-        "override_architecture": "has no effect: tensors are found by name and shape"
-    }
+    ignored: ClassVar[Mapping[str, str]] = dead_keys(
+        override_architecture="has no effect: tensors are found by name and shape",
+        revision=_REVISION,
+    )
     model: Repository = NO_MODEL
     lora: Repository | None = None
     override_architecture: Text | None = None
@@ -128,6 +139,11 @@ class ModelEntry(Keys):
     """An entry of `models`."""
 
     required = ("model",)
+    ignored: ClassVar[Mapping[str, str]] = dead_keys(
+        layer_range="has no effect here, as in mergekit: models merges all layers. Give slices to choose some",
+        revision=_REVISION,
+        lora=_LORA,
+    )
     model: Reference = NO_MODEL
     parameters: Parameters | None = None
 
@@ -136,6 +152,7 @@ class LayersEntry(Keys):
     """An entry of a slice's `sources`."""
 
     required = ("model", "layer_range")
+    ignored: ClassVar[Mapping[str, str]] = dead_keys(revision=_REVISION, lora=_LORA)
     model: Reference = NO_MODEL
     layer_range: Annotated[tuple[int, int], BeforeValidator(_layer_range)] | None = None
     parameters: Parameters | None = None
@@ -145,7 +162,9 @@ class SliceEntry(Keys):
     """An entry of `slices`."""
 
     required = ("sources",)
-    ignored: ClassVar[Mapping[str, str]] = {"residual_weight": "has no effect, as in mergekit"}
+    ignored: ClassVar[Mapping[str, str]] = dead_keys(
+        layer_range="has no effect here, as in mergekit: it belongs to each entry of sources"
+    )
     sources: Entries[LayersEntry] | None = None
     base_model: Reference | None = None
     residual_weight: Annotated[float, _read_as("number")] | None = None
@@ -209,6 +228,7 @@ class TokenKeys(Keys):
 class TokenizerKeys(Keys):
     """The long form of the tokenizer."""
 
+    short_form = "Write tokenizer_source: … for one"
     source: Reference | None = None
     tokens: dict[str, TokenKeys] | None = None
     pad_to_multiple_of: Annotated[int, _read_as("integer", low=1, high=MAX_MULTIPLE)] | None = None
@@ -218,26 +238,25 @@ class DocumentKeys(Keys):
     """One document, which is one merge. `name`, `compat` and `seed` are our own; mergekit has the rest."""
 
     required = ("merge_method",)
+    ignored: ClassVar[Mapping[str, str]] = dead_keys(
+        layer_range="has no effect here, as in mergekit: it belongs to each entry of slices[].sources",
+        tokens=_IN_TOKENIZER,
+        pad_to_multiple_of=_IN_TOKENIZER,
+    )
     merge_method: Annotated[Text, AfterValidator(_merge_method)] = ""
     models: Entries[ModelEntry] | None = None
     slices: Entries[SliceEntry] | None = None
     modules: dict[str, ModuleKeys] | None = None
     base_model: Reference | None = None
     parameters: Parameters | None = None
-    dtype: Annotated[Text, AfterValidator(_dtype)] | None = None
-    out_dtype: Annotated[Text, AfterValidator(_dtype)] | None = None
+    dtype: Annotated[Text, BeforeValidator(_dtype)] | None = None
+    out_dtype: Annotated[Text, BeforeValidator(_dtype)] | None = None
     tokenizer_source: Reference | None = None
     tokenizer: TokenizerKeys | None = None
     chat_template: Annotated[Text, AfterValidator(_chat_template)] | None = None
     name: Text | None = None
     compat: Compat = "mergekit"
     seed: Annotated[int, _read_as("integer", low=0, high=2**63, high_open=True)] = 0
-
-    @classmethod
-    def _unknown_hint(cls, key: str, context: ReadContext) -> str:
-        # `weight:` at the top of a document, say, where mergekit has it under `parameters:`.
-        is_parameter = any(method.parameter(key) for method in context.methods.values())
-        return "It belongs under parameters." if is_parameter else super()._unknown_hint(key, context)
 
 
 class RuleKeys(Keys):

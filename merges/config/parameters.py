@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from merges.config.ignored_keys import why_parameter_ignored
 from merges.config.keys import RuleKeys
 from merges.config.schema import Settings
 from merges.config.settings import EVERYTHING, INT8_MASK, MethodSpec, ParameterSpec, Rule, Scalar, Setting, as_written
@@ -37,26 +38,29 @@ class ParameterReader:
         if node is None or not isinstance(node.value, dict):  # the latter is an error that pydantic reports
             return settings
         for name, child in node.value.items():
-            spec = self._spec(name, child, in_source=in_source)
+            spec = self._spec(name, child, node, in_source=in_source)
             if spec is not None:
                 settings[name] = self._setting(child, spec)
         return settings
 
-    def _spec(self, name: str, node: YamlNode, *, in_source: bool) -> ParameterSpec | None:
+    def _spec(self, name: str, node: YamlNode, around: YamlNode, *, in_source: bool) -> ParameterSpec | None:
         """Return what is specified for `name`; None, with an error or a warning, where it is not to be read."""
         errors, methods = self.context.errors, self.context.methods.values()
         owners = [method.name for method in methods if method.parameter(name)]
-        if self.method is None:
-            if not owners:
+        known = [spec.name for spec in (*(self.method.parameters if self.method else ()), INT8_MASK)]
+        if not owners:
+            if (why := why_parameter_ignored(name, around, known)) is not None:
+                self._without_effect(node, why)
+            elif self.method is None:
                 errors.add(node, "unknown key, to every merge method")
+            else:
+                errors.add(node, f"unknown key. {nearest(name, known)}")
+            return None
+        if self.method is None:
             return None
         spec = self.method.parameter(name)
         if spec is None:
-            if owners:
-                self._without_effect(node, f"has no effect: {self.method.name} does not take it")
-            else:
-                known = [spec.name for spec in (*self.method.parameters, INT8_MASK)]
-                errors.add(node, f"unknown key. {nearest(name, known)}")
+            self._without_effect(node, f"has no effect: {self.method.name} does not take it")
             return None
         # One value for the tensor: mergekit ignores it under a model.
         if in_source and not spec.per_model and spec != INT8_MASK:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from merges.config.document_order import check_names
+from merges.config.other_tools import foreign_file
 from merges.config.read import read_document
 from merges.config.schema import MergeConfig
 from merges.config.settings import MethodSpec
@@ -54,7 +55,12 @@ def parse_configs(text: str, where: str, *, methods: Mapping[str, MethodSpec]) -
     documents = []
     for number, node in enumerate(nodes, start=1):
         errors.document = number
+        if (what := foreign_file(node)) is not None:
+            errors.add(node, what)
+            continue
         documents.append(read_document(node, ReadContext(errors, methods)))
+    if len(documents) < len(nodes):
+        errors.raise_if_any()
     # One document alone has no names to refer to, so a bare word in it is left to the Hub.
     uses = check_names(documents, errors) if len(documents) > 1 else [()]
     errors.raise_if_any()

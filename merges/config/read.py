@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from merges.config.keys import (
     NO_MODEL,
@@ -16,6 +16,7 @@ from merges.config.keys import (
     TokenKeys,
     ZeroRowKeys,
 )
+from merges.config.other_tools import pickle_instead_of_model
 from merges.config.parameters import ParameterReader
 from merges.config.schema import (
     BASE,
@@ -35,6 +36,7 @@ from surgery.errors import listing
 from surgery.io.yaml_nodes import YamlNode
 
 _INPUTS = ("models", "slices", "modules")
+_OLD_PREFIX = "model:"  # of a model as tokenizer_source, in mergekit's first versions
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,10 @@ def read_document(node: YamlNode, context: ReadContext, *, strict: bool = False)
     Args:
         strict: whether a parameter without effect is an error under `compat: mergekit` too.
     """
+    named = node.children.get("merge_method")
+    method = context.methods.get(named.value) if named is not None and isinstance(named.value, str) else None
+    context = replace(context, method=method)
     keys = DocumentKeys.read(node, context)
-    method = context.methods.get(keys.merge_method)
     parameters = ParameterReader(context, method, strict=strict or keys.compat == "paper")
     builder = _ConfigBuilder(context, keys, method, parameters)
     config = builder.config()
@@ -100,6 +104,8 @@ class _ConfigBuilder:
     def model(self, keys: Keys, key: str, ref: str) -> str:
         # Names of other documents are checked when all documents have been read.
         self.refs.append((keys.at(key), ref))
+        if (why := pickle_instead_of_model(ref)) is not None:
+            self.context.errors.add(keys.at(key), why)
         return ref
 
     def sections(self, base: str | None, outer: Collection[str]) -> list[MergeSection]:
@@ -189,6 +195,9 @@ class _ConfigBuilder:
 
     def tokenizer_source(self, node: YamlNode | None, source: str, base: str | None) -> str:
         assert node is not None  # it has a source
+        if source.startswith(_OLD_PREFIX):
+            source = source.removeprefix(_OLD_PREFIX)
+            self.context.errors.warn(node, f"is read as {source}: model: stands before a name in old configs only")
         if source == BASE and base is None:
             self.context.errors.add(node, "says base, and there is no base_model")
         if source not in (UNION, BASE):

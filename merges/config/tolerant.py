@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Self, Union, cast, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -23,6 +24,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from merges.config.ignored_keys import dead_keys, why_ignored
 from merges.config.settings import MethodSpec, as_written
 from surgery.errors import closest, listing
 from surgery.io.yaml_models import node_at
@@ -35,10 +37,14 @@ _EXPECTED = {"dict_type": _MAPPING, "list_type": _ENTRIES, "too_short": _ENTRIES
 
 @dataclass(frozen=True)
 class ReadContext:
-    """What validators need beside the value: where errors go, and the merge methods there are, by name."""
+    """What validators need beside the value: where errors go, and the merge methods there are, by name.
+
+    method: that of the document; None where it names none of them.
+    """
 
     errors: YamlErrors
     methods: Mapping[str, MethodSpec]
+    method: MethodSpec | None = None
 
 
 class NodeDict(dict[str, object]):
@@ -59,12 +65,14 @@ class Keys(BaseModel):
     """The keys that one kind of mapping may have. Those left empty (`key:` alone) count as not given.
 
     Every field has a default, which stands in for a wrong value; `required` names the keys that must be given all the
-    same. `ignored` are keys without effect, which mergekit's configs may have, with the warning to give of each.
+    same. `ignored` are keys without effect, which mergekit's configs may have, with the warning to give of each: those
+    that are fields are checked, others may hold anything. `short_form` says what to write in place of a single value.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     required: ClassVar[tuple[str, ...]] = ()
-    ignored: ClassVar[Mapping[str, str]] = {}
+    ignored: ClassVar[Mapping[str, str]] = dead_keys()
+    short_form: ClassVar[str] = ""
     _node: YamlNode = PrivateAttr()
 
     @classmethod
@@ -92,10 +100,15 @@ class Keys(BaseModel):
     @classmethod
     def _record_errors(cls, data: object, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
         if not isinstance(data, NodeDict):
-            raise ValueError(f"got {as_written(data)}, {_MAPPING}")  # recorded by the mapping around it
+            hint = f". {cls.short_form}" if cls.short_form and isinstance(data, str) else ""
+            raise ValueError(f"got {as_written(data)}, {_MAPPING}{hint}")  # recorded by the mapping around it
         context, node = cast(ReadContext, info.context), data.node
         # An unknown key stays, whatever its value, so that pydantic reports it.
         values = {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
+        for unknown in [key for key in values if key not in cls.model_fields]:
+            if (why := cls._why_ignored(unknown, node, context)) is not None:
+                context.errors.warn(node.children[unknown], why)
+                del values[unknown]
         try:
             keys = handler(values)
         except ValidationError as error:
@@ -137,13 +150,42 @@ class Keys(BaseModel):
         return f"got {got}, expected text{quote}"
 
     @classmethod
+    def _why_ignored(cls, key: str, node: YamlNode, context: ReadContext) -> str | None:
+        """Return the warning to give of a `key` of `node` that is no field; None where it is an error."""
+        return why_ignored(
+            key,
+            node,
+            known={name: _kinds(field.annotation) for name, field in cls.model_fields.items()},
+            dead=cls.ignored,
+            method=context.method,
+            methods=context.methods,
+            is_document="merge_method" in cls.model_fields,
+        )
+
+    @classmethod
     def _unknown_hint(cls, key: str, context: ReadContext) -> str:
         """Return the next step for someone who wrote the unknown `key`."""
+        # `weight:` at the top of a document, say, where mergekit has it under `parameters:`.
+        is_parameter = any(method.parameter(key) for method in context.methods.values())
+        if is_parameter and "parameters" in cls.model_fields:
+            return "It belongs under parameters."
         return nearest(key, cls.model_fields)
+
+
+def _kinds(annotation: object) -> set[type]:
+    """Return which values a field takes: `dict` for mappings, `tuple` for lists, `str` for every scalar."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {dict}
+    origin = get_origin(annotation)
+    if origin in (dict, list, tuple):
+        return {dict if origin is dict else tuple}
+    if origin in (Union, UnionType):
+        return {kind for part in get_args(annotation) if part is not NoneType for kind in _kinds(part)}
+    return _kinds(get_args(annotation)[0]) if origin is Annotated else {str}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a sentence that leads from a misspelt name to a known one."""
     every = list(known)
-    near = closest(name, every)
+    near = closest(name, every) or closest(name.lower(), every)
     return f'Did you mean "{near}"?' if near else f"Expected one of: {listing(every)}."

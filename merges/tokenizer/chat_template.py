@@ -129,15 +129,18 @@ def set_chat_template(
     Args:
         files: path in the output's folder → content, as `merges.tokenizer.files.read_tokenizer_files` gives them.
         template: "auto" for the one that most models have (of equally frequent ones, the first model's); a name in
-            `TEMPLATES`; or Jinja text, which is known by its braces.
+            `TEMPLATES`; or Jinja text, which is known by its braces. "auto" where no model has one changes nothing.
         folders: model → the folder with its tokenizer, for "auto"; in the order that decides.
         vocabulary: the output's.
 
     Raises:
-        SurgeryError: there is no such template; or with "auto", no model has one.
+        SurgeryError: there is no such template.
     """
     if template == AUTO:
-        chosen = Template(_most_common(folders))
+        text = _most_common(folders)
+        if text is None:  # the files keep what else they have: templates by other names, for tools
+            return dict(files), (_no_template(listing(folders)),)
+        chosen = Template(text)
     elif "{" in template:
         chosen = Template(template)
     elif template in TEMPLATES:
@@ -180,15 +183,15 @@ def read_chat_template(folder: Path) -> str | None:
     return None
 
 
-def _most_common(folders: Mapping[str, Path]) -> str:
+def _no_template(whose: str) -> str:
+    """Return the warning that "auto" found nothing."""
+    return f"{WHERE}: {AUTO} has no effect, as none of {whose} has a chat template. Name one: {', '.join(TEMPLATES)}."
+
+
+def _most_common(folders: Mapping[str, Path]) -> str | None:
     templates = [text for text in map(read_chat_template, folders.values()) if text is not None]
-    if not templates:
-        raise usage_error(
-            f"none of {listing(folders)} has a chat template",
-            where=WHERE,
-            hint=f"Leave it out, or name one: {', '.join(TEMPLATES)}.",
-        )
-    return Counter(templates).most_common(1)[0][0]  # of equal counts the first: Counter keeps the order
+    # Of equally frequent ones the first: Counter keeps the order.
+    return Counter(templates).most_common(1)[0][0] if templates else None
 
 
 def _is_template(name: str) -> bool:

@@ -7,6 +7,7 @@ Names of torch dtypes are text here, so that command-line options can be read wi
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -71,6 +72,32 @@ TORCH_NAMES: dict[str, str] = {
 }
 
 
+# Names of these that torch and numpy, other programs and people have for them.
+_OTHER_NAMES = {
+    "float64": ("double", "f64", "fp64", "64"),
+    "float32": ("f32", "float", "fp32", "full", "single", "32"),
+    "bfloat16": ("b16", "bf", "bf16", "bfloat", "bfp16", "brain"),
+    "float16": ("f16", "fp16", "half", "16"),
+}
+# Of 8 bits and fewer, however they are written: fp8, float8_e4m3fn, int8, nf4, 4bit, q4_k_m, mxfp4.
+_NARROW = re.compile(r"(mx|nv)?[a-z]*?[ _-]*[2-8]([ _-]*bits?|_.*)?|e\dm\d.*|gptq|awq|gguf")
+
+
+def dtype_guess(name: str) -> str | None:
+    """Return what to do for someone who wrote `name` for one of `OutputDtype`, as a sentence; None for any word."""
+    word = name.lower().removeprefix("torch.")
+    for known, others in _OTHER_NAMES.items():
+        if word == known or word in others:
+            return f'Did you mean "{known}"?'
+    if word in ("auto", "none", "same", "default"):
+        return "Leave it out, and every tensor keeps the dtype that it has."
+    if re.fullmatch(r"u?int(16|32|64)?|long|bool", word):
+        return f"Float tensors are stored as floats: as {', '.join(TORCH_NAMES)}."
+    if _NARROW.fullmatch(word):
+        return "Narrower dtypes than 16 bits are a quantiser's work: write bfloat16, and quantise the result."
+    return None
+
+
 def is_float(dtype: str) -> bool:
     """Return whether kernels may compute on tensors of this dtype."""
     return DTYPES[dtype].kind == "float"
@@ -92,5 +119,7 @@ def n_bytes(dtype: str, shape: Sequence[int]) -> int:
 def dtype_name(name: str) -> str:
     """Return the safetensors name of one of `OutputDtype`. Raises SurgeryError for any other."""
     if name not in TORCH_NAMES:
-        raise usage_error(f"got {name!r}, expected one of {', '.join(TORCH_NAMES)}", where="--dtype")
+        raise usage_error(
+            f"got {name!r}, expected one of {', '.join(TORCH_NAMES)}", where="--dtype", hint=dtype_guess(name)
+        )
     return TORCH_NAMES[name]

@@ -7,8 +7,8 @@ but a duplicate key in a mapping is an error, and so is a key that is not text. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import yaml
 
@@ -33,11 +33,13 @@ class YamlNode:
     path: `models[1].parameters`.
     line: from 1; None if the value is from no file.
     value: a dict of nodes, a tuple of nodes, or a scalar: None, bool, int, float, str, a date, bytes.
+    holds_anchor: whether an anchor stands in the value of this key, and an alias outside of it refers to that.
     """
 
     path: str
     line: int | None
     value: object
+    holds_anchor: bool = False
 
     @property
     def is_empty(self) -> bool:
@@ -124,6 +126,7 @@ def read_documents(text: str, where: str) -> tuple[tuple[YamlNode, ...], YamlErr
             tree = _Tree(loader, errors)
             for number, root in enumerate(roots, start=1):
                 errors.document = number
+                tree.anchor_keys = _anchor_keys(root)
                 documents.append(tree.node(root, "", root.start_mark.line + 1))
         finally:
             loader.dispose()
@@ -174,6 +177,43 @@ def _check_nesting(text: str, where: str, loader: type[yaml.CSafeLoader]) -> Non
             depth -= 1
 
 
+def _anchor_keys(root: yaml.Node) -> set[int]:
+    """Return the ids of the key nodes in whose values anchors stand that aliases outside of them refer to."""
+    # An alias is the very node that its anchor names, so that walking meets it again; `parents` is where it was met
+    # first, which is at the anchor: anchors stand before their aliases.
+    parents: dict[int, tuple[yaml.Node, yaml.Node | None]] = {}
+    found: set[int] = set()
+    is_open = {id(root)}
+    walk = [(root, _edges(root))]
+    while walk:
+        node, edges = walk[-1]
+        child, key = next(edges, (None, None))
+        if child is None:
+            is_open.discard(id(node))
+            walk.pop()
+        elif id(child) not in parents and child is not root:
+            parents[id(child)] = node, key
+            is_open.add(id(child))
+            walk.append((child, _edges(child)))
+        else:
+            while id(child) not in is_open:
+                child, key = parents[id(child)]
+                if key is not None:
+                    found.add(id(key))
+    return found
+
+
+def _edges(node: yaml.Node) -> Iterator[tuple[yaml.Node, yaml.Node | None]]:
+    """Yield the nodes inside of `node`, each with its key where it is the value of one."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield key, None
+            yield value, key
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield item, None
+
+
 class _Tree:
     """Builds the trees of a file's documents, and counts their nodes."""
 
@@ -182,6 +222,7 @@ class _Tree:
         self.errors = errors
         self.count = 0
         self.open: list[yaml.Node] = []
+        self.anchor_keys: set[int] = set()
 
     def node(self, source: yaml.Node, path: str, line: int) -> YamlNode:
         self.count += 1
@@ -224,6 +265,8 @@ class _Tree:
                 self.wrong(here, line, f"stands here a second time; the first is in line {own[key].line}")
             else:
                 own[key] = self.node(value_node, here, line)
+                if id(key_node) in self.anchor_keys:
+                    own[key] = replace(own[key], holds_anchor=True)
         return merged | own
 
     def merged(self, source: yaml.Node, path: str, line: int) -> dict[str, YamlNode]:

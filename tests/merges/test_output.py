@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from support.merges import config_of, files_of, run
 
 from merges.tokenizer.chat_template import CHATML
+from surgery.checkpoint.tokenizer_files import is_tokenizer_file
 from surgery.checkpoint.vocabulary import read_vocabulary
 from surgery.errors import SurgeryError
 
@@ -75,9 +77,26 @@ def test_the_most_common_chat_template(own: Path, tmp_path: Path) -> None:
     assert (tmp_path / "plain/chat_template.jinja").read_text() == "{{ 1 }}"
 
 
-def test_a_chat_template_that_nobody_has_is_a_fault(own: Path, tmp_path: Path) -> None:
-    with pytest.raises(SurgeryError, match=r"none of .* has a chat template"):
-        run(f"{LINEAR}chat_template: auto\n", own, tmp_path / "out")
+def test_auto_that_finds_no_chat_template_is_a_warning(own: Path, tmp_path: Path) -> None:
+    for text in (LINEAR, UNION):
+        report = run(f"{text}chat_template: auto\n", own, tmp_path / "out")
+        assert any(f"as none of {own / 'a'}" in warning for warning in report.warnings)
+        plain = run(text, own, tmp_path / "plain")
+        assert list(plain.warnings) == [text for text in report.warnings if "chat_template" not in text]
+        assert tokenizer_files(tmp_path / "out") == tokenizer_files(tmp_path / "plain")
+        shutil.rmtree(tmp_path / "out")
+        shutil.rmtree(tmp_path / "plain")
+    for name in TOKENIZER:
+        (own / "a" / name).unlink()
+    report = run(f"{LINEAR}chat_template: auto\n", own, tmp_path / "out")
+    assert f"chat_template: auto has no effect, as {own / 'a'} has no tokenizer" in report.warnings
+
+
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if is_tokenizer_file(path.name)}
+
+
+def test_a_chat_template_without_a_tokenizer_is_a_fault(own: Path, tmp_path: Path) -> None:
     for name in TOKENIZER:
         (own / "a" / name).unlink()
     with pytest.raises(SurgeryError, match="a has no tokenizer to put it beside"):

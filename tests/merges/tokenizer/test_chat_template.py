@@ -144,12 +144,12 @@ def test_auto_takes_what_most_models_have_and_the_first_of_equals(tmp_path: Path
     assert got["chat_template.jinja"] == b"{{ b }}"
 
 
-def test_auto_without_any_template_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SurgeryError) as caught:
-        set_chat_template(FILES, "auto", folders=folders(tmp_path, None, None), vocabulary=VOCABULARY)
-    assert str(caught.value) == (
-        "chat_template: none of m0, m1 has a chat template. "
-        "Leave it out, or name one: alpaca, chatml, exaone, llama3, mistral."
+def test_auto_without_any_template_changes_nothing_and_says_so(tmp_path: Path) -> None:
+    got, warnings = set_chat_template(FILES, "auto", folders=folders(tmp_path, None, None), vocabulary=VOCABULARY)
+    assert got == FILES
+    assert warnings == (
+        "chat_template: auto has no effect, as none of m0, m1 has a chat template. "
+        "Name one: alpaca, chatml, exaone, llama3, mistral.",
     )
 
 

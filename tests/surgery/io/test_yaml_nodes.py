@@ -128,3 +128,22 @@ def test_aliases_that_multiply_are_stopped() -> None:
 def test_surrogate_pairs_as_json_escapes_them_are_characters() -> None:
     ((root,), _) = read_documents('{"\\ud83d\\ude00": "\\ud83d\\ude00é"}', "c.yml")
     assert root.plain == {"😀": "😀é"}
+
+
+def test_keys_that_hold_anchors_for_others_are_known() -> None:
+    text = """\
+scalar: &s 1
+nested: {deep: [0, {deeper: &d x}]}
+merged: &m {a: 2}
+only_inside: {a: &z 1, b: *z}
+unused: &u 3
+chain: &c {<<: *m}
+user: [*s, *d, *c]
+alias_of_a_whole_key: *s
+"""
+    (document,), errors = read_documents(text, "c.yml")
+    holders = {key for key, child in document.children.items() if child.holds_anchor}
+    assert holders == {"scalar", "nested", "merged", "chain"} and not errors.found
+    (document,), errors = read_documents("endless: &e [*e]\nother: &o {again: *o}\n", "c.yml")
+    assert not any(child.holds_anchor for child in document.children.values())
+    assert [error.what for error in errors.found] == ["contains itself"] * 2
