@@ -151,7 +151,7 @@ def model_structure(checkpoint: Checkpoint) -> ModelStructure:
     """Derive the structure of `checkpoint`; what cannot be derived stays None or becomes a note."""
     tensors, config = checkpoint.tensors, language_config(checkpoint.config)
     notes: list[str] = []
-    stack, others = _stacks(tensors, config)
+    stack, others = layer_stacks(tensors, config)
     members, ahead = _members(tensors, stack, config, notes)
     roots = list(dict.fromkeys(root for other in others if (root := _tower_root(stack or "", other))))
     notes += [f"{root} is a stack of its own beside the layers counted here" for root in roots]
@@ -208,11 +208,15 @@ def _same(values: Iterable[T]) -> T | None:
     return distinct.pop() if len(distinct) == 1 else None
 
 
-def _stacks(tensors: Shapes, config: Mapping[str, Any]) -> tuple[str | None, list[str]]:
-    """Return the prefix of the language model's layers ("model.layers"), and those of other stacks."""
+def layer_stacks(names: Iterable[str], config: Mapping[str, Any]) -> tuple[str | None, list[str]]:
+    """Return the prefix of the language model's layers ("model.layers"), and those of other stacks.
+
+    Args:
+        config: of the language model; see `language_config`.
+    """
     numbers: dict[str, set[int]] = {}
     suffixes: dict[str, Counter[str]] = {}
-    for name in tensors:
+    for name in names:
         parts = name.split(".")
         for at, part in enumerate(parts):
             if NUMBER.fullmatch(part):
