@@ -18,7 +18,7 @@ def test_killed_and_faulted_commands_go_on_to_the_same_bytes(tmp_path: Path) -> 
     command = [sys.executable, BENCHMARK, "--kills", "20", "--faults", "20", "--jobs", "1", "--json", counts]
     # The long ones, which `make torture` has too, take longer than a test may.
     command += ["--only", "vector|merge|edit|embed|push"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(counts.read_text())
     assert found["failures"] == [] and found["counts"]["kills"] >= 10 and found["counts"]["faults"] == 20

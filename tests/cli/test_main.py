@@ -63,7 +63,7 @@ def surgery_process(*arguments: str | Path, cwd: Path | None = None, **env: str)
         text=True,
         cwd=cwd,
         env=environment,
-        timeout=300,
+        timeout=600,
     )
 
 
@@ -115,7 +115,7 @@ def test_the_list_of_commands_and_options_is_frozen() -> None:
 def test_the_installed_program_leaves_with_the_commands_exit_code_and_all_of_its_output() -> None:
     script = "from cli.main import program; program()"
     for words, code in ((["lab", "list", "--json"], 0), (["inspect", "no-such-model"], 2)):
-        done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=300)
+        done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=600)
         assert done.returncode == code
         assert ("substrate" in done.stdout) == (code == 0) and ("error:" in done.stderr) == (code == 2)
 
@@ -134,7 +134,7 @@ def test_ctrl_c_and_termination_are_told_in_a_line(number: int, code: int) -> No
     ) as running:
         assert running.stdout is not None and running.stdout.readline() == "working\n"
         running.send_signal(number)
-        out, err = running.communicate(timeout=60)
+        out, err = running.communicate(timeout=600)
     assert (running.returncode, out) == (code, "")
     assert err == "error: stopped. The same command goes on where it was.\n"
 

@@ -59,7 +59,7 @@ def surgery(server_with_secret: HubServer, tmp_path: Path) -> Iterator[Run]:
     def run(*arguments: str | Path, **more: str) -> str:
         command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
         done = subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=environment | more, timeout=120, check=False
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment | more, timeout=600, check=False
         )
         printed = done.stdout + done.stderr
         assert SECRET not in printed and "Secret" not in printed, printed

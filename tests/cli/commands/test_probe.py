@@ -271,7 +271,7 @@ def test_two_processes_find_what_one_does(bench: Path, tmp_path: Path) -> None:
     one = Fork("from cli.main import run; run()", *words, "-o", "one", "--threads", "1", cwd=tmp_path)
     code, _, complaints = one.wait()
     assert code == 0, complaints
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["generated"] == 20  # one of them talks
     for name in ("results.json", *TENSORS, "examples.jsonl"):

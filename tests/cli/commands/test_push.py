@@ -46,7 +46,7 @@ class Command:
 
     def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
         process = self.start(*arguments)
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=600)
         return process.returncode, stdout, stderr
 
 
@@ -103,7 +103,7 @@ def test_a_push_that_is_killed_goes_on_where_it_was(
     process = command.start(out, REPO)
     assert reached.wait(60)
     os.kill(process.pid, signal.SIGKILL)
-    killed_out, killed_err = process.communicate(timeout=60)
+    killed_out, killed_err = process.communicate(timeout=600)
     arrived = set(server.blobs)
     assert arrived and last not in arrived
     assert not commits(server), "readers would see half of it"
