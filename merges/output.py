@@ -12,9 +12,9 @@ from merges.layout import LM_HEAD, Layout
 from merges.tokenizer.chat_template import AUTO, set_chat_template
 from merges.tokenizer.files import read_tokenizer_files
 from merges.tokenizer.plan import TokenPlan
-from merges.tokenizer.token_ids import remap_ids, resize_vocabulary
+from merges.tokenizer.token_ids import remap_ids
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.config_layers import inexpressible_layers, untied, with_layers
+from surgery.checkpoint.config_layers import inexpressible_layers, resize_vocabulary, untied, with_layers
 from surgery.checkpoint.structure import model_structure
 from surgery.checkpoint.tokenizer_files import is_tokenizer_file
 from surgery.checkpoint.vocabulary import read_vocabulary

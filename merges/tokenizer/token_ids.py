@@ -1,31 +1,15 @@
-"""Renumber token ids in config.json and generation_config.json for another tokenizer, and set the vocabulary's size."""
+"""Renumber token ids in config.json and generation_config.json for another tokenizer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.checkpoint.model_config import NESTED
 from surgery.checkpoint.vocabulary import Vocabulary
 
-VOCAB_SIZE = "vocab_size"
 BOUNDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SUFFIXES = ("_token_id", "_token_ids", "_token_index")
 LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
-
-
-def resize_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """Return config.json with `vocab_size` = `size` rows wherever the language model's settings are."""
-
-    def within(values: Mapping[str, Any]) -> dict[str, Any]:
-        inner = {
-            key: within(value) if key in NESTED and isinstance(value, dict) else value for key, value in values.items()
-        }
-        return {**inner, VOCAB_SIZE: size} if VOCAB_SIZE in inner else inner
-
-    out = within(config)
-    # Some configs leave the size to a default of their class, which would be the old one.
-    return out if _states_size(out) else {**out, VOCAB_SIZE: size}
 
 
 def remap_ids(
@@ -89,9 +73,3 @@ class _Renumber:
         if token not in self._ids:
             self.lost.append((place, token))
         return self._ids.get(token)
-
-
-def _states_size(config: Mapping[str, Any]) -> bool:
-    return VOCAB_SIZE in config or any(
-        _states_size(v) for k, v in config.items() if k in NESTED and isinstance(v, dict)
-    )

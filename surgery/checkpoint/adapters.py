@@ -1,63 +1,41 @@
-"""Read PEFT LoRA adapters as checkpoints: W + ΔW on the adapter's base, computed when a tensor is read.
+"""Read PEFT adapters as checkpoints: what `merge_and_unload` gives on the adapter's base, computed when it is read.
 
-ΔW = s·B·A with s = α/r, or α/√r for rank-stabilised LoRA (arXiv 2106.09685, 2312.03732). What PEFT can save but
-this cannot rebuild exactly (DoRA, trained biases, convolutions, other tuners) is refused, never approximated.
+LoRA's update is W + s·B·A with s = α/r, or α/√r for rank-stabilised LoRA (arXiv 2106.09685, 2312.03732), and DoRA's
+m · V / ‖V‖ with V = W + s·B·A. Modules, biases and rows of tokens that were trained as a whole take the place of the
+base's. What PEFT can save but nothing saved decides (random or data-driven changes of the base) is refused.
+
+Two deviations from PEFT 0.21, whose `merge_and_unload` gives there another function than the adapter that was trained:
+where only one of a tied pair is adapted, and where both are adapted alike, PEFT merges into the one tensor that both
+are. Here the pair is parted in the first case, and adapted once in the second, as the adapter runs.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+from surgery.checkpoint.adapter_config import CONVERT, AdapterConfig, read_adapter_config
+from surgery.checkpoint.adapter_vocabulary import TiedPair, with_adapter_files
+from surgery.checkpoint.adapter_weights import WEIGHTS, AdaptedModule, read_adapter_weights
 from surgery.checkpoint.checkpoint import ADAPTER_CONFIG, Checkpoint, existing_path
-from surgery.checkpoint.low_rank import LowRank
-from surgery.checkpoint.safetensors_header import read_header
-from surgery.checkpoint.stored_tensor import StoredTensor, stored_tensor
+from surgery.checkpoint.dtypes import n_bytes
+from surgery.checkpoint.low_rank import LowRank, ScaledSum
+from surgery.checkpoint.parameter_targets import ParameterTargets
+from surgery.checkpoint.principal_residual import PrincipalResidual
+from surgery.checkpoint.replaced_rows import ReplacedRows, Retyped
+from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.structure import ModelStructure, model_structure
+from surgery.checkpoint.weight_decomposed import WeightDecomposed
 from surgery.errors import SurgeryError, listing
 from surgery.hub import download as hub
-from surgery.io.input_files import MB
-from surgery.io.json_fields import COUNT, FLAG, NUMBER, TEXT, check_fields
-from surgery.io.json_io import read_json
-from surgery.io.patterns import SuffixPatterns
-from surgery.io.safe_paths import find_file
+from surgery.io.safe_paths import find_file, list_folder
 
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-# Output heads by name: a tied base stores none, so a name is all there is to recognise one by.
-_HEAD = re.compile(r"(lm_head|embed_out|output|head)\.weight$")
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.weight)?$")
-DEFAULT_ALPHA = 8  # PEFT's, for configs that do not say
 NAME_THE_BASE = "Name the base yourself: BASE+ADAPTER."
-
-# Keys of adapter_config.json with which the result is not W + s·B·A → what messages call them.
-OTHER_KINDS = {
-    "use_dora": "DoRA",
-    "lora_bias": "a bias in lora_B",
-    "use_qalora": "QA-LoRA",
-    "use_bdlora": "block-diagonal LoRA",
-    "arrow_config": "Arrow routing",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "velora_config": "VeLoRA",
-    "layer_replication": "replicated layers",
-    "trainable_token_indices": "trained tokens",
-    "target_parameters": "LoRA on bare parameters",
-    "alora_invocation_tokens": "activated LoRA",
-}
-# Initialisations that take their first B·A out of W, so that the adapter belongs to another base than it names.
-BASE_CHANGING = ("pissa", "corda", "olora", "loftq", "lora_ga")
-MAX_CONFIG_BYTES = MB
-_KINDS = {
-    **dict.fromkeys(("revision", "peft_type", "bias"), TEXT),
-    "r": COUNT,
-    "lora_alpha": NUMBER,
-    **dict.fromkeys(("use_rslora", "fan_in_fan_out"), FLAG),
-}
+NAME_THE_RIGHT_BASE = "Name the right base: BASE+ADAPTER."
+# A folder inside of the adapter's with this in its name may hold the factors as they were before training.
+INITIAL = "init"
 
 
 def base_of(folder: Path, *, is_local: bool = True) -> str:
@@ -70,7 +48,7 @@ def base_of(folder: Path, *, is_local: bool = True) -> str:
     Raises:
         SurgeryError: it names none, or one that is not there or that it may not name.
     """
-    config = _read_config(folder / ADAPTER_CONFIG)
+    config = read_adapter_config(folder).values
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base or not isinstance(base, str):
         raise SurgeryError('has no "base_model_name_or_path"', where=folder / ADAPTER_CONFIG, hint=NAME_THE_BASE)
@@ -96,93 +74,210 @@ def _is_folder(path: Path) -> bool:
 
 
 def add_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
-    """Return `base` with the adapter's update on every tensor that it changes.
+    """Return `base` with all that the adapter in `folder` changes: tensors, and config and tokenizer if rows are new.
 
     Raises:
         SurgeryError: the adapter is of a kind that cannot be rebuilt, or does not fit `base`.
     """
-    config = _read_config(folder / ADAPTER_CONFIG)
-    _refuse_other_kinds(config, folder)
+    config = read_adapter_config(folder)
+    config.refuse_other_kinds()
     if find_file(folder, WEIGHTS) is None:
         raise SurgeryError(f"has no {WEIGHTS}", where=folder, hint="Save the adapter as safetensors.")
-    stored = _stored(folder / WEIGHTS)
-    structure = model_structure(base)
-    tensors = dict(base.tensors)
-    factors: dict[tuple[str, bool], dict[str, StoredTensor]] = {}
-    for name, tensor in stored.items():
-        match = _FACTOR.match(name)
-        if match:
-            key = match["module"], bool(match["embedding"])
-            factors.setdefault(key, {})[match["factor"]] = tensor
-        else:
-            # No factor: a module that was trained as a whole (modules_to_save) replaces the base's.
-            target = _base_name(name, base, structure, folder)
-            _same_shape(tensor.shape, tensors[target], folder)
-            tensors[target] = replace(tensor, name=target)
-    if not stored:
-        raise SurgeryError("holds no tensor", where=folder / WEIGHTS)
-    alphas = _Alphas(config, folder)
-    for (module, is_embedding), pair in factors.items():
-        if pair.keys() != {"A", "B"}:
-            raise SurgeryError(f'"{module}" has only one of lora_A and lora_B', where=folder / WEIGHTS)
-        target = _base_name(f"{module}.weight", base, structure, folder)
-        a, b = pair["A"], pair["B"]
+    return _Application(base, folder, config).result()
+
+
+class _Application:
+    """One adapter on one base. `tensors`: the base's, and in their place whatever the adapter makes of them."""
+
+    def __init__(self, base: Checkpoint, folder: Path, config: AdapterConfig) -> None:
+        self.base, self.folder, self.config = base, folder, config
+        self.weights = read_adapter_weights(folder / WEIGHTS)
+        self.structure: ModelStructure = model_structure(base)
+        self.tensors: dict[str, StoredTensor] = dict(base.tensors)
+        self.pair = TiedPair.find(base, self.structure, self.weights.names)
+
+    def result(self) -> Checkpoint:
+        """Return the base with the adapter on it."""
+        if self.pair:
+            embedding = self.tensors[self.pair.embedding]
+            self.tensors[self.pair.head] = replace(embedding, name=self.pair.head, stored_as=embedding.name_in_file)
+        for name, tensor in self.weights.whole.items():
+            self._replace_whole(name, tensor)
+        for name, wrappers in self.weights.by_module.items():
+            self._adapt(name, wrappers)
+        is_parted = self.pair is not None and self.pair.is_parted(self._targets(), self.weights, self.config)
+        if self.pair and not is_parted:
+            del self.tensors[self.pair.head]
+        tensors = {name: self.tensors[name] for name in sorted(self.tensors)}
+        adapted = replace(self.base, tensors=tensors, adapter=self.folder)
+        return with_adapter_files(adapted, self.base, self.structure, self.folder, is_parted=is_parted)
+
+    def _targets(self) -> dict[str, str]:
+        """Return for each name in the adapter's file the tensor that it is about, where there is one."""
+        return {name: target for name in self.weights.names if (target := self._find(name)) is not None}
+
+    def _find(self, name: str) -> str | None:
+        """Return the tensor that an adapter's name refers to; names in bare backbones lack the first component."""
+        found = next((c for c in (name, name.partition(".")[2]) if c in self.tensors), None)
+        if found is None:
+            # The other way round: an adapter of a bare backbone, on a model with a head.
+            longer = self._by_end.get(name, ())
+            found = longer[0] if len(longer) == 1 else None
+        return found
+
+    @cached_property
+    def _by_end(self) -> Mapping[str, list[str]]:
+        ends: dict[str, list[str]] = {}
+        for name in self.tensors:
+            ends.setdefault(name.partition(".")[2], []).append(name)
+        return ends
+
+    def _target(self, name: str) -> str:
+        found = self._find(name)
+        if found is not None:
+            return found
+        module, _, leaf = name.rpartition(".")
+        if leaf == "bias" and self._find(f"{module}.weight"):
+            raise SurgeryError(
+                f'has a bias for "{module}", which has none in the base {self.base.ref}: no checkpoint of this model '
+                "has a place for it",
+                where=self.folder,
+            )
+        raise SurgeryError(
+            f'changes "{name}", which the base {self.base.ref} does not have (it has {listing(self.base.tensors, 3)})',
+            where=self.folder,
+            hint=NAME_THE_RIGHT_BASE,
+        )
+
+    def _replace_whole(self, name: str, tensor: StoredTensor) -> None:
+        """Put `tensor` in the place of a whole one: a saved module, a trained bias, an embedding with more rows."""
+        target = self._target(name)
+        weight = self.tensors[target]
+        has_token_rows = target in self.structure.token_rows or (self.pair is not None and target in self.pair.names)
+        # Rows may be more, or fewer, than the base's: tokens were added before the training.
+        if tensor.shape[1:] != weight.shape[1:] or (tensor.shape != weight.shape and not has_token_rows):
+            raise _other_shape(tensor.shape, weight, self.folder)
+        self._check_float(weight, tensor)
+        shared = self.pair is not None and target in self.pair.names and not self.config.saves(name.rpartition(".")[0])
+        # Not saved beside the base's tensor but in its place: the tied pair is still one.
+        for one in self.pair.names if self.pair is not None and shared else (target,):
+            self.tensors[one] = _as_stored(tensor, one, weight.dtype)
+
+    def _adapt(self, name: str, wrappers: Sequence[AdaptedModule]) -> None:
+        if self._find(f"{name}.weight") is None and self.config.values.get("target_parameters"):
+            family = str(self.base.config.get("model_type"))
+            targets = ParameterTargets(name, wrappers, self.config, self.structure, self.tensors, self._find, family)
+            self.tensors |= targets.adapted(self.folder / WEIGHTS)
+            return
+        target = self._target(f"{name}.weight")
+        for module in wrappers:
+            if module.is_low_rank:
+                self.tensors[target] = self._low_rank(module, target)
+            if rows := module.parts.get("trainable_tokens_delta"):
+                self.tensors[target] = self._with_tokens(module, rows, target)
+            if bias := module.parts.get("lora_B.bias"):
+                self._add_bias(module, bias)
+
+    def _low_rank(self, module: AdaptedModule, target: str) -> StoredTensor:
+        a, b, is_embedding = module.factors
         # PEFT has an embedding's factors as those of a layer from tokens to width: B·A is (width, tokens).
-        transposed = is_embedding or _is_transposed(target, structure, config)
-        _check_factors(a, b, tensors[target], transposed, folder)
-        scale = alphas.scale(module.removeprefix(PREFIX), a.shape[0])
-        weight = tensors[target]
-        tensors[target] = replace(weight, derivation=LowRank(weight, a, b, scale, transposed))
-    return replace(base, tensors=tensors, adapter=folder)
+        transposed = is_embedding or _is_transposed(target, self.structure, self.config)
+        weight = self.tensors[target]
+        _check_factors(a, b, weight, transposed, self.folder)
+        scale = self.config.scale(module.name, a.shape[0])
+        if not is_embedding:  # PEFT begins those of embeddings with zeros whatever the others begin with
+            weight = self._trained_base(module, weight, scale, transposed)
+        updated = replace(weight, derivation=LowRank(weight, a, b, scale, transposed))
+        magnitude = module.parts.get("lora_magnitude_vector")
+        if magnitude is None:
+            return updated
+        outputs = b.shape[0]
+        if magnitude.n_elements != outputs or not magnitude.is_float:
+            raise SurgeryError(
+                f'"{magnitude.name}" is {magnitude.dtype} {list(magnitude.shape)}, expected {outputs} floats',
+                where=magnitude.file,
+            )
+        return replace(weight, derivation=WeightDecomposed(updated, magnitude, by_column=transposed))
+
+    def _trained_base(
+        self, module: AdaptedModule, weight: StoredTensor, scale: float, transposed: bool
+    ) -> StoredTensor:
+        """Return the weight that the factors were trained on: W, or what their initialisation left of it."""
+        kind, reason = self.config.decomposition, self.config.changed_base
+        if kind is None and reason is None:
+            return weight
+        if self._initial is not None:
+            first = self._initial.get(module.name)
+            if first is None:
+                return weight
+            a, b, _ = first.factors
+            _check_factors(a, b, weight, transposed, self.folder)
+            return replace(weight, derivation=LowRank(weight, a, b, -scale, transposed))
+        if kind is None:
+            raise SurgeryError(
+                f"was trained on a changed base (init_lora_weights: {self.config.initial}), which follows from "
+                f"{reason}, not from what is saved",
+                where=self.config.where,
+                hint=f"Put the initial adapter beside it, as {self.folder.name}/{INITIAL}. Or: {CONVERT}",
+            )
+        rank = module.factors[0].shape[0]
+        if kind == "olora" and transposed:
+            raise SurgeryError(
+                f'is OLoRA on "{weight.name}", which is stored as (in, out): PEFT cannot run that either',
+                where=self.config.where,
+            )
+        return replace(weight, derivation=PrincipalResidual(weight, kind, rank, scale, transposed))
+
+    @cached_property
+    def _initial(self) -> Mapping[str, AdaptedModule] | None:
+        """The factors before training, if a folder inside of the adapter's has them."""
+        for path in list_folder(self.folder):
+            if INITIAL in path.name.lower() and path.is_dir() and find_file(path, WEIGHTS) is not None:
+                return read_adapter_weights(path / WEIGHTS).modules
+        return None
+
+    def _with_tokens(self, module: AdaptedModule, rows: StoredTensor, target: str) -> StoredTensor:
+        weight = self.tensors[target]
+        indices = self.config.token_rows(module.name)
+        if indices is None or rows.shape != (len(indices), *weight.shape[1:]):
+            count = "no" if indices is None else f"{len(indices):,}"
+            raise SurgeryError(
+                f'"{rows.name}" has the shape {list(rows.shape)}, and the config names {count} tokens for rows of '
+                f"{list(weight.shape[1:])}",
+                where=rows.file,
+            )
+        if len(indices) and indices.max() >= weight.shape[0]:
+            raise SurgeryError(
+                f'has a row for token {indices.max():,}, and "{target}" of the base {self.base.ref} has '
+                f"{weight.shape[0]:,} rows",
+                where=self.folder,
+                hint=NAME_THE_RIGHT_BASE,
+            )
+        self._check_float(weight, rows)
+        return replace(weight, derivation=ReplacedRows(weight, rows, indices))
+
+    def _add_bias(self, module: AdaptedModule, bias: StoredTensor) -> None:
+        target = self._target(f"{module.name}.bias")
+        weight = self.tensors[target]
+        if bias.shape != weight.shape:
+            raise _other_shape(bias.shape, weight, self.folder)
+        self._check_float(weight, bias)
+        scale = self.config.scale(module.name, module.factors[0].shape[0])
+        self.tensors[target] = replace(weight, derivation=ScaledSum(weight, bias, scale))
+
+    def _check_float(self, weight: StoredTensor, tensor: StoredTensor) -> None:
+        if not weight.is_float:
+            raise SurgeryError(f'"{weight.name}" is {weight.dtype} in the base: it is quantised', where=self.folder)
+        if not tensor.is_float:
+            raise SurgeryError(f'"{tensor.name}" is {tensor.dtype}, expected floats', where=tensor.file)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    config = read_json(path, limit=MAX_CONFIG_BYTES)
-    check_fields(config, _KINDS, where=path)
-    return config
-
-
-def _stored(path: Path) -> dict[str, StoredTensor]:
-    header = read_header(path)
-    return {entry.name: stored_tensor(entry, path, header) for entry in header.entries}
-
-
-def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:
-    unsupported = [f"{words} ({key})" for key, words in OTHER_KINDS.items() if config.get(key)]
-    if config.get("peft_type", "LORA") != "LORA":
-        unsupported.append(f"peft_type {config['peft_type']}")
-    if config.get("bias", "none") != "none":
-        unsupported.append(f"trained biases (bias: {config['bias']})")
-    initial = config.get("init_lora_weights")
-    if isinstance(initial, str) and initial.lower().startswith(BASE_CHANGING):
-        unsupported.append(f"a changed base (init_lora_weights: {initial})")
-    if unsupported:
-        raise SurgeryError(
-            f"cannot be rebuilt as W + ΔW: {'; '.join(unsupported)}",
-            where=folder / ADAPTER_CONFIG,
-            hint="Merge it with PEFT (merge_and_unload) and give the merged folder.",
-        )
-
-
-def _base_name(name: str, base: Checkpoint, structure: ModelStructure, folder: Path) -> str:
-    """Return the base tensor that an adapter's name refers to; names in bare backbones lack the first component."""
-    # PEFT wraps modules: base_layer is the wrapped one, modules_to_save.default the trained copy.
-    plain = name.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.default", "")
-    target = next((c for c in (plain, plain.partition(".")[2]) if c in base.tensors), None)
-    if structure.tied and (target in structure.token_embeddings or (target is None and _HEAD.search(plain))):
-        raise SurgeryError(
-            f'changes "{plain}", but the base {base.ref} holds its embedding and its output head as one tensor',
-            where=folder,
-            hint="Untie the base (tie_word_embeddings: false, with a tensor of its own for each) and name it: "
-            "BASE+ADAPTER.",
-        )
-    if target is not None:
-        return target
-    raise SurgeryError(
-        f'changes "{plain}", which the base {base.ref} does not have (it has {listing(base.tensors, 3)})',
-        where=folder,
-        hint="Name the right base: BASE+ADAPTER.",
-    )
+def _as_stored(tensor: StoredTensor, name: str, dtype: str) -> StoredTensor:
+    """Return a tensor of the adapter's file under `name`, in the base's dtype."""
+    own = replace(tensor, name=name, stored_as=tensor.name_in_file)
+    if tensor.dtype == dtype:
+        return own
+    return replace(own, dtype=dtype, n_bytes=n_bytes(dtype, tensor.shape), derivation=Retyped(own))
 
 
 def _check_factors(a: StoredTensor, b: StoredTensor, weight: StoredTensor, transposed: bool, folder: Path) -> None:
@@ -195,21 +290,22 @@ def _check_factors(a: StoredTensor, b: StoredTensor, weight: StoredTensor, trans
         if not factor.is_float:
             raise SurgeryError(f'"{factor.name}" is {factor.dtype}, expected floats', where=folder / WEIGHTS)
     product = (b.shape[0], a.shape[1])
-    _same_shape(product[::-1] if transposed else product, weight, folder)
+    product = product[::-1] if transposed else product
+    if product != weight.shape:
+        raise _other_shape(product, weight, folder)
     if not weight.is_float:
         raise SurgeryError(f'"{weight.name}" is {weight.dtype} in the base: it is quantised', where=folder)
 
 
-def _same_shape(shape: tuple[int, ...], weight: StoredTensor, folder: Path) -> None:
-    if shape != weight.shape:
-        raise SurgeryError(
-            f'gives "{weight.name}" the shape {list(shape)}, the base has {list(weight.shape)}',
-            where=folder,
-            hint="Name the right base: BASE+ADAPTER.",
-        )
+def _other_shape(shape: tuple[int, ...], weight: StoredTensor, folder: Path) -> SurgeryError:
+    return SurgeryError(
+        f'gives "{weight.name}" the shape {list(shape)}, the base has {list(weight.shape)}',
+        where=folder,
+        hint=NAME_THE_RIGHT_BASE,
+    )
 
 
-def _is_transposed(target: str, structure: ModelStructure, config: Mapping[str, Any]) -> bool:
+def _is_transposed(target: str, structure: ModelStructure, config: AdapterConfig) -> bool:
     """Return whether the stored weight is (in, out).
 
     As in PEFT the module decides, not `fan_in_fan_out`: in an adapter of GPT-2's Conv1D layers and its (linear) output
@@ -218,30 +314,4 @@ def _is_transposed(target: str, structure: ModelStructure, config: Mapping[str, 
     if structure.output_projections:
         is_conv = any(heads.transposed for heads in structure.output_projections.values())
         return is_conv and structure.layer_of(target) is not None
-    return bool(config.get("fan_in_fan_out"))
-
-
-class _Alphas:
-    """The α of each module: by PEFT's rule that of the first key of alpha_pattern that matches the end of its name."""
-
-    def __init__(self, config: Mapping[str, Any], folder: Path) -> None:
-        self._config, self._where = config, folder / ADAPTER_CONFIG
-        by_pattern = config.get("alpha_pattern") or {}
-        if not isinstance(by_pattern, dict):
-            raise SurgeryError(f"alpha_pattern is no table, but {by_pattern!r:.40}", where=self._where)
-        self._patterns = SuffixPatterns(by_pattern, where=self._where)
-        self._values = list(by_pattern.values())
-
-    def scale(self, module: str, rank: int) -> float:
-        """Return s of s·B·A. Raises SurgeryError where the config gives no number."""
-        at = self._patterns.first_match(module)
-        alpha = self._config.get("lora_alpha", DEFAULT_ALPHA) if at is None else self._values[at]
-        try:
-            scale = float(alpha) / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
-        except (TypeError, ValueError, OverflowError):  # a stranger's config: the value may be of any type
-            scale = math.nan
-        if not math.isfinite(scale):
-            raise SurgeryError(
-                f'lora_alpha and alpha_pattern give "{module}" no number (lora_alpha: {alpha!s:.40})', where=self._where
-            )
-        return scale
+    return bool(config.values.get("fan_in_fan_out"))

@@ -1,4 +1,4 @@
-"""Edit config.json for another selection of layers: their number, and all that depends on it.
+"""Edit config.json for another selection of layers, another vocabulary, or an output head of its own.
 
 Configs state the kinds of layers in four ways: a list with one entry per layer, a list of layer numbers, a number of
 dense layers before those with experts, or a period. The first three can be rewritten for any order of layers. A period
@@ -14,6 +14,7 @@ from typing import Any
 from surgery.checkpoint.model_config import N_LAYERS, NESTED
 from surgery.checkpoint.structure import ModelStructure
 
+VOCAB_SIZE = "vocab_size"
 # Lists with one entry per layer whose key does not contain "layer".
 _PER_LAYER = ("block_types", "attention_types", "block_configs", "activation_sparsity_pattern", "intermediate_size")
 _NUMBERS = ("mlp_only_layers", "moe_layers", "no_rope_layer_indices", "cross_attention_layers", "attn_layer_indices")
@@ -111,6 +112,20 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
+def resize_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """Return config.json with `vocab_size` = `size` rows wherever the language model's settings are."""
+
+    def within(values: Mapping[str, Any]) -> dict[str, Any]:
+        inner = {
+            key: within(value) if key in NESTED and isinstance(value, dict) else value for key, value in values.items()
+        }
+        return {**inner, VOCAB_SIZE: size} if VOCAB_SIZE in inner else inner
+
+    out = within(config)
+    # Some configs leave the size to a default of their class, which would be the old one.
+    return out if _states_size(out) else {**out, VOCAB_SIZE: size}
+
+
 def inexpressible_layers(config: Mapping[str, Any], layers: Sequence[int], template: ModelStructure) -> list[str]:
     """Return why no config of this architecture can describe `layers`, as sentences; empty if `with_layers` can.
 
@@ -157,3 +172,9 @@ def _is_per_layer(key: str, value: object) -> bool:
 
 def _in_order(layers: Sequence[int], template: ModelStructure) -> bool:
     return list(layers) == list(range(template.layers))
+
+
+def _states_size(config: Mapping[str, Any]) -> bool:
+    return VOCAB_SIZE in config or any(
+        _states_size(v) for k, v in config.items() if k in NESTED and isinstance(v, dict)
+    )

@@ -42,3 +42,18 @@ class LowRank(Derivation):
             rows = b.view(last - first, rank) @ a
         delta = rows.reshape(-1)[begin - first * width : end - first * width]
         return reader.tensor(self.weight, begin, end, slot).to(compute) + self.scale * delta
+
+
+@dataclass(frozen=True)
+class ScaledSum(Derivation):
+    """weight + scale · other, of one shape: a bias that LoRA's B has is scaled as its matrix is."""
+
+    weight: StoredTensor
+    other: StoredTensor
+    scale: float
+
+    def values(self, tensor: StoredTensor, begin: int, end: int, reader: TensorReader, slot: object) -> Tensor:
+        """Return elements [begin, end) in fp32, or in fp64 if one of the two is F64."""
+        compute = reader.compute_dtype((self.weight.dtype, self.other.dtype))
+        other = reader.tensor(self.other, begin, end, (slot, "other")).to(compute)
+        return reader.tensor(self.weight, begin, end, slot).to(compute) + self.scale * other

@@ -8,10 +8,10 @@ bounds depend on the tensor alone, never on threads, which is what makes results
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,10 @@ from surgery.io.input_files import open_descriptor
 
 SEGMENT = 1 << 20  # elements: 2 MiB of bf16, so that a segment's inputs are still in cache when they are used
 BLOCK = 1 << 18  # elements that a kernel sees at once on a CPU: its temporaries stay in the second-level cache
+
+MOST_KEPT = 32  # results that derived tensors need for all their segments: a kernel may read as many models at once
+
+T = TypeVar("T")
 
 # Safetensors name → the torch dtype as which kernels see a tensor's bytes.
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -165,6 +169,7 @@ class TensorReader:
         self._files = files
         self._pinned = pinned
         self._buffers: dict[object, Tensor] = {}
+        self._kept: dict[int, tuple[object, Any]] = {}
 
     def buffer(self, slot: object, size: int) -> Tensor:
         """Return `size` bytes, uint8 (size,), of the buffer called `slot`."""
@@ -174,6 +179,19 @@ class TensorReader:
             buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
             self._buffers[slot] = buffer
         return buffer[:size]
+
+    def kept(self, owner: object, compute: Callable[[], T]) -> T:
+        """Return `compute()`, called once for all segments of a tensor: results of the last `MOST_KEPT` owners stay.
+
+        Args:
+            owner: the derivation that needs the result, which must be small.
+        """
+        # The owner is kept as well: another object may get the id of one that is gone.
+        found = self._kept.pop(id(owner), None) or (owner, compute())
+        self._kept[id(owner)] = found
+        if len(self._kept) > MOST_KEPT:
+            del self._kept[next(iter(self._kept))]
+        return cast(T, found[1])
 
     @staticmethod
     def compute_dtype(dtypes: Iterable[str]) -> torch.dtype:

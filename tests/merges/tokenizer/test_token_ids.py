@@ -7,7 +7,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merges.tokenizer.token_ids import remap_ids, resize_vocabulary
+from merges.tokenizer.token_ids import remap_ids
 from surgery.checkpoint.vocabulary import Vocabulary
 
 
@@ -97,15 +97,3 @@ ids = st.integers(-1, 9)
 def test_the_same_vocabulary_or_a_longer_one_changes_nothing(config: dict[str, object]) -> None:
     longer = vocabulary("<s> </s> <pad> <image> a b c d")
     assert remap_ids(config, before=BEFORE, after=longer) == (config, ())
-
-
-def test_the_number_of_rows_is_stated_wherever_it_was() -> None:
-    assert resize_vocabulary({"vocab_size": 5, "hidden_size": 4}, 8) == {"vocab_size": 8, "hidden_size": 4}
-    nested = {"text_config": {"vocab_size": 5}, "vision_config": {"vocab_size": 7}}
-    assert resize_vocabulary(nested, 8) == {"text_config": {"vocab_size": 8}, "vision_config": {"vocab_size": 7}}
-    both = {"vocab_size": 5, "text_config": {"vocab_size": 5}}
-    assert resize_vocabulary(both, 8) == {"vocab_size": 8, "text_config": {"vocab_size": 8}}
-    assert resize_vocabulary({"text_config": {"hidden_size": 4}}, 8) == {
-        "text_config": {"hidden_size": 4},
-        "vocab_size": 8,
-    }

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.architectures import build
 from support.audit import watch_files
@@ -190,44 +190,38 @@ def test_any_slice_of_an_updated_tensor_is_the_slice_of_the_whole(base: str, mak
         check()
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"use_dora": True}, "DoRA (use_dora)"),
-        ({"bias": "all"}, "trained biases (bias: all)"),
-        ({"init_lora_weights": "pissa"}, "a changed base (init_lora_weights: pissa)"),
-        ({"init_lora_weights": "olora"}, "a changed base (init_lora_weights: olora)"),
-        ({"trainable_token_indices": [1, 2]}, "trained tokens (trainable_token_indices)"),
-        ({"layer_replication": [(0, 2), (1, 2)]}, "replicated layers (layer_replication)"),
-    ],
-)
-def test_what_is_not_w_plus_ba_is_refused(options: dict[str, Any], reason: str, make: Make) -> None:
-    adapter = make("llama", target_modules=["q_proj"], r=2, **options)
-    assert failure(adapter) == (
-        f"{adapter}/adapter_config.json: cannot be rebuilt as W + ΔW: {reason}. "
+def test_what_is_no_closed_form_is_refused_with_all_reasons_at_once(make: Make) -> None:
+    adapter = make("llama", target_modules=["q_proj"], r=2, layer_replication=[(0, 2), (1, 2)])
+    message = (
+        "{}/adapter_config.json: cannot be rebuilt as W + ΔW: {}. "
         "Merge it with PEFT (merge_and_unload) and give the merged folder."
+    )
+    assert failure(adapter) == message.format(adapter, "replicated layers (layer_replication)")
+    edit(adapter, use_qalora=True, peft_type="LOHA", layer_replication=None)
+    assert failure(adapter) == message.format(adapter, "QA-LoRA (use_qalora); peft_type LOHA")
+
+
+def test_activated_lora_is_refused_for_what_it_is(make: Make) -> None:
+    adapter = edit(make("llama", target_modules=["q_proj"], r=2), alora_invocation_tokens=[1, 2])
+    assert failure(adapter).endswith(
+        "which changes the model after certain tokens only: no weights do that. Run it with PEFT."
     )
 
 
-def test_other_tuners_are_refused_and_all_reasons_named_at_once(make: Make) -> None:
-    tuner = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
-    adapter = make("llama", tuner)
-    assert "cannot be rebuilt as W + ΔW: peft_type IA3. Merge it" in failure(adapter)
-    assert "W + ΔW: DoRA (use_dora); peft_type IA3. Merge it" in failure(edit(adapter, use_dora=True))
-
-
 @pytest.mark.parametrize(
-    "options",
+    ("initial", "what"),
     [
-        {"target_modules": ["wte"]},
-        {"target_modules": ["lm_head"]},
-        {"target_modules": ["c_attn"], "modules_to_save": ["wte"]},
+        ("pissa_niter_4", "a random decomposition"),
+        ("corda", "data that it was initialised on"),
+        ("loftq", "a quantised copy of it"),
+        ("lora_ga", "gradients that it was initialised from"),
     ],
 )
-def test_half_of_a_tied_pair_is_refused(options: dict[str, Any], make: Make) -> None:
-    """PEFT trains the one and leaves the other: no checkpoint with one tensor for both says that."""
-    message = failure(make("gpt2", **options))
-    assert "holds its embedding and its output head as one tensor. Untie the base" in message
+def test_base_that_was_changed_by_what_is_not_saved_is_refused(initial: str, what: str, make: Make) -> None:
+    adapter = edit(make("llama", target_modules=["q_proj"], r=2), init_lora_weights=initial)
+    message = failure(adapter)
+    assert f"was trained on a changed base (init_lora_weights: {initial}), which follows from {what}, not" in message
+    assert "Put the initial adapter beside it, as adapter/init." in message
 
 
 def test_wrong_base_is_refused_by_name_or_shape(make: Make, bases: dict[str, Path], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from surgery.checkpoint.config_layers import (
     inexpressible_layers,
+    resize_vocabulary,
     untied,
     with_count,
     with_explicit_layer_kinds,
@@ -165,3 +166,15 @@ def test_kinds_that_a_family_fills_in_are_written_down() -> None:
     }
     own = {"text_config": {"num_hidden_layers": 2, "layer_types": ["f", "f"]}}
     assert with_explicit_layer_kinds(own, whole, 2) == {"text_config": {**own["text_config"], "moe_layers": [1]}}
+
+
+def test_the_number_of_rows_is_stated_wherever_it_was() -> None:
+    assert resize_vocabulary({"vocab_size": 5, "hidden_size": 4}, 8) == {"vocab_size": 8, "hidden_size": 4}
+    nested = {"text_config": {"vocab_size": 5}, "vision_config": {"vocab_size": 7}}
+    assert resize_vocabulary(nested, 8) == {"text_config": {"vocab_size": 8}, "vision_config": {"vocab_size": 7}}
+    both = {"vocab_size": 5, "text_config": {"vocab_size": 5}}
+    assert resize_vocabulary(both, 8) == {"vocab_size": 8, "text_config": {"vocab_size": 8}}
+    assert resize_vocabulary({"text_config": {"hidden_size": 4}}, 8) == {
+        "text_config": {"hidden_size": 4},
+        "vocab_size": 8,
+    }
