@@ -10,7 +10,7 @@ from surgery.checkpoint.reader import SourceFiles, TensorReader, count_nonfinite
 from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.vocabulary import Vocabulary, read_vocabulary
 from surgery.engine.options import ExecutionOptions
-from surgery.engine.preflight import Preflight, check_config
+from surgery.engine.preflight import Preflight, check_configs
 from surgery.engine.work.workers import run_shared
 from surgery.errors import SurgeryError, listing
 
@@ -22,9 +22,8 @@ _SEGMENTS_PER_TASK = 8
 
 def check_models(preflight: Preflight, template: Checkpoint, checkpoints: Iterable[Checkpoint]) -> None:
     """Add errors for models of another architecture than the template's. Layers are counted in `merges.layout`."""
-    for checkpoint in checkpoints:
-        if checkpoint is not template:
-            check_config(preflight, template, checkpoint.config, checkpoint.ref, any_depth=True)
+    others = [(checkpoint.ref, checkpoint.config) for checkpoint in checkpoints if checkpoint is not template]
+    check_configs(preflight, template, others, any_depth=True)
 
 
 def check_vocabularies(preflight: Preflight, checkpoints: Sequence[Checkpoint]) -> None:

@@ -11,12 +11,15 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.checkpoint.normalised_config import is_text_of, normalise_config
 from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader
 from surgery.checkpoint.stored_tensor import StoredTensor
+from surgery.engine.config_differences import NamedConfig, shape_differences, told_differences
 from surgery.engine.plan import Plan
 from surgery.engine.work.workers import default_threads
 from surgery.errors import ErrorList, listing
@@ -39,39 +42,48 @@ class Preflight:
 
 
 def check_config(
-    preflight: Preflight, target: Checkpoint, donor: Mapping[str, object], donor_name: str, *, any_depth: bool = False
+    preflight: Preflight, target: Checkpoint, donor: Mapping[str, Any], donor_name: str, *, any_depth: bool = False
 ) -> None:
-    """Compare the configs of two models: a difference that shows in no shape would garble the result.
+    """Compare the configs of two models, as `check_configs`."""
+    check_configs(preflight, target, [(donor_name, donor)], any_depth=any_depth)
 
-    any_depth: the models may differ in their number of layers.
+
+def check_configs(
+    preflight: Preflight,
+    target: Checkpoint,
+    donors: Sequence[tuple[str, Mapping[str, Any]]],
+    *,
+    any_depth: bool = False,
+) -> None:
+    """Compare the configs of models: a difference that shows in no shape would garble the result.
+
+    Other families and other shapes are errors. What changes the function besides is a warning, one for each key: the
+    result is a model all the same, with the config of `target`.
+
+    Args:
+        donors: name and config of each of the other models.
+        any_depth: the models may differ in their number of layers.
     """
-    if not target.config or not donor:
+    known = [(name, config) for name, config in donors if config]
+    if not target.config or len(known) < len(donors):
         preflight.facts["architecture"] = "not compared: no config.json on both sides"
+    if not target.config or not known:
         return
-    kinds = target.config.get("model_type"), donor.get("model_type")
-    if kinds[0] != kinds[1]:
-        preflight.errors.add(
-            f"architectures differ: {target.ref} is {kinds[0]}, {donor_name} is {kinds[1]}. Use models of one family."
-        )
-        return
-    depth = () if any_depth else ("num_hidden_layers",)
-    keys = (*depth, "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    # Only keys that both have: families differ in what they spell out and what they leave to defaults.
-    different = [
-        f"{key} {target.config[key]} / {donor[key]}"
-        for key in keys
-        if key in target.config and key in donor and target.config[key] != donor[key]
-    ]
-    if different:
-        preflight.errors.add(f"configs differ between {target.ref} and {donor_name}: {', '.join(different)}.")
-    # Differences that change behaviour but no shape; the result is a model all the same, so they are warnings.
-    for key in ("rope_theta", "rope_parameters", "hidden_act", "rms_norm_eps", "tie_word_embeddings"):
-        ours, theirs = target.config.get(key), donor.get(key)
-        if ours is not None and theirs is not None and ours != theirs:
-            preflight.warnings.append(
-                f"{key} differs: {target.ref} {ours}, {donor_name} {theirs}; OUT keeps the target's."
+    reference = NamedConfig(target.ref, normalise_config(target.config))
+    others = []
+    for name, config in known:
+        other = NamedConfig(name, normalise_config(config))
+        kinds = reference.config.model_type, other.config.model_type
+        if kinds[0] != kinds[1] and not is_text_of(target.config, config):
+            preflight.errors.add(
+                f"architectures differ: {target.ref} is {kinds[0]}, {name} is {kinds[1]}. Use models of one family."
             )
-    preflight.facts["architecture"] = str(kinds[0])
+            continue
+        if different := shape_differences(reference, other, any_depth=any_depth):
+            preflight.errors.add(f"configs differ between {target.ref} and {name}: {', '.join(different)}.")
+        others.append(other)
+    preflight.warnings += told_differences(reference, others)
+    preflight.facts.setdefault("architecture", str(reference.config.model_type))
 
 
 def check_names(preflight: Preflight, missing: Sequence[str], extra: Sequence[str], target: str, donor: str) -> None:
