@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -32,6 +32,12 @@ def message(text: str) -> None:
     # Under a launcher every process runs the command; one line each would say it many times.
     if is_main():
         _write(one_line(text, MOST_CHARACTERS))
+
+
+def progress_line(text: str, stream: TextIO) -> None:
+    """Print a line on how far the work is to `stream`, which was stderr when the work began."""
+    with suppress(OSError, ValueError):  # a pipe that nobody reads, or a stream that was closed: the work goes on
+        typer.echo(printable(one_line(text, MOST_CHARACTERS)), file=trusted_stream(stream))
 
 
 def warn(text: str) -> None:

@@ -21,6 +21,7 @@ from surgery.io.atomic import disk_error
 from surgery.io.escaping import one_line
 from surgery.runtime import environment as process
 from surgery.runtime.interrupts import redeliver_dropped_interrupts, stop_at_termination, stopped_exit_code
+from surgery.runtime.progress import print_lines_by
 from surgery.runtime.terminal import escape_output
 
 # Here, since these commands read or run the app's others: see `cli.app`.
@@ -76,6 +77,7 @@ def run() -> None:
     """Run the command line and exit with its code."""
     gc.set_threshold(*RARE_COLLECTIONS)
     escape_output()
+    print_lines_by(console.progress_line)
     try:
         # Typer itself prints wrong usage and exits with code 2; everything else arrives here.
         with console.shown_warnings():

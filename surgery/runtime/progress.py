@@ -1,8 +1,8 @@
-"""Report progress: as bars on the terminal, and as a file that a parent process reads.
+"""Report progress: as bars on the terminal, as lines where there is none, and as a file that a parent process reads.
 
 Functions take a `Progress` and call it once per stage; the value they enter is called with the bytes, steps or tokens
-done. `terminal` draws bars, `silent` does nothing. A parent process that sets `SURGERY_PROGRESS` to a path also gets
-the latest `ProgressEvent` there as JSON, and reads it with `read_progress`.
+done. `terminal` draws bars or writes lines, `silent` does nothing. A parent process that sets `SURGERY_PROGRESS` to a
+path also gets the latest `ProgressEvent` there as JSON, and reads it with `read_progress`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TextIO
 
 from surgery.io.escaping import one_line
 from surgery.runtime.environment import is_main
+from surgery.runtime.progress_lines import LineReporter
+from surgery.runtime.progress_lines import short as short
 from surgery.runtime.terminal import rich_console
 
 if TYPE_CHECKING:
@@ -57,16 +59,35 @@ def silent(label: str, total: int, unit: Unit = "bytes") -> Iterator[Advance]:
 
 # The display on the terminal, if any, as a list of at most one: a second display would draw over the first.
 _open_displays: list[Display] = []
+# At most one too, which writes the lines of all stages that are open.
+_open_reporters: list[LineReporter] = []
+# What prints a line to a stream: of a program. A library's process prints nothing that nobody asked for.
+_print_line: Callable[[str, TextIO], None] | None = None
+
+
+def print_lines_by(print_line: Callable[[str, TextIO], None]) -> None:
+    """Let `terminal` print lines, by `print_line`, where stderr is no terminal. For programs."""
+    global _print_line
+    _print_line = print_line
+
+
+def shows_bars() -> bool:
+    """Return whether `terminal` draws bars: whether stderr is a terminal."""
+    return is_main() and rich_console(sys.stderr).is_terminal
 
 
 @contextmanager
 def terminal(label: str, total: int, unit: Unit = "bytes") -> Iterator[Advance]:
-    """Show a bar on stderr with rate and time left, below one that is open; nothing if stderr is not a terminal.
+    """Show a bar on stderr with rate and time left, below one that is open; lines if stderr is not a terminal.
 
-    Rank 0 also writes the progress file, if a parent process asked for one.
+    Rank 0 also writes the progress file, if a parent process asked for one; others show nothing.
     """
     label = one_line(label, MOST_CHARACTERS)
     file = ProgressFile(label, total, unit) if is_main() else None
+    if not _open_displays and (_open_reporters or not shows_bars()):
+        with _lines(label, total, unit) as count:
+            yield _counting(count, file)
+        return
     if _open_displays:
         display = _open_displays[-1]
         task = display.add_task(label, total=total, unit=unit)
@@ -84,12 +105,35 @@ def terminal(label: str, total: int, unit: Unit = "bytes") -> Iterator[Advance]:
             _open_displays.pop()
 
 
-def short(number: float) -> str:
-    """Return a number of tokens in short form: 950, 12.3k, 4.5M, 1.2B."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.1f}{unit}"
-    return f"{number:.0f}"
+@contextmanager
+def _lines(label: str, total: int, unit: Unit) -> Iterator[Callable[[int, str], None]]:
+    """Write lines of a stage, if this process is one that prints; yield what counts its progress."""
+    if _print_line is None or not is_main():
+        yield lambda amount, note: None
+        return
+    if _open_reporters:
+        with _open_reporters[-1].stage(label, total, unit) as count:
+            yield count
+        return
+    # The stream as it is now: libraries that are silenced meanwhile, by redirecting stderr, must not silence the lines.
+    print_line, stream = _print_line, sys.stderr
+    reporter = LineReporter(lambda text: print_line(text, stream))
+    _open_reporters.append(reporter)
+    try:
+        with reporter.stage(label, total, unit) as count:
+            yield count
+    finally:
+        _open_reporters.pop()
+
+
+def _counting(count: Callable[[int, str], None], file: ProgressFile | None) -> Advance:
+    def advance(amount: int, note: str = "") -> None:
+        note = one_line(note, MOST_CHARACTERS)
+        if file is not None:
+            file.advance(amount, note)
+        count(amount, note)
+
+    return advance
 
 
 @dataclass(frozen=True)
@@ -200,5 +244,4 @@ def _create_display() -> Display:
         bars.TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not (console.is_terminal and is_main()),
     )
