@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from surgery.errors import SurgeryError, listing
+from surgery.hub.arrival import show_arrival
 from surgery.hub.listing import ListedFile
 from surgery.hub.verification import verify_files
 from surgery.io.safe_paths import safe_relative_path
@@ -60,6 +61,7 @@ def fetch_checked(data: DatasetCommit, names: list[str], *, endpoint: str, cache
         SurgeryError: a file is not listed, or is not what the Hub lists.
     """
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.file_download import repo_folder_name
 
     if not names:
         return
@@ -69,12 +71,17 @@ def fetch_checked(data: DatasetCommit, names: list[str], *, endpoint: str, cache
         raise SurgeryError(f"the Hub names commit {info.sha}, expected {data.commit}", where=data)
     if missing := [name for name in names if name not in listed]:
         raise SurgeryError(f"the Hub does not list {listing(missing, 3)}", where=data)
-    folder = snapshot_download(
-        data.repo_id,
-        repo_type="dataset",
-        revision=data.commit,
-        cache_dir=cache,
-        endpoint=endpoint,
-        allow_patterns=[glob.escape(name) for name in names],
-    )
-    verify_files(Path(folder), [listed[name] for name in names], data)
+    place = cache / repo_folder_name(repo_id=data.repo_id, repo_type="dataset")
+    there = place / "snapshots" / data.commit
+    missing_bytes = sum(listed[name].size or 0 for name in names if not (there / name).exists())
+    # The client's own bars are silenced, with all that `datasets` says.
+    with show_arrival(data.repo_id, missing_bytes, place):
+        folder = snapshot_download(
+            data.repo_id,
+            repo_type="dataset",
+            revision=data.commit,
+            cache_dir=cache,
+            endpoint=endpoint,
+            allow_patterns=[glob.escape(name) for name in names],
+        )
+    verify_files(Path(folder), [listed[name] for name in names], data, progress=True)

@@ -29,6 +29,7 @@ from surgery.hub.errors import (
     shown_cause,
 )
 from surgery.io.redaction import redact
+from surgery.runtime.progress import terminal
 from surgery.runtime.quiet_libraries import quiet
 
 REF_FORMAT = "org/name[/config][@revision]:split[a:b]"
@@ -199,7 +200,8 @@ def _load_dataset(dataset: HubDataset, commit: str, *, streaming: bool) -> Any:
     data = DatasetCommit(dataset.ref, dataset.repo_id, commit)
     try:
         # Step by step, as `datasets.load_dataset` does it, so that the files are checked before they are read.
-        with quiet(), guarded():
+        # Around what is silenced, so that stages inside are shown where this one is.
+        with terminal(f"Loading {dataset.ref}", 0, "steps"), quiet(), guarded():
             builder = datasets.load_dataset_builder(dataset.repo_id, dataset.config, revision=commit)
             names = own_files(data, builder.config.data_files)
             if streaming:

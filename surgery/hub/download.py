@@ -8,6 +8,7 @@ Every file is checked against the Hub's hash of it before its folder is returned
 from __future__ import annotations
 
 import glob
+import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.errors import SurgeryError, usage_error
+from surgery.hub.arrival import show_arrival
 from surgery.hub.client import guarded, own_blobs, quiet_client
 from surgery.hub.errors import UnreachableError, cache_error, no_space_error, translate_errors
 from surgery.hub.file_selection import DUPLICATES, MODEL_FILES, WEIGHTS_SUFFIX, select_files
@@ -25,9 +27,11 @@ from surgery.hub.verification import verify_files
 from surgery.io.atomic import write_file
 from surgery.io.input_files import read_utf8
 from surgery.io.private_files import FOLDER_MODE
-from surgery.io.safe_paths import safe_relative_path
+from surgery.io.safe_paths import list_folder, safe_relative_path
+from surgery.runtime.progress import writes_lines
 from surgery.runtime.terminal import library_bars
 
+_BARS_ANYWHERE = "TQDM_POSITION"  # huggingface_hub's: -1 asks for bars without a terminal
 MAX_ID_LENGTH = 96  # the Hub's own limit
 
 _REPO_ID = re.compile(r"\w[\w.-]*/[\w.-]*\w", re.ASCII)
@@ -90,7 +94,7 @@ def fetch(
     Args:
         revision: a branch, tag or commit; None for the default branch.
         patterns: the files to fetch instead, when no weights are needed; in folders only chat templates.
-        progress: whether huggingface_hub draws its bars on stderr.
+        progress: whether to show how much has arrived: by huggingface_hub's bars on a terminal, else in lines.
 
     Raises:
         SurgeryError: no such repository or revision, no access, no connection, no safetensors (with `patterns`:
@@ -180,7 +184,12 @@ def _download(ref: _SnapshotRef, progress: bool) -> HubSnapshot:
     sizes = [file.size for file in remote.files]
     limits = guarded(largest_file=None if None in sizes else max(filter(None, sizes), default=0))
     blobs = own_blobs() if remote.private else nullcontext()
-    with _hub_request(ref), limits, blobs, library_bars() if progress else nullcontext():
+    # In a log the client's bars are one long line.
+    lines = progress and writes_lines() and os.environ.get(_BARS_ANYWHERE) != "-1"
+    arrival = (
+        show_arrival(ref.repo_id, _missing_bytes(ref, remote), _repository_folder(ref)) if lines else nullcontext()
+    )
+    with _hub_request(ref), limits, blobs, arrival, library_bars() if progress else nullcontext():
         folder = Path(
             snapshot_download(
                 ref.repo_id,
@@ -190,7 +199,7 @@ def _download(ref: _SnapshotRef, progress: bool) -> HubSnapshot:
                 endpoint=endpoint(),
                 # A file may be called model[1].safetensors, which as a pattern would match another name.
                 allow_patterns=[glob.escape(file.name) for file in remote.files],
-                tqdm_class=None if progress else Silent,
+                tqdm_class=None if progress and not lines else Silent,
             )
         )
     verify_files(folder, remote.files, ref, progress=progress)
@@ -231,8 +240,12 @@ def _list_remote(ref: _SnapshotRef) -> _Remote:
 
 def _missing_bytes(ref: _SnapshotRef, remote: _Remote) -> int:
     """Return the bytes of those files of a commit that are not in the cache."""
-    snapshot = _repository_folder(ref) / "snapshots" / remote.commit
-    return sum(file.size or 0 for file in remote.files if not (snapshot / file.name).exists())
+    folder = _repository_folder(ref)
+    snapshot = folder / "snapshots" / remote.commit
+    # Of another commit's files those that are the same have come already: a blob is called by its hash.
+    there = {path.name for path in list_folder(folder / "blobs")} if (folder / "blobs").is_dir() else set()
+    missing = (file for file in remote.files if not (snapshot / file.name).exists())
+    return sum(file.size or 0 for file in missing if (file.sha256 or file.git_sha1) not in there)
 
 
 def _repository_folder(ref: _SnapshotRef) -> Path:

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TextIO
 
 from surgery.io.escaping import one_line
 from surgery.runtime.environment import is_main
-from surgery.runtime.progress_lines import LineReporter
-from surgery.runtime.progress_lines import short as short
+from surgery.runtime.progress_lines import LineReporter, short
 from surgery.runtime.terminal import rich_console
 
 if TYPE_CHECKING:
@@ -71,9 +70,9 @@ def print_lines_by(print_line: Callable[[str, TextIO], None]) -> None:
     _print_line = print_line
 
 
-def shows_bars() -> bool:
-    """Return whether `terminal` draws bars: whether stderr is a terminal."""
-    return is_main() and rich_console(sys.stderr).is_terminal
+def writes_lines() -> bool:
+    """Return whether `terminal` writes lines: in a program, on rank 0, where stderr is no terminal."""
+    return _print_line is not None and is_main() and not rich_console(sys.stderr).is_terminal
 
 
 @contextmanager
@@ -84,7 +83,7 @@ def terminal(label: str, total: int, unit: Unit = "bytes") -> Iterator[Advance]:
     """
     label = one_line(label, MOST_CHARACTERS)
     file = ProgressFile(label, total, unit) if is_main() else None
-    if not _open_displays and (_open_reporters or not shows_bars()):
+    if not _open_displays and (_open_reporters or not (is_main() and rich_console(sys.stderr).is_terminal)):
         with _lines(label, total, unit) as count:
             yield _counting(count, file)
         return

@@ -63,7 +63,8 @@ class _Stage:
         since, before = (self.start, 0) if self.said_at is None else (self.said_at, self.said_done)
         rate = (self.done - before) / (now - since) if now > since else 0.0
         self.said_at, self.said_done, self.due = now, self.done, now + EVERY
-        parts = [self._amount()]
+        # Of what has no parts that are counted there is only the time.
+        parts = [self._amount() if self.total > 0 or self.done else f"running for {duration(now - self.start)}"]
         if rate > 0:
             parts.append(self._rate(rate))
             if self.total > self.done:
@@ -73,6 +74,8 @@ class _Stage:
     def end(self, now: float, *, failed: bool) -> str:
         """Return the line of a stage that has ended."""
         took = duration(now - self.start)
+        if not (self.total > 0 or self.done):
+            return self._with_label(f"{'stopped' if failed else 'done'} after {took}")
         if failed:
             return self._with_label(f"stopped at {self._amount()} after {took}")
         return self._with_label(f"done, {self._count(self.done)} in {took}")

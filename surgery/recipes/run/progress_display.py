@@ -6,12 +6,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from surgery.io.escaping import one_line
 from surgery.reporting.report import format_value
-from surgery.runtime.progress import MOST_CHARACTERS, ProgressEvent, read_progress, short
+from surgery.runtime.progress import MOST_CHARACTERS, ProgressEvent, read_progress
+from surgery.runtime.progress_lines import EVERY, Clock, duration, short
 from surgery.runtime.terminal import rich_console
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ class Display(Protocol):
 
 @contextmanager
 def display(names: Sequence[str], notify: Notify) -> Iterator[Display]:
-    """A live table on stderr where that is a terminal; else `say` is called with each event."""
+    """A live table on stderr where that is a terminal; else `say` is called with each event, and every half minute."""
     console = rich_console(sys.stderr)
     if not console.is_terminal:
         yield LineDisplay(notify)
@@ -71,20 +73,40 @@ def display(names: Sequence[str], notify: Notify) -> Iterator[Display]:
 
 
 class LineDisplay:
-    """Prints one line when a step starts, and one when it ends."""
+    """Prints one line when a step starts, one every half minute that it runs, and one when it ends."""
 
-    def __init__(self, notify: Notify) -> None:
-        self._notify = notify
+    def __init__(self, notify: Notify, *, clock: Clock = time.monotonic) -> None:
+        self._notify, self._clock = notify, clock
+        self._running: dict[str, _RunningLine] = {}
 
     def started(self, name: str, progress: Path) -> None:
+        now = self._clock()
+        self._running[name] = _RunningLine(progress, now, now + EVERY)
         self._notify(f"{name}: started")
 
     def ended(self, name: str, state: str, seconds: float) -> None:
+        self._running.pop(name, None)
         took = f" ({seconds:.1f} s)" if state in ("done", "failed") else ""
         self._notify(f"{name}: {state}{took}")
 
     def refresh(self) -> None:
-        pass
+        now = self._clock()
+        for name, line in self._running.items():
+            if now >= line.due:
+                line.due = now + EVERY
+                far = _in_words(read_progress(line.progress))
+                self._notify(
+                    ", ".join(part for part in (f"{name}: running for {duration(now - line.start)}", far) if part)
+                )
+
+
+@dataclass
+class _RunningLine:
+    """A running step: the file of its progress, when it started, and when its next line is due."""
+
+    progress: Path
+    start: float
+    due: float
 
 
 class BarDisplay:
@@ -148,15 +170,29 @@ def format_progress(event: ProgressEvent | None) -> str:
         return ""
     share = min(1.0, event.done / event.total) if event.total > 0 else 0.0
     bar = ("━" * round(BAR * share)).ljust(BAR, "╌")
+    return " ".join(part for part in (bar, _amount(event), *_texts(event)) if part)
+
+
+def _in_words(event: ProgressEvent | None) -> str:
+    """Return a step's progress as part of a sentence; empty if it has reported none."""
+    if event is None:
+        return ""
+    label, note = _texts(event)
+    share = f" ({min(100, 100 * event.done // event.total)} %)" if event.total > 0 else ""
+    return f"{label}: {_amount(event)}{share}" + (f", {note}" if note else "")
+
+
+def _amount(event: ProgressEvent) -> str:
     if event.unit == "bytes":
-        amount = f"{format_value(event.done, 'bytes')} of {format_value(event.total, 'bytes')}"
-    elif event.unit == "tokens":
-        amount = f"{short(event.done)} of {short(event.total)} tokens"
-    else:
-        amount = f"{event.done:,} of {event.total:,}"
+        return f"{format_value(event.done, 'bytes')} of {format_value(event.total, 'bytes')}"
+    if event.unit == "tokens":
+        return f"{short(event.done)} of {short(event.total)} tokens"
+    return f"{event.done:,} of {event.total:,}"
+
+
+def _texts(event: ProgressEvent) -> tuple[str, str]:
     # Of a file that a step's process writes, and so are its texts.
-    texts = (one_line(text, MOST_CHARACTERS) for text in (event.label, event.note))
-    return " ".join(part for part in (bar, amount, *texts) if part)
+    return one_line(event.label, MOST_CHARACTERS), one_line(event.note, MOST_CHARACTERS)
 
 
 def _counts(states: Mapping[str, str]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from surgery.runtime.progress import Unit, short, silent, terminal
+from surgery.runtime.progress import Unit, silent, terminal
+from surgery.runtime.progress_lines import short
 
 
 @pytest.mark.parametrize(("unit", "shown"), [("bytes", "3.0/3.0 MiB"), ("steps", "3145728/3145728")])

@@ -109,6 +109,13 @@ def test_a_failure_says_where_it_stopped() -> None:
     assert log.lines[1:] == ["Writing: stopped at 40 of 100 steps (40 %) after 5 s"]
 
 
+def test_work_without_parts_that_are_counted_has_its_time() -> None:
+    log = Log()
+    with log.reporter.stage("Loading model", 0, "steps"):
+        assert log.wait(40) == ["Loading model: running for 2 s", "Loading model: running for 32 s"]
+    assert log.lines[2:] == ["Loading model: done after 40 s"]
+
+
 def test_lines_come_from_advance_too() -> None:
     log = Log()
     with log.reporter.stage("x", 10, "steps") as advance:

@@ -124,6 +124,36 @@ def test_where_no_table_can_be_drawn_each_beginning_and_end_is_a_line(tmp_path: 
     assert said == ["a: started", "a: done (1.2 s)", "b: unchanged"]
 
 
+def test_a_step_that_runs_long_has_a_line_every_half_minute(tmp_path: Path) -> None:
+    said: list[str] = []
+    now = [0.0]
+    lines = LineDisplay(said.append, clock=lambda: now[0])
+    (tmp_path / "a.json").write_text(
+        '{"label": "Writing", "done": 30, "total": 120, "unit": "steps", "note": "loss 2"}'
+    )
+    lines.started("a", tmp_path / "a.json")
+    now[0] = 20.0
+    lines.started("b", tmp_path / "none.json")
+    for second in range(20, 95):
+        now[0] = float(second)
+        lines.refresh()
+    lines.ended("a", "done", 94.0)
+    now[0] = 120.0
+    lines.refresh()
+    far = "Writing: 30 of 120 (25 %), loss 2"
+    assert said == [
+        "a: started",
+        "b: started",
+        f"a: running for 30 s, {far}",
+        "b: running for 30 s",
+        f"a: running for 1 min 00 s, {far}",
+        "b: running for 1 min 00 s",
+        f"a: running for 1 min 30 s, {far}",
+        "a: done (94.0 s)",
+        "b: running for 1 min 40 s",
+    ]
+
+
 def test_a_child_tells_its_progress_through_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "progress.json"
     monkeypatch.setenv(FILE, str(file))
