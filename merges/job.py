@@ -24,6 +24,7 @@ from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.engine.checkpoint_writer import OutputDescription, write_checkpoint
 from surgery.engine.edit_report import write_config_dtype
+from surgery.engine.layouts import see_as
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, check_output, plan_files
 from surgery.engine.preflight import Preflight, check_quantised, check_space
@@ -106,6 +107,7 @@ class MergeJob:
             )
         # Tensors of models that are not of one kind would only add an error each.
         preflight.errors.raise_if_any(self.where)
+        checkpoints = self._in_one_layout(preflight, checkpoints)
         layout = lay_out(preflight, config, checkpoints)
         # Opened only now, after the models are known to fit: it may have to be downloaded.
         donor = self._donor(checkpoints)
@@ -184,6 +186,11 @@ class MergeJob:
 
     def _open(self, refs: Sequence[str]) -> dict[str, Checkpoint]:
         return {ref: replace(open_checkpoint(self._result_path(ref) or ref), ref=ref) for ref in refs}
+
+    def _in_one_layout(self, preflight: Preflight, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+        """Return the models with the names and the layout of the one whose names the output has."""
+        template = checkpoints[self.config.template]
+        return {ref: see_as(preflight, checkpoint, template).checkpoint for ref, checkpoint in checkpoints.items()}
 
     def _check_inputs(self, preflight: Preflight, checkpoints: Mapping[str, Checkpoint], out: Path) -> None:
         """Check that the models can be merged at all, and that `out` is in none of them."""

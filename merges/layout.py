@@ -110,7 +110,7 @@ class _Models:
 
 def lay_out(preflight: Preflight, config: MergeConfig, checkpoints: Mapping[str, Checkpoint]) -> Layout:
     """Return the slots of a merge; what does not match is added to the errors of `preflight`."""
-    template = config.base_model or config.sections[0].sources[0].model
+    template = config.template
     models = _Models(checkpoints, template)
     builder = _LayoutBuilder(preflight, models)
     builder.add_embeddings(config.sections[0])

@@ -145,6 +145,11 @@ class ErrorList:
 
     def __init__(self) -> None:
         self._entries: dict[tuple[str | tuple[str, ...], str | None], _Entry] = {}
+        self._reasons: dict[str, None] = {}
+
+    def add_reason(self, what: str) -> None:
+        """Add what is no error in itself, but explains others: it is shown after them, where there are any."""
+        self._reasons[what] = None
 
     def add(self, what: str, *, where: object | None = None, hint: str | None = None, usage: bool = False) -> None:
         """Add one error; the arguments are those of `SurgeryError`."""
@@ -171,13 +176,16 @@ class ErrorList:
         """Add every error of `other`."""
         for key, entry in other._entries.items():
             self._entries.setdefault(key, entry)
+        self._reasons |= other._reasons
 
     def __bool__(self) -> bool:
         return bool(self._entries)
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the messages, those about the request first."""
-        return map(str, sorted(self._entries.values(), key=lambda entry: not entry.usage))
+        yield from map(str, sorted(self._entries.values(), key=lambda entry: not entry.usage))
+        if self:
+            yield from self._reasons
 
     def raise_if_any(self, where: object | None = None, *, limit: int | None = None) -> None:
         """Raise one SurgeryError with every message (the first `limit` of them), if there are any."""

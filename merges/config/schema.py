@@ -128,6 +128,11 @@ class MergeConfig(Frozen):
         named = [ref for section in self.sections for ref in (section.base_model, *(s.model for s in section.sources))]
         return tuple(dict.fromkeys(ref for ref in (self.base_model, *named) if ref is not None))
 
+    @property
+    def template(self) -> str:
+        """The model whose names, layout, config and side files the output gets: the base, or the first one."""
+        return self.base_model or self.sections[0].sources[0].model
+
     def scope(self, section: MergeSection) -> SettingScope:
         """Return the scope in which parameters of this section's tensors are looked up."""
         return SettingScope(self, section)

@@ -71,8 +71,10 @@ def seen_as(
         if name in reference.tensors
     ):
         return LayoutView(checkpoint, frozenset(absent), {name: name for name in names})
-    theirs = _named(reference, reference_absent)
-    own = _named(checkpoint, absent, like=theirs.names.stack)
+    # The width of one network: a vector's or a single file's own may not be known.
+    hidden = next((n for one in (reference, checkpoint) if (n := number(language_config(one.config), HIDDEN))), None)
+    theirs = _named(reference, reference_absent, hidden)
+    own = _named(checkpoint, absent, hidden, like=theirs.names.stack)
     return _Matcher(own, theirs).view(checkpoint)
 
 
@@ -158,10 +160,11 @@ class _Matcher:
         return name
 
 
-def _named(checkpoint: Checkpoint, absent: Collection[str], like: str | None = None) -> NamedTensors:
+def _named(
+    checkpoint: Checkpoint, absent: Collection[str], hidden: int | None, like: str | None = None
+) -> NamedTensors:
     every = sorted({*checkpoint.tensors, *absent})
     names = canonical_names(every, checkpoint.config, like=like)
-    hidden = number(language_config(checkpoint.config), HIDDEN)
     return NamedTensors(checkpoint.ref, checkpoint.tensors, frozenset(absent), names, hidden)
 
 

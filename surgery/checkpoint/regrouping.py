@@ -43,6 +43,21 @@ class NamedTensors:
         """The canonical names of the absent ones."""
         return frozenset(text for text, name in self.names.stored.items() if name in self.absent)
 
+    @cached_property
+    def expert_layouts(self) -> dict[str, ExpertLayout]:
+        """Canonical name → layout, of the tensors of experts."""
+        return expert_layouts(self.canonical, self.hidden)
+
+    @cached_property
+    def expert_counts(self) -> dict[str, int]:
+        """Block of experts → their number, where a tensor or a name tells it."""
+        counts: dict[str, int] = {}
+        places = [(one.block, one.first + (one.count or 1)) for one in self.expert_layouts.values()]
+        places += [(place[0], place[1] + 1) for name in self.zero if (place := expert_of(name)) is not None]
+        for block, count in places:
+            counts[block] = max(counts.get(block, 0), count)
+        return counts
+
 
 @dataclass
 class Regrouping:
@@ -66,41 +81,37 @@ class _Matrix:
     holder: str
 
 
+@dataclass(frozen=True)
+class _Made:
+    """A tensor in the reference's layout, or None if it is zero, and the matrices in it, with their canonical names."""
+
+    tensor: StoredTensor | None
+    keys: Sequence[str]
+    pieces: Sequence[_Matrix]
+
+
 def regroup_experts(own: NamedTensors, theirs: NamedTensors) -> Regrouping:
     """Make the reference's tensors of experts that `own` stores in another layout."""
     result = Regrouping()
-    hidden = theirs.hidden or own.hidden
-    their_layouts = expert_layouts(theirs.canonical, hidden)
-    own_layouts = expert_layouts(own.canonical, hidden)
+    own_layouts, their_layouts = own.expert_layouts, theirs.expert_layouts
     wanted = {name: layout for name, layout in their_layouts.items() if own_layouts.get(name) != layout}
     # Where all is stored alike, or only under another name, nothing has to be made.
     wanted = {name: layout for name, layout in wanted.items() if name not in own.zero}
-    if not wanted or not (own_layouts or own.zero):
-        return result
     matrices = _Matrices(own, own_layouts)
-    counts = _expert_counts(own, own_layouts), _expert_counts(theirs, their_layouts)
-    taken: set[str] = set()
+    made: dict[str, _Made] = {}
     for name, layout in wanted.items():
-        place = theirs.names.stored[name]
-        n_own, n_theirs = (one.get(layout.block) for one in counts)
-        if n_own is not None and n_own != n_theirs:
-            result.problems.append(f'"{place}" is of {n_theirs} experts in {theirs.ref}, of {n_own} in {own.ref}.')
-            continue
-        pieces = [one for key in layout.keys if (one := matrices.get(key)) is not None]
-        if len(pieces) < len(layout.keys):
-            continue
-        shape = next((t.shape for one in pieces if (t := one.tensor) and t.shape != layout.matrix_shape), None)
-        if shape is not None:
-            result.problems.append(
-                f'"{place}" is of matrices {list(layout.matrix_shape)} in {theirs.ref}, {list(shape)} in {own.ref}.'
-            )
-            continue
-        made, possible = _make(pieces, layout, theirs.canonical[name].shape)
-        if possible:
-            result.tensors[place] = made
-            result.used |= {one.holder for one in pieces}
-            taken |= set(layout.keys)
-    result.used -= _unused_remainders(own, own_layouts, result.used, taken)
+        pieces = _pieces(name, layout, matrices, own, theirs, result.problems)
+        if pieces is not None:
+            tensor, possible = _make(pieces, layout, theirs.canonical[name].shape)
+            if possible:
+                made[theirs.names.stored[name]] = _Made(tensor, layout.keys, pieces)
+    for name in theirs.zero - own.zero - own.canonical.keys():
+        # What the reference knows to be zero has no shape there; an expert's matrix has its own.
+        if expert_of(name) is not None and (matrix := matrices.get(name)) is not None:
+            made[theirs.names.stored[name]] = _Made(matrix.tensor, [name], [matrix])
+    made = _without_remainders(made, own, own_layouts)
+    result.tensors = {place: one.tensor for place, one in made.items()}
+    result.used = {piece.holder for one in made.values() for piece in one.pieces}
     return result
 
 
@@ -159,16 +170,29 @@ class _Matrices:
         return None if zero is None else _Matrix(None, self._own.names.stored[zero])
 
 
-def _expert_counts(side: NamedTensors, layouts: Mapping[str, ExpertLayout]) -> dict[str, int]:
-    """Return block → its number of experts, where a tensor or a name tells it."""
-    counts: dict[str, int] = {}
-    for layout in layouts.values():
-        counts[layout.block] = max(counts.get(layout.block, 0), layout.first + (layout.count or 1))
-    for name in side.zero:
-        if (place := expert_of(name)) is not None:
-            block, index = place
-            counts[block] = max(counts.get(block, 0), index + 1)
-    return counts
+def _pieces(
+    name: str,
+    layout: ExpertLayout,
+    matrices: _Matrices,
+    own: NamedTensors,
+    theirs: NamedTensors,
+    problems: list[str],
+) -> list[_Matrix] | None:
+    """Return the matrices for the reference's tensor `name`; None, with the reason in `problems`, if it is another."""
+    place = theirs.names.stored[name]
+    n_own, n_theirs = (one.expert_counts.get(layout.block) for one in (own, theirs))
+    if n_own is not None and n_own != n_theirs:
+        problems.append(f'"{place}" is of {n_theirs} experts in {theirs.ref}, of {n_own} in {own.ref}.')
+        return None
+    pieces = [one for key in layout.keys if (one := matrices.get(key)) is not None]
+    if len(pieces) < len(layout.keys):
+        return None
+    shape = next((t.shape for one in pieces if (t := one.tensor) and t.shape != layout.matrix_shape), None)
+    if shape is not None:
+        expected = list(layout.matrix_shape)
+        problems.append(f'"{place}" is of matrices {expected} in {theirs.ref}, {list(shape)} in {own.ref}.')
+        return None
+    return pieces
 
 
 def _make(pieces: Sequence[_Matrix], layout: ExpertLayout, shape: tuple[int, ...]) -> tuple[StoredTensor | None, bool]:
@@ -181,15 +205,17 @@ def _make(pieces: Sequence[_Matrix], layout: ExpertLayout, shape: tuple[int, ...
     return made, made is not None
 
 
-def _unused_remainders(
-    own: NamedTensors, layouts: Mapping[str, ExpertLayout], used: set[str], taken: set[str]
-) -> set[str]:
-    """Return those of `used` of which a part has no place in the reference: they stay, and are told as left over."""
-    return {
-        holder
-        for name, layout in layouts.items()
-        if (holder := own.names.stored[name]) in used and not taken.issuperset(layout.keys)
-    }
+def _without_remainders(
+    made: dict[str, _Made], own: NamedTensors, layouts: Mapping[str, ExpertLayout]
+) -> dict[str, _Made]:
+    """Return `made` without what is cut out of tensors of which another part has no place: those stay as they are."""
+    while True:
+        taken = {key for one in made.values() for key in one.keys}
+        kept = {own.names.stored[name] for name, layout in layouts.items() if not taken.issuperset(layout.keys)}
+        rest = {place: one for place, one in made.items() if not any(piece.holder in kept for piece in one.pieces)}
+        if len(rest) == len(made):
+            return made
+        made = rest
 
 
 def _joined_rows(found: Sequence[StoredTensor | None], shape: tuple[int, ...]) -> StoredTensor | None:

@@ -108,11 +108,11 @@ def _add(
     dry_run: bool,
     options: ExecutionOptions,
 ) -> EditReport:
-    base = open_checkpoint(target)
+    base, preflight = open_checkpoint(target), Preflight()
+    vector = vector.in_layout_of(base, preflight)
     donors = vector.checkpoints
     sources = {"target": base, **donors}
     check_destination(out, sources, options, dry_run=dry_run)
-    preflight = Preflight()
     check_config(preflight, base, vector.config, next(iter(donors.values())).ref)
     models = list(vector.models.values())
     aligned = check_and_align(

@@ -11,6 +11,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from surgery.checkpoint.layout_view import seen_as
 from surgery.checkpoint.reader import SourceFiles, TensorReader
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.stored_tensor import StoredTensor
@@ -43,7 +44,7 @@ class TensorDifference:
 class DiffReport:
     """Differences per tensor, per group ("layer 3", "embed", …, in the order of the model) and as a whole.
 
-    only_a, only_b, reshaped: names that could not be compared.
+    only_a, only_b, reshaped: names that could not be compared. other_names: what of B is seen under names of A.
     """
 
     a: str
@@ -54,6 +55,7 @@ class DiffReport:
     only_a: Sequence[str]
     only_b: Sequence[str]
     reshaped: Sequence[str]
+    other_names: str | None = None
 
     def tables(self, top: int = 20) -> list[Table]:
         """Return the differences per part of the model, and of the `top` tensors that differ most."""
@@ -67,7 +69,8 @@ class DiffReport:
             )
             if names
         ]
-        tables = [_table(f"{self.b} against {self.a}", "part", [*self.groups, self.whole])]
+        note = f"{self.b}: {self.other_names}" if self.other_names else None
+        tables = [_table(f"{self.b} against {self.a}", "part", [*self.groups, self.whole], note)]
         tables += (
             [_table(f"The {len(most)} of {len(self.tensors)} tensors that moved most", "tensor", most)] if most else []
         )
@@ -135,7 +138,9 @@ def diff(a: str, b: str, *, options: ExecutionOptions = ExecutionOptions()) -> D
     Raises:
         SurgeryError: one of them cannot be read, or they have no tensor in common.
     """
-    left, right = open_checkpoint(a), open_checkpoint(b)
+    left = open_checkpoint(a)
+    view = seen_as(open_checkpoint(b), left)
+    right = view.checkpoint
     common = [name for name in left.tensors if name in right.tensors]
     reshaped = [name for name in common if left.tensors[name].shape != right.tensors[name].shape]
     pairs = {name: (left.tensors[name], right.tensors[name]) for name in common if name not in set(reshaped)}
@@ -159,6 +164,7 @@ def diff(a: str, b: str, *, options: ExecutionOptions = ExecutionOptions()) -> D
         [name for name in left.tensors if name not in right.tensors],
         [name for name in right.tensors if name not in left.tensors],
         reshaped,
+        view.description,
     )
 
 
@@ -173,7 +179,7 @@ def compare(vectors: Sequence[str], *, options: ExecutionOptions = ExecutionOpti
     """
     if len(vectors) < 2:
         raise usage_error(f"got {len(vectors)} vector, expected two or more", where="vector compare")
-    opened = [open_vector(vector) for vector in vectors]
+    opened = _in_one_layout([open_vector(vector) for vector in vectors])
     holders: dict[str, list[int]] = defaultdict(list)
     for i, vector in enumerate(opened):
         for name in vector.checkpoint.tensors:
@@ -217,11 +223,17 @@ def _equal_or_not(pair: tuple[StoredTensor, StoredTensor]) -> tuple[list[float],
         return [0.0, 0.0, 0.0, 0.0, float(a.n_elements)], a.n_elements
     with SourceFiles([*a.files, *b.files]) as files:
         reader = TensorReader(files)
-        left, right = (reader.raw(t, 0, t.n_elements, slot) for slot, t in enumerate(pair))
+        left, right = (_bytes(reader, t, slot) for slot, t in enumerate(pair))
         # Bytes of one element, so that a change of several bytes counts once.
         width = max(1, left.numel() // max(1, a.n_elements))
         changed = (left.view(-1, width) != right.view(-1, width)).any(dim=1).sum().item()
     return [0.0, 0.0, 0.0, 0.0, float(changed)], a.n_elements
+
+
+def _bytes(reader: TensorReader, tensor: StoredTensor, slot: int) -> Tensor:
+    if tensor.derivation is None:
+        return reader.raw(tensor, 0, tensor.n_elements, slot)
+    return reader.tensor(tensor, 0, tensor.n_elements, slot).view(torch.uint8)
 
 
 def _difference(name: str, rows: Sequence[tuple[Sequence[float], int]]) -> TensorDifference:
@@ -236,7 +248,7 @@ def _difference(name: str, rows: Sequence[tuple[Sequence[float], int]]) -> Tenso
     )
 
 
-def _table(title: str, what: str, rows: Sequence[TensorDifference]) -> Table:
+def _table(title: str, what: str, rows: Sequence[TensorDifference], note: str | None = None) -> Table:
     columns = [
         Column(what),
         Column("‖A−B‖/‖A‖", "percent"),
@@ -244,7 +256,19 @@ def _table(title: str, what: str, rows: Sequence[TensorDifference]) -> Table:
         Column("changed", "percent"),
         Column("elements", "count"),
     ]
-    return Table(title, columns, [(r.name, r.relative, r.cosine, r.changed, r.elements) for r in rows])
+    return Table(title, columns, [(r.name, r.relative, r.cosine, r.changed, r.elements) for r in rows], note=note)
+
+
+def _in_one_layout(vectors: Sequence[TaskVector]) -> list[TaskVector]:
+    """Return all vectors with the names and the layout of the first."""
+    first = vectors[0]
+    views = [
+        seen_as(vector.checkpoint, first.checkpoint, absent=vector.zero, reference_absent=first.zero)
+        for vector in vectors
+    ]
+    return [
+        replace(one, checkpoint=view.checkpoint, zero=view.absent) for one, view in zip(vectors, views, strict=True)
+    ]
 
 
 def _similarity(name: str, rows: Sequence[Mapping[tuple[int, int], float]], count: int) -> Similarity:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
@@ -17,6 +17,7 @@ from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader, se
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.card import CardContent
 from surgery.engine.checkpoint_writer import OutputDescription, check_destination, write_checkpoint
+from surgery.engine.layouts import see_as
 from surgery.engine.manifest import command_record
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, PlannedTensor, plan_files
@@ -181,16 +182,28 @@ class ModelPair:
 
 
 def prepare_extraction(
-    tuned: str, base: str, out: Path, settings: VectorSettings, *, dry_run: bool, options: ExecutionOptions
+    tuned: str,
+    base: str,
+    out: Path,
+    settings: VectorSettings,
+    *,
+    dry_run: bool,
+    options: ExecutionOptions,
+    layout_of: Literal["tuned", "base"] = "tuned",
 ) -> ModelPair:
     """Open and check two models before v = θ_tuned − θ_base is written in any form.
+
+    Args:
+        layout_of: the model whose names and layout v gets.
 
     Raises:
         SurgeryError: the models do not fit each other, or do not differ; `out` exists.
     """
-    sources = {"tuned": open_checkpoint(tuned), "base": open_checkpoint(base)}
-    check_destination(out, sources, options, dry_run=dry_run)
     preflight = Preflight()
+    sources = {"tuned": open_checkpoint(tuned), "base": open_checkpoint(base)}
+    other = "base" if layout_of == "tuned" else "tuned"
+    sources[other] = see_as(preflight, sources[other], sources[layout_of]).checkpoint
+    check_destination(out, sources, options, dry_run=dry_run)
     check_config(preflight, sources["tuned"], sources["base"].config, base)
     models = [aligned_model(checkpoint) for checkpoint in sources.values()]
     aligned = check_and_align(preflight, models[0], models, settings, command=COMMAND)

@@ -36,7 +36,7 @@ from surgery.vectors.align import VectorSettings, aligned_model, check_and_align
 from surgery.vectors.choices import VocabPolicy
 from surgery.vectors.kernels import ADD_VECTOR
 from surgery.vectors.selection import TensorSelection
-from surgery.vectors.task_vector import TaskVector, open_vector
+from surgery.vectors.task_vector import TaskVector, open_vector, stored_vector
 
 COMMAND = "vector sweep"
 SCHEMA = 1
@@ -214,10 +214,11 @@ def _check_and_align(
 ) -> dict[str, TensorInput]:
     """Return the vector's input for every tensor of `model` that it changes. Raises SurgeryError."""
     check_config(preflight, model, vector.checkpoint.config, vector.ref)
+    seen = stored_vector(vector).in_layout_of(model, preflight)
     aligned = check_and_align(
-        preflight, aligned_model(model), [vector.model], settings, command=COMMAND, zero=vector.zero
+        preflight, aligned_model(model), list(seen.models.values()), settings, command=COMMAND, zero=seen.zero
     )
-    check_ancestor(preflight, model, vector.sketch(), allow_unrelated=settings.allow_unrelated)
+    check_ancestor(preflight, model, seen.read_sketch(), allow_unrelated=settings.allow_unrelated)
     preflight.errors.raise_if_any(COMMAND)
     return {name: source for name, (source,) in aligned.items()}
 

@@ -22,8 +22,9 @@ from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.safetensors_header import read_header
 from surgery.checkpoint.tensor_file import load_tensors
 from surgery.engine.kernel import Kernel
+from surgery.engine.layouts import see_as
 from surgery.engine.manifest import read_manifest
-from surgery.engine.preflight import SKETCH_ELEMENTS, sketch
+from surgery.engine.preflight import SKETCH_ELEMENTS, Preflight, sketch
 from surgery.errors import SurgeryError, usage_error
 from surgery.io.atomic import MANIFEST
 from surgery.io.safe_paths import contained_file, contained_folder, find_file
@@ -116,6 +117,27 @@ class VectorInput:
     def checkpoints(self) -> dict[str, Checkpoint]:
         """Role → checkpoint."""
         return {role: model.checkpoint for role, model in self.models.items()}
+
+    def in_layout_of(self, reference: Checkpoint, preflight: Preflight) -> VectorInput:
+        """Return the vector with the names and the layout of `reference`; the facts of `preflight` tell of it."""
+        views = {
+            role: see_as(preflight, model.checkpoint, reference, absent=self.zero)
+            for role, model in self.models.items()
+        }
+        models = {role: replace(model, checkpoint=views[role].checkpoint) for role, model in self.models.items()}
+        changed = {role for role, model in self.models.items() if models[role].checkpoint is not model.checkpoint}
+        zero = frozenset().union(*(view.absent for view in views.values()))
+        if not changed and zero == frozenset(self.zero):
+            return self
+        if self.models.keys() == {"vector"}:
+            read_sketch = partial(_renamed_sketch, self.read_sketch, views["vector"].renamed)
+            return replace(self, models=models, zero=zero, read_sketch=read_sketch)
+        return replace(self, models=models, zero=zero, read_sketch=partial(sketch, models["base"].checkpoint))
+
+
+def _renamed_sketch(read: Callable[[], Mapping[str, Tensor]], renamed: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return a sketch by the names in another layout; matrices that are regrouped there are left out."""
+    return {renamed[name]: values for name, values in read().items() if name in renamed}
 
 
 def stored_vector(vector: TaskVector) -> VectorInput:

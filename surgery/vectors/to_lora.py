@@ -108,7 +108,8 @@ def extract_adapter(
         raise usage_error(f"got {rank}, expected 1 or more", where="--rank")
     selection = TensorSelection(include=tuple(include), exclude=tuple(exclude))
     settings = VectorSettings(selection, allow_unrelated=allow_unrelated)
-    pair = prepare_extraction(tuned, base, out, settings, dry_run=dry_run, options=options)
+    # An adapter names the modules of its base.
+    pair = prepare_extraction(tuned, base, out, settings, dry_run=dry_run, options=options, layout_of="base")
     matrices, rest, transposed = _split(pair.changed, pair.base)
     if not matrices:
         raise SurgeryError("no matrix differs, so there is nothing for an adapter to hold", where=tuned)

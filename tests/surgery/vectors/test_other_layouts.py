@@ -1,0 +1,146 @@
+"""Vectors between models that are saved in different layouts: the results are those of one layout, to the bit."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.layouts import WEIGHTS, build_model, renamed, save_both, with_tensors
+from torch import Tensor
+
+from surgery.engine.manifest import read_manifest
+from surgery.engine.verification import verify
+from surgery.errors import SurgeryError
+from surgery.vectors.application import apply, transfer
+from surgery.vectors.comparison import compare, diff
+from surgery.vectors.extraction import extract
+from surgery.vectors.to_lora import extract_adapter
+
+FAMILIES = ["gemma3", "mixtral", "qwen2_5_vl"]
+Folders = dict[tuple[str, bool], Path]
+
+
+def save_three(family: str, folder: Path) -> Folders:
+    """Save a base, a tune of it and a target: (role, as transformers saves it) → folder."""
+    folders = {}
+    for number, role in enumerate(("base", "tuned", "target")):
+        model = build_model(family)
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                # One expert, one norm and the head stay as they are in the tune.
+                noise = 0.01 * number * torch.randn(tensor.shape, generator=generator)
+                if "experts.gate_up" in name:
+                    noise[2] = 0
+                if "layers.1.input_layernorm" not in name and "lm_head" not in name and tensor.is_floating_point():
+                    tensor += noise
+        folders[role, True], folders[role, False] = save_both(model, folder / role)
+    return folders
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def three(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return save_three(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+def assert_equal(one: Path, other: Path) -> None:
+    ours, theirs = tensors(one), tensors(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("target_saved", [True, False])
+def test_a_transfer_gives_the_same_bytes_whatever_the_layouts(
+    three: Folders, target_saved: bool, tmp_path: Path
+) -> None:
+    """OUT has the layout of the target; the manifest's hashes hold for the files as they are."""
+    target = three["target", target_saved]
+    transfer(str(three["tuned", target_saved]), str(three["base", target_saved]), str(target), tmp_path / "expected")
+    for number, (tuned_saved, base_saved) in enumerate(product([True, False], repeat=2)):
+        tuned, base = three["tuned", tuned_saved], three["base", base_saved]
+        out = tmp_path / f"out{number}"
+        report = transfer(str(tuned), str(base), str(target), out)
+        assert_equal(out, tmp_path / "expected")
+        told = [label for label in report.preflight if label.startswith("names of")]
+        assert len(told) == (tuned_saved != target_saved) + (base_saved != target_saved)
+        assert verify(str(out)).ok
+        manifest = read_manifest(out)
+        same = read_manifest(tmp_path / "expected")
+        for role, saved in (("tuned", tuned_saved), ("base", base_saved)):
+            if saved == target_saved:
+                assert manifest["inputs"][role] == same["inputs"][role]
+            assert manifest["inputs"][role]["tensors_read"] == len(load_file(three[role, saved] / WEIGHTS))
+
+
+@pytest.mark.parametrize(("vector_saved", "target_saved"), [(True, False), (False, True)])
+def test_a_vector_applies_to_a_target_of_another_layout(
+    three: Folders, vector_saved: bool, target_saved: bool, tmp_path: Path
+) -> None:
+    """Zeros that it does not store and the sketch of its base included; base + vector is still the tune."""
+    extract(str(three["tuned", vector_saved]), str(three["base", not vector_saved]), tmp_path / "v")
+    extract(str(three["tuned", target_saved]), str(three["base", target_saved]), tmp_path / "w")
+    for role in ("target", "base"):
+        target = str(three[role, target_saved])
+        report = apply(str(tmp_path / "v"), target, tmp_path / role)
+        apply(str(tmp_path / "w"), target, tmp_path / f"{role}-expected")
+        assert_equal(tmp_path / role, tmp_path / f"{role}-expected")
+        assert "median cosine" in report.preflight["same ancestor"]
+        assert "1.000" in report.preflight["same ancestor"] or role == "target"
+    assert_equal(tmp_path / "base", three["tuned", target_saved])
+
+
+def test_vectors_of_one_change_are_the_same_in_both_layouts(three: Folders, tmp_path: Path) -> None:
+    """`compare` and `diff` see the second as the first."""
+    for saved in (True, False):
+        extract(str(three["tuned", saved]), str(three["base", saved]), tmp_path / str(saved))
+    for order in (("True", "False"), ("False", "True")):
+        report = compare([str(tmp_path / name) for name in order])
+        assert report.whole.cosines[0, 1] == pytest.approx(1, abs=1e-6)
+        assert report.whole.norms[0] == pytest.approx(report.whole.norms[1], rel=1e-6)
+    one = diff(str(three["base", True]), str(three["tuned", True]))
+    mixed = diff(str(three["base", True]), str(three["tuned", False]))
+    assert mixed.whole == one.whole
+    assert not mixed.only_a and not mixed.only_b and not mixed.reshaped
+    assert "seen under other names" in str(mixed.tables()[0].note) and one.tables()[0].note is None
+    assert diff(str(three["base", True]), str(three["base", False])).whole.relative == 0
+
+
+def test_an_adapter_has_the_names_of_its_base(three: Folders, tmp_path: Path) -> None:
+    """Whatever those of the tune are."""
+    for saved in (True, False):
+        base = str(three["base", saved])
+        for number, other in enumerate((saved, not saved)):
+            extract_adapter(str(three["tuned", other]), base, tmp_path / f"{saved}{number}", rank=4)
+        assert_equal(tmp_path / f"{saved}0", tmp_path / f"{saved}1")
+
+
+def test_a_wrapped_tune_gives_the_vector_of_the_plain_one(tmp_path: Path) -> None:
+    """As a training under torch.compile and FSDP saves it; the vector fits the plain model again."""
+    folders = save_three("mixtral", tmp_path)
+    tuned, base = folders["tuned", True], str(folders["base", True])
+    wrapped = renamed(tuned, tmp_path / "wrapped", lambda name: f"_orig_mod.module.{name}")
+    extract(str(wrapped), base, tmp_path / "v")
+    assert all(name.startswith("_orig_mod.module.") for name in load_file(tmp_path / "v" / "vector.safetensors"))
+    apply(str(tmp_path / "v"), base, tmp_path / "out")
+    assert_equal(tmp_path / "out", tuned)
+
+
+def test_another_network_is_refused_with_the_reason(tmp_path: Path) -> None:
+    """One with fewer experts, whatever its layout."""
+    folders = save_three("mixtral", tmp_path)
+    tuned = with_tensors(
+        folders["tuned", True],
+        tmp_path / "fewer",
+        lambda found: {name: tensor for name, tensor in found.items() if ".experts.3." not in name},
+    )
+    with pytest.raises(SurgeryError, match=r"is of 3 experts in .*, of 4 in|is of 4 experts in .*, of 3 in"):
+        transfer(str(tuned), str(folders["base", False]), str(folders["target", False]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
