@@ -75,7 +75,7 @@ def seen_as(
     hidden = next((n for one in (reference, checkpoint) if (n := number(language_config(one.config), HIDDEN))), None)
     theirs = _named(reference, reference_absent, hidden)
     own = _named(checkpoint, absent, hidden, like=theirs.names.stack)
-    return _Matcher(own, theirs).view(checkpoint)
+    return _Matcher(own, _with_layers_of(own, theirs)).view(checkpoint)
 
 
 class _Matcher:
@@ -166,6 +166,32 @@ def _named(
     every = sorted({*checkpoint.tensors, *absent})
     names = canonical_names(every, checkpoint.config, like=like)
     return NamedTensors(checkpoint.ref, checkpoint.tensors, frozenset(absent), names, hidden)
+
+
+def _with_layers_of(own: NamedTensors, theirs: NamedTensors) -> NamedTensors:
+    """Return the reference with the layers that only `own` has: they would look there as its last one does.
+
+    Merges of layers take some from models that are deeper than the one that gives the names.
+    """
+    further = sorted(_layer_numbers(own) - _layer_numbers(theirs))
+    last = max(_layer_numbers(theirs), default=None)
+    if not further or last is None or theirs.names.stack is None:
+        return theirs
+    start, canonical_start = f"{theirs.names.stack}.{last}.", f"{STACK}.{last}."
+    tensors, by_name = dict(theirs.tensors), dict(theirs.names.by_name)
+    for name, canonical in theirs.names.by_name.items():
+        if name.startswith(start) and canonical.startswith(canonical_start) and name in theirs.tensors:
+            for index in further:
+                copy = f"{theirs.names.stack}.{index}.{name.removeprefix(start)}"
+                tensors[copy] = theirs.tensors[name]
+                by_name[copy] = f"{STACK}.{index}.{canonical.removeprefix(canonical_start)}"
+    return replace(theirs, tensors=tensors, names=replace(theirs.names, by_name=by_name))
+
+
+def _layer_numbers(side: NamedTensors) -> set[int]:
+    """Return the numbers of the layers that canonical names tell."""
+    parts = (canonical.split(".", 2) for canonical in side.names.by_name.values())
+    return {int(number) for first, number, *_ in (one for one in parts if len(one) > 1) if first == STACK}
 
 
 def _changed_part(stored: str, seen: str) -> tuple[str, str]:

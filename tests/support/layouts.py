@@ -49,8 +49,12 @@ _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _QWEN_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
 
 
-def build_model(name: str, *, seed: int = 0) -> PreTrainedModel:
-    """Return a tiny random model of the class or family `name`."""
+def build_model(name: str, *, seed: int = 0, layers: int = 2, **changes: object) -> PreTrainedModel:
+    """Return a tiny random model of the class or family `name`.
+
+    Args:
+        changes: of the config, for those in `ARCHITECTURES`.
+    """
     t = transformers
     makers: dict[str, Callable[[], PreTrainedModel]] = {
         "gemma3": lambda: t.Gemma3ForConditionalGeneration(
@@ -91,7 +95,12 @@ def build_model(name: str, *, seed: int = 0) -> PreTrainedModel:
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = makers[name]() if name in makers else AutoModelForCausalLM.from_config(ARCHITECTURES[name]())
+        if name in makers:
+            model = makers[name]()
+        else:
+            config = ARCHITECTURES[name]()
+            config.update({"num_hidden_layers": layers, **changes})
+            model = AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             for stored in model.state_dict().values():
                 if stored.is_floating_point():
