@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from surgery.checkpoint.canonical_names import WRAPPERS
 from surgery.checkpoint.safetensors_header import read_header
 from surgery.checkpoint.stored_tensor import StoredTensor, stored_tensor
 from surgery.errors import SurgeryError, listing
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# Components that wrappers of torch, accelerate and deepspeed put into names.
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPERS = WRAPPERS - {"base_layer"}  # which says how deep a wrapper lies
 _FACTOR = re.compile(
     r"(?P<module>.+?)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
     r"|trainable_tokens_delta)(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?(?:\.(?P<leaf>weight|bias))?"
@@ -121,8 +121,6 @@ def read_adapter_weights(path: Path) -> AdapterWeights:
 def plain_name(name: str) -> str:
     """Return a tensor's name without the prefixes and components that wrappers of the model add."""
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    while parts[:1] == ["module"]:  # DistributedDataParallel
-        parts = parts[1:]
     plain = ".".join(parts)
     while plain.startswith(PREFIX):  # several times where a model was wrapped again
         plain = plain.removeprefix(PREFIX)

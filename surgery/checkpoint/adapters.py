@@ -19,6 +19,7 @@ from pathlib import Path
 from surgery.checkpoint.adapter_config import CONVERT, AdapterConfig, read_adapter_config
 from surgery.checkpoint.adapter_vocabulary import TiedPair, with_adapter_files
 from surgery.checkpoint.adapter_weights import WEIGHTS, AdaptedModule, read_adapter_weights
+from surgery.checkpoint.canonical_names import canonical_names
 from surgery.checkpoint.checkpoint import ADAPTER_CONFIG, Checkpoint, existing_path
 from surgery.checkpoint.dtypes import n_bytes
 from surgery.checkpoint.low_rank import LowRank, ScaledSum
@@ -117,20 +118,28 @@ class _Application:
         return {name: target for name in self.weights.names if (target := self._find(name)) is not None}
 
     def _find(self, name: str) -> str | None:
-        """Return the tensor that an adapter's name refers to; names in bare backbones lack the first component."""
-        found = next((c for c in (name, name.partition(".")[2]) if c in self.tensors), None)
+        """Return the tensor that an adapter's name refers to: by that name, or as the same part of the network."""
+        if name in self.tensors:
+            return name
+        found = self._stored.get(self._canonical.get(name, ""))
         if found is None:
-            # The other way round: an adapter of a bare backbone, on a model with a head.
-            longer = self._by_end.get(name, ())
-            found = longer[0] if len(longer) == 1 else None
+            # Without layers in the adapter nothing says what its names begin with: an embedding alone was trained.
+            end = name.partition(".")[2]
+            ends = [one for one in self.tensors if one == end or one.partition(".")[2] == name]
+            found = ends[0] if len(ends) == 1 else None
         return found
 
     @cached_property
-    def _by_end(self) -> Mapping[str, list[str]]:
-        ends: dict[str, list[str]] = {}
-        for name in self.tensors:
-            ends.setdefault(name.partition(".")[2], []).append(name)
-        return ends
+    def _canonical(self) -> Mapping[str, str]:
+        """Names in the adapter's file → canonical names."""
+        names = {*self.weights.names, *(f"{name.rpartition('.')[0]}.bias" for name in self.weights.names)}
+        like = canonical_names(self.base.tensors, self.base.config).stack
+        return canonical_names(names, self.base.config, like=like).by_name
+
+    @cached_property
+    def _stored(self) -> Mapping[str, str]:
+        """Canonical names → names of the base's tensors, and of a tied head."""
+        return canonical_names(self.tensors, self.base.config).stored
 
     def _target(self, name: str) -> str:
         found = self._find(name)

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.merges import run
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader
 from surgery.checkpoint.resolve import open_checkpoint
 
@@ -31,9 +34,9 @@ def save_adapter(base: Path, folder: Path, config: Any = None, *, rows: int | No
     return folder
 
 
-def load_adapter(base: Path, adapter: Path, *, rows: int | None = None) -> PeftModel:
+def load_adapter(base: Path, adapter: Path, *, rows: int | None = None, dtype: Any = "auto") -> PeftModel:
     """Load an adapter with PEFT, on `base` with embeddings of `rows` rows."""
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     if rows is not None:
         model.resize_token_embeddings(rows, mean_resizing=False)
     return PeftModel.from_pretrained(model, adapter).eval()
@@ -71,3 +74,21 @@ def edit_config(adapter: Path, **values: object) -> Path:
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | values))
     return adapter
+
+
+def assert_sliced_alike(opened: Checkpoint) -> None:
+    """Assert that any slice of a derived tensor is the slice of the whole."""
+    derived = [tensor for tensor in opened.tensors.values() if tensor.derivation]
+    assert derived
+    with SourceFiles(opened.files) as files:
+        reader = TensorReader(files)
+        wholes = {tensor.name: reader.whole(TensorInput(tensor), 0).reshape(-1).clone() for tensor in derived}
+
+        @given(st.sampled_from(derived), st.tuples(st.floats(0, 1), st.floats(0, 1)))
+        @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+        def check(tensor: Any, ends: tuple[float, float]) -> None:
+            begin, end = sorted(int(share * tensor.n_elements) for share in ends)
+            found = reader.values(TensorInput(tensor), begin, end, 0)
+            torch.testing.assert_close(found, wholes[tensor.name][begin:end], rtol=2e-6, atol=2e-6)
+
+        check()

@@ -7,16 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from peft import TrainableTokensConfig
-from support.adapters import load_adapter, logits, peft_merged, read_all, save_adapter, write_merged
+from support.adapters import (
+    assert_sliced_alike,
+    load_adapter,
+    logits,
+    peft_merged,
+    read_all,
+    save_adapter,
+    write_merged,
+)
 from support.architectures import build
 from support.merges import tensors_of
 from transformers import AutoModelForCausalLM
 
-from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader
 from surgery.checkpoint.resolve import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings(
@@ -161,20 +165,3 @@ SLICED = ("DoRA", "DoRA of embedding and head", "DoRA of Conv1D", "PiSSA of Conv
 def test_any_slice_is_the_slice_of_the_whole(kind: str, bases: dict[str, Path], tmp_path: Path) -> None:
     name, options = KINDS[kind]
     assert_sliced_alike(open_checkpoint(save_adapter(bases[name], tmp_path / "adapter", **options)))
-
-
-def assert_sliced_alike(opened: Checkpoint) -> None:
-    derived = [tensor for tensor in opened.tensors.values() if tensor.derivation]
-    assert derived
-    with SourceFiles(opened.files) as files:
-        reader = TensorReader(files)
-        wholes = {tensor.name: reader.whole(TensorInput(tensor), 0).reshape(-1).clone() for tensor in derived}
-
-        @given(st.sampled_from(derived), st.tuples(st.floats(0, 1), st.floats(0, 1)))
-        @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-        def check(tensor: Any, ends: tuple[float, float]) -> None:
-            begin, end = sorted(int(share * tensor.n_elements) for share in ends)
-            found = reader.values(TensorInput(tensor), begin, end, 0)
-            torch.testing.assert_close(found, wholes[tensor.name][begin:end], rtol=TOLERANCE, atol=TOLERANCE)
-
-        check()
