@@ -85,9 +85,13 @@ def _run(arguments: argparse.Namespace, folder: Path) -> int:
         only=frozenset(arguments.only or ()),
     )
     start = time.monotonic()
-    counts = run_campaign(campaign, minutes=arguments.minutes)
+    counts = run_campaign(campaign, minutes=arguments.minutes, report=_say)
     _print_counts(counts, time.monotonic() - start)
     return _keep_failures(counts, campaign, arguments)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _set_environment(folder: Path) -> Sequence[Path]:

@@ -175,6 +175,9 @@ def _download(ref: _SnapshotRef, progress: bool) -> HubSnapshot:
 
     # A class, because huggingface_hub can switch its bars off only for the whole process.
     class Silent(tqdm):
+        # Without it each of these classes starts a thread that watches its bars, and never ends.
+        monitor_interval = 0
+
         def __init__(self, *args: object, **options: object) -> None:
             super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
 

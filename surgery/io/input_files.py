@@ -54,9 +54,12 @@ def read_bytes(path: Path, *, limit: int = MAX_TEXT_BYTES) -> bytes:
     """
     with open_regular(path) as file:
         try:
-            # One byte more than allowed: the file may grow while it is read, so that its size alone proves nothing.
+            # A byte more than it has: it may grow while it is read, so that its size alone proves nothing. Not all that
+            # is allowed: a reader makes room for what it is asked for, and the limits of data are gigabytes.
             known = os.fstat(file.fileno()).st_size
-            content = b"" if known > limit else file.read(limit + 1)
+            content = b"" if known > limit else file.read(known + 1)
+            if len(content) > known:
+                content += file.read(limit + 1 - len(content))
         except OSError as error:
             raise SurgeryError(f"cannot be read ({error.strerror})", where=path) from error
         size = max(known, len(content))

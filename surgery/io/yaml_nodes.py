@@ -214,6 +214,11 @@ def _edges(node: yaml.Node) -> Iterator[tuple[yaml.Node, yaml.Node | None]]:
             yield item, None
 
 
+# What PyYAML's constructors raise on a text that is none of what its tag says: an unknown tag, the 99th of a month,
+# half of a pair, `!!bool maybe` (KeyError), `!!int ""` (IndexError), `!!timestamp noon` (AttributeError).
+_UNREADABLE = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
 class _Tree:
     """Builds the trees of a file's documents, and counts their nodes."""
 
@@ -295,12 +300,7 @@ class _Tree:
             if not isinstance(value, int) or value.bit_length() <= MAX_BITS:
                 return YamlNode(path, line, value)
             return self.wrong(path, line, f"is a whole number of more than {MAX_BITS} bits")
-        except (
-            yaml.YAMLError,
-            ValueError,
-            TypeError,
-            OverflowError,
-        ):  # an unknown tag, the 99th of a month, half of a pair
+        except _UNREADABLE:
             return self.wrong(path, line, f'cannot be read as {source.tag.removeprefix(_TAGS)}: "{source.value}"')
 
     def wrong(self, path: str, line: int, what: str) -> YamlNode:

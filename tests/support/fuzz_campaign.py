@@ -13,7 +13,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 from support.fuzzing import HUNG_SECONDS, TRIES, FuzzTarget, Outcome, Workplace, run_input
 
 SILENT_SECONDS = HUNG_SECONDS * (TRIES + 1)
+REPORT_SECONDS = 30.0
 # Address space of a worker beyond what it has: an input that wants more gets a MemoryError, and the machine stays up.
 _ROOM = 6_000_000_000
 
@@ -96,15 +97,28 @@ class _Worker:
     heard: float
 
 
-def run_campaign(campaign: Campaign, *, minutes: float | None = None) -> Mapping[str, TargetCounts]:
-    """Run the inputs, for at most `minutes`, and return the counts by target."""
+def run_campaign(
+    campaign: Campaign, *, minutes: float | None = None, report: Callable[[str], None] = lambda _: None
+) -> Mapping[str, TargetCounts]:
+    """Run the inputs, for at most `minutes`, and return the counts by target.
+
+    Args:
+        report: is told of each failure at once, and every 30 seconds how far it is.
+    """
     counts = {target.name: TargetCounts() for target in campaign.targets}
     end = time.monotonic() + 60 * minutes if minutes else float("inf")
     workers = [_start(campaign, job, job, end) for job in range(campaign.jobs)]
+    told = time.monotonic()
     while workers:
+        if time.monotonic() > told + REPORT_SECONDS:
+            told = time.monotonic()
+            done = sum(row.inputs for row in counts.values())
+            report(
+                f"{done:,} of {campaign.inputs:,} inputs, {sum(len(row.failures) for row in counts.values())} failures"
+            )
         ready = wait([worker.connection for worker in workers], timeout=1.0)
         for worker in list(workers):
-            alive = worker.connection in ready and _listen(worker, counts)
+            alive = worker.connection in ready and _listen(worker, counts, report)
             if alive or (worker.connection not in ready and time.monotonic() - worker.heard < SILENT_SECONDS):
                 continue
             workers.remove(worker)
@@ -114,7 +128,7 @@ def run_campaign(campaign: Campaign, *, minutes: float | None = None) -> Mapping
                 continue
             target = campaign.target_of(worker.at)
             why = f"its process ended ({worker.process.exitcode}), or hung"
-            counts[target.name].add(Outcome(target.name, worker.at, "failed", why, 0.0, 0.0))
+            _add(Outcome(target.name, worker.at, "failed", why, 0.0, 0.0), counts, report)
             workers.append(_start(campaign, worker.job, worker.at + campaign.jobs, end))
     return counts
 
@@ -127,7 +141,7 @@ def _start(campaign: Campaign, job: int, first: int, end: float) -> _Worker:
     return _Worker(process, receive, job, first, time.monotonic())
 
 
-def _listen(worker: _Worker, counts: Mapping[str, TargetCounts]) -> bool:
+def _listen(worker: _Worker, counts: Mapping[str, TargetCounts], report: Callable[[str], None]) -> bool:
     """Take one message of a worker; return False where it has ended."""
     try:
         message = worker.connection.recv()
@@ -137,8 +151,14 @@ def _listen(worker: _Worker, counts: Mapping[str, TargetCounts]) -> bool:
     if isinstance(message, int):
         worker.at = message
         return message >= 0
-    counts[message.target].add(message)
+    _add(message, counts, report)
     return True
+
+
+def _add(outcome: Outcome, counts: Mapping[str, TargetCounts], report: Callable[[str], None]) -> None:
+    counts[outcome.target].add(outcome)
+    if outcome.kind == "failed":
+        report(f"{outcome.target} {outcome.number}: {outcome.why.partition(chr(10))[0][:500]}")
 
 
 def _work(campaign: Campaign, job: int, first: int, end: float, send: Connection) -> None:

@@ -10,6 +10,9 @@ import json
 import random
 from typing import Any
 
+# Integers beyond it cannot become a float.
+LARGEST_FLOAT = 1e308
+
 
 class Raw(str):
     """JSON text that is written as it is, for numbers and trees that Python's parser would not give back."""
@@ -191,7 +194,9 @@ def near_value(value: Any, draw: random.Random) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, (int, float)) and not isinstance(value, Raw):
-        small = (value + 1, value - 1, -value, value * 2, 0, float(value), str(value), value * 1000)
+        # A number of more digits than a float can have has no neighbours of other kinds.
+        others = (float(value), str(value)) if abs(value) < LARGEST_FLOAT else ()
+        small = (value + 1, value - 1, -value, value * 2, 0, value * 1000, *others)
         return draw.choice(small) if draw.random() < 0.6 else draw.choice(NUMBERS)
     if isinstance(value, str):
         changed = (value.upper(), value + "x", value[:-1], value[1:], value * 2, f" {value}", value[::-1], [value])

@@ -176,7 +176,11 @@ def _run_once(target: FuzzTarget, number: int, place: Workplace) -> Outcome:
     folder, out = place.folder / f"in-{number}", place.folder / f"out-{number}"
     shared = [place.folder / name for name in ("outside", "home")]
     before = [_signature(path) for path in shared]
-    place.make_input(target, number, folder)
+    try:
+        place.make_input(target, number, folder)
+    except Exception as error:  # a fault of the fuzzer's own, which is not to pass for one of the program
+        why = f"the input could not be made: {type(error).__name__}: {error} ({_where(error.__traceback__)})"
+        return Outcome(target.name, number, "failed", why, 0.0, 0.0)
     # Each input is a process of its own to its user: whatever an earlier one left is not its fault.
     os.chdir(folder)
     kind, why = "result", ""

@@ -6,6 +6,7 @@ import hashlib
 import re
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import huggingface_hub
@@ -39,6 +40,13 @@ def test_only_some_files_are_fetched_where_no_weights_are_needed(
     server.fail(f"/api/models/{REPO}", 503)
     assert hub.fetch(REPO, commit, patterns=TOKENIZER_FILES, progress=False) == snapshot
     assert content(hub.fetch(REPO, progress=False).folder) == FETCHED
+
+
+def test_a_fetch_leaves_no_thread_behind(server: HubServer, tmp_path: Path) -> None:
+    server.add(REPO, folder_of(tmp_path / "tokenizer", {"tokenizer.json": b"{}"}))
+    hub.fetch(REPO, patterns=("*.json",), progress=False)
+    names = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in names if "tqdm" in name]
 
 
 def test_files_without_weights_can_be_asked_for_and_must_be_there(server: HubServer, tmp_path: Path) -> None:

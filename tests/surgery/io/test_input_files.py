@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,20 @@ def test_text_is_utf_8_without_its_mark(tmp_path: Path) -> None:
 def test_a_name_with_a_zero_byte_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match="cannot be read"):
         open_regular(tmp_path / "a\0b")
+
+
+def test_memory_is_taken_for_what_a_file_has_and_not_for_what_it_may_have(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"{}\n")
+    tracemalloc.start()
+    assert read_bytes(path, limit=1 << 30) == b"{}\n"
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000
+
+
+def test_a_file_without_a_size_of_its_own_is_read_to_its_end() -> None:
+    path = Path("/proc/self/status")
+    assert path.stat().st_size == 0 and len(read_bytes(path, limit=100_000)) > 100
+    with pytest.raises(SurgeryError, match="more than the 100"):
+        read_bytes(path, limit=100)

@@ -147,3 +147,15 @@ alias_of_a_whole_key: *s
     (document,), errors = read_documents("endless: &e [*e]\nother: &o {again: *o}\n", "c.yml")
     assert not any(child.holds_anchor for child in document.children.values())
     assert [error.what for error in errors.found] == ["contains itself"] * 2
+
+
+@pytest.mark.parametrize(
+    "kind", ["timestamp", "bool", "int", "float", "binary", "null", "str", "set", "omap", "python/x"]
+)
+@pytest.mark.parametrize("text", ["noon", '""', "maybe", "0x", "-", "1:2:x", "é"])
+def test_a_text_that_is_not_what_its_tag_says_is_refused_or_read(kind: str, text: str) -> None:
+    for document in (f"a: !!{kind} {text}", f"!!{kind} {text}: 1", f"[!!{kind} {text}]"):
+        try:
+            read(document)
+        except SurgeryError as error:
+            assert "c.yml" in str(error)
