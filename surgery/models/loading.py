@@ -20,6 +20,7 @@ from surgery.engine.work.computation import torch_device
 from surgery.errors import SurgeryError, first_line, listing, usage_error
 from surgery.io.json_io import read_json
 from surgery.models import staging
+from surgery.runtime.progress import lines
 from surgery.runtime.quiet_libraries import quiet
 
 AUTO = "auto"  # as a device: wherever accelerate's device map puts the layers; as a dtype: the stored one
@@ -85,7 +86,8 @@ def load_weights(
     checkpoint = _opened(source)
     staged = staging.stage_model(checkpoint)
     try:
-        with quiet(), _offline(), _translated(name, staged):
+        # Before all is silent: lines go to where stderr is then.
+        with lines(f"Loading {name}"), quiet(), _offline(), _translated(name, staged):
             _check_config(staged, checkpoint, name)
             asked = {"dtype": dtype_of(dtype)} | ({"attn_implementation": attention} if attention else {})
             asked |= {"device_map": AUTO} if device == AUTO else {}

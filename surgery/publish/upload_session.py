@@ -25,6 +25,7 @@ from surgery.publish.commit_plan import (
 from surgery.publish.model_card import HubCard
 from surgery.publish.package import CARD, UploadPackage
 from surgery.publish.upload_errors import retry_delay, translate_upload_errors
+from surgery.runtime.progress import lines
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
@@ -117,8 +118,14 @@ class UploadSession:
         deleting = files_to_delete(package, remote)
         # The card first: it is small, and whether one may write here shows before gigabytes are read.
         self._upload([operation for operation in adding if operation.path_in_repo == CARD])
-        for start in range(0, len(adding), FILES_PER_UPLOAD):
-            self._upload(adding[start : start + FILES_PER_UPLOAD])
+        # On a terminal the client draws its own bars.
+        sizes = upload_sizes(package, card)
+        total = sum(sizes[file.path_in_repo] for file in adding)
+        with lines(f"Uploading to {self._target}", total, "bytes") as advance:
+            for start in range(0, len(adding), FILES_PER_UPLOAD):
+                batch = adding[start : start + FILES_PER_UPLOAD]
+                self._upload(batch)
+                advance(sum(sizes[file.path_in_repo] for file in batch))
         removed = tuple(operation.path_in_repo for operation in deleting)
         if removed:
             self._notify(
@@ -127,7 +134,6 @@ class UploadSession:
         package.check_unchanged()
         commit = self._commit([*deleting, *adding], remote.commit, message)
         revision, url = self._page(commit)
-        sizes = upload_sizes(package, card)
         # Compared with the head before the first attempt: the commit may be an earlier attempt's whose answer was lost.
         changed = commit.oid != self._initial_commit
         repo_id = self._target.repo_id

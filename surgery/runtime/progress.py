@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TextIO
@@ -105,10 +105,17 @@ def terminal(label: str, total: int, unit: Unit = "bytes") -> Iterator[Advance]:
 
 
 @contextmanager
+def lines(label: str, total: int = 0, unit: Unit = "steps") -> Iterator[Advance]:
+    """Write lines as `terminal` does, and draw no bar: of work for which a library draws bars, or that has no parts."""
+    with nullcontext(_ignore) if _open_displays else _lines(one_line(label, MOST_CHARACTERS), total, unit) as count:
+        yield _counting(count, None)
+
+
+@contextmanager
 def _lines(label: str, total: int, unit: Unit) -> Iterator[Callable[[int, str], None]]:
     """Write lines of a stage, if this process is one that prints; yield what counts its progress."""
-    if _print_line is None or not is_main():
-        yield lambda amount, note: None
+    if not (_open_reporters or writes_lines()):
+        yield _ignore
         return
     if _open_reporters:
         with _open_reporters[-1].stage(label, total, unit) as count:
@@ -116,6 +123,7 @@ def _lines(label: str, total: int, unit: Unit) -> Iterator[Callable[[int, str], 
         return
     # The stream as it is now: libraries that are silenced meanwhile, by redirecting stderr, must not silence the lines.
     print_line, stream = _print_line, sys.stderr
+    assert print_line is not None  # else no lines are written
     reporter = LineReporter(lambda text: print_line(text, stream))
     _open_reporters.append(reporter)
     try:
@@ -123,6 +131,10 @@ def _lines(label: str, total: int, unit: Unit) -> Iterator[Callable[[int, str], 
             yield count
     finally:
         _open_reporters.pop()
+
+
+def _ignore(amount: int, note: str) -> None:
+    pass
 
 
 def _counting(count: Callable[[int, str], None], file: ProgressFile | None) -> Advance:

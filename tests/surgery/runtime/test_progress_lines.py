@@ -199,3 +199,21 @@ def test_a_terminal_has_bars_and_no_lines(
     with terminal("Bar", 3, "steps") as advance:
         advance(3)
     assert printed == [] and "Bar" in capsys.readouterr().err
+
+
+def test_work_that_has_other_bars_has_lines_only(
+    printed: list[tuple[str, object]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with progress.lines("Loading \x1bm"):
+        progress._open_reporters[-1].tick()
+    with terminal("Scoring", 2, "steps"), progress.lines("Uploading", 8, "bytes") as advance:
+        advance(8)
+        assert len(progress._open_reporters) == 1
+    texts = [text for text, _ in printed]
+    assert texts[:2] == ["Loading \\x1bm: running for 0 s", "Loading \\x1bm: done after 0 s"]
+    assert all(text.startswith("Scoring: ") for text in texts[2:]), "of what lies inside only after half a minute"
+    printed.clear()
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress.lines("Loading"), terminal("Scoring", 2, "steps"), progress.lines("Loading") as advance:
+        advance(1)
+    assert printed == [] and "Loading" not in capsys.readouterr().err
