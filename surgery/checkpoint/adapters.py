@@ -31,7 +31,7 @@ from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.checkpoint.weight_decomposed import WeightDecomposed
 from surgery.errors import SurgeryError, listing
 from surgery.hub import download as hub
-from surgery.io.safe_paths import find_file, list_folder
+from surgery.io.safe_paths import check_contained, find_file, list_folder
 
 NAME_THE_BASE = "Name the base yourself: BASE+ADAPTER."
 NAME_THE_RIGHT_BASE = "Name the right base: BASE+ADAPTER."
@@ -218,7 +218,11 @@ class _Application:
         if self._initial is not None:
             first = self._initial.get(module.name)
             if first is None:
-                return weight
+                raise SurgeryError(
+                    f'has no factors for "{module.name}" in the initial adapter beside it',
+                    where=self.folder,
+                    hint="Put the adapter there as it was saved before this training.",
+                )
             a, b, _ = first.factors
             _check_factors(a, b, weight, transposed, self.folder)
             return replace(weight, derivation=LowRank(weight, a, b, -scale, transposed))
@@ -241,7 +245,10 @@ class _Application:
     def _initial(self) -> Mapping[str, AdaptedModule] | None:
         """The factors before training, if a folder inside of the adapter's has them."""
         for path in list_folder(self.folder):
-            if INITIAL in path.name.lower() and path.is_dir() and find_file(path, WEIGHTS) is not None:
+            if INITIAL not in path.name.lower() or not path.is_dir():
+                continue
+            check_contained(self.folder, path)
+            if find_file(path, WEIGHTS) is not None:
                 return read_adapter_weights(path / WEIGHTS).modules
         return None
 
