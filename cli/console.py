@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 # In the environment, as `surgery run` starts its steps as processes, which are to show their tracebacks too.
 DEBUG = "SURGERY_DEBUG"
+MOST_ROWS = 1_000  # of one table: a terminal takes a millisecond for each
 MOST_CHARACTERS = 10_000  # of one message: longer ones hold what a file says, and nobody reads them
 
 
@@ -131,7 +133,16 @@ def show(*tables: Table) -> None:
     if not console.is_terminal:
         console = rich_console(sys.stdout, width=2000)  # a file or a pipe has no edge to wrap at
     for table in tables:
-        console.print(table.to_rich())
+        console.print(_bounded(table).to_rich())
+
+
+def _bounded(table: Table) -> Table:
+    """Return the table with its first `MOST_ROWS` rows: the names of a file make as many as it likes."""
+    more = len(table.rows) - MOST_ROWS
+    if more <= 0:
+        return table
+    note = f"… and {more:,} more rows; --json has all of them."
+    return replace(table, rows=table.rows[:MOST_ROWS], note=f"{note}\n{table.note}" if table.note else note)
 
 
 def draw(figure: Figure, path: Path) -> None:

@@ -169,3 +169,10 @@ def test_only_the_console_prints() -> None:
 )
 def test_the_search_for_printing_finds_it(line: str) -> None:
     assert calls(ast.parse(line))
+
+
+def test_a_table_shows_its_first_rows_and_says_how_many_more_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show(Table("many", ["name"], [[f"row{number}"] for number in range(5_000)], note="of a file"))
+    shown = " ".join(capsys.readouterr().out.split())  # notes are wrapped
+    assert "row999" in shown and "row1000" not in shown
+    assert "… and 4,000 more rows; --json has all of them." in shown and "of a file" in shown

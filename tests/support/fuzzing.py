@@ -33,11 +33,14 @@ from support.audit import ALWAYS_READ, WatchedFiles, is_inside, watch_files
 from support.fuzz_mutations import mutate_folder
 
 from surgery.errors import SurgeryError
+from surgery.io.input_files import read_utf8
+from surgery.recipes.config_texts import config_texts
 
 # Of processor time: on a machine with other work a clock would find fault with innocent inputs.
 MAX_SECONDS = 2.0
 MAX_MB = 500.0
 MAX_MESSAGE = 250_000  # characters: a thousand lines, of as many faults in one file
+MAX_NAMED = 1_000_000  # bytes of a config whose texts are looked at
 # By the clock, for what waits for ever.
 HUNG_SECONDS = 20.0
 # How often an input that took too long is run: what is slow in itself is slow each time.
@@ -231,10 +234,19 @@ def _outside(watched: WatchedFiles, target: FuzzTarget, folder: Path, out: Path,
     readable = [*writable, folder, place.corpus, *(Path(os.path.realpath(folder / name)) for name in target.named)]
     if target.follows:
         readable += [place.folder / "outside", place.folder / "home"]
+        # A file that its user gave may name any other; which ones are read is told before anything is done.
+        readable += [Path(os.path.realpath(folder / text)) for name in target.named for text in _texts(folder / name)]
     for path in sorted(watched.read):
         # Opened to be synced, after something was renamed in it.
         if path != place.folder and not is_inside(path, [*readable, *ALWAYS_READ]) and not _is_beside(path, out):
             yield f"reads {path.relative_to(place.folder) if path.is_relative_to(place.folder) else path}"
+
+
+def _texts(path: Path) -> Sequence[str]:
+    try:
+        return [text for text in config_texts(read_utf8(path, limit=MAX_NAMED), str(path)) if "\0" not in text]
+    except SurgeryError:  # the input has no such file, or it is no text
+        return []
 
 
 def _is_beside(path: Path, out: Path) -> bool:
