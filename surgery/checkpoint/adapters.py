@@ -31,7 +31,7 @@ from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.checkpoint.weight_decomposed import WeightDecomposed
 from surgery.errors import SurgeryError, listing
 from surgery.hub import download as hub
-from surgery.io.safe_paths import check_contained, find_file, list_folder
+from surgery.io.safe_paths import contained_folder, find_file, list_folder
 
 NAME_THE_BASE = "Name the base yourself: BASE+ADAPTER."
 NAME_THE_RIGHT_BASE = "Name the right base: BASE+ADAPTER."
@@ -247,8 +247,7 @@ class _Application:
         for path in list_folder(self.folder):
             if INITIAL not in path.name.lower() or not path.is_dir():
                 continue
-            check_contained(self.folder, path)
-            if find_file(path, WEIGHTS) is not None:
+            if find_file(contained_folder(self.folder, path.name), WEIGHTS) is not None:
                 return read_adapter_weights(path / WEIGHTS).modules
         return None
 
