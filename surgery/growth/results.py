@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from surgery.errors import SurgeryError, usage_error
 from surgery.evaluation.scoring import Score
@@ -82,7 +84,7 @@ class TrainingRecord(GrowthRecordBase):
     flops: float
     first_loss: float
     last_loss: float
-    curve: tuple[LossPoint, ...]
+    curve: Annotated[tuple[LossPoint, ...], Field(min_length=1)]
     cache: CacheUse
     proven: int
     processes: int
@@ -133,7 +135,7 @@ class Growth(GrowthRecordBase):
     """The results of a whole run."""
 
     plan: GrowthPlan
-    stages: tuple[TrainedStage, ...]
+    stages: Annotated[tuple[TrainedStage, ...], Field(min_length=1)]
     baselines: tuple[TrainedStage, ...] = ()
 
     @property

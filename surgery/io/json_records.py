@@ -13,6 +13,8 @@ from surgery.io.json_fields import shown
 from surgery.io.json_io import read_json, to_json
 
 HEADER = ("schema", "kind")  # the fields of every record that are not the model's
+# Far beyond all that is measured. Sums and axes of a plot stay finite up to it.
+LARGEST_NUMBER = 1e100
 
 
 class Strict(BaseModel):
@@ -47,10 +49,22 @@ def read_record(path: Path, kind: str, schema: int, record: type[R], *, again: s
             where=path,
             hint=f"{again} with this version.",
         )
+    _check_numbers(fields, path, hint=f"{again}.")
     try:
         return record.model_validate({name: value for name, value in fields.items() if name not in HEADER})
     except ValidationError as error:
         raise invalid_record(error, path, hint=f"{again}.") from error
+
+
+def _check_numbers(value: object, path: Path, *, hint: str, key: str = "") -> None:
+    """Raise SurgeryError where a number is NaN, or larger than `LARGEST_NUMBER`."""
+    if isinstance(value, dict | list):
+        # `read_json` has bounded the depth.
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_numbers(inner, path, hint=hint, key=f"{key}.{name}" if key else str(name))
+    elif isinstance(value, int | float) and not abs(value) <= LARGEST_NUMBER:
+        expected = f"expected a number of at most {LARGEST_NUMBER:g}"
+        raise SurgeryError(f"{shown(key)[1:-1]}: got {shown(value)}, {expected}", where=path, hint=hint)
 
 
 def invalid_record(error: ValidationError, where: object, *, hint: str) -> SurgeryError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import date
 
 import yaml
 
@@ -296,10 +295,7 @@ class _Tree:
     def scalar(self, source: yaml.ScalarNode, path: str, line: int) -> YamlNode:
         try:
             value = self.loader.construct_object(source)
-            # What JSON has no values for: a day is the text that it was written as, and bytes are nothing here.
-            if isinstance(value, date):
-                value = source.value
-            elif isinstance(value, bytes):
+            if isinstance(value, bytes):  # pydantic would take them for text
                 return self.wrong(path, line, "is binary, which means nothing here")
             if isinstance(value, str) and not value.isascii():
                 value = _with_whole_pairs(value)
