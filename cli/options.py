@@ -39,6 +39,18 @@ Exclude = Annotated[
     list[str] | None,
     typer.Option(metavar="GLOB", help="Leave tensors whose name matches as they are; may be repeated."),
 ]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="GLOB",
+        help="Copy tensors that only some models have from the base, or the first that has them, where their name "
+        "matches; may be repeated.",
+    ),
+]
+Drop = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="Leave tensors whose name matches out of OUT; may be repeated."),
+]
 Scale = Annotated[float, typer.Option(help="α; negative subtracts.")]
 ScaleFor = Annotated[
     list[str] | None,

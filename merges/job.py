@@ -29,10 +29,11 @@ from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, check_output, plan_files
 from surgery.engine.preflight import Preflight, check_quantised, check_space
 from surgery.engine.result import ExecutionResult
+from surgery.engine.tied_embeddings import with_true_heads
+from surgery.engine.unshared import NO_CHOICE, SeenNames, UnsharedChoice
 from surgery.errors import SurgeryError, listing
 from surgery.vectors.align import aligned_model
 
-_EXAMPLES = 5  # tensors named in a warning
 CONFIG_WORD = 2  # index of the config's path in the words of `surgery merge CONFIG.yml …`
 
 
@@ -60,16 +61,30 @@ class MergeJob:
         result_folders: name of each other document → the folder that its result is, or will be, in.
         line: the words of the command line, to be typed again.
         text: the config as it was written.
+        choice: what to do with tensors that only some models have.
+        seen: the names that the globs of `choice` may match, of all documents up to this one.
+        is_last: whether no other document follows, so that every glob must have matched.
     """
 
     def __init__(
-        self, config: MergeConfig, result_folders: Mapping[str, Path], line: Sequence[str], text: str = ""
+        self,
+        config: MergeConfig,
+        result_folders: Mapping[str, Path],
+        line: Sequence[str],
+        text: str = "",
+        choice: UnsharedChoice = NO_CHOICE,
+        seen: SeenNames | None = None,
+        *,
+        is_last: bool = True,
     ) -> None:
         self.config = config
+        self.choice = choice
+        self.seen = SeenNames() if seen is None else seen
+        self.is_last = is_last
         self.result_folders = result_folders
         self.text = text
         # References, not paths of results: the manifest is then the same for every OUT.
-        options = config.model_dump(mode="json", exclude={"where", "warnings"})
+        options = {**config.model_dump(mode="json", exclude={"where", "warnings"}), **choice.options}
         self.command: dict[str, Any] = {
             "name": "merge",
             "arguments": list(config.models),
@@ -107,8 +122,10 @@ class MergeJob:
             )
         # Tensors of models that are not of one kind would only add an error each.
         preflight.errors.raise_if_any(self.where)
-        checkpoints = self._in_one_layout(preflight, checkpoints)
-        layout = lay_out(preflight, config, checkpoints)
+        checkpoints = with_true_heads(preflight, self._in_one_layout(preflight, checkpoints))
+        layout = lay_out(preflight, config, checkpoints, self.choice, self.seen)
+        if self.is_last:
+            self.choice.check_names(self.seen)
         # Opened only now, after the models are known to fit: it may have to be downloaded.
         donor = self._donor(checkpoints)
         tokens = self._tokens(preflight, checkpoints, donor, layout)
@@ -120,9 +137,6 @@ class MergeJob:
             preflight, layout, tokens.plan if tokens else None, known, chat_template=config.chat_template
         )
         preflight.errors.raise_if_any(self.where)
-        if layout.left_out:
-            names = listing(layout.left_out, _EXAMPLES)
-            preflight.warnings.append(f"left out, as not all models have them and nothing says what they are: {names}")
         planned = [tensor.planned for tensor in merged]
         # Shards as the template has them, where it has every tensor of the output.
         like = layout.template if {t.name for t in planned} <= layout.template.tensors.keys() else None

@@ -18,10 +18,13 @@ from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.checkpoint.tensor_roles import NUMBER
 from surgery.engine.preflight import Preflight
-from surgery.errors import listing, usage_error
+from surgery.engine.unshared import NO_CHOICE, SeenNames, UnsharedChoice, UnsharedTensors
+from surgery.errors import usage_error
 
 MAX_LAYERS = 2_000  # of an output; the deepest models have about 130
 FINAL_NORM, LM_HEAD, BEYOND = "final norm", "lm_head", "beyond"
+KEPT = "kept from {ref}, which others lack and transformers ignores on loading: {count} tensor(s) ({names})"
+LEFT_OUT = "left out, as the architecture computes them and not all models have them: {count} of {ref} ({names})"
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,9 @@ class Slot:
     Args:
         group: the part of the model that it is reported under.
         t: position of its layer in the section, for gradients; see `layer_position`.
-        inputs: one per source of the section, in their order.
+        inputs: one per source of the section, in their order; of a tensor that is copied only that one.
         per_token: whether it has one row per token.
+        copied_from: the model whose tensor is copied, of those that only some models have.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Slot:
     t: float
     inputs: tuple[StoredTensor, ...]
     per_token: bool = False
+    copied_from: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,14 +56,12 @@ class Layout:
         template: the model whose config, names and side files the output gets.
         layers: for each output layer the number of the layer whose entries in the config it gets: the template's own,
             or the first source's where the template has no share in it.
-        left_out: tensors that the output does not get, as not all models have them and nothing says what they are.
         outside: model → full name → tensor, of the tensors in no layer.
     """
 
     template: Checkpoint
     slots: tuple[Slot, ...]
     layers: tuple[int, ...]
-    left_out: tuple[str, ...]
     outside: Mapping[str, Mapping[str, StoredTensor]]
 
 
@@ -80,7 +83,7 @@ class _Models:
                 for layer in shape.blocks
             ]
         # Models store a head, or a final norm, under different names: each of them counts for all.
-        self.heads = sorted({head for shape in self.structures.values() for head in shape.lm_heads})
+        self.heads = sorted({shape.main_head for shape in self.structures.values() if shape.main_head is not None})
         self.ends: dict[str, str] = {}
         for shape in self.structures.values():
             self.ends |= {name: part for name, part in shape.group_by_name.items() if part in (FINAL_NORM, LM_HEAD)}
@@ -103,16 +106,31 @@ class _Models:
         """Return the tensors in no layer by name, with a tied head under the name of another model's untied one."""
         shape, tensors = self.structures[ref], self.checkpoints[ref].tensors
         outside = {name: tensor for name, tensor in tensors.items() if shape.layer_of(name) is None}
-        if shape.tied and len(shape.token_embeddings) == 1:
-            outside |= {head: tensors[shape.token_embeddings[0]] for head in self.heads if head not in outside}
+        if shape.tied and shape.main_embedding is not None:
+            outside |= {head: tensors[shape.main_embedding] for head in self.heads if head not in outside}
         return outside
 
 
-def lay_out(preflight: Preflight, config: MergeConfig, checkpoints: Mapping[str, Checkpoint]) -> Layout:
-    """Return the slots of a merge; what does not match is added to the errors of `preflight`."""
+def lay_out(
+    preflight: Preflight,
+    config: MergeConfig,
+    checkpoints: Mapping[str, Checkpoint],
+    choice: UnsharedChoice = NO_CHOICE,
+    seen: SeenNames | None = None,
+) -> Layout:
+    """Return the slots of a merge; what does not match is added to the errors of `preflight`.
+
+    Args:
+        choice: what to do with tensors that only some models have.
+        seen: gets the names that the globs of `choice` may match.
+
+    Raises:
+        SurgeryError: the output would have too many layers.
+    """
     template = config.template
     models = _Models(checkpoints, template)
-    builder = _LayoutBuilder(preflight, models)
+    unshared = UnsharedTensors(preflight, choice, checkpoints)
+    builder = _LayoutBuilder(preflight, models, unshared)
     builder.add_embeddings(config.sections[0])
     layers: list[int] = []
     for section in config.sections:
@@ -121,11 +139,13 @@ def lay_out(preflight: Preflight, config: MergeConfig, checkpoints: Mapping[str,
             raise usage_error(f"asks for more than {MAX_LAYERS:,} layers", where=config.where)
         layers += builder.add_layers(section, first=len(layers))
     builder.add_ends(config.sections[-1], len(layers))
+    if seen is not None:
+        seen.add(unshared.names, [*(slot.name for slot in builder.slots), *unshared.names, *builder.dropped])
+    unshared.tell(kept=KEPT, left_out=LEFT_OUT)
     return Layout(
         checkpoints[template],
         tuple(builder.slots),
         tuple(layers),
-        tuple(sorted(builder.left_out)),
         {ref: models.outside(ref) for ref in checkpoints},
     )
 
@@ -141,11 +161,12 @@ def _length(section: MergeSection, models: _Models) -> int:
 class _LayoutBuilder:
     """Collects slots: embeddings, then layers, then final norm and head."""
 
-    def __init__(self, preflight: Preflight, models: _Models) -> None:
+    def __init__(self, preflight: Preflight, models: _Models, unshared: UnsharedTensors) -> None:
         self.preflight = preflight
         self.models = models
+        self.unshared = unshared
         self.slots: list[Slot] = []
-        self.left_out: set[str] = set()
+        self.dropped: list[str] = []  # shared tensors that the user leaves out
         for ref, shape in models.structures.items():
             # A shard saved alone, say: its layers would be merged with the wrong ones of other models.
             numbers = [layer.index for layer in shape.blocks]
@@ -231,7 +252,7 @@ class _LayoutBuilder:
         prefix: str = "",
         group: str | None = None,
     ) -> None:
-        """Add a slot for every name that all sources of the section have.
+        """Add a slot for every name that all sources of the section have, or that is kept from one of them.
 
         Args:
             tensors: per source, its tensors by the names to match.
@@ -239,28 +260,28 @@ class _LayoutBuilder:
             group: the slots' part of the model; None for the one it has in the first source.
         """
         refs = [source.model for source in section.sources]
-        shape = self.models.structures[refs[0]]
         # In the order of the sources: a set's would change from run to run, and the output's files with it.
         for name in dict.fromkeys(name for one in tensors for name in one):
-            holders = [one.get(name) for one in tensors]
-            inputs = tuple(tensor for tensor in holders if tensor is not None)
-            if len(inputs) < len(holders):
-                self.report_missing(prefix + name, holders, refs)
+            held = [(ref, one[name]) for ref, one in zip(refs, tensors, strict=True) if name in one]
+            copied_from = None
+            if len(held) < len(refs):
+                # The base's, or that of the first model that has it.
+                held.sort(key=lambda pair: pair[0] != self.models.template)
+                has = list(dict.fromkeys(ref for ref, _ in held))
+                lacks = [ref for ref in dict.fromkeys(refs) if ref not in has]
+                if self.unshared.decide(prefix + name, held[0][1], has, lacks) != "keep":
+                    continue
+                held = held[:1]
+                copied_from = held[0][0]
+            elif self.unshared.drops_shared(prefix + name, held[0][1], held[0][0]):
+                self.dropped.append(prefix + name)
                 continue
+            shape, first = self.models.structures[held[0][0]], held[0][1]
             # Layers have no rows per token; and a head counts under whichever name any of the models stores it.
-            per_token = group is None and inputs[0].name in shape.token_rows
-            part = group or self.models.ends.get(name) or shape.group_of(inputs[0].name)
-            self.slots.append(Slot(prefix + name, part, section, t, inputs, per_token))
-
-    def report_missing(self, name: str, holders: Sequence[StoredTensor | None], refs: Sequence[str]) -> None:
-        """Report a tensor that only some of the sources have: an error, unless its role in the model is unknown."""
-        have = [(ref, tensor) for ref, tensor in zip(refs, holders, strict=True) if tensor is not None]
-        if all(tensor.name in self.models.structures[ref].not_understood for ref, tensor in have):
-            self.left_out.add(name)
-            return
-        present = listing(ref for ref, _ in have)
-        absent = listing(ref for ref, tensor in zip(refs, holders, strict=True) if tensor is None)
-        self.preflight.errors.add_tensor(name, f"in {present} and not in {absent}", "Merge models of one layout.")
+            per_token = group is None and first.name in shape.token_rows
+            part = group or self.models.ends.get(name) or shape.group_of(first.name)
+            inputs = tuple(tensor for _, tensor in held)
+            self.slots.append(Slot(prefix + name, part, section, t, inputs, per_token, copied_from))
 
 
 def _start(stack: str | None) -> str:

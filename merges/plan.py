@@ -13,7 +13,7 @@ from merges.tokenizer.embeddings import TokenInputs
 from surgery.checkpoint.dtypes import dtype_name
 from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.stored_tensor import StoredTensor
-from surgery.engine.kernel import Parameter
+from surgery.engine.kernel import IDENTITY, Parameter
 from surgery.engine.plan import PlannedTensor, copy_tensor
 from surgery.engine.preflight import Preflight
 from surgery.errors import ErrorList, SurgeryError
@@ -73,8 +73,10 @@ class _Planner:
         refs = [source.model for source in slot.section.sources]
         base = slot.section.base_index if self.method.spec.base != "none" else None
         merged = merged_sources(self.method.spec, slot.section)
-        first = slot.inputs[base or 0]
+        first = slot.inputs[0 if slot.copied_from else base or 0]
         models = tuple(refs[i] for i in merged)
+        if slot.copied_from is not None:
+            return self.copy(slot, slot.copied_from)
         if not first.is_float:  # integers (position ids, routing tables) have no meaningful mean: the base's or first
             return MergedTensor(replace(copy_tensor(first), name=slot.name), slot.group, models, False)
         try:
@@ -105,6 +107,19 @@ class _Planner:
             kernel = self.method.kernel(params, len(merged), based=base is not None)
             planned = PlannedTensor(slot.name, dtype, inputs[0].shape, inputs, kernel, params)
         return MergedTensor(planned, slot.group, models, base is not None, weights)
+
+    def copy(self, slot: Slot, ref: str) -> MergedTensor | None:
+        """Plan the copy of a tensor that only some models have; its rows are aligned like those of others."""
+        planned = replace(copy_tensor(slot.inputs[0], dtype=self.stored_as), name=slot.name)
+        if slot.per_token and self.tokens is not None:
+            try:
+                source = self.tokens.align(ref, slot.name, slot.inputs[0])
+            except SurgeryError as error:
+                self.errors.add(str(error))
+                return None
+            if source.rows is not None:
+                planned = replace(planned, shape=source.shape, inputs=(source,), kernel=IDENTITY)
+        return MergedTensor(planned, slot.group, (), False)
 
     def inputs(self, slot: Slot, refs: Sequence[str], stored: Sequence[StoredTensor]) -> tuple[TensorInput, ...] | None:
         """Return the kernel's inputs, rows aligned with the output's vocabulary; None where shapes differ."""

@@ -17,8 +17,10 @@ from merges.methods import METHODS
 from merges.report import MergeReport
 from surgery.engine.manifest import read_manifest
 from surgery.engine.options import ExecutionOptions
+from surgery.engine.unshared import SeenNames, UnsharedChoice
 from surgery.errors import usage_error
 from surgery.io.atomic import MANIFEST
+from surgery.io.command_line import option_words
 from surgery.io.output_folder import check_free, discard_output, output_lock
 from surgery.io.yaml_models import read_text
 from surgery.runtime.collectives import entered_on_main, on_main
@@ -32,6 +34,8 @@ def merge(
     *,
     line: Sequence[str] = (),
     text: str = "",
+    keep: Sequence[str] = (),
+    drop: Sequence[str] = (),
     dry_run: bool = False,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> MergeReport:
@@ -46,6 +50,9 @@ def merge(
         line: the words of the command line, for manifest and model card; the same words for the same job. By default
             those that merge the file.
         text: the config as it was written, for the model card.
+        keep: globs over tensor names; of tensors that only some models have, those to keep as the base, or the first
+            model that has them, has them.
+        drop: globs over tensor names; tensors that OUT does not get.
         dry_run: stop after the checks; nothing is written. Of documents that need another's result only the models are
             checked.
 
@@ -54,7 +61,7 @@ def merge(
             values; the disk is full.
     """
     if isinstance(configs, Path):
-        line = line or ["surgery", "merge", str(configs), "-o", "OUT"]
+        line = line or ["surgery", "merge", str(configs), *option_words({"keep": keep, "drop": drop}), "-o", "OUT"]
         text = text or read_text(configs)
         specs = {name: method.spec for name, method in METHODS.items()}
         configs = parse_configs(text, str(configs), methods=specs)
@@ -62,8 +69,9 @@ def merge(
     steps = out.with_name(out.name + STEPS)
     # A name may hold slashes and dots, and none of them may lead out of the folder.
     folders = {str(config.name): steps / f"name={quote(str(config.name), safe='')}" for config in before}
-    jobs = [MergeJob(config, folders, line) for config in before]
-    job = MergeJob(last, folders, line, text)
+    choice, seen = UnsharedChoice(tuple(keep), tuple(drop)), SeenNames()
+    jobs = [MergeJob(config, folders, line, "", choice, seen, is_last=False) for config in before]
+    job = MergeJob(last, folders, line, text, choice, seen)
     if not dry_run:
         if before and not options.overwrite:
             on_main(_remove_left, out, steps, folders)

@@ -80,6 +80,8 @@ def weights(
     chat_template: Annotated[str | None, typer.Option(help="auto, chatml, llama3, … or a Jinja text.")] = None,
     compat: Annotated[Compat | None, typer.Option(help="Whose arithmetic, where they differ.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of methods that draw at random; 0 by default.")] = None,
+    keep: o.Keep = None,
+    drop: o.Drop = None,
     plot: Plot = None,
     dry_run: o.DryRun = False,
     overwrite: o.Overwrite = False,
@@ -89,9 +91,7 @@ def weights(
     as_json: o.Json = False,
 ) -> None:
     """Write the merge of models' weights, from a mergekit config or by a method's name."""
-    from merges.config.parse import parse_configs
     from merges.run import merge
-    from surgery.io.yaml_models import read_text
 
     settings: dict[str, Any] = {
         "base": base,
@@ -103,18 +103,12 @@ def weights(
     }
     settings = {name: value for name, value in settings.items() if value is not None}
     options = o.options(threads, device, overwrite=overwrite, allow_nonfinite=allow_nonfinite)
-    text = ""
-    configs: tuple[MergeConfig, ...]
-    # A method's name wins over a file of the same name; a missing config is reported as a file, not as a method.
-    if what.endswith(CONFIGS) or (what not in _specs() and Path(what).is_file()):
-        _refuse_beside_config(what, models or (), [*parameters, *settings])
-        text = read_text(Path(what))
-        configs = parse_configs(text, what, methods=_specs())
-    else:
-        configs = (_config(what, models or (), parameters, settings),)
+    configs, text = _configs(what, models or (), parameters, settings)
     # Without what changes no byte, so that the line in OUT is the same for every run.
-    line = ["surgery", "merge", what, *(models or ()), *option_words({**settings, **parameters}), "-o", "OUT"]
-    report = merge(configs, out, line=line, text=text, dry_run=dry_run, options=options)
+    globs = {"keep": keep or [], "drop": drop or []}
+    words = option_words({**settings, **parameters, **globs})
+    line = ["surgery", "merge", what, *(models or ()), *words, "-o", "OUT"]
+    report = merge(configs, out, line=line, text=text, **globs, dry_run=dry_run, options=options)
     if plot and not dry_run:
         _draw(report, plot)
     if as_json:
@@ -212,6 +206,21 @@ def _specs() -> dict[str, Any]:
     from merges.methods.registry import METHODS
 
     return {name: method.spec for name, method in METHODS.items()}
+
+
+def _configs(
+    what: str, models: Sequence[str], parameters: Mapping[str, Any], settings: Mapping[str, Any]
+) -> tuple[tuple[MergeConfig, ...], str]:
+    """Return the documents of a config and its text, or the command line as a config, without a text."""
+    from merges.config.parse import parse_configs
+    from surgery.io.yaml_models import read_text
+
+    # A method's name wins over a file of the same name; a missing config is reported as a file, not as a method.
+    if what.endswith(CONFIGS) or (what not in _specs() and Path(what).is_file()):
+        _refuse_beside_config(what, models, [*parameters, *settings])
+        text = read_text(Path(what))
+        return parse_configs(text, what, methods=_specs()), text
+    return (_config(what, models, parameters, settings),), ""
 
 
 def _refuse_beside_config(config: str, models: Sequence[str], names: Sequence[str]) -> None:

@@ -50,6 +50,8 @@ def extract(
     exclude: o.Exclude = None,
     vocab: o.Vocab = "strict",
     allow_unrelated: o.Unrelated = False,
+    keep: o.Keep = None,
+    drop: o.Drop = None,
     dry_run: o.DryRun = False,
     overwrite: o.Overwrite = False,
     allow_nonfinite: o.AllowNonfinite = False,
@@ -58,14 +60,12 @@ def extract(
     as_json: o.Json = False,
 ) -> None:
     """Write the vector v = θ_tuned − θ_base."""
-    from surgery.vectors import extraction
+    from surgery.vectors import extraction, to_lora
 
     options = o.options(threads, device, overwrite=overwrite, allow_nonfinite=allow_nonfinite)
     report: AdapterReport | ExtractReport
     if rank is not None:
-        from surgery.vectors.to_lora import extract_adapter
-
-        report = extract_adapter(
+        report = to_lora.extract_adapter(
             tuned,
             base,
             out,
@@ -73,6 +73,8 @@ def extract(
             include=include or (),
             exclude=exclude or (),
             allow_unrelated=allow_unrelated,
+            keep=keep or (),
+            drop=drop or (),
             dry_run=dry_run,
             options=options,
         )
@@ -86,6 +88,8 @@ def extract(
             exclude=exclude or (),
             vocab=vocab,
             allow_unrelated=allow_unrelated,
+            keep=keep or (),
+            drop=drop or (),
             dry_run=dry_run,
             options=options,
         )
@@ -104,6 +108,8 @@ def apply(
     vocab: o.Vocab = "strict",
     dtype: o.Dtype = None,
     allow_unrelated: o.Unrelated = False,
+    keep: o.Keep = None,
+    drop: o.Drop = None,
     dry_run: o.DryRun = False,
     overwrite: o.Overwrite = False,
     allow_nonfinite: o.AllowNonfinite = False,
@@ -126,6 +132,8 @@ def apply(
         vocab=vocab,
         dtype=dtype,
         allow_unrelated=allow_unrelated,
+        keep=keep or (),
+        drop=drop or (),
         dry_run=dry_run,
         options=o.options(threads, device, overwrite=overwrite, allow_nonfinite=allow_nonfinite),
     )
@@ -145,6 +153,8 @@ def transfer(
     vocab: o.Vocab = "strict",
     dtype: o.Dtype = None,
     allow_unrelated: o.Unrelated = False,
+    keep: o.Keep = None,
+    drop: o.Drop = None,
     dry_run: o.DryRun = False,
     overwrite: o.Overwrite = False,
     allow_nonfinite: o.AllowNonfinite = False,
@@ -168,6 +178,8 @@ def transfer(
         vocab=vocab,
         dtype=dtype,
         allow_unrelated=allow_unrelated,
+        keep=keep or (),
+        drop=drop or (),
         dry_run=dry_run,
         options=o.options(threads, device, overwrite=overwrite, allow_nonfinite=allow_nonfinite),
     )
@@ -222,6 +234,8 @@ def sweep(
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the random vectors.")] = 0,
     allow_unrelated: o.Unrelated = False,
+    keep: o.Keep = None,
+    drop: o.Drop = None,
     overwrite: o.Overwrite = False,
     device: o.Device = "cpu",
     as_json: o.Json = False,
@@ -245,6 +259,8 @@ def sweep(
         batch_size=batch_size,
         seed=seed,
         allow_unrelated=allow_unrelated,
+        keep=keep or (),
+        drop=drop or (),
         options=o.options(device=device, overwrite=overwrite),
     )
     if as_json:

@@ -103,12 +103,13 @@ def language_part(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def untied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config whose output head is a tensor of its own."""
+def with_tie(config: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
+    """Return a config whose output head is the token embedding, or a tensor of its own."""
     changed = copy.deepcopy(dict(config))
     for part in (changed, language_part(changed)):
+        # transformers 5 reads the outer flag of a multimodal model, older versions the inner one.
         if part is changed or "tie_word_embeddings" in part:
-            part["tie_word_embeddings"] = False
+            part["tie_word_embeddings"] = tied
     return changed
 
 
@@ -124,6 +125,11 @@ def resize_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
     out = within(config)
     # Some configs leave the size to a default of their class, which would be the old one.
     return out if _states_size(out) else {**out, VOCAB_SIZE: size}
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config whose output head is a tensor of its own."""
+    return with_tie(config, tied=False)
 
 
 def inexpressible_layers(config: Mapping[str, Any], layers: Sequence[int], template: ModelStructure) -> list[str]:

@@ -85,6 +85,15 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
+def stated_tie(config: Mapping[str, Any]) -> bool | None:
+    """Return whether the config says that the output head is the token embedding; None where it says nothing.
+
+    Of a multimodal model either flag counts: transformers 5 reads the outer one, older versions the inner one.
+    """
+    stated = {config.get("tie_word_embeddings"), language_config(config).get("tie_word_embeddings")}
+    return True if True in stated else False if False in stated else None
+
+
 def number(config: Mapping[str, Any], names: Sequence[str]) -> int | None:
     """Return the first of the keys `names` that is a positive whole number in the config."""
     # `type … is int`: true would pass for 1.

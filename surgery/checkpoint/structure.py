@@ -24,6 +24,7 @@ from surgery.checkpoint.model_config import (
     language_config,
     layer_count,
     number,
+    stated_tie,
 )
 from surgery.checkpoint.tensor_roles import (
     ATTENTION,
@@ -129,6 +130,20 @@ class ModelStructure:
         """Every tensor whose first axis is the vocabulary: embeddings, heads, and the heads' biases."""
         return tuple(name for name, role in self.roles.items() if role in ("token embedding", "lm head"))
 
+    @property
+    def main_embedding(self) -> str | None:
+        """The token embedding that a tied head is; None without one, or where several are not told apart."""
+        names = _main(self.token_embeddings, self.stack)
+        # T5's encoder and decoder may each have a copy of it.
+        shared = [name for name in names if word_of(parts_of(name)) == "shared"] or names
+        return shared[0] if len(shared) == 1 else None
+
+    @property
+    def main_head(self) -> str | None:
+        """The output head; None without one, or where several are not told apart."""
+        names = _main(self.lm_heads, self.stack)
+        return names[0] if len(names) == 1 else None
+
     def layer_of(self, name: str) -> int | None:
         """Return the layer that tensor `name` belongs to, or None."""
         return self.layer_by_name.get(name)
@@ -185,7 +200,7 @@ def model_structure(checkpoint: Checkpoint) -> ModelStructure:
         blocks=tuple(blocks),
         token_embeddings=embeddings,
         lm_heads=lm_heads,
-        tied=_tied(config, embeddings, lm_heads, notes),
+        tied=_tied(checkpoint.config, _main(embeddings, stack), _main(lm_heads, stack), notes),
         vocab_size=next((tensors[name].shape[0] for name in (*embeddings, *lm_heads)), None),
         hidden_size=hidden,
         experts_per_token=number(config, EXPERTS_PER_TOKEN),
@@ -261,19 +276,35 @@ def _members(
         if name.startswith(start) and NUMBER.fullmatch(part := name[len(start) :].split(".")[0]):
             members.setdefault(int(part), []).append(name)
     members = {index: members[index] for index in sorted(members)}
-    wanted, ahead = layer_count(config), number(config, ("num_nextn_predict_layers",)) or 0
+    wanted = layer_count(config)
     extra: list[str] = []
-    # DeepSeek-V3 numbers them on from its last layer; taken for layers, they would be cut and merged as such.
-    if wanted is not None and ahead and len(members) == wanted + ahead:
+    # DeepSeek-V3 numbers them on from its last layer; taken for layers, they would be cut and merged as such. Tunes
+    # often lack the count of them, and transformers loads as many layers as the config says, whatever follows.
+    if wanted is not None and _has_all(members, wanted) and not _has_two_stacks(config):
         extra = [f"{start}{index}" for index in members if index >= wanted]
+    if extra and wanted is not None:
         members = {index: names for index, names in members.items() if index < wanted}
-        notes.append(f"{', '.join(extra)} predict further tokens ahead and are not counted as layers")
+        notes.append(
+            f"{', '.join(extra)} come after the {wanted} layers of the config (to predict further tokens ahead, say) "
+            "and are not counted"
+        )
     if wanted is not None and len(members) != wanted:
         notes.append(f"the config says {wanted} layers, the names hold {len(members)}")
     if list(members) != list(range(len(members))):
         numbers = f"{len(members)} layers from {min(members)} to {max(members)}"
         notes.append(f"the names hold {numbers}: this is part of a model")
     return members, extra
+
+
+def _has_all(members: Mapping[int, object], wanted: int) -> bool:
+    return all(index in members for index in range(wanted))
+
+
+def _has_two_stacks(config: Mapping[str, Any]) -> bool:
+    """Return whether an encoder and a decoder may be of different depth, so that one number does not hold for both."""
+    return bool(config.get("is_encoder_decoder")) or any(
+        key in config for key in ("decoder_layers", "num_decoder_layers", "encoder_layers")
+    )
 
 
 def _tower_root(stack: str, other: str) -> str | None:
@@ -339,8 +370,19 @@ def _disagreements(blocks: Sequence[Layer], tensors: Shapes, config: Mapping[str
     return notes
 
 
+def _main(names: Iterable[str], stack: str | None) -> list[str]:
+    """Return those of `names` that are no copies of an end in layers that predict further tokens ahead."""
+    ahead = [f"{stack}."] if stack else []
+    return [
+        name
+        for name in names
+        if not any(name.startswith(start) for start in ahead)
+        and not any(part.startswith("mtp") for part in parts_of(name))
+    ]
+
+
 def _tied(config: Mapping[str, Any], embeddings: Sequence[str], lm_heads: Sequence[str], notes: list[str]) -> bool:
-    stated = config.get("tie_word_embeddings")
+    stated = stated_tie(config)
     if lm_heads:
         if stated is True and embeddings:
             notes.append(f"{lm_heads[0]} is stored although the config ties it to {embeddings[0]}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.engine.config_differences import NamedConfig, shape_differences, told_differences
 from surgery.engine.plan import Plan
 from surgery.engine.work.workers import default_threads
-from surgery.errors import ErrorList, listing
+from surgery.errors import ErrorList
 from surgery.io.atomic import partial_path
 from surgery.reporting.report import format_value
 
@@ -84,20 +84,6 @@ def check_configs(
         others.append(other)
     preflight.warnings += told_differences(reference, others)
     preflight.facts.setdefault("architecture", str(reference.config.model_type))
-
-
-def check_names(preflight: Preflight, missing: Sequence[str], extra: Sequence[str], target: str, donor: str) -> None:
-    """Add an error for tensors that only one side has."""
-    if missing:
-        preflight.errors.add(
-            f"{len(missing)} tensor(s) of {target} are missing in {donor}: {listing(missing)}. "
-            "Leave them as they are with --exclude."
-        )
-    if extra:
-        preflight.errors.add(
-            f"{len(extra)} tensor(s) of {donor} are missing in {target}: {listing(extra)}. "
-            "Leave them out with --exclude."
-        )
 
 
 def check_quantised(preflight: Preflight, checkpoints: Iterable[Checkpoint]) -> None:

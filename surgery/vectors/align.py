@@ -1,13 +1,14 @@
 """Align donor tensors, and their vocabulary rows, with the tensors of a reference model.
 
-Names and shapes must agree. Tensors with one row per token also need the same token → id map, for which there are three
+Shapes must agree, and names: what becomes of a tensor that only some models have, `surgery.engine.unshared` decides.
+Tensors with one row per token also need the same token → id map, for which there are three
 policies: `strict` refuses any difference, `by-token` aligns rows by token string (a token that a donor lacks gets no
 update), `skip-embeddings` leaves those tensors as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -20,7 +21,8 @@ from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.checkpoint.vocabulary import Vocabulary, align_rows, differences, read_vocabulary
-from surgery.engine.preflight import Preflight, check_names, check_quantised
+from surgery.engine.preflight import Preflight, check_quantised
+from surgery.engine.unshared import SeenNames, UnsharedChoice, UnsharedTensors
 from surgery.errors import usage_error
 from surgery.vectors.choices import VocabPolicy
 from surgery.vectors.selection import TensorSelection
@@ -29,13 +31,22 @@ POLICIES: tuple[VocabPolicy, ...] = get_args(VocabPolicy)
 OTHER_POLICIES = "--vocab by-token aligns rows by token; --vocab skip-embeddings leaves the embeddings as they are."
 
 
+SKIP: VocabPolicy = "skip-embeddings"
+HINT = (
+    "--keep GLOB leaves a tensor of the target as it is, --drop GLOB leaves it out; where only the others have it, "
+    "--drop leaves the update out."
+)
+NO_UPDATE = "without an update, as transformers ignores them where a model lacks them: {count} of {ref} ({names})"
+NO_UPDATE_COMPUTED = "without an update, as the architecture computes them: {count} of {ref} ({names})"
+
+
 @dataclass(frozen=True)
 class VectorSettings:
     """How a vector is taken or added.
 
     selection: the tensors that change, and their scales. vocab: what to do where vocabularies differ. dtype: torch's
     name of the dtype to store float tensors in; None keeps each tensor's own. allow_unrelated: accept models without a
-    common ancestor.
+    common ancestor. unshared: what to do with tensors that only some models have.
 
     Raises:
         SurgeryError: there is no such policy or dtype.
@@ -45,6 +56,7 @@ class VectorSettings:
     vocab: VocabPolicy = "strict"
     dtype: str | None = None
     allow_unrelated: bool = False
+    unshared: UnsharedChoice = field(default_factory=UnsharedChoice)
 
     def __post_init__(self) -> None:
         if self.vocab not in POLICIES:
@@ -60,7 +72,7 @@ class VectorSettings:
     @property
     def options(self) -> dict[str, Any]:
         """The command-line options that give these settings, as manifests record them."""
-        return {"vocab": self.vocab, "dtype": self.dtype, **self.selection.options}
+        return {"vocab": self.vocab, "dtype": self.dtype, **self.selection.options, **self.unshared.options}
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,18 @@ def aligned_model(checkpoint: Checkpoint) -> AlignedModel:
     return AlignedModel(checkpoint, checkpoint.tokenizer_folder)
 
 
+@dataclass(frozen=True)
+class Alignment:
+    """The donors' inputs for the tensors of a reference model.
+
+    inputs: name → one `TensorInput` per donor, each with as many elements as the reference's tensor. dropped: the
+    reference's tensors that OUT does not get.
+    """
+
+    inputs: Mapping[str, tuple[TensorInput, ...]]
+    dropped: frozenset[str] = frozenset()
+
+
 def check_and_align(
     preflight: Preflight,
     reference: AlignedModel,
@@ -89,21 +113,25 @@ def check_and_align(
     *,
     command: str,
     zero: Collection[str] = (),
-) -> dict[str, tuple[TensorInput, ...]]:
+    names: Iterable[str] = (),
+    makes_model: bool = True,
+) -> Alignment:
     """Check that `donors` can be aligned with `reference`, and align them. Arguments and result as `align_tensors`.
 
     Args:
         command: named by the errors.
+        names: further names that a glob may match: of tensors that the models were found to have twice.
 
     Raises:
-        SurgeryError: `preflight` has errors, from before or of this; a glob of the selection matches nothing.
+        SurgeryError: `preflight` has errors, from before or of this; a glob matches nothing.
     """
     # Models of different architectures differ in every name and shape: listing those as well would hide the reason.
     preflight.errors.raise_if_any(command)
     checkpoints = [reference.checkpoint, *(donor.checkpoint for donor in donors)]
     check_quantised(preflight, checkpoints)
-    settings.selection.check_names(sorted({name for checkpoint in checkpoints for name in checkpoint.float_names()}))
-    aligned = align_tensors(preflight, reference, donors, settings.selection, settings.vocab, zero=zero)
+    float_names = {name for checkpoint in checkpoints for name in checkpoint.float_names()}
+    settings.selection.check_names(sorted({*float_names, *names}))
+    aligned = align_tensors(preflight, reference, donors, settings, zero=zero, makes_model=makes_model)
     preflight.errors.raise_if_any(command)
     return aligned
 
@@ -112,61 +140,83 @@ def align_tensors(
     preflight: Preflight,
     reference: AlignedModel,
     donors: Sequence[AlignedModel],
-    selection: TensorSelection,
-    policy: VocabPolicy,
+    settings: VectorSettings,
     *,
     zero: Collection[str] = (),
-) -> dict[str, tuple[TensorInput, ...]]:
+    makes_model: bool = True,
+) -> Alignment:
     """Find the donors' inputs for every selected float tensor of `reference`; errors are added to `preflight`.
 
     Args:
         zero: names whose update is known to be zero, which no donor stores.
+        makes_model: whether OUT is a model, which `--drop` may leave incomplete.
 
-    Returns:
-        name → one `TensorInput` per donor, each with as many elements as the reference's tensor.
+    Raises:
+        SurgeryError: a glob of `--keep` or `--drop` matches nothing.
     """
+    selection, policy = settings.selection, settings.vocab
     structures = [model_structure(donor.checkpoint) for donor in donors]
     own = model_structure(reference.checkpoint)
     rows = _RowAligner(preflight, reference, donors, policy)
+    refs = [donor.ref for donor in donors]
+    models = {model.ref: model.checkpoint for model in (reference, *donors)}
+    unshared = UnsharedTensors(preflight, settings.unshared, models, hint=HINT)
     per_token = set(own.token_rows)
     aligned: dict[str, tuple[TensorInput, ...]] = {}
-    missing: list[str] = []
+    dropped: set[str] = set()
     for name, tensor in reference.checkpoint.tensors.items():
-        # Integer tensors (position ids, masks) are no weights, and have no meaningful difference.
-        if not tensor.is_float or not selection.selects(name) or name in zero:
-            continue
-        if name in per_token and policy == "skip-embeddings":
-            continue
         candidates = [_find(donor, structure, name, own) for donor, structure in zip(donors, structures, strict=True)]
         stored = [candidate for candidate in candidates if candidate is not None]
-        if len(stored) < len(candidates):
-            missing.append(name)
-            continue
-        inputs = rows.align(tensor, stored) if name in per_token else tuple(TensorInput(s) for s in stored)
-        if _shapes_agree(preflight, tensor, inputs, donors, name in per_token):
-            aligned[name] = inputs
-    # A vector that is applied in part would not be the vector that was extracted: what is left over is an error.
-    extra = sorted(
-        {
-            name
-            for donor, structure in zip(donors, structures, strict=True)
-            for name, tensor in donor.checkpoint.tensors.items()
-            if tensor.is_float
-            and selection.selects(name)
-            and name not in reference.checkpoint.tensors
-            and not (policy == "skip-embeddings" and name in structure.token_rows)
-        }
-    )
-    check_names(preflight, missing, extra, reference.ref, " or ".join(dict.fromkeys(d.ref for d in donors)))
-    return aligned
+        lacks = [ref for ref, candidate in zip(refs, candidates, strict=True) if candidate is None and name not in zero]
+        # What no update is asked for may be in one model alone; but the user's word counts for it too.
+        is_asked = tensor.is_float and selection.selects(name) and not (name in per_token and policy == SKIP)
+        if lacks and (is_asked or settings.unshared.drops(name)):
+            has = list(dict.fromkeys((reference.ref, *(ref for ref in refs if ref not in lacks))))
+            if unshared.decide(name, tensor, has, lacks) == "leave out" and settings.unshared.drops(name):
+                dropped.add(name)
+        elif lacks:
+            unshared.names.append(name)
+        elif unshared.drops_shared(name, tensor, reference.ref):
+            dropped.add(name)
+        # Integer tensors (position ids, masks) are no weights, and have no meaningful difference.
+        elif is_asked and name not in zero:
+            inputs = rows.align(tensor, stored) if name in per_token else tuple(TensorInput(s) for s in stored)
+            if _shapes_agree(preflight, tensor, inputs, donors, name in per_token):
+                aligned[name] = inputs
+    extra = _only_donors(reference, donors, structures, settings)
+    for name, (tensor, has) in extra.items():
+        unshared.decide(name, tensor, has, [reference.ref], can_keep=False)
+    seen = SeenNames()
+    seen.add(unshared.names, [*reference.checkpoint.tensors, *extra])
+    settings.unshared.check_names(seen)
+    unshared.tell(kept=NO_UPDATE, left_out=NO_UPDATE_COMPUTED, makes_model=makes_model)
+    return Alignment(aligned, frozenset(dropped))
+
+
+def _only_donors(
+    reference: AlignedModel,
+    donors: Sequence[AlignedModel],
+    structures: Sequence[ModelStructure],
+    settings: VectorSettings,
+) -> dict[str, tuple[StoredTensor, list[str]]]:
+    """Return the selected float tensors that the reference lacks: name → the first donor's, and who has it."""
+    # A vector is never applied in part without a word: what is left over is told of, or an error.
+    extra: dict[str, tuple[StoredTensor, list[str]]] = {}
+    for donor, structure in zip(donors, structures, strict=True):
+        per_token = structure.token_rows if settings.vocab == SKIP else ()
+        for name, tensor in donor.checkpoint.tensors.items():
+            lacking = name not in reference.checkpoint.tensors and name not in per_token
+            if lacking and tensor.is_float and settings.selection.selects(name):
+                extra.setdefault(name, (tensor, []))[1].append(donor.ref)
+    return {name: (tensor, list(dict.fromkeys(has))) for name, (tensor, has) in sorted(extra.items())}
 
 
 def _find(donor: AlignedModel, structure: ModelStructure, name: str, own: ModelStructure) -> StoredTensor | None:
     """Return the donor's tensor for `name`; for an output matrix that the donor ties, its embedding."""
     # A tied donor stores one matrix for both ends; with several embeddings it is unclear which one is tied.
     stored = donor.checkpoint.tensors.get(name)
-    if stored is None and name in own.lm_heads and structure.tied and len(structure.token_embeddings) == 1:
-        return donor.checkpoint.tensors[structure.token_embeddings[0]]
+    if stored is None and name == own.main_head and structure.tied and structure.main_embedding is not None:
+        return donor.checkpoint.tensors[structure.main_embedding]
     return stored
 
 

@@ -21,11 +21,13 @@ from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, PlannedTensor, copy_tensor, plan_files
 from surgery.engine.preflight import Preflight, check_ancestor, check_config
 from surgery.engine.result import ExecutionResult
+from surgery.engine.unshared import UnsharedChoice
 from surgery.io.escaping import markdown_text
-from surgery.vectors.align import VectorSettings, aligned_model, check_and_align
+from surgery.vectors.align import Alignment, VectorSettings, aligned_model, check_and_align
 from surgery.vectors.choices import VocabPolicy
 from surgery.vectors.selection import TensorSelection
 from surgery.vectors.task_vector import VectorInput, model_difference, open_vector, stored_vector
+from surgery.vectors.tied_heads import with_target_heads
 
 
 def apply(
@@ -40,6 +42,8 @@ def apply(
     vocab: VocabPolicy = "strict",
     dtype: str | None = None,
     allow_unrelated: bool = False,
+    keep: Sequence[str] = (),
+    drop: Sequence[str] = (),
     dry_run: bool = False,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> EditReport:
@@ -56,6 +60,8 @@ def apply(
         vocab: what to do where the tokenizers differ; see `surgery.vectors.align`.
         dtype: torch's name of the dtype to store float tensors in; None keeps each tensor's own.
         allow_unrelated: add the vector even to a target of another ancestry.
+        keep: globs over names of tensors that only the target has: they stay as they are.
+        drop: globs over names: OUT does not get these tensors, nor updates of those that the target lacks.
         dry_run: stop after the checks; nothing is written.
 
     Raises:
@@ -63,7 +69,7 @@ def apply(
     """
     opened = open_vector(vector)
     selection = TensorSelection(scale, tuple(include), tuple(exclude), scale_for or {})
-    settings = VectorSettings(selection, vocab, dtype, allow_unrelated)
+    settings = VectorSettings(selection, vocab, dtype, allow_unrelated, UnsharedChoice(tuple(keep), tuple(drop)))
     command = command_record("vector apply", [vector, target], **settings.options)
     return _add(stored_vector(opened), target, out, settings, command, dry_run=dry_run, options=options)
 
@@ -81,6 +87,8 @@ def transfer(
     vocab: VocabPolicy = "strict",
     dtype: str | None = None,
     allow_unrelated: bool = False,
+    keep: Sequence[str] = (),
+    drop: Sequence[str] = (),
     dry_run: bool = False,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> EditReport:
@@ -92,7 +100,7 @@ def transfer(
         surgery.transfer("lab:grpo", "lab:sft", "lab:instruct", Path("OUT"), exclude=["*embed*"])
     """
     selection = TensorSelection(scale, tuple(include), tuple(exclude), scale_for or {})
-    settings = VectorSettings(selection, vocab, dtype, allow_unrelated)
+    settings = VectorSettings(selection, vocab, dtype, allow_unrelated, UnsharedChoice(tuple(keep), tuple(drop)))
     command = command_record("vector transfer", [tuned, base, target], **settings.options)
     difference = model_difference(open_checkpoint(tuned), open_checkpoint(base))
     return _add(difference, target, out, settings, command, dry_run=dry_run, options=options)
@@ -108,16 +116,11 @@ def _add(
     dry_run: bool,
     options: ExecutionOptions,
 ) -> EditReport:
-    base, preflight = open_checkpoint(target), Preflight()
-    vector = vector.in_layout_of(base, preflight)
+    opened, preflight = open_checkpoint(target), Preflight()
+    check_destination(out, {"target": opened, **vector.checkpoints}, options, dry_run=dry_run)
+    base, aligned, vector = fit_vector(preflight, opened, vector, settings, command=str(command["name"]))
     donors = vector.checkpoints
     sources = {"target": base, **donors}
-    check_destination(out, sources, options, dry_run=dry_run)
-    check_config(preflight, base, vector.config, next(iter(donors.values())).ref)
-    models = list(vector.models.values())
-    aligned = check_and_align(
-        preflight, aligned_model(base), models, settings, command=str(command["name"]), zero=vector.zero
-    )
     # Last of the checks: it reads values from every matrix of the target.
     check_ancestor(preflight, base, vector.read_sketch(), allow_unrelated=settings.allow_unrelated)
     planned = _plan_tensors(base, vector, aligned, settings)
@@ -139,17 +142,40 @@ def _add(
     )
 
 
+def fit_vector(
+    preflight: Preflight, target: Checkpoint, vector: VectorInput, settings: VectorSettings, *, command: str
+) -> tuple[Checkpoint, Alignment, VectorInput]:
+    """Check that a vector fits a target; return the target as it is seen, its inputs, and the vector as it is seen.
+
+    Raises:
+        SurgeryError: they do not fit, or `preflight` has errors.
+    """
+    vector = vector.in_layout_of(target, preflight)
+    donors = vector.checkpoints
+    check_config(preflight, target, vector.config, next(iter(donors.values())).ref)
+    preflight.errors.raise_if_any(command)
+    names = [name for model in (target, *donors.values()) for name in model.float_names()]
+    target, vector = with_target_heads(preflight, target, vector, settings)
+    models = list(vector.models.values())
+    aligned = check_and_align(
+        preflight, aligned_model(target), models, settings, command=command, zero=vector.zero, names=names
+    )
+    return target, aligned, vector
+
+
 def _plan_tensors(
-    base: Checkpoint, vector: VectorInput, aligned: Mapping[str, tuple[TensorInput, ...]], settings: VectorSettings
+    base: Checkpoint, vector: VectorInput, aligned: Alignment, settings: VectorSettings
 ) -> list[PlannedTensor]:
-    """Plan every tensor of `base`: through the vector's kernel where it has an update, else as a copy."""
+    """Plan every tensor of `base` that OUT gets: through the vector's kernel where it has an update, else as a copy."""
     planned = []
     for name, tensor in base.tensors.items():
+        if name in aligned.dropped:
+            continue
         alpha = settings.selection.scale_of(name)
         # α = 0 keeps the tensor's bytes: through the kernel −0 and NaN payloads could change.
-        if name in aligned and alpha != 0:
+        if name in aligned.inputs and alpha != 0:
             dtype = settings.stored_dtype or tensor.dtype
-            inputs = (TensorInput(tensor), *aligned[name])
+            inputs = (TensorInput(tensor), *aligned.inputs[name])
             planned.append(PlannedTensor(name, dtype, tensor.shape, inputs, vector.kernel, {"scale": alpha}))
         else:
             planned.append(copy_tensor(tensor, dtype=settings.stored_dtype))

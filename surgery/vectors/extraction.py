@@ -23,6 +23,7 @@ from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, PlannedTensor, plan_files
 from surgery.engine.preflight import Preflight, check_ancestor, check_config, sketch
 from surgery.engine.result import ExecutionResult
+from surgery.engine.unshared import UnsharedChoice
 from surgery.engine.work.workers import run_shared
 from surgery.errors import SurgeryError
 from surgery.io.output_files import write_output
@@ -32,6 +33,7 @@ from surgery.vectors.choices import VocabPolicy
 from surgery.vectors.kernels import DIFFERENCE
 from surgery.vectors.selection import TensorSelection
 from surgery.vectors.task_vector import DONOR, FORMAT, SKETCH, STEM
+from surgery.vectors.tied_heads import with_pair_heads
 
 COMMAND = "vector extract"
 
@@ -93,6 +95,8 @@ def extract(
     exclude: Sequence[str] = (),
     vocab: VocabPolicy = "strict",
     allow_unrelated: bool = False,
+    keep: Sequence[str] = (),
+    drop: Sequence[str] = (),
     dry_run: bool = False,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> ExtractReport:
@@ -108,19 +112,22 @@ def extract(
             can. The report counts what does not come back.
         include, exclude: globs over tensor names.
         vocab: what to do where the two tokenizers differ; see `surgery.vectors.align`.
+        keep, drop: globs over names: the vector has nothing of these tensors; `keep` for those that one model lacks.
         dry_run: stop after the checks; nothing is written.
 
     Raises:
         SurgeryError: the models do not fit each other, or do not differ; `out` exists; the disk is full.
     """
     selection = TensorSelection(include=tuple(include), exclude=tuple(exclude))
-    settings = VectorSettings(selection, vocab, dtype, allow_unrelated)
+    settings = VectorSettings(selection, vocab, dtype, allow_unrelated, UnsharedChoice(tuple(keep), tuple(drop)))
     pair = prepare_extraction(tuned, base, out, settings, dry_run=dry_run, options=options)
-    command = command_record(COMMAND, [tuned, base], dtype=dtype, include=include, exclude=exclude, vocab=vocab)
+    globs = {"include": include, "exclude": exclude, **settings.unshared.options}
+    command = command_record(COMMAND, [tuned, base], dtype=dtype, vocab=vocab, **globs)
+    stored_dtype = dtype_name(dtype)
     plan = Plan(
         command,
         pair.sources,
-        plan_files(_plan_tensors(pair, dtype_name(dtype)), stem=STEM),
+        plan_files(_plan_tensors(pair, stored_dtype), stem=STEM),
         {f"{DONOR}/{name}": file for name, file in pair.tuned.side_files.items()},
         index_name=f"{STEM}.safetensors.index.json",
     )
@@ -131,13 +138,8 @@ def extract(
         report = _with_norms(preview, pair, result)
         write_output(folder, f"{DONOR}/{SKETCH}", save(dict(pair.sketch)))
         # With `zero` and `left_out` an application distinguishes a delta of zero from a tensor never compared.
-        vector = {
-            "format": FORMAT,
-            "dtype": dtype_name(dtype),
-            "zero": pair.unchanged,
-            "left_out": pair.left_out,
-        }
-        card = _card(report, dtype_name(dtype))
+        vector = {"format": FORMAT, "dtype": stored_dtype, "zero": pair.unchanged, "left_out": pair.left_out}
+        card = _card(report, stored_dtype)
         return OutputDescription(report, report.summary(), card, kind="vector", fields={"vector": vector})
 
     return write_checkpoint(
@@ -200,13 +202,18 @@ def prepare_extraction(
         SurgeryError: the models do not fit each other, or do not differ; `out` exists.
     """
     preflight = Preflight()
-    sources = {"tuned": open_checkpoint(tuned), "base": open_checkpoint(base)}
+    opened = {"tuned": open_checkpoint(tuned), "base": open_checkpoint(base)}
     other = "base" if layout_of == "tuned" else "tuned"
-    sources[other] = see_as(preflight, sources[other], sources[layout_of]).checkpoint
-    check_destination(out, sources, options, dry_run=dry_run)
-    check_config(preflight, sources["tuned"], sources["base"].config, base)
+    opened[other] = see_as(preflight, opened[other], opened[layout_of]).checkpoint
+    check_destination(out, opened, options, dry_run=dry_run)
+    check_config(preflight, opened["tuned"], opened["base"].config, base)
+    preflight.errors.raise_if_any(COMMAND)
+    names = [name for model in opened.values() for name in model.float_names()]
+    sources = dict(zip(opened, with_pair_heads(preflight, *opened.values()), strict=True))
     models = [aligned_model(checkpoint) for checkpoint in sources.values()]
-    aligned = check_and_align(preflight, models[0], models, settings, command=COMMAND)
+    aligned = check_and_align(
+        preflight, models[0], models, settings, command=COMMAND, names=names, makes_model=False
+    ).inputs
     base_sketch = sketch(sources["base"])
     check_ancestor(preflight, sources["tuned"], base_sketch, allow_unrelated=settings.allow_unrelated)
     # Finding what changed reads both models: not before all that is cheap to check has passed.

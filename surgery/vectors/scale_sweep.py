@@ -21,7 +21,8 @@ from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader, co
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import check_output
-from surgery.engine.preflight import Preflight, check_ancestor, check_config
+from surgery.engine.preflight import Preflight, check_ancestor
+from surgery.engine.unshared import UnsharedChoice
 from surgery.errors import SurgeryError, listing, usage_error
 from surgery.evaluation.harness import on_tasks
 from surgery.evaluation.scoring import Score
@@ -32,7 +33,8 @@ from surgery.models.loading import load_model
 from surgery.reporting.plots import plot_scale_curve
 from surgery.reporting.report import Column, Figure, Report, Table
 from surgery.runtime.collectives import on_main
-from surgery.vectors.align import VectorSettings, aligned_model, check_and_align
+from surgery.vectors.align import VectorSettings
+from surgery.vectors.application import fit_vector
 from surgery.vectors.choices import VocabPolicy
 from surgery.vectors.kernels import ADD_VECTOR
 from surgery.vectors.selection import TensorSelection
@@ -160,6 +162,8 @@ def sweep(
     batch_size: int = 64,
     seed: int = 0,
     allow_unrelated: bool = False,
+    keep: Sequence[str] = (),
+    drop: Sequence[str] = (),
     options: ExecutionOptions = ExecutionOptions(),
 ) -> SweepReport:
     """Score θ_target + α·(m ⊙ v) for every α of the grid, and `controls` random vectors at the best one.
@@ -171,6 +175,8 @@ def sweep(
         scales: the grid; `scale_for` globs multiply it, so that 0.5 halves a tensor's α everywhere on the grid.
         out: a folder for results.json, one picture per task and report.html.
         seed: of the first random vector; the others count up from it.
+        keep: globs over names of tensors that only the target has: they stay as they are.
+        drop: globs over names of tensors whose updates the target has no place for.
 
     Raises:
         SurgeryError: vector and target do not fit; the model's tensors cannot be reached in memory by their names on
@@ -178,13 +184,14 @@ def sweep(
     """
     opened, model = open_vector(vector), open_checkpoint(target)
     selection = TensorSelection(1.0, tuple(include), tuple(exclude), scale_for or {})
-    settings = VectorSettings(selection, vocab, allow_unrelated=allow_unrelated)
+    choice = UnsharedChoice(tuple(keep), tuple(drop))
+    settings = VectorSettings(selection, vocab, allow_unrelated=allow_unrelated, unshared=choice)
     # Before the model is loaded: a sweep takes long, and must not fail at its last step.
     if out is not None:
         check_free(out, overwrite=options.overwrite)
         check_output(out, {"target": model, "vector": opened.checkpoint})
     preflight = Preflight()
-    aligned = _check_and_align(preflight, model, opened, settings)
+    model, aligned = _check_and_align(preflight, model, opened, settings)
     measures = on_tasks(tasks, limit=limit, batch_size=batch_size)
     with _EditedModel(model, aligned, selection, options.device) as edited:
 
@@ -211,16 +218,24 @@ def sweep(
 
 def _check_and_align(
     preflight: Preflight, model: Checkpoint, vector: TaskVector, settings: VectorSettings
-) -> dict[str, TensorInput]:
-    """Return the vector's input for every tensor of `model` that it changes. Raises SurgeryError."""
-    check_config(preflight, model, vector.checkpoint.config, vector.ref)
-    seen = stored_vector(vector).in_layout_of(model, preflight)
-    aligned = check_and_align(
-        preflight, aligned_model(model), list(seen.models.values()), settings, command=COMMAND, zero=seen.zero
-    )
-    check_ancestor(preflight, model, seen.read_sketch(), allow_unrelated=settings.allow_unrelated)
+) -> tuple[Checkpoint, dict[str, TensorInput]]:
+    """Return the target as it is seen, and the vector's input for every tensor that it changes. Raises SurgeryError."""
+    seen, aligned, fitted = fit_vector(preflight, model, stored_vector(vector), settings, command=COMMAND)
+    check_ancestor(preflight, seen, fitted.read_sketch(), allow_unrelated=settings.allow_unrelated)
     preflight.errors.raise_if_any(COMMAND)
-    return {name: source for name, (source,) in aligned.items()}
+    if aligned.dropped:
+        raise usage_error(
+            f"would leave out {len(aligned.dropped)} tensor(s) that the target has: {listing(aligned.dropped, 3)}",
+            where="--drop",
+            hint="A sweep sets the weights of a loaded model, and can leave out none.",
+        )
+    if parted := sorted(seen.tensors.keys() - model.tensors.keys()):
+        raise SurgeryError(
+            f"{listing(parted)} would be another matrix than its embedding, to which the loaded model ties it",
+            where=model.ref,
+            hint="Write each α with `surgery vector apply` and score them with `surgery eval`.",
+        )
+    return seen, {name: source for name, (source,) in aligned.inputs.items()}
 
 
 def _best_scale(points: Sequence[SweepPoint]) -> float:

@@ -29,6 +29,7 @@ from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, PlannedTensor, plan_files
 from surgery.engine.reduce import reduce_tensors
 from surgery.engine.result import ExecutionResult
+from surgery.engine.unshared import UnsharedChoice
 from surgery.errors import SurgeryError, usage_error
 from surgery.io.output_files import write_output
 from surgery.reporting.report import Column, Table
@@ -93,6 +94,8 @@ def extract_adapter(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     allow_unrelated: bool = False,
+    keep: Sequence[str] = (),
+    drop: Sequence[str] = (),
     dry_run: bool = False,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> AdapterReport:
@@ -101,19 +104,23 @@ def extract_adapter(
     Example:
         surgery.extract_adapter("lab:grpo", "lab:sft", Path("adapter"), rank=8)
 
+    Arguments as in `surgery.vectors.extraction.extract`.
+
     Raises:
         SurgeryError: the models do not fit each other or do not differ in any matrix; `out` exists.
     """
     if rank < 1:
         raise usage_error(f"got {rank}, expected 1 or more", where="--rank")
     selection = TensorSelection(include=tuple(include), exclude=tuple(exclude))
-    settings = VectorSettings(selection, allow_unrelated=allow_unrelated)
+    choice = UnsharedChoice(tuple(keep), tuple(drop))
+    settings = VectorSettings(selection, allow_unrelated=allow_unrelated, unshared=choice)
     # An adapter names the modules of its base.
     pair = prepare_extraction(tuned, base, out, settings, dry_run=dry_run, options=options, layout_of="base")
     matrices, rest, transposed = _split(pair.changed, pair.base)
     if not matrices:
         raise SurgeryError("no matrix differs, so there is nothing for an adapter to hold", where=tuned)
-    command = command_record(COMMAND, [tuned, base], rank=rank, include=list(include), exclude=list(exclude))
+    globs = {"include": list(include), "exclude": list(exclude), **settings.unshared.options}
+    command = command_record(COMMAND, [tuned, base], rank=rank, **globs)
     planned = [
         tensor
         for name in matrices

@@ -14,6 +14,7 @@ from merges.layout import Layout, lay_out
 from merges.methods.registry import METHODS
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.preflight import Preflight
+from surgery.engine.unshared import HINT
 
 SPECS = {name: method.spec for name, method in METHODS.items()}
 ENDS = {"model.embed_tokens.weight": (9, 4), "model.norm.weight": (4,), "lm_head.weight": (9, 4)}
@@ -127,7 +128,7 @@ def test_tensors_without_a_partner_are_one_fault_for_all(tmp_path: Path) -> None
     write(tmp_path / "B", {**shapes(2), **more}, num_hidden_layers=2)
     _, faults = laid_out(tmp_path, LINEAR)
     names = '"model.layers.0.self_attn.k_norm.weight", "model.layers.1.self_attn.k_norm.weight"'
-    assert faults == [f"2 tensors: {names}: in B and not in A. Merge models of one layout."]
+    assert faults == [f"2 tensors: {names}: in B and not in A. {HINT}"]
 
 
 def test_a_head_meets_the_embedding_that_stands_for_one(tmp_path: Path) -> None:

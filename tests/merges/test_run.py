@@ -378,18 +378,9 @@ def test_different_shapes_and_missing_tensors_at_once(own: Path, tmp_path: Path)
     tensors = tensors_of(own / "a")
     save_file({n: x for n, x in tensors.items() if n != "model.norm.weight"}, path, metadata={"format": "pt"})
     found = refusal(LINEAR.replace("0.3", "-1.0"), own, tmp_path / "out").split("\n  ")
-    assert found[0] == 'c.yml: "model.norm.weight": in b and not in a. Merge models of one layout.'
+    assert found[0].startswith('c.yml: "model.norm.weight": in b and not in a. --keep GLOB copies it from the base')
     assert 'model.layers.1.mlp.up_proj.weight": [48, 32] in a, [40, 32] in b. Only models of one shape' in found[2]
     assert "sum to zero" in found[1] and len(found) == 3
-
-
-def test_a_tensor_that_nobody_understands_may_be_missing(own: Path, tmp_path: Path) -> None:
-    tensors = {**tensors_of(own / "a"), "v_head.summary": torch.ones(3)}
-    save_file(tensors, own / "a/model.safetensors", metadata={"format": "pt"})
-    report = run(LINEAR, own, tmp_path / "out")
-    note = "left out, as not all models have them and nothing says what they are: v_head.summary"
-    assert note in report.warnings
-    assert "v_head.summary" not in tensors_of(tmp_path / "out")
 
 
 def test_different_architectures(own: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.preflight import Preflight
 from surgery.errors import SurgeryError
-from surgery.vectors.align import align_tensors, aligned_model
+from surgery.vectors.align import VectorSettings, align_tensors, aligned_model
 from surgery.vectors.application import apply
 from surgery.vectors.extraction import extract
 from surgery.vectors.scale_sweep import SweepReport, _EditedModel, matched_noise, parse_grid, sweep
@@ -71,10 +71,9 @@ def test_the_model_in_memory_is_the_one_that_apply_writes(vector: Path, tmp_path
         Preflight(),
         aligned_model(model),
         [opened.model],
-        selection,
-        "strict",
+        VectorSettings(selection),
         zero=opened.zero,
-    )
+    ).inputs
     with _EditedModel(model, {name: inputs[0] for name, inputs in fitted.items()}, selection, "cpu") as edited:
         edited.set_scale(-2.0)  # what came before leaves no trace
         edited.set_scale(0.6)
