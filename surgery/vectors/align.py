@@ -74,6 +74,12 @@ class VectorSettings:
         """The command-line options that give these settings, as manifests record them."""
         return {"vocab": self.vocab, "dtype": self.dtype, **self.selection.options, **self.unshared.options}
 
+    @property
+    def globs(self) -> dict[str, Any]:
+        """Those of the command-line options that are globs over names."""
+        chosen = self.selection
+        return {"include": list(chosen.include), "exclude": list(chosen.exclude), **self.unshared.options}
+
 
 @dataclass(frozen=True)
 class AlignedModel:

@@ -121,8 +121,7 @@ def extract(
     selection = TensorSelection(include=tuple(include), exclude=tuple(exclude))
     settings = VectorSettings(selection, vocab, dtype, allow_unrelated, UnsharedChoice(tuple(keep), tuple(drop)))
     pair = prepare_extraction(tuned, base, out, settings, dry_run=dry_run, options=options)
-    globs = {"include": include, "exclude": exclude, **settings.unshared.options}
-    command = command_record(COMMAND, [tuned, base], dtype=dtype, vocab=vocab, **globs)
+    command = command_record(COMMAND, [tuned, base], dtype=dtype, **settings.globs, vocab=vocab)
     stored_dtype = dtype_name(dtype)
     plan = Plan(
         command,

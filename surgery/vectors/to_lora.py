@@ -119,8 +119,7 @@ def extract_adapter(
     matrices, rest, transposed = _split(pair.changed, pair.base)
     if not matrices:
         raise SurgeryError("no matrix differs, so there is nothing for an adapter to hold", where=tuned)
-    globs = {"include": list(include), "exclude": list(exclude), **settings.unshared.options}
-    command = command_record(COMMAND, [tuned, base], rank=rank, **globs)
+    command = command_record(COMMAND, [tuned, base], rank=rank, **settings.globs)
     planned = [
         tensor
         for name in matrices
