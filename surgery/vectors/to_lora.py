@@ -99,12 +99,10 @@ def extract_adapter(
     dry_run: bool = False,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> AdapterReport:
-    """Write the best rank-`rank` approximation of θ_tuned − θ_base as a PEFT LoRA adapter on `base`.
+    """Write the best approximation of θ_tuned − θ_base of this rank as a PEFT LoRA adapter; arguments as in `extract`.
 
     Example:
         surgery.extract_adapter("lab:grpo", "lab:sft", Path("adapter"), rank=8)
-
-    Arguments as in `surgery.vectors.extraction.extract`.
 
     Raises:
         SurgeryError: the models do not fit each other or do not differ in any matrix; `out` exists.
