@@ -47,6 +47,7 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"experts(\.[0-9]+)?\.w1", r"experts\1.gate_proj"),
         (r"experts(\.[0-9]+)?\.w3", r"experts\1.up_proj"),
         (r"experts(\.[0-9]+)?\.w2", r"experts\1.down_proj"),
+        (r"embed_out", "lm_head"),
         (r"LayerNorm\.gamma", "LayerNorm.weight"),
         (r"LayerNorm\.beta", "LayerNorm.bias"),
         (r"weight_g", "parametrizations.weight.original0"),
@@ -86,12 +87,13 @@ def canonical_names(names: Collection[str], config: Mapping[str, Any], *, like: 
 
     Args:
         config: the model's, which helps to tell the language model's layers from others.
-        like: the layers' prefix of another model, to recognise them by where too few of them are here.
+        like: the layers' prefix in another model, to recognise them by where names alone tell another one.
     """
     plain = {name: _without_wrappers(name) for name in names}
     stack, _ = layer_stacks(plain.values(), language_config(config))
-    if stack is None and like is not None:
-        stack = _similar_stack(plain.values(), _without_wrappers(like))
+    if like is not None and (stack is None or not _is_similar(stack, like)):
+        # Too few names to recognise layers by, or another number before them (`0.auto_model.encoder.layer`).
+        stack = _similar_stack(plain.values(), _without_wrappers(like)) or stack
     canonical = {name: _canonical(text, stack) for name, text in plain.items()}
     count = Counter(canonical.values())
     unique = {name: text for name, text in canonical.items() if count[text] == 1}
@@ -118,6 +120,10 @@ def _stored_stack(plain: Mapping[str, str], stack: str | None) -> str | None:
             if at == len(wanted):
                 return ".".join(parts[: index + 1])
     return stack
+
+
+def _is_similar(stack: str, like: str) -> bool:
+    return stack.rpartition(".")[2] == like.rpartition(".")[2]
 
 
 def _similar_stack(names: Collection[str], like: str) -> str | None:

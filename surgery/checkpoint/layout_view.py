@@ -75,6 +75,8 @@ def seen_as(
     hidden = next((n for one in (reference, checkpoint) if (n := number(language_config(one.config), HIDDEN))), None)
     theirs = _named(reference, reference_absent, hidden)
     own = _named(checkpoint, absent, hidden, like=theirs.names.stack)
+    if own.names.stack is not None:
+        theirs = _named(reference, reference_absent, hidden, like=own.names.stack)
     return _Matcher(own, _with_layers_of(own, theirs)).view(checkpoint)
 
 

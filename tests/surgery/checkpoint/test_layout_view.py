@@ -22,7 +22,7 @@ from surgery.checkpoint.stored_tensor import StoredTensor
 
 PAIRS = [
     *("gemma3", "qwen2_5_vl", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "olmoe", "granitemoe"),
-    *("phimoe", "glm4_moe", "llama4", "gpt_oss", "phi3", "qwen3_vl_moe"),
+    *("phimoe", "glm4_moe", "llama4", "gpt_oss", "phi3", "qwen3_vl_moe", "gpt_neox", "lfm2_moe"),
 ]
 
 
@@ -111,6 +111,7 @@ WRAPPED: dict[str, Callable[[str], str]] = {
     "lightning": lambda name: f"model.{name}",
     "lightning, compiled": lambda name: f"_forward_module.model._orig_mod.{name}",
     "bare backbone": lambda name: name.removeprefix("model."),
+    "sentence transformer": lambda name: f"0.auto_model.{name}",
     "gpt": lambda name: name.replace("model.", "transformer.", 1),
 }
 
