@@ -8,15 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.architectures import add_tokenizer
 from support.layouts import WEIGHTS, build_model, renamed, save_both, with_tensors
 from torch import Tensor
 
+from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.manifest import read_manifest
+from surgery.engine.options import ExecutionOptions
+from surgery.engine.preflight import Preflight
+from surgery.engine.storage.journal import Journal, SegmentRecord
 from surgery.engine.verification import verify
 from surgery.errors import SurgeryError
+from surgery.io.atomic import MANIFEST
+from surgery.vectors.align import VectorSettings
 from surgery.vectors.application import apply, transfer
 from surgery.vectors.comparison import compare, diff
 from surgery.vectors.extraction import extract
+from surgery.vectors.scale_sweep import _check_and_align, _EditedModel
+from surgery.vectors.selection import TensorSelection
+from surgery.vectors.task_vector import open_vector
 from surgery.vectors.to_lora import extract_adapter
 
 FAMILIES = ["gemma3", "mixtral", "qwen2_5_vl"]
@@ -144,3 +154,44 @@ def test_another_network_is_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match=r"is of 3 experts in .*, of 4 in|is of 4 experts in .*, of 3 in"):
         transfer(str(tuned), str(folders["base", False]), str(folders["target", False]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_stopped_and_started_again_it_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments of views are resumed as those of stored tensors; segments of 64 elements cut matrices at any place."""
+    for module in ("surgery.checkpoint.reader", "surgery.engine.work.computation", "surgery.engine.plan"):
+        monkeypatch.setattr(f"{module}.SEGMENT", 64)
+    folders = save_three("mixtral", tmp_path)
+    arguments = [str(folders["tuned", True]), str(folders["base", False]), str(folders["target", False])]
+    transfer(*arguments, tmp_path / "fresh")
+    append, left = Journal.append, 300
+
+    def stopping(self: Journal, record: SegmentRecord) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        append(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            transfer(*arguments, tmp_path / "out", options=ExecutionOptions(threads=1))
+    assert (tmp_path / "out.partial").is_dir()
+    transfer(*arguments, tmp_path / "out")
+    for name in ("model.safetensors", MANIFEST):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+
+
+def test_a_sweep_sets_the_weights_that_an_application_writes(tmp_path: Path) -> None:
+    """A vector of experts one by one, on a model that transformers holds fused."""
+    folders = save_three("mixtral", tmp_path)
+    extract(str(folders["tuned", True]), str(folders["base", True]), tmp_path / "v")
+    target = add_tokenizer(folders["target", False])
+    apply(str(tmp_path / "v"), str(target), tmp_path / "out", scale=0.5)
+    preflight, model = Preflight(), open_checkpoint(target)
+    aligned = _check_and_align(preflight, model, open_vector(tmp_path / "v"), VectorSettings())
+    with _EditedModel(model, aligned, TensorSelection(), "cpu") as edited:
+        edited.set_scale(0.5)
+        got, expected = edited.loaded.model.state_dict(), tensors(tmp_path / "out")
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert any(label.startswith("names of") for label in preflight.facts)
