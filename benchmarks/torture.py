@@ -6,6 +6,10 @@ short. Then the same command runs again until it is done. OUT must have the same
 Usage:
 
     python benchmarks/torture.py [--kills 1000] [--faults 500] [--jobs 2] [--seed 0] [--only REGEX]
+    python benchmarks/torture.py --every-write [--jobs 2] [--only REGEX]
+
+With --every-write nothing is drawn: each job runs once for each of its writes, with a disk that is full from there on.
+A push has none: it reads OUT and writes to the Hub alone.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="a regular expression of the jobs' names")
+    parser.add_argument("--every-write", action="store_true", help="a full disk at write 1, 2, … of each job")
     parser.add_argument("--json", type=Path, help="a file for the counts")
     asked = parser.parse_args()
     begin = time.monotonic()
@@ -50,7 +55,10 @@ def main() -> int:
             # The same inputs under the same path for all, as their paths are in what is written.
             arena = folder / f"arena-{index}"
             (arena / "inputs").symlink_to(folder / "inputs")
-            scores = t.torture(arena, kills=kills, faults=faults, seed=asked.seed * 1000 + index, only=asked.only)
+            if asked.every_write:
+                scores = t.fill_disk_at_every_write(arena, only=asked.only, share=(index, asked.jobs))
+            else:
+                scores = t.torture(arena, kills=kills, faults=faults, seed=asked.seed * 1000 + index, only=asked.only)
             results[index].write_text(
                 json.dumps({job: {**vars(score), "tally": dict(score.tally)} for job, score in scores.items()})
             )

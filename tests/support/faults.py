@@ -63,6 +63,7 @@ class Injector:
         at: the call that goes wrong, from 1; 0 for none. Every later one of its kind fails too where the disk is full.
         fault: how it goes wrong.
         hits: how many calls went wrong.
+        writes: count only those calls that a full disk lets fail.
     """
 
     folder: Path
@@ -70,6 +71,7 @@ class Injector:
     at: int = 0
     fault: Fault = "kill"
     hits: Counter | None = None
+    writes: bool = False
 
     def install(self) -> None:
         """Replace the functions of `os`, and `open`."""
@@ -83,7 +85,7 @@ class Injector:
 
     def passes(self, name: str, what: Any) -> bool:
         """Count a call; return False where it is to be cut short. Raises OSError, or kills, where that is planned."""
-        if not self._is_watched(what):
+        if not self._is_watched(what) or (self.writes and name not in _NO_SPACE):
             return True
         self.counter.value += 1
         count = self.counter.value

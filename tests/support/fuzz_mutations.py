@@ -331,7 +331,9 @@ def _replace_file(path: Path, folder: Path, draw: random.Random) -> None:
     elif kind == 9:
         path.symlink_to(outside / "model", target_is_directory=True)
     elif kind == 10:
-        moved = path.with_name(f"moved{path.suffix}")  # a link that stays inside, as many tools make them
+        moved = path.with_name(f"moved-{path.name}")  # a link that stays inside, as many tools make them
+        while os.path.lexists(moved):  # by an earlier mutation of this input
+            moved = moved.with_name(f"moved-{moved.name}")
         moved.write_bytes(content)
         path.symlink_to(moved.name)
     elif kind == 11 and (others := sorted(other for other in folder.rglob("*") if _is_small(other))):

@@ -146,11 +146,19 @@ class Arena:
             self._check_out(job, score, where)
         self._finish(job, score)
 
-    def fault(self, job: Job, score: Score, at: int, fault: Fault) -> None:
-        """Let one call of a job go wrong, and run it to its end."""
+    def writes(self, job: Job) -> int:
+        """Return how many calls of an undisturbed run a full disk would let fail."""
         self.undisturbed(job)
         self._prepare(job)
-        code = self._run(job, at=at, fault=fault)
+        if (code := self._run(job, writes=True)) != 0:
+            raise AssertionError(f"{job.name}: exit code {code}\n{self._said()}")
+        return self.calls.value
+
+    def fault(self, job: Job, score: Score, at: int, fault: Fault, *, writes: bool = False) -> None:
+        """Let one call of a job go wrong, or with `writes` its `at`-th write, and run it to its end."""
+        self.undisturbed(job)
+        self._prepare(job)
+        code = self._run(job, at=at, fault=fault, writes=writes)
         score.tally["faults"] += min(self.hits.value, 1)
         where, said = f"{fault} at call {at}", self._said()
         if code != 0:
@@ -214,10 +222,11 @@ class Arena:
         after: float | None = None,
         number: int = signal.SIGKILL,
         group: bool = True,
+        writes: bool = False,
     ) -> int:
         """Run a job in a fork; return its exit code, or minus the signal that ended it."""
         self.calls.value = self.hits.value = 0
-        injector = Injector(self.work, self.calls, at=at, fault=fault, hits=self.hits)
+        injector = Injector(self.work, self.calls, at=at, fault=fault, hits=self.hits, writes=writes)
         child = fork(lambda: run_command(job.words(self.inputs), self.work, self.log, injector))
         begin = time.monotonic()
         while True:
@@ -506,6 +515,30 @@ def torture(folder: Path, *, kills: int, faults: int, seed: int, only: str = "")
                 if calls := arena.undisturbed(job).calls:
                     fault = arena.random.choice([*ERRORS, "short"])
                     arena.fault(job, scores[job.name], arena.random.randint(1, calls), fault)
+    return scores
+
+
+def fill_disk_at_every_write(
+    folder: Path, *, seed: int = 0, only: str = "", share: tuple[int, int] = (0, 1)
+) -> dict[str, Score]:
+    """Run each job with a disk that is full from its first write on, from its second on, …, and then to its end.
+
+    What is written is counted once without a fault. Jobs whose threads race may write in another order.
+
+    Args:
+        share: (i, n): the i-th of n processes takes every n-th write.
+
+    Raises:
+        AssertionError: a job fails although nobody disturbs it.
+    """
+    arena = Arena(folder, seed=seed)
+    chosen = [job for job in jobs() if re.search(only, job.name)]
+    scores = {job.name: Score() for job in chosen}
+    with local_hub(folder):
+        for job in chosen:
+            with _timed(scores[job.name]):
+                for at in range(1 + share[0], arena.writes(job) + 1, share[1]):
+                    arena.fault(job, scores[job.name], at, "ENOSPC", writes=True)
     return scores
 
 
