@@ -119,13 +119,11 @@ class UploadSession:
         # The card first: it is small, and whether one may write here shows before gigabytes are read.
         self._upload([operation for operation in adding if operation.path_in_repo == CARD])
         # On a terminal the client draws its own bars.
-        sizes = upload_sizes(package, card)
-        total = sum(sizes[file.path_in_repo] for file in adding)
-        with lines(f"Uploading to {self._target}", total, "bytes") as advance:
+        with lines(f"Uploading to {self._target}", _n_bytes(adding), "bytes") as advance:
             for start in range(0, len(adding), FILES_PER_UPLOAD):
                 batch = adding[start : start + FILES_PER_UPLOAD]
                 self._upload(batch)
-                advance(sum(sizes[file.path_in_repo] for file in batch))
+                advance(_n_bytes(batch))
         removed = tuple(operation.path_in_repo for operation in deleting)
         if removed:
             self._notify(
@@ -134,6 +132,7 @@ class UploadSession:
         package.check_unchanged()
         commit = self._commit([*deleting, *adding], remote.commit, message)
         revision, url = self._page(commit)
+        sizes = upload_sizes(package, card)
         # Compared with the head before the first attempt: the commit may be an earlier attempt's whose answer was lost.
         changed = commit.oid != self._initial_commit
         repo_id = self._target.repo_id
@@ -233,3 +232,7 @@ class UploadSession:
             self._notify(f"{self._target}: the Hub is busy or did not answer; asking again in {seconds:g} s.")
             time.sleep(seconds)
         raise AssertionError("the last attempt returns or raises")
+
+
+def _n_bytes(files: Sequence[CommitOperationAdd]) -> int:
+    return sum(file.upload_info.size for file in files)
