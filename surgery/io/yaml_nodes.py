@@ -139,6 +139,22 @@ def read_documents(text: str, where: str) -> tuple[tuple[YamlNode, ...], YamlErr
     return tuple(documents), errors
 
 
+def plain_scalars(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the line and the text of each scalar without quotes in a YAML text that `read_documents` has read."""
+    # By the loader that read it: the two do not agree on every character.
+    for loader in (_FAST_LOADER, yaml.SafeLoader):
+        if loader is None:
+            continue
+        try:
+            tokens = list(yaml.scan(text, Loader=loader))
+        except yaml.YAMLError:
+            continue
+        for token in tokens:
+            if isinstance(token, yaml.ScalarToken) and token.plain:
+                yield token.start_mark.line + 1, token.value
+        return
+
+
 def _compose(text: str, where: str) -> tuple[_Loader, list[yaml.Node]]:
     """Return the roots of the documents in `text`, and the loader that makes values of them; to be disposed of."""
     # Composed to PyYAML's nodes and not yet constructed to values: only nodes know their lines.
@@ -216,7 +232,7 @@ def _edges(node: yaml.Node) -> Iterator[tuple[yaml.Node, yaml.Node | None]]:
 
 # What PyYAML's constructors raise on a text that is none of what its tag says: an unknown tag, the 99th of a month,
 # half of a pair, `!!bool maybe` (KeyError), `!!int ""` (IndexError), `!!timestamp noon` (AttributeError).
-_UNREADABLE = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+UNREADABLE = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 class _Tree:
@@ -302,7 +318,7 @@ class _Tree:
             if not isinstance(value, int) or value.bit_length() <= MAX_BITS:
                 return YamlNode(path, line, value)
             return self.wrong(path, line, f"is a whole number of more than {MAX_BITS} bits")
-        except _UNREADABLE:
+        except UNREADABLE:
             return self.wrong(path, line, f'cannot be read as {source.tag.removeprefix(_TAGS)}: "{source.value}"')
 
     def wrong(self, path: str, line: int, what: str) -> YamlNode:

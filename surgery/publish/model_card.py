@@ -25,7 +25,7 @@ from surgery.io.atomic import MANIFEST
 from surgery.io.escaping import markdown_block, markdown_code, markdown_text, yaml_text
 from surgery.io.input_files import MAX_TEXT_BYTES, read_given_text
 from surgery.io.yaml_models import MAX_YAML_BYTES
-from surgery.io.yaml_nodes import read_documents
+from surgery.io.yaml_nodes import UNREADABLE, read_documents
 from surgery.publish.package import CARD, UploadPackage
 from surgery.reporting.report import format_value
 
@@ -124,7 +124,7 @@ def _load_yaml(text: str, where: object) -> list[Any]:
     read_documents(text, str(where))
     try:
         return list(yaml.safe_load_all(text))
-    except (ValueError, yaml.YAMLError) as error:  # ValueError: a date that is none
+    except UNREADABLE as error:
         raise SurgeryError(f"is no YAML ({first_line(error)})", where=where) from error
 
 

@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, field_validator
 from surgery.errors import SurgeryError, did_you_mean, listing, usage_error
 from surgery.io.json_records import Strict
 from surgery.io.yaml_models import n_bytes, read_text, validate_node
-from surgery.io.yaml_nodes import YamlErrors, YamlNode, read_documents
+from surgery.io.yaml_nodes import YamlErrors, YamlNode, plain_scalars, read_documents
 
 # Steps and recipes name folders, so that no name may be hidden, or leave the folder that it is in.
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -237,6 +237,6 @@ def misread(text: str) -> str:
 
 
 def _misread(text: str) -> Iterable[tuple[int, str]]:
-    for token in yaml.scan(text, Loader=yaml.SafeLoader):
-        if isinstance(token, yaml.ScalarToken) and token.plain and (what := misread(token.value)):
-            yield token.start_mark.line + 1, what
+    for line, scalar in plain_scalars(text):
+        if what := misread(scalar):
+            yield line, what

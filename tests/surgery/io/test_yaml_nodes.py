@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgery.errors import WRONG_USAGE, SurgeryError
-from surgery.io.yaml_nodes import MAX_NODES, YamlNode, read_documents, to_node
+from surgery.io.yaml_nodes import MAX_NODES, YamlNode, plain_scalars, read_documents, to_node
 
 TEXT = """\
 # a comment first
@@ -164,3 +164,12 @@ def test_a_text_that_is_not_what_its_tag_says_is_refused_or_read(kind: str, text
 def test_bytes_are_refused() -> None:
     with pytest.raises(SurgeryError, match="is binary, which means nothing here"):
         read("run: !!binary aGk=")
+
+
+def test_scalars_without_quotes_are_found_wherever_the_text_can_be_read() -> None:
+    text = 'a: 010\nb: "011"\nc: [012, x]\n'
+    assert [(line, scalar) for line, scalar in plain_scalars(text) if scalar[0] == "0"] == [(1, "010"), (3, "012")]
+    # A mark of the byte order inside of a text is white space to libyaml and a character to PyYAML's own parser.
+    marked = "a: 010\n\ufeff\n"
+    read_documents(marked, "c.yml")
+    assert (1, "010") in list(plain_scalars(marked))
