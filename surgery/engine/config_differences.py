@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.checkpoint.normalised_config import SHAPE_KEYS, NormalisedConfig
+from surgery.checkpoint.normalised_config import SHAPE_KEYS, TIED, NormalisedConfig
 from surgery.engine.config_effects import NOT_TOLD, UNKNOWN, effect_of
 from surgery.errors import listing
 
@@ -86,7 +86,10 @@ def _line(key: str, effect: str, named: Sequence[NamedConfig], values: Sequence[
     said = "; ".join(f"{text} in {listing(names, 5)}" for text, (_, names) in zip(shown, groups.values(), strict=True))
     may = "may differ" if _UNDETERMINED in values else "differs"
     what = effect if effect == UNKNOWN else f"changes {effect}"
-    return f"{_NAMES.get(key, key)} {may} ({what}): {said}. OUT gets {shown[0]}, as {named[0].name} has it."
+    gets = f"OUT gets {shown[0]}, as {named[0].name} has it"
+    if key == TIED:  # decided by the matrices themselves, in `surgery.engine.tied_embeddings`
+        gets = f"OUT gets {shown[0]}, as {named[0].name} has it, unless the stored heads say otherwise"
+    return f"{_NAMES.get(key, key)} {may} ({what}): {said}. {gets}."
 
 
 class _Undetermined:

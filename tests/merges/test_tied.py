@@ -145,3 +145,30 @@ def test_flags_inside_a_text_config_count(base: Path, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["tie_word_embeddings"] is False and config["text_config"]["tie_word_embeddings"] is False
     assert HEAD in weights(tmp_path / "out")
+
+
+def test_copies_of_a_shared_embedding_are_one(tmp_path: Path) -> None:
+    def t5(folder: Path, seed: int, *, copies: bool) -> Path:
+        folder.mkdir()
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {"shared.weight": (16, 4)}
+        for part in ("encoder", "decoder"):
+            shapes |= {f"{part}.block.{i}.layer.0.SelfAttention.{w}.weight": (4, 4) for i in range(2) for w in "qkvo"}
+            shapes |= {f"{part}.block.{i}.layer.0.layer_norm.weight": (4,) for i in range(2)}
+        tensors = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+        if copies:
+            names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", HEAD)
+            tensors |= {name: tensors["shared.weight"].clone() for name in names}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "num_layers": 2, "d_model": 4}
+        more = {"vocab_size": 16, "tie_word_embeddings": True, "is_encoder_decoder": True}
+        (folder / "config.json").write_text(json.dumps({**config, **more}))
+        return folder
+
+    a, b = t5(tmp_path / "a", 1, copies=True), t5(tmp_path / "b", 2, copies=False)
+    for number, order in enumerate(([a, b], [b, a])):
+        run(order, tmp_path / str(number))
+        made = weights(tmp_path / str(number))
+        assert made.keys() == weights(b).keys()
+        expected = (weights(a)["shared.weight"].double() + weights(b)["shared.weight"].double()) / 2
+        assert torch.allclose(made["shared.weight"].double(), expected, rtol=0, atol=1e-6)

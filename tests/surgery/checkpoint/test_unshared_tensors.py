@@ -217,6 +217,8 @@ def example(pattern: str) -> StoredTensor:
         return tensor(name, (), "I64")
     if leaf in ("version", "extra_state"):
         return tensor(f"model.self_attn._{leaf}" if leaf == "extra_state" else name, (1,))
+    if leaf == "lm_head":
+        return tensor("lm_head.weight", (16, 4))
     if leaf == "featurizer":
         return tensor(f"{name}.fb", (1, 80, 257))
     return tensor(name if leaf in ("weight", "packing_position_embedding") else f"{name}.weight", (4, 4))
