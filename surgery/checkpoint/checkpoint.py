@@ -340,7 +340,7 @@ def loadable_folder(checkpoint: Checkpoint) -> Path:
         raise SurgeryError(
             "is an adapter, which only counts together with its base",
             where=checkpoint.ref,
-            hint="Write the whole model first: surgery vector transfer ADAPTER BASE BASE -o OUT.",
+            hint="Write the whole model first: surgery merge weights passthrough ADAPTER -o OUT.",
         )
     if checkpoint.folder is None or not checkpoint.config:
         raise SurgeryError(
