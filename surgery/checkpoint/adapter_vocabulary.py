@@ -15,7 +15,7 @@ from surgery.checkpoint.adapter_config import AdapterConfig
 from surgery.checkpoint.adapter_weights import AdapterWeights
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.config_layers import resize_vocabulary, untied
-from surgery.checkpoint.model_config import CONFIG
+from surgery.checkpoint.model_config import CONFIG, stated_tie
 from surgery.checkpoint.structure import ModelStructure
 from surgery.checkpoint.tokenizer_files import TOKENIZER_FILES, is_tokenizer_file, list_tokenizer_files
 from surgery.checkpoint.vocabulary import read_vocabulary
@@ -31,19 +31,23 @@ _TOKENS = "trainable_tokens_delta"
 
 @dataclass(frozen=True)
 class TiedPair:
-    """The names of a tied pair: of the tensor that the base stores, and of the head that it does not store."""
+    """The names of a tied pair. `is_stored`: the base stores the head as well, though its config ties it."""
 
     embedding: str
     head: str
+    is_stored: bool = False
 
     @classmethod
     def find(cls, base: Checkpoint, structure: ModelStructure, names: Iterable[str]) -> TiedPair | None:
         """Return the pair of `base`, or None; `names`: the adapter's, which may name the head."""
-        if not structure.tied:
+        embedding, head = structure.main_embedding, structure.main_head
+        if embedding is not None and head is not None and stated_tie(base.config):
+            return cls(embedding, head, is_stored=True)
+        if embedding is None or not structure.tied:
             return None
         default = _HEAD_NAMES.get(str(base.config.get("model_type")), "lm_head.weight")
         known = (name for name in names if _HEAD.search(name) and name not in base.tensors)
-        return cls(structure.token_embeddings[0], next(known, default))
+        return cls(embedding, next(known, default))
 
     @property
     def names(self) -> tuple[str, str]:
@@ -51,7 +55,7 @@ class TiedPair:
         return self.embedding, self.head
 
     def is_parted(self, targets: Mapping[str, str], weights: AdapterWeights, config: AdapterConfig) -> bool:
-        """Return whether the adapter makes the two differ.
+        """Return whether the adapter makes the two differ; else what it has for the embedding is for both.
 
         Args:
             targets: name in the adapter → the tensor that it is about.
@@ -75,20 +79,26 @@ class TiedPair:
 
 
 def with_adapter_files(
-    adapted: Checkpoint, base: Checkpoint, structure: ModelStructure, folder: Path, *, is_parted: bool
+    adapted: Checkpoint, base: Checkpoint, structure: ModelStructure, parted: TiedPair | None
 ) -> Checkpoint:
     """Return `adapted` with the config and the tokenizer that its tensors need.
 
     Args:
-        folder: the adapter's, whose tokenizer counts where it has tokens that the base's has not.
-        is_parted: the output head is now a tensor of its own.
+        adapted: with the adapter's folder, whose tokenizer counts where it has tokens that the base's has not.
+        parted: the pair that was tied in `base` and is no more.
 
     Raises:
         SurgeryError: the embedding and the output head have different numbers of rows; the tokenizer needs more rows.
     """
-    rows = {name: adapted.tensors[name].shape[0] for name in structure.token_rows if name in adapted.tensors}
-    before = {base.tensors[name].shape[0] for name in rows}
-    changed = [name for name, count in rows.items() if count != base.tensors[name].shape[0]]
+    folder = adapted.adapter
+    assert folder is not None
+    # A head that was tied had the embedding's rows.
+    source = {name: name for name in structure.token_rows}
+    if parted is not None:
+        source.setdefault(parted.head, parted.embedding)
+    rows = {name: adapted.tensors[name].shape[0] for name in source}
+    before = {base.tensors[name].shape[0] for name in source.values()}
+    changed = [name for name, count in rows.items() if count != base.tensors[source[name]].shape[0]]
     if changed and len(set(rows.values())) > 1:
         counts = ", ".join(f'"{name}" {count:,}' for name, count in rows.items())
         raise SurgeryError(
@@ -97,7 +107,7 @@ def with_adapter_files(
             hint="Save it again with save_embedding_layers=True.",
         )
     config = dict(adapted.config)
-    if is_parted:
+    if parted is not None:
         config = untied(config)
     if changed:
         config = resize_vocabulary(config, rows[changed[0]])
@@ -105,7 +115,7 @@ def with_adapter_files(
     if config and config != adapted.config:
         text = json_text(json.dumps(config, indent=2, ensure_ascii=False)) + "\n"
         files[CONFIG] = text.encode()
-    touched = [name for name in rows if adapted.tensors[name] is not base.tensors[name]]
+    touched = [name for name in rows if adapted.tensors[name] is not base.tensors.get(name)]
     count = min(rows.values(), default=0)
     if touched and _has_new_tokens(base, folder, count, is_resized=bool(changed)):
         files |= dict.fromkeys(filter(is_tokenizer_file, base.side_files))

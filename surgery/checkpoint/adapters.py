@@ -99,23 +99,31 @@ class _Application:
 
     def result(self) -> Checkpoint:
         """Return the base with the adapter on it."""
-        if self.pair:
-            embedding = self.tensors[self.pair.embedding]
-            self.tensors[self.pair.head] = replace(embedding, name=self.pair.head, stored_as=embedding.name_in_file)
+        pair = self.pair
+        if pair and not pair.is_stored:
+            embedding = self.tensors[pair.embedding]
+            self.tensors[pair.head] = replace(embedding, name=pair.head, stored_as=embedding.name_in_file)
         for name, tensor in self.weights.whole.items():
             self._replace_whole(name, tensor)
         for name, wrappers in self.weights.by_module.items():
             self._adapt(name, wrappers)
-        is_parted = self.pair is not None and self.pair.is_parted(self._targets(), self.weights, self.config)
-        if self.pair and not is_parted:
-            del self.tensors[self.pair.head]
+        if pair and not pair.is_stored and not self._is_parted:
+            del self.tensors[pair.head]
         tensors = {name: self.tensors[name] for name in sorted(self.tensors)}
         adapted = replace(self.base, tensors=tensors, adapter=self.folder)
-        return with_adapter_files(adapted, self.base, self.structure, self.folder, is_parted=is_parted)
+        return with_adapter_files(adapted, self.base, self.structure, pair if self._is_parted else None)
 
-    def _targets(self) -> dict[str, str]:
-        """Return for each name in the adapter's file the tensor that it is about, where there is one."""
-        return {name: target for name in self.weights.names if (target := self._find(name)) is not None}
+    @cached_property
+    def _is_parted(self) -> bool:
+        """Whether the adapter makes a tied pair two."""
+        targets = {name: target for name in self.weights.names if (target := self._find(name)) is not None}
+        return self.pair is not None and self.pair.is_parted(targets, self.weights, self.config)
+
+    def _places(self, target: str) -> tuple[str, ...]:
+        """Return the tensors that what the adapter has for `target` is for: of a pair that stays one, both or none."""
+        if self.pair is None or self._is_parted or target not in self.pair.names:
+            return (target,)
+        return self.pair.names if target == self.pair.embedding else ()
 
     def _find(self, name: str) -> str | None:
         """Return the tensor that an adapter's name refers to: by that name, or as the same part of the network."""
@@ -167,9 +175,12 @@ class _Application:
         if tensor.shape[1:] != weight.shape[1:] or (tensor.shape != weight.shape and not has_token_rows):
             raise _other_shape(tensor.shape, weight, self.folder)
         self._check_float(weight, tensor)
-        shared = self.pair is not None and target in self.pair.names and not self.config.saves(name.rpartition(".")[0])
-        # Not saved beside the base's tensor but in its place: the tied pair is still one.
-        for one in self.pair.names if self.pair is not None and shared else (target,):
+        places = self._places(target)
+        if self.pair is not None and target in self.pair.names and not self.config.saves(name.rpartition(".")[0]):
+            # Not trained beside the base's tensor but resized in its place: the tied pair is still one.
+            other = next(one for one in self.pair.names if one != target)
+            places = (target,) if other in map(self._find, self.weights.whole) else self.pair.names
+        for one in places:
             self.tensors[one] = _as_stored(tensor, one, weight.dtype)
 
     def _adapt(self, name: str, wrappers: Sequence[AdaptedModule]) -> None:
@@ -178,12 +189,13 @@ class _Application:
             targets = ParameterTargets(name, wrappers, self.config, self.structure, self.tensors, self._find, family)
             self.tensors |= targets.adapted(self.folder / WEIGHTS)
             return
-        target = self._target(f"{name}.weight")
+        places = self._places(self._target(f"{name}.weight"))
         for module in wrappers:
-            if module.is_low_rank:
-                self.tensors[target] = self._low_rank(module, target)
-            if rows := module.parts.get("trainable_tokens_delta"):
-                self.tensors[target] = self._with_tokens(module, rows, target)
+            for target in places:
+                if module.is_low_rank:
+                    self.tensors[target] = self._low_rank(module, target)
+                if rows := module.parts.get("trainable_tokens_delta"):
+                    self.tensors[target] = self._with_tokens(module, rows, target)
             if bias := module.parts.get("lora_B.bias"):
                 self._add_bias(module, bias)
 

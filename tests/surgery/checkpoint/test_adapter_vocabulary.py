@@ -149,3 +149,29 @@ def test_vocabularies_that_contradict_each_other_are_refused(bases: dict[str, Pa
         (adapter / "adapter_config.json").write_text(json.dumps({**config, "trainable_token_indices": indices}))
         with pytest.raises(SurgeryError, match=message):
             open_checkpoint(adapter)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        KINDS["both saved"],
+        KINDS["the embedding saved"],
+        {**Q, "modules_to_save": ["lm_head"]},
+        {**Q, "trainable_token_indices": [1, 2]},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+    ],
+    ids=str,
+)
+def test_tied_base_that_stores_its_head_is_the_same_model(
+    options: dict[str, Any], bases: dict[str, Path], tmp_path: Path
+) -> None:
+    base = bases["tied"]
+    adapter = save_adapter(base, tmp_path / "adapter", **options)
+    shutil.copytree(base, tmp_path / "stored")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "stored/model.safetensors", {"format": "pt"})
+    found = AutoModelForCausalLM.from_pretrained(
+        write_merged(f"{tmp_path / 'stored'}+{adapter}", tmp_path / "out")
+    ).eval()
+    torch.testing.assert_close(logits(found, 96), logits(load_adapter(base, adapter), 96), rtol=1e-4, atol=1e-4)
