@@ -172,9 +172,10 @@ def part_values(config: Mapping[str, Any], known: ConfigClass | None) -> tuple[d
         return _unknown_values(config)
     values, said = dict(known.defaults), set()
     rope = SPELLINGS if known.rope is not None else frozenset()
+    aliases = _aliases(known)
     # Other names last: they count where a file has both.
-    for key in sorted(config, key=lambda name: name in known.aliases):
-        name = known.aliases.get(key, key)
+    for key in sorted(config, key=lambda name: name in aliases):
+        name = aliases.get(key, key)
         values[name] = _plain(config[key])
         if config[key] is not None:
             said.add(name)
@@ -205,6 +206,16 @@ def part_values(config: Mapping[str, Any], known: ConfigClass | None) -> tuple[d
         {names.get(key, key) for key in said},
         {names.get(key, key) for key in undetermined},
     )
+
+
+def _aliases(known: ConfigClass) -> dict[str, str]:
+    """Return the other names of keys → those that the defaults have.
+
+    Some classes have a field and save it under another name (`num_experts` of Qwen3-MoE as `num_local_experts`).
+    """
+    pairs = known.aliases.items()
+    turned = {real: name for name, real in pairs if name in known.defaults and real not in known.defaults}
+    return {name: real for name, real in pairs if real not in turned} | turned
 
 
 def _unknown_values(config: Mapping[str, Any]) -> tuple[dict[str, Any], set[str], set[str]]:

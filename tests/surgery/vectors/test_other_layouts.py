@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.architectures import add_tokenizer
-from support.layouts import WEIGHTS, build_model, renamed, save_both, with_tensors
+from support.layouts import WEIGHTS, build_model, in_memory, noisy, renamed, save_both, with_tensors
 from torch import Tensor
 
 from surgery.checkpoint.resolve import open_checkpoint
@@ -189,9 +189,58 @@ def test_a_sweep_sets_the_weights_that_an_application_writes(tmp_path: Path) -> 
     target = add_tokenizer(folders["target", False])
     apply(str(tmp_path / "v"), str(target), tmp_path / "out", scale=0.5)
     preflight, model = Preflight(), open_checkpoint(target)
-    aligned = _check_and_align(preflight, model, open_vector(tmp_path / "v"), VectorSettings())
-    with _EditedModel(model, aligned, TensorSelection(), "cpu") as edited:
+    seen, aligned = _check_and_align(preflight, model, open_vector(tmp_path / "v"), VectorSettings())
+    with _EditedModel(seen, aligned, TensorSelection(), "cpu") as edited:
         edited.set_scale(0.5)
         got, expected = edited.loaded.model.state_dict(), tensors(tmp_path / "out")
         assert all(torch.equal(got[name], expected[name]) for name in expected)
     assert any(label.startswith("names of") for label in preflight.facts)
+
+
+TEXTS = [("gemma3_text", "gemma3"), ("qwen2", "qwen2_5_vl"), ("qwen3_moe", "qwen3_vl_moe")]
+
+
+@pytest.mark.parametrize(("text", "whole"), TEXTS)
+def test_a_text_models_vector_moves_the_language_model_of_a_multimodal_one(
+    text: str, whole: str, tmp_path: Path
+) -> None:
+    """In both layouts of the target, from disk and at once; its tower stays to the byte, and transformers loads it."""
+    build_model(text, seed=1).save_pretrained(tmp_path / "base")
+    tuned, base = str(noisy(tmp_path / "base", tmp_path / "tuned", seed=3)), str(tmp_path / "base")
+    extract(tuned, base, tmp_path / "v")
+    moved = {
+        name: new - old
+        for (name, new), old in zip(in_memory(Path(tuned)).items(), in_memory(Path(base)).values(), strict=True)
+    }
+    for target in save_both(build_model(whole), tmp_path / "whole"):
+        before = in_memory(target)
+        transfer(tuned, base, str(target), tmp_path / f"out-{target.name}", allow_unrelated=True)
+        apply(str(tmp_path / "v"), str(target), tmp_path / f"applied-{target.name}", allow_unrelated=True)
+        assert_equal(tmp_path / f"out-{target.name}", tmp_path / f"applied-{target.name}")
+        after = in_memory(tmp_path / f"out-{target.name}")
+        inside = {name.replace("model.language_model.", "model."): name for name in before if "vis" not in name}
+        assert moved.keys() <= inside.keys()
+        for name, tensor in before.items():
+            update = moved.get(name.replace("model.language_model.", "model."), torch.zeros(()))
+            torch.testing.assert_close(after[name], tensor + update, atol=1e-6, rtol=1e-6)
+            assert update.numel() > 1 or torch.equal(after[name], tensor)
+
+
+@pytest.mark.parametrize(("text", "whole"), TEXTS[:2])
+def test_a_multimodal_models_vector_moves_the_text_model(text: str, whole: str, tmp_path: Path) -> None:
+    """The updates of its tower have no place there, and are left out with a line where the tower did not move."""
+    model = build_model(whole)
+    _, base = save_both(model, tmp_path / "base")
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if "language_model" in name:
+                tensor += 0.01 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name)))
+    tuned, _ = save_both(model, tmp_path / "tuned")
+    build_model(text, seed=1).save_pretrained(tmp_path / "text")
+    extract(str(tuned), str(base), tmp_path / "v")
+    apply(str(tmp_path / "v"), str(tmp_path / "text"), tmp_path / "out", allow_unrelated=True)
+    before, after = in_memory(tmp_path / "text"), in_memory(tmp_path / "out")
+    old, new = in_memory(base), in_memory(tuned)
+    for name, tensor in before.items():
+        place = name if name in old else name.replace("model.", "model.language_model.")
+        torch.testing.assert_close(after[name], tensor + new[place] - old[place], atol=1e-6, rtol=1e-6)
