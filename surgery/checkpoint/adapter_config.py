@@ -44,7 +44,7 @@ BASE_CHANGING = {
     "lora_ga": "gradients that it was initialised from",
 }
 _KINDS = {
-    **dict.fromkeys(("revision", "peft_type", "bias"), TEXT),
+    **dict.fromkeys(("revision", "peft_type", "task_type", "bias"), TEXT),
     "r": COUNT,
     "lora_alpha": NUMBER,
     **dict.fromkeys(("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias", "ensure_weight_tying"), FLAG),
@@ -76,6 +76,11 @@ class AdapterConfig:
         if self.initial == "pissa":
             return "pissa"
         return "olora" if self.initial == "olora" else None
+
+    @property
+    def task(self) -> str:
+        """What kind of model it was trained in, by PEFT's name; empty where the config does not say."""
+        return str(self.values.get("task_type") or "")
 
     @property
     def has_tied_weights(self) -> bool:

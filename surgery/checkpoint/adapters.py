@@ -35,6 +35,8 @@ from surgery.io.safe_paths import contained_folder, find_file, list_folder
 
 NAME_THE_BASE = "Name the base yourself: BASE+ADAPTER."
 NAME_THE_RIGHT_BASE = "Name the right base: BASE+ADAPTER."
+# Tasks whose models have a head that language models lack → what they are called.
+OTHER_TASKS = {"SEQ_CLS": "classifying texts", "TOKEN_CLS": "classifying tokens", "QUESTION_ANS": "finding answers"}
 # A folder inside of the adapter's with this in its name may hold the factors as they were before training.
 INITIAL = "init"
 
@@ -159,6 +161,13 @@ class _Application:
                 f'has a bias for "{module}", which has none in the base {self.base.ref}: no checkpoint of this model '
                 "has a place for it",
                 where=self.folder,
+            )
+        if self.config.saves(module) and self.config.task in OTHER_TASKS:
+            raise SurgeryError(
+                f'brings "{module}", a head for {OTHER_TASKS[self.config.task]}, which the base {self.base.ref} has no '
+                "place for",
+                where=self.folder,
+                hint="Merge it with PEFT into a model of that class, and give the merged folder.",
             )
         raise SurgeryError(
             f'changes "{name}", which the base {self.base.ref} does not have (it has {listing(self.base.tensors, 3)})',

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.adapters import edit_config, peft_merged, read_all, save_adapter
 from support.architectures import build
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from surgery.checkpoint.adapter_weights import read_adapter_weights
 from surgery.checkpoint.resolve import open_checkpoint
@@ -150,3 +150,13 @@ def test_initial_adapter_of_another_shape_is_refused(base: Path, tmp_path: Path)
     plain = read_all(base)
     for name, tensor in read_all(adapter).items():  # trained by nothing
         torch.testing.assert_close(tensor, plain[name], rtol=4e-6, atol=4e-6)
+
+
+def test_head_of_a_classifier_is_refused_for_what_it_is(base: Path, tmp_path: Path) -> None:
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], r=2)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(SurgeryError) as caught:
+        open_checkpoint(tmp_path / "adapter")
+    assert f'brings "score", a head for classifying texts, which the base {base} has no place for' in str(caught.value)
+    assert "right base" not in str(caught.value)
