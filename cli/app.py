@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from cli.commands import edit, grow, lab, merge, models, probe, vector
+from surgery.checkpoint.dtypes import TORCH_NAMES, dtype_guess
 from surgery.errors import SurgeryError, did_you_mean, usage_error
 from surgery.io.escaping import one_line
 
@@ -65,11 +66,14 @@ def _wrong_choice(error: typer.BadParameter) -> SurgeryError | None:
         return None
     # The message ends with the allowed values, quoted and in the order of the Literal.
     allowed = re.findall("'(.*?)'", match["allowed"])
+    value = match["value"]
+    # Dtypes have other names that are spelt quite differently: half, double.
+    hint = dtype_guess(value) if set(TORCH_NAMES) <= set(allowed) else None
     return usage_error(
-        f"got {match['value']!r}, expected {', '.join(allowed[:-1])} or {allowed[-1]}",
+        f"got {value!r}, expected {', '.join(allowed[:-1])} or {allowed[-1]}",
         # The long form: `--out`, not `-o`.
         where=max(error.param.opts, key=len),
-        hint=did_you_mean(match["value"], allowed),
+        hint=hint or did_you_mean(value, allowed),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from surgery.errors import SurgeryError, listing, usage_error
@@ -19,7 +19,7 @@ from surgery.lab import python_text
 from surgery.lab.catalogue import DATA, MODELS, PREFIX, find_model, lineage
 from surgery.lab.recipe import AnyRecipe, CliffRecipe, MoeRecipe, ReasoningRecipe, SpecialistsRecipe
 from surgery.runtime.cache_folder import cache_folder
-from surgery.runtime.progress import Progress, terminal
+from surgery.runtime.progress import Progress, lines, terminal
 
 
 def path_of(name: str, *, recipe: AnyRecipe | None = None) -> Path:
@@ -148,8 +148,13 @@ def _exclusive(folder: Path) -> Iterator[None]:
     try:
         make_private_folder(cache_folder("lab"))
         folder.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(folder / ".lock", where=folder, busy="another build is at work here", patience=math.inf):
-            yield
+        with ExitStack() as waiting:
+            waiting.enter_context(lines("Waiting for another process that builds a lab model"))
+            with exclusive_lock(
+                folder / ".lock", where=folder, busy="another build is at work here", patience=math.inf
+            ):
+                waiting.close()
+                yield
     except OSError as error:
         raise SurgeryError(
             f"cannot keep the lab's models here: {error.strerror or error}.",

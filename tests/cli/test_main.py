@@ -273,6 +273,10 @@ BAD_USAGE = [
     ([*TRANSFER, "base/out"], "lies inside the base base"),
     ([*TRANSFER, "tuned"], "lies inside the tuned tuned"),
     ([*TRANSFER, "out", "--vocab", "hope"], "--vocab: got 'hope', expected strict, by-token or skip-embeddings"),
+    (
+        ["merge", "linear", "base", "--weight", "1", "--dtype", "half", "-o", "out"],
+        "--dtype: got 'half', expected float64, float32, bfloat16 or float16. Did you mean \"float16\"?",
+    ),
     ([*TRANSFER, "out", "--scale-for", "mlp"], "--scale-for: got 'mlp', expected GLOB=NUMBER"),
     (["vector", "apply", "base", "target", "-o", "out"], "is not a vector"),
     (["vector", "apply", "nowhere", "target", "-o", "out"], "no such vector folder"),
