@@ -61,6 +61,9 @@ Vocab = Annotated[
     typer.Option(help="Where tokenizers differ: strict (refuse), by-token (align rows), skip-embeddings."),
 ]
 Unrelated = Annotated[bool, typer.Option("--allow-unrelated", help="Go on where the models share no ancestor.")]
+Dequantise = Annotated[
+    bool, typer.Option("--dequantise", help="See weights in FP8 with scales, and MXFP4, as bf16; by default refused.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Stop after the checks; write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 ReadSpecialTokens = Annotated[

@@ -84,7 +84,8 @@ class MergeJob:
         self.result_folders = result_folders
         self.text = text
         # References, not paths of results: the manifest is then the same for every OUT.
-        options = {**config.model_dump(mode="json", exclude={"where", "warnings"}), **choice.options}
+        without = {"where", "warnings", *(() if config.dequantise else ("dequantise",))}
+        options = {**config.model_dump(mode="json", exclude=without), **choice.options}
         self.command: dict[str, Any] = {
             "name": "merge",
             "arguments": list(config.models),
@@ -199,7 +200,10 @@ class MergeJob:
         return f"{self.result_folders[base]}{plus}{adapter}" if base in self.result_folders else None
 
     def _open(self, refs: Sequence[str]) -> dict[str, Checkpoint]:
-        return {ref: replace(open_checkpoint(self._result_path(ref) or ref), ref=ref) for ref in refs}
+        opened = {
+            ref: open_checkpoint(self._result_path(ref) or ref, dequantise=self.config.dequantise) for ref in refs
+        }
+        return {ref: replace(checkpoint, ref=ref) for ref, checkpoint in opened.items()}
 
     def _in_one_layout(self, preflight: Preflight, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
         """Return the models with the names and the layout of the one whose names the output has."""
@@ -209,7 +213,7 @@ class MergeJob:
     def _check_inputs(self, preflight: Preflight, checkpoints: Mapping[str, Checkpoint], out: Path) -> None:
         """Check that the models can be merged at all, and that `out` is in none of them."""
         check_output(out, self._roles(checkpoints))
-        check_quantised(preflight, checkpoints.values())
+        check_quantised(preflight, checkpoints.values(), has_option=True)
         if checkpoints:
             check_models(preflight, next(iter(checkpoints.values())), checkpoints.values())
 

@@ -36,6 +36,7 @@ def merge(
     text: str = "",
     keep: Sequence[str] = (),
     drop: Sequence[str] = (),
+    dequantise: bool = False,
     dry_run: bool = False,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> MergeReport:
@@ -53,6 +54,7 @@ def merge(
         keep: globs over tensor names; of tensors that only some models have, those to keep as the base, or the first
             model that has them, has them.
         drop: globs over tensor names; tensors that OUT does not get.
+        dequantise: see models in FP8 with scales, or in MXFP4, as bf16; so is then what is written.
         dry_run: stop after the checks; nothing is written. Of documents that need another's result only the models are
             checked.
 
@@ -61,10 +63,12 @@ def merge(
             values; the disk is full.
     """
     if isinstance(configs, Path):
-        line = line or ["surgery", "merge", str(configs), *option_words({"keep": keep, "drop": drop}), "-o", "OUT"]
+        words = option_words({"keep": keep, "drop": drop, "dequantise": dequantise or None})
+        line = line or ["surgery", "merge", str(configs), *words, "-o", "OUT"]
         text = text or read_text(configs)
-        specs = {name: method.spec for name, method in METHODS.items()}
-        configs = parse_configs(text, str(configs), methods=specs)
+        configs = parse_configs(text, str(configs), methods={name: one.spec for name, one in METHODS.items()})
+    if dequantise:
+        configs = [config.model_copy(update={"dequantise": True}) for config in configs]
     *before, last = ordered(configs)
     steps = out.with_name(out.name + STEPS)
     # A name may hold slashes and dots, and none of them may lead out of the folder.
@@ -73,11 +77,7 @@ def merge(
     jobs = [MergeJob(config, folders, line, "", choice, seen, is_last=False) for config in before]
     job = MergeJob(last, folders, line, text, choice, seen)
     if not dry_run:
-        if before and not options.overwrite:
-            on_main(_remove_left, out, steps, folders)
-        check_free(out, overwrite=options.overwrite)
-        if before and (steps.is_symlink() or (steps.exists() and not steps.is_dir())):
-            raise usage_error("is no folder, and in the way of the documents' results", where=steps, hint="Remove it.")
+        _make_way(out, steps, folders, overwrite=options.overwrite)
     if before or dry_run:  # an error of the last document must not show after hours of work on the first
         plans = [one.check(folder, options) for one, folder in zip([*jobs, job], [*folders.values(), out], strict=True)]
         if dry_run:
@@ -88,6 +88,15 @@ def merge(
         report = job.run(out, options, steps=done)
         on_main(_remove, steps, folders)
     return report
+
+
+def _make_way(out: Path, steps: Path, folders: Mapping[str, Path], *, overwrite: bool) -> None:
+    """Check that `out` and the documents' results have a place, which an earlier run may have to leave."""
+    if folders and not overwrite:
+        on_main(_remove_left, out, steps, folders)
+    check_free(out, overwrite=overwrite)
+    if folders and (steps.is_symlink() or (steps.exists() and not steps.is_dir())):
+        raise usage_error("is no folder, and in the way of the documents' results", where=steps, hint="Remove it.")
 
 
 def _dry_report(job: MergeJob, out: Path, plans: Sequence[PlannedMerge | None]) -> MergeReport:

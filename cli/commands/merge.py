@@ -83,6 +83,7 @@ def weights(
     keep: o.Keep = None,
     drop: o.Drop = None,
     plot: Plot = None,
+    dequantise: o.Dequantise = False,
     dry_run: o.DryRun = False,
     overwrite: o.Overwrite = False,
     allow_nonfinite: o.AllowNonfinite = False,
@@ -106,18 +107,12 @@ def weights(
     configs, text = _configs(what, models or (), parameters, settings)
     # Without what changes no byte, so that the line in OUT is the same for every run.
     globs = {"keep": keep or [], "drop": drop or []}
-    words = option_words({**settings, **parameters, **globs})
+    words = option_words({**settings, **parameters, **globs, "dequantise": dequantise or None})
     line = ["surgery", "merge", what, *(models or ()), *words, "-o", "OUT"]
-    report = merge(configs, out, line=line, text=text, **globs, dry_run=dry_run, options=options)
+    report = merge(configs, out, line=line, text=text, **globs, dequantise=dequantise, dry_run=dry_run, options=options)
     if plot and not dry_run:
         _draw(report, plot)
-    if as_json:
-        console.show_json(report)
-        return
-    console.show_preflight(report.preflight, report.warnings)
-    if report.models:
-        console.show(report.table())
-    console.message("Nothing written (--dry-run)." if report.dry_run else f"Wrote {report.out}")
+    _show(report, as_json=as_json)
 
 
 @app.command(epilog="Example: surgery merge methods")
@@ -199,6 +194,16 @@ def unpack(
         console.show_json(report)
     else:
         console.message(f"Wrote {', '.join(str(report.out / name) for name in report.members)}")
+
+
+def _show(report: MergeReport, *, as_json: bool) -> None:
+    if as_json:
+        console.show_json(report)
+        return
+    console.show_preflight(report.preflight, report.warnings)
+    if report.models:
+        console.show(report.table())
+    console.message("Nothing written (--dry-run)." if report.dry_run else f"Wrote {report.out}")
 
 
 def _specs() -> dict[str, Any]:

@@ -52,13 +52,14 @@ def diff(
         Path | None, typer.Option(metavar="PNG", help="Draw how far each layer moved."), NamesOutput("picture")
     ] = None,
     top: Annotated[int, typer.Option(min=0, help="Print the tensors that moved most.")] = 20,
+    dequantise: o.Dequantise = False,
     threads: o.Threads = None,
     as_json: o.Json = False,
 ) -> None:
     """Per tensor: ‖A−B‖/‖A‖, cosine, share of changed values; and which layers moved."""
     from surgery.vectors import comparison
 
-    report = comparison.diff(a, b, options=o.options(threads))
+    report = comparison.diff(a, b, dequantise=dequantise, options=o.options(threads))
     if plot:
         console.draw(report.figure(), plot)
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -52,6 +52,7 @@ def extract(
     allow_unrelated: o.Unrelated = False,
     keep: o.Keep = None,
     drop: o.Drop = None,
+    dequantise: o.Dequantise = False,
     dry_run: o.DryRun = False,
     overwrite: o.Overwrite = False,
     allow_nonfinite: o.AllowNonfinite = False,
@@ -62,37 +63,21 @@ def extract(
     """Write the vector v = θ_tuned − θ_base."""
     from surgery.vectors import extraction, to_lora
 
-    options = o.options(threads, device, overwrite=overwrite, allow_nonfinite=allow_nonfinite)
+    settings: dict[str, Any] = {
+        "include": include or (),
+        "exclude": exclude or (),
+        "allow_unrelated": allow_unrelated,
+        "keep": keep or (),
+        "drop": drop or (),
+        "dequantise": dequantise,
+        "dry_run": dry_run,
+        "options": o.options(threads, device, overwrite=overwrite, allow_nonfinite=allow_nonfinite),
+    }
     report: AdapterReport | ExtractReport
     if rank is not None:
-        report = to_lora.extract_adapter(
-            tuned,
-            base,
-            out,
-            rank=rank,
-            include=include or (),
-            exclude=exclude or (),
-            allow_unrelated=allow_unrelated,
-            keep=keep or (),
-            drop=drop or (),
-            dry_run=dry_run,
-            options=options,
-        )
+        report = to_lora.extract_adapter(tuned, base, out, rank=rank, **settings)
     else:
-        report = extraction.extract(
-            tuned,
-            base,
-            out,
-            dtype=dtype,
-            include=include or (),
-            exclude=exclude or (),
-            vocab=vocab,
-            allow_unrelated=allow_unrelated,
-            keep=keep or (),
-            drop=drop or (),
-            dry_run=dry_run,
-            options=options,
-        )
+        report = extraction.extract(tuned, base, out, dtype=dtype, vocab=vocab, **settings)
     _show_vector(report, as_json=as_json)
 
 
@@ -110,6 +95,7 @@ def apply(
     allow_unrelated: o.Unrelated = False,
     keep: o.Keep = None,
     drop: o.Drop = None,
+    dequantise: o.Dequantise = False,
     dry_run: o.DryRun = False,
     overwrite: o.Overwrite = False,
     allow_nonfinite: o.AllowNonfinite = False,
@@ -134,6 +120,7 @@ def apply(
         allow_unrelated=allow_unrelated,
         keep=keep or (),
         drop=drop or (),
+        dequantise=dequantise,
         dry_run=dry_run,
         options=o.options(threads, device, overwrite=overwrite, allow_nonfinite=allow_nonfinite),
     )
@@ -155,6 +142,7 @@ def transfer(
     allow_unrelated: o.Unrelated = False,
     keep: o.Keep = None,
     drop: o.Drop = None,
+    dequantise: o.Dequantise = False,
     dry_run: o.DryRun = False,
     overwrite: o.Overwrite = False,
     allow_nonfinite: o.AllowNonfinite = False,
@@ -180,6 +168,7 @@ def transfer(
         allow_unrelated=allow_unrelated,
         keep=keep or (),
         drop=drop or (),
+        dequantise=dequantise,
         dry_run=dry_run,
         options=o.options(threads, device, overwrite=overwrite, allow_nonfinite=allow_nonfinite),
     )

@@ -103,7 +103,8 @@ class MergeConfig(Frozen):
     """One merge. Field names are the config's keys; `sections` stands for `models`, `slices` and `modules`.
 
     `uses` are the names of the documents whose results this one merges; `where` says where it was read, for errors;
-    `warnings` are lines ready to print. `dtype` and `out_dtype` are torch's names: float32, bfloat16, float16, float64.
+    `warnings` are lines ready to print. `dequantise` is set by the
+    command, not by a config. `dtype` and `out_dtype` are torch's names: float32, bfloat16, float16, float64.
     """
 
     merge_method: str
@@ -117,6 +118,7 @@ class MergeConfig(Frozen):
     name: str | None = None
     compat: Compat = "mergekit"
     seed: int = 0
+    dequantise: bool = False
     uses: tuple[str, ...] = ()
     where: str = ""
     warnings: tuple[str, ...] = ()

@@ -60,6 +60,7 @@ class Checkpoint:
     file_overrides: name of a side file → what it is instead of the folder's: a file elsewhere, its content, or None
         where it is left out. Where `config` is not what the folder's config.json says, its text is among them.
     tokenizer_from: the folder of its tokenizer, where that is not `folder`.
+    dequantised: the scheme of the quantised weights whose values the tensors are, if any.
     """
 
     ref: str
@@ -74,6 +75,7 @@ class Checkpoint:
     index: Path | None = None
     file_overrides: Mapping[str, Path | bytes | None] = field(default_factory=dict)
     tokenizer_from: Path | None = None
+    dequantised: str | None = None
 
     @property
     def n_parameters(self) -> int:

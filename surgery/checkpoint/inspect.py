@@ -9,6 +9,7 @@ from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint, dtypes_of
 from surgery.checkpoint.other_weights import find_other_weights
+from surgery.checkpoint.quantisation import find_quantisation
 from surgery.checkpoint.structure import model_structure
 from surgery.io.escaping import one_line
 from surgery.io.json_io import read_json
@@ -18,6 +19,7 @@ from surgery.reporting.report import Column, Table, format_value
 def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return a description of `checkpoint` for JSON: files, sizes in bytes, dtypes, structure, and what is wrong."""
     structure = model_structure(checkpoint)
+    found = find_quantisation(checkpoint)
     tensors = checkpoint.tensors.values()
     dtypes = {}
     for dtype in dtypes_of(checkpoint):
@@ -50,6 +52,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "tokenizer": bool(side_files & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}),
         "chat_template": _has_chat_template(checkpoint, side_files),
         "quantization_config": checkpoint.config.get("quantization_config"),
+        "quantisation": found and {"scheme": found.scheme, "evidence": found.evidence},
         "not_understood": list(structure.not_understood),
         "not_read": find_other_weights(checkpoint),
         "notes": list(structure.notes),
@@ -86,7 +89,7 @@ def inspect_tables(description: Mapping[str, Any]) -> tuple[Table, ...]:
         ("output head tied", description["tied"]),
         ("tokenizer", description["tokenizer"]),
         ("chat template", description["chat_template"]),
-        ("quantisation", (description["quantization_config"] or {}).get("quant_method")),
+        ("quantisation", (description["quantisation"] or {}).get("scheme")),
     ]
     dtypes = [(name, row["tensors"], row["parameters"], row["bytes"]) for name, row in description["dtypes"].items()]
     tables = [

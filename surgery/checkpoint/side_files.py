@@ -19,22 +19,29 @@ from surgery.io.json_io import read_json
 from surgery.io.safe_paths import check_contained, find_file, list_folder
 
 INDEXES = "*.safetensors.index.json"
+# What tools of quantisation write beside the weights, instead of or besides config.json → their scheme.
+QUANTISATION_FILES: Mapping[str, str] = {
+    "hf_quant_config.json": "ModelOpt",
+    "quant_config.json": "AWQ",
+    "quantization_config.json": "unknown",
+    "quantize_config.json": "GPTQ",
+    "quanto_qmap.json": "Quanto",
+    "quant_model_description.json": "ModelSlim",
+}
 # Configs of the model, and of what prepares its input or its output: images, sounds, sentence embeddings.
 CONFIGS = (
+    *QUANTISATION_FILES,
     "config.json",
     "config_sentence_transformers.json",
     "configuration.json",
     "feature_extractor_config.json",
     "generation_config.json",
-    "hf_quant_config.json",
     "image_processor.json",
     "image_processor_config.json",
     "modules.json",
     "params.json",
     "preprocessor_config.json",
     "processor_config.json",
-    "quantization_config.json",
-    "quantize_config.json",
     "sentence_bert_config.json",
     "video_preprocessor_config.json",
 )

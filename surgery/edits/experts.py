@@ -24,6 +24,7 @@ from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.model_config import language_config
+from surgery.checkpoint.quantisation import FP8, MXFP4, QuantisedTensor, quantised_tensors
 from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader, segments
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Expert, Part, by_layer
@@ -175,10 +176,9 @@ def _check_model(base: Checkpoint) -> ErrorList:
     config = language_config(base.config)
     method = _quantisation(base).get("quant_method")
     if method not in (None, *QUANTISED):
-        errors.add(
-            f"{base.ref} is quantised ({method}): experts are scaled where weights are stored as floats, as FP8 with "
-            "block scales, or as MXFP4. Use the unquantised model."
-        )
+        errors.add(_not_scaled(base, str(method)))
+    elif other := next((tensor for tensor in quantised_tensors(base) if not _is_scaled(tensor)), None):
+        errors.add(f"{_not_scaled(base, other.scheme)} Evidence: {other.evidence}.")
     # Neither names nor shapes show where the routing weight is applied. Llama 4 is the one family that always applies
     # it to the experts' input; others have an option for it.
     llama4 = any(str(part.get("model_type")).startswith("llama4") for part in (base.config, config))
@@ -188,6 +188,20 @@ def _check_model(base: Checkpoint) -> ErrorList:
             "linear in these: no change of the weights does what β on the routing weight does."
         )
     return errors
+
+
+def _not_scaled(base: Checkpoint, method: str) -> str:
+    return (
+        f"{base.ref} is quantised ({method}): experts are scaled where weights are stored as floats, as FP8 with "
+        "block scales, or as MXFP4. Use the unquantised model."
+    )
+
+
+def _is_scaled(tensor: QuantisedTensor) -> bool:
+    """Return whether the scales of `tensor` are those that are changed here."""
+    if tensor.scheme == MXFP4:
+        return True
+    return tensor.scheme == FP8 and [scale.name for scale in tensor.scales] == [f"{tensor.codes.name}_scale_inv"]
 
 
 def _check_norm(structure: ModelStructure, layer: int, named: str, errors: ErrorList) -> None:

@@ -180,11 +180,12 @@ def plan_files(
     if like is None or shard_bytes is not None:
         return _by_size(tensors, metadata, shard_bytes or DEFAULT_SHARD_BYTES, stem)
     by_name = {tensor.name: tensor for tensor in tensors}
+    seen = _names_seen(like)
     # Loaders and people expect a tensor in the file where they know it, and unchanged files keep their hash.
-    taken = [
-        (shard, [by_name.pop(e.name) for e in shard.header.entries if _belongs_to(like, e.name, shard.path, by_name)])
-        for shard in like.shards
-    ]
+    taken = []
+    for shard in like.shards:
+        names = [name for entry in shard.header.entries for name in seen.get((shard.path, entry.name), (entry.name,))]
+        taken.append((shard, [by_name.pop(name) for name in names if _belongs_to(like, name, shard.path, by_name)]))
     kept = [(shard, own) for shard, own in taken if own]
     if by_name:
         # What `like` has beside its files: an output head that an adapter parted from the embedding.
@@ -241,6 +242,15 @@ def check_output(out: Path, sources: Mapping[str, Checkpoint]) -> None:
                     where=out,
                     hint="Choose another folder.",
                 )
+
+
+def _names_seen(checkpoint: Checkpoint) -> dict[tuple[Path, str], list[str]]:
+    """Return (file, name in it) → the names that the tensor is seen under, of those that are not seen by their own."""
+    seen: dict[tuple[Path, str], list[str]] = {}
+    for tensor in checkpoint.tensors.values():
+        if tensor.name_in_file != tensor.name:
+            seen.setdefault((tensor.file, tensor.name_in_file), []).append(tensor.name)
+    return seen
 
 
 def _belongs_to(like: Checkpoint, name: str, path: Path, wanted: Mapping[str, object]) -> bool:

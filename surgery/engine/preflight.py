@@ -7,6 +7,7 @@ All errors are collected and raised at once. Two checkpoints fit each other wher
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.normalised_config import is_text_of, normalise_config
+from surgery.checkpoint.quantisation import find_quantisation
 from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader
 from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.engine.config_differences import NamedConfig, shape_differences, told_differences
@@ -86,16 +88,27 @@ def check_configs(
     preflight.facts.setdefault("architecture", str(reference.config.model_type))
 
 
-def check_quantised(preflight: Preflight, checkpoints: Iterable[Checkpoint]) -> None:
-    """Add an error for each quantised model: sums of integers or 8-bit floats without their scales mean nothing."""
+def check_quantised(preflight: Preflight, checkpoints: Iterable[Checkpoint], *, has_option: bool = False) -> None:
+    """Add an error for each quantised model: sums of codes without their scales mean nothing.
+
+    Models that are seen dequantised are facts. `has_option`: whether the command can dequantise.
+    """
     for checkpoint in checkpoints:
-        method = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
-        if method:
-            name = method.get("quant_method", "unknown") if isinstance(method, Mapping) else method
-            preflight.errors.add(
-                f"{checkpoint.ref} is quantised ({name}), and its stored values are not its weights. "
-                "Use the unquantised model."
-            )
+        if checkpoint.dequantised is not None:
+            preflight.facts[f"dequantised {checkpoint.ref}"] = f"{checkpoint.dequantised}, to bf16"
+        found = find_quantisation(checkpoint)
+        if found is None:
+            continue
+        advice = "Use the unquantised model."
+        if found.readable and has_option:
+            advice = "Use the unquantised model, or --dequantise, which computes its weights in bf16."
+        elif found.readable:
+            convert = f"surgery merge passthrough {shlex.quote(checkpoint.ref)} --dequantise -o OUT"
+            advice = f"Use the unquantised model; `{convert}` writes it in bf16."
+        preflight.errors.add(
+            f"{checkpoint.ref} is quantised ({found.scheme}), and its stored values are not its weights. "
+            f"Evidence: {found.evidence}. {advice}"
+        )
 
 
 def sketch(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.checkpoint.quantisation import find_quantisation
 from surgery.errors import SurgeryError
 
 # Keys of a config that name another place of weights or code, kernels on the Hub, or how the caller wants it to run.
@@ -93,7 +94,7 @@ def safe_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
     Raises:
         SurgeryError: it counts more layers or experts than there are tensors; its weights are quantised in a way that
-            is not loaded here.
+            is not loaded here, or that it does not say.
     """
     where = "config.json" if checkpoint.folder is None else checkpoint.folder / "config.json"
     largest = max((size for tensor in checkpoint.tensors.values() for size in tensor.shape), default=0)
@@ -104,6 +105,14 @@ def safe_config(checkpoint: Checkpoint) -> dict[str, Any]:
             raise SurgeryError(f"{key} is {value:,}, more than its weights can hold", where=where)
         if key == "quantization_config" and value is not None:
             _check_quantisation(value, where)
+    found = find_quantisation(checkpoint)
+    if found is not None and not found.in_config:
+        raise SurgeryError(
+            f"does not say that its weights are quantised ({found.scheme}): their codes would run as weights. "
+            f"Evidence: {found.evidence}",
+            where=where,
+            hint="Use the unquantised model, or put the quantization_config into config.json.",
+        )
     config = _without_places(checkpoint.config)
     assert isinstance(config, dict)
     return config

@@ -18,10 +18,11 @@ import numpy as np
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import dtype_name
 from surgery.checkpoint.reader import TensorInput
+from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.checkpoint.vocabulary import Vocabulary, align_rows, differences, read_vocabulary
-from surgery.engine.preflight import Preflight, check_quantised
+from surgery.engine.preflight import Preflight
 from surgery.engine.unshared import SeenNames, UnsharedChoice, UnsharedTensors
 from surgery.errors import usage_error
 from surgery.vectors.choices import VocabPolicy
@@ -46,7 +47,8 @@ class VectorSettings:
 
     selection: the tensors that change, and their scales. vocab: what to do where vocabularies differ. dtype: torch's
     name of the dtype to store float tensors in; None keeps each tensor's own. allow_unrelated: accept models without a
-    common ancestor. unshared: what to do with tensors that only some models have.
+    common ancestor. unshared: what to do with tensors that only some models have. dequantise: see weights in FP8 with
+    scales, and MXFP4, as bf16.
 
     Raises:
         SurgeryError: there is no such policy or dtype.
@@ -57,6 +59,7 @@ class VectorSettings:
     dtype: str | None = None
     allow_unrelated: bool = False
     unshared: UnsharedChoice = field(default_factory=UnsharedChoice)
+    dequantise: bool = False
 
     def __post_init__(self) -> None:
         if self.vocab not in POLICIES:
@@ -72,13 +75,23 @@ class VectorSettings:
     @property
     def options(self) -> dict[str, Any]:
         """The command-line options that give these settings, as manifests record them."""
-        return {"vocab": self.vocab, "dtype": self.dtype, **self.selection.options, **self.unshared.options}
+        options = {"vocab": self.vocab, "dtype": self.dtype, **self.selection.options}
+        return {**options, **self.unshared.options, **self.input_options}
 
     @property
     def globs(self) -> dict[str, Any]:
         """Those of the command-line options that are globs over names."""
         chosen = self.selection
         return {"include": list(chosen.include), "exclude": list(chosen.exclude), **self.unshared.options}
+
+    @property
+    def input_options(self) -> dict[str, Any]:
+        """Those of the options that say how models are opened, where they are not as usual."""
+        return {"dequantise": True} if self.dequantise else {}
+
+    def open(self, ref: str) -> Checkpoint:
+        """Open a model of the job."""
+        return open_checkpoint(ref, dequantise=self.dequantise)
 
 
 @dataclass(frozen=True)
@@ -134,7 +147,6 @@ def check_and_align(
     # Models of different architectures differ in every name and shape: listing those as well would hide the reason.
     preflight.errors.raise_if_any(command)
     checkpoints = [reference.checkpoint, *(donor.checkpoint for donor in donors)]
-    check_quantised(preflight, checkpoints)
     float_names = {name for checkpoint in checkpoints for name in checkpoint.float_names()}
     settings.selection.check_names(sorted({*float_names, *names}))
     aligned = align_tensors(preflight, reference, donors, settings, zero=zero, makes_model=makes_model)

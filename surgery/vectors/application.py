@@ -12,14 +12,13 @@ from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.reader import TensorInput
-from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.card import CardContent
 from surgery.engine.checkpoint_writer import OutputDescription, check_destination, write_checkpoint
 from surgery.engine.edit_report import EditReport, build_edit_report, edit_table, write_config_dtype
 from surgery.engine.manifest import command_record
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, PlannedTensor, copy_tensor, plan_files
-from surgery.engine.preflight import Preflight, check_ancestor, check_config
+from surgery.engine.preflight import Preflight, check_ancestor, check_config, check_quantised
 from surgery.engine.result import ExecutionResult
 from surgery.engine.unshared import UnsharedChoice
 from surgery.io.escaping import markdown_text
@@ -44,6 +43,7 @@ def apply(
     allow_unrelated: bool = False,
     keep: Sequence[str] = (),
     drop: Sequence[str] = (),
+    dequantise: bool = False,
     dry_run: bool = False,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> EditReport:
@@ -62,6 +62,7 @@ def apply(
         allow_unrelated: add the vector even to a target of another ancestry.
         keep: globs over names of tensors that only the target has: they stay as they are.
         drop: globs over names: OUT does not get these tensors, nor updates of those that the target lacks.
+        dequantise: see models in FP8 with scales, or in MXFP4, as bf16; so is then what is written.
         dry_run: stop after the checks; nothing is written.
 
     Raises:
@@ -69,7 +70,8 @@ def apply(
     """
     opened = open_vector(vector)
     selection = TensorSelection(scale, tuple(include), tuple(exclude), scale_for or {})
-    settings = VectorSettings(selection, vocab, dtype, allow_unrelated, UnsharedChoice(tuple(keep), tuple(drop)))
+    unshared = UnsharedChoice(tuple(keep), tuple(drop))
+    settings = VectorSettings(selection, vocab, dtype, allow_unrelated, unshared, dequantise)
     command = command_record("vector apply", [vector, target], **settings.options)
     return _add(stored_vector(opened), target, out, settings, command, dry_run=dry_run, options=options)
 
@@ -89,6 +91,7 @@ def transfer(
     allow_unrelated: bool = False,
     keep: Sequence[str] = (),
     drop: Sequence[str] = (),
+    dequantise: bool = False,
     dry_run: bool = False,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> EditReport:
@@ -100,9 +103,10 @@ def transfer(
         surgery.transfer("lab:grpo", "lab:sft", "lab:instruct", Path("OUT"), exclude=["*embed*"])
     """
     selection = TensorSelection(scale, tuple(include), tuple(exclude), scale_for or {})
-    settings = VectorSettings(selection, vocab, dtype, allow_unrelated, UnsharedChoice(tuple(keep), tuple(drop)))
+    unshared = UnsharedChoice(tuple(keep), tuple(drop))
+    settings = VectorSettings(selection, vocab, dtype, allow_unrelated, unshared, dequantise)
     command = command_record("vector transfer", [tuned, base, target], **settings.options)
-    difference = model_difference(open_checkpoint(tuned), open_checkpoint(base))
+    difference = model_difference(settings.open(tuned), settings.open(base))
     return _add(difference, target, out, settings, command, dry_run=dry_run, options=options)
 
 
@@ -116,7 +120,7 @@ def _add(
     dry_run: bool,
     options: ExecutionOptions,
 ) -> EditReport:
-    opened, preflight = open_checkpoint(target), Preflight()
+    opened, preflight = settings.open(target), Preflight()
     check_destination(out, {"target": opened, **vector.checkpoints}, options, dry_run=dry_run)
     base, aligned, vector = fit_vector(preflight, opened, vector, settings, command=str(command["name"]))
     donors = vector.checkpoints
@@ -143,13 +147,25 @@ def _add(
 
 
 def fit_vector(
-    preflight: Preflight, target: Checkpoint, vector: VectorInput, settings: VectorSettings, *, command: str
+    preflight: Preflight,
+    target: Checkpoint,
+    vector: VectorInput,
+    settings: VectorSettings,
+    *,
+    command: str,
+    can_dequantise: bool = True,
 ) -> tuple[Checkpoint, Alignment, VectorInput]:
     """Check that a vector fits a target; return the target as it is seen, its inputs, and the vector as it is seen.
+
+    Args:
+        can_dequantise: whether the command has the option that messages recommend.
 
     Raises:
         SurgeryError: they do not fit, or `preflight` has errors.
     """
+    # Before their layouts are looked at: codes have shapes of their own.
+    check_quantised(preflight, [target, *vector.checkpoints.values()], has_option=can_dequantise)
+    preflight.errors.raise_if_any(command)
     vector = vector.in_layout_of(target, preflight)
     donors = vector.checkpoints
     check_config(preflight, target, vector.config, next(iter(donors.values())).ref)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,14 +12,17 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.layout_view import seen_as
+from surgery.checkpoint.quantisation import find_quantisation
 from surgery.checkpoint.reader import SourceFiles, TensorReader
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.structure import model_structure
 from surgery.engine.options import ExecutionOptions
+from surgery.engine.preflight import Preflight, check_quantised
 from surgery.engine.reduce import reduce_tensors
-from surgery.errors import SurgeryError, listing, usage_error
+from surgery.errors import SurgeryError, SurgeryWarning, listing, usage_error
 from surgery.reporting.plots import plot_layer_changes, plot_similarity
 from surgery.reporting.report import Column, Figure, Table
 from surgery.vectors.task_vector import TaskVector, open_vector
@@ -129,17 +133,23 @@ class CompareReport:
         return "; ".join(f"{i + 1}: {vector}" for i, vector in enumerate(self.vectors))
 
 
-def diff(a: str, b: str, *, options: ExecutionOptions = ExecutionOptions()) -> DiffReport:
+def diff(a: str, b: str, *, dequantise: bool = False, options: ExecutionOptions = ExecutionOptions()) -> DiffReport:
     """Compare two models tensor by tensor.
 
     Example:
         print(surgery.diff("lab:sft", "lab:grpo").whole)
 
+    Args:
+        dequantise: see models in FP8 with scales, or in MXFP4, as bf16. Otherwise stored codes are compared, which a
+            `SurgeryWarning` tells.
+
     Raises:
         SurgeryError: one of them cannot be read, or they have no tensor in common.
     """
-    left = open_checkpoint(a)
-    view = seen_as(open_checkpoint(b), left)
+    left, other = (open_checkpoint(ref, dequantise=dequantise) for ref in (a, b))
+    for model in (left, other):
+        _warn_of_codes(model)
+    view = seen_as(other, left)
     right = view.checkpoint
     common = [name for name in left.tensors if name in right.tensors]
     reshaped = [name for name in common if left.tensors[name].shape != right.tensors[name].shape]
@@ -179,7 +189,11 @@ def compare(vectors: Sequence[str], *, options: ExecutionOptions = ExecutionOpti
     """
     if len(vectors) < 2:
         raise usage_error(f"got {len(vectors)} vector, expected two or more", where="vector compare")
-    opened = _in_one_layout([open_vector(vector) for vector in vectors])
+    opened = [open_vector(vector) for vector in vectors]
+    preflight = Preflight()
+    check_quantised(preflight, [vector.checkpoint for vector in opened])
+    preflight.errors.raise_if_any("vector compare")
+    opened = _in_one_layout(opened)
     holders: dict[str, list[int]] = defaultdict(list)
     for i, vector in enumerate(opened):
         for name in vector.checkpoint.tensors:
@@ -203,6 +217,14 @@ def compare(vectors: Sequence[str], *, options: ExecutionOptions = ExecutionOpti
         [_similarity(group, [dots[n] for n in names], count) for group, names in groups.items()],
         _similarity("whole", list(dots.values()), count),
     )
+
+
+def _warn_of_codes(model: Checkpoint) -> None:
+    """Emit a `SurgeryWarning` where stored values are codes: whether they differ is known, but not by how much."""
+    if (found := find_quantisation(model)) is not None:
+        help_ = " --dequantise compares weights." if found.readable else ""
+        text = f"{model.ref} is quantised ({found.scheme}): codes are compared, not weights.{help_}"
+        warnings.warn(text, SurgeryWarning, stacklevel=3)
 
 
 def _pair_sums(tensors: Sequence[Tensor]) -> Sequence[Tensor]:

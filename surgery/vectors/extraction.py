@@ -14,14 +14,13 @@ from safetensors.torch import save
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.dtypes import dtype_name
 from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader, segments
-from surgery.checkpoint.resolve import open_checkpoint
 from surgery.engine.card import CardContent
 from surgery.engine.checkpoint_writer import OutputDescription, check_destination, write_checkpoint
 from surgery.engine.layouts import see_as
 from surgery.engine.manifest import command_record
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, PlannedTensor, plan_files
-from surgery.engine.preflight import Preflight, check_ancestor, check_config, sketch
+from surgery.engine.preflight import Preflight, check_ancestor, check_config, check_quantised, sketch
 from surgery.engine.result import ExecutionResult
 from surgery.engine.unshared import UnsharedChoice
 from surgery.engine.work.workers import run_shared
@@ -97,6 +96,7 @@ def extract(
     allow_unrelated: bool = False,
     keep: Sequence[str] = (),
     drop: Sequence[str] = (),
+    dequantise: bool = False,
     dry_run: bool = False,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> ExtractReport:
@@ -113,33 +113,29 @@ def extract(
         include, exclude: globs over tensor names.
         vocab: what to do where the two tokenizers differ; see `surgery.vectors.align`.
         keep, drop: globs over names: the vector has nothing of these tensors; `keep` for those that one model lacks.
+        dequantise: see models in FP8 with scales, or in MXFP4, as bf16.
         dry_run: stop after the checks; nothing is written.
 
     Raises:
         SurgeryError: the models do not fit each other, or do not differ; `out` exists; the disk is full.
     """
     selection = TensorSelection(include=tuple(include), exclude=tuple(exclude))
-    settings = VectorSettings(selection, vocab, dtype, allow_unrelated, UnsharedChoice(tuple(keep), tuple(drop)))
+    unshared = UnsharedChoice(tuple(keep), tuple(drop))
+    settings = VectorSettings(selection, vocab, dtype, allow_unrelated, unshared, dequantise)
     pair = prepare_extraction(tuned, base, out, settings, dry_run=dry_run, options=options)
-    command = command_record(COMMAND, [tuned, base], dtype=dtype, **settings.globs, vocab=vocab)
+    given = {"dtype": dtype, **settings.globs, "vocab": vocab, **settings.input_options}
+    command = command_record(COMMAND, [tuned, base], **given)
     stored_dtype = dtype_name(dtype)
-    plan = Plan(
-        command,
-        pair.sources,
-        plan_files(_plan_tensors(pair, stored_dtype), stem=STEM),
-        {f"{DONOR}/{name}": file for name, file in pair.tuned.side_files.items()},
-        index_name=f"{STEM}.safetensors.index.json",
-    )
+    plan = _plan(pair, command, stored_dtype)
     facts, warnings = pair.preflight.facts, pair.preflight.warnings
     preview = ExtractReport(out, facts, warnings, len(pair.changed), len(pair.unchanged), dry_run=dry_run)
 
     def describe(folder: Path, result: ExecutionResult) -> OutputDescription[ExtractReport]:
         report = _with_norms(preview, pair, result)
         write_output(folder, f"{DONOR}/{SKETCH}", save(dict(pair.sketch)))
-        # With `zero` and `left_out` an application distinguishes a delta of zero from a tensor never compared.
-        vector = {"format": FORMAT, "dtype": stored_dtype, "zero": pair.unchanged, "left_out": pair.left_out}
+        fields = {"vector": _vector_record(pair, stored_dtype)}
         card = _card(report, stored_dtype)
-        return OutputDescription(report, report.summary(), card, kind="vector", fields={"vector": vector})
+        return OutputDescription(report, report.summary(), card, kind="vector", fields=fields)
 
     return write_checkpoint(
         plan, out, options, describe=describe, preflight=pair.preflight, dry_run_report=preview if dry_run else None
@@ -201,7 +197,9 @@ def prepare_extraction(
         SurgeryError: the models do not fit each other, or do not differ; `out` exists.
     """
     preflight = Preflight()
-    opened = {"tuned": open_checkpoint(tuned), "base": open_checkpoint(base)}
+    opened = {"tuned": settings.open(tuned), "base": settings.open(base)}
+    check_quantised(preflight, opened.values(), has_option=True)
+    preflight.errors.raise_if_any(COMMAND)
     other = "base" if layout_of == "tuned" else "tuned"
     opened[other] = see_as(preflight, opened[other], opened[layout_of]).checkpoint
     check_destination(out, opened, options, dry_run=dry_run)
@@ -247,6 +245,16 @@ def _changed(aligned: Mapping[str, tuple[TensorInput, ...]], options: ExecutionO
     return [name for name in aligned if name in changed]
 
 
+def _plan(pair: ModelPair, command: Mapping[str, Any], stored_dtype: str) -> Plan:
+    return Plan(
+        command,
+        pair.sources,
+        plan_files(_plan_tensors(pair, stored_dtype), stem=STEM),
+        {f"{DONOR}/{name}": file for name, file in pair.tuned.side_files.items()},
+        index_name=f"{STEM}.safetensors.index.json",
+    )
+
+
 def _plan_tensors(pair: ModelPair, stored_dtype: str) -> list[PlannedTensor]:
     """Plan the delta of every tensor that changed."""
     planned = []
@@ -256,6 +264,12 @@ def _plan_tensors(pair: ModelPair, stored_dtype: str) -> list[PlannedTensor]:
         dtype = "F64" if stored_dtype == "F32" and tensor.dtype == "F64" else stored_dtype
         planned.append(PlannedTensor(name, dtype, tensor.shape, pair.aligned[name], DIFFERENCE[tensor.dtype]))
     return planned
+
+
+def _vector_record(pair: ModelPair, stored_dtype: str) -> dict[str, Any]:
+    """Return the manifest's entry of the vector."""
+    # With `zero` and `left_out` an application distinguishes a delta of zero from a tensor never compared.
+    return {"format": FORMAT, "dtype": stored_dtype, "zero": pair.unchanged, "left_out": pair.left_out}
 
 
 def _with_norms(report: ExtractReport, pair: ModelPair, result: ExecutionResult) -> ExtractReport:

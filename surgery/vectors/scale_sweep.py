@@ -220,7 +220,9 @@ def _check_and_align(
     preflight: Preflight, model: Checkpoint, vector: TaskVector, settings: VectorSettings
 ) -> tuple[Checkpoint, dict[str, TensorInput]]:
     """Return the target as it is seen, and the vector's input for every tensor that it changes. Raises SurgeryError."""
-    seen, aligned, fitted = fit_vector(preflight, model, stored_vector(vector), settings, command=COMMAND)
+    seen, aligned, fitted = fit_vector(
+        preflight, model, stored_vector(vector), settings, command=COMMAND, can_dequantise=False
+    )
     check_ancestor(preflight, seen, fitted.read_sketch(), allow_unrelated=settings.allow_unrelated)
     preflight.errors.raise_if_any(COMMAND)
     if aligned.dropped:

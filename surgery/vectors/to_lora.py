@@ -96,6 +96,7 @@ def extract_adapter(
     allow_unrelated: bool = False,
     keep: Sequence[str] = (),
     drop: Sequence[str] = (),
+    dequantise: bool = False,
     dry_run: bool = False,
     options: ExecutionOptions = ExecutionOptions(),
 ) -> AdapterReport:
@@ -110,14 +111,14 @@ def extract_adapter(
     if rank < 1:
         raise usage_error(f"got {rank}, expected 1 or more", where="--rank")
     selection = TensorSelection(include=tuple(include), exclude=tuple(exclude))
-    choice = UnsharedChoice(tuple(keep), tuple(drop))
-    settings = VectorSettings(selection, allow_unrelated=allow_unrelated, unshared=choice)
+    unshared = UnsharedChoice(tuple(keep), tuple(drop))
+    settings = VectorSettings(selection, allow_unrelated=allow_unrelated, unshared=unshared, dequantise=dequantise)
     # An adapter names the modules of its base.
     pair = prepare_extraction(tuned, base, out, settings, dry_run=dry_run, options=options, layout_of="base")
     matrices, rest, transposed = _split(pair.changed, pair.base)
     if not matrices:
         raise SurgeryError("no matrix differs, so there is nothing for an adapter to hold", where=tuned)
-    command = command_record(COMMAND, [tuned, base], rank=rank, **settings.globs)
+    command = command_record(COMMAND, [tuned, base], rank=rank, **settings.globs, **settings.input_options)
     planned = [
         tensor
         for name in matrices

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.checkpoint.quantisation import quantised_tensors
 from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader, hash_tensor, segments
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.stored_tensor import StoredTensor
@@ -29,11 +30,18 @@ def embedding_rows(opened: OpenTokenizer, ref: str, rows: int) -> tuple[Table, s
         whose tokens were compared; without one nothing is known of them.
 
     Raises:
-        SurgeryError: the model has no such embedding, or one of fewer rows; its tokens are not those of the tokenizer
-            `opened`; the embedding holds NaN or infinite values.
+        SurgeryError: the model has no such embedding, or one of fewer rows; it is quantised; its tokens
+            are not those of the tokenizer `opened`; the embedding holds NaN or infinite values.
     """
     source = open_checkpoint(ref)
     tensor = _token_embedding(source)
+    # A quantised model's embedding is stored as it is, as a rule.
+    if codes := next((one for one in quantised_tensors(source) if one.codes.name == tensor.name), None):
+        raise SurgeryError(
+            f"its embedding is quantised ({codes.scheme}): {codes.evidence}",
+            where=ref,
+            hint="Use the unquantised model.",
+        )
     own = tensor.shape[1]
     if tensor.shape[0] < rows:
         raise usage_error(

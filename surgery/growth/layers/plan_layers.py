@@ -27,6 +27,7 @@ from surgery.checkpoint.config_layers import (
     with_layers,
 )
 from surgery.checkpoint.model_config import layer_count
+from surgery.checkpoint.quantisation import stated_settings
 from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.structure import ModelStructure
@@ -127,8 +128,9 @@ class LayerInsertionPlan:
         # Copies of quantised layers keep their bytes; everything else needs their values.
         if self.init != "copy" or self.stored_as:
             check_quantised(self.preflight, [self.base])
-        elif method := self.base.config.get("quantization_config") or self.base.config.get("compression_config"):
-            self._check_numbers_named(method)
+        else:
+            for place, settings in stated_settings(self.base).items():
+                self._check_numbers_named(place, settings)
         self._check_extra_layers()
         self.preflight.errors.raise_if_any(COMMAND)
         # The config's lists are rewritten with it: entry i becomes that of layer order[i].
@@ -253,12 +255,12 @@ class LayerInsertionPlan:
             return self.at
         raise usage_error(f"got {self.at}, expected top, middle, or 0 to {self.before}", where="--at")
 
-    def _check_numbers_named(self, method: object) -> None:
-        """Add an error if the quantisation config names layers by number, because their numbers change."""
+    def _check_numbers_named(self, place: str, settings: object) -> None:
+        """Add an error if settings of quantisation name layers by number, because their numbers change."""
         last = (self.structure.stack or "").rpartition(".")[2]
-        if found := re.search(rf"{re.escape(last)}\\*\.\d+", json.dumps(method)):
+        if found := re.search(rf"{re.escape(last)}\\*\.\d+", json.dumps(settings)):
             self.preflight.errors.add(
-                f"the quantization_config of {self.base.ref} names layers by number ({found[0]!r}), and these change. "
+                f"the {place} of {self.base.ref} names layers by number ({found[0]!r}), and these change. "
                 "Use the unquantised model."
             )
 
