@@ -74,7 +74,7 @@ def test_without_a_card_one_is_made(out: Path) -> None:
     assert "# reasoner" in text and "surgery vector transfer" in text
 
 
-@pytest.mark.parametrize("front", ["a: [", "- a", "model-index: 3"])
+@pytest.mark.parametrize("front", ["a: [", "- a", "model-index: 3", "a: !!bool maybe", "a: !!timestamp noon"])
 def test_metadata_that_nobody_can_read_are_an_error_before_anything_is_sent(
     server: HubServer, out: Path, front: str
 ) -> None:
