@@ -211,11 +211,24 @@ def near_value(value: Any, draw: random.Random) -> Any:
 
 def to_text(value: Any) -> str:
     """Return the tree as JSON, `Raw` and `Pairs` as they are; lone surrogates as escapes."""
-    if isinstance(value, Raw):
-        return str(value)
-    if isinstance(value, (dict, Pairs)):
-        pairs = value.items() if isinstance(value, dict) else value
-        return "{" + ", ".join(f"{json.dumps(str(key))}: {to_text(item)}" for key, item in pairs) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(to_text(item) for item in value) + "]"
-    return json.dumps(value)
+    # Without recursion: a tree of trees may be deeper than Python can call.
+    pieces: list[str] = []
+    waiting: list[Any] = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Raw):
+            pieces.append(str(item))
+        elif isinstance(item, (dict, Pairs)):
+            pairs = list(item.items() if isinstance(item, dict) else item)
+            waiting.append(Raw("}"))
+            for at, (key, inner) in reversed(list(enumerate(pairs))):
+                waiting += [inner, Raw(f"{', ' if at else ''}{json.dumps(str(key))}: ")]
+            waiting.append(Raw("{"))
+        elif isinstance(item, (list, tuple)):
+            waiting.append(Raw("]"))
+            for at, inner in reversed(list(enumerate(item))):
+                waiting += [inner, Raw(", " if at else "")]
+            waiting.append(Raw("["))
+        else:
+            pieces.append(json.dumps(item))
+    return "".join(pieces)
