@@ -103,7 +103,7 @@ RUN_TARGETS = (
     FuzzTarget("expert findings", ("findings",), ("experts/*.json", "experts/*.jsonl"), _experts, weight=2),
     FuzzTarget("growth plan", ("growth",), ("plan.yml",), _plan, weight=2, named=PLAN, follows=True),
     FuzzTarget("embedding", ("growth",), ("emb/*",), _embedding),
-    FuzzTarget("growth results", ("growth",), ("run/results.json", "run/*/*.json"), _growth, weight=2),
+    FuzzTarget("growth results", ("growth",), ("run/results.json", "run/*/*.json"), _growth, every=2),
     FuzzTarget("ensemble", ("ensemble",), ("out/config.json", "out/members/*.json", "out/*"), _inspect_ensemble),
     FuzzTarget(
         "unpack", ("ensemble",), ("out/config.json", "out/members/*.json", "out/members/*/*"), _unpack, weight=2

@@ -69,7 +69,7 @@ class FuzzTarget:
     follows: whether the input may name what is read, wherever it is: the models of a merge, the base of an adapter.
     writes: whether it may write into the input, e.g. what it resumes; by default only into OUT.
     host: the one address that it may connect to.
-    every: it takes part in one of so many rounds.
+    every: it takes part in one of so many rounds, where an input takes long (a report with its pictures).
     program: the one script that it may start, in a process of its own.
     """
 
