@@ -191,7 +191,7 @@ def part_values(config: Mapping[str, Any], known: ConfigClass | None) -> tuple[d
         values |= normalise_rope(config, values, known.rope)
     undetermined = {key for key in known.unknown if values.get(key) is None}
     # What the kinds of layers follow from is said by their list.
-    dropped = (rope - {"rope_theta", "rope_scaling", "partial_rotary_factor"}) | read
+    dropped = (rope - {"rope_theta", "rope_scaling", "partial_rotary_factor"}) | read | aliases.keys()
     fields = known.defaults.keys() | known.derived.keys() | known.forced.keys()
     named = {_SYNONYMS.get(key, key) for key in fields if key in _SYNONYMS}
     kept = {

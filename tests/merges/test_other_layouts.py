@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,32 @@ def test_noise_on_another_layout_is_averaged_as_on_its_own(tmp_path: Path) -> No
     run(text.replace("⟨a⟩", str(saved)).replace("⟨b⟩", str(other)), tmp_path / "out")
     ours, theirs = in_memory(tmp_path / "out"), in_memory(tmp_path / "expected")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
+
+
+@pytest.mark.parametrize(("text", "whole"), [("gemma3_text", "gemma3"), ("qwen3_moe", "qwen3_vl_moe")])
+def test_a_text_model_is_merged_with_the_language_model_of_a_multimodal_one(
+    text: str, whole: str, tmp_path: Path
+) -> None:
+    """The tower is that of the multimodal model, whichever gives the layout; a line says so."""
+    saved, fused = save_both(build_model(whole), tmp_path / "whole")
+    build_model(text, seed=1).save_pretrained(tmp_path / "text")
+    config = LINEAR.replace("1.0", "0.5").replace("0.3", "0.5")
+    for number, (a, b) in enumerate(
+        ((saved, tmp_path / "text"), (fused, tmp_path / "text"), (tmp_path / "text", saved))
+    ):
+        report = run(config.replace("⟨a⟩", str(a)).replace("⟨b⟩", str(b)), tmp_path / f"out{number}")
+        ours, theirs, got = (in_memory(path) for path in (a, b, tmp_path / f"out{number}"))
+        places = {name: _place(name, theirs) for name in got}
+        assert sum(place is not None for place in places.values()) == len(in_memory(tmp_path / "text"))
+        for name, tensor in got.items():
+            place = places[name]
+            expected = ours[name] if place is None else (ours[name] + theirs[place]) / 2
+            torch.testing.assert_close(tensor, expected, atol=1e-6, rtol=1e-6)
+        assert any("kept from" in line and "vis" in line for line in report.warnings)
+
+
+def _place(name: str, tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Return the name that a tensor of a text model has in a multimodal one, or the other way round."""
+    inner, outer = "model.", "model.language_model."
+    names = (name, name.replace(outer, inner), name.replace(inner, outer, 1))
+    return next((one for one in names if one in tensors), None)
