@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import subprocess
 import sys
+import threading
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
@@ -16,9 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from surgery import lab
 from surgery.errors import WRONG_USAGE, SurgeryError
+from surgery.lab import builder
 from surgery.lab.recipe import GrpoTraining, QwenShape, ReasoningRecipe, SpecialistsRecipe
 from surgery.lab.sums import CHARACTERS
 from surgery.lab.tokenizer import vocabulary
+from surgery.runtime import progress, progress_lines
 
 FULL = ReasoningRecipe()
 QUICK = replace(
@@ -253,3 +257,28 @@ def test_a_specialist_s_progress_is_told_once_per_step(cache):
 
     lab.build("adder", recipe=QUICK_PAIR, progress=progress)
     assert seen == {"lab:adder": [2, 1, 1]}
+
+
+def test_a_log_says_that_a_build_waits_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path))
+    printed: list[str] = []
+    monkeypatch.setattr(progress, "_print_line", lambda text, stream: printed.append(text))
+    monkeypatch.setattr(progress_lines, "FIRST_AFTER", 0.0)
+    entered = threading.Event()
+
+    def build() -> None:
+        with builder._exclusive(tmp_path / "models"):
+            entered.set()
+
+    other = threading.Thread(target=build)
+    with builder._exclusive(tmp_path / "models"):
+        printed.clear()
+        other.start()
+        end = time.monotonic() + 60
+        while not printed and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not entered.is_set()
+    other.join()
+    assert entered.is_set()
+    assert printed[0].startswith("Waiting for another process that builds a lab model: running for ")
+    assert printed[-1].startswith("Waiting for another process that builds a lab model: done after ")
