@@ -25,6 +25,8 @@ COMMANDS = {
     "moved": ("vector", "transfer", "a", "base", "b", "--scale", "0.5", "--exclude", "*.norm.*"),
     "mean": ("merge", "linear", "a", "b", "--weight", "0.3"),
     "drawn": ("merge", "dare_ties", "a", "b", "--base", "base", "--weight", "0.5", "--density", "0.5", "--seed", "3"),
+    "without": ("vector", "transfer", "a", "base", "b", "--drop", "*.layers.1.mlp.*"),
+    "dropped": ("merge", "deep/down/merge.yml", "--drop", "*.layers.1.mlp.*", "--drop", "*q_proj*"),
     "configured": ("merge", "deep/down/merge.yml"),
     "both": ("merge", "logits", "a", "b"),
     "edited": ("edit", "heads", "a", "--head", "L0H1", "--no-measure"),

@@ -16,6 +16,7 @@ from surgery.engine.edit_report import EditReport
 from surgery.errors import SurgeryError
 from surgery.vectors.application import apply, transfer
 from surgery.vectors.extraction import extract
+from surgery.vectors.scale_sweep import sweep
 from surgery.vectors.to_lora import extract_adapter
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -152,6 +153,15 @@ def test_tuned_and_base_may_differ_in_being_tied(trio: tuple[Path, Path, Path], 
         with_head(folders[index], seed=5, tie_word_embeddings=False)
         _, made = both_ways((folders[0], folders[1], folders[2]), place := tmp_path / str(index))
         check(made, (folders[0], folders[1], folders[2]), has_head=True, tmp_path=place)
+
+
+def test_a_sweep_refuses_what_it_cannot_set_in_a_loaded_model(trio: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    for seed, folder in enumerate(trio[:2], start=5):
+        with_head(folder, seed=seed, tie_word_embeddings=False)
+    extract(str(trio[0]), str(trio[1]), tmp_path / "v")
+    for options, match in (({}, "would be another matrix than its embedding"), ({"drop": ["*norm*"]}, "--drop: would")):
+        with pytest.raises(SurgeryError, match=match):
+            sweep(str(tmp_path / "v"), str(trio[2]), scales=[1.0], tasks=["lab_sums"], **options)  # type: ignore[arg-type]
 
 
 def test_a_head_that_is_excluded_leaves_the_target_tied(trio: tuple[Path, Path, Path], tmp_path: Path) -> None:
