@@ -176,8 +176,9 @@ class _Table:
         leaf = _leaf(tensor.name).lower()
         # Floats of the same names are weights: w_q is what some call the queries' projection.
         if leaf in _NAMED and (tensor.dtype in CODES or leaf == "absmax"):
-            is_nvfp4 = leaf == "weight_packed" and tensor.dtype == "U8"
-            witness = next((other.name for other in self._called_after(tensor.name)), "")
+            beside = self._called_after(tensor.name)
+            is_nvfp4 = tensor.dtype == "U8" and any(other.dtype == "F8_E4M3" for other in beside)
+            witness = next((other.name for other in beside), "")
             return QuantisedTensor(tensor, "NVFP4" if is_nvfp4 else _NAMED[leaf], witness=witness)
         if tensor.dtype in CODES and tensor.shape and not _is_companion(leaf):
             return self._integers(tensor, leaf)

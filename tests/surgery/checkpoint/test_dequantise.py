@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.checkpoint.layout_view import seen_as
 from surgery.checkpoint.quantisation import find_quantisation
 from surgery.checkpoint.reader import SourceFiles, TensorReader
 from surgery.checkpoint.resolve import open_checkpoint
@@ -370,6 +371,28 @@ def test_an_adapter_is_added_to_the_weights(tmp_path: Path) -> None:
 
     expected = read(weight, f"{name}.weight").double() + b.double() @ a.double()
     assert torch.allclose(read(model, f"{name}.weight").double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_dequantised_experts_are_seen_fused(tmp_path: Path) -> None:
+    """One by one in the file, as transformers holds them in the other model."""
+    block = partial(q.fp8, scale="weight_scale_inv", shape="block", block=8)
+    stated = {"quant_method": "fp8", "weight_block_size": [8, 8]}
+    folder = quantised(tmp_path / "model", block, family="qwen3_moe", quantization_config=stated)
+    theirs = loaded(folder, transformers.FineGrainedFP8Config(dequantize=True, weight_block_size=(8, 8)))
+    fused = tmp_path / "fused"
+    fused.mkdir()
+    save_file(theirs, fused / "model.safetensors")
+    (fused / "config.json").write_bytes((folder / "config.json").read_bytes())
+    reconfigure(fused, quantization_config=None)
+
+    seen = seen_as(open_checkpoint(folder, dequantise=True), open_checkpoint(fused)).checkpoint
+
+    names = [name for name in theirs if name.endswith("experts.gate_up_proj")]
+    assert names
+    for name in names:
+        assert torch.equal(read(seen, name).bfloat16(), theirs[name])
+        count = seen.tensors[name].n_elements
+        assert torch.equal(read(seen, name, 7, count - 5).bfloat16(), theirs[name].flatten()[7 : count - 5])
 
 
 def test_shards_say_where_the_weights_lie(tmp_path: Path) -> None:

@@ -114,9 +114,22 @@ def sparse(tensors: dict[str, Tensor]) -> None:
     tensors["model.layers.0.x.bitmask"] = torch.ones(8, 1, dtype=torch.uint8)
 
 
+def nvfp4_packed(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.0.x.weight_packed"] = torch.ones(8, 8, dtype=torch.uint8)
+    tensors["model.layers.0.x.weight_scale"] = torch.ones(8, 1).to(torch.float8_e4m3fn)
+    tensors["model.layers.0.x.weight_global_scale"] = torch.ones(1)
+
+
+def mxfp4_packed(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.0.x.weight_packed"] = torch.ones(8, 16, dtype=torch.uint8)
+    tensors["model.layers.0.x.weight_scale"] = torch.full((8, 1), 127, dtype=torch.uint8)
+
+
 @pytest.mark.parametrize(
     ("change", "scheme"),
     [
+        (nvfp4_packed, "NVFP4"),
+        (mxfp4_packed, "compressed-tensors"),
         (original_gpt_oss, "MXFP4"),
         (exponents, "packed F8_E8M0"),
         (deepseek_v4, "FP4 with block scales"),
