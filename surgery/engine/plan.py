@@ -18,6 +18,7 @@ from surgery.errors import SurgeryError, usage_error
 from surgery.hub.file_selection import WEIGHTS_SUFFIX
 from surgery.io.atomic import JOURNAL
 from surgery.io.hashing import hash_bytes, hash_text
+from surgery.io.input_files import MAX_TEXT_BYTES
 from surgery.io.output_files import write_output
 from surgery.io.output_folder import staging_folders
 from surgery.io.safe_paths import folded, unique_paths
@@ -73,7 +74,8 @@ class Plan:
         index_name: file name of the index where OUT has several weight files.
 
     Raises:
-        SurgeryError: two files would have one name, or a name leads out of OUT or is the journal's.
+        SurgeryError: two files would have one name, or a name leads out of OUT or is the journal's; a side file is too
+            large to be one.
     """
 
     command: Mapping[str, Any]
@@ -95,6 +97,13 @@ class Plan:
         for file in self.files:
             if not file.name.endswith(WEIGHTS_SUFFIX):
                 raise SurgeryError(f'"{file.name}" holds weights, but is no {WEIGHTS_SUFFIX} file', where="OUT")
+        for path in self.side_files.values():
+            if isinstance(path, Path) and path.is_file() and (size := path.stat().st_size) > MAX_TEXT_BYTES:
+                raise SurgeryError(
+                    f"has {size:,} bytes, more than the {MAX_TEXT_BYTES:,} of a file beside the weights",
+                    where=path,
+                    hint="It is damaged, or not what its name says.",
+                )
 
     def check_names(self, own: Iterable[str]) -> None:
         """Raise SurgeryError where a file of the plan has the name of one that the command writes itself.

@@ -76,7 +76,7 @@ class TrainingRecord(GrowthRecordBase):
     trained_parameters: int
     optimizer_bytes: int
     steps: int
-    tokens: int
+    tokens: Annotated[int, Field(ge=1)]
     first_window: int
     stopped: Literal["tokens", "plateau"]
     seconds: float

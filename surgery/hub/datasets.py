@@ -24,7 +24,7 @@ from surgery.hub.errors import (
     TOKEN_HINT,
     RefusedAnswerError,
     connection_failure,
-    http_error_type,
+    http_error_types,
     refused_answer,
     shown_cause,
 )
@@ -123,7 +123,7 @@ def resolve_commit(dataset: HubDataset) -> str:
             where=dataset.ref,
             hint=f"Check the spelling; for a private one {TOKEN_HINT}.",
         ) from error
-    except (errors.HfHubHTTPError, http_error_type(), OSError, ValueError, *MALFORMED) as error:
+    except (errors.HfHubHTTPError, *http_error_types(), OSError, ValueError, *MALFORMED) as error:
         raise SurgeryError(
             f"the Hub cannot be asked for its commit ({_reason(error)})",
             where=dataset.ref,
@@ -224,7 +224,7 @@ def _import_datasets(dataset: HubDataset) -> Any:
 
 def _load_errors(datasets: Any) -> tuple[type[BaseException], ...]:
     """Return what `datasets` raises where data is missing, damaged or out of reach."""
-    known = OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, http_error_type()
+    known = OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, *http_error_types()
     return *known, RefusedAnswerError, *MALFORMED
 
 
@@ -236,6 +236,6 @@ def _reason(error: BaseException) -> str:
         return f"HTTP {error.response.status_code}"
     if refused := refused_answer(error):
         return refused.what
-    if isinstance(error, http_error_type()):
+    if isinstance(error, http_error_types()):
         return connection_failure(error)
     return NOT_A_HUB if isinstance(error, MALFORMED) else redact(first_line(error))

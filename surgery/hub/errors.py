@@ -62,7 +62,7 @@ def translate_errors(repository: Repository) -> Iterator[None]:
 
     try:
         yield
-    except (RefusedAnswerError, errors.LocalEntryNotFoundError, OSError, http_error_type()) as error:
+    except (RefusedAnswerError, errors.LocalEntryNotFoundError, OSError, *http_error_types()) as error:
         raise _translated(error, repository) from shown_cause(error)
     except (ValueError, *MALFORMED) as error:  # not JSON: a login page of the network, or a wrong HF_ENDPOINT
         raise _unreachable(repository, NOT_A_HUB) from shown_cause(error)
@@ -91,18 +91,21 @@ def refused_answer(error: BaseException) -> RefusedAnswerError | None:
     return next((cause for cause in causes(error) if isinstance(cause, RefusedAnswerError)), None)
 
 
-def http_error_type() -> type[Exception]:
-    """Return the base class of what huggingface_hub's HTTP library raises: httpx, and httpx2 from some version on."""
-    from huggingface_hub import errors
+def http_error_types() -> tuple[type[Exception], type[Exception]]:
+    """Return what huggingface_hub's HTTP library raises: its base class, and that of addresses it cannot read.
 
-    # Imported by huggingface_hub but not exported, so that type checkers do not find it as an attribute.
-    base: type[Exception] = vars(errors)["HTTPError"]
-    return base
+    An answer may lead to such an address.
+    """
+    library = http_library()
+    return library.HTTPError, library.InvalidURL
 
 
 def http_library() -> Any:
-    """Return the module of `http_error_type`."""
-    return import_module(http_error_type().__module__.partition(".")[0])
+    """Return the HTTP library of huggingface_hub: httpx, and httpx2 from some version on."""
+    from huggingface_hub import errors
+
+    # Its error is imported by huggingface_hub but not exported, so that type checkers do not find it as an attribute.
+    return import_module(vars(errors)["HTTPError"].__module__.partition(".")[0])
 
 
 def connection_failure(error: BaseException) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from surgery.hub.client import guarded, quiet_client
-from surgery.hub.errors import MALFORMED, RefusedAnswerError, http_error_type
+from surgery.hub.errors import MALFORMED, RefusedAnswerError, http_error_types
 from surgery.hub.settings import endpoint, is_offline, request_timeout
 
 RepositoryKind = Literal["model", "dataset"]
@@ -29,7 +29,7 @@ def visibility(repo_id: str, kind: RepositoryKind = "model") -> Visibility:
     # Gated ones are listed for everybody: `model_info` succeeds.
     except errors.RepositoryNotFoundError:
         return "hidden"
-    except (errors.HfHubHTTPError, http_error_type(), OSError, ValueError, RefusedAnswerError, *MALFORMED):
+    except (errors.HfHubHTTPError, *http_error_types(), OSError, ValueError, RefusedAnswerError, *MALFORMED):
         return "unknown"
     # `is False`: an answer that does not say so is none.
     return "public" if private is False else "private"

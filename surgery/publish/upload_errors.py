@@ -19,7 +19,7 @@ from surgery.hub.errors import (
     Repository,
     causes,
     connection_failure,
-    http_error_type,
+    http_error_types,
     invalid_token_error,
     refused_answer,
     shown_cause,
@@ -102,7 +102,7 @@ def translate_upload_errors(
     """Raise what huggingface_hub raises in the block as a `SurgeryError`, except errors of the types `passthrough`."""
     try:
         yield
-    except (RefusedAnswerError, OSError, ValueError, RuntimeError, http_error_type(), *MALFORMED) as error:
+    except (RefusedAnswerError, OSError, ValueError, RuntimeError, *http_error_types(), *MALFORMED) as error:
         if isinstance(error, passthrough):
             raise
         raise _translated(error, target) from shown_cause(error)
@@ -196,7 +196,7 @@ def _is_transport(error: BaseException) -> bool:
 
     # A ConnectionError too, but asking again cannot help.
     offline = isinstance(error, errors.OfflineModeIsEnabled)
-    return isinstance(error, (http_error_type(), ConnectionError, TimeoutError)) and not offline
+    return isinstance(error, (*http_error_types(), ConnectionError, TimeoutError)) and not offline
 
 
 def _quotable(text: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from typing import Any
 
 # Integers beyond it cannot become a float.
@@ -213,22 +214,33 @@ def to_text(value: Any) -> str:
     """Return the tree as JSON, `Raw` and `Pairs` as they are; lone surrogates as escapes."""
     # Without recursion: a tree of trees may be deeper than Python can call.
     pieces: list[str] = []
-    waiting: list[Any] = [value]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, Raw):
-            pieces.append(str(item))
-        elif isinstance(item, (dict, Pairs)):
-            pairs = list(item.items() if isinstance(item, dict) else item)
-            waiting.append(Raw("}"))
-            for at, (key, inner) in reversed(list(enumerate(pairs))):
-                waiting += [inner, Raw(f"{', ' if at else ''}{json.dumps(str(key))}: ")]
-            waiting.append(Raw("{"))
-        elif isinstance(item, (list, tuple)):
-            waiting.append(Raw("]"))
-            for at, inner in reversed(list(enumerate(item))):
-                waiting += [inner, Raw(", " if at else "")]
-            waiting.append(Raw("["))
+    open_containers = [iter([value])]
+    while open_containers:
+        for item in open_containers[-1]:
+            if isinstance(item, Raw):
+                pieces.append(item)
+            elif isinstance(item, (dict, list, tuple)):
+                open_containers.append(_parts(item))
+                break
+            else:
+                pieces.append(json.dumps(item))
         else:
-            pieces.append(json.dumps(item))
+            open_containers.pop()
     return "".join(pieces)
+
+
+def _parts(container: Any) -> Iterator[Any]:
+    """Yield the values of a container, and the `Raw` texts before, between and behind them."""
+    if isinstance(container, (dict, Pairs)):
+        yield Raw("{")
+        for at, (key, value) in enumerate(container.items() if isinstance(container, dict) else container):
+            yield Raw(f"{', ' if at else ''}{json.dumps(str(key))}: ")
+            yield value
+        yield Raw("}")
+        return
+    yield Raw("[")
+    for at, value in enumerate(container):
+        if at:
+            yield Raw(", ")
+        yield value
+    yield Raw("]")

@@ -18,6 +18,7 @@ from surgery.engine.kernel import IDENTITY
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, PlannedTensor, check_output, copy_tensor, plan_files
 from surgery.errors import SurgeryError
+from surgery.io.input_files import MAX_TEXT_BYTES
 
 
 def test_the_layout_is_that_of_the_model_it_is_like(tmp_path: Path) -> None:
@@ -85,3 +86,14 @@ def test_writing_beside_a_source_is_allowed_and_into_it_is_not(tmp_path: Path) -
     for out in (tmp_path / "m", tmp_path / "m/out", link / "out"):
         with pytest.raises(SurgeryError, match="lies inside the m"):
             check_output(out, {"m": model})
+
+
+def test_a_side_file_of_gigabytes_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer_config.json"
+    with path.open("wb") as file:
+        file.truncate(MAX_TEXT_BYTES + 1)
+    with pytest.raises(SurgeryError, match="more than the 64,000,000 of a file beside the weights"):
+        Plan({}, {}, (), {"tokenizer_config.json": path})
+    with path.open("wb") as file:
+        file.truncate(MAX_TEXT_BYTES)
+    Plan({}, {}, (), {"tokenizer_config.json": path})

@@ -17,10 +17,12 @@ from support.hub_models import FETCHED, REPO, content, failure
 from support.hub_server import HubServer
 from support.hub_uploads import git_hash
 
+from surgery.errors import SurgeryError
 from surgery.hub import client
 from surgery.hub import download as hub
 from surgery.hub.client import guarded, is_hub_address, requested_delay
-from surgery.hub.errors import RefusedAnswerError, http_error_type
+from surgery.hub.datasets import HubDataset, resolve_commit
+from surgery.hub.errors import RefusedAnswerError, http_error_types
 
 SHARD = "model-00001-of-00002.safetensors"
 ELSEWHERE = "asks to send your token to 127.0.0.1, which was not done"
@@ -112,9 +114,24 @@ def test_no_token_goes_through_a_network_unencrypted(
 
 
 def test_a_redirect_to_another_scheme_is_one_line(server: HubServer, token: str) -> None:
-    for target in ("file:///etc/passwd", "ftp://127.0.0.1/x", "javascript:x", "http://[", "http://%00"):
+    for target in (
+        "file:///etc/passwd",
+        "ftp://127.0.0.1/x",
+        "javascript:x",
+        "http://[",
+        "http://%00",
+        "//:1",
+        "http://a:b/",
+    ):
         server.fail("/api/models", 302, headers={"Location": target})
         assert failure().startswith("lab/tiny: ")
+
+
+def test_a_data_set_that_redirects_to_what_is_no_address_is_one_line(server: HubServer, token: str) -> None:
+    for target in ("//::1/x", "http://host:port/", "http://[::1", "http://:99999/x"):
+        server.fail("/api/datasets", 302, headers={"Location": target})
+        with pytest.raises(SurgeryError, match="lab/data"):
+            resolve_commit(HubDataset("lab/data", "lab/data", None, None, "train"))
 
 
 def test_redirects_in_a_circle_end(server: HubServer, model: Path) -> None:
@@ -304,7 +321,7 @@ def test_requests_without_a_timeout_get_one(server: HubServer, model: Path, impa
     for _ in range(9):
         server.stall("/tree/", method="GET")
     api = huggingface_hub.HfApi(endpoint=server.url)
-    with guarded(), pytest.raises(http_error_type(), match="timed out"):
+    with guarded(), pytest.raises(http_error_types(), match="timed out"):
         list(api.list_repo_tree(REPO))
 
 
