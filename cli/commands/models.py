@@ -65,6 +65,7 @@ def diff(
     if as_json:
         console.show_json(report)
     else:
+        console.show_preflight({}, report.configs)
         console.show(*report.tables(top))
 
 

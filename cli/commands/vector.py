@@ -195,6 +195,7 @@ def compare(
     if as_json:
         console.show_json(report)
     else:
+        console.show_preflight({}, report.configs)
         console.show(report.table())
 
 

@@ -37,7 +37,7 @@ def normalise_rope(config: Mapping[str, Any], values: Mapping[str, Any], spec: M
         config = _renamed(config, spec["old_names"])
     given = _table(config.get(SCALING)) or _table(config.get(PARAMETERS))
     present = values.get("layer_types")
-    kinds = list(dict.fromkeys(present)) if isinstance(present, list) else []
+    kinds = list(dict.fromkeys(map(str, present))) if isinstance(present, list) else []
     if isinstance(spec.get("theta"), Mapping):
         params = _by_kind(config, spec)
     else:

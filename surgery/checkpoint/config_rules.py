@@ -25,7 +25,7 @@ def apply_rule(rule: Sequence[Any], values: Values, n_layers: int) -> Any:
     name, *arguments = rule
     try:
         return _RULES[name](values, n_layers, *arguments)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
+    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError, OverflowError):
         return None
 
 
@@ -34,7 +34,7 @@ def keys_of(rule: Sequence[Any]) -> list[str]:
     # The first argument of these is a key; of the others, which give numbers, no key is used up.
     if rule[0] == "unless":
         return [*rule[1], *keys_of(rule[2])]
-    if rule[0] == "window":
+    if rule[0] in ("window", "alternate_window", "nope_window"):
         return ["use_sliding_window", "max_window_layers"]
     return list(rule[1:2]) if rule[0] in ("every", "leading") else []
 
@@ -108,6 +108,18 @@ def _window(values: Values, n: int) -> list[str]:
     return [SLIDING if sliding and i >= values["max_window_layers"] else FULL for i in range(n)]
 
 
+def _alternate_window(values: Values, n: int) -> list[str]:
+    """A sliding window in every second layer before `max_window_layers` (Qwen2-MoE)."""
+    sliding, end = values["use_sliding_window"], values["max_window_layers"]
+    return [SLIDING if sliding and i % 2 == 0 and i < end else FULL for i in range(n)]
+
+
+def _nope_window(values: Values, n: int) -> list[str]:
+    """A sliding window in layers without rotary embeddings (SmolLM3)."""
+    sliding = values["use_sliding_window"] and values["sliding_window"] is not None
+    return [SLIDING if sliding and not values["no_rope_layers"][i] else FULL for i in range(n)]
+
+
 _RULES: Mapping[str, Callable[..., Any]] = {
     "copy": _copy,
     "quotient": _quotient,
@@ -122,5 +134,7 @@ _RULES: Mapping[str, Callable[..., Any]] = {
     "places": _places,
     "last": _last,
     "window": _window,
+    "alternate_window": _alternate_window,
+    "nope_window": _nope_window,
     "unless": _unless,
 }

@@ -24,7 +24,8 @@ TIED = "tie_word_embeddings"
 # What shapes follow from: models that differ in one of these have different tensors.
 SHAPE_KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _MORE_SHAPES = ("intermediate_size", "num_experts", "moe_intermediate_size", "kv_lora_rank", "q_lora_rank")
-_SYNONYMS = {
+# Other names of keys, of all families.
+SYNONYMS = {
     **dict.fromkeys(N_LAYERS, "num_hidden_layers"),
     **dict.fromkeys(HIDDEN, "hidden_size"),
     **dict.fromkeys(N_HEADS, "num_attention_heads"),
@@ -183,7 +184,8 @@ def part_values(config: Mapping[str, Any], known: ConfigClass | None) -> tuple[d
     for key, rule in known.forced.items():
         values[key] = apply_rule(rule, values, n_layers)
     read: set[str] = set()
-    for key, rule in known.derived.items():
+    # Twice, for what follows from what follows.
+    for key, rule in (*known.derived.items(), *known.derived.items()):
         if values.get(key) in UNSAID:
             values[key] = apply_rule(rule, values, n_layers)
         read |= set(keys_of(rule)) if values[key] is not None else set()
@@ -193,14 +195,14 @@ def part_values(config: Mapping[str, Any], known: ConfigClass | None) -> tuple[d
     # What the kinds of layers follow from is said by their list.
     dropped = (rope - {"rope_theta", "rope_scaling", "partial_rotary_factor"}) | read | aliases.keys()
     fields = known.defaults.keys() | known.derived.keys() | known.forced.keys()
-    named = {_SYNONYMS.get(key, key) for key in fields if key in _SYNONYMS}
+    named = {SYNONYMS.get(key, key) for key in fields if key in SYNONYMS}
     kept = {
         key: value
         for key, value in values.items()
         # A synonym that the family does not read says nothing.
-        if key not in dropped and (key in fields or _SYNONYMS.get(key, key) not in named)
+        if key not in dropped and (key in fields or SYNONYMS.get(key, key) not in named)
     }
-    names = {key: _SYNONYMS[key] for key in kept if key in _SYNONYMS and _SYNONYMS[key] not in kept}
+    names = {key: SYNONYMS[key] for key in kept if key in SYNONYMS and SYNONYMS[key] not in kept}
     return (
         {names.get(key, key): _canonical(value, names.get(key, key)) for key, value in kept.items()},
         {names.get(key, key) for key in said},
@@ -222,7 +224,7 @@ def _unknown_values(config: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]
     """Return as `part_values` those of a family that transformers does not know: nothing is filled in."""
     values: dict[str, Any] = {}
     for key, value in config.items():
-        name = _SYNONYMS.get(key, key)
+        name = SYNONYMS.get(key, key)
         if key not in SPELLINGS and value is not None:
             values.setdefault(name, _canonical(_plain(value), name))
     said = set(values)

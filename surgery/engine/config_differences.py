@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.checkpoint.normalised_config import SHAPE_KEYS, TIED, NormalisedConfig
+from surgery.checkpoint.normalised_config import SHAPE_KEYS, TIED, NormalisedConfig, normalise_config
 from surgery.engine.config_effects import NOT_TOLD, UNKNOWN, effect_of
 from surgery.errors import listing
 
 _TEXT = 80  # characters of a value in a message
 _NAMES = {"rope_scaling": "rope_scaling (rope_parameters)"}
+_OUT = ". OUT gets "
 _DEPTH = "num_hidden_layers"
 _MROPE = "mrope_section"
 
@@ -38,10 +39,19 @@ def shape_differences(reference: NamedConfig, other: NamedConfig, *, any_depth: 
     return different
 
 
-def told_differences(reference: NamedConfig, others: Sequence[NamedConfig]) -> list[str]:
+def compared_configs(models: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """Return a sentence for each key in which models differ that are only looked at; empty if one has no config."""
+    named = [NamedConfig(name, normalise_config(config)) for name, config in models if config]
+    return told_differences(named[0], named[1:], has_out=False) if len(named) == len(models) else []
+
+
+def told_differences(reference: NamedConfig, others: Sequence[NamedConfig], *, has_out: bool = True) -> list[str]:
     """Return a sentence for each key in which models differ and that changes what they compute.
 
-    Models are grouped by value. OUT has the config of `reference`.
+    Models are grouped by value.
+
+    Args:
+        has_out: something is written, with the config of `reference`.
     """
     named = [reference, *others]
     # Beside a text model only the language part of a multimodal one counts.
@@ -56,7 +66,7 @@ def told_differences(reference: NamedConfig, others: Sequence[NamedConfig]) -> l
             continue  # a key of the one family that the other does not have
         values = [_value(one.config, view, key, text_only) for one, view in zip(named, views, strict=True)]
         if (line := _line(key, effect, named, values)) is not None:
-            lines.append(line)
+            lines.append(line if has_out else line.partition(_OUT)[0])
     return lines
 
 
@@ -74,7 +84,7 @@ def _value(config: NormalisedConfig, view: Mapping[str, Any], key: str, text_onl
 def _line(key: str, effect: str, named: Sequence[NamedConfig], values: Sequence[Any]) -> str | None:
     # Models of other depths have other layers: the first ones are compared.
     lists = [len(value) for value in values if isinstance(value, list)]
-    depths = {one.config.language.get(_DEPTH) for one in named}
+    depths = {_comparable(one.config.language.get(_DEPTH)) for one in named}
     per_layer = len(lists) == len(values) and len(set(lists)) > 1 and len(depths) > 1
     compared = [_comparable(value[: min(lists)] if per_layer else value) for value in values]
     if len(set(compared)) == 1:
@@ -86,10 +96,10 @@ def _line(key: str, effect: str, named: Sequence[NamedConfig], values: Sequence[
     said = "; ".join(f"{text} in {listing(names, 5)}" for text, (_, names) in zip(shown, groups.values(), strict=True))
     may = "may differ" if _UNDETERMINED in values else "differs"
     what = effect if effect == UNKNOWN else f"changes {effect}"
-    gets = f"OUT gets {shown[0]}, as {named[0].name} has it"
-    if key == TIED:  # decided by the matrices themselves, in `surgery.engine.tied_embeddings`
-        gets = f"OUT gets {shown[0]}, as {named[0].name} has it, unless the stored heads say otherwise"
-    return f"{_NAMES.get(key, key)} {may} ({what}): {said}. {gets}."
+    gets = f"{_OUT}{shown[0]}, as {named[0].name} has it"
+    # Decided by the matrices themselves, in `surgery.engine.tied_embeddings`.
+    gets += ", unless the stored heads say otherwise" if key == TIED else ""
+    return f"{_NAMES.get(key, key)} {may} ({what}): {said}{gets}."
 
 
 class _Undetermined:

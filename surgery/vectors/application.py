@@ -18,7 +18,7 @@ from surgery.engine.edit_report import EditReport, build_edit_report, edit_table
 from surgery.engine.manifest import command_record
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.plan import Plan, PlannedTensor, copy_tensor, plan_files
-from surgery.engine.preflight import Preflight, check_ancestor, check_config, check_quantised
+from surgery.engine.preflight import Preflight, check_ancestor, check_configs, check_quantised
 from surgery.engine.result import ExecutionResult
 from surgery.engine.unshared import UnsharedChoice
 from surgery.io.escaping import markdown_text
@@ -166,9 +166,10 @@ def fit_vector(
     # Before their layouts are looked at: codes have shapes of their own.
     check_quantised(preflight, [target, *vector.checkpoints.values()], has_option=can_dequantise)
     preflight.errors.raise_if_any(command)
+    configs = [(donor.ref, donor.config) for donor in vector.checkpoints.values()]
     vector = vector.in_layout_of(target, preflight)
     donors = vector.checkpoints
-    check_config(preflight, target, vector.config, next(iter(donors.values())).ref)
+    check_configs(preflight, target, configs)
     preflight.errors.raise_if_any(command)
     names = [name for model in (target, *donors.values()) for name in model.float_names()]
     target, vector = with_target_heads(preflight, target, vector, settings)

@@ -19,6 +19,7 @@ from surgery.checkpoint.reader import SourceFiles, TensorReader
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.structure import model_structure
+from surgery.engine.config_differences import compared_configs
 from surgery.engine.options import ExecutionOptions
 from surgery.engine.preflight import Preflight, check_quantised
 from surgery.engine.reduce import reduce_tensors
@@ -49,6 +50,7 @@ class DiffReport:
     """Differences per tensor, per group ("layer 3", "embed", …, in the order of the model) and as a whole.
 
     only_a, only_b, reshaped: names that could not be compared. other_names: what of B is seen under names of A.
+    configs: in what else the models differ, as sentences.
     """
 
     a: str
@@ -60,6 +62,7 @@ class DiffReport:
     only_b: Sequence[str]
     reshaped: Sequence[str]
     other_names: str | None = None
+    configs: Sequence[str] = ()
 
     def tables(self, top: int = 20) -> list[Table]:
         """Return the differences per part of the model, and of the `top` tensors that differ most."""
@@ -101,11 +104,15 @@ class Similarity:
 
 @dataclass(frozen=True)
 class CompareReport:
-    """`vectors` as typed; similarities per group and as a whole, over the tensors that any of them moved."""
+    """`vectors` as typed; similarities per group and as a whole, over the tensors that any of them moved.
+
+    configs: in what the models differ that they were extracted from, as sentences.
+    """
 
     vectors: Sequence[str]
     groups: Sequence[Similarity]
     whole: Similarity
+    configs: Sequence[str] = ()
 
     def table(self) -> Table:
         """Return the cosines of all pairs and the norms, per part of the model."""
@@ -175,6 +182,7 @@ def diff(a: str, b: str, *, dequantise: bool = False, options: ExecutionOptions 
         [name for name in right.tensors if name not in left.tensors],
         reshaped,
         view.description,
+        compared_configs([(a, left.config), (b, right.config)]),
     )
 
 
@@ -216,6 +224,7 @@ def compare(vectors: Sequence[str], *, options: ExecutionOptions = ExecutionOpti
         list(vectors),
         [_similarity(group, [dots[n] for n in names], count) for group, names in groups.items()],
         _similarity("whole", list(dots.values()), count),
+        compared_configs([(vector.ref, vector.checkpoint.config) for vector in opened]),
     )
 
 

@@ -258,7 +258,7 @@ def _candidates(key: str, defaults: Mapping[str, Any], cases: Sequence[Sample]) 
 
 
 def _lists(key: str, cases: Sequence[Sample]) -> Iterator[Sequence[Any]]:
-    yield ("window",)
+    yield from (("window",), ("alternate_window",), ("nope_window",))
     longest = max((whole[key] for _, whole in cases), key=len)
     kinds = [kind for i, kind in enumerate(longest) if kind not in longest[:i]]
     if len(kinds) > 8:
