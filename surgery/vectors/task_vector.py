@@ -102,12 +102,14 @@ def open_vector(ref: str | Path) -> TaskVector:
 class VectorInput:
     """The vector v of θ + α·v as inputs of a kernel.
 
-    models: role → model, in the order of the kernel's inputs after the target. kernel: computes θ + α·v. read_sketch:
-    reads a sketch of the donors' base. zero: names of the tensors whose delta is known to be zero.
+    models: role → model, in the order of the kernel's inputs after the target. kernel: computes θ + α·v. config: the
+    donors' config.json. read_sketch: reads a sketch of the donors' base. zero: names of the tensors whose delta is
+    known to be zero.
     """
 
     models: Mapping[str, AlignedModel]
     kernel: Kernel
+    config: Mapping[str, Any]
     read_sketch: Callable[[], Mapping[str, Tensor]]
     zero: Collection[str] = ()
 
@@ -140,10 +142,10 @@ def _renamed_sketch(read: Callable[[], Mapping[str, Tensor]], renamed: Mapping[s
 
 def stored_vector(vector: TaskVector) -> VectorInput:
     """Return the vector on disk as kernel inputs."""
-    return VectorInput({"vector": vector.model}, ADD_VECTOR, vector.sketch, vector.zero)
+    return VectorInput({"vector": vector.model}, ADD_VECTOR, vector.checkpoint.config, vector.sketch, vector.zero)
 
 
 def model_difference(tuned: Checkpoint, base: Checkpoint) -> VectorInput:
     """Return θ_tuned − θ_base, which is never stored, as kernel inputs."""
     models = {"tuned": aligned_model(tuned), "base": aligned_model(base)}
-    return VectorInput(models, ADD_DIFFERENCE, partial(sketch, base))
+    return VectorInput(models, ADD_DIFFERENCE, base.config, partial(sketch, base))

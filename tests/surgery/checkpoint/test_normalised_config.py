@@ -27,8 +27,13 @@ TYPES = (
     *("qwen2_5_vl_text", "qwen3_vl_text", "llama4_text", "glm4_moe", "exaone4", "apertus", "bert", "t5", "arcee"),
 )
 MULTIMODAL = ("gemma3", "qwen2_5_vl", "qwen3_vl", "llava", "mistral3", "llama4", "paligemma", "internvl", "glm4v")
-# Said by `layer_types` and `sliding_window`, or where they matter by others.
-READ = {"use_sliding_window", "max_window_layers", "sliding_window_pattern", "no_rope_layer_interval"}
+# Said by `layer_types`, `sliding_window` and `no_rope_layers`.
+READ = {
+    "use_sliding_window",
+    "max_window_layers",
+    "sliding_window_pattern",
+    "no_rope_layer_interval",
+}
 
 
 def told(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

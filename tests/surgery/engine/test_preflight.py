@@ -11,6 +11,7 @@ from support.architectures import build
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.resolve import open_checkpoint
+from surgery.engine.config_differences import compared_configs
 from surgery.engine.preflight import Preflight, check_config, check_configs
 
 # A key that each family of section B has, and another value of it.
@@ -104,6 +105,12 @@ def test_the_line_says_what_it_changes_and_what_the_output_gets(model: Checkpoin
     assert unknown == [
         "new_thing differs (may change the function): 3 in target; none in donor 1. OUT gets 3, as target has it."
     ]
+
+
+def test_where_nothing_is_written_nothing_is_said_of_it() -> None:
+    models = [("a", {"model_type": "llama"}), ("b", {"model_type": "llama", "tie_word_embeddings": True})]
+    assert compared_configs(models) == ["tie_word_embeddings differs (changes the output head): false in a; true in b"]
+    assert compared_configs([*models, ("c", {})]) == []
 
 
 def test_many_models_are_grouped_by_value(model: Checkpoint) -> None:
