@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from surgery.checkpoint.stored_tensor import StoredTensor
-from surgery.checkpoint.tensor_views import concatenated, strided
+from surgery.checkpoint.tensor_views import PLAIN_FLOATS, concatenated, strided
 
 GATE_UP = ("gate_proj", "up_proj")
 # Tensors of dense layers that hold several matrices one below the other → these.
@@ -98,6 +98,8 @@ class ExpertLayout:
 def expert_layouts(tensors: Mapping[str, StoredTensor], hidden: int | None) -> dict[str, ExpertLayout]:
     """Return the layouts of the tensors of experts among `tensors`, as far as their shapes tell them.
 
+    Quantised ones have none: their values mean nothing without scales that would have to go with them.
+
     Args:
         tensors: canonical name → tensor.
         hidden: the width of the residual stream, where it is known.
@@ -108,6 +110,8 @@ def expert_layouts(tensors: Mapping[str, StoredTensor], hidden: int | None) -> d
     layouts: dict[str, ExpertLayout] = {}
     blocks: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in tensors.items():
+        if tensor.dtype not in PLAIN_FLOATS:
+            continue
         if one := _ONE.fullmatch(name):
             shape = tensor.shape
             if len(shape) == (2 if one["leaf"] == "weight" else 1):

@@ -16,7 +16,7 @@ from surgery.checkpoint.fused_matrices import (
     stacked_parts,
 )
 from surgery.checkpoint.stored_tensor import StoredTensor
-from surgery.checkpoint.tensor_views import concatenated, zeros_like
+from surgery.checkpoint.tensor_views import PLAIN_FLOATS, concatenated, zeros_like
 
 
 @dataclass(frozen=True)
@@ -246,6 +246,8 @@ def _joined_rows(found: Sequence[StoredTensor | None], shape: tuple[int, ...]) -
 def _cut_rows(tensor: StoredTensor, places: Sequence[StoredTensor | None]) -> list[StoredTensor] | None:
     """Return the rows of `tensor` as tensors of the shapes of `places`; None where they are not exactly those."""
     shapes = [place.shape for place in places if place is not None]
+    if tensor.dtype not in PLAIN_FLOATS:
+        return None
     fits = all(shape[1:] == tensor.shape[1:] for shape in shapes)
     if len(shapes) < len(places) or not fits or sum(shape[0] for shape in shapes) != tensor.shape[0]:
         return None

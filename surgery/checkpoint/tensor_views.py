@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 SPARSEST = 4
 LARGEST_BLOCK = SPARSEST * SEGMENT  # elements read in one go: four times what an ordinary segment takes
 
+# Values that mean the same wherever they lie: those of others are codes that belong to a scale beside their tensor.
+PLAIN_FLOATS = frozenset(("F16", "BF16", "F32", "F64"))
+
 Dimension = tuple[int, int]  # size, and the stride in elements of the source
 
 
@@ -131,17 +134,14 @@ def strided(
 
 
 def concatenated(pieces: Sequence[StoredTensor], shape: Sequence[int]) -> StoredTensor | None:
-    """Return `pieces` one after the other as a tensor of `shape`; None where their dtypes cannot be joined.
+    """Return `pieces` one after the other as a tensor of `shape`; None where they are no plain floats.
 
-    Floats of 16, 32 and 64 bits join in the widest; other dtypes with themselves alone.
+    Floats of 16, 32 and 64 bits join in the widest.
     """
     dtypes = dict.fromkeys(piece.dtype for piece in pieces)
-    if len(dtypes) == 1:
-        (dtype,) = dtypes
-    elif dtypes.keys() <= {"F16", "BF16", "F32", "F64"}:
-        dtype = "F64" if "F64" in dtypes else "F32"
-    else:
+    if not dtypes.keys() <= PLAIN_FLOATS:
         return None
+    dtype = next(iter(dtypes)) if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
     return _derived(pieces[0], dtype, tuple(shape), Concatenation(tuple(pieces)))
 
 

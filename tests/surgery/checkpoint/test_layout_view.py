@@ -333,3 +333,18 @@ def test_what_is_renamed_is_told_in_one_line(tmp_path: Path) -> None:
     assert config["model_type"] == "gemma3"
     text = view(saved, converted).description
     assert text == ("62 tensor(s) seen under other names: * → model.*, language_model.model.* → model.language_model.*")
+
+
+def test_codes_of_quantised_experts_are_not_regrouped(tmp_path: Path) -> None:
+    """Their scales would stay behind, and nothing would tell any more that they are codes."""
+    one, fused = save_both(build_model("mixtral"), tmp_path)
+
+    def quantised(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        codes = {n: t.to(torch.float8_e4m3fn) if ".experts." in n else t for n, t in tensors.items()}
+        return codes | {f"{n}_scale": torch.ones(()) for n in tensors if ".experts." in n}
+
+    codes = with_tensors(one, tmp_path / "codes", quantised)
+    seen = view(codes, fused)
+    assert not seen.regrouped
+    names = seen.checkpoint.tensors.keys()
+    assert all(f"{n}_scale" in names for n in names if ".experts." in n and n.endswith(".weight"))

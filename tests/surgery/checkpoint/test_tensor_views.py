@@ -141,7 +141,7 @@ def test_what_is_read_is_bounded_by_the_slice(
 def test_pieces_of_several_dtypes_join_in_the_widest_and_others_not_at_all(
     stored: tuple[dict[str, StoredTensor], dict[str, torch.Tensor]],
 ) -> None:
-    """BF16 and F32 give F32; integers join with their own kind alone."""
+    """BF16 and F32 give F32; codes, which have scales beside them, are never joined."""
     tensors, values = stored
     joined = concatenated([tensors["bf16"], tensors["f32"]], (6, 4, 10))
     assert joined is not None
@@ -149,4 +149,6 @@ def test_pieces_of_several_dtypes_join_in_the_widest_and_others_not_at_all(
     expected = torch.cat([values["bf16"].float(), values["f32"]]).reshape(-1)
     assert torch.equal(read(joined, 0, 240), expected)
     assert math.prod(joined.shape) == 240
-    assert concatenated([tensors["bf16"], replace(tensors["bf16"], dtype="U16")], (6, 4, 10)) is None
+    codes = replace(tensors["bf16"], dtype="U16")
+    assert concatenated([tensors["bf16"], codes], (6, 4, 10)) is None
+    assert concatenated([codes, codes], (6, 4, 10)) is None
