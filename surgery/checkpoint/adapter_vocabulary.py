@@ -93,7 +93,7 @@ def with_adapter_files(
     folder = adapted.adapter
     assert folder is not None
     # A head that was tied had the embedding's rows.
-    source = {name: name for name in structure.token_rows}
+    source = {name: name for name in structure.token_rows if base.tensors[name].shape}
     if parted is not None:
         source.setdefault(parted.head, parted.embedding)
     rows = {name: adapted.tensors[name].shape[0] for name in source}

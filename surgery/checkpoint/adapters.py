@@ -181,7 +181,8 @@ class _Application:
         weight = self.tensors[target]
         has_token_rows = target in self.structure.token_rows or (self.pair is not None and target in self.pair.names)
         # Rows may be more, or fewer, than the base's: tokens were added before the training.
-        if tensor.shape[1:] != weight.shape[1:] or (tensor.shape != weight.shape and not has_token_rows):
+        fits = len(tensor.shape) == len(weight.shape) > 0 and tensor.shape[1:] == weight.shape[1:]
+        if tensor.shape != weight.shape and not (fits and has_token_rows):
             raise _other_shape(tensor.shape, weight, self.folder)
         self._check_float(weight, tensor)
         places = self._places(target)
@@ -194,6 +195,12 @@ class _Application:
 
     def _adapt(self, name: str, wrappers: Sequence[AdaptedModule]) -> None:
         if self._find(f"{name}.weight") is None and self.config.values.get("target_parameters"):
+            if self.config.decomposition or self.config.changed_base:
+                raise SurgeryError(
+                    f'adapts parameters of "{name}" with init_lora_weights: {self.config.initial}, which PEFT has for '
+                    "modules alone",
+                    where=self.config.where,
+                )
             family = str(self.base.config.get("model_type"))
             targets = ParameterTargets(name, wrappers, self.config, self.structure, self.tensors, self._find, family)
             self.tensors |= targets.adapted(self.folder / WEIGHTS)
@@ -219,6 +226,13 @@ class _Application:
             weight = self._trained_base(module, weight, scale, transposed)
         updated = replace(weight, derivation=LowRank(weight, a, b, scale, transposed))
         magnitude = module.parts.get("lora_magnitude_vector")
+        if (magnitude is not None) != bool(self.config.values.get("use_dora")):
+            has, says = ("no ", "a ") if magnitude is None else ("a ", "no ")
+            raise SurgeryError(
+                f'has {has}lora_magnitude_vector for "{module.name}", and is {says}DoRA adapter by its config',
+                where=self.folder,
+                hint="Put the config and the weights of one training together.",
+            )
         if magnitude is None:
             return updated
         outputs = b.shape[0]
@@ -275,7 +289,7 @@ class _Application:
     def _with_tokens(self, module: AdaptedModule, rows: StoredTensor, target: str) -> StoredTensor:
         weight = self.tensors[target]
         indices = self.config.token_rows(module.name)
-        if indices is None or rows.shape != (len(indices), *weight.shape[1:]):
+        if indices is None or len(weight.shape) != 2 or rows.shape != (len(indices), weight.shape[1]):
             count = "no" if indices is None else f"{len(indices):,}"
             raise SurgeryError(
                 f'"{rows.name}" has the shape {list(rows.shape)}, and the config names {count} tokens for rows of '

@@ -157,7 +157,9 @@ class ParameterTargets:
 
 def _fits(a: StoredTensor, b: StoredTensor, shape: tuple[int, ...]) -> bool:
     n_experts = shape[0] if len(shape) == 3 else 1
-    if a.shape[0] != b.shape[1] or not a.shape[0] or a.shape[0] % n_experts:
+    if len(shape) not in (2, 3) or not n_experts or not a.shape[0]:
+        return False
+    if a.shape[0] != b.shape[1] or a.shape[0] % n_experts:
         return False
     ends = a.shape[1], b.shape[0]
     return ends == shape[:-3:-1] or (len(shape) == 3 and ends == shape[1:])

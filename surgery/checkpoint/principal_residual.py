@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from surgery.checkpoint.stored_tensor import Derivation, StoredTensor
+from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +52,12 @@ class PrincipalResidual(Derivation):
         if self.kind == "olora":
             q, r = torch.linalg.qr(weight)
             return self.scale * q[:, : self.rank], r[: self.rank].clone()
-        u, s, vh = torch.linalg.svd(weight.T if self.transposed else weight, full_matrices=False)
+        try:
+            u, s, vh = torch.linalg.svd(weight.T if self.transposed else weight, full_matrices=False)
+        except RuntimeError as error:  # NaN and infinite values have no decomposition
+            raise SurgeryError(
+                f'"{self.weight.name}" has no singular values, which PiSSA\'s base follows from', where=self.weight.file
+            ) from error
         # Copies: views would keep the whole decomposition in memory.
         left, right = u[:, : self.rank] * s[: self.rank], vh[: self.rank].clone()
         return (right.T, left.T) if self.transposed else (left, right)

@@ -160,3 +160,25 @@ def test_head_of_a_classifier_is_refused_for_what_it_is(base: Path, tmp_path: Pa
         open_checkpoint(tmp_path / "adapter")
     assert f'brings "score", a head for classifying texts, which the base {base} has no place for' in str(caught.value)
     assert "right base" not in str(caught.value)
+
+
+def test_config_and_weights_of_two_trainings_are_refused(base: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"], r=2)
+    with pytest.raises(SurgeryError, match=r"has no lora_magnitude_vector for .*, and is a DoRA adapter by its config"):
+        open_checkpoint(edit_config(adapter, use_dora=True))
+    shutil.rmtree(adapter)
+    edit_config(save_adapter(base, adapter, target_modules=["q_proj"], r=2, use_dora=True), use_dora=False)
+    with pytest.raises(SurgeryError, match=r"has a lora_magnitude_vector for .*, and is no DoRA adapter by its config"):
+        open_checkpoint(adapter)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3, 4), (0, 32)])
+def test_tensors_of_any_shape_are_refused_in_words(shape: tuple[int, ...], base: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(base, tmp_path / "adapter", **{**OPTIONS, "trainable_token_indices": None})
+    weights = adapter / "adapter_model.safetensors"
+    stored = load_file(weights)
+    for name in stored:
+        if "layers.1" not in name:
+            save_file({**stored, name: torch.zeros(shape)}, weights)
+            with pytest.raises(SurgeryError):
+                open_checkpoint(adapter)
