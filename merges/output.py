@@ -14,7 +14,7 @@ from merges.tokenizer.files import read_tokenizer_files
 from merges.tokenizer.plan import TokenPlan
 from merges.tokenizer.token_ids import remap_ids
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.config_layers import inexpressible_layers, resize_vocabulary, untied, with_layers
+from surgery.checkpoint.config.config_layers import inexpressible_layers, resize_vocabulary, untied, with_layers
 from surgery.checkpoint.structure import model_structure
 from surgery.checkpoint.tokenizer_files import is_tokenizer_file
 from surgery.checkpoint.vocabulary import read_vocabulary

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from merges.ensemble.ensemble_model import MODEL_TYPE
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.model_config import CONFIG
+from surgery.checkpoint.config.model_config import CONFIG
 from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.safetensors_header import parse_header

@@ -13,8 +13,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from surgery.checkpoint.config.model_config import CONFIG, read_config
 from surgery.checkpoint.dtypes import DTYPES
-from surgery.checkpoint.model_config import CONFIG, read_config
 from surgery.checkpoint.safetensors_header import Header, read_header
 from surgery.checkpoint.side_files import INDEXES, find_side_files
 from surgery.checkpoint.stored_tensor import StoredTensor, stored_tensor

@@ -9,7 +9,7 @@ from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint, dtypes_of
 from surgery.checkpoint.other_weights import find_other_weights
-from surgery.checkpoint.quantisation import find_quantisation
+from surgery.checkpoint.quantised.quantisation import find_quantisation
 from surgery.checkpoint.structure import model_structure
 from surgery.io.escaping import one_line
 from surgery.io.json_io import read_json

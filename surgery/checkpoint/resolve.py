@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from surgery import lab
-from surgery.checkpoint.adapters import add_adapter, base_of
+from surgery.checkpoint.adapters.adapted_checkpoint import add_adapter, base_of
 from surgery.checkpoint.checkpoint import ADAPTER_CONFIG, Checkpoint, existing_path, is_adapter, read_file, read_folder
 from surgery.checkpoint.other_weights import warn_of_other_weights
 from surgery.errors import SurgeryError, usage_error
@@ -28,7 +28,7 @@ def open_checkpoint(ref: str | Path, *, dequantise: bool = False) -> Checkpoint:
     A `SurgeryWarning` tells where other weights lie beside those that count.
 
     Args:
-        dequantise: see weights in FP8 with scales, and MXFP4, as bf16 (`surgery.checkpoint.dequantise`).
+        dequantise: see weights in FP8 with scales, and MXFP4, as bf16 (`surgery.checkpoint.quantised.dequantise`).
 
     Raises:
         SurgeryError: the reference names nothing, or the model is damaged or not safetensors.
@@ -84,7 +84,7 @@ def _seen(checkpoint: Checkpoint, *, dequantise: bool) -> Checkpoint:
     if not dequantise:
         return checkpoint
     # It imports torch, which looking at headers does without.
-    from surgery.checkpoint.dequantise import dequantised
+    from surgery.checkpoint.quantised.dequantise import dequantised
 
     return dequantised(checkpoint)
 

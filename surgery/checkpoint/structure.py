@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.model_config import (
+from surgery.checkpoint.config.model_config import (
     EXPERTS_PER_TOKEN,
     HEAD_DIM,
     HIDDEN,

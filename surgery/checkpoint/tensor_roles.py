@@ -12,7 +12,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from surgery.checkpoint.model_config import N_EXPERTS, N_HEADS, N_KV_HEADS, number
+from surgery.checkpoint.config.model_config import N_EXPERTS, N_HEADS, N_KV_HEADS, number
 from surgery.checkpoint.stored_tensor import StoredTensor
 
 Role = Literal[

@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.model_config import language_config, layer_count, number
+from surgery.checkpoint.config.model_config import language_config, layer_count, number
 from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.structure import WITH_HEAD, ModelStructure, model_structure
 from surgery.checkpoint.tensor_roles import ATTENTION, NUMBER, POSITION_WORDS, parts_of

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.model_config import language_config
-from surgery.checkpoint.quantisation import FP8, MXFP4, QuantisedTensor, quantised_tensors
+from surgery.checkpoint.config.model_config import language_config
+from surgery.checkpoint.quantised.quantisation import FP8, MXFP4, QuantisedTensor, quantised_tensors
 from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader, segments
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Expert, Part, by_layer

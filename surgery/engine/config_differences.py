@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.checkpoint.normalised_config import SHAPE_KEYS, TIED, NormalisedConfig, normalise_config
+from surgery.checkpoint.config.normalised_config import SHAPE_KEYS, TIED, NormalisedConfig, normalise_config
 from surgery.engine.config_effects import NOT_TOLD, UNKNOWN, effect_of
 from surgery.errors import listing
 

@@ -1,7 +1,7 @@
 """What the keys of a config change, in one table: a difference in some garbles the result, in others nothing.
 
-Keys are those of `surgery.checkpoint.normalised_config`; a part's prefix does not count. A key that the table lacks may
-change the function: it is told as well.
+Keys are those of `surgery.checkpoint.config.normalised_config`; a part's prefix does not count. A key that the table
+lacks may change the function: it is told as well.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.layout_view import LayoutView, seen_as
+from surgery.checkpoint.layouts.layout_view import LayoutView, seen_as
 from surgery.engine.preflight import Preflight
 
 

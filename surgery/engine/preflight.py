@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.normalised_config import is_text_of, normalise_config
-from surgery.checkpoint.quantisation import find_quantisation
+from surgery.checkpoint.config.normalised_config import is_text_of, normalise_config
+from surgery.checkpoint.quantised.quantisation import find_quantisation
 from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader
 from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.engine.config_differences import NamedConfig, shape_differences, told_differences

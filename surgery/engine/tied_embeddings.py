@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.config_layers import with_tie
-from surgery.checkpoint.model_config import CONFIG, stated_tie
+from surgery.checkpoint.config.config_layers import with_tie
+from surgery.checkpoint.config.model_config import CONFIG, stated_tie
 from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader, segments
 from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.structure import ModelStructure, model_structure

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint.model_config import number, read_config
+from surgery.checkpoint.config.model_config import number, read_config
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.structure import model_structure
 from surgery.engine.manifest import input_entry

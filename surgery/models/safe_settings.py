@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.quantisation import find_quantisation
+from surgery.checkpoint.quantised.quantisation import find_quantisation
 from surgery.errors import SurgeryError
 
 # Keys of a config that name another place of weights or code, kernels on the Hub, or how the caller wants it to run.

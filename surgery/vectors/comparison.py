@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.layout_view import seen_as
-from surgery.checkpoint.quantisation import find_quantisation
+from surgery.checkpoint.layouts.layout_view import seen_as
+from surgery.checkpoint.quantised.quantisation import find_quantisation
 from surgery.checkpoint.reader import SourceFiles, TensorReader
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.stored_tensor import StoredTensor

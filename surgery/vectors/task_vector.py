@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from surgery.checkpoint.checkpoint import Checkpoint, existing_path
-from surgery.checkpoint.model_config import CONFIG, read_config
+from surgery.checkpoint.config.model_config import CONFIG, read_config
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.safetensors_header import read_header
 from surgery.checkpoint.tensor_file import load_tensors

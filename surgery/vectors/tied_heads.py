@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.model_config import stated_tie
+from surgery.checkpoint.config.model_config import stated_tie
 from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.structure import model_structure
 from surgery.checkpoint.tensor_roles import HEAD_WORDS, parts_of, word_of

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.checkpoint.adapter_weights import PREFIX, WEIGHTS
+from surgery.checkpoint.adapters.adapter_weights import PREFIX, WEIGHTS
 from surgery.checkpoint.checkpoint import ADAPTER_CONFIG, Checkpoint
 from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.structure import model_structure

@@ -3,8 +3,8 @@
     PYTHONPATH=.:tests python -m support.config_defaults
 
 Defaults are read from the classes. Values that follow from others are found by trying the rules of
-`surgery.checkpoint.config_rules` on configs made by the classes themselves; a key that no rule gives is listed as
-unknown. Run it when the pinned transformers changes; `tests/surgery/checkpoint/test_config_defaults.py` compares.
+`surgery.checkpoint.config.config_rules` on configs made by the classes themselves; a key that no rule gives is listed
+as unknown. Run it when the pinned transformers changes; `tests/surgery/checkpoint/test_config_defaults.py` compares.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from surgery.checkpoint.config_defaults import DEFAULTS, ConfigClass
-from surgery.checkpoint.config_rope import PARAMETERS, SPELLINGS, THETA, normalise_rope
-from surgery.checkpoint.config_rules import UNSAID, apply_rule
-from surgery.checkpoint.normalised_config import part_values
+from surgery.checkpoint.config.config_defaults import DEFAULTS, ConfigClass
+from surgery.checkpoint.config.config_rope import PARAMETERS, SPELLINGS, THETA, normalise_rope
+from surgery.checkpoint.config.config_rules import UNSAID, apply_rule
+from surgery.checkpoint.config.normalised_config import part_values
 
 # The tasks whose models are, or hold, language models.
 TASKS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MULTIMODAL_LM")

@@ -14,7 +14,7 @@ from support.architectures import add_tokenizer, build, sibling
 from support.damage import failures_of
 from support.merges import add_lora
 
-from surgery.checkpoint.config_layers import inexpressible_layers, untied, with_count, with_layers
+from surgery.checkpoint.config.config_layers import inexpressible_layers, untied, with_count, with_layers
 from surgery.checkpoint.inspect import inspect_checkpoint, inspect_tables
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Expert, Head

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.quantisation import quantised_tensors
+from surgery.checkpoint.quantised.quantisation import quantised_tensors
 from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader, hash_tensor, segments
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.stored_tensor import StoredTensor

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.checkpoint import Checkpoint, read_folder
-from surgery.checkpoint.config_layers import language_part, untied, with_count, with_explicit_layer_kinds
+from surgery.checkpoint.config.config_layers import language_part, untied, with_count, with_explicit_layer_kinds
+from surgery.checkpoint.config.model_config import HIDDEN, N_LAYERS, language_config, number, read_config
 from surgery.checkpoint.dtypes import TORCH_NAMES, dtype_name
-from surgery.checkpoint.model_config import HIDDEN, N_LAYERS, language_config, number, read_config
 from surgery.checkpoint.safetensors_header import PYTORCH
 from surgery.checkpoint.structure import model_structure
 from surgery.checkpoint.vocabulary import CONFIG as TOKENIZER_CONFIG

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.config_layers import (
+from surgery.checkpoint.config.config_layers import (
     inexpressible_layers,
     language_part,
     with_count,
     with_explicit_layer_kinds,
     with_layers,
 )
-from surgery.checkpoint.model_config import layer_count
-from surgery.checkpoint.quantisation import stated_settings
+from surgery.checkpoint.config.model_config import layer_count
+from surgery.checkpoint.quantised.quantisation import stated_settings
 from surgery.checkpoint.reader import TensorInput
 from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.structure import ModelStructure

@@ -21,8 +21,8 @@ from typing import Any
 import psutil
 
 from surgery.checkpoint.checkpoint import Checkpoint, Shard, read_folder
-from surgery.checkpoint.config_layers import inexpressible_layers, with_count, with_layers
-from surgery.checkpoint.model_config import HIDDEN, N_EXPERTS, N_LAYERS, language_config, layer_count, number
+from surgery.checkpoint.config.config_layers import inexpressible_layers, with_count, with_layers
+from surgery.checkpoint.config.model_config import HIDDEN, N_EXPERTS, N_LAYERS, language_config, layer_count, number
 from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.errors import SurgeryError

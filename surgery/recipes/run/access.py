@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from surgery import lab
-from surgery.checkpoint.adapters import base_of
+from surgery.checkpoint.adapters.adapted_checkpoint import base_of
 from surgery.checkpoint.checkpoint import existing_path, is_adapter
 from surgery.errors import SurgeryError
 from surgery.growth.plan import read_plan

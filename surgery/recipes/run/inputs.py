@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery import lab
-from surgery.checkpoint.adapters import base_of
+from surgery.checkpoint.adapters.adapted_checkpoint import base_of
 from surgery.checkpoint.checkpoint import Checkpoint, existing_path, is_adapter, read_file, read_folder
 from surgery.checkpoint.dtypes import n_elements
 from surgery.errors import SurgeryError

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.checkpoint.config_defaults import ConfigClass, NestedConfig, config_class
-from surgery.checkpoint.config_rope import SPELLINGS, normalise_rope, spelled
-from surgery.checkpoint.config_rules import UNSAID, apply_rule, keys_of
-from surgery.checkpoint.model_config import EXPERTS_PER_TOKEN, HIDDEN, N_EXPERTS, N_HEADS, N_KV_HEADS, N_LAYERS
+from surgery.checkpoint.config.config_defaults import ConfigClass, NestedConfig, config_class
+from surgery.checkpoint.config.config_rope import SPELLINGS, normalise_rope, spelled
+from surgery.checkpoint.config.config_rules import UNSAID, apply_rule, keys_of
+from surgery.checkpoint.config.model_config import EXPERTS_PER_TOKEN, HIDDEN, N_EXPERTS, N_HEADS, N_KV_HEADS, N_LAYERS
 
 LANGUAGE = ("text_config", "llm_config", "language_config", "thinker_config")
 _NO_PARTS = ("quantization_config", "compression_config", "per_layer_config")

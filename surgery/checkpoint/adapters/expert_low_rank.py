@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from surgery.checkpoint.stored_tensor import Derivation, StoredTensor
 
 if TYPE_CHECKING:
@@ -42,6 +40,8 @@ class ExpertLowRank(Derivation):
 
     def values(self, tensor: StoredTensor, begin: int, end: int, reader: TensorReader, slot: object) -> Tensor:
         """Return elements [begin, end) of W + ΔW in fp32, or in fp64 if W, A or B is F64."""
+        import torch
+
         compute = reader.compute_dtype((self.weight.dtype, self.a.dtype, self.b.dtype))
         width = tensor.shape[-1]
         rows = tensor.shape[-2]

@@ -22,7 +22,7 @@ from surgery.errors import SurgeryError
 from surgery.io.json_io import read_json
 
 FP8, FP4, MXFP4 = "FP8 with scales", "FP4 with block scales", "MXFP4"
-READABLE = (FP8, FP4, MXFP4)  # the schemes that `surgery.checkpoint.dequantise` computes weights of
+READABLE = (FP8, FP4, MXFP4)  # the schemes that `surgery.checkpoint.quantised.dequantise` computes weights of
 FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 CODES = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 PACKED = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0")  # dtypes of codes and of block scales, of nothing else

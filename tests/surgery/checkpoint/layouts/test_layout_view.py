@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from support.layouts import WEIGHTS, build_model, in_memory, renamed, save_both, values, with_tensors
 
 from surgery.checkpoint.checkpoint import read_folder
-from surgery.checkpoint.fused_matrices import expert_layouts
-from surgery.checkpoint.layout_view import LayoutView, seen_as
+from surgery.checkpoint.layouts.fused_matrices import expert_layouts
+from surgery.checkpoint.layouts.layout_view import LayoutView, seen_as
 from surgery.checkpoint.reader import SourceFiles, TensorReader
 from surgery.checkpoint.stored_tensor import StoredTensor
 

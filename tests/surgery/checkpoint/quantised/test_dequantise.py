@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.layout_view import seen_as
-from surgery.checkpoint.quantisation import find_quantisation
+from surgery.checkpoint.layouts.layout_view import seen_as
+from surgery.checkpoint.quantised.quantisation import find_quantisation
 from surgery.checkpoint.reader import SourceFiles, TensorReader
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.errors import SurgeryError
@@ -160,7 +160,7 @@ def test_mxfp4_is_what_transformers_makes_of_it(tmp_path: Path, monkeypatch: pyt
         path = tmp_path / "one.safetensors"
         save_file({f"{name}_blocks": blocks, f"{name}_scales": exponents}, path)
         for limit in (1 << 22, 100):  # bytes of a panel: rows are then read one or two at a time
-            monkeypatch.setattr("surgery.checkpoint.block_scaled._PANEL_BYTES", limit)
+            monkeypatch.setattr("surgery.checkpoint.quantised.block_scaled._PANEL_BYTES", limit)
             model = open_checkpoint(path, dequantise=True)
             assert model.tensors[name].shape == (3, 96, 10)
             assert torch.equal(read(model, name), expected)

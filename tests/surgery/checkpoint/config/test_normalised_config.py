@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from support.config_defaults import made
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from surgery.checkpoint.config_defaults import config_class
-from surgery.checkpoint.normalised_config import SYNONYMS, is_text_of, normalise_config
+from surgery.checkpoint.config.config_defaults import config_class
+from surgery.checkpoint.config.normalised_config import SYNONYMS, is_text_of, normalise_config
 from surgery.engine.config_differences import NamedConfig, told_differences
 from surgery.engine.config_effects import NOT_TOLD, effect_of
 
@@ -264,7 +264,7 @@ def test_any_values_are_compared(model_type: str, config: dict[str, Any]) -> Non
 
 def test_transformers_is_not_imported() -> None:
     code = (
-        "import sys\nfrom surgery.checkpoint.normalised_config import normalise_config\n"
+        "import sys\nfrom surgery.checkpoint.config.normalised_config import normalise_config\n"
         "assert normalise_config({'model_type': 'llama'}).language['hidden_size'] == 4096\n"
         "assert not {'transformers', 'torch'} & set(sys.modules)"
     )

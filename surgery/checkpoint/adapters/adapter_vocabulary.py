@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from surgery.checkpoint.adapter_config import AdapterConfig
-from surgery.checkpoint.adapter_weights import AdapterWeights
+from surgery.checkpoint.adapters.adapter_config import AdapterConfig
+from surgery.checkpoint.adapters.adapter_weights import AdapterWeights
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.config_layers import resize_vocabulary, untied
-from surgery.checkpoint.model_config import CONFIG, stated_tie
+from surgery.checkpoint.config.config_layers import resize_vocabulary, untied
+from surgery.checkpoint.config.model_config import CONFIG, stated_tie
 from surgery.checkpoint.structure import ModelStructure
 from surgery.checkpoint.tokenizer_files import TOKENIZER_FILES, is_tokenizer_file, list_tokenizer_files
 from surgery.checkpoint.vocabulary import read_vocabulary

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from surgery.checkpoint.adapter_config import AdapterConfig
-from surgery.checkpoint.adapter_weights import AdaptedModule
-from surgery.checkpoint.expert_low_rank import ExpertLowRank
-from surgery.checkpoint.low_rank import LowRank
+from surgery.checkpoint.adapters.adapter_config import AdapterConfig
+from surgery.checkpoint.adapters.adapter_weights import AdaptedModule
+from surgery.checkpoint.adapters.expert_low_rank import ExpertLowRank
+from surgery.checkpoint.adapters.low_rank import LowRank
 from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.structure import ModelStructure
 from surgery.errors import SurgeryError, listing

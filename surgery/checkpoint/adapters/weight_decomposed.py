@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from surgery.checkpoint.stored_tensor import Derivation, StoredTensor
 
 if TYPE_CHECKING:
@@ -33,6 +31,8 @@ class WeightDecomposed(Derivation):
 
     def values(self, tensor: StoredTensor, begin: int, end: int, reader: TensorReader, slot: object) -> Tensor:
         """Return elements [begin, end) in fp32, or in fp64 if one of the tensors is F64."""
+        import torch
+
         compute = reader.compute_dtype(part.dtype for part in (*self.updated.parts, self.magnitude))
         width = tensor.shape[1]
         magnitude = reader.whole_tensor(self.magnitude, (slot, "m")).to(compute).flatten()
@@ -49,6 +49,8 @@ class WeightDecomposed(Derivation):
 
     def _column_norms(self, reader: TensorReader, slot: object) -> Tensor:
         """Return the norm of each column of V, in fp64: (columns,)."""
+        import torch
+
         rows, width = self.updated.shape
         squares = torch.zeros(width, dtype=torch.float64)
         step = max(_BLOCK // width, 1)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from surgery.checkpoint.model_config import language_config
+from surgery.checkpoint.config.model_config import language_config
 from surgery.checkpoint.structure import layer_stacks
 
 STACK = "#"  # stands for the layers' prefix: no module is called so

@@ -15,7 +15,7 @@ from support.adapters import edit_config, peft_merged, read_all, save_adapter
 from support.architectures import build
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from surgery.checkpoint.adapter_weights import read_adapter_weights
+from surgery.checkpoint.adapters.adapter_weights import read_adapter_weights
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.errors import SurgeryError
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from surgery.checkpoint.canonical_names import WRAPPERS
+from surgery.checkpoint.layouts.canonical_names import WRAPPERS
 from surgery.checkpoint.safetensors_header import read_header
 from surgery.checkpoint.stored_tensor import StoredTensor, stored_tensor
 from surgery.errors import SurgeryError, listing

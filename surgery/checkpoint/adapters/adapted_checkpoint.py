@@ -16,19 +16,19 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from surgery.checkpoint.adapter_config import CONVERT, AdapterConfig, read_adapter_config
-from surgery.checkpoint.adapter_vocabulary import TiedPair, with_adapter_files
-from surgery.checkpoint.adapter_weights import WEIGHTS, AdaptedModule, read_adapter_weights
-from surgery.checkpoint.canonical_names import canonical_names
+from surgery.checkpoint.adapters.adapter_config import CONVERT, AdapterConfig, read_adapter_config
+from surgery.checkpoint.adapters.adapter_vocabulary import TiedPair, with_adapter_files
+from surgery.checkpoint.adapters.adapter_weights import WEIGHTS, AdaptedModule, read_adapter_weights
+from surgery.checkpoint.adapters.low_rank import LowRank, ScaledSum
+from surgery.checkpoint.adapters.parameter_targets import ParameterTargets
+from surgery.checkpoint.adapters.principal_residual import PrincipalResidual
+from surgery.checkpoint.adapters.replaced_rows import ReplacedRows, Retyped
+from surgery.checkpoint.adapters.weight_decomposed import WeightDecomposed
 from surgery.checkpoint.checkpoint import ADAPTER_CONFIG, Checkpoint, existing_path
 from surgery.checkpoint.dtypes import n_bytes
-from surgery.checkpoint.low_rank import LowRank, ScaledSum
-from surgery.checkpoint.parameter_targets import ParameterTargets
-from surgery.checkpoint.principal_residual import PrincipalResidual
-from surgery.checkpoint.replaced_rows import ReplacedRows, Retyped
+from surgery.checkpoint.layouts.canonical_names import canonical_names
 from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.structure import ModelStructure, model_structure
-from surgery.checkpoint.weight_decomposed import WeightDecomposed
 from surgery.errors import SurgeryError, listing
 from surgery.hub import download as hub
 from surgery.io.safe_paths import contained_folder, find_file, list_folder

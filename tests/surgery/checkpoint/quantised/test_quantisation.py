@@ -15,7 +15,7 @@ from support.quantised import Quantise, mxfp4, quantised, reconfigure, rewrite
 from torch import Tensor
 
 from surgery.checkpoint.inspect import inspect_checkpoint
-from surgery.checkpoint.quantisation import find_quantisation
+from surgery.checkpoint.quantised.quantisation import find_quantisation
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.selectors import Expert, Head
 from surgery.edits.experts import scale_experts

@@ -12,8 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from surgery.checkpoint.layouts.tensor_views import PLAIN_FLOATS, concatenated, strided
 from surgery.checkpoint.stored_tensor import StoredTensor
-from surgery.checkpoint.tensor_views import PLAIN_FLOATS, concatenated, strided
 
 GATE_UP = ("gate_proj", "up_proj")
 # Tensors of dense layers that hold several matrices one below the other → these.
@@ -23,7 +23,7 @@ STACKED_ROWS: dict[str, tuple[str, ...]] = {
     "conv1d": ("q_conv1d", "k_conv1d", "v_conv1d"),
 }
 
-# In canonical names; see `surgery.checkpoint.canonical_names`.
+# In canonical names; see `surgery.checkpoint.layouts.canonical_names`.
 _ONE = re.compile(r"(?P<block>.+\.experts)\.(?P<index>[0-9]{1,6})\.(?P<part>[a-z_]+_proj)\.(?P<leaf>weight|bias)")
 _FUSED = re.compile(r"(?P<block>.+\.experts)\.(?P<part>(gate_up|gate|up|down)_proj)(?P<bias>_bias)?")
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint.block_scaled import MX_GROUP, BlockScaled, TransposedMxfp4
 from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.checkpoint.config.model_config import CONFIG
 from surgery.checkpoint.dtypes import DTYPES, n_bytes, n_elements
-from surgery.checkpoint.model_config import CONFIG
-from surgery.checkpoint.quantisation import (
+from surgery.checkpoint.quantised.block_scaled import MX_GROUP, BlockScaled, TransposedMxfp4
+from surgery.checkpoint.quantised.quantisation import (
     ACTIVATION,
     CACHE,
     CONFIG_KEYS,

@@ -10,7 +10,7 @@ from support.architectures import ARCHITECTURES, build
 from support.merges import config_of, logits_of, run
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from surgery.checkpoint.config_layers import (
+from surgery.checkpoint.config.config_layers import (
     inexpressible_layers,
     resize_vocabulary,
     untied,
@@ -18,7 +18,7 @@ from surgery.checkpoint.config_layers import (
     with_explicit_layer_kinds,
     with_layers,
 )
-from surgery.checkpoint.model_config import N_LAYERS
+from surgery.checkpoint.config.model_config import N_LAYERS
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.checkpoint.structure import ModelStructure, model_structure
 

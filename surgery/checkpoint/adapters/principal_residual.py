@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
 from surgery.checkpoint.stored_tensor import Derivation, StoredTensor
 from surgery.errors import SurgeryError
 
@@ -47,6 +45,8 @@ class PrincipalResidual(Derivation):
 
     def _factors(self, reader: TensorReader, slot: object) -> tuple[Tensor, Tensor]:
         """Return the factors of P as W is stored: (rows, rank) and (rank, columns)."""
+        import torch
+
         compute = reader.compute_dtype((self.weight.dtype,))
         weight = reader.whole_tensor(self.weight, (slot, "whole")).to(compute)
         if self.kind == "olora":

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from surgery.checkpoint.model_config import N_LAYERS, NESTED
+from surgery.checkpoint.config.model_config import N_LAYERS, NESTED
 from surgery.checkpoint.structure import ModelStructure
 
 VOCAB_SIZE = "vocab_size"

@@ -9,7 +9,7 @@ import transformers
 from support.config_defaults import config_classes, describe_class
 from transformers import CONFIG_MAPPING
 
-from surgery.checkpoint.config_defaults import DEFAULTS, config_class
+from surgery.checkpoint.config.config_defaults import DEFAULTS, config_class
 
 FILE = json.loads(DEFAULTS.read_text(encoding="utf-8"))
 # One of each way of filling in: sizes from others, windows, patterns, rotary embeddings by kind of layer and by other

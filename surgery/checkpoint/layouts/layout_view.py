@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-from surgery.checkpoint.canonical_names import STACK, canonical_names
 from surgery.checkpoint.checkpoint import Checkpoint
-from surgery.checkpoint.model_config import HIDDEN, language_config, number
-from surgery.checkpoint.regrouping import NamedTensors, Regrouping, regroup_experts, regroup_rows
+from surgery.checkpoint.config.model_config import HIDDEN, language_config, number
+from surgery.checkpoint.layouts.canonical_names import STACK, canonical_names
+from surgery.checkpoint.layouts.regrouping import NamedTensors, Regrouping, regroup_experts, regroup_rows
 from surgery.checkpoint.stored_tensor import StoredTensor
 
 _MOST_RENAMINGS = 3  # told of one checkpoint

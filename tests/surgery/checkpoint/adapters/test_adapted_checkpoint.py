@@ -21,8 +21,8 @@ from support.audit import watch_files
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from surgery.checkpoint.adapters import base_of
-from surgery.checkpoint.low_rank import LowRank
+from surgery.checkpoint.adapters.adapted_checkpoint import base_of
+from surgery.checkpoint.adapters.low_rank import LowRank
 from surgery.checkpoint.reader import SourceFiles, TensorInput, TensorReader
 from surgery.checkpoint.resolve import open_checkpoint
 from surgery.errors import SurgeryError

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from surgery.checkpoint.canonical_names import CanonicalNames
-from surgery.checkpoint.fused_matrices import (
+from surgery.checkpoint.layouts.canonical_names import CanonicalNames
+from surgery.checkpoint.layouts.fused_matrices import (
     ExpertLayout,
     expert_layouts,
     expert_of,
@@ -15,8 +15,8 @@ from surgery.checkpoint.fused_matrices import (
     rows_of,
     stacked_parts,
 )
+from surgery.checkpoint.layouts.tensor_views import PLAIN_FLOATS, concatenated, zeros_like
 from surgery.checkpoint.stored_tensor import StoredTensor
-from surgery.checkpoint.tensor_views import PLAIN_FLOATS, concatenated, zeros_like
 
 
 @dataclass(frozen=True)

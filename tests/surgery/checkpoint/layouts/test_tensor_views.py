@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from surgery.checkpoint import tensor_views
+from surgery.checkpoint.adapters.low_rank import LowRank
 from surgery.checkpoint.checkpoint import read_file
-from surgery.checkpoint.low_rank import LowRank
+from surgery.checkpoint.layouts import tensor_views
+from surgery.checkpoint.layouts.tensor_views import concatenated, strided, zeros_like
 from surgery.checkpoint.reader import SourceFiles, TensorReader
 from surgery.checkpoint.stored_tensor import StoredTensor
-from surgery.checkpoint.tensor_views import concatenated, strided, zeros_like
 
 
 @pytest.fixture(scope="module")
