@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import SurgeryError, usage_error
+from surgery.io.atomic import disk_error
 from surgery.io.input_files import MAX_DATA_BYTES, read_bytes
 from surgery.io.private_files import FILE_MODE
 
@@ -59,9 +60,7 @@ class GenerationCache:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _append(self.path, lines)
         except OSError as error:
-            raise SurgeryError(
-                f"cannot be written ({error.strerror})", where=self.path, hint="What was finished before is kept."
-            ) from error
+            raise disk_error(error, self.path) from error
         self._completions.update(completions)
 
 

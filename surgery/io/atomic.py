@@ -163,13 +163,21 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def disk_error(error: OSError, path: Path) -> SurgeryError:
-    """Return the SurgeryError for a failed write to `path`."""
+def disk_error(error: Exception, path: Path) -> SurgeryError:
+    """Return the SurgeryError for a failed write to `path`: for an OSError, or what a library made of one."""
+    number = error.errno if isinstance(error, OSError) else _number_in(str(error))
     # A quota that is used up is the same to the user, and has the same remedy.
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if number in (errno.ENOSPC, errno.EDQUOT):
         return SurgeryError(
             "the disk is full",
             where=path,
             hint="Free some space and run the same command again: it goes on where it stopped.",
         )
-    return SurgeryError(f"cannot be written ({error.strerror or error})", where=path, hint=_HINTS.get(error.errno))
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return SurgeryError(f"cannot be written ({reason})", where=path, hint=_HINTS.get(number))
+
+
+def _number_in(text: str) -> int | None:
+    """Return the number of a system's error that libraries written in Rust (safetensors, tokenizers) quote."""
+    found = re.search(r"\(os error ([0-9]{1,4})\)", text)
+    return None if found is None else int(found[1])

@@ -18,6 +18,7 @@ from surgery.checkpoint.checkpoint import Checkpoint, read_folder
 from surgery.checkpoint.vocabulary import CONFIG, FETCH_AGAIN, TOKENIZER
 from surgery.engine.work.computation import torch_device
 from surgery.errors import SurgeryError, first_line, listing, usage_error
+from surgery.io.atomic import disk_error
 from surgery.io.json_io import read_json
 from surgery.models import staging
 from surgery.runtime.progress import lines
@@ -140,7 +141,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         with quiet():
             tokenizer.save_pretrained(folder)
     except Exception as error:  # the tokenizers library raises nothing narrower for a full disk
-        raise SurgeryError(f"the tokenizer cannot be written ({first_line(error)})", where=folder) from error
+        raise disk_error(error, folder) from error
 
 
 def dtype_of(name: str) -> Any:

@@ -345,7 +345,7 @@ DAMAGE = [
     (point_outside, "a path outside the folder"),
     (lose_a_shard, "names 1 shard(s) that are not there: model-1.safetensors"),
     (pickle_only, "holds weights only as Python pickles (pytorch_model.bin)"),
-    (drop_a_tensor, "1 tensor(s) of tuned or base are missing in broken: model.norm.weight"),
+    (drop_a_tensor, "in tuned, base and not in broken"),
     (other_tokens, "the vocabularies of broken and"),
     (nonfinite, "model.norm.weight: 1 of 32 values from element 0 on are NaN or infinite"),
 ]

@@ -504,7 +504,7 @@ def torture(folder: Path, *, kills: int, faults: int, seed: int, only: str = "")
     scores = {job.name: Score() for job in chosen}
     with local_hub(folder):
         turns = _turns(chosen)
-        while sum(score.tally["kills"] + score.tally["stops"] for score in scores.values()) < kills:
+        while sum(score.tally["kills"] for score in scores.values()) < kills:
             job = next(turns)
             with _timed(scores[job.name]):
                 arena.kill(job, scores[job.name])

@@ -17,7 +17,7 @@ from surgery.checkpoint.safetensors_header import read_header
 from surgery.checkpoint.tensor_file import load_tensors
 from surgery.errors import SurgeryError, usage_error
 from surgery.evaluation.statistics import EstimateWithInterval
-from surgery.io.atomic import atomic_replace
+from surgery.io.atomic import atomic_replace, disk_error
 from surgery.io.escaping import json_text
 from surgery.io.json_fields import COUNT, NUMBER, TABLE, TABLES, TEXTS, check_fields, shown
 from surgery.io.json_io import jsonable, parse_json
@@ -158,7 +158,7 @@ class Probes:
             with atomic_replace(path) as temporary:
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata)
         except SafetensorError as error:
-            raise SurgeryError(f"cannot be written ({error})", where=path) from error
+            raise disk_error(error, path) from error
         return path
 
     @classmethod

@@ -26,6 +26,7 @@ from surgery.checkpoint.config.model_config import HIDDEN, N_EXPERTS, N_LAYERS, 
 from surgery.checkpoint.stored_tensor import StoredTensor
 from surgery.checkpoint.structure import ModelStructure, model_structure
 from surgery.errors import SurgeryError
+from surgery.io.atomic import disk_error
 from surgery.io.hashing import hash_bytes, hash_text
 from surgery.models.loading import load_weights
 from surgery.reporting.report import format_value
@@ -134,7 +135,7 @@ def save_model(model: Any, folder: Path, *, state: Mapping[str, Any] | None = No
         try:
             model.save_pretrained(folder, max_shard_size=ONE_FILE, state_dict=state)
         except Exception as error:  # safetensors has exceptions of its own for a full disk
-            raise SurgeryError(f"weights could not be written: {error}", where=folder) from error
+            raise disk_error(error, folder) from error
     saved = read_folder(folder)
     for path in saved.files:
         _set_time_from_content(path)
@@ -269,7 +270,7 @@ def temporary_folder(out: Path | None) -> Iterator[Path]:
         folder.mkdir(parents=True)
         (folder / _MARK).touch()
     except OSError as error:
-        raise SurgeryError(f"cannot be written ({error.strerror})", where=folder) from error
+        raise disk_error(error, folder) from error
     try:
         yield folder
     finally:

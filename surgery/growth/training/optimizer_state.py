@@ -62,16 +62,8 @@ def save_state(
         save_file(dict(tensors), partial / TENSORS)
         (partial / NUMBERS).write_text(json.dumps({"hash": _hash(body), "state": body}), encoding="utf-8")
         commit_folder(partial, folder, overwrite=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
         raise disk_error(error, folder) from error
-    # safetensors reports a full disk as an error of its own, without errno.
-    except SafetensorError as error:
-        free, needed = shutil.disk_usage(partial).free, sum(tensor.nbytes for tensor in tensors.values())
-        raise SurgeryError(
-            f"the state of training cannot be written ({error})",
-            where=folder,
-            hint=f"It takes {needed:,} bytes; {free:,} are free.",
-        ) from error
 
 
 def load_state(folder: Path, *, fingerprint: str) -> TrainingState | None:

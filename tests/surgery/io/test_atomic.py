@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
 from surgery.errors import SurgeryError
-from surgery.io.atomic import atomic_replace, write_file
+from surgery.io.atomic import atomic_replace, disk_error, write_file
 
 
 def test_text_and_bytes_are_written_with_their_folder(tmp_path: Path) -> None:
@@ -80,3 +81,23 @@ def test_only_files_are_replaced_and_links_themselves(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(outside)
     write_file(tmp_path / "link", "own")
     assert outside.read_text() == "kept" and not (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        ValueError("Disk quota exceeded (os error 122)"),
+    ],
+)
+def test_a_full_disk_is_one_whoever_finds_it(error: Exception, tmp_path: Path) -> None:
+    found = disk_error(error, tmp_path)
+    assert found.what == "the disk is full" and "goes on where it stopped" in (found.hint or "")
+
+
+def test_what_a_library_says_of_a_failed_write_is_one_line(tmp_path: Path) -> None:
+    assert disk_error(RuntimeError("File too large (os error 27)\nmore"), tmp_path).what == (
+        "cannot be written (File too large (os error 27) more)"
+    )
