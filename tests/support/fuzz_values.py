@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 # Integers beyond it cannot become a float.
@@ -186,7 +187,8 @@ def odd_value(draw: random.Random) -> Any:
     if kind < 0.6:
         return odd_text(draw)
     if kind < 0.8:
-        return draw.choice(_CONTAINERS)
+        # A copy: trees are changed in place, and an input may depend on its number alone.
+        return deepcopy(draw.choice(_CONTAINERS))
     return draw.choice((None, True, False))
 
 
