@@ -14,6 +14,7 @@ from typing import Any
 
 # Integers beyond it cannot become a float.
 LARGEST_FLOAT = 1e308
+MOST_REPEATED = 1_000  # values of a list that is repeated: a tree of such lists would not fit into memory
 
 
 class Raw(str):
@@ -205,8 +206,8 @@ def near_value(value: Any, draw: random.Random) -> Any:
         changed = (value.upper(), value + "x", value[:-1], value[1:], value * 2, f" {value}", value[::-1], [value])
         return draw.choice(changed) if draw.random() < 0.5 else odd_text(draw)
     if isinstance(value, list):
-        short = (value[:-1], value[1:], value * 2, value[::-1], [*value, odd_value(draw)], value * 100, value[:1])
-        return draw.choice(short)
+        many = value * 100 if len(value) <= MOST_REPEATED else value[:-1]
+        return draw.choice((value[:-1], value[1:], value * 2, value[::-1], [*value, odd_value(draw)], many, value[:1]))
     if isinstance(value, dict):
         return {**value, odd_text(draw): odd_value(draw)}
     return odd_value(draw)
