@@ -29,6 +29,7 @@ RESULTS = "results.json"
 # Files that people and `surgery eval` write into a finished folder: the model in it stays the same.
 DESCRIBING = ("README.md", "scores.json")
 SCHEMA = 1
+MOST_ENTRIES = 20_000  # of a folder that is hashed as an input
 _CHUNK = 1 << 24
 # What the layout of a table adds to its text: blanks, and lines between rows. It depends on the terminal's width.
 _LAYOUT = re.compile(r"[\s─━╌╍│┃]+")
@@ -152,11 +153,17 @@ def _is_findings(name: str, files: Mapping[str, str]) -> bool:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.name.startswith("."):
-            name = path.relative_to(folder).as_posix()
-            if path.name not in DESCRIBING and "__pycache__" not in name:
-                yield name, path
+    try:
+        for number, path in enumerate(folder.rglob("*")):
+            # A text of a stranger's recipe may name the root of the disk.
+            if number >= MOST_ENTRIES:
+                raise SurgeryError(f"holds more than {MOST_ENTRIES:,} files and folders", where=folder)
+            if path.is_file() and not path.name.startswith("."):
+                name = path.relative_to(folder).as_posix()
+                if path.name not in DESCRIBING and "__pycache__" not in name:
+                    yield name, path
+    except OSError as error:
+        raise SurgeryError(f"cannot be read ({error.strerror})", where=folder) from error
 
 
 def _stamp(path: Path) -> tuple[str, list[int]]:
