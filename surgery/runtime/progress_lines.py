@@ -6,8 +6,10 @@ and one when it ends. A thread writes them, since a stage may be busy with one o
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,6 +108,10 @@ class _Stage:
         return f"{rate:.1f} {self.unit}/s" if rate >= 1 else f"{duration(1 / rate)} each"
 
 
+# Workers are forked while a thread of a reporter runs.
+_reporters: weakref.WeakSet[LineReporter] = weakref.WeakSet()
+
+
 class LineReporter:
     """Writes the lines of all open stages. `advance` and `tick` may be called by any thread.
 
@@ -122,6 +128,19 @@ class LineReporter:
         self._stages: list[_Stage] = []
         self._lock = threading.RLock()
         self._ended = threading.Event()
+        _reporters.add(self)
+
+    def before_fork(self) -> None:
+        """Wait until no thread is writing: a child would have its locks, and nobody there would ever release them."""
+        self._lock.acquire()
+
+    def after_fork(self) -> None:
+        """Go on in the parent."""
+        self._lock.release()
+
+    def after_fork_in_child(self) -> None:
+        """Forget the parent's stages: their thread is the parent's."""
+        self._stages, self._lock, self._ended = [], threading.RLock(), threading.Event()
 
     @contextmanager
     def stage(self, label: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
@@ -146,7 +165,8 @@ class LineReporter:
             failed = False
         finally:
             with self._lock:
-                self._stages.remove(stage)
+                if stage in self._stages:  # a forked child has none of its parent's
+                    self._stages.remove(stage)
                 if not self._stages:
                     self._ended.set()
                 if stage.said_at is not None:
@@ -171,3 +191,23 @@ class LineReporter:
 
         # Not waited for: it holds nothing, and ends with the process.
         threading.Thread(target=watch, name="progress", daemon=True).start()
+
+
+def _before_fork() -> None:
+    _held.extend(_reporters)
+    for reporter in _held:
+        reporter.before_fork()
+
+
+def _after_fork() -> None:
+    while _held:
+        _held.pop().after_fork()
+
+
+def _after_fork_in_child() -> None:
+    while _held:
+        _held.pop().after_fork_in_child()
+
+
+_held: list[LineReporter] = []
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)

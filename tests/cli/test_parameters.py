@@ -12,6 +12,7 @@ from surgery.recipes.recorded_command import REPRODUCIBLE
 # `NamesOutput` what it names.
 PLAIN = {
     *("allow-push", "at", "chat-template", "device", "exclude", "expert", "field", "head", "include", "message"),
+    *("drop", "keep"),
     *("names", "pr", "repo", "revision", "scale", "scale-for", "set", "special", "sweep", "think-close", "think-open"),
     *("token", "top", "live", "positions", "output", "name", "from"),
     # Parameters of merge methods, which are numbers, or lists of them.

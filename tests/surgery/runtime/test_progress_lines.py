@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
+import os
+import signal
 import sys
 import time
 
@@ -217,3 +220,20 @@ def test_work_that_has_other_bars_has_lines_only(
     with progress.lines("Loading"), terminal("Scoring", 2, "steps"), progress.lines("Loading") as advance:
         advance(1)
     assert printed == [] and "Loading" not in capsys.readouterr().err
+
+
+def test_a_process_that_forks_while_a_line_is_written_has_children_that_go_on() -> None:
+    def write(text: str) -> None:
+        time.sleep(0.002)  # the thread holds the reporter's lock meanwhile
+
+    clock = itertools.count(0, 100).__next__  # a line is due at each look
+    reporter = LineReporter(write, clock=clock, beat=0.0001)
+    with reporter.stage("outer", 10, "steps"):
+        for _ in range(30):
+            child = os.fork()
+            if not child:
+                signal.alarm(10)  # ends a child that waits for a lock that nobody holds
+                with reporter.stage("inner", 1, "steps") as advance:
+                    advance(1, "")
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
