@@ -26,7 +26,7 @@ from merge import BEST_FLAGS
 from real_models import GEMMA3, SMOLLM2, RealModel, fetch, tune
 from safetensors.torch import load_file
 from torch import Tensor
-from transfer import machine, remove, timed
+from transfer import machine, remove
 
 from merges.methods import METHODS
 from surgery.evaluation.perplexity import read_text
@@ -105,7 +105,17 @@ class Family:
 
 def surgery(*words: object) -> tuple[float, float]:
     """Seconds and peak MB of a command."""
-    return timed([str(Path(sys.executable).parent / "surgery"), *map(str, words)])
+    return timed_apart([str(Path(sys.executable).parent / "surgery"), *map(str, words)])
+
+
+def timed_apart(command: list[str]) -> tuple[float, float]:
+    """`timed` in a small process: a child's peak memory counts from its parent's, and this one holds models."""
+    line = [sys.executable, "-c", _TIMED, str(Path(__file__).parent), *command]
+    seconds, memory = subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    return float(seconds), float(memory)
+
+
+_TIMED = "import sys; sys.path.insert(0, sys.argv[1]); from transfer import timed; print(*timed(sys.argv[2:]))"
 
 
 def make_family(name: str) -> Family:
@@ -195,7 +205,7 @@ def methods(family: Family, mergekit: str | None) -> None:
         family.check(f"{name} loads and computes", holds=all(map(math.isfinite, values)))
         row = [name, *values, f"{seconds:.1f}", f"{memory:.0f}"]
         if mergekit:
-            seconds, memory = timed([mergekit, str(config), str(theirs), *BEST_FLAGS])
+            seconds, memory = timed_apart([mergekit, str(config), str(theirs), *BEST_FLAGS])
             ours, other = _weights(out), _weights(theirs)
             worst = max(_difference(ours[n], other[n]) for n in ours)
             if name not in RANDOM:
