@@ -178,6 +178,8 @@ def _check(folder: Path, path: Path, kind: int) -> None:
             return
         real = path.resolve(strict=True)
         status = real.stat()
+    except ValueError as error:  # a zero byte in its name
+        raise SurgeryError("cannot be read (no file has such a name)", where=path) from error
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         reason = getattr(error, "strerror", None) or "links in a circle"
         raise SurgeryError(f"cannot be read ({reason})", where=path) from error

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from surgery.errors import SurgeryError
-from surgery.io.safe_paths import contained_file, output_path, safe_name, safe_relative_path, unique_names
+from surgery.io.safe_paths import (
+    check_contained,
+    contained_file,
+    output_path,
+    safe_name,
+    safe_relative_path,
+    unique_names,
+)
 
 HOSTILE = {
     "..": "leads to another folder",
@@ -119,3 +126,9 @@ def test_outputs_go_through_no_link(tmp_path: Path) -> None:
     for name in ("way/b", "../b", "/b"):
         with pytest.raises(SurgeryError):
             output_path(tmp_path / "out", name)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "sub/a\0b", "\0"])
+def test_a_name_with_a_zero_byte_is_an_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SurgeryError, match="no file has such a name"):
+        check_contained(tmp_path, tmp_path / name)

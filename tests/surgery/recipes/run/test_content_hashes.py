@@ -33,3 +33,7 @@ def test_a_folder_that_cannot_be_walked_is_an_error(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Path, "is_file", refuse)
     with pytest.raises(SurgeryError, match="cannot be read \\(Permission denied\\)"):
         hashes.hash_content(tmp_path)
+
+
+def test_a_record_that_names_no_possible_file_is_of_an_output_that_changed(tmp_path: Path) -> None:
+    assert not FileHashCache().is_intact(tmp_path, {"a\0b": "0" * 32})
