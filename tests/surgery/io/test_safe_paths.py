@@ -130,5 +130,6 @@ def test_outputs_go_through_no_link(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a\0b", "sub/a\0b", "\0"])
 def test_a_name_with_a_zero_byte_is_an_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "sub").mkdir()
     with pytest.raises(SurgeryError, match="no file has such a name"):
         check_contained(tmp_path, tmp_path / name)
