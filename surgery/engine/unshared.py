@@ -104,8 +104,8 @@ class UnsharedTensors:
     """Decides tensor by tensor, and tells of all of them at the end.
 
     Args:
+        choice: the user's word, which counts before what a tensor is.
         models: reference → model, of all that take part.
-        reference: the one whose layout OUT gets.
         hint: the next step of an error.
     """
 
