@@ -60,7 +60,9 @@ class GenerationCache:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _append(self.path, lines)
         except OSError as error:
-            raise disk_error(error, self.path) from error
+            failure = disk_error(error, self.path)
+            kept = "What was finished before is kept."
+            raise SurgeryError(failure.what, where=failure.where, hint=failure.hint or kept) from error
         self._completions.update(completions)
 
 
